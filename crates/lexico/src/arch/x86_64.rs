@@ -1,0 +1,72 @@
+//! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
+
+use std::sync::OnceLock;
+
+#[derive(Clone, Copy)]
+pub(super) enum Level {
+    Avx512,
+    Avx2,
+    Baseline,
+}
+
+/// What this processor has; asked once.
+pub(super) fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+            Level::Avx512
+        } else if avx2 {
+            Level::Avx2
+        } else {
+            Level::Baseline
+        }
+    })
+}
+
+macro_rules! kernels {
+    ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
+        pub(super) mod avx512 {
+            use crate::code::Block;
+            $(#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
+                crate::arch::portable::$name::<true>($($argument),*)
+            })*
+        }
+        pub(super) mod avx2 {
+            use crate::code::Block;
+            $(#[target_feature(enable = "avx2,fma")]
+            pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
+                crate::arch::portable::$name::<true>($($argument),*)
+            })*
+        }
+    };
+}
+
+kernels! {
+    correlate(rows: &[f32], x: &[f32], out: &mut [f32]);
+    subtract_and_peak(a: &mut [f32], scale: f32, b: &[f32]) -> (usize, f32);
+    add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
+    dot(a: &[f32], b: &[f32]) -> f32;
+    scores(block: Block<'_>, p: &[f32], group: usize, out: &mut [f32]);
+    accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mut [f32]);
+}
+
+macro_rules! dispatch {
+    ($name:ident($($argument:expr),*)) => {
+        match crate::arch::x86_64::level() {
+            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2 and fma were detected.
+            crate::arch::x86_64::Level::Avx512 => unsafe {
+                crate::arch::x86_64::avx512::$name($($argument),*)
+            },
+            // SAFETY: `level` says Avx2 only where avx2 and fma were detected.
+            crate::arch::x86_64::Level::Avx2 => unsafe {
+                crate::arch::x86_64::avx2::$name($($argument),*)
+            },
+            crate::arch::x86_64::Level::Baseline => {
+                crate::arch::portable::$name::<false>($($argument),*)
+            }
+        }
+    };
+}
+pub(super) use dispatch;

@@ -1,0 +1,181 @@
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::RunningSoftmax;
+use crate::arch::matmul::{Matrix, Threads, multiply};
+
+/// Positions that are scored at a time.
+const BLOCK: usize = 256;
+/// Rows by which storage grows at the least.
+const GROWTH: usize = 16;
+
+/// How dense keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NumberType {
+    /// Half precision; a number beyond its range is held at ±65,504.
+    #[default]
+    F16,
+    /// Single precision, for tests and comparison.
+    F32,
+}
+
+/// A growing list of dense vectors.
+#[derive(Debug, Clone)]
+pub struct DenseRows {
+    head_dim: usize,
+    numbers: Numbers,
+}
+
+#[derive(Debug, Clone)]
+enum Numbers {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl DenseRows {
+    /// No vectors yet, each to be of length `head_dim`.
+    pub fn new(head_dim: usize, number_type: NumberType) -> Self {
+        let numbers = match number_type {
+            NumberType::F16 => Numbers::F16(Vec::new()),
+            NumberType::F32 => Numbers::F32(Vec::new()),
+        };
+        Self { head_dim, numbers }
+    }
+
+    /// Appends vectors, `[n, m]`.
+    pub fn extend(&mut self, vectors: &[f32]) {
+        match &mut self.numbers {
+            Numbers::F16(numbers) => {
+                grow(numbers, vectors.len(), self.head_dim);
+                let limit = f16::MAX.to_f32();
+                let held = |&x: &f32| f16::from_f32(x.clamp(-limit, limit));
+                numbers.extend(vectors.iter().map(held));
+            }
+            Numbers::F32(numbers) => {
+                grow(numbers, vectors.len(), self.head_dim);
+                numbers.extend_from_slice(vectors);
+            }
+        }
+    }
+
+    /// Number of vectors.
+    pub fn len(&self) -> usize {
+        match &self.numbers {
+            Numbers::F16(numbers) => numbers.len() / self.head_dim,
+            Numbers::F32(numbers) => numbers.len() / self.head_dim,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::F16(numbers) => numbers.capacity() * size_of::<f16>(),
+            Numbers::F32(numbers) => numbers.capacity() * size_of::<f32>(),
+        }
+    }
+
+    /// Takes off the `count` oldest vectors, `[count, m]`.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn take_front(&mut self, count: usize) -> Vec<f32> {
+        let count = count * self.head_dim;
+        match &mut self.numbers {
+            Numbers::F16(numbers) => numbers.drain(..count).map(f16::to_f32).collect(),
+            Numbers::F32(numbers) => numbers.drain(..count).collect(),
+        }
+    }
+
+    /// All vectors in f32, `[n, m]`: for tests.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = Vec::new();
+        self.read(0, self.len(), &mut out);
+        out
+    }
+
+    fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
+        let range = first * self.head_dim..(first + count) * self.head_dim;
+        out.resize(range.len(), 0.0);
+        match &self.numbers {
+            Numbers::F16(numbers) => numbers[range].convert_to_f32_slice(out),
+            Numbers::F32(numbers) => out.copy_from_slice(&numbers[range]),
+        }
+    }
+}
+
+/// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
+fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
+    if numbers.capacity() - numbers.len() < more {
+        numbers.reserve_exact(more.max(GROWTH * head_dim).max(numbers.len() / 16));
+    }
+}
+
+/// Adds dense positions that every query sees; `queries` `[rows, m]` are scaled already.
+pub(super) fn add(
+    softmax: &mut RunningSoftmax<'_>,
+    queries: &[f32],
+    keys: &DenseRows,
+    values: &DenseRows,
+) {
+    assert_eq!(keys.len(), values.len(), "one value a key");
+    let (mut key_block, mut value_block) = (Vec::new(), Vec::new());
+    for first in (0..keys.len()).step_by(BLOCK) {
+        let count = BLOCK.min(keys.len() - first);
+        keys.read(first, count, &mut key_block);
+        values.read(first, count, &mut value_block);
+        add_block(softmax, queries, &key_block, &value_block, |_, _| true);
+    }
+}
+
+/// Adds the queries' own positions. Row `r` of `queries` is row `first + r` of `[G, t, m]`.
+pub(super) fn add_causal(
+    softmax: &mut RunningSoftmax<'_>,
+    queries: &[f32],
+    first: usize,
+    t: usize,
+    keys: &[f32],
+    values: &[f32],
+) {
+    let m = softmax.head_dim;
+    assert_eq!(keys.len(), t * m, "one key a position");
+    assert_eq!(values.len(), t * m, "one value a position");
+    let position = |row: usize| (first + row) % t;
+    let newest = (0..softmax.rows()).map(position).max().unwrap_or(0);
+    let seen = (newest + 1) * m;
+    let blocks = keys[..seen].chunks(BLOCK * m).zip(values[..seen].chunks(BLOCK * m));
+    for (block, (keys, values)) in blocks.enumerate() {
+        let start = block * BLOCK;
+        add_block(softmax, queries, keys, values, |row, i| start + i <= position(row));
+    }
+}
+
+fn add_block(
+    softmax: &mut RunningSoftmax<'_>,
+    queries: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    sees: impl Fn(usize, usize) -> bool,
+) {
+    let (rows, m) = (softmax.rows(), softmax.head_dim);
+    let count = keys.len() / m;
+    let queries = Matrix::by_rows(queries, rows, m);
+    let mut weights = vec![0.0; rows * count];
+    let keys = Matrix::by_rows(keys, count, m).transposed();
+    multiply(&mut weights, false, queries, keys, Threads::One);
+    for (row, scores) in weights.chunks_exact_mut(count).enumerate() {
+        for (i, score) in scores.iter_mut().enumerate() {
+            if !sees(row, i) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+        softmax.weigh(row, scores, 1);
+    }
+    let weights = Matrix::by_rows(&weights, rows, count);
+    let values = Matrix::by_rows(values, count, m);
+    multiply(softmax.output, true, weights, values, Threads::One);
+}

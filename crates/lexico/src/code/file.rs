@@ -1,0 +1,213 @@
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::coefficients::Coefficients;
+use super::{CodeFormat, Codes, CoefficientFormat};
+use crate::dictionary::Dictionary;
+use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
+use crate::{Error, Result};
+
+/// The `format` entry of a code file's metadata.
+pub const FORMAT: &str = "lexico-codes/1";
+const CURE: &str = "`lexico encode` makes such a file";
+
+/// Codes in a file, and the dictionary they need.
+///
+/// Tensors: `indices` U16 `[n, s]`; `coefficients` `[n, s]`, F32 or F8_E4M3; with FP8 `scales`
+/// F8_E8M0 `[n]`, a coefficient being its FP8 number times its vector's scale; and where they
+/// vary `lengths` U8 `[n]`, the rest of a row being zero.
+#[derive(Debug, Clone)]
+pub struct CodeFile {
+    /// The codes.
+    pub codes: Codes,
+    /// Name of the dictionary's tensor.
+    pub tensor: String,
+    /// [`Dictionary::checksum`] of the dictionary.
+    pub checksum: u32,
+    /// `m`.
+    pub head_dim: usize,
+}
+
+impl CodeFile {
+    /// Names the dictionary `tensor` as the one that `codes` were made with.
+    pub fn new(codes: Codes, tensor: &str, dictionary: &Dictionary) -> Self {
+        Self {
+            codes,
+            tensor: tensor.to_owned(),
+            checksum: dictionary.checksum(),
+            head_dim: dictionary.head_dim(),
+        }
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let codes = &self.codes;
+        let (n, s) = (codes.len(), codes.format.sparsity);
+        let lengths: Vec<usize> = if codes.format.variable {
+            codes.lengths.iter().map(|&l| usize::from(l)).collect()
+        } else {
+            vec![s; n]
+        };
+        let indices = codes.indices.iter().flat_map(|i| i.to_le_bytes()).collect::<Vec<_>>();
+        let indices = padded_rows(&indices, 2, &lengths, s);
+        let mut tensors = vec![NewTensor::new("indices", Dtype::U16, &[n, s], indices)];
+        match &codes.coefficients {
+            Coefficients::F8 { values, scales } => {
+                let values = padded_rows(values, 1, &lengths, s);
+                tensors.push(NewTensor::new("coefficients", Dtype::F8_E4M3, &[n, s], values));
+                tensors.push(NewTensor::new("scales", Dtype::F8_E8M0, &[n], scales.clone()));
+            }
+            Coefficients::F32(values) => {
+                let values = values.iter().flat_map(|c| c.to_le_bytes()).collect::<Vec<_>>();
+                let values = padded_rows(&values, 4, &lengths, s);
+                tensors.push(NewTensor::new("coefficients", Dtype::F32, &[n, s], values));
+            }
+        }
+        if codes.format.variable {
+            tensors.push(NewTensor::new("lengths", Dtype::U8, &[n], codes.lengths.clone()));
+        }
+        let metadata = [
+            ("format", FORMAT.to_owned()),
+            ("tensor", self.tensor.clone()),
+            ("dictionary_crc32", format!("{:08x}", self.checksum)),
+            ("head_dim", self.head_dim.to_string()),
+        ];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+        tensor_file::write(path, &tensors, HashMap::from(metadata))
+    }
+
+    /// Reads a code file and checks all of it but the indices against the dictionary, which
+    /// [`Codes::decode`] does.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile`], [`Error::Format`], [`Error::Metadata`], [`Error::Tensor`].
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        file.check_format(FORMAT, CURE)?;
+        let metadata = file.metadata();
+        let entry = |key: &'static str| {
+            metadata.get(key).ok_or_else(|| Error::Metadata {
+                path: file.path().to_owned(),
+                key,
+                reason: "it is missing".to_owned(),
+            })
+        };
+        let bad_entry = |key: &'static str, reason: String| Error::Metadata {
+            path: file.path().to_owned(),
+            key,
+            reason,
+        };
+        let checksum = u32::from_str_radix(entry("dictionary_crc32")?, 16)
+            .map_err(|e| bad_entry("dictionary_crc32", e.to_string()))?;
+        let head_dim = entry("head_dim")?
+            .parse()
+            .map_err(|e: std::num::ParseIntError| bad_entry("head_dim", e.to_string()))?;
+
+        let (_, shape) = file.info("indices")?;
+        let &[n, s] = shape else {
+            let reason = format!("its shape is {shape:?}, but [n, s] is needed");
+            return Err(Error::tensor(file.path(), "indices", reason));
+        };
+        if s == 0 || s > usize::from(u16::MAX) {
+            let reason = format!("a sparsity of {s} is impossible");
+            return Err(Error::tensor(file.path(), "indices", reason));
+        }
+        let read = |name: &str, dtype: Dtype, wanted: &[usize]| {
+            let (found, shape) = file.info(name)?;
+            if found != dtype || shape != wanted {
+                let reason = format!("it is {found:?} {shape:?}, but {dtype:?} {wanted:?} is needed");
+                return Err(Error::tensor(file.path(), name, reason));
+            }
+            file.bytes(name)
+        };
+        let variable = file.info("lengths").is_ok();
+        let lengths = if variable {
+            read("lengths", Dtype::U8, &[n])?
+        } else {
+            Vec::new()
+        };
+        if let Some(v) = lengths.iter().position(|&l| usize::from(l) > s) {
+            let reason = format!("vector {v} has {} nonzeros in a row of {s}", lengths[v]);
+            return Err(Error::tensor(file.path(), "lengths", reason));
+        }
+        let each: Vec<usize> = if variable {
+            lengths.iter().map(|&l| usize::from(l)).collect()
+        } else {
+            vec![s; n]
+        };
+        let indices = used_rows(&read("indices", Dtype::U16, &[n, s])?, 2, &each, s);
+        let indices = indices.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b)).collect();
+        let not_finite = || Error::tensor(file.path(), "coefficients", "it holds a NaN or an infinity");
+        let coefficients = if file.info("coefficients")?.0 == Dtype::F32 {
+            let bytes = used_rows(&read("coefficients", Dtype::F32, &[n, s])?, 4, &each, s);
+            let values = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b));
+            let values: Vec<f32> = values.collect();
+            if values.iter().any(|c| !c.is_finite()) {
+                return Err(not_finite());
+            }
+            Coefficients::F32(values)
+        } else {
+            let values = used_rows(&read("coefficients", Dtype::F8_E4M3, &[n, s])?, 1, &each, s);
+            let scales = read("scales", Dtype::F8_E8M0, &[n])?;
+            // E4M3 has one NaN a sign, E8M0 one in all.
+            if values.iter().any(|b| b & 0x7f == 0x7f) || scales.contains(&0xff) {
+                return Err(not_finite());
+            }
+            Coefficients::F8 { values, scales }
+        };
+        let format = CodeFormat {
+            sparsity: s,
+            variable,
+            coefficients: match coefficients {
+                Coefficients::F8 { .. } => CoefficientFormat::F8,
+                Coefficients::F32(_) => CoefficientFormat::F32,
+            },
+        };
+        let codes = Codes {
+            format,
+            len: n,
+            indices,
+            coefficients,
+            lengths,
+        };
+        Ok(Self {
+            codes,
+            tensor: entry("tensor")?.clone(),
+            checksum,
+            head_dim,
+        })
+    }
+
+    /// Rebuilds the vectors, `[n, m]`.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`] where `dictionary` is not the one that made the codes.
+    pub fn decode(&self, dictionary: &Dictionary) -> Result<Vec<f32>> {
+        if dictionary.checksum() != self.checksum {
+            return Err(Error::OtherDictionary(self.tensor.clone()));
+        }
+        self.codes.decode(dictionary)
+    }
+}
+
+/// Rows of `lengths[v]` elements of `width` bytes, each filled with zeros to `s` elements.
+fn padded_rows(packed: &[u8], width: usize, lengths: &[usize], s: usize) -> Vec<u8> {
+    let mut rows = Vec::with_capacity(lengths.len() * s * width);
+    let mut rest = packed;
+    for &length in lengths {
+        let (row, after) = rest.split_at(length * width);
+        rows.extend_from_slice(row);
+        rows.extend(std::iter::repeat_n(0, (s - length) * width));
+        rest = after;
+    }
+    rows
+}
+
+/// The first `lengths[v]` elements of each row of `s`, one after the other.
+fn used_rows(rows: &[u8], width: usize, lengths: &[usize], s: usize) -> Vec<u8> {
+    let rows = rows.chunks_exact(s * width).zip(lengths);
+    rows.flat_map(|(row, &length)| &row[..length * width]).copied().collect()
+}

@@ -1,0 +1,157 @@
+//! Dictionaries: unit-norm atoms, one matrix for keys and one for values in every layer.
+
+mod set;
+
+pub use set::{DictionarySet, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training, FORMAT};
+
+use std::path::Path;
+
+use crate::tensor_file::TensorFile;
+use crate::{Error, Result};
+
+/// How far from 1 an atom's norm may lie: bf16 rounding moves it by less.
+const NORM_TOLERANCE: f32 = 1e-2;
+/// Indices are stored in 16 bits.
+const MOST_ATOMS: usize = 1 << 16;
+
+/// `N` unit-norm atoms of length `m`, one a row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dictionary {
+    atoms: Vec<f32>,
+    head_dim: usize,
+}
+
+impl Dictionary {
+    /// Takes `[N, m]` atoms, row by row.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where the numbers do not fill whole rows, `N` is 0 or above 65,536,
+    /// or an atom is not finite or not of unit length.
+    pub fn new(atoms: Vec<f32>, head_dim: usize) -> Result<Self> {
+        check_shape(&atoms, head_dim)?;
+        for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
+            let norm = norm(atom);
+            if !norm.is_finite() {
+                return Err(Error::Dictionary(format!("atom {i} holds a NaN or an infinity")));
+            }
+            if norm == 0.0 {
+                return Err(Error::Dictionary(format!("atom {i} is all zeros")));
+            }
+            if (norm - 1.0).abs() > NORM_TOLERANCE {
+                let reason = format!("atom {i} has length {norm}, but atoms are of unit length");
+                return Err(Error::Dictionary(reason));
+            }
+        }
+        Ok(Self { atoms, head_dim })
+    }
+
+    /// Takes `[N, m]` rows of any length and scales each to unit length.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where a row is zero or not finite, or the shape is impossible.
+    pub fn normalised(mut atoms: Vec<f32>, head_dim: usize) -> Result<Self> {
+        check_shape(&atoms, head_dim)?;
+        for atom in atoms.chunks_exact_mut(head_dim) {
+            let norm = norm(atom);
+            if norm > 0.0 {
+                atom.iter_mut().for_each(|x| *x = (f64::from(*x) / f64::from(norm)) as f32);
+            }
+        }
+        Self::new(atoms, head_dim)
+    }
+
+    /// Reads one tensor `[N, m]` of a dictionary file. Of the metadata only `format` is needed.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensor is no dictionary.
+    pub fn load(path: impl AsRef<Path>, tensor: &str) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        file.check_format(FORMAT, set::CURE)?;
+        Self::read(&file, tensor)
+    }
+
+    pub(crate) fn read(file: &TensorFile, tensor: &str) -> Result<Self> {
+        let (atoms, shape) = file.f32_tensor(tensor, 2)?;
+        Self::new(atoms, shape[1]).map_err(|e| {
+            let reason = format!("{e} (shape {shape:?}, atoms by rows)");
+            Error::tensor(file.path(), tensor, reason)
+        })
+    }
+
+    /// The atoms, `[N, m]` row by row.
+    pub fn atoms(&self) -> &[f32] {
+        &self.atoms
+    }
+
+    /// Atom `i`.
+    ///
+    /// # Panics
+    /// Where `i` is not below [`Dictionary::len`].
+    pub fn atom(&self, i: usize) -> &[f32] {
+        &self.atoms[i * self.head_dim..(i + 1) * self.head_dim]
+    }
+
+    /// `N`, the number of atoms; never 0.
+    #[allow(clippy::len_without_is_empty)] // a dictionary always has atoms
+    pub fn len(&self) -> usize {
+        self.atoms.len() / self.head_dim
+    }
+
+    /// `m`, the length of an atom.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.atoms.capacity() * size_of::<f32>()
+    }
+
+    /// A checksum of the atoms, so that codes can say which dictionary they need.
+    pub fn checksum(&self) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        for x in &self.atoms {
+            hasher.update(&x.to_le_bytes());
+        }
+        hasher.finalize()
+    }
+
+    /// The largest sparsity a code over this dictionary can have, and a check of `sparsity` against it.
+    ///
+    /// # Errors
+    /// [`Error::Sparsity`].
+    pub fn check_sparsity(&self, sparsity: usize) -> Result<()> {
+        let most = self.head_dim.min(self.len());
+        if (1..=most).contains(&sparsity) {
+            return Ok(());
+        }
+        Err(Error::Sparsity {
+            sparsity,
+            most,
+            head_dim: self.head_dim,
+            atoms: self.len(),
+        })
+    }
+
+    pub(crate) fn atoms_mut(&mut self) -> &mut [f32] {
+        &mut self.atoms
+    }
+}
+
+fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
+    if head_dim == 0 || !atoms.len().is_multiple_of(head_dim) {
+        let reason = format!("{} numbers do not fill rows of {head_dim}", atoms.len());
+        return Err(Error::Dictionary(reason));
+    }
+    let count = atoms.len() / head_dim;
+    if count == 0 || count > MOST_ATOMS {
+        let reason = format!("{count} atoms; between 1 and {MOST_ATOMS} are possible");
+        return Err(Error::Dictionary(reason));
+    }
+    Ok(())
+}
+
+/// Euclidean length, accumulated in f64 so that no finite vector overflows.
+pub(crate) fn norm(x: &[f32]) -> f32 {
+    x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt() as f32
+}

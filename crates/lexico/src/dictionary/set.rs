@@ -1,0 +1,228 @@
+use std::collections::HashMap;
+use std::path::Path;
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use super::Dictionary;
+use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
+use crate::{Error, Result};
+
+/// The `format` entry of a dictionary file's metadata.
+pub const FORMAT: &str = "lexico-dictionary/1";
+pub(super) const CURE: &str = "`lexico train` makes such a file";
+
+/// The model that a dictionary set was learned for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelIdentity {
+    /// The model's name, for people.
+    pub name: String,
+    /// Its architecture, as its config names it.
+    pub architecture: String,
+    /// Decoder layers.
+    pub layers: usize,
+    /// KV heads a layer.
+    pub kv_heads: usize,
+    /// `m`.
+    pub head_dim: usize,
+    /// How its keys are rotated: keys are coded after rotary embedding.
+    pub rotary: RotaryIdentity,
+}
+
+/// The settings of a model's rotary embedding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RotaryIdentity {
+    /// Kind of scaling, `default` for none.
+    pub kind: String,
+    /// Base of the frequencies.
+    pub theta: f64,
+}
+
+/// How a dictionary set was learned.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Training {
+    /// Nonzeros a vector during learning.
+    pub sparsity: usize,
+    /// Names of the texts.
+    pub corpus: Vec<String>,
+    /// Tokens that the model read.
+    pub tokens: usize,
+    /// Held-out mean relative error of each layer.
+    pub relative_error: Vec<LayerErrors>,
+    /// The program and version that learned it.
+    pub tool: String,
+}
+
+/// Held-out mean relative error of one layer at the training sparsity, f32 coefficients.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LayerErrors {
+    /// Of keys.
+    pub keys: f32,
+    /// Of values.
+    pub values: f32,
+}
+
+/// One layer's two dictionaries, shared by all its KV heads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerDictionaries {
+    /// For keys after rotary embedding.
+    pub keys: Dictionary,
+    /// For values.
+    pub values: Dictionary,
+}
+
+/// The dictionaries of every layer of one model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DictionarySet {
+    /// Layer by layer.
+    pub layers: Vec<LayerDictionaries>,
+    /// The model they serve.
+    pub model: ModelIdentity,
+    /// How they were learned.
+    pub training: Training,
+}
+
+impl DictionarySet {
+    /// Opens a `.safetensors` dictionary file and checks all of it.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile`]; [`Error::Format`], [`Error::Metadata`], and [`Error::Tensor`] for
+    /// a tensor that is not finite, not of unit rows, or not of the head dim the metadata gives.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        Self::read(&TensorFile::open(path)?)
+    }
+
+    /// Reads an open dictionary file; see [`DictionarySet::load`].
+    ///
+    /// # Errors
+    /// As [`DictionarySet::load`].
+    pub fn read(file: &TensorFile) -> Result<Self> {
+        file.check_format(FORMAT, CURE)?;
+        let metadata = file.metadata();
+        let model: ModelIdentity = json_entry(file, &metadata, "model")?;
+        let training: Training = json_entry(file, &metadata, "training")?;
+        // A hostile layer count must not drive the loop: every layer needs two tensors in the file.
+        if model.layers == 0 || model.layers.saturating_mul(2) != file.names().len() {
+            let reason = format!(
+                "it promises {} layers, so {} tensors, but the file holds {}",
+                model.layers,
+                model.layers.saturating_mul(2),
+                file.names().len()
+            );
+            return Err(Error::Metadata {
+                path: file.path().to_owned(),
+                key: "model",
+                reason,
+            });
+        }
+        let read = |name: String| {
+            let dictionary = Dictionary::read(file, &name)?;
+            if dictionary.head_dim() != model.head_dim {
+                let reason = format!(
+                    "its atoms have length {}, but the metadata gives head dim {}",
+                    dictionary.head_dim(),
+                    model.head_dim
+                );
+                return Err(Error::tensor(file.path(), &name, reason));
+            }
+            Ok(dictionary)
+        };
+        let layers = (0..model.layers)
+            .map(|l| {
+                Ok(LayerDictionaries {
+                    keys: read(format!("layers.{l}.keys"))?,
+                    values: read(format!("layers.{l}.values"))?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            layers,
+            model,
+            training,
+        })
+    }
+
+    /// Writes the set, atoms in f16; the file is whole or absent.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut tensors = Vec::with_capacity(2 * self.layers.len());
+        for (l, layer) in self.layers.iter().enumerate() {
+            for (part, dictionary) in [("keys", &layer.keys), ("values", &layer.values)] {
+                let atoms = dictionary.atoms().iter();
+                let bytes = atoms.flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+                let shape = [dictionary.len(), dictionary.head_dim()];
+                let name = format!("layers.{l}.{part}");
+                tensors.push(NewTensor::new(&name, Dtype::F16, &shape, bytes));
+            }
+        }
+        let path = path.as_ref();
+        let mut metadata = HashMap::from([("format".to_owned(), FORMAT.to_owned())]);
+        let mut put = |key: &'static str, json: serde_json::Result<String>| {
+            let json = json.map_err(|e| Error::Metadata {
+                path: path.to_owned(),
+                key,
+                reason: e.to_string(),
+            })?;
+            metadata.insert(key.to_owned(), json);
+            Ok(())
+        };
+        put("model", serde_json::to_string(&self.model))?;
+        put("training", serde_json::to_string(&self.training))?;
+        let atoms = self.layers.first().map_or(0, |layer| layer.keys.len());
+        put("atoms", Ok(atoms.to_string()))?;
+        tensor_file::write(path, &tensors, metadata)
+    }
+
+    /// Checks that the set serves a model of this identity. The name is for people and may differ.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`], saying which property differs.
+    pub fn check_fits(&self, model: &ModelIdentity) -> Result<()> {
+        let own = &self.model;
+        let differ = |what: &str, own: &dyn std::fmt::Display, other: &dyn std::fmt::Display| {
+            Err(Error::OtherModel(format!(
+                "it was learned for {} ({what} {own}), the model {} has {what} {other}",
+                self.model.name, model.name
+            )))
+        };
+        if own.architecture != model.architecture {
+            return differ("architecture", &own.architecture, &model.architecture);
+        }
+        if own.layers != model.layers {
+            return differ("layers", &own.layers, &model.layers);
+        }
+        if own.kv_heads != model.kv_heads {
+            return differ("KV heads", &own.kv_heads, &model.kv_heads);
+        }
+        if own.head_dim != model.head_dim {
+            return differ("head dim", &own.head_dim, &model.head_dim);
+        }
+        if own.rotary != model.rotary {
+            let text = |r: &RotaryIdentity| format!("{} with theta {}", r.kind, r.theta);
+            return differ("rotary embedding", &text(&own.rotary), &text(&model.rotary));
+        }
+        Ok(())
+    }
+
+    /// Bytes held by all dictionaries.
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter();
+        layers.map(|layer| layer.keys.bytes() + layer.values.bytes()).sum()
+    }
+}
+
+fn json_entry<T: for<'a> Deserialize<'a>>(
+    file: &TensorFile,
+    metadata: &HashMap<String, String>,
+    key: &'static str,
+) -> Result<T> {
+    let error = |reason: String| Error::Metadata {
+        path: file.path().to_owned(),
+        key,
+        reason,
+    };
+    let text = metadata.get(key).ok_or_else(|| error("it is missing".to_owned()))?;
+    serde_json::from_str(text).map_err(|e| error(e.to_string()))
+}

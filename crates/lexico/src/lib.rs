@@ -1,0 +1,48 @@
+//! Sparse codes over universal dictionaries for the key and value vectors of language models.
+//!
+//! A vector of a model's KV cache is stored as a few atoms of a dictionary that was learned once
+//! for the model: [`Pursuit`] finds them, [`Codes`] keeps them in a byte or three a nonzero, and
+//! [`attention::attend`] attends to them as they are, without rebuilding a vector. The method is
+//! that of Kim, Park, Cho and Papailiopoulos, *Lexico: Extreme KV Cache Compression via Sparse
+//! Coding over Universal Dictionaries* (ICML 2025). Nothing here knows of models or tensors.
+//!
+//! ```
+//! use lexico::{CodeFormat, CoefficientFormat, Codes, Dictionary, Pursuit};
+//!
+//! // Six atoms of length 4: the axes and two diagonals.
+//! let dictionary = Dictionary::normalised(
+//!     vec![
+//!         1.0, 0.0, 0.0, 0.0,  0.0, 1.0, 0.0, 0.0,  0.0, 0.0, 1.0, 0.0,
+//!         0.0, 0.0, 0.0, 1.0,  1.0, 1.0, 0.0, 0.0,  0.0, 0.0, 1.0, -1.0,
+//!     ],
+//!     4,
+//! )?;
+//! let vectors = [3.0, 3.0, 0.0, 0.5, 0.0, 0.0, 2.0, -2.0];
+//! let batch = Pursuit::new(&dictionary, 2)?.encode(&vectors)?;
+//! assert!(batch.mean_relative_error() < 1e-6);
+//!
+//! let mut codes = Codes::new(CodeFormat {
+//!     sparsity: 2,
+//!     variable: false,
+//!     coefficients: CoefficientFormat::F8,
+//! })?;
+//! codes.extend(&batch);
+//! assert_eq!(codes.bytes_used(), 2 * (3 * 2 + 1));
+//! let decoded = codes.decode(&dictionary)?;
+//! assert!(decoded.iter().zip(vectors).all(|(a, b)| (a - b).abs() < 0.2));
+//! # Ok::<(), lexico::Error>(())
+//! ```
+
+pub mod attention;
+mod arch;
+pub mod code;
+pub mod dictionary;
+mod error;
+pub mod learn;
+pub mod pursuit;
+pub mod tensor_file;
+
+pub use code::{CodeFormat, Codes, CoefficientFormat};
+pub use dictionary::{Dictionary, DictionarySet};
+pub use error::{Error, Result};
+pub use pursuit::{Pursuit, SparseBatch};

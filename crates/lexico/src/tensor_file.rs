@@ -1,0 +1,336 @@
+//! Safetensors files: read tensor by tensor without mapping, written beside their target and renamed.
+//!
+//! Tensors are read with positioned reads rather than through a memory map: peak memory is one
+//! tensor, no `unsafe` is needed, and a file cut short while it is open gives an error instead of
+//! a bus fault.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use half::{bf16, f16};
+pub use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+
+use crate::{Error, Result};
+
+/// The largest header that is accepted, as in the `safetensors` crate.
+const MOST_HEADER_BYTES: u64 = 100_000_000;
+
+/// An open safetensors file, or one held in memory.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    source: Source,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    data_start: u64,
+}
+
+#[derive(Debug)]
+enum Source {
+    File(Mutex<File>),
+    Memory(&'static [u8]),
+}
+
+impl TensorFile {
+    /// Opens `path` and checks its header against its length.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read, [`Error::NotSafetensors`] where it is empty, cut
+    /// short, too long or of another kind.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let mut file = File::open(&path).map_err(Error::io(&path))?;
+        let metadata = file.metadata().map_err(Error::io(&path))?;
+        if metadata.is_dir() {
+            return Err(not_safetensors(&path, "it is a folder"));
+        }
+        let total = metadata.len();
+        let mut length = [0u8; 8];
+        let header_bytes = match file.read_exact(&mut length) {
+            Ok(()) => u64::from_le_bytes(length),
+            Err(_) => return Err(not_safetensors(&path, "it is shorter than 8 bytes")),
+        };
+        check_header_length(&path, header_bytes, total)?;
+        let mut header = vec![0u8; header_bytes as usize];
+        file.read_exact(&mut header).map_err(Error::io(&path))?;
+        Self::with_header(path, Source::File(Mutex::new(file)), &header, total)
+    }
+
+    /// Reads a file that is embedded in the program; `name` stands for its path in messages.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`].
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        let path = PathBuf::from(name);
+        let total = bytes.len() as u64;
+        let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+            return Err(not_safetensors(&path, "it is shorter than 8 bytes"));
+        };
+        let header_bytes = u64::from_le_bytes(*length);
+        check_header_length(&path, header_bytes, total)?;
+        let header = &rest[..header_bytes as usize];
+        Self::with_header(path, Source::Memory(bytes), header, total)
+    }
+
+    fn with_header(path: PathBuf, source: Source, header: &[u8], total: u64) -> Result<Self> {
+        let data_start = 8 + header.len() as u64;
+        let header: Metadata = serde_json::from_slice(header)
+            .map_err(|e| not_safetensors(&path, &format!("its header: {e}")))?;
+        let wanted = data_start + header.data_len() as u64;
+        if wanted != total {
+            let reason =
+                format!("its header promises {wanted} bytes in all, the file has {total}");
+            return Err(not_safetensors(&path, &reason));
+        }
+        Ok(Self {
+            path,
+            source,
+            header,
+            data_start,
+        })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.header.offset_keys();
+        names.sort();
+        names
+    }
+
+    /// Bytes of all tensors together.
+    pub fn data_bytes(&self) -> usize {
+        self.header.data_len()
+    }
+
+    /// The free-form metadata.
+    pub fn metadata(&self) -> HashMap<String, String> {
+        self.header.metadata().clone().unwrap_or_default()
+    }
+
+    /// Checks that the metadata names `wanted` as the file's format; `cure` says what makes such files.
+    pub(crate) fn check_format(&self, wanted: &'static str, cure: &'static str) -> Result<()> {
+        let metadata = self.metadata();
+        let found = metadata.get("format");
+        if found.is_some_and(|f| f == wanted) {
+            return Ok(());
+        }
+        Err(Error::Format {
+            path: self.path.clone(),
+            found: found.map_or("none".to_owned(), |f| format!("{f:?}")),
+            wanted,
+            cure,
+        })
+    }
+
+    /// Number type and shape of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        let info = self.tensor_info(name)?;
+        Ok((info.dtype, &info.shape))
+    }
+
+    fn tensor_info(&self, name: &str) -> Result<&TensorInfo> {
+        self.header.info(name).ok_or_else(|| {
+            let names = self.names();
+            let mut present = names.iter().take(8).cloned().collect::<Vec<_>>().join(", ");
+            if names.is_empty() {
+                present = "none".to_owned();
+            } else if names.len() > 8 {
+                present += &format!(" and {} more", names.len() - 8);
+            }
+            Error::MissingTensor {
+                path: self.path.clone(),
+                name: name.to_owned(),
+                present,
+            }
+        })
+    }
+
+    /// The bytes of a tensor, as stored.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Io`].
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let (start, end) = self.tensor_info(name)?.data_offsets;
+        let start_in_file = self.data_start + start as u64;
+        match &self.source {
+            Source::Memory(bytes) => {
+                let start = start_in_file as usize;
+                let end = self.data_start as usize + end;
+                Ok(bytes[start..end].to_vec())
+            }
+            Source::File(file) => {
+                let mut file = file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let mut bytes = vec![0; end - start];
+                file.seek(SeekFrom::Start(start_in_file))
+                    .and_then(|_| file.read_exact(&mut bytes))
+                    .map_err(Error::io(&self.path))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// A floating-point tensor of `rank` dimensions, converted to f32.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Io`], and [`Error::Tensor`] where the rank or the number
+    /// type is another (F16, BF16, F32 and F64 are read).
+    pub fn f32_tensor(&self, name: &str, rank: usize) -> Result<(Vec<f32>, Vec<usize>)> {
+        let (dtype, shape) = self.info(name)?;
+        if shape.len() != rank {
+            let reason = format!("its shape is {shape:?}, but {rank} dimensions are needed");
+            return Err(Error::tensor(&self.path, name, reason));
+        }
+        let bytes = self.bytes(name)?;
+        let numbers = floats_of_bytes(dtype, &bytes).ok_or_else(|| {
+            let reason = format!("its numbers are {dtype:?}; F16, BF16, F32 or F64 are needed");
+            Error::tensor(&self.path, name, reason)
+        })?;
+        Ok((numbers, shape.to_vec()))
+    }
+}
+
+/// Converts stored floating-point numbers to f32; `None` for any other number type.
+fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let pairs = || bytes.as_chunks::<2>().0.iter();
+    Some(match dtype {
+        Dtype::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::F32 => {
+            let chunks = bytes.as_chunks::<4>().0;
+            chunks.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        }
+        Dtype::F64 => {
+            let chunks = bytes.as_chunks::<8>().0;
+            chunks.iter().map(|&b| f64::from_le_bytes(b) as f32).collect()
+        }
+        _ => return None,
+    })
+}
+
+fn check_header_length(path: &Path, header_bytes: u64, total: u64) -> Result<()> {
+    if header_bytes > MOST_HEADER_BYTES || header_bytes > total - 8 {
+        let reason = format!("it claims a header of {header_bytes} bytes in a file of {total}");
+        return Err(not_safetensors(path, &reason));
+    }
+    Ok(())
+}
+
+fn not_safetensors(path: &Path, reason: &str) -> Error {
+    Error::NotSafetensors {
+        path: path.to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+/// A tensor to be written: name, number type, shape, little-endian bytes.
+#[derive(Debug, Clone)]
+pub struct NewTensor {
+    /// Its name.
+    pub name: String,
+    /// Its number type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its numbers, little-endian.
+    pub bytes: Vec<u8>,
+}
+
+impl NewTensor {
+    /// An F32 tensor.
+    pub fn f32(name: &str, shape: &[usize], numbers: &[f32]) -> Self {
+        let bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self::new(name, Dtype::F32, shape, bytes)
+    }
+
+    /// A tensor of any number type.
+    pub fn new(name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> Self {
+        Self {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            bytes,
+        }
+    }
+}
+
+/// Writes a safetensors file: whole, or not at all.
+///
+/// # Errors
+/// [`Error::Io`] where the folder does not exist or cannot be written;
+/// [`Error::Tensor`] where a tensor's bytes do not fill its shape.
+pub fn write(
+    path: impl AsRef<Path>,
+    tensors: &[NewTensor],
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let mut views = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes)
+            .map_err(|e| Error::tensor(path, &tensor.name, e.to_string()))?;
+        views.push((tensor.name.as_str(), view));
+    }
+    let bytes = safetensors::serialize(views, Some(metadata))
+        .map_err(|e| not_safetensors(path, &e.to_string()))?;
+    write_atomically(path, &bytes)
+}
+
+/// Writes `bytes` beside `path` and renames the result, so that `path` is never half written.
+///
+/// # Errors
+/// [`Error::Io`], naming `path`.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if path.is_dir() {
+        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder");
+        return Err(Error::io(path)(source));
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".lexico-").suffix(".partial");
+    #[cfg(unix)]
+    {
+        // A temporary file is private by default; the target should obey the umask like any other.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder.tempfile_in(folder).map_err(Error::io(path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.as_file().sync_all())
+        .map_err(Error::io(path))?;
+    file.persist(path)
+        .map_err(|e| Error::io(path)(e.error))
+        .map(drop)
+}
+
+/// Fails early where [`write_atomically`] would fail late: after an hour of training, say.
+///
+/// # Errors
+/// [`Error::Io`], naming `path`.
+pub fn check_writable(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder");
+        return Err(Error::io(path)(source));
+    }
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    tempfile::tempfile_in(folder)
+        .map(drop)
+        .map_err(Error::io(path))
+}

@@ -1,0 +1,114 @@
+//! Attention on codes equals dense attention, in plain f64, on the decoded vectors.
+
+mod common;
+
+use common::{drawn_vectors, random_dictionary};
+use lexico::attention::{DenseRows, NumberType, Source, attend};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use proptest::prelude::*;
+
+/// `queries` `[G, t, m]` over `past + t` positions, the last `t` causal.
+fn dense_attention(queries: &[f32], m: usize, t: usize, keys: &[f32], values: &[f32]) -> Vec<f64> {
+    let positions = keys.len() / m;
+    let mut out = Vec::new();
+    for (row, q) in queries.chunks(m).enumerate() {
+        let seen = positions - t + row % t + 1;
+        let dot = |k: &[f32]| -> f64 {
+            q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() / (m as f64).sqrt()
+        };
+        let scores: Vec<f64> = keys.chunks(m).take(seen).map(dot).collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for j in 0..m {
+            let weighted = weights.iter().zip(values.chunks(m)).map(|(w, v)| w * f64::from(v[j]));
+            out.push(weighted.sum::<f64>() / sum);
+        }
+    }
+    out
+}
+
+fn coded(dictionary: &Dictionary, vectors: &[f32], format: CodeFormat, tolerance: f32) -> Codes {
+    let pursuit = Pursuit::new(dictionary, format.sparsity).unwrap().with_tolerance(tolerance).unwrap();
+    let mut codes = Codes::new(format).unwrap();
+    // In pieces, as a cache grows.
+    for piece in vectors.chunks(7 * dictionary.head_dim()) {
+        codes.extend(&pursuit.encode(piece).unwrap());
+    }
+    codes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(160))]
+
+    #[test]
+    fn on_codes_window_and_new_positions(
+        m in prop_oneof![Just(1usize), Just(7), Just(16), Just(33), Just(64)],
+        group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![Just(1usize), 2usize..40],
+        past in prop_oneof![Just(0usize), 1usize..40, Just(300)], window in prop_oneof![Just(0usize), 1usize..20, Just(270)],
+        s in 1usize..12, variable: bool, f32_coefficients: bool, f16_window: bool, seed: u64,
+    ) {
+        let s = s.min(m);
+        let key_dictionary = random_dictionary(seed, 60, m);
+        let value_dictionary = random_dictionary(seed ^ 1, 48, m);
+        let format = CodeFormat {
+            sparsity: s,
+            variable,
+            coefficients: if f32_coefficients { CoefficientFormat::F32 } else { CoefficientFormat::F8 },
+        };
+        let tolerance = if variable { 0.3 } else { 0.0 };
+        let keys = coded(&key_dictionary, &drawn_vectors(seed ^ 2, past, m), format, tolerance);
+        let values = coded(&value_dictionary, &drawn_vectors(seed ^ 3, past, m), format, tolerance);
+        let number_type = if f16_window { NumberType::F16 } else { NumberType::F32 };
+        let mut window_keys = DenseRows::new(m, number_type);
+        let mut window_values = DenseRows::new(m, number_type);
+        window_keys.extend(&drawn_vectors(seed ^ 4, window, m));
+        window_values.extend(&drawn_vectors(seed ^ 5, window, m));
+        let new_keys = drawn_vectors(seed ^ 6, t, m);
+        let new_values = drawn_vectors(seed ^ 7, t, m);
+        let queries = drawn_vectors(seed ^ 8, group * t, m);
+
+        let mut out = vec![f32::NAN; queries.len()];
+        attend(&queries, m, t, &[
+            Source::Codes { keys: &keys, values: &values, key_dictionary: &key_dictionary, value_dictionary: &value_dictionary },
+            Source::Dense { keys: &window_keys, values: &window_values },
+            Source::Causal { keys: &new_keys, values: &new_values },
+        ], &mut out);
+
+        let all_keys = [keys.decode(&key_dictionary).unwrap(), window_keys.to_f32(), new_keys].concat();
+        let all_values = [values.decode(&value_dictionary).unwrap(), window_values.to_f32(), new_values].concat();
+        let expected = dense_attention(&queries, m, t, &all_keys, &all_values);
+        for (got, want) in out.iter().zip(expected) {
+            prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);
+        }
+    }
+}
+
+#[test]
+fn scores_of_any_size_do_not_overflow() {
+    let m = 4;
+    let keys = [1e4f32, 0.0, 0.0, 0.0, -1e4, 0.0, 0.0, 0.0];
+    let values = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+    for sign in [1f32, -1.0] {
+        let queries = [sign * 1e4, 0.0, 0.0, 0.0];
+        let mut window = DenseRows::new(m, NumberType::F32);
+        window.extend(&keys[..m]);
+        let mut window_values = DenseRows::new(m, NumberType::F32);
+        window_values.extend(&values[..m]);
+        let mut out = [0.0; 4];
+        let sources = [
+            Source::Dense { keys: &window, values: &window_values },
+            Source::Causal { keys: &keys[m..], values: &values[m..] },
+        ];
+        attend(&queries, m, 1, &sources, &mut out);
+        let expected = if sign > 0.0 { &values[..m] } else { &values[m..] };
+        assert_eq!(out, expected);
+    }
+}
+
+#[test]
+fn a_dense_number_beyond_f16_is_held_at_its_limit() {
+    let mut rows = DenseRows::new(2, NumberType::F16);
+    rows.extend(&[1e9, -1e9]);
+    assert_eq!(rows.to_f32(), [65504.0, -65504.0]);
+}
