@@ -1,14 +1,39 @@
-pub fn add(left: u64, right: u64) -> u64 {
-    left + right
-}
+//! Language models whose KV cache is held as sparse codes.
+//!
+//! A [`Model`] reads a Hugging Face folder, or is the small one embedded here; a cache is made by
+//! name, from [`cache::METHODS`]; [`generate`](generate::generate) goes on from a prompt.
+//!
+//! ```
+//! use std::ops::ControlFlow;
+//! use lexico_llm::{Model, cache::CacheSpec, generate::{GenerateOptions, generate}};
+//!
+//! let model = Model::tiny()?;
+//! let spec: CacheSpec = "lexico:sparsity=8,window=16".parse()?;
+//! let mut cache = model.cache(&spec)?;
+//! let prompt = model.tokenizer.encode_first("Question: Ana has 3 coins at home.")?;
+//! let options = GenerateOptions { max_tokens: 8, ..Default::default() };
+//! let generated = generate(&model, cache.as_mut(), &prompt, &options, &mut |text| {
+//!     print!("{text}");
+//!     ControlFlow::Continue(())
+//! })?;
+//! assert_eq!(generated.tokens.len(), 8);
+//! assert_eq!(cache.len(), prompt.len() + 7);
+//! # Ok::<(), lexico_llm::Error>(())
+//! ```
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+pub mod cache;
+pub mod config;
+pub mod decoder;
+mod error;
+pub mod generate;
+pub mod import;
+mod model;
+pub mod sample;
+mod tokenizer;
+pub mod train;
+mod weights;
 
-    #[test]
-    fn it_works() {
-        let result = add(2, 2);
-        assert_eq!(result, 4);
-    }
-}
+pub use error::{Error, Result};
+
+pub use model::Model;
+pub use tokenizer::{TextStream, Tokenizer};

@@ -1,0 +1,194 @@
+use std::sync::Arc;
+
+use ::lexico::attention::{DenseRows, NumberType, Source, attend};
+use ::lexico::dictionary::Dictionary;
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::{Footprint, KvCache, numbers, tensor};
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Settings of [`LexicoCache`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LexicoSettings {
+    /// Most nonzeros of a key.
+    pub key_sparsity: usize,
+    /// Most nonzeros of a value.
+    pub value_sparsity: usize,
+    /// `δ`: relative error at which the pursuit stops early; 0 never does.
+    pub tolerance: f32,
+    /// `n_b`: the newest positions, kept dense.
+    pub window: usize,
+    /// `n_a`: how many positions leave the window at once.
+    pub batch: usize,
+    /// How coefficients are stored.
+    pub coefficients: CoefficientFormat,
+    /// How the window is stored.
+    pub dense: NumberType,
+}
+
+/// Keys and values as sparse codes over the model's dictionaries, the newest ones dense.
+///
+/// Kim, Park, Cho, Papailiopoulos: *Lexico* (ICML 2025). New positions attend at full precision
+/// to each other and to the window, and on the codes to all that came before; what the window
+/// cannot hold is coded right after, so that at most one layer of a prompt is ever dense.
+pub struct LexicoCache {
+    dictionaries: Arc<DictionarySet>,
+    settings: LexicoSettings,
+    layers: Vec<Vec<Head>>,
+    head_dim: usize,
+}
+
+struct Head {
+    keys: Part,
+    values: Part,
+}
+
+/// The keys, or the values, of one KV head: the past as codes, then the window.
+struct Part {
+    codes: Codes,
+    window: DenseRows,
+}
+
+impl LexicoCache {
+    /// An empty cache for a model of this shape.
+    ///
+    /// # Errors
+    /// [`lexico::Error::OtherModel`](::lexico::Error::OtherModel) where the dictionaries are of
+    /// another shape; where a sparsity or the tolerance is impossible.
+    pub fn new(
+        config: &Config,
+        dictionaries: Arc<DictionarySet>,
+        settings: LexicoSettings,
+    ) -> Result<Self> {
+        dictionaries.check_fits(&config.identity("at hand"))?;
+        let part = |sparsity: usize, dictionary: &Dictionary| -> Result<Part> {
+            // Refuses impossible settings now rather than at the first full window.
+            Pursuit::new(dictionary, sparsity)?.with_tolerance(settings.tolerance)?;
+            Ok(Part {
+                codes: Codes::new(CodeFormat {
+                    sparsity,
+                    variable: settings.tolerance > 0.0,
+                    coefficients: settings.coefficients,
+                })?,
+                window: DenseRows::new(config.head_dim, settings.dense),
+            })
+        };
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in &dictionaries.layers {
+            let mut heads = Vec::with_capacity(config.kv_heads);
+            for _ in 0..config.kv_heads {
+                heads.push(Head {
+                    keys: part(settings.key_sparsity, &layer.keys)?,
+                    values: part(settings.value_sparsity, &layer.values)?,
+                });
+            }
+            layers.push(heads);
+        }
+        Ok(Self {
+            dictionaries,
+            settings,
+            layers,
+            head_dim: config.head_dim,
+        })
+    }
+}
+
+impl Part {
+    /// Takes new vectors into the window and codes what the window cannot hold.
+    fn extend(
+        &mut self,
+        new: &[f32],
+        dictionary: &Dictionary,
+        settings: &LexicoSettings,
+    ) -> ::lexico::Result<()> {
+        let m = dictionary.head_dim();
+        let surplus = (self.window.len() + new.len() / m).saturating_sub(settings.window);
+        if surplus == 0 || surplus < settings.batch {
+            self.window.extend(new);
+            return Ok(());
+        }
+        // The oldest ones leave: those of the window first, then new ones that never enter it.
+        let mut leaving = self.window.take_front(surplus.min(self.window.len()));
+        let (passing, staying) = new.split_at(surplus * m - leaving.len());
+        leaving.extend_from_slice(passing);
+        self.window.extend(staying);
+        let pursuit = Pursuit::new(dictionary, self.codes.format().sparsity)?;
+        let batch = pursuit.with_tolerance(settings.tolerance)?.encode(&leaving)?;
+        self.codes.extend(&batch);
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.codes.len() + self.window.len()
+    }
+}
+
+impl KvCache for LexicoCache {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (queries, t) = numbers(q)?;
+        let (keys, _) = numbers(k)?;
+        let (values, _) = numbers(v)?;
+        let dictionaries = &self.dictionaries.layers[layer];
+        let settings = &self.settings;
+        let heads = &mut self.layers[layer];
+        let m = self.head_dim;
+        let mut out = vec![0.0; queries.len()];
+        let group = queries.len() / heads.len();
+        (
+            &mut *heads,
+            queries.par_chunks_exact(group),
+            keys.par_chunks_exact(t * m),
+            values.par_chunks_exact(t * m),
+            out.par_chunks_exact_mut(group),
+        )
+            .into_par_iter()
+            .try_for_each(|(head, queries, new_keys, new_values, out)| {
+                let sources = [
+                    Source::Codes {
+                        keys: &head.keys.codes,
+                        values: &head.values.codes,
+                        key_dictionary: &dictionaries.keys,
+                        value_dictionary: &dictionaries.values,
+                    },
+                    Source::Dense {
+                        keys: &head.keys.window,
+                        values: &head.values.window,
+                    },
+                    Source::Causal {
+                        keys: new_keys,
+                        values: new_values,
+                    },
+                ];
+                attend(queries, m, t, &sources, out);
+                let coding = |part| move |source| Error::Coding { layer, part, source };
+                head.keys
+                    .extend(new_keys, &dictionaries.keys, settings)
+                    .map_err(coding("key"))?;
+                head.values
+                    .extend(new_values, &dictionaries.values, settings)
+                    .map_err(coding("value"))
+            })?;
+        tensor(out, q)
+    }
+
+    fn len(&self) -> usize {
+        // The last layer is the last to grow: a step counts once all layers have it.
+        let head = self.layers.last().and_then(|heads| heads.first());
+        head.map_or(0, |head| head.keys.len())
+    }
+
+    fn footprint(&self) -> Footprint {
+        let heads = || self.layers.iter().flatten();
+        let parts = || heads().flat_map(|head| [&head.keys, &head.values]);
+        Footprint {
+            parts: vec![
+                ("codes", parts().map(|part| part.codes.bytes()).sum()),
+                ("window", parts().map(|part| part.window.bytes()).sum()),
+                ("bookkeeping", heads().count() * size_of::<Head>()),
+            ],
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! A decoder's shape, as a Hugging Face `config.json` gives it.
+
+use std::path::Path;
+
+use lexico::dictionary::{ModelIdentity, RotaryIdentity};
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+
+/// Architectures that the decoder runs.
+const ARCHITECTURES: [&str; 1] = ["LlamaForCausalLM"];
+
+/// Shape and constants of a decoder of the Llama family.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Name of the architecture.
+    pub architecture: String,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward layers.
+    pub intermediate: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// `m`.
+    pub head_dim: usize,
+    /// Tokens in the vocabulary.
+    pub vocabulary: usize,
+    /// Positions that the model was made for.
+    pub context: usize,
+    /// Added to the mean square in RMS norms.
+    pub norm_epsilon: f64,
+    /// Base of the rotary embedding's frequencies.
+    pub rope_theta: f64,
+    /// Whether the output head is the embedding.
+    pub tied_head: bool,
+    /// Beginning-of-text token.
+    pub begin_token: Option<u32>,
+    /// End-of-text tokens.
+    pub end_tokens: Vec<u32>,
+}
+
+impl Config {
+    /// Parses the text of `config.json`; `path` stands in messages.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: not JSON, an entry missing, an architecture or rotary embedding that is
+    /// not known, a shape that is impossible.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let error = |reason: String| Error::Config {
+            path: path.to_owned(),
+            reason,
+        };
+        let raw: RawConfig =
+            serde_json::from_str(text).map_err(|e| error(format!("not a model's config: {e}")))?;
+        let architecture = raw.architectures.first().cloned().unwrap_or_default();
+        if !ARCHITECTURES.contains(&architecture.as_str()) {
+            return Err(error(format!(
+                "architecture {architecture:?} is not supported; these are: {}",
+                ARCHITECTURES.join(", ")
+            )));
+        }
+        if raw.attention_bias || raw.mlp_bias {
+            return Err(error("biases in a Llama model are not supported".to_owned()));
+        }
+        if raw.hidden_act != "silu" {
+            return Err(error(format!("activation {:?} is not supported, only \"silu\"", raw.hidden_act)));
+        }
+        let rope_theta = raw.rope_theta().map_err(error)?;
+        let heads = raw.num_attention_heads;
+        let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
+        let sizes = [
+            ("hidden_size", raw.hidden_size),
+            ("intermediate_size", raw.intermediate_size),
+            ("num_hidden_layers", raw.num_hidden_layers),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", kv_heads),
+            ("vocab_size", raw.vocab_size),
+            ("max_position_embeddings", raw.max_position_embeddings),
+        ];
+        for (name, size) in sizes {
+            // Far above any model, and far below where products of sizes could overflow.
+            if size == 0 || size > 1 << 30 {
+                return Err(error(format!("{name} = {size} is impossible")));
+            }
+        }
+        if !heads.is_multiple_of(kv_heads) {
+            let reason = format!("{heads} attention heads cannot share {kv_heads} KV heads evenly");
+            return Err(error(reason));
+        }
+        let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
+        if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 14 {
+            return Err(error(format!("head_dim = {head_dim} is impossible: it must be even and above 0")));
+        }
+        for (name, number) in [("rms_norm_eps", raw.rms_norm_eps), ("rope_theta", rope_theta)] {
+            if !(number > 0.0 && number.is_finite()) {
+                return Err(error(format!("{name} = {number} is impossible")));
+            }
+        }
+        Ok(Self {
+            architecture,
+            hidden: raw.hidden_size,
+            intermediate: raw.intermediate_size,
+            layers: raw.num_hidden_layers,
+            heads,
+            kv_heads,
+            head_dim,
+            vocabulary: raw.vocab_size,
+            context: raw.max_position_embeddings,
+            norm_epsilon: raw.rms_norm_eps,
+            rope_theta,
+            tied_head: raw.tie_word_embeddings,
+            begin_token: raw.bos_token_id.and_then(|ids| ids.list().first().copied()),
+            end_tokens: raw.eos_token_id.map_or_else(Vec::new, TokenIds::list),
+        })
+    }
+
+    /// What a dictionary must agree with to serve this model.
+    pub fn identity(&self, name: &str) -> ModelIdentity {
+        ModelIdentity {
+            name: name.to_owned(),
+            architecture: self.architecture.clone(),
+            layers: self.layers,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            rotary: RotaryIdentity {
+                kind: "default".to_owned(),
+                theta: self.rope_theta,
+            },
+        }
+    }
+
+    /// Bytes of keys and values of `positions` in FP16: what every cache is measured against.
+    pub fn fp16_cache_bytes(&self, positions: usize) -> usize {
+        4 * self.head_dim * self.kv_heads * self.layers * positions
+    }
+}
+
+/// End-of-text tokens of a `generation_config.json`, which take precedence over the config's.
+pub(crate) fn generation_end_tokens(text: &str, path: &Path) -> Result<Option<Vec<u32>>> {
+    #[derive(Deserialize)]
+    struct Raw {
+        eos_token_id: Option<TokenIds>,
+    }
+    let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config {
+        path: path.to_owned(),
+        reason: e.to_string(),
+    })?;
+    Ok(raw.eos_token_id.map(TokenIds::list))
+}
+
+#[derive(Deserialize)]
+struct RawConfig {
+    #[serde(default)]
+    architectures: Vec<String>,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    #[serde(default = "silu")]
+    hidden_act: String,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    bos_token_id: Option<TokenIds>,
+    eos_token_id: Option<TokenIds>,
+    /// As transformers 4 writes it.
+    rope_theta: Option<f64>,
+    /// As transformers 4 writes it.
+    rope_scaling: Option<RopeParameters>,
+    /// As transformers 5 writes it.
+    rope_parameters: Option<RopeParameters>,
+}
+
+fn silu() -> String {
+    "silu".to_owned()
+}
+
+#[derive(Deserialize)]
+struct RopeParameters {
+    /// `type` in older files.
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+}
+
+impl RawConfig {
+    fn rope_theta(&self) -> std::result::Result<f64, String> {
+        let parameters = [&self.rope_parameters, &self.rope_scaling];
+        for given in parameters.into_iter().flatten() {
+            let kind = given.rope_type.as_deref().unwrap_or("default");
+            if kind != "default" {
+                return Err(format!(
+                    "rotary embedding of type {kind:?} is not supported; these are: \"default\""
+                ));
+            }
+        }
+        let nested = self.rope_parameters.as_ref().and_then(|p| p.rope_theta);
+        // The one default that transformers itself has for Llama.
+        Ok(nested.or(self.rope_theta).unwrap_or(10_000.0))
+    }
+}
+
+/// One token or a list of them.
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum TokenIds {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl TokenIds {
+    fn list(self) -> Vec<u32> {
+        match self {
+            TokenIds::One(id) => vec![id],
+            TokenIds::Many(ids) => ids,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(change: impl FnOnce(&mut serde_json::Value)) -> Result<Config> {
+        let mut json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "vocab_size": 100, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        });
+        change(&mut json);
+        Config::parse(&json.to_string(), Path::new("config.json"))
+    }
+
+    #[test]
+    fn both_spellings_of_the_rotary_base_are_read() {
+        assert_eq!(config(|_| ()).unwrap().rope_theta, 10_000.0);
+        let four = config(|c| c["rope_theta"] = 5e5.into()).unwrap();
+        let five = config(|c| {
+            c["rope_parameters"] = serde_json::json!({"rope_theta": 5e5, "rope_type": "default"});
+        });
+        assert_eq!((four.rope_theta, five.unwrap().rope_theta), (5e5, 5e5));
+    }
+
+    #[test]
+    fn end_tokens_are_one_or_many() {
+        let one = config(|c| c["eos_token_id"] = 7.into()).unwrap();
+        let many = config(|c| c["eos_token_id"] = serde_json::json!([7, 8])).unwrap();
+        assert_eq!((one.end_tokens, many.end_tokens), (vec![7], vec![7, 8]));
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_by_name() {
+        let refused = |change: fn(&mut serde_json::Value)| config(change).unwrap_err().to_string();
+        let cases: [(fn(&mut serde_json::Value), &str); 10] = [
+            (|c| c["architectures"] = serde_json::json!(["MambaForCausalLM"]), "MambaForCausalLM"),
+            (|c| c["rope_scaling"] = serde_json::json!({"type": "yarn"}), "yarn"),
+            (|c| c["rope_parameters"] = serde_json::json!({"rope_type": "odd"}), "odd"),
+            (|c| c["num_attention_heads"] = 0.into(), "num_attention_heads"),
+            (|c| c["num_key_value_heads"] = 3.into(), "3 KV heads"),
+            (|c| c["head_dim"] = 7.into(), "head_dim"),
+            (|c| c["rms_norm_eps"] = 0.into(), "rms_norm_eps"),
+            (|c| c["rope_theta"] = (-1.0).into(), "rope_theta"),
+            (|c| c["hidden_act"] = "gelu".into(), "gelu"),
+            (|c| c["attention_bias"] = true.into(), "biases"),
+        ];
+        for (change, word) in cases {
+            let message = refused(change);
+            assert!(message.contains(word), "{message:?} does not name {word:?}");
+        }
+    }
+}

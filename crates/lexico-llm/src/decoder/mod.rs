@@ -1,0 +1,118 @@
+//! One decoder for the Llama family, told apart by its config.
+
+mod layer;
+mod rotary;
+
+use candle_core::{D, Device, Tensor};
+use candle_nn::ops::rms_norm;
+
+use crate::cache::KvCache;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::weights::Weights;
+use layer::Layer;
+
+/// Some new tokens of one sequence, and the cache that holds what came before them.
+pub struct Sequence<'a> {
+    /// The new tokens; at least one.
+    pub tokens: &'a [u32],
+    /// The keys and values so far; the new ones are added.
+    pub cache: &'a mut dyn KvCache,
+}
+
+/// Of which positions [`Decoder::forward`] computes logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// Of each sequence's last token: `[sequences, vocabulary]`.
+    Last,
+    /// Of every new token, sequence after sequence: `[tokens, vocabulary]`.
+    All,
+}
+
+/// A decoder-only transformer with rotary embedding, RMS norms and gated feed-forward layers.
+pub struct Decoder {
+    config: Config,
+    /// `[vocabulary, hidden]`
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// `[hidden, vocabulary]`, a view of the embedding where they are tied.
+    head: Tensor,
+}
+
+impl Decoder {
+    pub(crate) fn load(config: Config, weights: &Weights) -> Result<Self> {
+        let (hidden, vocabulary) = (config.hidden, config.vocabulary);
+        let embedding = weights.get("model.embed_tokens.weight", &[vocabulary, hidden])?;
+        let head = if config.tied_head && !weights.contains("lm_head.weight") {
+            embedding.t()?
+        } else {
+            weights.get("lm_head.weight", &[vocabulary, hidden])?.t()?
+        };
+        let layers = (0..config.layers)
+            .map(|l| Layer::load(&config, weights, l))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            embedding,
+            layers,
+            norm: weights.get("model.norm.weight", &[hidden])?,
+            head,
+            config,
+        })
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Runs the new tokens of several sequences through the model at once.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] for a sequence without new tokens, [`Error::TokenOutside`],
+    /// [`Error::ContextFull`], and what the caches return.
+    pub fn forward(&self, sequences: &mut [Sequence<'_>], wanted: Logits) -> Result<Tensor> {
+        let mut tokens = Vec::new();
+        let mut positions = Vec::new();
+        for sequence in sequences.iter() {
+            let past = sequence.cache.len();
+            let end = past + sequence.tokens.len();
+            if sequence.tokens.is_empty() {
+                return Err(Error::EmptyPrompt);
+            }
+            if end > self.config.context {
+                return Err(Error::ContextFull {
+                    wanted: end,
+                    context: self.config.context,
+                });
+            }
+            tokens.extend_from_slice(sequence.tokens);
+            positions.extend(past..end);
+        }
+        let vocabulary = self.config.vocabulary;
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
+            return Err(Error::TokenOutside { token, vocabulary });
+        }
+        let rotation = rotary::Rotation::at(&positions, self.config.head_dim, self.config.rope_theta)?;
+        let tokens = Tensor::new(tokens, &Device::Cpu)?;
+        let mut x = self.embedding.index_select(&tokens, 0)?;
+        for (l, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&self.config, l, &x, &rotation, sequences)?;
+        }
+        if wanted == Logits::Last {
+            let mut end = 0;
+            let last: Vec<u32> = sequences
+                .iter()
+                .map(|sequence| {
+                    end += sequence.tokens.len() as u32;
+                    end - 1
+                })
+                .collect();
+            x = x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)?;
+        }
+        let x = rms_norm(&x, &self.norm, self.config.norm_epsilon as f32)?;
+        let logits = x.matmul(&self.head)?;
+        debug_assert_eq!(logits.dim(D::Minus1)?, vocabulary);
+        Ok(logits)
+    }
+}

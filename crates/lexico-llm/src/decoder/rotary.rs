@@ -1,0 +1,38 @@
+use candle_core::{Device, Tensor};
+use candle_nn::rotary_emb::rope;
+
+use crate::error::Result;
+
+/// The rotary embedding (Su et al. 2021) at some positions, halves paired as Llama does.
+pub(super) struct Rotation {
+    /// `[positions, m / 2]`
+    cos: Tensor,
+    /// `[positions, m / 2]`
+    sin: Tensor,
+}
+
+impl Rotation {
+    pub(super) fn at(positions: &[usize], head_dim: usize, theta: f64) -> Result<Self> {
+        let half = head_dim / 2;
+        // In f32 as PyTorch transformers computes it, so that logits agree.
+        let frequency = |i: usize| 1.0 / (theta.powf((2 * i) as f64 / head_dim as f64)) as f32;
+        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let angles: Vec<f32> = positions
+            .iter()
+            .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
+            .collect();
+        let shape = (positions.len(), half);
+        let tensor = |f: fn(f32) -> f32| {
+            Tensor::from_vec(angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(), shape, &Device::Cpu)
+        };
+        Ok(Self {
+            cos: tensor(f32::cos)?,
+            sin: tensor(f32::sin)?,
+        })
+    }
+
+    /// Rotates `[heads, positions, m]`.
+    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rope(&x.unsqueeze(0)?, &self.cos, &self.sin)?.squeeze(0)?)
+    }
+}

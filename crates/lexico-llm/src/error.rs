@@ -1,0 +1,158 @@
+use std::path::{Path, PathBuf};
+
+/// Everything that can go wrong in this crate; each message says what was wrong with what.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A model folder lacks a file.
+    #[error("{folder}: no {file}; a model folder in Hugging Face layout has {needed}", folder = folder.display())]
+    MissingFile {
+        /// The folder.
+        folder: PathBuf,
+        /// The file that is not there.
+        file: String,
+        /// What such a folder has.
+        needed: &'static str,
+    },
+    /// A config cannot be understood or describes no possible model.
+    #[error("{path}: {reason}", path = path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tokenizer cannot be read or used.
+    #[error("{path}: {reason}", path = path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A weight is missing or of another shape than the config says.
+    #[error("{path}: weight {name:?}: {reason}", path = path.display())]
+    Weight {
+        /// The file it should be in.
+        path: PathBuf,
+        /// The weight.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file of the reference implementation cannot be imported.
+    #[error("{path}: cannot import it: {reason}", path = path.display())]
+    Import {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No cache method of that name.
+    #[error("no cache method {name:?}; there are: {known}")]
+    UnknownMethod {
+        /// The name given.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// A cache method has no such option.
+    #[error("cache method {method:?} has no option {option:?}; {known}")]
+    UnknownOption {
+        /// The method.
+        method: &'static str,
+        /// The option given.
+        option: String,
+        /// The options there are.
+        known: String,
+    },
+    /// An option's value cannot be used.
+    #[error("cache method {method:?}: {option}={value}: {reason}")]
+    OptionValue {
+        /// The method.
+        method: &'static str,
+        /// The option.
+        option: &'static str,
+        /// The value given.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A cache method needs dictionaries and there are none.
+    #[error(
+        "cache method \"lexico\" needs the dictionaries of the model {model}: train them with \
+         `lexico train --model {model} --corpus TEXT --out dictionary.safetensors` and give \
+         `--dictionary dictionary.safetensors`, or use `--cache full`"
+    )]
+    NoDictionary {
+        /// The model.
+        model: String,
+    },
+    /// A prompt without tokens.
+    #[error("the prompt is empty; the model needs at least one token to go on from")]
+    EmptyPrompt,
+    /// More tokens than the model's context holds.
+    #[error("{wanted} tokens do not fit the model's context of {context}; shorten the prompt")]
+    ContextFull {
+        /// Tokens asked for in all.
+        wanted: usize,
+        /// What fits.
+        context: usize,
+    },
+    /// A token outside the vocabulary.
+    #[error("token {token} lies outside the model's vocabulary of {vocabulary}")]
+    TokenOutside {
+        /// The token.
+        token: u32,
+        /// The vocabulary's size.
+        vocabulary: usize,
+    },
+    /// A sampling setting that cannot be used.
+    #[error("{0}")]
+    Sampling(String),
+    /// The model's output is not a number.
+    #[error("the model's logits hold a NaN: its weights are damaged, or they overflow")]
+    NotANumber,
+    /// A key or value that cannot be coded.
+    #[error("layer {layer}: a {part} of the prompt cannot be coded: {source}")]
+    Coding {
+        /// The layer.
+        layer: usize,
+        /// `key` or `value`.
+        part: &'static str,
+        /// Why.
+        source: lexico::Error,
+    },
+    /// A text that cannot serve as a corpus.
+    #[error("{path}: {reason}", path = path.display())]
+    Corpus {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An error of the codec.
+    #[error(transparent)]
+    Codec(#[from] lexico::Error),
+    /// An error of the tensor library.
+    #[error("tensor computation: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+    move |source| Error::Io {
+        path: path.to_owned(),
+        source,
+    }
+}

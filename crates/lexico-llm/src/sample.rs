@@ -1,0 +1,226 @@
+//! From logits to the next token.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::{Error, Result};
+
+/// How the next token is chosen. Steps apply in the order of llama.cpp: repetition penalty,
+/// top-k, top-p, min-p, temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token always; higher is more varied.
+    pub temperature: f32,
+    /// Only the `k` most likely tokens; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability; 1 for all.
+    pub top_p: f32,
+    /// Only tokens at least this times as likely as the most likely; 0 for all.
+    pub min_p: f32,
+    /// Logits of recent tokens are divided by this (multiplied where negative); 1 for none.
+    pub repetition_penalty: f32,
+    /// How many of the last tokens count as recent.
+    pub repetition_window: usize,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            repetition_penalty: 1.0,
+            repetition_window: 64,
+            seed: 0,
+        }
+    }
+}
+
+/// Draws tokens by some [`Sampling`].
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random sequence.
+    ///
+    /// # Errors
+    /// [`Error::Sampling`] for a setting outside its range.
+    pub fn new(sampling: Sampling) -> Result<Self> {
+        let Sampling {
+            temperature,
+            top_p,
+            min_p,
+            repetition_penalty,
+            ..
+        } = sampling;
+        let refuse = |what: &str, value: f32, range: &str| {
+            Err(Error::Sampling(format!("{what} {value} is impossible: it must be {range}")))
+        };
+        if !(temperature >= 0.0 && temperature.is_finite()) {
+            return refuse("temperature", temperature, "0 or more");
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return refuse("top-p", top_p, "above 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&min_p) {
+            return refuse("min-p", min_p, "between 0 and 1");
+        }
+        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
+            return refuse("repetition penalty", repetition_penalty, "above 0");
+        }
+        let rng = ChaCha8Rng::seed_from_u64(sampling.seed);
+        Ok(Self { sampling, rng })
+    }
+
+    /// Chooses the token that follows `tokens`.
+    ///
+    /// # Errors
+    /// [`Error::NotANumber`] where a logit is NaN.
+    pub fn next(&mut self, mut logits: Vec<f32>, tokens: &[u32]) -> Result<u32> {
+        if logits.iter().any(|l| l.is_nan()) {
+            return Err(Error::NotANumber);
+        }
+        let penalty = self.sampling.repetition_penalty;
+        if penalty != 1.0 {
+            let start = tokens.len().saturating_sub(self.sampling.repetition_window);
+            let mut recent = tokens[start..].to_vec();
+            recent.sort_unstable();
+            recent.dedup();
+            for token in recent {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        if self.sampling.temperature == 0.0 {
+            return Ok(most_likely(&logits));
+        }
+        let mut candidates: Vec<(u32, f32)> = (0..).zip(logits).collect();
+        // The token breaks ties, so that equal logits give the same text on every machine.
+        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if self.sampling.top_k > 0 {
+            candidates.truncate(self.sampling.top_k);
+        }
+        let probabilities = softmax(&candidates, 1.0);
+        let mut kept = 0;
+        let mut reached = 0.0;
+        for &p in &probabilities {
+            if kept > 0
+                && (reached >= self.sampling.top_p || p < self.sampling.min_p * probabilities[0])
+            {
+                break;
+            }
+            reached += p;
+            kept += 1;
+        }
+        candidates.truncate(kept);
+        let probabilities = softmax(&candidates, self.sampling.temperature);
+        let mut draw = self.rng.random::<f32>();
+        for (&(token, _), p) in candidates.iter().zip(probabilities) {
+            draw -= p;
+            if draw < 0.0 {
+                return Ok(token);
+            }
+        }
+        // Rounding may leave a sliver past the last candidate.
+        Ok(candidates.last().map_or(0, |&(token, _)| token))
+    }
+}
+
+/// The token of the largest logit, the first of equals.
+pub fn most_likely(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+fn softmax(candidates: &[(u32, f32)], temperature: f32) -> Vec<f32> {
+    let largest = candidates.first().map_or(0.0, |c| c.1);
+    let weight = |&(_, logit): &(u32, f32)| ((logit - largest) / temperature).exp();
+    let weights: Vec<f32> = candidates.iter().map(weight).collect();
+    let sum: f32 = weights.iter().sum();
+    weights.into_iter().map(|w| w / sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(sampling: Sampling, logits: &[f32], tokens: &[u32]) -> Vec<u32> {
+        let mut sampler = Sampler::new(sampling).unwrap();
+        (0..200).map(|_| sampler.next(logits.to_vec(), tokens).unwrap()).collect()
+    }
+
+    fn hot() -> Sampling {
+        Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            ..Sampling::default()
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_the_first_of_equals() {
+        assert_eq!(most_likely(&[0.0, 3.0, 3.0, -1.0]), 1);
+        assert_eq!(drawn(Sampling::default(), &[0.0, 3.0, 3.0], &[])[0], 1);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities_and_the_seed() {
+        let logits = [1f32, 3.0, 0.0].map(f32::ln);
+        let tokens = drawn(hot(), &logits, &[]);
+        assert_eq!(tokens, drawn(hot(), &logits, &[]));
+        let ones = tokens.iter().filter(|&&t| t == 1).count();
+        assert!((120..180).contains(&ones), "{ones} of 200 at probability 0.75");
+        assert!(!tokens.contains(&2));
+    }
+
+    #[test]
+    fn cuts_leave_only_what_they_should() {
+        let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
+        let largest = |sampling: Sampling| drawn(sampling, &logits, &[]).into_iter().max().unwrap();
+        assert_eq!(largest(Sampling { top_k: 2, ..hot() }), 1);
+        assert_eq!(largest(Sampling { top_p: 0.6, ..hot() }), 1);
+        assert_eq!(largest(Sampling { min_p: 0.2, ..hot() }), 2);
+        assert_eq!(largest(Sampling { temperature: 0.01, ..hot() }), 0);
+        assert_eq!(largest(Sampling { top_p: 1e-9, ..hot() }), 0);
+    }
+
+    #[test]
+    fn recent_tokens_are_penalised() {
+        let sampling = Sampling {
+            repetition_penalty: 2.0,
+            repetition_window: 2,
+            ..Sampling::default()
+        };
+        assert_eq!(drawn(sampling.clone(), &[3.0, 2.0, -1.0], &[0])[0], 1);
+        assert_eq!(drawn(sampling.clone(), &[3.0, 2.0, -1.0], &[0, 2, 2])[0], 0);
+        assert_eq!(drawn(sampling, &[-1.0, -1.5, -9.0], &[0])[0], 1);
+    }
+
+    #[test]
+    fn impossible_settings_and_logits_are_refused() {
+        for sampling in [
+            Sampling { temperature: -1.0, ..hot() },
+            Sampling { temperature: f32::NAN, ..hot() },
+            Sampling { top_p: 0.0, ..hot() },
+            Sampling { min_p: 1.5, ..hot() },
+            Sampling { repetition_penalty: 0.0, ..hot() },
+        ] {
+            assert!(matches!(Sampler::new(sampling), Err(Error::Sampling(_))));
+        }
+        let mut sampler = Sampler::new(hot()).unwrap();
+        assert!(matches!(sampler.next(vec![0.0, f32::NAN], &[]), Err(Error::NotANumber)));
+    }
+}

@@ -1,0 +1,175 @@
+//! Text to tokens and back.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use tokenizers::Tokenizer as Inner;
+
+use crate::error::{Error, Result};
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    inner: Inner,
+    /// Put first where the tokenizer does not do so itself.
+    begin: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Takes the texts of `tokenizer.json` and, where there is one, `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn parse(json: &[u8], config: Option<&str>, path: &Path) -> Result<Self> {
+        let error = |reason: String| Error::Tokenizer {
+            path: path.to_owned(),
+            reason,
+        };
+        let inner = Inner::from_bytes(json).map_err(|e| error(format!("not a tokenizer: {e}")))?;
+        let config: RawConfig = match config {
+            Some(text) => serde_json::from_str(text)
+                .map_err(|e| error(format!("tokenizer_config.json beside it: {e}")))?,
+            None => RawConfig::default(),
+        };
+        // A template that adds the beginning token itself needs no help; where there is none,
+        // transformers' Llama tokenizers add it unless told not to.
+        let wanted = config.add_bos_token.unwrap_or(inner.get_post_processor().is_none());
+        let begin = match config.bos_token {
+            Some(token) if wanted => {
+                let token = token.text();
+                let id = inner.token_to_id(&token);
+                Some(id.ok_or_else(|| error(format!("its vocabulary lacks {token:?}")))?)
+            }
+            _ => None,
+        };
+        Ok(Self { inner, begin })
+    }
+
+    /// Tokens of the beginning of a text: with the beginning-of-text token where the model has one.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] where the tokenizer cannot encode it.
+    pub fn encode_first(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens = self.encode_with(text, true)?;
+        if let Some(begin) = self.begin
+            && tokens.first() != Some(&begin)
+        {
+            tokens.insert(0, begin);
+        }
+        Ok(tokens)
+    }
+
+    /// Tokens of a text that goes on from another.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_first`].
+    pub fn encode_more(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, special).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of some tokens, special ones left out.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] where the tokenizer cannot decode them.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.inner.decode(tokens, true).map_err(failed)
+    }
+
+    /// Decodes token by token: characters that span tokens come whole.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream {
+            tokenizer: self,
+            tokens: Vec::new(),
+            shown: 0,
+        }
+    }
+}
+
+fn failed(error: tokenizers::Error) -> Error {
+    Error::Tokenizer {
+        path: "tokenizer".into(),
+        reason: error.to_string(),
+    }
+}
+
+/// Text that grows with its tokens.
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    /// Tokens whose text may still change with the next one: from the last clean cut on.
+    tokens: Vec<u32>,
+    /// Bytes of their text that were given out.
+    shown: usize,
+}
+
+impl TextStream<'_> {
+    /// Takes a token; returns the text that is certain now and was not before.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        self.tokens.push(token);
+        let text = self.tokenizer.decode(&self.tokens)?;
+        // The replacement character stands for a character whose bytes are not all there yet.
+        if text.ends_with('\u{fffd}') || text.len() < self.shown {
+            return Ok(String::new());
+        }
+        let new = text.get(self.shown..).unwrap_or_default().to_owned();
+        self.shown = text.len();
+        self.cut(&text)?;
+        Ok(new)
+    }
+
+    /// What is left at the end: incomplete characters as replacement characters.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.tokens)?;
+        Ok(text.get(self.shown..).unwrap_or_default().to_owned())
+    }
+
+    /// Forgets all but the last tokens, lest decoding grow with the length: some decoders treat the
+    /// first token specially, so a few are kept as its context.
+    fn cut(&mut self, text: &str) -> Result<()> {
+        const KEPT: usize = 4;
+        if self.tokens.len() < 8 * KEPT || self.shown != text.len() {
+            return Ok(());
+        }
+        let tail = self.tokens.split_off(self.tokens.len() - KEPT);
+        let shown = self.tokenizer.decode(&tail)?;
+        if text.ends_with(&shown) {
+            self.tokens = tail;
+            self.shown = shown.len();
+        } else {
+            // The tail reads differently on its own: keep all of it until it does not.
+            self.tokens.extend(tail);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize, Default)]
+struct RawConfig {
+    add_bos_token: Option<bool>,
+    bos_token: Option<SpecialToken>,
+}
+
+/// A token as a string, or as the object that older files write.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SpecialToken {
+    Text(String),
+    Object { content: String },
+}
+
+impl SpecialToken {
+    fn text(self) -> String {
+        match self {
+            SpecialToken::Text(text) | SpecialToken::Object { content: text } => text,
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use lexico::attention::NumberType;
+use lexico::dictionary::{LayerDictionaries, LayerErrors, Training};
+use lexico::learn::{LearnOptions, LearnProgress, learn};
+use lexico::{Dictionary, DictionarySet};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::cache::{Footprint, FullCache, KvCache};
+use crate::decoder::{Logits, Sequence};
+use crate::error::{Error, Result, io};
+use crate::model::Model;
+
+/// One window in so many is kept apart to judge the dictionaries on.
+const HELD_OUT: usize = 20;
+/// Vectors that a dictionary is judged on at the most.
+const HELD_OUT_VECTORS: usize = 4096;
+
+/// A text to learn from.
+#[derive(Debug, Clone)]
+pub struct Corpus {
+    /// Its name, as the dictionary file will give it.
+    pub name: String,
+    /// The text.
+    pub text: String,
+}
+
+impl Corpus {
+    /// Reads a text file, or `field` of every line of a `.jsonl` file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Corpus`] where it is not UTF-8, holds no text, or a line is not an
+    /// object with that field.
+    pub fn read(path: &Path, field: &str) -> Result<Self> {
+        let error = |reason: String| Error::Corpus {
+            path: path.to_owned(),
+            reason,
+        };
+        let bytes = std::fs::read(path).map_err(io(path))?;
+        let mut text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            error(format!("it is not UTF-8 text (byte {at})"))
+        })?;
+        let file: PathBuf = path.file_name().map_or_else(PathBuf::new, PathBuf::from);
+        let mut name = file.display().to_string();
+        if path.extension().is_some_and(|e| e == "jsonl") {
+            let mut documents = Vec::new();
+            for (number, line) in text.lines().enumerate() {
+                if line.trim().is_empty() {
+                    continue;
+                }
+                let line_error = |what: String| error(format!("line {}: {what}", number + 1));
+                let object: serde_json::Value =
+                    serde_json::from_str(line).map_err(|e| line_error(format!("not JSON: {e}")))?;
+                let Some(document) = object.get(field).and_then(|v| v.as_str()) else {
+                    return Err(line_error(format!("no text in field {field:?}; --field names another")));
+                };
+                documents.push(document.to_owned());
+            }
+            text = documents.join("\n\n");
+            name = format!("{name} ({field})");
+        }
+        if text.trim().is_empty() {
+            return Err(error("it holds no text".to_owned()));
+        }
+        Ok(Self { name, text })
+    }
+}
+
+/// Settings of [`train`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainOptions {
+    /// Most tokens to read; the texts are read in order, windows drawn from all of them.
+    pub tokens: usize,
+    /// Tokens that the model sees at once.
+    pub context: usize,
+    /// Vectors that each dictionary learns from at the most, an unbiased sample of all.
+    pub vectors: usize,
+    /// How each dictionary is learned.
+    pub learn: LearnOptions,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            tokens: 1_000_000,
+            context: 1024,
+            vectors: 200_000,
+            learn: LearnOptions::default(),
+        }
+    }
+}
+
+/// How far training has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum TrainProgress {
+    /// The model is reading.
+    Reading {
+        /// Tokens read.
+        tokens: usize,
+        /// Tokens to read in all.
+        total: usize,
+    },
+    /// A dictionary is being learned.
+    Learning {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// How far it has come.
+        progress: LearnProgress,
+    },
+    /// A dictionary is learned.
+    Learned {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// Held-out mean relative error.
+        held_out_error: f32,
+    },
+}
+
+/// Dictionaries and what they came of.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// The dictionaries, with their held-out errors.
+    pub dictionaries: DictionarySet,
+    /// Vectors that each dictionary learned from.
+    pub vectors: usize,
+}
+
+/// Learns every layer's two dictionaries of `model` from `corpora`.
+///
+/// `progress` is called throughout and may break off.
+///
+/// # Errors
+/// [`Error::Corpus`] where the text is too short, [`lexico::Error::Learn`] where it yields fewer
+/// vectors than atoms, [`lexico::Error::Interrupted`] where `progress` broke off.
+pub fn train(
+    model: &Model,
+    corpora: &[Corpus],
+    options: &TrainOptions,
+    progress: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
+) -> Result<Trained> {
+    let config = model.decoder.config();
+    let windows = windows(model, corpora, options)?;
+    let total = windows.iter().map(Vec::len).sum();
+    let mut collector = Collector::new(model, options);
+    let mut tokens = 0;
+    let period = HELD_OUT.min(windows.len());
+    for (number, window) in windows.iter().enumerate() {
+        collector.held_out = number % period == period - 1;
+        collector.cache = FullCache::new(config, NumberType::F32);
+        let mut sequences = [Sequence {
+            tokens: window,
+            cache: &mut collector,
+        }];
+        model.decoder.forward(&mut sequences, Logits::Last)?;
+        tokens += window.len();
+        check(progress(TrainProgress::Reading { tokens, total }))?;
+    }
+
+    let mut layers = Vec::with_capacity(config.layers);
+    let mut errors = Vec::with_capacity(config.layers);
+    let vectors = collector.samples.first().map_or(0, |s| s.keys.train.count());
+    for (layer, samples) in collector.samples.into_iter().enumerate() {
+        let mut one = |part: &'static str, sample: Sample| -> Result<(Dictionary, f32)> {
+            let mut learn_options = options.learn.clone();
+            learn_options.seed += 2 * layer as u64 + u64::from(part == "values");
+            let learned = learn(
+                &sample.train.vectors,
+                &sample.held_out.vectors,
+                config.head_dim,
+                &learn_options,
+                &mut |step| {
+                    progress(TrainProgress::Learning {
+                        layer,
+                        part,
+                        progress: step,
+                    })
+                },
+            )?;
+            let held_out_error = learned.held_out_error;
+            check(progress(TrainProgress::Learned {
+                layer,
+                part,
+                held_out_error,
+            }))?;
+            Ok((learned.dictionary, held_out_error))
+        };
+        let (keys, key_error) = one("keys", samples.keys)?;
+        let (values, value_error) = one("values", samples.values)?;
+        layers.push(LayerDictionaries { keys, values });
+        errors.push(LayerErrors {
+            keys: key_error,
+            values: value_error,
+        });
+    }
+    let dictionaries = DictionarySet {
+        layers,
+        model: model.identity(),
+        training: Training {
+            sparsity: options.learn.sparsity,
+            corpus: corpora.iter().map(|c| c.name.clone()).collect(),
+            tokens,
+            relative_error: errors,
+            tool: format!("lexico {}", env!("CARGO_PKG_VERSION")),
+        },
+    };
+    Ok(Trained {
+        dictionaries,
+        vectors,
+    })
+}
+
+fn check(flow: ControlFlow<()>) -> Result<()> {
+    match flow {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(lexico::Error::Interrupted.into()),
+    }
+}
+
+/// The texts cut into windows, drawn evenly from all of them where there are more than asked for.
+fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<Vec<Vec<u32>>> {
+    let context = options.context.min(model.decoder.config().context).max(2);
+    let begin = model.tokenizer.encode_first("")?;
+    let mut windows = Vec::new();
+    for corpus in corpora {
+        let tokens = model.tokenizer.encode_more(&corpus.text)?;
+        let body = context.saturating_sub(begin.len()).max(1);
+        let chunks = tokens.chunks(body).map(|chunk| [&begin, chunk].concat());
+        windows.extend(chunks);
+    }
+    let wanted = (options.tokens / context).max(1);
+    let available = windows.len();
+    if available > wanted {
+        let mut number = 0;
+        windows.retain(|_| {
+            // Window `i` stays where the line of `wanted` in `available` steps up.
+            let stays = (number + 1) * wanted / available > number * wanted / available;
+            number += 1;
+            stays
+        });
+    }
+    if windows.len() < 2 {
+        return Err(Error::Corpus {
+            path: corpora.iter().map(|c| c.name.clone()).collect::<Vec<_>>().join(", ").into(),
+            reason: format!("too little text: it fills less than two windows of {context} tokens"),
+        });
+    }
+    Ok(windows)
+}
+
+/// A cache for one window at a time that samples the keys and values it is given.
+struct Collector {
+    cache: FullCache,
+    head_dim: usize,
+    /// Whether this window is kept apart.
+    held_out: bool,
+    samples: Vec<LayerSamples>,
+    rng: ChaCha8Rng,
+}
+
+struct LayerSamples {
+    keys: Sample,
+    values: Sample,
+}
+
+struct Sample {
+    train: Reservoir,
+    held_out: Reservoir,
+}
+
+impl Collector {
+    fn new(model: &Model, options: &TrainOptions) -> Self {
+        let config = model.decoder.config();
+        let reservoir = |most| Reservoir {
+            vectors: Vec::new(),
+            head_dim: config.head_dim,
+            most,
+            seen: 0,
+        };
+        let sample = || Sample {
+            train: reservoir(options.vectors),
+            held_out: reservoir(HELD_OUT_VECTORS),
+        };
+        let layer = |_| LayerSamples {
+            keys: sample(),
+            values: sample(),
+        };
+        Self {
+            cache: FullCache::new(config, NumberType::F32),
+            head_dim: config.head_dim,
+            held_out: false,
+            samples: (0..config.layers).map(layer).collect(),
+            rng: ChaCha8Rng::seed_from_u64(options.learn.seed),
+        }
+    }
+}
+
+impl KvCache for Collector {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let samples = &mut self.samples[layer];
+        for (sample, x) in [(&mut samples.keys, k), (&mut samples.values, v)] {
+            let reservoir = if self.held_out { &mut sample.held_out } else { &mut sample.train };
+            for vector in x.flatten_all()?.to_vec1::<f32>()?.chunks_exact(self.head_dim) {
+                reservoir.offer(vector, &mut self.rng);
+            }
+        }
+        self.cache.attend(layer, q, k, v)
+    }
+
+    fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    fn footprint(&self) -> Footprint {
+        self.cache.footprint()
+    }
+}
+
+/// An unbiased sample of a stream of vectors (Vitter's algorithm R, 1985).
+struct Reservoir {
+    vectors: Vec<f32>,
+    head_dim: usize,
+    most: usize,
+    seen: usize,
+}
+
+impl Reservoir {
+    fn offer(&mut self, vector: &[f32], rng: &mut ChaCha8Rng) {
+        self.seen += 1;
+        if self.count() < self.most {
+            self.vectors.extend_from_slice(vector);
+            return;
+        }
+        let place = rng.random_range(0..self.seen);
+        if place < self.most {
+            let start = place * self.head_dim;
+            self.vectors[start..start + self.head_dim].copy_from_slice(vector);
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.vectors.len() / self.head_dim
+    }
+}

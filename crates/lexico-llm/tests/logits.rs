@@ -1,0 +1,100 @@
+//! Logits of the tiny model against those of PyTorch transformers.
+
+use std::path::PathBuf;
+
+use lexico::tensor_file::TensorFile;
+use lexico_llm::Model;
+use lexico_llm::cache::{CacheSpec, KvCache};
+use lexico_llm::decoder::{Logits, Sequence};
+
+const TOLERANCE: f32 = 2e-3;
+
+struct Golden {
+    /// `[2, 96]`
+    tokens: Vec<Vec<u32>>,
+    /// `[2, 96, vocabulary]`
+    logits: Vec<Vec<f32>>,
+}
+
+fn golden() -> Option<Golden> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/tiny/golden.safetensors");
+    if !path.is_file() {
+        eprintln!("SKIPPED: {} is not there", path.display());
+        return None;
+    }
+    let file = TensorFile::open(path).unwrap();
+    let tokens = file.bytes("tokens").unwrap();
+    let tokens: Vec<u32> = tokens.as_chunks::<8>().0.iter().map(|&b| i64::from_le_bytes(b) as u32).collect();
+    let (logits, shape) = file.f32_tensor("logits", 3).unwrap();
+    Some(Golden {
+        tokens: tokens.chunks(shape[1]).map(<[u32]>::to_vec).collect(),
+        logits: logits.chunks(shape[1] * shape[2]).map(<[f32]>::to_vec).collect(),
+    })
+}
+
+fn full(model: &Model) -> Box<dyn KvCache> {
+    model.cache(&"full:dense=f32".parse::<CacheSpec>().unwrap()).unwrap()
+}
+
+fn worst(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Logits of every token, fed in chunks.
+fn chunked(model: &Model, tokens: &[u32], chunk: usize) -> Vec<f32> {
+    let mut cache = full(model);
+    let mut logits = Vec::new();
+    for tokens in tokens.chunks(chunk) {
+        let mut step = [Sequence { tokens, cache: cache.as_mut() }];
+        let out = model.decoder.forward(&mut step, Logits::All).unwrap();
+        logits.extend(out.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    }
+    assert_eq!(cache.len(), tokens.len());
+    logits
+}
+
+#[test]
+fn equal_transformers_in_one_prefill_in_chunks_and_token_by_token() {
+    let Some(golden) = golden() else { return };
+    let model = Model::tiny().unwrap();
+    for (tokens, want) in golden.tokens.iter().zip(&golden.logits) {
+        for chunk in [tokens.len(), 7, 1] {
+            let difference = worst(&chunked(&model, tokens, chunk), want);
+            assert!(difference < TOLERANCE, "chunks of {chunk}: {difference}");
+        }
+    }
+}
+
+/// Sequences of different lengths and pasts in one pass give what each gives alone.
+#[test]
+fn several_sequences_in_one_pass_equal_each_alone() {
+    let model = Model::tiny().unwrap();
+    let text = "Question: Ana has 12 coins. Ben gives Ana 7 more. How many coins does Ana have now?";
+    let tokens = model.tokenizer.encode_first(text).unwrap();
+    let spec: CacheSpec = "lexico:sparsity=8,window=8,batch=4".parse().unwrap();
+    for cache in [|m: &Model, _: &CacheSpec| full(m), |m: &Model, s: &CacheSpec| m.cache(s).unwrap()] {
+        let parts = [&tokens[..], &tokens[..5], &tokens[3..20]];
+        let next = [7u32, 8, 9];
+        let mut together: Vec<_> = parts.iter().map(|_| cache(&model, &spec)).collect();
+        let mut logits = Vec::new();
+        let steps: [Vec<&[u32]>; 2] = [parts.to_vec(), next.iter().map(std::slice::from_ref).collect()];
+        for step in &steps {
+            let mut sequences: Vec<Sequence<'_>> = together
+                .iter_mut()
+                .zip(step)
+                .map(|(cache, tokens)| Sequence { tokens, cache: cache.as_mut() })
+                .collect();
+            logits.push(model.decoder.forward(&mut sequences, Logits::Last).unwrap().to_vec2::<f32>().unwrap());
+        }
+        for i in 0..parts.len() {
+            let mut alone = cache(&model, &spec);
+            for (step, logits) in steps.iter().zip(&logits) {
+                let mut sequences = [Sequence { tokens: step[i], cache: alone.as_mut() }];
+                let own = model.decoder.forward(&mut sequences, Logits::Last).unwrap().to_vec2::<f32>().unwrap();
+                let difference = worst(&own[0], &logits[i]);
+                assert!(difference < 1e-3, "sequence {i}: {difference}");
+            }
+        }
+    }
+}
