@@ -1,14 +1,20 @@
-pub fn add(left: u64, right: u64) -> u64 {
-    left + right
-}
+//! Tasks that compare KV cache methods on the same model and the same prompts.
+//!
+//! ```
+//! use std::ops::ControlFlow;
+//! use lexico_eval::tasks::problems::{ProblemOptions, Problems};
+//! use lexico_llm::Model;
+//!
+//! let model = Model::tiny()?;
+//! let problems = Problems::tiny()?;
+//! let options = ProblemOptions { items: 1, ..Default::default() };
+//! let run = problems.run(&model, &"full".parse()?, &options, &mut |_| ControlFlow::Continue(()))?;
+//! assert_eq!(run.items.len(), 1);
+//! assert_eq!(run.share, 1.0);
+//! # Ok::<(), lexico_eval::Error>(())
+//! ```
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+mod error;
+pub mod tasks;
 
-    #[test]
-    fn it_works() {
-        let result = add(2, 2);
-        assert_eq!(result, 4);
-    }
-}
+pub use error::{Error, Result};

@@ -139,17 +139,30 @@ impl Config {
     }
 }
 
-/// End-of-text tokens of a `generation_config.json`, which take precedence over the config's.
-pub(crate) fn generation_end_tokens(text: &str, path: &Path) -> Result<Option<Vec<u32>>> {
-    #[derive(Deserialize)]
-    struct Raw {
-        eos_token_id: Option<TokenIds>,
+/// What `generation_config.json` says of how texts end.
+#[derive(Debug, Default)]
+pub(crate) struct GenerationConfig {
+    /// These take precedence over the config's.
+    pub(crate) end_tokens: Option<Vec<u32>>,
+    pub(crate) stop_texts: Vec<String>,
+}
+
+impl GenerationConfig {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Raw {
+            eos_token_id: Option<TokenIds>,
+            stop_strings: Option<Vec<String>>,
+        }
+        let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config {
+            path: path.to_owned(),
+            reason: e.to_string(),
+        })?;
+        Ok(Self {
+            end_tokens: raw.eos_token_id.map(TokenIds::list),
+            stop_texts: raw.stop_strings.unwrap_or_default(),
+        })
     }
-    let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config {
-        path: path.to_owned(),
-        reason: e.to_string(),
-    })?;
-    Ok(raw.eos_token_id.map(TokenIds::list))
 }
 
 #[derive(Deserialize)]

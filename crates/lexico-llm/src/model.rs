@@ -8,7 +8,7 @@ use lexico::dictionary::ModelIdentity;
 use lexico::tensor_file::TensorFile;
 
 use crate::cache::{CacheContext, CacheSpec, KvCache};
-use crate::config::{Config, generation_end_tokens};
+use crate::config::{Config, GenerationConfig};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result, io};
 use crate::tokenizer::Tokenizer;
@@ -27,6 +27,8 @@ pub struct Model {
     pub tokenizer: Tokenizer,
     /// Tokens that end a text.
     pub end_tokens: Vec<u32>,
+    /// Texts that end a generation unless the caller says otherwise.
+    pub stop_texts: Vec<String>,
     /// Its dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
@@ -124,12 +126,13 @@ impl Model {
     ) -> Result<Self> {
         let config = Config::parse(config, &folder.join("config.json"))?;
         let path = folder.join("generation_config.json");
-        let end_tokens = generation_config.map(|text| generation_end_tokens(text, &path));
-        let end_tokens = end_tokens.transpose()?.flatten();
+        let generation = generation_config.map(|text| GenerationConfig::parse(text, &path));
+        let generation = generation.transpose()?.unwrap_or_default();
         let path = folder.join("tokenizer.json");
         Ok(Self {
             name: name.to_owned(),
-            end_tokens: end_tokens.unwrap_or_else(|| config.end_tokens.clone()),
+            end_tokens: generation.end_tokens.unwrap_or_else(|| config.end_tokens.clone()),
+            stop_texts: generation.stop_texts,
             tokenizer: Tokenizer::parse(tokenizer, tokenizer_config, &path)?,
             decoder: Decoder::load(config, weights)?,
             dictionaries: None,

@@ -46,3 +46,18 @@ pub use code::{CodeFormat, Codes, CoefficientFormat};
 pub use dictionary::{Dictionary, DictionarySet};
 pub use error::{Error, Result};
 pub use pursuit::{Pursuit, SparseBatch};
+
+/// Mean over the vectors `[n, m]` of `‖x − x̂‖ / ‖x‖`; a zero vector counts 0, no vectors give 0.
+///
+/// # Panics
+/// Where the slices differ in length.
+pub fn mean_relative_error(vectors: &[f32], decoded: &[f32], head_dim: usize) -> f32 {
+    assert_eq!(vectors.len(), decoded.len(), "one decoded vector each");
+    let pairs = vectors.chunks(head_dim).zip(decoded.chunks(head_dim));
+    let errors = pairs.map(|(x, decoded)| {
+        let difference: Vec<f32> = x.iter().zip(decoded).map(|(a, b)| a - b).collect();
+        let whole = dictionary::norm(x);
+        if whole > 0.0 { dictionary::norm(&difference) / whole } else { 0.0 }
+    });
+    pursuit::mean(&errors.collect::<Vec<_>>())
+}

@@ -1,0 +1,32 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use lexico::tensor_file::check_writable;
+use lexico_llm::import::import_reference;
+
+use crate::{model, ui};
+
+#[derive(Args)]
+pub(crate) struct Import {
+    /// The .pt file: one tensor [2·layers, m, N], keys and values interleaved
+    file: PathBuf,
+    /// The model it was learned for: "tiny" or a folder
+    #[arg(short, long, value_name = "tiny|FOLDER")]
+    model: String,
+    /// The dictionary file to write
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+impl Import {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        check_writable(&self.out)?;
+        let model = model::load_model(&self.model)?;
+        let set = import_reference(&self.file, model.identity())?;
+        set.save(&self.out)?;
+        let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
+        let layers = set.layers.len();
+        ui::note(&format!("{}: {layers} layers of {atoms} atoms", self.out.display()));
+        Ok(())
+    }
+}

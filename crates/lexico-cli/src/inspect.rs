@@ -1,0 +1,189 @@
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use lexico::DictionarySet;
+use lexico::code::{self, CodeFile};
+use lexico::dictionary;
+use lexico::tensor_file::TensorFile;
+use lexico_llm::Model;
+use serde_json::{Value, json};
+
+use crate::ui;
+
+#[derive(Args)]
+pub(crate) struct Inspect {
+    /// A dictionary, code or model file (.safetensors), or a model folder
+    file: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+impl Inspect {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let report = if self.file.is_dir() {
+            folder(&self.file)?
+        } else {
+            let file = TensorFile::open(&self.file)?;
+            match file.metadata().get("format").map(String::as_str) {
+                Some(dictionary::FORMAT) => dictionaries(&file)?,
+                Some(code::FORMAT) => codes(&self.file)?,
+                _ => tensors(&file)?,
+            }
+        };
+        if self.json {
+            ui::json(&report.json)
+        } else {
+            ui::line(&report.text)
+        }
+    }
+}
+
+struct Report {
+    text: String,
+    json: Value,
+}
+
+/// `name: value` lines, aligned.
+fn facts(facts: &[(&str, String)]) -> String {
+    let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let lines = facts.iter().map(|(name, value)| format!("{name:<width$}  {value}\n"));
+    lines.collect()
+}
+
+fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
+    let set = DictionarySet::read(file)?;
+    let (model, training) = (&set.model, &set.training);
+    let errors = |l: usize| training.relative_error.get(l);
+    let number = |e: Option<f32>| e.map_or("-".to_owned(), |e| format!("{e:.4}"));
+    let rows = set.layers.iter().enumerate().map(|(l, layer)| {
+        [
+            l.to_string(),
+            layer.keys.len().to_string(),
+            layer.values.len().to_string(),
+            number(errors(l).map(|e| e.keys)),
+            number(errors(l).map(|e| e.values)),
+        ]
+    });
+    let header = ["layer", "key atoms", "value atoms", "key error", "value error"];
+    let table = ui::table(header, rows.collect());
+    let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
+    let text = facts(&[
+        ("kind", "dictionaries".to_owned()),
+        ("model", format!("{} ({})", model.name, model.architecture)),
+        ("layers", model.layers.to_string()),
+        ("KV heads", model.kv_heads.to_string()),
+        ("head dim", model.head_dim.to_string()),
+        ("rotary", rotary),
+        ("sparsity", format!("{} in training", training.sparsity)),
+        ("corpus", training.corpus.join(", ")),
+        ("tokens", training.tokens.to_string()),
+        ("made by", training.tool.clone()),
+        ("in the file", ui::bytes(file.data_bytes())),
+        ("in memory", ui::bytes(set.bytes())),
+    ]) + &table;
+    let layers: Vec<Value> = set
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(l, layer)| {
+            json!({
+                "layer": l,
+                "keys": {"atoms": layer.keys.len(), "relative_error": errors(l).map(|e| e.keys)},
+                "values": {"atoms": layer.values.len(), "relative_error": errors(l).map(|e| e.values)},
+            })
+        })
+        .collect();
+    let json = json!({
+        "kind": "dictionaries",
+        "model": {
+            "name": model.name, "architecture": model.architecture, "layers": model.layers,
+            "kv_heads": model.kv_heads, "head_dim": model.head_dim,
+            "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
+        },
+        "sparsity": training.sparsity, "corpus": training.corpus, "tokens": training.tokens,
+        "made_by": training.tool, "bytes": set.bytes(), "layers": layers,
+    });
+    Ok(Report { text, json })
+}
+
+fn codes(path: &Path) -> anyhow::Result<Report> {
+    let file = CodeFile::load(path)?;
+    let codes = &file.codes;
+    let format = codes.format();
+    let numbers = (codes.len() * file.head_dim).max(1);
+    let bits = 8.0 * codes.bytes_used() as f64 / numbers as f64;
+    let coefficients = match format.coefficients {
+        lexico::CoefficientFormat::F8 => "f8",
+        lexico::CoefficientFormat::F32 => "f32",
+    };
+    let lengths = if format.variable { "variable" } else { "fixed" };
+    let checksum = format!("{:08x}", file.checksum);
+    let text = facts(&[
+        ("kind", "codes".to_owned()),
+        ("vectors", format!("{} of length {}", codes.len(), file.head_dim)),
+        ("sparsity", format!("{} ({lengths})", format.sparsity)),
+        ("coefficients", coefficients.to_owned()),
+        ("dictionary", format!("tensor {}, CRC-32 {checksum}", file.tensor)),
+        ("bytes", format!("{} ({bits:.2} bits a number)", ui::bytes(codes.bytes_used()))),
+    ]);
+    let json = json!({
+        "kind": "codes", "vectors": codes.len(), "head_dim": file.head_dim,
+        "sparsity": format.sparsity, "variable": format.variable, "coefficients": coefficients,
+        "tensor": file.tensor, "dictionary_crc32": checksum,
+        "bytes": codes.bytes_used(), "bits_per_number": bits,
+    });
+    Ok(Report {
+        text: text.trim_end().to_owned(),
+        json,
+    })
+}
+
+fn tensors(file: &TensorFile) -> anyhow::Result<Report> {
+    let mut rows = Vec::new();
+    let mut list = Vec::new();
+    for name in file.names() {
+        let (dtype, shape) = file.info(&name)?;
+        rows.push([name.clone(), format!("{dtype:?}"), format!("{shape:?}")]);
+        list.push(json!({"name": name, "dtype": format!("{dtype:?}"), "shape": shape}));
+    }
+    let text = facts(&[
+        ("kind", "tensors".to_owned()),
+        ("tensors", rows.len().to_string()),
+        ("bytes", ui::bytes(file.data_bytes())),
+    ]) + &ui::table(["tensor", "numbers", "shape"], rows);
+    let json = json!({
+        "kind": "tensors", "bytes": file.data_bytes(),
+        "metadata": file.metadata(), "tensors": list,
+    });
+    Ok(Report { text, json })
+}
+
+fn folder(path: &Path) -> anyhow::Result<Report> {
+    let model = Model::load(path)?;
+    let config = model.decoder.config();
+    let dictionaries = model.dictionaries.is_some();
+    let per_token = config.fp16_cache_bytes(1);
+    let text = facts(&[
+        ("kind", "model".to_owned()),
+        ("architecture", config.architecture.clone()),
+        ("layers", config.layers.to_string()),
+        ("heads", format!("{} on {} KV heads", config.heads, config.kv_heads)),
+        ("head dim", config.head_dim.to_string()),
+        ("hidden", config.hidden.to_string()),
+        ("vocabulary", config.vocabulary.to_string()),
+        ("context", config.context.to_string()),
+        ("dictionaries", if dictionaries { "beside it" } else { "none" }.to_owned()),
+        ("FP16 cache", format!("{} a token", ui::bytes(per_token))),
+    ]);
+    let json = json!({
+        "kind": "model", "architecture": config.architecture, "layers": config.layers,
+        "heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim,
+        "hidden": config.hidden, "vocabulary": config.vocabulary, "context": config.context,
+        "dictionaries": dictionaries, "fp16_cache_bytes_per_token": per_token,
+    });
+    Ok(Report {
+        text: text.trim_end().to_owned(),
+        json,
+    })
+}

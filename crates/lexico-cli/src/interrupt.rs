@@ -1,0 +1,35 @@
+//! Ctrl-C: the first one asks the work to stop at the next safe place, the second ends the program.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+
+static HAPPENED: AtomicBool = AtomicBool::new(false);
+
+pub(crate) fn listen() -> anyhow::Result<()> {
+    ctrlc::set_handler(|| {
+        if HAPPENED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")
+}
+
+pub(crate) fn happened() -> bool {
+    HAPPENED.load(Ordering::SeqCst)
+}
+
+/// For callbacks that may break off.
+pub(crate) fn flow() -> ControlFlow<()> {
+    if happened() {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(())
+    }
+}
+
+/// An interactive session goes on after Ctrl-C.
+pub(crate) fn forget() {
+    HAPPENED.store(false, Ordering::SeqCst);
+}

@@ -1,0 +1,345 @@
+use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use lexico_llm::Model;
+use lexico_llm::cache::{CacheSpec, KvCache};
+use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
+use lexico_llm::sample::Sampling;
+use rustyline::error::ReadlineError;
+use serde_json::json;
+
+use crate::model::ModelArguments;
+use crate::{interrupt, ui};
+
+#[derive(Args)]
+pub(crate) struct Run {
+    /// The prompt; "-" reads it from stdin. Without one: stdin where it is a pipe, else a session
+    #[arg(conflicts_with = "file")]
+    prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The cache method and its options (below)
+    #[arg(short, long, default_value = "lexico", value_name = "NAME[:key=value,...]")]
+    cache: CacheSpec,
+    /// Most tokens to generate
+    #[arg(short = 'n', long, visible_aliases = ["predict", "n-predict"], default_value_t = 256, value_name = "N")]
+    max_tokens: usize,
+    /// 0 takes the most likely token; higher is more varied
+    #[arg(long, visible_alias = "temp", default_value_t = 0.0, value_name = "T")]
+    temperature: f32,
+    /// Only the K most likely tokens (0: all)
+    #[arg(long, default_value_t = Sampling::default().top_k, value_name = "K")]
+    top_k: usize,
+    /// Only the most likely tokens that together reach this probability (1: all)
+    #[arg(long, default_value_t = Sampling::default().top_p, value_name = "P")]
+    top_p: f32,
+    /// Only tokens at least this times as likely as the most likely (0: all)
+    #[arg(long, default_value_t = Sampling::default().min_p, value_name = "P")]
+    min_p: f32,
+    /// Make recent tokens less likely (1: off)
+    #[arg(long, visible_alias = "repetition-penalty", default_value_t = 1.0, value_name = "X")]
+    repeat_penalty: f32,
+    /// How many of the last tokens count as recent
+    #[arg(long, default_value_t = Sampling::default().repetition_window, value_name = "N")]
+    repeat_last_n: usize,
+    /// Seed of the draws
+    #[arg(short, long, default_value_t = 0)]
+    seed: u64,
+    /// End at this text; may be given several times [default: the model's own]
+    #[arg(long, short = 'r', visible_alias = "reverse-prompt", value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on past the model's end-of-text tokens and its own stop texts
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Also run `full` on the same prompt: how many tokens agree, what each cache weighs
+    #[arg(long)]
+    compare: bool,
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+impl Run {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let prompt = self.prompt_text()?;
+        if prompt.is_none() && (self.json || self.compare) {
+            bail!("--json and --compare need a prompt: as an argument, with --file, or on stdin");
+        }
+        if prompt.as_deref().is_some_and(|p| p.trim().is_empty()) {
+            return Err(lexico_llm::Error::EmptyPrompt.into());
+        }
+        let started = Instant::now();
+        let model = self.model.load()?;
+        let load_seconds = started.elapsed().as_secs_f64();
+        // A wrong setting is reported before a session starts.
+        let cache = model.cache(&self.cache)?;
+        match prompt {
+            Some(prompt) => self.once(&model, cache, &prompt, load_seconds),
+            None => self.session(&model, cache),
+        }
+    }
+
+    fn prompt_text(&self) -> anyhow::Result<Option<String>> {
+        let stdin_is_pipe = || !std::io::stdin().is_terminal();
+        if let Some(path) = &self.file {
+            let text = std::fs::read_to_string(path);
+            return Ok(Some(text.with_context(|| path.display().to_string())?));
+        }
+        match self.prompt.as_deref() {
+            Some(prompt) if prompt != "-" => Ok(Some(prompt.to_owned())),
+            None if !stdin_is_pipe() => Ok(None),
+            _ => {
+                let mut text = String::new();
+                std::io::stdin().read_to_string(&mut text).context("the prompt on stdin")?;
+                Ok(Some(text))
+            }
+        }
+    }
+
+    fn options(&self, model: &Model) -> GenerateOptions {
+        let own_stops = || if self.ignore_eos { Vec::new() } else { model.stop_texts.clone() };
+        GenerateOptions {
+            max_tokens: self.max_tokens,
+            stop: if self.stop.is_empty() { own_stops() } else { self.stop.clone() },
+            ignore_end: self.ignore_eos,
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                repetition_penalty: self.repeat_penalty,
+                repetition_window: self.repeat_last_n,
+                seed: self.seed,
+            },
+        }
+    }
+
+    fn once(
+        &self,
+        model: &Model,
+        mut cache: Box<dyn KvCache>,
+        prompt: &str,
+        load_seconds: f64,
+    ) -> anyhow::Result<()> {
+        let options = self.options(model);
+        let tokens = model.tokenizer.encode_first(prompt)?;
+        let generated = self.stream(model, cache.as_mut(), &tokens, &options)?;
+        let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
+        let full = if self.compare && !interrupt::happened() {
+            let spec: CacheSpec = "full".parse()?;
+            let mut cache = model.cache(&spec)?;
+            let quiet = &mut |_: &str| interrupt::flow();
+            let other = generate(model, cache.as_mut(), &tokens, &options, quiet)?;
+            Some((Report::new(model, &spec, cache.as_ref(), tokens.len(), &other), other))
+        } else {
+            None
+        };
+        if self.json {
+            let mut document = report.json(&generated);
+            document["model"] = model.name.as_str().into();
+            document["load_seconds"] = load_seconds.into();
+            if let Some((full_report, full)) = &full {
+                let (agreeing, first) = agreement(&generated.tokens, &full.tokens);
+                document["compare"] = json!({
+                    "agreeing_tokens": agreeing,
+                    "first_difference": first,
+                    "full": full_report.json(full),
+                });
+            }
+            return ui::json(&document);
+        }
+        ui::note(&report.line());
+        if let Some((full_report, full)) = &full {
+            ui::note(&full_report.line());
+            let (agreeing, first) = agreement(&generated.tokens, &full.tokens);
+            let of = generated.tokens.len().max(full.tokens.len());
+            let first = first.map_or(String::new(), |at| format!(", the first difference at token {}", at + 1));
+            ui::note(&format!("{agreeing} of {of} generated tokens agree with full{first}"));
+        }
+        Ok(())
+    }
+
+    /// Generates, printing the text as it comes unless one document is wanted.
+    fn stream(
+        &self,
+        model: &Model,
+        cache: &mut dyn KvCache,
+        tokens: &[u32],
+        options: &GenerateOptions,
+    ) -> anyhow::Result<Generated> {
+        let mut failed = None;
+        let generated = generate(model, cache, tokens, options, &mut |text| {
+            if !self.json && !text.is_empty()
+                && let Err(error) = ui::print(text)
+            {
+                failed = Some(error);
+                return std::ops::ControlFlow::Break(());
+            }
+            interrupt::flow()
+        })?;
+        match failed {
+            Some(error) => Err(error),
+            None if self.json => Ok(generated),
+            None => ui::line("").map(|()| generated),
+        }
+    }
+
+    /// Each line goes on from the text so far.
+    fn session(&self, model: &Model, mut cache: Box<dyn KvCache>) -> anyhow::Result<()> {
+        let options = self.options(model);
+        let mut editor = rustyline::DefaultEditor::new()?;
+        ui::note(&format!(
+            "{} with --cache {}. The model goes on from what you type.\n\
+             /clear starts afresh, /exit or Ctrl-D leaves, Ctrl-C breaks an answer off.",
+            model.name, self.cache
+        ));
+        // The last token generated: the cache does not hold it yet.
+        let mut pending = Vec::new();
+        loop {
+            let text = match editor.readline("> ") {
+                Ok(text) => text,
+                Err(ReadlineError::Interrupted) => continue,
+                Err(ReadlineError::Eof) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            match text.trim() {
+                "" => continue,
+                "/exit" | "/quit" => return Ok(()),
+                "/clear" => {
+                    cache = model.cache(&self.cache)?;
+                    pending.clear();
+                    continue;
+                }
+                command if command.starts_with('/') => {
+                    ui::note("there are /clear and /exit");
+                    continue;
+                }
+                _ => {}
+            }
+            editor.add_history_entry(&text)?;
+            let text = format!("{text}\n");
+            let tokens = if cache.is_empty() {
+                model.tokenizer.encode_first(&text)?
+            } else {
+                [pending.clone(), model.tokenizer.encode_more(&text)?].concat()
+            };
+            match self.stream(model, cache.as_mut(), &tokens, &options) {
+                Ok(generated) => {
+                    pending = generated.tokens.last().copied().into_iter().collect();
+                    let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
+                    ui::note(&report.line());
+                }
+                Err(error) if ui::is_broken_pipe(&error) => return Err(error),
+                Err(error) => {
+                    ui::note(&format!("error: {error:#}\n/clear starts afresh"));
+                }
+            }
+            interrupt::forget();
+        }
+    }
+}
+
+/// Tokens at the same place that are the same, and the first place where they are not.
+fn agreement(a: &[u32], b: &[u32]) -> (usize, Option<usize>) {
+    let agreeing = a.iter().zip(b).filter(|(a, b)| a == b).count();
+    let first = a.iter().zip(b).position(|(a, b)| a != b);
+    let shorter = a.len().min(b.len());
+    (agreeing, first.or((a.len() != b.len()).then_some(shorter)))
+}
+
+/// What a generation cost.
+struct Report {
+    spec: String,
+    method: &'static str,
+    positions: usize,
+    parts: Vec<(&'static str, usize)>,
+    bytes: usize,
+    fp16_bytes: usize,
+    dictionary_bytes: usize,
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    prefill_seconds: f64,
+    decode_tokens_per_second: Option<f64>,
+    finish: Finish,
+}
+
+impl Report {
+    fn new(
+        model: &Model,
+        spec: &CacheSpec,
+        cache: &dyn KvCache,
+        prompt_tokens: usize,
+        generated: &Generated,
+    ) -> Self {
+        let footprint = cache.footprint();
+        let method = spec.method().name;
+        let dictionaries = model.dictionaries.as_ref().filter(|_| method == "lexico");
+        Self {
+            spec: spec.to_string(),
+            method,
+            positions: cache.len(),
+            bytes: footprint.total(),
+            parts: footprint.parts,
+            fp16_bytes: model.decoder.config().fp16_cache_bytes(cache.len()),
+            dictionary_bytes: dictionaries.map_or(0, |d| d.bytes()),
+            prompt_tokens,
+            generated_tokens: generated.tokens.len(),
+            prefill_seconds: generated.prefill.as_secs_f64(),
+            decode_tokens_per_second: generated.decode_tokens_per_second(),
+            finish: generated.finish,
+        }
+    }
+
+    fn ratio(&self) -> f64 {
+        self.bytes as f64 / self.fp16_bytes.max(1) as f64
+    }
+
+    fn line(&self) -> String {
+        let prefill = self.prompt_tokens as f64 / self.prefill_seconds.max(1e-9);
+        let decode = self.decode_tokens_per_second;
+        let decode = decode.map_or("-".to_owned(), |rate| format!("{rate:.0}"));
+        format!(
+            "[{}: {} for {} positions, {} of FP16; prefill {prefill:.0} tokens/s, decode {decode} tokens/s]",
+            self.spec,
+            ui::bytes(self.bytes),
+            self.positions,
+            ui::percent(self.ratio()),
+        )
+    }
+
+    fn json(&self, generated: &Generated) -> serde_json::Value {
+        let parts: serde_json::Map<String, serde_json::Value> =
+            self.parts.iter().map(|&(name, bytes)| (name.to_owned(), bytes.into())).collect();
+        let finish = match self.finish {
+            Finish::End => "end",
+            Finish::Stop => "stop",
+            Finish::MaxTokens => "max_tokens",
+            Finish::ContextFull => "context_full",
+            Finish::Interrupted => "interrupted",
+        };
+        json!({
+            "text": generated.text,
+            "finish": finish,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "cache": {
+                "method": self.method,
+                "spec": self.spec,
+                "positions": self.positions,
+                "bytes": self.bytes,
+                "parts": parts,
+                "fp16_bytes": self.fp16_bytes,
+                "ratio": self.ratio(),
+                "dictionary_bytes": self.dictionary_bytes,
+            },
+            "prefill_seconds": self.prefill_seconds,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        })
+    }
+}

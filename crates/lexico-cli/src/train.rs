@@ -1,0 +1,167 @@
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use lexico::dictionary::LayerErrors;
+use lexico::learn::LearnOptions;
+use lexico::tensor_file::check_writable;
+use lexico_llm::train::{Corpus, TrainOptions, TrainProgress, train};
+use serde_json::json;
+
+use crate::{interrupt, model, ui};
+
+#[derive(Args)]
+pub(crate) struct Train {
+    /// The model: "tiny" (embedded) or a folder in Hugging Face layout
+    #[arg(short, long, default_value = "tiny", value_name = "tiny|FOLDER")]
+    model: String,
+    /// Texts to learn from: plain text, or .jsonl with a text in each line
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    corpus: Vec<PathBuf>,
+    /// Which field of a .jsonl line holds the text
+    #[arg(long, default_value = "text", value_name = "NAME")]
+    field: String,
+    /// Atoms a dictionary (N)
+    #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
+    atoms: usize,
+    /// Nonzeros a vector during learning [default: an eighth of the head dim]
+    #[arg(long, value_name = "S")]
+    sparsity: Option<usize>,
+    /// The dictionary file to write
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+    /// Most tokens to read
+    #[arg(long, default_value_t = TrainOptions::default().tokens, value_name = "N")]
+    tokens: usize,
+    /// Tokens that the model sees at once
+    #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
+    context: usize,
+    /// Vectors that each dictionary learns from at the most
+    #[arg(long, default_value_t = TrainOptions::default().vectors, value_name = "N")]
+    vectors: usize,
+    /// Passes over the vectors
+    #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
+    epochs: usize,
+    /// Vectors a step
+    #[arg(long, default_value_t = LearnOptions::default().batch, value_name = "N")]
+    batch: usize,
+    /// Adam's step size at the start
+    #[arg(long, default_value_t = LearnOptions::default().learning_rate, value_name = "X")]
+    learning_rate: f32,
+    /// Seed of every random choice
+    #[arg(short, long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+impl Train {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        check_writable(&self.out)?;
+        let started = Instant::now();
+        let model = model::load_model(&self.model)?;
+        let corpora = self
+            .corpus
+            .iter()
+            .map(|path| Corpus::read(path, &self.field))
+            .collect::<Result<Vec<_>, _>>()?;
+        let head_dim = model.decoder.config().head_dim;
+        let options = TrainOptions {
+            tokens: self.tokens,
+            context: self.context,
+            vectors: self.vectors,
+            learn: LearnOptions {
+                atoms: self.atoms,
+                sparsity: self.sparsity.unwrap_or((head_dim / 8).max(1)),
+                epochs: self.epochs,
+                batch: self.batch,
+                learning_rate: self.learning_rate,
+                seed: self.seed,
+            },
+        };
+        let mut progress = Progress::default();
+        let trained = train(&model, &corpora, &options, &mut |step| {
+            progress.show(step);
+            interrupt::flow()
+        });
+        progress.finish();
+        let trained = trained.with_context(|| format!("nothing was written to {}", self.out.display()))?;
+        trained.dictionaries.save(&self.out)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let training = &trained.dictionaries.training;
+        let errors = training.relative_error.iter().enumerate();
+        if self.json {
+            let layer = |(layer, e): (usize, &LayerErrors)| {
+                json!({
+                    "layer": layer,
+                    "keys": {"relative_error": e.keys},
+                    "values": {"relative_error": e.values},
+                })
+            };
+            return ui::json(&json!({
+                "out": self.out.display().to_string(),
+                "seconds": seconds,
+                "tokens": training.tokens,
+                "vectors": trained.vectors,
+                "atoms": self.atoms,
+                "sparsity": training.sparsity,
+                "layers": errors.map(layer).collect::<Vec<_>>(),
+            }));
+        }
+        let row = |(layer, e): (usize, &LayerErrors)| {
+            [layer.to_string(), format!("{:.4}", e.keys), format!("{:.4}", e.values)]
+        };
+        let header = ["layer", "keys", "values"];
+        ui::line("Held-out mean relative error:")?;
+        ui::line(&ui::table(header, errors.map(row).collect()))?;
+        ui::line(&format!(
+            "{}: {} atoms, sparsity {}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
+            self.out.display(),
+            self.atoms,
+            training.sparsity,
+            training.tokens,
+            trained.vectors
+        ))
+    }
+}
+
+/// One bar for the reading, one for each dictionary.
+#[derive(Default)]
+struct Progress {
+    bar: Option<indicatif::ProgressBar>,
+}
+
+impl Progress {
+    fn show(&mut self, step: TrainProgress) {
+        match step {
+            TrainProgress::Reading { tokens, total } => {
+                let bar = self.bar.get_or_insert_with(|| {
+                    let bar = ui::progress(total as u64, "tokens");
+                    bar.set_message("reading");
+                    bar
+                });
+                bar.set_position(tokens as u64);
+                if tokens == total {
+                    self.finish();
+                }
+            }
+            TrainProgress::Learning { layer, part, progress } => {
+                let bar = self.bar.get_or_insert_with(|| {
+                    let bar = ui::progress(progress.steps as u64, "steps");
+                    bar.set_message(format!("layer {layer} {part}"));
+                    bar
+                });
+                bar.set_position(progress.step as u64);
+            }
+            TrainProgress::Learned { .. } => self.finish(),
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.abandon();
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What people see: text on stdout, notes and progress on stderr.
+
+use std::io::{self, Write};
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use lexico_llm::cache::METHODS;
+
+/// Writes to stdout at once; a closed pipe is an error, not a panic.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+/// A line on stdout.
+pub(crate) fn line(text: &str) -> anyhow::Result<()> {
+    print(&format!("{text}\n"))
+}
+
+/// One JSON document on stdout.
+pub(crate) fn json(document: &serde_json::Value) -> anyhow::Result<()> {
+    line(&serde_json::to_string_pretty(document)?)
+}
+
+/// A line on stderr; nothing is to be done where that fails.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|e| e.downcast_ref::<io::Error>());
+    io.is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// A table whose first column is text and whose others are numbers.
+pub(crate) fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(header);
+    table.add_rows(rows);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+/// A progress bar on stderr with rate and time left; hidden where stderr is no terminal.
+pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
+    let template = format!(
+        "{{msg:18}} {{bar:30}} {{human_pos}}/{{human_len}} {unit}, {{per_sec}}, {{eta}} left"
+    );
+    let bar = ProgressBar::new(total);
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+pub(crate) fn bytes(count: usize) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = "bytes";
+    for next in UNITS {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    if unit == "bytes" {
+        format!("{count} bytes")
+    } else {
+        format!("{value:.1} {unit}")
+    }
+}
+
+pub(crate) fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// The cache methods and their options, as the registry has them.
+pub(crate) fn cache_help() -> String {
+    let mut help = "Caches, as NAME[:key=value,...]:\n".to_owned();
+    for method in METHODS {
+        help += &format!("  {:<16} {}\n", method.name, method.summary);
+        for option in method.options {
+            let default = format!("[default: {}]", option.default);
+            help += &format!("    {:<14} {} {default}\n", option.name, option.summary);
+        }
+    }
+    help
+}

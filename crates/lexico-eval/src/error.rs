@@ -1,0 +1,27 @@
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A data set cannot be read.
+    #[error("{name}, line {line}: {reason}")]
+    Data {
+        /// The data set.
+        name: String,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Settings that no run can meet.
+    #[error("{0}")]
+    Options(String),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] lexico_llm::Error),
+    /// The caller asked for the work to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
