@@ -67,10 +67,10 @@ fn check_greedy(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficient
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// With and without the Gram matrix, on any shape: odd `m`, `s = 1`, `s = m`, `N < m`, no vectors.
+    /// On any shape: odd `m`, `s = 1`, `s = m`, `N < m`, no vectors.
     #[test]
     fn residual_norms_equal_the_oracles(
-        m in 1usize..40, atoms in 1usize..200, s in 1usize..40, n in 0usize..12,
+        m in 1usize..40, atoms in 1usize..200, s in 1usize..40, n in prop_oneof![Just(0usize), 1usize..9, Just(70)],
         tolerance in prop_oneof![Just(0f32), 0.05f32..0.6], seed: u64, exponent in -30i32..30,
     ) {
         let dictionary = random_dictionary(seed, atoms, m);
@@ -79,30 +79,26 @@ proptest! {
         vectors.iter_mut().for_each(|x| *x *= 2f32.powi(exponent));
         let plain = Pursuit::new(&dictionary, s).unwrap().with_tolerance(tolerance).unwrap();
         let batch = plain.encode(&vectors).unwrap();
-        let gram = Pursuit::new(&dictionary, s).unwrap().with_tolerance(tolerance).unwrap().with_gram();
-        let with_gram = gram.encode(&vectors).unwrap();
         prop_assert_eq!(batch.len(), n);
         for (v, x) in vectors.chunks(m).enumerate() {
             let whole = norm(&in_f64(x));
             let found = oracle::encode(&dictionary, x, s, f64::from(tolerance));
-            for batch in [&batch, &with_gram] {
-                let (indices, coefficients) = batch.row(v);
-                check_greedy(&dictionary, x, indices, coefficients);
-                // A choice that hangs on rounding may differ; it was checked to be as greedy.
-                if found.narrowest_lead > 1e-4 && (found.residual_norm / whole - f64::from(tolerance)).abs() > 1e-5 {
-                    let got = residual_norm(&dictionary, x, indices, coefficients);
-                    prop_assert!(
-                        (got - found.residual_norm).abs() <= 1e-4 * found.residual_norm + 2e-6 * whole,
-                        "residual {}, oracle {}", got, found.residual_norm
-                    );
-                    let reported = f64::from(batch.relative_errors[v]) * whole;
-                    prop_assert!((reported - got).abs() <= 1e-4 * got + 2e-6 * whole);
-                }
-                if tolerance > 0.0 && indices.len() < s {
-                    let got = residual_norm(&dictionary, x, indices, coefficients);
-                    let independent = indices.len() == m.min(atoms);
-                    prop_assert!(got <= f64::from(tolerance) * whole * 1.001 || independent);
-                }
+            let (indices, coefficients) = batch.row(v);
+            check_greedy(&dictionary, x, indices, coefficients);
+            let got = residual_norm(&dictionary, x, indices, coefficients);
+            let reported = f64::from(batch.relative_errors[v]) * whole;
+            prop_assert!((reported - got).abs() <= 1e-4 * got + 2e-6 * whole);
+            // A choice that hangs on rounding may differ; it was checked to be as greedy.
+            let sure_stop = (found.residual_norm / whole - f64::from(tolerance)).abs() > 1e-5;
+            if found.narrowest_lead > 1e-4 && sure_stop {
+                prop_assert!(
+                    (got - found.residual_norm).abs() <= 1e-4 * found.residual_norm + 2e-6 * whole,
+                    "residual {}, oracle {}", got, found.residual_norm
+                );
+            }
+            if tolerance > 0.0 && indices.len() < s {
+                let spanned = indices.len() == m.min(atoms);
+                prop_assert!(got <= f64::from(tolerance) * whole * 1.001 || spanned);
             }
         }
     }
@@ -137,13 +133,11 @@ fn an_atom_that_adds_nothing_ends_the_pursuit() {
     let rows = vec![1.0, 0.0, 0.0, 1.0, 1e-6, 0.0, 0.0, 1.0, 0.0];
     let dictionary = Dictionary::normalised(rows, 3).unwrap();
     let pursuit = Pursuit::new(&dictionary, 3).unwrap();
-    for pursuit in [pursuit, Pursuit::new(&dictionary, 3).unwrap().with_gram()] {
-        let batch = pursuit.encode(&[2.0, 1.0, 5.0, 0.0, 0.0, 7.0]).unwrap();
-        assert_eq!(batch.lengths, [2, 0]);
-        let (indices, coefficients) = batch.row(0);
-        assert_eq!(indices, [1, 2]);
-        assert!(coefficients.iter().all(|c| c.abs() < 10.0), "{coefficients:?}");
-    }
+    let batch = pursuit.encode(&[2.0, 1.0, 5.0, 0.0, 0.0, 7.0]).unwrap();
+    assert_eq!(batch.lengths, [2, 0]);
+    let (indices, coefficients) = batch.row(0);
+    assert_eq!(indices, [1, 2]);
+    assert!(coefficients.iter().all(|c| c.abs() < 10.0), "{coefficients:?}");
 }
 
 #[test]
@@ -196,22 +190,16 @@ fn no_worse_than_the_reference_implementation() {
         let (vectors, _) = file.f32_tensor(&format!("{name}.vectors"), 2).unwrap();
         let dictionary = Dictionary::new(atoms, shape[1]).unwrap();
         let sparsity = case["sparsity"].as_u64().unwrap() as usize;
-        for gram in [false, true] {
-            let mut pursuit = Pursuit::new(&dictionary, sparsity).unwrap();
-            if gram {
-                pursuit = pursuit.with_gram();
-            }
-            let batch = pursuit.encode(&vectors).unwrap();
-            for (format, key) in [
-                (CoefficientFormat::F32, "mean_relative_error_f32"),
-                (CoefficientFormat::F8, "mean_relative_error_f8"),
-            ] {
-                let decoded = stored(&batch, format).decode(&dictionary).unwrap();
-                let error = mean_relative_error(&vectors, &decoded, shape[1]);
-                let reference = case[key].as_f64().unwrap();
-                println!("{name} s={sparsity} {format:?}: {error:.5}, reference {reference:.5}");
-                assert!(error <= reference * 1.001, "{name} s={sparsity} {format:?}: {error} > {reference}");
-            }
+        let batch = Pursuit::new(&dictionary, sparsity).unwrap().encode(&vectors).unwrap();
+        for (format, key) in [
+            (CoefficientFormat::F32, "mean_relative_error_f32"),
+            (CoefficientFormat::F8, "mean_relative_error_f8"),
+        ] {
+            let decoded = stored(&batch, format).decode(&dictionary).unwrap();
+            let error = mean_relative_error(&vectors, &decoded, shape[1]);
+            let reference = case[key].as_f64().unwrap();
+            println!("{name} s={sparsity} {format:?}: {error:.5}, reference {reference:.5}");
+            assert!(error <= reference * 1.001, "{name} s={sparsity} {format:?}: {error} > {reference}");
         }
     }
 }

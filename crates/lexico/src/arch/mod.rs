@@ -18,9 +18,9 @@ macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => { portable::$name::<false>($($argument),*) };
 }
 
-/// `out[n] = ⟨rows[n], x⟩` for the `out.len()` rows of length `x.len()`.
-pub(crate) fn correlate(rows: &[f32], x: &[f32], out: &mut [f32]) {
-    dispatch!(correlate(rows, x, out))
+/// Index and magnitude of the entry that is largest in magnitude.
+pub(crate) fn peak(a: &[f32]) -> (usize, f32) {
+    dispatch!(peak(a))
 }
 
 /// `a -= scale · b`, then the index and magnitude of the entry of `a` that is largest in magnitude.
@@ -50,6 +50,7 @@ pub(crate) fn accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mu
 
 #[cfg(test)]
 mod tests {
+    use super::matmul::{Matrix, Threads, multiply};
     use super::*;
     use proptest::prelude::*;
 
@@ -70,7 +71,8 @@ mod tests {
                 .map(|row| row.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum())
                 .collect();
             let mut out = vec![0.0; n];
-            correlate(&rows, &x, &mut out);
+            let (matrix, vector) = (Matrix::by_rows(&rows, n, m), Matrix::by_rows(&x, 1, m));
+            multiply(&mut out, false, matrix, vector.transposed(), Threads::One);
             for (row, (&got, &want)) in rows.chunks(m).zip(out.iter().zip(&exact)) {
                 prop_assert!(close(got, want, 16.0 * m as f64));
                 prop_assert!(close(dot(row, &x), want, 16.0 * m as f64));
@@ -89,6 +91,7 @@ mod tests {
             expected.iter_mut().zip(&b).for_each(|(a, b)| *a -= scale * b);
             let (index, magnitude) = subtract_and_peak(&mut a, scale, &b);
             prop_assert_eq!(a[index].abs(), magnitude);
+            prop_assert_eq!(peak(&a), (index, magnitude));
             for (&got, &want) in a.iter().zip(&expected) {
                 prop_assert!((got - want).abs() <= 1e-4);
                 prop_assert!(got.abs() <= magnitude);

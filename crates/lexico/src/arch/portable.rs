@@ -38,17 +38,22 @@ pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn correlate<const FMA: bool>(rows: &[f32], x: &[f32], out: &mut [f32]) {
-    for (row, out) in rows.chunks_exact(x.len()).zip(out) {
-        *out = dot::<FMA>(row, x);
-    }
-}
-
-#[inline(always)]
 pub(super) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) {
     for (a, &b) in a.iter_mut().zip(b) {
         *a = multiply_add::<FMA>(scale, b, *a);
     }
+}
+
+/// Entries whose maximum is taken before the index is looked for.
+const PEAK_BLOCK: usize = 256;
+
+#[inline(always)]
+pub(super) fn peak<const FMA: bool>(a: &[f32]) -> (usize, f32) {
+    let mut best = (0, 0f32);
+    for (block, a) in a.chunks(PEAK_BLOCK).enumerate() {
+        best = later_peak(best, block, a);
+    }
+    best
 }
 
 #[inline(always)]
@@ -57,31 +62,34 @@ pub(super) fn subtract_and_peak<const FMA: bool>(
     scale: f32,
     b: &[f32],
 ) -> (usize, f32) {
-    /// Entries whose maximum is taken before the index is looked for.
-    const BLOCK: usize = 256;
     let mut best = (0, 0f32);
-    for (block, (a, b)) in a.chunks_mut(BLOCK).zip(b.chunks(BLOCK)).enumerate() {
-        let mut peaks = [0f32; LANES];
-        let (a_blocks, a_rest) = a.as_chunks_mut::<LANES>();
-        let (b_blocks, b_rest) = b.as_chunks::<LANES>();
-        for (a, b) in a_blocks.iter_mut().zip(b_blocks) {
-            for l in 0..LANES {
-                a[l] = multiply_add::<FMA>(-scale, b[l], a[l]);
-                let magnitude = a[l].abs();
-                peaks[l] = if magnitude > peaks[l] { magnitude } else { peaks[l] };
-            }
-        }
-        for (l, (a, &b)) in a_rest.iter_mut().zip(b_rest).enumerate() {
-            *a = multiply_add::<FMA>(-scale, b, *a);
-            peaks[l] = peaks[l].max(a.abs());
-        }
-        let peak = peaks.iter().fold(0f32, |peak, &x| peak.max(x));
-        if peak > best.1 {
-            let within = a.iter().position(|x| x.abs() == peak).unwrap_or(0);
-            best = (block * BLOCK + within, peak);
-        }
+    for (block, (a, b)) in a.chunks_mut(PEAK_BLOCK).zip(b.chunks(PEAK_BLOCK)).enumerate() {
+        add_scaled::<FMA>(a, -scale, b);
+        best = later_peak(best, block, a);
     }
     best
+}
+
+/// The peak so far, or that of a further block where it is larger.
+#[inline(always)]
+fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {
+    let mut peaks = [0f32; LANES];
+    let (blocks, rest) = a.as_chunks::<LANES>();
+    for a in blocks {
+        for l in 0..LANES {
+            let magnitude = a[l].abs();
+            peaks[l] = if magnitude > peaks[l] { magnitude } else { peaks[l] };
+        }
+    }
+    for (peak, a) in peaks.iter_mut().zip(rest) {
+        *peak = peak.max(a.abs());
+    }
+    let peak = peaks.iter().fold(0f32, |peak, &x| peak.max(x));
+    if peak <= best.1 {
+        return best;
+    }
+    let within = a.iter().position(|x| x.abs() == peak).unwrap_or(0);
+    (block * PEAK_BLOCK + within, peak)
 }
 
 #[inline(always)]

@@ -44,7 +44,7 @@ macro_rules! kernels {
 }
 
 kernels! {
-    correlate(rows: &[f32], x: &[f32], out: &mut [f32]);
+    peak(a: &[f32]) -> (usize, f32);
     subtract_and_peak(a: &mut [f32], scale: f32, b: &[f32]) -> (usize, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;

@@ -13,8 +13,6 @@ use crate::pursuit::{Pursuit, SparseBatch};
 use crate::{Error, Result};
 use adam::Adam;
 
-/// Largest dictionary whose Gram matrix is computed for every minibatch: 256 MiB.
-const MOST_GRAM_ATOMS: usize = 8192;
 /// Steps between two looks for unused atoms.
 const RESEED_STEPS: usize = 50;
 /// Share of the run after which no atom is re-seeded: a new atom needs time to settle.
@@ -117,7 +115,7 @@ pub fn learn(
             for &v in chosen {
                 batch.extend_from_slice(&vectors[v * head_dim..(v + 1) * head_dim]);
             }
-            let codes = pursuit(&dictionary, options.sparsity)?.encode(&batch)?;
+            let codes = Pursuit::new(&dictionary, options.sparsity)?.encode(&batch)?;
             tangent_gradient(&dictionary, &batch, &codes, &mut gradient, &mut uses);
             let done = step as f32 / steps as f32;
             let rate = options.learning_rate * 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
@@ -144,7 +142,7 @@ pub fn learn(
     let held_out_error = if held_out.is_empty() {
         0.0
     } else {
-        pursuit(&dictionary, options.sparsity)?.encode(held_out)?.mean_relative_error()
+        Pursuit::new(&dictionary, options.sparsity)?.encode(held_out)?.mean_relative_error()
     };
     Ok(Learned {
         dictionary,
@@ -173,15 +171,6 @@ fn check(options: &LearnOptions, vectors: usize) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn pursuit(dictionary: &Dictionary, sparsity: usize) -> Result<Pursuit<'_>> {
-    let pursuit = Pursuit::new(dictionary, sparsity)?;
-    Ok(if dictionary.len() <= MOST_GRAM_ATOMS {
-        pursuit.with_gram()
-    } else {
-        pursuit
-    })
 }
 
 /// The vectors scaled to unit length, without those that are zero.

@@ -5,12 +5,14 @@ pub mod oracle;
 use rayon::prelude::*;
 
 use crate::arch::matmul::{Matrix, Threads, multiply};
-use crate::arch::{add_scaled, correlate, dot, subtract_and_peak};
+use crate::arch::{add_scaled, dot, peak, subtract_and_peak};
 use crate::dictionary::{Dictionary, norm};
 use crate::{Error, Result};
 
 /// Relative residual below which f32 arithmetic has nothing more to find.
 const EXACT: f32 = 1e-6;
+/// Vectors that are coded side by side: each reading of the dictionary serves all of them.
+const BLOCK: usize = 32;
 /// An atom whose part outside the span of the support is shorter than this adds nothing but noise.
 const DEPENDENT: f32 = 1e-4;
 
@@ -69,15 +71,12 @@ pub(crate) fn mean(numbers: &[f32]) -> f32 {
 /// Each step picks the atom of largest correlation with the residual and orthonormalises it
 /// against the support; correlations with all atoms are carried along by subtracting the
 /// projection of every atom on the new direction, so that no residual is ever correlated again.
-/// Those projections cost `O(N·m)` a step, or, with the Gram matrix `DDᵀ`, `O(N·k)` at step `k`
-/// (Zhu et al. 2020, variant v0).
+/// Those projections are one matrix product a step for a block of vectors, `O(N·m)` a vector.
 #[derive(Debug)]
 pub struct Pursuit<'d> {
     dictionary: &'d Dictionary,
     sparsity: usize,
     tolerance: f32,
-    /// `DDᵀ`, `[N, N]`, where it was asked for.
-    gram: Option<Vec<f32>>,
 }
 
 impl<'d> Pursuit<'d> {
@@ -91,7 +90,6 @@ impl<'d> Pursuit<'d> {
             dictionary,
             sparsity,
             tolerance: 0.0,
-            gram: None,
         })
     }
 
@@ -105,17 +103,6 @@ impl<'d> Pursuit<'d> {
         }
         self.tolerance = tolerance;
         Ok(self)
-    }
-
-    /// Computes the Gram matrix first: `4·N²` bytes and `N²·m` multiply-adds, which pay where
-    /// many vectors follow.
-    pub fn with_gram(mut self) -> Self {
-        let (n, m) = (self.dictionary.len(), self.dictionary.head_dim());
-        let atoms = Matrix::by_rows(self.dictionary.atoms(), n, m);
-        let mut gram = vec![0.0; n * n];
-        multiply(&mut gram, false, atoms, atoms.transposed(), Threads::All);
-        self.gram = Some(gram);
-        self
     }
 
     /// Codes `vectors` `[n, m]`, spread over the current rayon pool.
@@ -144,142 +131,185 @@ impl<'d> Pursuit<'d> {
             relative_errors: vec![0.0; n],
         };
         (
-            vectors.par_chunks_exact(m),
-            batch.indices.par_chunks_exact_mut(s),
-            batch.coefficients.par_chunks_exact_mut(s),
-            &mut batch.lengths,
-            &mut batch.relative_errors,
+            vectors.par_chunks(BLOCK * m),
+            batch.indices.par_chunks_mut(BLOCK * s),
+            batch.coefficients.par_chunks_mut(BLOCK * s),
+            batch.lengths.par_chunks_mut(BLOCK),
+            batch.relative_errors.par_chunks_mut(BLOCK),
         )
             .into_par_iter()
             .for_each_init(
-                || Workspace::new(self),
-                |workspace, (x, indices, coefficients, length, relative_error)| {
-                    let found = self.encode_one(x, workspace, indices, coefficients);
-                    (*length, *relative_error) = found;
+                || Workspace::new(self, BLOCK.min(n)),
+                |workspace, (vectors, indices, coefficients, lengths, relative_errors)| {
+                    let found = Found {
+                        indices,
+                        coefficients,
+                        lengths,
+                        relative_errors,
+                    };
+                    self.encode_block(vectors, workspace, found);
                 },
             );
         Ok(batch)
     }
 
-    /// Codes one finite vector; returns its number of nonzeros and its relative error.
-    fn encode_one(
-        &self,
-        x: &[f32],
-        workspace: &mut Workspace,
-        indices: &mut [u16],
-        coefficients: &mut [f32],
-    ) -> (u16, f32) {
-        let m = x.len();
-        let Some(exponent) = binary_exponent(x) else {
-            return (0, 0.0);
-        };
+    /// Codes a block of finite vectors in lockstep: step `k` chooses atom `k` of each.
+    fn encode_block(&self, vectors: &[f32], workspace: &mut Workspace, found: Found<'_>) {
+        let (m, s, n) = (self.dictionary.head_dim(), self.sparsity, self.dictionary.len());
+        let count = vectors.len() / m;
         let Workspace {
-            residual,
+            residuals,
             correlations,
             projections,
             directions,
-            triangle,
+            triangles,
             weights,
+            states,
+            fresh,
         } = workspace;
-        // Powers of two scale exactly: huge and tiny vectors take the same path as any other.
-        scale_by_power(x, -exponent, residual);
-        let whole = norm(residual);
-        let enough = self.tolerance.max(EXACT) * whole;
-        let mut rest = whole;
-
-        correlate(self.dictionary.atoms(), residual, correlations);
-        let (mut atom, mut peak) = largest(correlations);
-        let mut length = 0;
-        while length < self.sparsity && rest > enough && peak > EXACT * whole {
-            let (earlier, direction) = directions[..(length + 1) * m].split_at_mut(length * m);
-            direction.copy_from_slice(self.dictionary.atom(atom));
-            let row = &mut triangle[length * self.sparsity..][..length + 1];
-            let outside = orthonormalise(direction, earlier, row);
-            if outside <= DEPENDENT {
+        states.clear();
+        for (v, (x, residual)) in vectors.chunks(m).zip(residuals.chunks_mut(m)).enumerate() {
+            // Powers of two scale exactly: huge and tiny vectors take the same path as any other.
+            let exponent = binary_exponent(x).unwrap_or(0);
+            scale_by_power(x, -exponent, residual);
+            let whole = norm(residual);
+            states.push(State {
+                exponent,
+                whole,
+                rest: whole,
+                weight: 0.0,
+                peak: (0, 0.0),
+                active: whole > 0.0,
+            });
+            found.lengths[v] = 0;
+        }
+        self.correlate_all(&residuals[..count * m], &mut correlations[..count * n]);
+        for (state, correlations) in states.iter_mut().zip(correlations.chunks(n)) {
+            state.peak = peak(correlations);
+        }
+        for step in 0..s {
+            fresh.clear();
+            for (v, state) in states.iter_mut().enumerate().filter(|(_, state)| state.active) {
+                let enough = self.tolerance.max(EXACT) * state.whole;
+                state.active = state.rest > enough && state.peak.1 > EXACT * state.whole;
+                if !state.active {
+                    continue;
+                }
+                let (earlier, rest) = directions[v * s * m..].split_at_mut(step * m);
+                let direction = &mut rest[..m];
+                direction.copy_from_slice(self.dictionary.atom(state.peak.0));
+                let row = &mut triangles[(v * s + step) * s..][..step + 1];
+                let outside = orthonormalise(direction, earlier, row);
+                state.active = outside > DEPENDENT;
+                if !state.active {
+                    continue;
+                }
+                row[step] = outside;
+                found.indices[v * s + step] = state.peak.0 as u16;
+                found.lengths[v] += 1;
+                let residual = &mut residuals[v * m..(v + 1) * m];
+                state.weight = dot(direction, residual);
+                weights[v * s + step] = state.weight;
+                add_scaled(residual, -state.weight, direction);
+                state.rest = norm(residual);
+                state.active = state.rest > enough;
+                if state.active {
+                    fresh.extend_from_slice(direction);
+                }
+            }
+            if step + 1 == s || fresh.is_empty() {
                 break;
             }
-            row[length] = outside;
-            indices[length] = atom as u16;
-
-            let weight = dot(direction, residual);
-            add_scaled(residual, -weight, direction);
-            weights[length] = weight;
-            rest = norm(residual);
-            length += 1;
-            if length == self.sparsity || rest <= enough {
-                break;
+            let projections = &mut projections[..fresh.len() / m * n];
+            self.correlate_all(fresh, projections);
+            let active = states.iter_mut().enumerate().filter(|(_, state)| state.active);
+            for ((v, state), projection) in active.zip(projections.chunks_mut(n)) {
+                let correlations = &mut correlations[v * n..(v + 1) * n];
+                // Rounding must not bring a chosen atom back.
+                for &chosen in &found.indices[v * s..=v * s + step] {
+                    correlations[usize::from(chosen)] = 0.0;
+                    projection[usize::from(chosen)] = 0.0;
+                }
+                state.peak = subtract_and_peak(correlations, state.weight, projection);
             }
-            let projection = self.project(projections, length - 1, atom, direction, row);
-            // Rounding must not bring a chosen atom back.
-            for &chosen in &indices[..length] {
-                correlations[usize::from(chosen)] = 0.0;
-                projection[usize::from(chosen)] = 0.0;
+        }
+        for (v, state) in states.iter().enumerate() {
+            let length = usize::from(found.lengths[v]);
+            let coefficients = &mut found.coefficients[v * s..][..length];
+            let triangle = &triangles[v * s * s..(v + 1) * s * s];
+            solve(triangle, s, &weights[v * s..][..length], coefficients);
+            for c in coefficients {
+                *c = scale_one(*c, state.exponent);
             }
-            (atom, peak) = subtract_and_peak(correlations, weight, projection);
+            found.relative_errors[v] = state.rest / state.whole.max(f32::MIN_POSITIVE);
         }
-        solve(triangle, self.sparsity, &weights[..length], &mut coefficients[..length]);
-        for c in &mut coefficients[..length] {
-            *c = scale_one(*c, exponent);
-        }
-        (length as u16, rest / whole)
     }
 
-    /// Projections of all atoms on the direction of step `step`, which came of atom `atom`;
-    /// `row` says how that atom was made of the directions so far.
-    fn project<'a>(
-        &self,
-        projections: &'a mut [f32],
-        step: usize,
-        atom: usize,
-        direction: &[f32],
-        row: &[f32],
-    ) -> &'a mut [f32] {
-        let n = self.dictionary.len();
-        let Some(gram) = &self.gram else {
-            let projection = &mut projections[..n];
-            correlate(self.dictionary.atoms(), direction, projection);
-            return projection;
-        };
-        let (earlier, rest) = projections.split_at_mut(step * n);
-        let projection = &mut rest[..n];
-        projection.copy_from_slice(&gram[atom * n..(atom + 1) * n]);
-        for (part, earlier) in row[..step].iter().zip(earlier.chunks_exact(n)) {
-            add_scaled(projection, -part, earlier);
-        }
-        let inverse = 1.0 / row[step];
-        projection.iter_mut().for_each(|p| *p *= inverse);
-        projection
+    /// Correlations of all atoms with some vectors: `[k, m]` to `[k, N]`.
+    fn correlate_all(&self, vectors: &[f32], out: &mut [f32]) {
+        let (m, n) = (self.dictionary.head_dim(), self.dictionary.len());
+        let vectors = Matrix::by_rows(vectors, vectors.len() / m, m);
+        let atoms = Matrix::by_rows(self.dictionary.atoms(), n, m);
+        multiply(out, false, vectors, atoms.transposed(), Threads::One);
     }
 }
 
-/// Scratch memory of one thread.
+/// Where a block's codes go.
+struct Found<'a> {
+    indices: &'a mut [u16],
+    coefficients: &'a mut [f32],
+    lengths: &'a mut [u16],
+    relative_errors: &'a mut [f32],
+}
+
+/// How far one vector of a block has come.
+struct State {
+    /// The vector was scaled by `2^-exponent`.
+    exponent: i32,
+    /// Norm of the scaled vector.
+    whole: f32,
+    /// Norm of its residual.
+    rest: f32,
+    /// Its part along the newest direction.
+    weight: f32,
+    /// The atom of largest correlation with the residual, and that correlation's magnitude.
+    peak: (usize, f32),
+    /// Whether the pursuit goes on.
+    active: bool,
+}
+
+/// Scratch memory of one thread, for a block of `b` vectors.
 struct Workspace {
-    /// `[m]`
-    residual: Vec<f32>,
-    /// Of every atom with the residual, `[N]`.
+    /// `[b, m]`
+    residuals: Vec<f32>,
+    /// Of every atom with each residual, `[b, N]`.
     correlations: Vec<f32>,
-    /// Of every atom on the newest direction, `[N]`; with the Gram matrix on each direction, `[s, N]`.
+    /// Of every atom on each active vector's newest direction, `[b, N]`.
     projections: Vec<f32>,
-    /// The orthonormalised support, `[s, m]`.
+    /// The orthonormalised supports, `[b, s, m]`.
     directions: Vec<f32>,
-    /// Row `k` writes atom `k` of the support in the first `k + 1` directions, `[s, s]`.
-    triangle: Vec<f32>,
-    /// The vector in the directions, `[s]`.
+    /// Row `k` writes atom `k` of a support in its first `k + 1` directions, `[b, s, s]`.
+    triangles: Vec<f32>,
+    /// Each vector in its directions, `[b, s]`.
     weights: Vec<f32>,
+    states: Vec<State>,
+    /// The newest directions of the active vectors.
+    fresh: Vec<f32>,
 }
 
 impl Workspace {
-    fn new(pursuit: &Pursuit<'_>) -> Self {
+    fn new(pursuit: &Pursuit<'_>, b: usize) -> Self {
         let (n, m) = (pursuit.dictionary.len(), pursuit.dictionary.head_dim());
         let s = pursuit.sparsity;
-        let kept = if pursuit.gram.is_some() { s } else { 1 };
         Self {
-            residual: vec![0.0; m],
-            correlations: vec![0.0; n],
-            projections: vec![0.0; kept * n],
-            directions: vec![0.0; s * m],
-            triangle: vec![0.0; s * s],
-            weights: vec![0.0; s],
+            residuals: vec![0.0; b * m],
+            correlations: vec![0.0; b * n],
+            projections: vec![0.0; b * n],
+            directions: vec![0.0; b * s * m],
+            triangles: vec![0.0; b * s * s],
+            weights: vec![0.0; b * s],
+            states: Vec::with_capacity(b),
+            fresh: Vec::with_capacity(b * m),
         }
     }
 }
@@ -312,16 +342,6 @@ fn solve(triangle: &[f32], stride: usize, weights: &[f32], coefficients: &mut [f
         }
         coefficients[k] = (value / f64::from(triangle[k * stride + k])) as f32;
     }
-}
-
-fn largest(correlations: &mut [f32]) -> (usize, f32) {
-    let (mut best, mut peak) = (0, 0.0);
-    for (i, c) in correlations.iter().enumerate() {
-        if c.abs() > peak {
-            (best, peak) = (i, c.abs());
-        }
-    }
-    (best, peak)
 }
 
 /// `e` such that the largest magnitude in `x` is in `[2^e, 2^(e+1))`; `None` for a zero vector.
