@@ -131,6 +131,9 @@ impl Decode {
             }));
         }
         let out = self.out.display();
-        ui::line(&format!("{out}: {} vectors of length {}", shape[0], shape[1]))
+        ui::line(&format!(
+            "{out}: {} vectors of length {}",
+            shape[0], shape[1]
+        ))
     }
 }

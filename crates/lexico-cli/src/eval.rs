@@ -23,7 +23,12 @@ struct ProblemArguments {
     #[command(flatten)]
     model: ModelArguments,
     /// A cache method to measure; may be given several times (`full` always runs first)
-    #[arg(short, long, value_name = "NAME[:key=value,...]", default_value = "lexico")]
+    #[arg(
+        short,
+        long,
+        value_name = "NAME[:key=value,...]",
+        default_value = "lexico"
+    )]
     cache: Vec<CacheSpec>,
     /// Problems to solve, from the first on
     #[arg(long, default_value_t = ProblemOptions::default().items, value_name = "K")]
@@ -54,7 +59,11 @@ impl ProblemArguments {
             ..ProblemOptions::default()
         };
         let mut caches: Vec<CacheSpec> = vec!["full".parse()?];
-        caches.extend(self.cache.into_iter().filter(|spec| spec.to_string() != "full"));
+        caches.extend(
+            self.cache
+                .into_iter()
+                .filter(|spec| spec.to_string() != "full"),
+        );
         let bar = ui::progress((caches.len() * self.items) as u64, "problems");
         let mut runs = Vec::new();
         for (number, spec) in caches.iter().enumerate() {

@@ -26,7 +26,10 @@ impl Import {
         set.save(&self.out)?;
         let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
         let layers = set.layers.len();
-        ui::note(&format!("{}: {layers} layers of {atoms} atoms", self.out.display()));
+        ui::note(&format!(
+            "{}: {layers} layers of {atoms} atoms",
+            self.out.display()
+        ));
         Ok(())
     }
 }

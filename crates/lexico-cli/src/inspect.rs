@@ -47,7 +47,9 @@ struct Report {
 /// `name: value` lines, aligned.
 fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let lines = facts.iter().map(|(name, value)| format!("{name:<width$}  {value}\n"));
+    let lines = facts
+        .iter()
+        .map(|(name, value)| format!("{name:<width$}  {value}\n"));
     lines.collect()
 }
 
@@ -65,7 +67,13 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             number(errors(l).map(|e| e.values)),
         ]
     });
-    let header = ["layer", "key atoms", "value atoms", "key error", "value error"];
+    let header = [
+        "layer",
+        "key atoms",
+        "value atoms",
+        "key error",
+        "value error",
+    ];
     let table = ui::table(header, rows.collect());
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
     let text = facts(&[
@@ -121,11 +129,23 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
     let checksum = format!("{:08x}", file.checksum);
     let text = facts(&[
         ("kind", "codes".to_owned()),
-        ("vectors", format!("{} of length {}", codes.len(), file.head_dim)),
+        (
+            "vectors",
+            format!("{} of length {}", codes.len(), file.head_dim),
+        ),
         ("sparsity", format!("{} ({lengths})", format.sparsity)),
         ("coefficients", coefficients.to_owned()),
-        ("dictionary", format!("tensor {}, CRC-32 {checksum}", file.tensor)),
-        ("bytes", format!("{} ({bits:.2} bits a number)", ui::bytes(codes.bytes_used()))),
+        (
+            "dictionary",
+            format!("tensor {}, CRC-32 {checksum}", file.tensor),
+        ),
+        (
+            "bytes",
+            format!(
+                "{} ({bits:.2} bits a number)",
+                ui::bytes(codes.bytes_used())
+            ),
+        ),
     ]);
     let json = json!({
         "kind": "codes", "vectors": codes.len(), "head_dim": file.head_dim,
@@ -168,12 +188,18 @@ fn folder(path: &Path) -> anyhow::Result<Report> {
         ("kind", "model".to_owned()),
         ("architecture", config.architecture.clone()),
         ("layers", config.layers.to_string()),
-        ("heads", format!("{} on {} KV heads", config.heads, config.kv_heads)),
+        (
+            "heads",
+            format!("{} on {} KV heads", config.heads, config.kv_heads),
+        ),
         ("head dim", config.head_dim.to_string()),
         ("hidden", config.hidden.to_string()),
         ("vocabulary", config.vocabulary.to_string()),
         ("context", config.context.to_string()),
-        ("dictionaries", if dictionaries { "beside it" } else { "none" }.to_owned()),
+        (
+            "dictionaries",
+            if dictionaries { "beside it" } else { "none" }.to_owned(),
+        ),
         ("FP16 cache", format!("{} a token", ui::bytes(per_token))),
     ]);
     let json = json!({

@@ -25,10 +25,16 @@ pub(crate) struct Run {
     #[command(flatten)]
     model: ModelArguments,
     /// The cache method and its options (below)
-    #[arg(short, long, default_value = "lexico", value_name = "NAME[:key=value,...]")]
+    #[arg(
+        short,
+        long,
+        default_value = "lexico",
+        value_name = "NAME[:key=value,...]"
+    )]
     cache: CacheSpec,
-    /// Most tokens to generate
-    #[arg(short = 'n', long, visible_aliases = ["predict", "n-predict"], default_value_t = 256, value_name = "N")]
+    /// Most tokens to generate (-1: until the context is full)
+    #[arg(short = 'n', long, visible_aliases = ["predict", "n-predict"], default_value = "256")]
+    #[arg(value_name = "N", allow_hyphen_values = true, value_parser = token_count)]
     max_tokens: usize,
     /// 0 takes the most likely token; higher is more varied
     #[arg(long, visible_alias = "temp", default_value_t = 0.0, value_name = "T")]
@@ -43,7 +49,12 @@ pub(crate) struct Run {
     #[arg(long, default_value_t = Sampling::default().min_p, value_name = "P")]
     min_p: f32,
     /// Make recent tokens less likely (1: off)
-    #[arg(long, visible_alias = "repetition-penalty", default_value_t = 1.0, value_name = "X")]
+    #[arg(
+        long,
+        visible_alias = "repetition-penalty",
+        default_value_t = 1.0,
+        value_name = "X"
+    )]
     repeat_penalty: f32,
     /// How many of the last tokens count as recent
     #[arg(long, default_value_t = Sampling::default().repetition_window, value_name = "N")]
@@ -52,7 +63,12 @@ pub(crate) struct Run {
     #[arg(short, long, default_value_t = 0)]
     seed: u64,
     /// End at this text; may be given several times [default: the model's own]
-    #[arg(long, short = 'r', visible_alias = "reverse-prompt", value_name = "TEXT")]
+    #[arg(
+        long,
+        short = 'r',
+        visible_alias = "reverse-prompt",
+        value_name = "TEXT"
+    )]
     stop: Vec<String>,
     /// Go on past the model's end-of-text tokens and its own stop texts
     #[arg(long)]
@@ -96,17 +112,29 @@ impl Run {
             None if !stdin_is_pipe() => Ok(None),
             _ => {
                 let mut text = String::new();
-                std::io::stdin().read_to_string(&mut text).context("the prompt on stdin")?;
+                std::io::stdin()
+                    .read_to_string(&mut text)
+                    .context("the prompt on stdin")?;
                 Ok(Some(text))
             }
         }
     }
 
     fn options(&self, model: &Model) -> GenerateOptions {
-        let own_stops = || if self.ignore_eos { Vec::new() } else { model.stop_texts.clone() };
+        let own_stops = || {
+            if self.ignore_eos {
+                Vec::new()
+            } else {
+                model.stop_texts.clone()
+            }
+        };
         GenerateOptions {
             max_tokens: self.max_tokens,
-            stop: if self.stop.is_empty() { own_stops() } else { self.stop.clone() },
+            stop: if self.stop.is_empty() {
+                own_stops()
+            } else {
+                self.stop.clone()
+            },
             ignore_end: self.ignore_eos,
             sampling: Sampling {
                 temperature: self.temperature,
@@ -136,7 +164,10 @@ impl Run {
             let mut cache = model.cache(&spec)?;
             let quiet = &mut |_: &str| interrupt::flow();
             let other = generate(model, cache.as_mut(), &tokens, &options, quiet)?;
-            Some((Report::new(model, &spec, cache.as_ref(), tokens.len(), &other), other))
+            Some((
+                Report::new(model, &spec, cache.as_ref(), tokens.len(), &other),
+                other,
+            ))
         } else {
             None
         };
@@ -159,8 +190,12 @@ impl Run {
             ui::note(&full_report.line());
             let (agreeing, first) = agreement(&generated.tokens, &full.tokens);
             let of = generated.tokens.len().max(full.tokens.len());
-            let first = first.map_or(String::new(), |at| format!(", the first difference at token {}", at + 1));
-            ui::note(&format!("{agreeing} of {of} generated tokens agree with full{first}"));
+            let first = first.map_or(String::new(), |at| {
+                format!(", the first difference at token {}", at + 1)
+            });
+            ui::note(&format!(
+                "{agreeing} of {of} generated tokens agree with full{first}"
+            ));
         }
         Ok(())
     }
@@ -175,7 +210,8 @@ impl Run {
     ) -> anyhow::Result<Generated> {
         let mut failed = None;
         let generated = generate(model, cache, tokens, options, &mut |text| {
-            if !self.json && !text.is_empty()
+            if !self.json
+                && !text.is_empty()
                 && let Err(error) = ui::print(text)
             {
                 failed = Some(error);
@@ -232,7 +268,8 @@ impl Run {
             match self.stream(model, cache.as_mut(), &tokens, &options) {
                 Ok(generated) => {
                     pending = generated.tokens.last().copied().into_iter().collect();
-                    let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
+                    let report =
+                        Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
                     ui::note(&report.line());
                 }
                 Err(error) if ui::is_broken_pipe(&error) => return Err(error),
@@ -243,6 +280,15 @@ impl Run {
             interrupt::forget();
         }
     }
+}
+
+/// llama.cpp's `-n -1` has no limit.
+fn token_count(text: &str) -> Result<usize, String> {
+    if text == "-1" {
+        return Ok(usize::MAX);
+    }
+    text.parse()
+        .map_err(|e| format!("{e}; it must be a whole number, or -1"))
 }
 
 /// Tokens at the same place that are the same, and the first place where they are not.
@@ -314,8 +360,11 @@ impl Report {
     }
 
     fn json(&self, generated: &Generated) -> serde_json::Value {
-        let parts: serde_json::Map<String, serde_json::Value> =
-            self.parts.iter().map(|&(name, bytes)| (name.to_owned(), bytes.into())).collect();
+        let parts: serde_json::Map<String, serde_json::Value> = self
+            .parts
+            .iter()
+            .map(|&(name, bytes)| (name.to_owned(), bytes.into()))
+            .collect();
         let finish = match self.finish {
             Finish::End => "end",
             Finish::Stop => "stop",

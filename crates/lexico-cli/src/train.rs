@@ -87,7 +87,8 @@ impl Train {
             interrupt::flow()
         });
         progress.finish();
-        let trained = trained.with_context(|| format!("nothing was written to {}", self.out.display()))?;
+        let trained =
+            trained.with_context(|| format!("nothing was written to {}", self.out.display()))?;
         trained.dictionaries.save(&self.out)?;
         let seconds = started.elapsed().as_secs_f64();
         let training = &trained.dictionaries.training;
@@ -111,7 +112,11 @@ impl Train {
             }));
         }
         let row = |(layer, e): (usize, &LayerErrors)| {
-            [layer.to_string(), format!("{:.4}", e.keys), format!("{:.4}", e.values)]
+            [
+                layer.to_string(),
+                format!("{:.4}", e.keys),
+                format!("{:.4}", e.values),
+            ]
         };
         let header = ["layer", "keys", "values"];
         ui::line("Held-out mean relative error:")?;
@@ -147,7 +152,11 @@ impl Progress {
                     self.finish();
                 }
             }
-            TrainProgress::Learning { layer, part, progress } => {
+            TrainProgress::Learning {
+                layer,
+                part,
+                progress,
+            } => {
                 let bar = self.bar.get_or_insert_with(|| {
                     let bar = ui::progress(progress.steps as u64, "steps");
                     bar.set_message(format!("layer {layer} {part}"));

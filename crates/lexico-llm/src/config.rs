@@ -64,10 +64,15 @@ impl Config {
             )));
         }
         if raw.attention_bias || raw.mlp_bias {
-            return Err(error("biases in a Llama model are not supported".to_owned()));
+            return Err(error(
+                "biases in a Llama model are not supported".to_owned(),
+            ));
         }
         if raw.hidden_act != "silu" {
-            return Err(error(format!("activation {:?} is not supported, only \"silu\"", raw.hidden_act)));
+            return Err(error(format!(
+                "activation {:?} is not supported, only \"silu\"",
+                raw.hidden_act
+            )));
         }
         let rope_theta = raw.rope_theta().map_err(error)?;
         let heads = raw.num_attention_heads;
@@ -93,9 +98,14 @@ impl Config {
         }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 14 {
-            return Err(error(format!("head_dim = {head_dim} is impossible: it must be even and above 0")));
+            return Err(error(format!(
+                "head_dim = {head_dim} is impossible: it must be even and above 0"
+            )));
         }
-        for (name, number) in [("rms_norm_eps", raw.rms_norm_eps), ("rope_theta", rope_theta)] {
+        for (name, number) in [
+            ("rms_norm_eps", raw.rms_norm_eps),
+            ("rope_theta", rope_theta),
+        ] {
             if !(number > 0.0 && number.is_finite()) {
                 return Err(error(format!("{name} = {number} is impossible")));
             }
@@ -277,10 +287,22 @@ mod tests {
     fn what_cannot_run_is_refused_by_name() {
         let refused = |change: fn(&mut serde_json::Value)| config(change).unwrap_err().to_string();
         let cases: [(fn(&mut serde_json::Value), &str); 10] = [
-            (|c| c["architectures"] = serde_json::json!(["MambaForCausalLM"]), "MambaForCausalLM"),
-            (|c| c["rope_scaling"] = serde_json::json!({"type": "yarn"}), "yarn"),
-            (|c| c["rope_parameters"] = serde_json::json!({"rope_type": "odd"}), "odd"),
-            (|c| c["num_attention_heads"] = 0.into(), "num_attention_heads"),
+            (
+                |c| c["architectures"] = serde_json::json!(["MambaForCausalLM"]),
+                "MambaForCausalLM",
+            ),
+            (
+                |c| c["rope_scaling"] = serde_json::json!({"type": "yarn"}),
+                "yarn",
+            ),
+            (
+                |c| c["rope_parameters"] = serde_json::json!({"rope_type": "odd"}),
+                "odd",
+            ),
+            (
+                |c| c["num_attention_heads"] = 0.into(),
+                "num_attention_heads",
+            ),
             (|c| c["num_key_value_heads"] = 3.into(), "3 KV heads"),
             (|c| c["head_dim"] = 7.into(), "head_dim"),
             (|c| c["rms_norm_eps"] = 0.into(), "rms_norm_eps"),

@@ -66,7 +66,11 @@ pub struct Generated {
 impl Generated {
     /// Tokens a second after the first one; `None` where there was only one.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
-        let steps = self.tokens.len().checked_sub(1).filter(|&steps| steps > 0)?;
+        let steps = self
+            .tokens
+            .len()
+            .checked_sub(1)
+            .filter(|&steps| steps > 0)?;
         Some(steps as f64 / self.decode.as_secs_f64().max(1e-9))
     }
 }
@@ -127,7 +131,11 @@ pub fn generate(
         history.push(token);
         next = vec![token];
         let ended = !options.ignore_end && model.end_tokens.contains(&token);
-        let piece = if ended { String::new() } else { stream.push(token)? };
+        let piece = if ended {
+            String::new()
+        } else {
+            stream.push(token)?
+        };
         let sure = stop.push(&piece);
         generated.text.push_str(&sure);
         let flow = on_text(&sure);
@@ -178,7 +186,10 @@ impl<'a> StopFilter<'a> {
         }
         self.held.push_str(text);
         let stops = || self.stops.iter().filter(|stop| !stop.is_empty());
-        if let Some(at) = stops().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        if let Some(at) = stops()
+            .filter_map(|stop| self.held.find(stop.as_str()))
+            .min()
+        {
             self.found = true;
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
@@ -218,7 +229,10 @@ mod tests {
         let (out, found, _) = filtered(&["end", "b"], &["a b end"]);
         assert_eq!((out[0].as_str(), found), ("a ", true));
         let (out, found, rest) = filtered(&["ende"], &["the end"]);
-        assert_eq!((out[0].as_str(), found, rest.as_str()), ("the ", false, "end"));
+        assert_eq!(
+            (out[0].as_str(), found, rest.as_str()),
+            ("the ", false, "end")
+        );
     }
 
     #[test]

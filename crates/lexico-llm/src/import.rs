@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Layout};
 use candle_core::pickle::{Object, Stack};
+use candle_core::{DType, Layout};
 use half::{bf16, f16};
 use lexico::dictionary::{LayerDictionaries, ModelIdentity, Training};
 use lexico::{Dictionary, DictionarySet};
@@ -28,7 +28,9 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
     let (&[matrices, m, atoms], &[matrix_stride, row_stride, column_stride]) =
         (shape, layout.stride())
     else {
-        return Err(error(format!("its shape is {shape:?}, but [2·layers, m, N] is needed")));
+        return Err(error(format!(
+            "its shape is {shape:?}, but [2·layers, m, N] is needed"
+        )));
     };
     if matrices != wanted || m != model.head_dim || atoms == 0 {
         return Err(error(format!(
@@ -36,13 +38,20 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             model.name, model.head_dim
         )));
     }
-    let last = [(matrices, matrix_stride), (m, row_stride), (atoms, column_stride)]
-        .into_iter()
-        .try_fold(layout.start_offset(), |at, (size, stride)| {
-            at.checked_add((size - 1).checked_mul(stride)?)
-        });
+    let last = [
+        (matrices, matrix_stride),
+        (m, row_stride),
+        (atoms, column_stride),
+    ]
+    .into_iter()
+    .try_fold(layout.start_offset(), |at, (size, stride)| {
+        at.checked_add((size - 1).checked_mul(stride)?)
+    });
     if last.is_none_or(|last| last >= numbers.len()) {
-        return Err(error(format!("it is cut short: {} numbers for {shape:?}", numbers.len())));
+        return Err(error(format!(
+            "it is cut short: {} numbers for {shape:?}",
+            numbers.len()
+        )));
     }
     let dictionary = |matrix: usize| {
         let first = layout.start_offset() + matrix * matrix_stride;
@@ -80,40 +89,64 @@ fn read_tensor(path: &Path) -> Result<(Vec<f32>, Layout)> {
     let foreign = |e: &dyn std::fmt::Display| error(format!("not a PyTorch file: {e}"));
     let file = File::open(path).map_err(io(path))?;
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| foreign(&e))?;
-    let names: Vec<String> = archive.file_names().flatten().map(|n| n.into_owned()).collect();
+    let names: Vec<String> = archive
+        .file_names()
+        .flatten()
+        .map(|n| n.into_owned())
+        .collect();
     let pickle = names.into_iter().find(|name| name.ends_with("data.pkl"));
     let pickle = pickle.ok_or_else(|| error("not a PyTorch file: no data.pkl in it".to_owned()))?;
     let folder = PathBuf::from(pickle.trim_end_matches(".pkl"));
     let mut stack = Stack::empty();
     {
         let entry = archive.by_name(&pickle).map_err(|e| foreign(&e))?;
-        stack.read_loop(&mut BufReader::new(entry)).map_err(|e| foreign(&e))?;
+        stack
+            .read_loop(&mut BufReader::new(entry))
+            .map_err(|e| foreign(&e))?;
     }
     let mut object = stack.finalize().map_err(|e| foreign(&e))?;
     if let Object::Dict(mut entries) = object {
         if entries.len() != 1 {
-            return Err(error(format!("it holds {} objects, not one tensor", entries.len())));
+            return Err(error(format!(
+                "it holds {} objects, not one tensor",
+                entries.len()
+            )));
         }
         object = entries.remove(0).1;
     }
     let name = Object::Unicode("dictionary".to_owned());
-    let info = object.into_tensor_info(name, &folder).map_err(|e| foreign(&e))?;
+    let info = object
+        .into_tensor_info(name, &folder)
+        .map_err(|e| foreign(&e))?;
     let info = info.ok_or_else(|| error("what it holds is not a tensor".to_owned()))?;
 
     let mut entry = archive.by_name(&info.path).map_err(|e| foreign(&e))?;
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes).map_err(io(path))?;
     let storage: Vec<f32> = match info.dtype {
-        DType::F32 => {
-            bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        DType::F32 => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|&b| f32::from_le_bytes(b))
+            .collect(),
+        DType::F16 => bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|&b| f16::from_le_bytes(b).to_f32())
+            .collect(),
+        DType::BF16 => bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|&b| bf16::from_le_bytes(b).to_f32())
+            .collect(),
+        other => {
+            return Err(error(format!(
+                "its numbers are {other:?}; F32, F16 or BF16 are needed"
+            )));
         }
-        DType::F16 => {
-            bytes.as_chunks::<2>().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect()
-        }
-        DType::BF16 => {
-            bytes.as_chunks::<2>().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect()
-        }
-        other => return Err(error(format!("its numbers are {other:?}; F32, F16 or BF16 are needed"))),
     };
     Ok((storage, info.layout))
 }

@@ -98,7 +98,9 @@ impl Model {
         })?;
         let tokenizer = required("tokenizer.json")?;
         let name = folder.canonicalize().map_err(io(folder))?;
-        let name = name.file_name().map_or("model".into(), |name| name.to_string_lossy());
+        let name = name
+            .file_name()
+            .map_or("model".into(), |name| name.to_string_lossy());
         let mut model = Self::assemble(
             &name,
             folder,
@@ -131,7 +133,9 @@ impl Model {
         let path = folder.join("tokenizer.json");
         Ok(Self {
             name: name.to_owned(),
-            end_tokens: generation.end_tokens.unwrap_or_else(|| config.end_tokens.clone()),
+            end_tokens: generation
+                .end_tokens
+                .unwrap_or_else(|| config.end_tokens.clone()),
             stop_texts: generation.stop_texts,
             tokenizer: Tokenizer::parse(tokenizer, tokenizer_config, &path)?,
             decoder: Decoder::load(config, weights)?,

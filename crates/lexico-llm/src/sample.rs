@@ -59,7 +59,9 @@ impl Sampler {
             ..
         } = sampling;
         let refuse = |what: &str, value: f32, range: &str| {
-            Err(Error::Sampling(format!("{what} {value} is impossible: it must be {range}")))
+            Err(Error::Sampling(format!(
+                "{what} {value} is impossible: it must be {range}"
+            )))
         };
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return refuse("temperature", temperature, "0 or more");
@@ -93,7 +95,11 @@ impl Sampler {
             recent.dedup();
             for token in recent {
                 if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                    *logit = if *logit > 0.0 {
+                        *logit / penalty
+                    } else {
+                        *logit * penalty
+                    };
                 }
             }
         }
@@ -157,7 +163,9 @@ mod tests {
 
     fn drawn(sampling: Sampling, logits: &[f32], tokens: &[u32]) -> Vec<u32> {
         let mut sampler = Sampler::new(sampling).unwrap();
-        (0..200).map(|_| sampler.next(logits.to_vec(), tokens).unwrap()).collect()
+        (0..200)
+            .map(|_| sampler.next(logits.to_vec(), tokens).unwrap())
+            .collect()
     }
 
     fn hot() -> Sampling {
@@ -182,7 +190,10 @@ mod tests {
         let tokens = drawn(hot(), &logits, &[]);
         assert_eq!(tokens, drawn(hot(), &logits, &[]));
         let ones = tokens.iter().filter(|&&t| t == 1).count();
-        assert!((120..180).contains(&ones), "{ones} of 200 at probability 0.75");
+        assert!(
+            (120..180).contains(&ones),
+            "{ones} of 200 at probability 0.75"
+        );
         assert!(!tokens.contains(&2));
     }
 
@@ -191,10 +202,34 @@ mod tests {
         let logits = [0.5f32, 0.3, 0.15, 0.05].map(f32::ln);
         let largest = |sampling: Sampling| drawn(sampling, &logits, &[]).into_iter().max().unwrap();
         assert_eq!(largest(Sampling { top_k: 2, ..hot() }), 1);
-        assert_eq!(largest(Sampling { top_p: 0.6, ..hot() }), 1);
-        assert_eq!(largest(Sampling { min_p: 0.2, ..hot() }), 2);
-        assert_eq!(largest(Sampling { temperature: 0.01, ..hot() }), 0);
-        assert_eq!(largest(Sampling { top_p: 1e-9, ..hot() }), 0);
+        assert_eq!(
+            largest(Sampling {
+                top_p: 0.6,
+                ..hot()
+            }),
+            1
+        );
+        assert_eq!(
+            largest(Sampling {
+                min_p: 0.2,
+                ..hot()
+            }),
+            2
+        );
+        assert_eq!(
+            largest(Sampling {
+                temperature: 0.01,
+                ..hot()
+            }),
+            0
+        );
+        assert_eq!(
+            largest(Sampling {
+                top_p: 1e-9,
+                ..hot()
+            }),
+            0
+        );
     }
 
     #[test]
@@ -212,15 +247,33 @@ mod tests {
     #[test]
     fn impossible_settings_and_logits_are_refused() {
         for sampling in [
-            Sampling { temperature: -1.0, ..hot() },
-            Sampling { temperature: f32::NAN, ..hot() },
-            Sampling { top_p: 0.0, ..hot() },
-            Sampling { min_p: 1.5, ..hot() },
-            Sampling { repetition_penalty: 0.0, ..hot() },
+            Sampling {
+                temperature: -1.0,
+                ..hot()
+            },
+            Sampling {
+                temperature: f32::NAN,
+                ..hot()
+            },
+            Sampling {
+                top_p: 0.0,
+                ..hot()
+            },
+            Sampling {
+                min_p: 1.5,
+                ..hot()
+            },
+            Sampling {
+                repetition_penalty: 0.0,
+                ..hot()
+            },
         ] {
             assert!(matches!(Sampler::new(sampling), Err(Error::Sampling(_))));
         }
         let mut sampler = Sampler::new(hot()).unwrap();
-        assert!(matches!(sampler.next(vec![0.0, f32::NAN], &[]), Err(Error::NotANumber)));
+        assert!(matches!(
+            sampler.next(vec![0.0, f32::NAN], &[]),
+            Err(Error::NotANumber)
+        ));
     }
 }

@@ -32,7 +32,9 @@ impl Tokenizer {
         };
         // A template that adds the beginning token itself needs no help; where there is none,
         // transformers' Llama tokenizers add it unless told not to.
-        let wanted = config.add_bos_token.unwrap_or(inner.get_post_processor().is_none());
+        let wanted = config
+            .add_bos_token
+            .unwrap_or(inner.get_post_processor().is_none());
         let begin = match config.bos_token {
             Some(token) if wanted => {
                 let token = token.text();

@@ -58,7 +58,9 @@ impl Corpus {
                 let object: serde_json::Value =
                     serde_json::from_str(line).map_err(|e| line_error(format!("not JSON: {e}")))?;
                 let Some(document) = object.get(field).and_then(|v| v.as_str()) else {
-                    return Err(line_error(format!("no text in field {field:?}; --field names another")));
+                    return Err(line_error(format!(
+                        "no text in field {field:?}; --field names another"
+                    )));
                 };
                 documents.push(document.to_owned());
             }
@@ -149,6 +151,7 @@ pub fn train(
     progress: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
 ) -> Result<Trained> {
     let config = model.decoder.config();
+    options.learn.check(config.head_dim)?;
     let windows = windows(model, corpora, options)?;
     let total = windows.iter().map(Vec::len).sum();
     let mut collector = Collector::new(model, options);
@@ -168,7 +171,10 @@ pub fn train(
 
     let mut layers = Vec::with_capacity(config.layers);
     let mut errors = Vec::with_capacity(config.layers);
-    let vectors = collector.samples.first().map_or(0, |s| s.keys.train.count());
+    let vectors = collector
+        .samples
+        .first()
+        .map_or(0, |s| s.keys.train.count());
     for (layer, samples) in collector.samples.into_iter().enumerate() {
         let mut one = |part: &'static str, sample: Sample| -> Result<(Dictionary, f32)> {
             let mut learn_options = options.learn.clone();
@@ -250,7 +256,12 @@ fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<
     }
     if windows.len() < 2 {
         return Err(Error::Corpus {
-            path: corpora.iter().map(|c| c.name.clone()).collect::<Vec<_>>().join(", ").into(),
+            path: corpora
+                .iter()
+                .map(|c| c.name.clone())
+                .collect::<Vec<_>>()
+                .join(", ")
+                .into(),
             reason: format!("too little text: it fills less than two windows of {context} tokens"),
         });
     }
@@ -308,8 +319,16 @@ impl KvCache for Collector {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let samples = &mut self.samples[layer];
         for (sample, x) in [(&mut samples.keys, k), (&mut samples.values, v)] {
-            let reservoir = if self.held_out { &mut sample.held_out } else { &mut sample.train };
-            for vector in x.flatten_all()?.to_vec1::<f32>()?.chunks_exact(self.head_dim) {
+            let reservoir = if self.held_out {
+                &mut sample.held_out
+            } else {
+                &mut sample.train
+            };
+            for vector in x
+                .flatten_all()?
+                .to_vec1::<f32>()?
+                .chunks_exact(self.head_dim)
+            {
                 reservoir.offer(vector, &mut self.rng);
             }
         }

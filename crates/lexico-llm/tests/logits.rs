@@ -1,5 +1,7 @@
 //! Logits of the tiny model against those of PyTorch transformers.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
 use std::path::PathBuf;
 
 use lexico::tensor_file::TensorFile;
@@ -17,28 +19,42 @@ struct Golden {
 }
 
 fn golden() -> Option<Golden> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/tiny/golden.safetensors");
+    let path =
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/tiny/golden.safetensors");
     if !path.is_file() {
         eprintln!("SKIPPED: {} is not there", path.display());
         return None;
     }
     let file = TensorFile::open(path).unwrap();
     let tokens = file.bytes("tokens").unwrap();
-    let tokens: Vec<u32> = tokens.as_chunks::<8>().0.iter().map(|&b| i64::from_le_bytes(b) as u32).collect();
+    let tokens: Vec<u32> = tokens
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|&b| i64::from_le_bytes(b) as u32)
+        .collect();
     let (logits, shape) = file.f32_tensor("logits", 3).unwrap();
     Some(Golden {
         tokens: tokens.chunks(shape[1]).map(<[u32]>::to_vec).collect(),
-        logits: logits.chunks(shape[1] * shape[2]).map(<[f32]>::to_vec).collect(),
+        logits: logits
+            .chunks(shape[1] * shape[2])
+            .map(<[f32]>::to_vec)
+            .collect(),
     })
 }
 
 fn full(model: &Model) -> Box<dyn KvCache> {
-    model.cache(&"full:dense=f32".parse::<CacheSpec>().unwrap()).unwrap()
+    model
+        .cache(&"full:dense=f32".parse::<CacheSpec>().unwrap())
+        .unwrap()
 }
 
 fn worst(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
-    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    got.iter()
+        .zip(want)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
 }
 
 /// Logits of every token, fed in chunks.
@@ -46,7 +62,10 @@ fn chunked(model: &Model, tokens: &[u32], chunk: usize) -> Vec<f32> {
     let mut cache = full(model);
     let mut logits = Vec::new();
     for tokens in tokens.chunks(chunk) {
-        let mut step = [Sequence { tokens, cache: cache.as_mut() }];
+        let mut step = [Sequence {
+            tokens,
+            cache: cache.as_mut(),
+        }];
         let out = model.decoder.forward(&mut step, Logits::All).unwrap();
         logits.extend(out.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }
@@ -70,28 +89,53 @@ fn equal_transformers_in_one_prefill_in_chunks_and_token_by_token() {
 #[test]
 fn several_sequences_in_one_pass_equal_each_alone() {
     let model = Model::tiny().unwrap();
-    let text = "Question: Ana has 12 coins. Ben gives Ana 7 more. How many coins does Ana have now?";
+    let text =
+        "Question: Ana has 12 coins. Ben gives Ana 7 more. How many coins does Ana have now?";
     let tokens = model.tokenizer.encode_first(text).unwrap();
     let spec: CacheSpec = "lexico:sparsity=8,window=8,batch=4".parse().unwrap();
-    for cache in [|m: &Model, _: &CacheSpec| full(m), |m: &Model, s: &CacheSpec| m.cache(s).unwrap()] {
+    for cache in [
+        |m: &Model, _: &CacheSpec| full(m),
+        |m: &Model, s: &CacheSpec| m.cache(s).unwrap(),
+    ] {
         let parts = [&tokens[..], &tokens[..5], &tokens[3..20]];
         let next = [7u32, 8, 9];
         let mut together: Vec<_> = parts.iter().map(|_| cache(&model, &spec)).collect();
         let mut logits = Vec::new();
-        let steps: [Vec<&[u32]>; 2] = [parts.to_vec(), next.iter().map(std::slice::from_ref).collect()];
+        let steps: [Vec<&[u32]>; 2] = [
+            parts.to_vec(),
+            next.iter().map(std::slice::from_ref).collect(),
+        ];
         for step in &steps {
             let mut sequences: Vec<Sequence<'_>> = together
                 .iter_mut()
                 .zip(step)
-                .map(|(cache, tokens)| Sequence { tokens, cache: cache.as_mut() })
+                .map(|(cache, tokens)| Sequence {
+                    tokens,
+                    cache: cache.as_mut(),
+                })
                 .collect();
-            logits.push(model.decoder.forward(&mut sequences, Logits::Last).unwrap().to_vec2::<f32>().unwrap());
+            logits.push(
+                model
+                    .decoder
+                    .forward(&mut sequences, Logits::Last)
+                    .unwrap()
+                    .to_vec2::<f32>()
+                    .unwrap(),
+            );
         }
         for i in 0..parts.len() {
             let mut alone = cache(&model, &spec);
             for (step, logits) in steps.iter().zip(&logits) {
-                let mut sequences = [Sequence { tokens: step[i], cache: alone.as_mut() }];
-                let own = model.decoder.forward(&mut sequences, Logits::Last).unwrap().to_vec2::<f32>().unwrap();
+                let mut sequences = [Sequence {
+                    tokens: step[i],
+                    cache: alone.as_mut(),
+                }];
+                let own = model
+                    .decoder
+                    .forward(&mut sequences, Logits::Last)
+                    .unwrap()
+                    .to_vec2::<f32>()
+                    .unwrap();
                 let difference = worst(&own[0], &logits[i]);
                 assert!(difference < 1e-3, "sequence {i}: {difference}");
             }

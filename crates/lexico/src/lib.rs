@@ -33,8 +33,8 @@
 //! # Ok::<(), lexico::Error>(())
 //! ```
 
-pub mod attention;
 mod arch;
+pub mod attention;
 pub mod code;
 pub mod dictionary;
 mod error;
@@ -57,7 +57,11 @@ pub fn mean_relative_error(vectors: &[f32], decoded: &[f32], head_dim: usize) ->
     let errors = pairs.map(|(x, decoded)| {
         let difference: Vec<f32> = x.iter().zip(decoded).map(|(a, b)| a - b).collect();
         let whole = dictionary::norm(x);
-        if whole > 0.0 { dictionary::norm(&difference) / whole } else { 0.0 }
+        if whole > 0.0 {
+            dictionary::norm(&difference) / whole
+        } else {
+            0.0
+        }
     });
     pursuit::mean(&errors.collect::<Vec<_>>())
 }

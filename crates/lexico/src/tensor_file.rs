@@ -82,8 +82,7 @@ impl TensorFile {
             .map_err(|e| not_safetensors(&path, &format!("its header: {e}")))?;
         let wanted = data_start + header.data_len() as u64;
         if wanted != total {
-            let reason =
-                format!("its header promises {wanted} bytes in all, the file has {total}");
+            let reason = format!("its header promises {wanted} bytes in all, the file has {total}");
             return Err(not_safetensors(&path, &reason));
         }
         Ok(Self {
@@ -213,7 +212,10 @@ fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
         }
         Dtype::F64 => {
             let chunks = bytes.as_chunks::<8>().0;
-            chunks.iter().map(|&b| f64::from_le_bytes(b) as f32).collect()
+            chunks
+                .iter()
+                .map(|&b| f64::from_le_bytes(b) as f32)
+                .collect()
         }
         _ => return None,
     })
@@ -282,7 +284,7 @@ pub fn write(
             .map_err(|e| Error::tensor(path, &tensor.name, e.to_string()))?;
         views.push((tensor.name.as_str(), view));
     }
-    let bytes = safetensors::serialize(views, Some(metadata))
+    let bytes = safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata))
         .map_err(|e| not_safetensors(path, &e.to_string()))?;
     write_atomically(path, &bytes)
 }

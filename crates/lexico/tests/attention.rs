@@ -1,5 +1,7 @@
 //! Attention on codes equals dense attention, in plain f64, on the decoded vectors.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
 mod common;
 
 use common::{drawn_vectors, random_dictionary};
@@ -14,14 +16,21 @@ fn dense_attention(queries: &[f32], m: usize, t: usize, keys: &[f32], values: &[
     for (row, q) in queries.chunks(m).enumerate() {
         let seen = positions - t + row % t + 1;
         let dot = |k: &[f32]| -> f64 {
-            q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() / (m as f64).sqrt()
+            q.iter()
+                .zip(k)
+                .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                .sum::<f64>()
+                / (m as f64).sqrt()
         };
         let scores: Vec<f64> = keys.chunks(m).take(seen).map(dot).collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
         let sum: f64 = weights.iter().sum();
         for j in 0..m {
-            let weighted = weights.iter().zip(values.chunks(m)).map(|(w, v)| w * f64::from(v[j]));
+            let weighted = weights
+                .iter()
+                .zip(values.chunks(m))
+                .map(|(w, v)| w * f64::from(v[j]));
             out.push(weighted.sum::<f64>() / sum);
         }
     }
@@ -29,7 +38,10 @@ fn dense_attention(queries: &[f32], m: usize, t: usize, keys: &[f32], values: &[
 }
 
 fn coded(dictionary: &Dictionary, vectors: &[f32], format: CodeFormat, tolerance: f32) -> Codes {
-    let pursuit = Pursuit::new(dictionary, format.sparsity).unwrap().with_tolerance(tolerance).unwrap();
+    let pursuit = Pursuit::new(dictionary, format.sparsity)
+        .unwrap()
+        .with_tolerance(tolerance)
+        .unwrap();
     let mut codes = Codes::new(format).unwrap();
     // In pieces, as a cache grows.
     for piece in vectors.chunks(7 * dictionary.head_dim()) {
@@ -97,11 +109,21 @@ fn scores_of_any_size_do_not_overflow() {
         window_values.extend(&values[..m]);
         let mut out = [0.0; 4];
         let sources = [
-            Source::Dense { keys: &window, values: &window_values },
-            Source::Causal { keys: &keys[m..], values: &values[m..] },
+            Source::Dense {
+                keys: &window,
+                values: &window_values,
+            },
+            Source::Causal {
+                keys: &keys[m..],
+                values: &values[m..],
+            },
         ];
         attend(&queries, m, 1, &sources, &mut out);
-        let expected = if sign > 0.0 { &values[..m] } else { &values[m..] };
+        let expected = if sign > 0.0 {
+            &values[..m]
+        } else {
+            &values[m..]
+        };
         assert_eq!(out, expected);
     }
 }

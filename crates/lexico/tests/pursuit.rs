@@ -1,5 +1,7 @@
 //! Pursuit against the f64 oracle and against the reference implementation's figures.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
 mod common;
 
 use common::{drawn_vectors, mean_relative_error, random_dictionary, shared};
@@ -137,7 +139,10 @@ fn an_atom_that_adds_nothing_ends_the_pursuit() {
     assert_eq!(batch.lengths, [2, 0]);
     let (indices, coefficients) = batch.row(0);
     assert_eq!(indices, [1, 2]);
-    assert!(coefficients.iter().all(|c| c.abs() < 10.0), "{coefficients:?}");
+    assert!(
+        coefficients.iter().all(|c| c.abs() < 10.0),
+        "{coefficients:?}"
+    );
 }
 
 #[test]
@@ -151,17 +156,26 @@ fn bad_input_is_refused() {
     }
     for tolerance in [-0.1, 1.0, f32::NAN, f32::INFINITY] {
         let pursuit = Pursuit::new(&dictionary, 3).unwrap();
-        assert!(matches!(pursuit.with_tolerance(tolerance), Err(Error::Tolerance(_))));
+        assert!(matches!(
+            pursuit.with_tolerance(tolerance),
+            Err(Error::Tolerance(_))
+        ));
     }
     let pursuit = Pursuit::new(&dictionary, 3).unwrap();
     let mut vectors = drawn_vectors(1, 4, 6);
     assert!(matches!(
         pursuit.encode(&vectors[1..]),
-        Err(Error::VectorLength { found: 23, head_dim: 6 })
+        Err(Error::VectorLength {
+            found: 23,
+            head_dim: 6
+        })
     ));
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         vectors[2 * 6 + 3] = bad;
-        assert!(matches!(pursuit.encode(&vectors), Err(Error::NotFinite { row: 2 })));
+        assert!(matches!(
+            pursuit.encode(&vectors),
+            Err(Error::NotFinite { row: 2 })
+        ));
     }
 }
 
@@ -185,12 +199,19 @@ fn no_worse_than_the_reference_implementation() {
     let cases: Vec<serde_json::Value> = serde_json::from_str(&figures).unwrap();
     assert!(!cases.is_empty());
     for case in cases {
-        let name = format!("layers.{}.{}", case["layer"], case["part"].as_str().unwrap());
+        let name = format!(
+            "layers.{}.{}",
+            case["layer"],
+            case["part"].as_str().unwrap()
+        );
         let (atoms, shape) = file.f32_tensor(&format!("{name}.dictionary"), 2).unwrap();
         let (vectors, _) = file.f32_tensor(&format!("{name}.vectors"), 2).unwrap();
         let dictionary = Dictionary::new(atoms, shape[1]).unwrap();
         let sparsity = case["sparsity"].as_u64().unwrap() as usize;
-        let batch = Pursuit::new(&dictionary, sparsity).unwrap().encode(&vectors).unwrap();
+        let batch = Pursuit::new(&dictionary, sparsity)
+            .unwrap()
+            .encode(&vectors)
+            .unwrap();
         for (format, key) in [
             (CoefficientFormat::F32, "mean_relative_error_f32"),
             (CoefficientFormat::F8, "mean_relative_error_f8"),
@@ -199,7 +220,10 @@ fn no_worse_than_the_reference_implementation() {
             let error = mean_relative_error(&vectors, &decoded, shape[1]);
             let reference = case[key].as_f64().unwrap();
             println!("{name} s={sparsity} {format:?}: {error:.5}, reference {reference:.5}");
-            assert!(error <= reference * 1.001, "{name} s={sparsity} {format:?}: {error} > {reference}");
+            assert!(
+                error <= reference * 1.001,
+                "{name} s={sparsity} {format:?}: {error} > {reference}"
+            );
         }
     }
 }

@@ -146,14 +146,22 @@ impl Problems {
         };
         let mut items = Vec::with_capacity(options.items);
         for id in 0..options.items {
-            let prompt = model.tokenizer.encode_first(&self.prompt(id, options.shots))?;
+            let prompt = model
+                .tokenizer
+                .encode_first(&self.prompt(id, options.shots))?;
             let mut held = model.cache(cache)?;
             let mut interrupted = false;
-            let generated = generate(model, held.as_mut(), &prompt, &generate_options, &mut |_| {
-                let flow = progress(id);
-                interrupted |= flow.is_break();
-                flow
-            })?;
+            let generated = generate(
+                model,
+                held.as_mut(),
+                &prompt,
+                &generate_options,
+                &mut |_| {
+                    let flow = progress(id);
+                    interrupted |= flow.is_break();
+                    flow
+                },
+            )?;
             if interrupted {
                 return Err(Error::Interrupted);
             }
@@ -167,7 +175,8 @@ impl Problems {
                 share: held.footprint().total() as f64 / fp16 as f64,
             });
         }
-        let mean = |f: &dyn Fn(&ProblemItem) -> f64| items.iter().map(f).sum::<f64>() / items.len() as f64;
+        let mean =
+            |f: &dyn Fn(&ProblemItem) -> f64| items.iter().map(f).sum::<f64>() / items.len() as f64;
         Ok(ProblemRun {
             cache: cache.to_string(),
             score: mean(&|item| f64::from(u8::from(item.right))),
@@ -179,12 +188,23 @@ impl Problems {
 
 /// Of the problems that `baseline` answers right, how many there are and how many `run` keeps.
 pub fn kept(run: &ProblemRun, baseline: &ProblemRun) -> (usize, usize) {
-    let right = || run.items.iter().zip(&baseline.items).filter(|(_, full)| full.right);
-    (right().count(), right().filter(|(item, _)| item.right).count())
+    let right = || {
+        run.items
+            .iter()
+            .zip(&baseline.items)
+            .filter(|(_, full)| full.right)
+    };
+    (
+        right().count(),
+        right().filter(|(item, _)| item.right).count(),
+    )
 }
 
 fn parse(text: &str, name: &str) -> Result<Vec<Problem>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let lines = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(number, line)| {
             serde_json::from_str(line).map_err(|e| Error::Data {
@@ -234,7 +254,10 @@ mod tests {
             examples: vec![problem("1+1?", "2.\n#### 2")],
             problems: vec![problem("2+2?", "4.\n#### 4")],
         };
-        assert_eq!(set.prompt(0, 1), "Question: 1+1?\nAnswer: 2.\n#### 2\n\nQuestion: 2+2?\nAnswer:");
+        assert_eq!(
+            set.prompt(0, 1),
+            "Question: 1+1?\nAnswer: 2.\n#### 2\n\nQuestion: 2+2?\nAnswer:"
+        );
         assert_eq!(set.prompt(0, 0), "Question: 2+2?\nAnswer:");
     }
 

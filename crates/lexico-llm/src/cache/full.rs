@@ -76,7 +76,9 @@ impl KvCache for FullCache {
 
     fn footprint(&self) -> Footprint {
         let heads = || self.layers.iter().flatten();
-        let dense = heads().map(|head| head.keys.bytes() + head.values.bytes()).sum();
+        let dense = heads()
+            .map(|head| head.keys.bytes() + head.values.bytes())
+            .sum();
         Footprint {
             parts: vec![
                 ("dense", dense),

@@ -64,6 +64,14 @@ impl LexicoCache {
         settings: LexicoSettings,
     ) -> Result<Self> {
         dictionaries.check_fits(&config.identity("at hand"))?;
+        if settings.batch == 0 {
+            return Err(Error::OptionValue {
+                method: "lexico",
+                option: "batch",
+                value: "0".to_owned(),
+                reason: "at least one position leaves the window at once".to_owned(),
+            });
+        }
         let part = |sparsity: usize, dictionary: &Dictionary| -> Result<Part> {
             // Refuses impossible settings now rather than at the first full window.
             Pursuit::new(dictionary, sparsity)?.with_tolerance(settings.tolerance)?;
@@ -116,7 +124,9 @@ impl Part {
         leaving.extend_from_slice(passing);
         self.window.extend(staying);
         let pursuit = Pursuit::new(dictionary, self.codes.format().sparsity)?;
-        let batch = pursuit.with_tolerance(settings.tolerance)?.encode(&leaving)?;
+        let batch = pursuit
+            .with_tolerance(settings.tolerance)?
+            .encode(&leaving)?;
         self.codes.extend(&batch);
         Ok(())
     }
@@ -163,7 +173,13 @@ impl KvCache for LexicoCache {
                     },
                 ];
                 attend(queries, m, t, &sources, out);
-                let coding = |part| move |source| Error::Coding { layer, part, source };
+                let coding = |part| {
+                    move |source| Error::Coding {
+                        layer,
+                        part,
+                        source,
+                    }
+                };
                 head.keys
                     .extend(new_keys, &dictionaries.keys, settings)
                     .map_err(coding("key"))?;

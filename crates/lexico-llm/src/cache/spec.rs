@@ -61,7 +61,11 @@ pub static METHODS: &[Method] = &[
             option("sparsity", "as trained", "nonzeros of a key and of a value"),
             option("key-sparsity", "sparsity", "nonzeros of a key"),
             option("value-sparsity", "sparsity", "nonzeros of a value"),
-            option("tolerance", "0", "relative error at which a vector needs no more nonzeros"),
+            option(
+                "tolerance",
+                "0",
+                "relative error at which a vector needs no more nonzeros",
+            ),
             option("window", "128", "newest positions, kept dense"),
             option("batch", "16", "positions that leave the window at once"),
             option("coefficients", "f8", "f8 or f32"),
@@ -124,7 +128,9 @@ impl CacheSpec {
 
     fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str, default: T) -> Result<T> {
         self.options.get(option).map_or(Ok(default), |value| {
-            value.parse().map_err(|e: T::Err| self.bad_value(option, value, e.to_string()))
+            value
+                .parse()
+                .map_err(|e: T::Err| self.bad_value(option, value, e.to_string()))
         })
     }
 
@@ -230,7 +236,10 @@ mod tests {
             ("full:dense=f16,dense=f32", vec!["twice"]),
         ] {
             let message = refused(text);
-            assert!(words.iter().all(|w| message.contains(w)), "{text}: {message}");
+            assert!(
+                words.iter().all(|w| message.contains(w)),
+                "{text}: {message}"
+            );
         }
     }
 }

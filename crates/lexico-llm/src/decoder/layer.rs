@@ -82,8 +82,13 @@ impl Layer {
         for sequence in sequences.iter_mut() {
             let t = sequence.tokens.len();
             let own = |x: &Tensor| x.narrow(1, start, t);
-            let out = sequence.cache.attend(layer, &own(&q)?, &own(&k)?, &own(&v)?)?;
-            outputs.push(out.transpose(0, 1)?.reshape((t, config.heads * config.head_dim))?);
+            let out = sequence
+                .cache
+                .attend(layer, &own(&q)?, &own(&k)?, &own(&v)?)?;
+            outputs.push(
+                out.transpose(0, 1)?
+                    .reshape((t, config.heads * config.head_dim))?,
+            );
             start += t;
         }
         Ok(Tensor::cat(&outputs, 0)?)

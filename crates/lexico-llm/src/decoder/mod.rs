@@ -93,7 +93,8 @@ impl Decoder {
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
             return Err(Error::TokenOutside { token, vocabulary });
         }
-        let rotation = rotary::Rotation::at(&positions, self.config.head_dim, self.config.rope_theta)?;
+        let rotation =
+            rotary::Rotation::at(&positions, self.config.head_dim, self.config.rope_theta)?;
         let tokens = Tensor::new(tokens, &Device::Cpu)?;
         let mut x = self.embedding.index_select(&tokens, 0)?;
         for (l, layer) in self.layers.iter().enumerate() {

@@ -23,7 +23,11 @@ impl Rotation {
             .collect();
         let shape = (positions.len(), half);
         let tensor = |f: fn(f32) -> f32| {
-            Tensor::from_vec(angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(), shape, &Device::Cpu)
+            Tensor::from_vec(
+                angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(),
+                shape,
+                &Device::Cpu,
+            )
         };
         Ok(Self {
             cos: tensor(f32::cos)?,

@@ -37,30 +37,12 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Where a product runs.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Threads {
-    /// The calling thread.
-    One,
-    /// The current rayon pool.
-    All,
-}
-
-/// `out = keep · out + left · right`, `out` row by row, `keep` 0 or 1.
-pub(crate) fn multiply(
-    out: &mut [f32],
-    accumulate: bool,
-    left: Matrix<'_>,
-    right: Matrix<'_>,
-    threads: Threads,
-) {
+/// `out = left · right`, or `out += left · right` where it is to `accumulate`; `out` is row by row.
+/// Runs on the calling thread: callers split their work over vectors and heads.
+pub(crate) fn multiply(out: &mut [f32], accumulate: bool, left: Matrix<'_>, right: Matrix<'_>) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
     assert_eq!(k, right.rows, "inner sizes agree");
     assert_eq!(out.len(), m * n, "the product fills its slice");
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(0),
-    };
     // SAFETY: both matrices lie within their slices (`by_rows` checks, `transposed` keeps it),
     // `out` holds m·n numbers, and it cannot overlap the inputs because it is borrowed mutably.
     unsafe {
@@ -83,7 +65,7 @@ pub(crate) fn multiply(
             false,
             false,
             false,
-            parallelism,
+            Parallelism::None,
         );
     }
 }

@@ -50,7 +50,7 @@ pub(crate) fn accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mu
 
 #[cfg(test)]
 mod tests {
-    use super::matmul::{Matrix, Threads, multiply};
+    use super::matmul::{Matrix, multiply};
     use super::*;
     use proptest::prelude::*;
 
@@ -72,7 +72,7 @@ mod tests {
                 .collect();
             let mut out = vec![0.0; n];
             let (matrix, vector) = (Matrix::by_rows(&rows, n, m), Matrix::by_rows(&x, 1, m));
-            multiply(&mut out, false, matrix, vector.transposed(), Threads::One);
+            multiply(&mut out, false, matrix, vector.transposed());
             for (row, (&got, &want)) in rows.chunks(m).zip(out.iter().zip(&exact)) {
                 prop_assert!(close(got, want, 16.0 * m as f64));
                 prop_assert!(close(dot(row, &x), want, 16.0 * m as f64));

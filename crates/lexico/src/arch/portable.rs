@@ -63,7 +63,11 @@ pub(super) fn subtract_and_peak<const FMA: bool>(
     b: &[f32],
 ) -> (usize, f32) {
     let mut best = (0, 0f32);
-    for (block, (a, b)) in a.chunks_mut(PEAK_BLOCK).zip(b.chunks(PEAK_BLOCK)).enumerate() {
+    for (block, (a, b)) in a
+        .chunks_mut(PEAK_BLOCK)
+        .zip(b.chunks(PEAK_BLOCK))
+        .enumerate()
+    {
         add_scaled::<FMA>(a, -scale, b);
         best = later_peak(best, block, a);
     }
@@ -78,7 +82,11 @@ fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {
     for a in blocks {
         for l in 0..LANES {
             let magnitude = a[l].abs();
-            peaks[l] = if magnitude > peaks[l] { magnitude } else { peaks[l] };
+            peaks[l] = if magnitude > peaks[l] {
+                magnitude
+            } else {
+                peaks[l]
+            };
         }
     }
     for (peak, a) in peaks.iter_mut().zip(rest) {

@@ -1,5 +1,5 @@
 use super::RunningSoftmax;
-use crate::arch::matmul::{Matrix, Threads, multiply};
+use crate::arch::matmul::{Matrix, multiply};
 use crate::arch::{accumulate, scores};
 use crate::code::Codes;
 use crate::dictionary::Dictionary;
@@ -21,7 +21,7 @@ pub(super) fn add(
     let n = key_dictionary.len();
     let mut p = vec![0.0; n * rows];
     let atoms = Matrix::by_rows(key_dictionary.atoms(), n, m);
-    multiply(&mut p, false, atoms, queries.transposed(), Threads::One);
+    multiply(&mut p, false, atoms, queries.transposed());
 
     let mut weights = vec![0.0; keys.len() * rows];
     keys.for_each_block(|first, block| {
@@ -40,5 +40,5 @@ pub(super) fn add(
     });
     let u = Matrix::by_rows(&u, n, rows).transposed();
     let atoms = Matrix::by_rows(value_dictionary.atoms(), n, m);
-    multiply(softmax.output, true, u, atoms, Threads::One);
+    multiply(softmax.output, true, u, atoms);
 }

@@ -2,7 +2,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::RunningSoftmax;
-use crate::arch::matmul::{Matrix, Threads, multiply};
+use crate::arch::matmul::{Matrix, multiply};
 
 /// Positions that are scored at a time.
 const BLOCK: usize = 256;
@@ -147,10 +147,14 @@ pub(super) fn add_causal(
     let position = |row: usize| (first + row) % t;
     let newest = (0..softmax.rows()).map(position).max().unwrap_or(0);
     let seen = (newest + 1) * m;
-    let blocks = keys[..seen].chunks(BLOCK * m).zip(values[..seen].chunks(BLOCK * m));
+    let blocks = keys[..seen]
+        .chunks(BLOCK * m)
+        .zip(values[..seen].chunks(BLOCK * m));
     for (block, (keys, values)) in blocks.enumerate() {
         let start = block * BLOCK;
-        add_block(softmax, queries, keys, values, |row, i| start + i <= position(row));
+        add_block(softmax, queries, keys, values, |row, i| {
+            start + i <= position(row)
+        });
     }
 }
 
@@ -166,7 +170,7 @@ fn add_block(
     let queries = Matrix::by_rows(queries, rows, m);
     let mut weights = vec![0.0; rows * count];
     let keys = Matrix::by_rows(keys, count, m).transposed();
-    multiply(&mut weights, false, queries, keys, Threads::One);
+    multiply(&mut weights, false, queries, keys);
     for (row, scores) in weights.chunks_exact_mut(count).enumerate() {
         for (i, score) in scores.iter_mut().enumerate() {
             if !sees(row, i) {
@@ -177,5 +181,5 @@ fn add_block(
     }
     let weights = Matrix::by_rows(&weights, rows, count);
     let values = Matrix::by_rows(values, count, m);
-    multiply(softmax.output, true, weights, values, Threads::One);
+    multiply(softmax.output, true, weights, values);
 }

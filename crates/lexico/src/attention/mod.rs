@@ -57,35 +57,43 @@ const ROWS: usize = 32;
 /// Where the slices' lengths do not agree.
 pub fn attend(queries: &[f32], head_dim: usize, t: usize, sources: &[Source<'_>], out: &mut [f32]) {
     assert_eq!(queries.len(), out.len(), "one output a query");
-    assert!(queries.len().is_multiple_of(head_dim * t), "whole query heads");
+    assert!(
+        queries.len().is_multiple_of(head_dim * t),
+        "whole query heads"
+    );
     let scale = 1.0 / (head_dim as f32).sqrt();
     let chunk = ROWS * head_dim;
     let tasks = (queries.par_chunks(chunk), out.par_chunks_mut(chunk));
-    tasks.into_par_iter().enumerate().for_each(|(task, (queries, out))| {
-        let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
-        let mut softmax = RunningSoftmax::new(out, head_dim);
-        for source in sources {
-            match *source {
-                Source::Codes {
-                    keys,
-                    values,
-                    key_dictionary,
-                    value_dictionary,
-                } => coded::add(
-                    &mut softmax,
-                    &scaled,
-                    (keys, key_dictionary),
-                    (values, value_dictionary),
-                ),
-                Source::Dense { keys, values } => dense::add(&mut softmax, &scaled, keys, values),
-                Source::Causal { keys, values } => {
-                    let first = task * ROWS;
-                    dense::add_causal(&mut softmax, &scaled, first, t, keys, values);
+    tasks
+        .into_par_iter()
+        .enumerate()
+        .for_each(|(task, (queries, out))| {
+            let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
+            let mut softmax = RunningSoftmax::new(out, head_dim);
+            for source in sources {
+                match *source {
+                    Source::Codes {
+                        keys,
+                        values,
+                        key_dictionary,
+                        value_dictionary,
+                    } => coded::add(
+                        &mut softmax,
+                        &scaled,
+                        (keys, key_dictionary),
+                        (values, value_dictionary),
+                    ),
+                    Source::Dense { keys, values } => {
+                        dense::add(&mut softmax, &scaled, keys, values)
+                    }
+                    Source::Causal { keys, values } => {
+                        let first = task * ROWS;
+                        dense::add_causal(&mut softmax, &scaled, first, t, keys, values);
+                    }
                 }
             }
-        }
-        softmax.finish();
-    });
+            softmax.finish();
+        });
 }
 
 /// A softmax over scores that come source by source, and its weighted values.

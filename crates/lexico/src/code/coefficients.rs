@@ -44,7 +44,9 @@ impl Coefficients {
             Self::F8 { values, scales } => {
                 let scale = scale_of(coefficients);
                 let inverse = 1.0 / scale_value(scale);
-                let scaled = coefficients.iter().map(|&c| (f64::from(c) * inverse) as f32);
+                let scaled = coefficients
+                    .iter()
+                    .map(|&c| (f64::from(c) * inverse) as f32);
                 values.extend(scaled.map(|c| F8E4M3::from_f32(c).to_bits()));
                 scales.push(scale);
             }
@@ -130,7 +132,9 @@ fn scale_value(byte: u8) -> f64 {
 
 /// The smallest scale under which the largest coefficient is at most 448.
 fn scale_of(coefficients: &[f32]) -> u8 {
-    let largest = coefficients.iter().fold(0f32, |largest, c| largest.max(c.abs()));
+    let largest = coefficients
+        .iter()
+        .fold(0f32, |largest, c| largest.max(c.abs()));
     if largest == 0.0 {
         return SCALE_BIAS as u8;
     }

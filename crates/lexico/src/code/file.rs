@@ -51,23 +51,45 @@ impl CodeFile {
         } else {
             vec![s; n]
         };
-        let indices = codes.indices.iter().flat_map(|i| i.to_le_bytes()).collect::<Vec<_>>();
+        let indices = codes
+            .indices
+            .iter()
+            .flat_map(|i| i.to_le_bytes())
+            .collect::<Vec<_>>();
         let indices = padded_rows(&indices, 2, &lengths, s);
         let mut tensors = vec![NewTensor::new("indices", Dtype::U16, &[n, s], indices)];
         match &codes.coefficients {
             Coefficients::F8 { values, scales } => {
                 let values = padded_rows(values, 1, &lengths, s);
-                tensors.push(NewTensor::new("coefficients", Dtype::F8_E4M3, &[n, s], values));
-                tensors.push(NewTensor::new("scales", Dtype::F8_E8M0, &[n], scales.clone()));
+                tensors.push(NewTensor::new(
+                    "coefficients",
+                    Dtype::F8_E4M3,
+                    &[n, s],
+                    values,
+                ));
+                tensors.push(NewTensor::new(
+                    "scales",
+                    Dtype::F8_E8M0,
+                    &[n],
+                    scales.clone(),
+                ));
             }
             Coefficients::F32(values) => {
-                let values = values.iter().flat_map(|c| c.to_le_bytes()).collect::<Vec<_>>();
+                let values = values
+                    .iter()
+                    .flat_map(|c| c.to_le_bytes())
+                    .collect::<Vec<_>>();
                 let values = padded_rows(&values, 4, &lengths, s);
                 tensors.push(NewTensor::new("coefficients", Dtype::F32, &[n, s], values));
             }
         }
         if codes.format.variable {
-            tensors.push(NewTensor::new("lengths", Dtype::U8, &[n], codes.lengths.clone()));
+            tensors.push(NewTensor::new(
+                "lengths",
+                Dtype::U8,
+                &[n],
+                codes.lengths.clone(),
+            ));
         }
         let metadata = [
             ("format", FORMAT.to_owned()),
@@ -118,7 +140,8 @@ impl CodeFile {
         let read = |name: &str, dtype: Dtype, wanted: &[usize]| {
             let (found, shape) = file.info(name)?;
             if found != dtype || shape != wanted {
-                let reason = format!("it is {found:?} {shape:?}, but {dtype:?} {wanted:?} is needed");
+                let reason =
+                    format!("it is {found:?} {shape:?}, but {dtype:?} {wanted:?} is needed");
                 return Err(Error::tensor(file.path(), name, reason));
             }
             file.bytes(name)
@@ -139,11 +162,21 @@ impl CodeFile {
             vec![s; n]
         };
         let indices = used_rows(&read("indices", Dtype::U16, &[n, s])?, 2, &each, s);
-        let indices = indices.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b)).collect();
-        let not_finite = || Error::tensor(file.path(), "coefficients", "it holds a NaN or an infinity");
+        let indices = indices
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|&b| u16::from_le_bytes(b))
+            .collect();
+        let not_finite =
+            || Error::tensor(file.path(), "coefficients", "it holds a NaN or an infinity");
         let coefficients = if file.info("coefficients")?.0 == Dtype::F32 {
             let bytes = used_rows(&read("coefficients", Dtype::F32, &[n, s])?, 4, &each, s);
-            let values = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b));
+            let values = bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| f32::from_le_bytes(b));
             let values: Vec<f32> = values.collect();
             if values.iter().any(|c| !c.is_finite()) {
                 return Err(not_finite());
@@ -209,5 +242,7 @@ fn padded_rows(packed: &[u8], width: usize, lengths: &[usize], s: usize) -> Vec<
 /// The first `lengths[v]` elements of each row of `s`, one after the other.
 fn used_rows(rows: &[u8], width: usize, lengths: &[usize], s: usize) -> Vec<u8> {
     let rows = rows.chunks_exact(s * width).zip(lengths);
-    rows.flat_map(|(row, &length)| &row[..length * width]).copied().collect()
+    rows.flat_map(|(row, &length)| &row[..length * width])
+        .copied()
+        .collect()
 }

@@ -66,7 +66,10 @@ impl Codes {
     /// # Panics
     /// Where the batch has another sparsity than these codes.
     pub fn extend(&mut self, batch: &SparseBatch) {
-        assert_eq!(batch.sparsity, self.format.sparsity, "codes of one sparsity");
+        assert_eq!(
+            batch.sparsity, self.format.sparsity,
+            "codes of one sparsity"
+        );
         let nonzeros = if self.format.variable {
             batch.lengths.iter().map(|&l| usize::from(l)).sum()
         } else {
@@ -97,7 +100,11 @@ impl Codes {
             let vectors = vectors.max(GROWTH).max(self.len / 16);
             let nonzeros = nonzeros
                 .max(self.indices.len() / 16)
-                .max(if self.format.variable { GROWTH } else { vectors * self.format.sparsity });
+                .max(if self.format.variable {
+                    GROWTH
+                } else {
+                    vectors * self.format.sparsity
+                });
             self.indices.reserve_exact(nonzeros);
             self.coefficients.reserve_exact(vectors, nonzeros);
             if self.format.variable {
@@ -130,9 +137,7 @@ impl Codes {
 
     /// Bytes in use: [`Codes::bytes`] less the room kept for growth.
     pub fn bytes_used(&self) -> usize {
-        self.indices.len() * size_of::<u16>()
-            + self.coefficients.bytes_used()
-            + self.lengths.len()
+        self.indices.len() * size_of::<u16>() + self.coefficients.bytes_used() + self.lengths.len()
     }
 
     /// Calls `visit` with one block of vectors after another: the first one's number, and the block.
@@ -149,7 +154,8 @@ impl Codes {
                 end
             }));
             let nonzeros = nonzero..nonzero + end;
-            self.coefficients.unpack(&ends, first, nonzeros.clone(), &mut coefficients);
+            self.coefficients
+                .unpack(&ends, first, nonzeros.clone(), &mut coefficients);
             let block = Block {
                 indices: &self.indices[nonzeros],
                 coefficients: &coefficients,

@@ -2,7 +2,9 @@
 
 mod set;
 
-pub use set::{DictionarySet, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training, FORMAT};
+pub use set::{
+    DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
+};
 
 use std::path::Path;
 
@@ -32,7 +34,9 @@ impl Dictionary {
         for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
             let norm = norm(atom);
             if !norm.is_finite() {
-                return Err(Error::Dictionary(format!("atom {i} holds a NaN or an infinity")));
+                return Err(Error::Dictionary(format!(
+                    "atom {i} holds a NaN or an infinity"
+                )));
             }
             if norm == 0.0 {
                 return Err(Error::Dictionary(format!("atom {i} is all zeros")));
@@ -54,7 +58,8 @@ impl Dictionary {
         for atom in atoms.chunks_exact_mut(head_dim) {
             let norm = norm(atom);
             if norm > 0.0 {
-                atom.iter_mut().for_each(|x| *x = (f64::from(*x) / f64::from(norm)) as f32);
+                atom.iter_mut()
+                    .for_each(|x| *x = (f64::from(*x) / f64::from(norm)) as f32);
             }
         }
         Self::new(atoms, head_dim)
@@ -116,21 +121,12 @@ impl Dictionary {
         hasher.finalize()
     }
 
-    /// The largest sparsity a code over this dictionary can have, and a check of `sparsity` against it.
+    /// Checks that codes over this dictionary can have `sparsity` nonzeros: 1 to `min(m, N)`.
     ///
     /// # Errors
     /// [`Error::Sparsity`].
     pub fn check_sparsity(&self, sparsity: usize) -> Result<()> {
-        let most = self.head_dim.min(self.len());
-        if (1..=most).contains(&sparsity) {
-            return Ok(());
-        }
-        Err(Error::Sparsity {
-            sparsity,
-            most,
-            head_dim: self.head_dim,
-            atoms: self.len(),
-        })
+        check_sparsity(sparsity, self.head_dim, self.len())
     }
 
     pub(crate) fn atoms_mut(&mut self) -> &mut [f32] {
@@ -153,5 +149,21 @@ fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
 
 /// Euclidean length, accumulated in f64 so that no finite vector overflows.
 pub(crate) fn norm(x: &[f32]) -> f32 {
-    x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt() as f32
+    x.iter()
+        .map(|&v| f64::from(v) * f64::from(v))
+        .sum::<f64>()
+        .sqrt() as f32
+}
+
+pub(crate) fn check_sparsity(sparsity: usize, head_dim: usize, atoms: usize) -> Result<()> {
+    let most = head_dim.min(atoms);
+    if (1..=most).contains(&sparsity) {
+        return Ok(());
+    }
+    Err(Error::Sparsity {
+        sparsity,
+        most,
+        head_dim,
+        atoms,
+    })
 }

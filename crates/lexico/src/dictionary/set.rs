@@ -151,7 +151,9 @@ impl DictionarySet {
         for (l, layer) in self.layers.iter().enumerate() {
             for (part, dictionary) in [("keys", &layer.keys), ("values", &layer.values)] {
                 let atoms = dictionary.atoms().iter();
-                let bytes = atoms.flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+                let bytes = atoms
+                    .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+                    .collect();
                 let shape = [dictionary.len(), dictionary.head_dim()];
                 let name = format!("layers.{l}.{part}");
                 tensors.push(NewTensor::new(&name, Dtype::F16, &shape, bytes));
@@ -209,7 +211,9 @@ impl DictionarySet {
     /// Bytes held by all dictionaries.
     pub fn bytes(&self) -> usize {
         let layers = self.layers.iter();
-        layers.map(|layer| layer.keys.bytes() + layer.values.bytes()).sum()
+        layers
+            .map(|layer| layer.keys.bytes() + layer.values.bytes())
+            .sum()
     }
 }
 
@@ -223,6 +227,8 @@ fn json_entry<T: for<'a> Deserialize<'a>>(
         key,
         reason,
     };
-    let text = metadata.get(key).ok_or_else(|| error("it is missing".to_owned()))?;
+    let text = metadata
+        .get(key)
+        .ok_or_else(|| error("it is missing".to_owned()))?;
     serde_json::from_str(text).map_err(|e| error(e.to_string()))
 }

@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::dictionary::{Dictionary, norm};
+use crate::dictionary::{Dictionary, check_sparsity, norm};
 use crate::pursuit::{Pursuit, SparseBatch};
 use crate::{Error, Result};
 use adam::Adam;
@@ -94,10 +94,15 @@ pub fn learn(
 ) -> Result<Learned> {
     let vectors = unit_vectors(vectors, head_dim)?;
     let n = vectors.len() / head_dim;
-    check(options, n)?;
+    options.check(head_dim)?;
+    if options.atoms > n {
+        return Err(Error::Learn(format!(
+            "{} atoms need at least as many vectors, there are {n}; give more text or fewer atoms",
+            options.atoms
+        )));
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut dictionary = initial(&vectors, head_dim, options.atoms, &mut rng)?;
-    dictionary.check_sparsity(options.sparsity)?;
 
     let batch_size = options.batch.min(n);
     let steps = options.epochs * n.div_ceil(batch_size);
@@ -142,7 +147,9 @@ pub fn learn(
     let held_out_error = if held_out.is_empty() {
         0.0
     } else {
-        Pursuit::new(&dictionary, options.sparsity)?.encode(held_out)?.mean_relative_error()
+        Pursuit::new(&dictionary, options.sparsity)?
+            .encode(held_out)?
+            .mean_relative_error()
     };
     Ok(Learned {
         dictionary,
@@ -151,26 +158,22 @@ pub fn learn(
     })
 }
 
-fn check(options: &LearnOptions, vectors: usize) -> Result<()> {
-    let LearnOptions {
-        atoms,
-        epochs,
-        batch,
-        learning_rate,
-        ..
-    } = *options;
-    if atoms == 0 || epochs == 0 || batch == 0 {
-        return Err(Error::Learn("atoms, epochs and batch must be at least 1".to_owned()));
+impl LearnOptions {
+    /// Checks all that can be checked before the vectors are there.
+    ///
+    /// # Errors
+    /// [`Error::Learn`] for a setting that is 0 or not a number, [`Error::Sparsity`].
+    pub fn check(&self, head_dim: usize) -> Result<()> {
+        if self.atoms == 0 || self.epochs == 0 || self.batch == 0 {
+            let reason = "atoms, epochs and batch must be at least 1";
+            return Err(Error::Learn(reason.to_owned()));
+        }
+        if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
+            let reason = format!("a learning rate of {} is impossible", self.learning_rate);
+            return Err(Error::Learn(reason));
+        }
+        check_sparsity(self.sparsity, head_dim, self.atoms)
     }
-    if !(learning_rate > 0.0 && learning_rate.is_finite()) {
-        return Err(Error::Learn(format!("a learning rate of {learning_rate} is impossible")));
-    }
-    if atoms > vectors {
-        return Err(Error::Learn(format!(
-            "{atoms} atoms need at least as many vectors, there are {vectors}; give more text or fewer atoms"
-        )));
-    }
-    Ok(())
 }
 
 /// The vectors scaled to unit length, without those that are zero.
@@ -281,7 +284,9 @@ mod tests {
     fn planted(seed: u64, count: usize, atoms: usize, m: usize) -> Vec<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut hidden_rng = ChaCha8Rng::seed_from_u64(99);
-        let draw = (0..atoms * m).map(|_| hidden_rng.random_range(-1f32..1.0)).collect();
+        let draw = (0..atoms * m)
+            .map(|_| hidden_rng.random_range(-1f32..1.0))
+            .collect();
         let hidden = Dictionary::normalised(draw, m).unwrap();
         let mut vectors = vec![0.0; count * m];
         for x in vectors.chunks_exact_mut(m) {
@@ -317,7 +322,11 @@ mod tests {
             .unwrap()
         };
         let learned = run(&mut first_error);
-        assert!(learned.held_out_error < 0.1, "error {}", learned.held_out_error);
+        assert!(
+            learned.held_out_error < 0.1,
+            "error {}",
+            learned.held_out_error
+        );
         assert!(learned.held_out_error < 0.5 * first_error.unwrap());
         assert_eq!(learned, run(&mut None));
     }
@@ -336,7 +345,9 @@ mod tests {
             batch: 16,
             ..options()
         };
-        let learned = learn(&vectors, &[], 12, &options, &mut |_| ControlFlow::Continue(()));
+        let learned = learn(&vectors, &[], 12, &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
         assert!(learned.unwrap().reseeded > 0);
     }
 
@@ -344,7 +355,14 @@ mod tests {
     fn impossible_settings_are_refused() {
         let vectors = planted(1, 40, 16, 12);
         let run = |vectors: &[f32], options: &LearnOptions| {
-            learn(vectors, &[], 12, options, &mut |_| ControlFlow::Continue(())).unwrap_err()
+            learn(
+                vectors,
+                &[],
+                12,
+                options,
+                &mut |_| ControlFlow::Continue(()),
+            )
+            .unwrap_err()
         };
         let with = |change: fn(&mut LearnOptions)| {
             let mut options = options();
@@ -358,13 +376,21 @@ mod tests {
             run(&vectors, &with(|o| o.batch = 0)),
             run(&vectors, &with(|o| o.learning_rate = f32::NAN)),
         ];
-        assert!(refused.iter().all(|e| matches!(e, Error::Learn(_))), "{refused:?}");
+        assert!(
+            refused.iter().all(|e| matches!(e, Error::Learn(_))),
+            "{refused:?}"
+        );
         let error = run(&vectors, &with(|o| o.sparsity = 13));
         assert!(matches!(error, Error::Sparsity { .. }), "{error}");
         let mut poisoned = vectors.clone();
         poisoned[12 * 7] = f32::NAN;
-        assert!(matches!(run(&poisoned, &options()), Error::NotFinite { row: 7 }));
-        let stopped = learn(&vectors, &[], 12, &options(), &mut |_| ControlFlow::Break(()));
+        assert!(matches!(
+            run(&poisoned, &options()),
+            Error::NotFinite { row: 7 }
+        ));
+        let stopped = learn(&vectors, &[], 12, &options(), &mut |_| {
+            ControlFlow::Break(())
+        });
         assert!(matches!(stopped, Err(Error::Interrupted)));
     }
 }

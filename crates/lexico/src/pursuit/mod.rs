@@ -4,7 +4,7 @@ pub mod oracle;
 
 use rayon::prelude::*;
 
-use crate::arch::matmul::{Matrix, Threads, multiply};
+use crate::arch::matmul::{Matrix, multiply};
 use crate::arch::{add_scaled, dot, peak, subtract_and_peak};
 use crate::dictionary::{Dictionary, norm};
 use crate::{Error, Result};
@@ -155,7 +155,11 @@ impl<'d> Pursuit<'d> {
 
     /// Codes a block of finite vectors in lockstep: step `k` chooses atom `k` of each.
     fn encode_block(&self, vectors: &[f32], workspace: &mut Workspace, found: Found<'_>) {
-        let (m, s, n) = (self.dictionary.head_dim(), self.sparsity, self.dictionary.len());
+        let (m, s, n) = (
+            self.dictionary.head_dim(),
+            self.sparsity,
+            self.dictionary.len(),
+        );
         let count = vectors.len() / m;
         let Workspace {
             residuals,
@@ -189,7 +193,11 @@ impl<'d> Pursuit<'d> {
         }
         for step in 0..s {
             fresh.clear();
-            for (v, state) in states.iter_mut().enumerate().filter(|(_, state)| state.active) {
+            for (v, state) in states
+                .iter_mut()
+                .enumerate()
+                .filter(|(_, state)| state.active)
+            {
                 let enough = self.tolerance.max(EXACT) * state.whole;
                 state.active = state.rest > enough && state.peak.1 > EXACT * state.whole;
                 if !state.active {
@@ -222,7 +230,10 @@ impl<'d> Pursuit<'d> {
             }
             let projections = &mut projections[..fresh.len() / m * n];
             self.correlate_all(fresh, projections);
-            let active = states.iter_mut().enumerate().filter(|(_, state)| state.active);
+            let active = states
+                .iter_mut()
+                .enumerate()
+                .filter(|(_, state)| state.active);
             for ((v, state), projection) in active.zip(projections.chunks_mut(n)) {
                 let correlations = &mut correlations[v * n..(v + 1) * n];
                 // Rounding must not bring a chosen atom back.
@@ -250,7 +261,7 @@ impl<'d> Pursuit<'d> {
         let (m, n) = (self.dictionary.head_dim(), self.dictionary.len());
         let vectors = Matrix::by_rows(vectors, vectors.len() / m, m);
         let atoms = Matrix::by_rows(self.dictionary.atoms(), n, m);
-        multiply(out, false, vectors, atoms.transposed(), Threads::One);
+        multiply(out, false, vectors, atoms.transposed());
     }
 }
 

@@ -79,7 +79,9 @@ pub fn least_squares(dictionary: &Dictionary, support: &[usize], x: &[f64]) -> O
             for (row, direction) in directions.iter().enumerate() {
                 let along = dot(direction, &v);
                 triangle[row][column] += along;
-                v.iter_mut().zip(direction).for_each(|(v, d)| *v -= along * d);
+                v.iter_mut()
+                    .zip(direction)
+                    .for_each(|(v, d)| *v -= along * d);
             }
         }
         let outside = norm(&v);

@@ -1,0 +1,683 @@
+//! The program as a user meets it: output, exit codes, errors.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use lexico::tensor_file::{self, NewTensor, TensorFile};
+use serde_json::Value;
+
+const QUESTION: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. \
+                        How many coins does Ana have now?\nAnswer:";
+
+fn lexico() -> Command {
+    Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+}
+
+fn run(arguments: &[&str]) -> Output {
+    lexico()
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// One JSON document on stdout and nothing else.
+fn json(arguments: &[&str]) -> Value {
+    let output = run(arguments);
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        text(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The message of a call that must fail with `code`, without a trace of a panic.
+fn fails(code: i32, arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+    assert!(!message.contains("panicked"), "{arguments:?}: {message}");
+    assert!(
+        output.stdout.is_empty(),
+        "{arguments:?} printed {}",
+        text(&output.stdout)
+    );
+    message
+}
+
+fn tiny_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../models/tiny")
+        .join(name)
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Vectors that are easily made, the same everywhere.
+fn write_vectors(file: &Path, n: usize, m: usize) -> Vec<f32> {
+    let vectors: Vec<f32> = (0..n * m)
+        .map(|i| ((i * i + 3 * i) % 101) as f32 / 50.0 - 1.0)
+        .collect();
+    tensor_file::write(
+        file,
+        &[NewTensor::f32("vectors", &[n, m], &vectors)],
+        HashMap::new(),
+    )
+    .unwrap();
+    vectors
+}
+
+#[test]
+fn run_prints_the_text_and_one_line_about_the_cache() {
+    let output = run(&["run", QUESTION, "--cache", "full"]);
+    assert!(output.status.success());
+    assert!(
+        text(&output.stdout).contains("#### 19"),
+        "{}",
+        text(&output.stdout)
+    );
+    let notes = text(&output.stderr);
+    assert_eq!(notes.lines().count(), 1, "{notes}");
+    for word in ["full", "of FP16", "prefill", "decode", "tokens/s"] {
+        assert!(notes.contains(word), "{notes:?} lacks {word:?}");
+    }
+}
+
+#[test]
+fn run_json_is_one_document_with_every_field() {
+    let report = json(&["run", "--json", "--max-tokens", "64", QUESTION]);
+    assert!(report["text"].as_str().unwrap().contains("####"));
+    assert!(report["prompt_tokens"].as_u64().unwrap() > 10);
+    let generated = report["generated_tokens"].as_u64().unwrap();
+    assert!((1..=64).contains(&generated));
+    let cache = &report["cache"];
+    assert_eq!(cache["method"], "lexico");
+    let bytes = cache["bytes"].as_f64().unwrap();
+    let fp16 = cache["fp16_bytes"].as_f64().unwrap();
+    assert!((cache["ratio"].as_f64().unwrap() - bytes / fp16).abs() < 1e-9);
+    // 4 layers, keys and values, f32 in memory.
+    assert!(cache["dictionary_bytes"].as_u64().unwrap() > 4 * 2 * 64 * 4);
+    assert!(report["prefill_seconds"].as_f64().unwrap() > 0.0);
+    assert!(report["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn the_prompt_comes_from_an_argument_a_file_or_stdin() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, QUESTION).unwrap();
+    let of = |arguments: &[&str], stdin: Stdio| {
+        let output = lexico()
+            .args(["run", "--cache", "full"])
+            .args(arguments)
+            .stdin(stdin)
+            .output();
+        text(&output.unwrap().stdout)
+    };
+    let expected = of(&[QUESTION], Stdio::null());
+    assert!(expected.contains("19"));
+    let open = || Stdio::from(std::fs::File::open(&file).unwrap());
+    assert_eq!(of(&["--file", path(&file)], Stdio::null()), expected);
+    assert_eq!(of(&[], open()), expected);
+    assert_eq!(of(&["-"], open()), expected);
+}
+
+#[test]
+fn compare_says_what_agrees_and_what_each_weighs() {
+    let report = json(&[
+        "run",
+        "--json",
+        "--compare",
+        "--cache",
+        "lexico:sparsity=16,window=8",
+        QUESTION,
+    ]);
+    let compare = &report["compare"];
+    let agreeing = compare["agreeing_tokens"].as_u64().unwrap();
+    assert!(agreeing <= report["generated_tokens"].as_u64().unwrap());
+    assert_eq!(compare["full"]["cache"]["method"], "full");
+    assert_eq!(compare["full"]["cache"]["dictionary_bytes"], 0);
+    let weight = |r: &Value| r["cache"]["bytes"].as_u64().unwrap();
+    assert!(weight(&report) < weight(&compare["full"]));
+    let itself = json(&["run", "--json", "--compare", "--cache", "full", QUESTION]);
+    assert_eq!(itself["compare"]["first_difference"], Value::Null);
+    assert_eq!(
+        itself["compare"]["agreeing_tokens"],
+        itself["generated_tokens"]
+    );
+}
+
+#[test]
+fn sampling_repeats_with_its_seed() {
+    let of = |seed: &str| {
+        let flags = [
+            "run", "--json", "--temp", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0",
+        ];
+        let report = json(&[&flags[..], &["--seed", seed, "-n", "24", "= Lobster ="]].concat());
+        report["text"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(of("3"), of("3"));
+    assert_ne!(of("3"), of("4"));
+}
+
+#[test]
+fn a_stop_text_ends_the_answer() {
+    let report = json(&["run", "--json", "--stop", "####", QUESTION]);
+    assert_eq!(report["finish"], "stop");
+    assert!(!report["text"].as_str().unwrap().contains('#'));
+}
+
+#[test]
+fn bad_prompts_models_and_caches_fail_clearly() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty.txt");
+    std::fs::write(&empty, "").unwrap();
+    let binary = folder.path().join("binary.txt");
+    std::fs::write(&binary, [0xff, 0xfe, 0]).unwrap();
+    let long = folder.path().join("long.txt");
+    std::fs::write(&long, "lobster eggs ".repeat(4000)).unwrap();
+    let nowhere = folder.path().join("nowhere");
+    let other = folder.path().join("other.safetensors");
+    write_vectors(&other, 3, 4);
+    let cases: Vec<(i32, Vec<&str>, &str)> = vec![
+        (1, vec!["run", ""], "prompt is empty"),
+        (1, vec!["run", " \n"], "prompt is empty"),
+        (1, vec!["run", "--file", path(&empty)], "prompt is empty"),
+        (1, vec!["run"], "prompt is empty"),
+        (1, vec!["run", "--file", path(&binary)], "binary.txt"),
+        (1, vec!["run", "--file", path(&nowhere)], "nowhere"),
+        (1, vec!["run", "--file", path(&long)], "context of 4096"),
+        (1, vec!["run", "--model", path(&nowhere), "x"], "nowhere"),
+        (
+            1,
+            vec!["run", "--model", path(folder.path()), "x"],
+            "no config.json",
+        ),
+        (
+            1,
+            vec!["run", "--dictionary", path(&other), "x"],
+            "lexico train",
+        ),
+        (
+            1,
+            vec!["run", "--dictionary", path(&nowhere), "x"],
+            "nowhere",
+        ),
+        (2, vec!["run", "--cache", "kivvy", "x"], "lexico, full"),
+        (
+            2,
+            vec!["run", "--cache", "lexico:sparsty=3", "x"],
+            "sparsity, key-sparsity",
+        ),
+        (
+            1,
+            vec!["run", "--cache", "lexico:sparsity=0", "x"],
+            "between 1 and 64",
+        ),
+        (
+            1,
+            vec!["run", "--cache", "lexico:sparsity=65", "x"],
+            "between 1 and 64",
+        ),
+        (
+            1,
+            vec!["run", "--cache", "lexico:sparsity=many", "x"],
+            "sparsity=many",
+        ),
+        (2, vec!["run", "--max-tokens", "-2", "x"], "max-tokens"),
+        (1, vec!["run", "--temp", "-1", "x"], "temperature"),
+        (2, vec!["run", "--threads", "0", "x"], "threads"),
+        (2, vec!["fly"], "fly"),
+        (2, vec![], "Usage"),
+    ];
+    for (code, arguments, word) in cases {
+        let message = fails(code, &arguments);
+        assert!(
+            message.contains(word),
+            "{arguments:?}: {message:?} does not name {word:?}"
+        );
+    }
+}
+
+#[test]
+fn help_lists_the_caches_and_their_options() {
+    let help = text(&run(&["run", "--help"]).stdout);
+    for word in [
+        "lexico",
+        "full",
+        "sparsity",
+        "window",
+        "tolerance",
+        "[default: 128]",
+    ] {
+        assert!(help.contains(word), "{help}");
+    }
+}
+
+#[test]
+fn vectors_are_coded_and_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (input, codes, output) = (
+        file("in.safetensors"),
+        file("codes.safetensors"),
+        file("out.safetensors"),
+    );
+    let vectors = write_vectors(&input, 40, 64);
+    let dictionary = tiny_file("dictionary.safetensors");
+    let flags = [
+        "--dictionary",
+        path(&dictionary),
+        "--tensor",
+        "layers.0.keys",
+        "--json",
+    ];
+    let mut errors = Vec::new();
+    for (sparsity, more) in [
+        ("8", &["--coefficients", "f8"][..]),
+        ("8", &["--coefficients", "f32"]),
+        ("64", &["--coefficients", "f32"]),
+        ("64", &["--tolerance", "0.3", "--coefficients", "f32"]),
+    ] {
+        let report = json(
+            &[
+                &[
+                    "encode",
+                    path(&input),
+                    "--out",
+                    path(&codes),
+                    "--sparsity",
+                    sparsity,
+                ],
+                &flags[..],
+                more,
+            ]
+            .concat(),
+        );
+        assert_eq!(
+            (&report["vectors"], &report["sparsity"]),
+            (&40.into(), &sparsity.parse::<u64>().unwrap().into())
+        );
+        let file = TensorFile::open(&codes).unwrap();
+        let (kind, shape) = file.info("indices").unwrap();
+        assert_eq!(
+            (format!("{kind:?}").as_str(), shape),
+            ("U16", &[40, sparsity.parse().unwrap()][..])
+        );
+        assert_eq!(file.info("lengths").is_ok(), more.contains(&"--tolerance"));
+
+        json(&[
+            "decode",
+            path(&codes),
+            "--dictionary",
+            path(&dictionary),
+            "--out",
+            path(&output),
+            "--json",
+        ]);
+        let (decoded, shape) = TensorFile::open(&output)
+            .unwrap()
+            .f32_tensor("vectors", 2)
+            .unwrap();
+        assert_eq!(shape, [40, 64]);
+        let error = lexico::mean_relative_error(&vectors, &decoded, 64);
+        let reported = report["mean_relative_error"].as_f64().unwrap();
+        assert!(
+            (f64::from(error) - reported).abs() < 1e-6,
+            "{error} for {reported}"
+        );
+        errors.push(reported);
+        if sparsity == "8" && more.contains(&"f8") {
+            assert_eq!(report["bytes"], 40 * (3 * 8 + 1));
+        }
+    }
+    assert!(
+        errors[1] <= errors[0] && errors[2] < 1e-4 && errors[3] <= 0.3,
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn vectors_that_cannot_be_coded_fail_clearly() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.safetensors");
+    let out = folder.path().join("out.safetensors");
+    let mut vectors = write_vectors(&input, 4, 64);
+    let dictionary = tiny_file("dictionary.safetensors");
+    let encode = |more: &[&str]| {
+        let mut arguments = vec!["encode", path(&input), "--dictionary", path(&dictionary)];
+        arguments.extend(more);
+        fails(if more.contains(&"some") { 2 } else { 1 }, &arguments)
+    };
+    let good = ["--tensor", "layers.0.keys", "--out", path(&out)];
+    for (more, word) in [
+        (vec!["--sparsity", "0"], "between 1 and 64"),
+        (vec!["--sparsity", "65"], "between 1 and 64"),
+        (vec!["--sparsity", "some"], "some"),
+        (vec!["--sparsity", "4", "--tolerance", "2"], "tolerance 2"),
+    ] {
+        let message = encode(&[&good[..], &more].concat());
+        assert!(message.contains(word), "{more:?}: {message:?}");
+    }
+    let message = encode(&[
+        "--tensor",
+        "layers.9.keys",
+        "--sparsity",
+        "4",
+        "--out",
+        path(&out),
+    ]);
+    assert!(
+        message.contains("layers.9.keys") && message.contains("layers.0.keys"),
+        "{message}"
+    );
+    let nowhere = folder.path().join("no/folder/out");
+    let message = encode(&[
+        "--tensor",
+        "layers.0.keys",
+        "--sparsity",
+        "4",
+        "--out",
+        path(&nowhere),
+    ]);
+    assert!(message.contains("no/folder/out"), "{message}");
+    for bad in [f32::NAN, f32::INFINITY] {
+        vectors[2 * 64 + 7] = bad;
+        tensor_file::write(
+            &input,
+            &[NewTensor::f32("vectors", &[4, 64], &vectors)],
+            HashMap::new(),
+        )
+        .unwrap();
+        let message = encode(&[&good[..], &["--sparsity", "4"]].concat());
+        assert!(message.contains("vector 2"), "{message}");
+    }
+    write_vectors(&input, 4, 32);
+    let message = encode(&[&good[..], &["--sparsity", "4"]].concat());
+    assert!(message.contains("length 32"), "{message}");
+    tensor_file::write(
+        &input,
+        &[NewTensor::f32("keys", &[1, 64], &[0.0; 64])],
+        HashMap::new(),
+    )
+    .unwrap();
+    let message = encode(&[&good[..], &["--sparsity", "4"]].concat());
+    assert!(
+        message.contains("\"vectors\"") && message.contains("keys"),
+        "{message}"
+    );
+    assert!(!out.exists());
+}
+
+#[test]
+fn inspect_tells_dictionaries_codes_models_and_tensors_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.safetensors");
+    let codes = folder.path().join("codes.safetensors");
+    write_vectors(&input, 4, 64);
+    let dictionary = tiny_file("dictionary.safetensors");
+    json(&[
+        "encode",
+        path(&input),
+        "--dictionary",
+        path(&dictionary),
+        "--tensor",
+        "layers.1.values",
+        "--sparsity",
+        "4",
+        "--out",
+        path(&codes),
+        "--json",
+    ]);
+    for (file, kind) in [
+        (&dictionary, "dictionaries"),
+        (&codes, "codes"),
+        (&input, "tensors"),
+        (&tiny_file("model.safetensors"), "tensors"),
+        (&tiny_file(""), "model"),
+    ] {
+        assert_eq!(json(&["inspect", path(file), "--json"])["kind"], kind);
+        let output = run(&["inspect", path(file)]);
+        assert!(output.status.success() && text(&output.stdout).contains(kind));
+    }
+    std::fs::write(&input, "neither").unwrap();
+    assert!(fails(1, &["inspect", path(&input)]).contains("not a safetensors file"));
+}
+
+/// A text long enough to learn a few atoms from.
+fn write_corpus(file: &Path) {
+    let sentence = |i: usize| {
+        format!(
+            "In the year {i} the lobster of the north had {} eggs. ",
+            i * 7
+        )
+    };
+    std::fs::write(file, (0..60).map(sentence).collect::<String>()).unwrap();
+}
+
+#[test]
+fn train_writes_a_dictionary_that_run_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    let out = folder.path().join("d.safetensors");
+    write_corpus(&corpus);
+    let report = json(&[
+        "train",
+        "--corpus",
+        path(&corpus),
+        "--atoms",
+        "64",
+        "--sparsity",
+        "4",
+        "--epochs",
+        "2",
+        "--batch",
+        "64",
+        "--context",
+        "128",
+        "--out",
+        path(&out),
+        "--json",
+    ]);
+    assert_eq!(report["layers"].as_array().unwrap().len(), 4);
+    for layer in report["layers"].as_array().unwrap() {
+        for part in ["keys", "values"] {
+            assert!(layer[part]["relative_error"].as_f64().unwrap() > 0.0);
+        }
+    }
+    let run = json(&["run", "--json", "--dictionary", path(&out), QUESTION]);
+    assert_eq!(run["cache"]["dictionary_bytes"], 4 * 2 * 64 * 64 * 4);
+    assert_eq!(json(&["inspect", path(&out), "--json"])["sparsity"], 4);
+}
+
+#[test]
+fn train_says_what_it_cannot_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    let out = folder.path().join("d.safetensors");
+    write_corpus(&corpus);
+    let nowhere = folder.path().join("no/folder/d");
+    for (code, arguments, word) in [
+        (2, vec!["train", "--out", path(&out)], "--corpus"),
+        (
+            1,
+            vec!["train", "--corpus", path(&nowhere), "--out", path(&out)],
+            "no/folder/d",
+        ),
+        (
+            1,
+            vec!["train", "--corpus", path(&corpus), "--out", path(&nowhere)],
+            "no/folder/d",
+        ),
+        (
+            1,
+            vec![
+                "train",
+                "--corpus",
+                path(&corpus),
+                "--out",
+                path(&out),
+                "--atoms",
+                "100000",
+            ],
+            "atoms",
+        ),
+        (
+            1,
+            vec![
+                "train",
+                "--corpus",
+                path(&corpus),
+                "--out",
+                path(&out),
+                "--sparsity",
+                "0",
+            ],
+            "sparsity 0",
+        ),
+        (
+            1,
+            vec![
+                "train",
+                "--corpus",
+                path(&corpus),
+                "--out",
+                path(&out),
+                "--sparsity",
+                "65",
+            ],
+            "sparsity 65",
+        ),
+    ] {
+        let message = fails(code, &arguments);
+        assert!(message.contains(word), "{arguments:?}: {message:?}");
+        assert!(!out.exists());
+    }
+}
+
+#[cfg(unix)]
+fn interrupt(child: &std::process::Child) {
+    let status = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_train_leaves_what_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    let out = folder.path().join("d.safetensors");
+    write_corpus(&corpus);
+    std::fs::write(&out, "what was there").unwrap();
+    let mut child = lexico()
+        .args([
+            "train",
+            "--corpus",
+            path(&corpus),
+            "--out",
+            path(&out),
+            "--atoms",
+            "64",
+        ])
+        .args(["--epochs", "100000000", "--batch", "64", "--context", "128"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    interrupt(&child);
+    let status = child.wait().unwrap();
+    // Without a code where the signal came before the program listened for it.
+    assert!(matches!(status.code(), Some(130) | None), "{status}");
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), "what was there");
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        2,
+        "no temporary file is left"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_run_ends_the_answer_and_still_reports() {
+    let mut child = lexico()
+        .args([
+            "run",
+            "--ignore-eos",
+            "-n",
+            "4000",
+            "--cache",
+            "full",
+            "= Lobster =",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first byte says that it is under way.
+    let mut first = [0];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    let notes = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{notes}");
+    assert!(notes.contains("tokens/s"), "{notes}");
+}
+
+#[test]
+fn eval_problems_compares_caches() {
+    let report = json(&[
+        "eval",
+        "problems",
+        "--items",
+        "2",
+        "--shots",
+        "1",
+        "--cache",
+        "lexico:sparsity=16",
+        "--json",
+    ]);
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 2);
+    assert_eq!(
+        (&runs[0]["cache"], &runs[1]["cache"]),
+        (&"full".into(), &"lexico:sparsity=16".into())
+    );
+    assert_eq!(runs[0]["items"].as_array().unwrap().len(), 2);
+    assert!(runs[1]["share"].as_f64().unwrap() < runs[0]["share"].as_f64().unwrap());
+    assert!(fails(1, &["eval", "problems", "--items", "0"]).contains("problems"));
+    assert!(fails(1, &["eval", "problems", "--shots", "9999"]).contains("examples"));
+}
+
+#[test]
+fn import_makes_a_dictionary_file_or_says_why_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("d.safetensors");
+    let pt = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../lexico-llm/tests/fixtures/reference_dictionary.pt");
+    let message = fails(
+        1,
+        &["import", path(&pt), "--model", "tiny", "--out", path(&out)],
+    );
+    assert!(message.contains("[8, 64, N]"), "{message}");
+    assert!(!out.exists());
+}

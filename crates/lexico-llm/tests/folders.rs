@@ -1,0 +1,236 @@
+//! Model folders: whole, sharded, in every number type, and broken in every way.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+mod common;
+
+use std::path::Path;
+
+use common::{small_config, small_weights, write_model, write_weights};
+use half::{bf16, f16};
+use lexico::tensor_file::{Dtype, NewTensor};
+use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::{Error, Model};
+use serde_json::json;
+
+fn logits(model: &Model) -> Vec<f32> {
+    let mut cache = model.cache(&"full:dense=f32".parse().unwrap()).unwrap();
+    let mut step = [Sequence {
+        tokens: &[5, 6, 7],
+        cache: cache.as_mut(),
+    }];
+    let logits = model.decoder.forward(&mut step, Logits::All).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn loaded(folder: &Path) -> Vec<f32> {
+    logits(&Model::load(folder).unwrap())
+}
+
+fn refused(folder: &Path) -> String {
+    match Model::load(folder) {
+        Ok(_) => panic!("a broken folder loads"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn shards_give_what_one_file_gives() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    write_model(path);
+    let whole = loaded(path);
+    let mut weights = small_weights();
+    let rest = weights.split_off(5);
+    let mut map = serde_json::Map::new();
+    for (shard, tensors) in [("a.safetensors", &weights), ("b.safetensors", &rest)] {
+        write_weights(&path.join(shard), tensors);
+        map.extend(tensors.iter().map(|t| (t.name.clone(), shard.into())));
+    }
+    std::fs::remove_file(path.join("model.safetensors")).unwrap();
+    let index = path.join("model.safetensors.index.json");
+    std::fs::write(&index, json!({ "weight_map": map }).to_string()).unwrap();
+    assert_eq!(loaded(path), whole);
+
+    std::fs::remove_file(path.join("b.safetensors")).unwrap();
+    let message = refused(path);
+    assert!(message.contains("no b.safetensors"), "{message}");
+    for (bad, word) in [
+        ("{\"weight_map\": {\"x\": \"../../etc/passwd\"}}", "passwd"),
+        ("{}", "weight_map"),
+        ("{\"weight_map\": {}}", "model.embed_tokens.weight"),
+    ] {
+        std::fs::write(&index, bad).unwrap();
+        let message = refused(path);
+        assert!(message.contains(word), "{message:?} does not name {word:?}");
+    }
+}
+
+#[test]
+fn half_precision_weights_are_converted() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let whole = loaded(folder.path());
+    let convert: [(Dtype, fn(f32) -> [u8; 2]); 2] = [
+        (Dtype::F16, |x: f32| f16::from_f32(x).to_le_bytes()),
+        (Dtype::BF16, |x| bf16::from_f32(x).to_le_bytes()),
+    ];
+    for (dtype, convert) in convert {
+        let halves = small_weights().into_iter().map(|t| {
+            let numbers = t
+                .bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| f32::from_le_bytes(b));
+            NewTensor::new(
+                &t.name,
+                dtype,
+                &t.shape,
+                numbers.flat_map(convert).collect(),
+            )
+        });
+        write_weights(
+            &folder.path().join("model.safetensors"),
+            &halves.collect::<Vec<_>>(),
+        );
+        let worst = loaded(folder.path())
+            .iter()
+            .zip(&whole)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(worst < 0.1, "{dtype:?}: {worst}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = tempfile::tempdir().unwrap();
+        write_model(folder.path());
+        std::fs::remove_file(folder.path().join(file)).unwrap();
+        let message = refused(folder.path());
+        assert!(message.contains(&format!("no {file}")), "{message}");
+    }
+    let message = refused(Path::new("/no/such/model"));
+    assert!(message.contains("/no/such/model"), "{message}");
+}
+
+#[test]
+fn what_is_damaged_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let with_config = |key: &str, value: serde_json::Value| {
+        let mut config = small_config();
+        config[key] = value;
+        config.to_string().into_bytes()
+    };
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("config.json", b"{".to_vec(), "config.json"),
+        ("config.json", vec![0xff, 0xfe], "UTF-8"),
+        ("config.json", b"{}".to_vec(), "missing field"),
+        (
+            "config.json",
+            with_config("num_hidden_layers", 3.into()),
+            "model.layers.2",
+        ),
+        (
+            "config.json",
+            with_config("num_hidden_layers", 1_000_000_000.into()),
+            "model.layers.2",
+        ),
+        (
+            "config.json",
+            with_config("vocab_size", 1_000_000_000.into()),
+            "shape",
+        ),
+        (
+            "config.json",
+            with_config("hidden_size", json!(1u64 << 40)),
+            "hidden_size",
+        ),
+        ("tokenizer.json", b"[]".to_vec(), "tokenizer"),
+        ("tokenizer.json", Vec::new(), "tokenizer"),
+        (
+            "tokenizer_config.json",
+            b"{\"bos_token\": \"<none>\"}".to_vec(),
+            "<none>",
+        ),
+        (
+            "tokenizer_config.json",
+            b"nonsense".to_vec(),
+            "tokenizer_config.json",
+        ),
+        (
+            "generation_config.json",
+            b"{\"eos_token_id\": \"x\"}".to_vec(),
+            "generation_config.json",
+        ),
+        (
+            "model.safetensors",
+            b"nonsense, but long enough".to_vec(),
+            "model.safetensors",
+        ),
+        (
+            "dictionary.safetensors",
+            b"nonsense, but long enough".to_vec(),
+            "dictionary.safetensors",
+        ),
+    ];
+    for (file, bytes, word) in cases {
+        write_model(path);
+        std::fs::write(path.join(file), bytes).unwrap();
+        let message = refused(path);
+        assert!(
+            message.contains(word),
+            "{file}: {message:?} does not name {word:?}"
+        );
+        let _ = std::fs::remove_file(path.join(file));
+    }
+    write_model(path);
+    let mut weights = small_weights();
+    weights[3].dtype = Dtype::I32;
+    write_weights(&path.join("model.safetensors"), &weights);
+    let message = refused(path);
+    assert!(
+        message.contains("I32") && message.contains(&weights[3].name),
+        "{message}"
+    );
+}
+
+#[test]
+fn steps_that_cannot_be_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let model = Model::load(folder.path()).unwrap();
+    assert_eq!(model.end_tokens, [1, 2]);
+    let step = |tokens: &[u32]| {
+        let mut cache = model.cache(&"full".parse().unwrap()).unwrap();
+        let mut sequences = [Sequence {
+            tokens,
+            cache: cache.as_mut(),
+        }];
+        model
+            .decoder
+            .forward(&mut sequences, Logits::Last)
+            .map(drop)
+    };
+    assert!(matches!(step(&[]), Err(Error::EmptyPrompt)));
+    assert!(matches!(
+        step(&[1024]),
+        Err(Error::TokenOutside {
+            token: 1024,
+            vocabulary: 1024
+        })
+    ));
+    assert!(matches!(
+        step(&[3; 65]),
+        Err(Error::ContextFull {
+            wanted: 65,
+            context: 64
+        })
+    ));
+    step(&[3; 64]).unwrap();
+    let needs = model.cache(&"lexico".parse().unwrap()).map(drop);
+    assert!(matches!(needs, Err(Error::NoDictionary { .. })));
+}

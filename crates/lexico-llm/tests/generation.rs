@@ -1,0 +1,251 @@
+//! Generation on the tiny model: exactness of the sparse cache, streaming, stops, limits.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
+use lexico_llm::sample::{Sampling, most_likely};
+use lexico_llm::{Error, Model};
+use serde_json::Value;
+
+fn run(model: &Model, cache: &str, prompt: &str, options: &GenerateOptions) -> Generated {
+    let mut cache = model.cache(&cache.parse().unwrap()).unwrap();
+    let tokens = model.tokenizer.encode_first(prompt).unwrap();
+    generate(model, cache.as_mut(), &tokens, options, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap()
+}
+
+fn jsonl(file: &str) -> Vec<Value> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../models/tiny")
+        .join(file);
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn problem(q: &Value) -> String {
+    format!("Question: {}\nAnswer:", q["question"].as_str().unwrap())
+}
+
+/// With as many nonzeros as the vector has entries the codes are exact: 200 tokens on 20 problems
+/// come out as from the dense cache, unless the dense cache itself was undecided.
+#[test]
+fn at_full_sparsity_the_text_is_that_of_the_full_cache() {
+    let model = Model::tiny().unwrap();
+    let options = GenerateOptions {
+        max_tokens: 200,
+        ignore_end: true,
+        ..GenerateOptions::default()
+    };
+    let mut ties = 0;
+    for (number, q) in jsonl("problems_test.jsonl").iter().take(20).enumerate() {
+        let prompt = problem(q);
+        let full = run(&model, "full:dense=f32", &prompt, &options);
+        let exact = "lexico:sparsity=64,coefficients=f32,dense=f32,window=16,batch=8";
+        let lexico = run(&model, exact, &prompt, &options);
+        assert_eq!(full.tokens.len(), 200);
+        let pairs = full.tokens.iter().zip(&lexico.tokens);
+        let Some(at) = pairs.clone().position(|(a, b)| a != b) else {
+            continue;
+        };
+        // The two best logits where they part.
+        let mut tokens = model.tokenizer.encode_first(&prompt).unwrap();
+        tokens.extend(&full.tokens[..at]);
+        let mut cache = model.cache(&"full:dense=f32".parse().unwrap()).unwrap();
+        let mut step = [Sequence {
+            tokens: &tokens,
+            cache: cache.as_mut(),
+        }];
+        let logits = model.decoder.forward(&mut step, Logits::Last).unwrap();
+        let logits: Vec<f32> = logits.squeeze(0).unwrap().to_vec1().unwrap();
+        let lead = logits[most_likely(&logits) as usize] - logits[lexico.tokens[at] as usize];
+        assert!(
+            lead < 1e-3,
+            "problem {number}, token {at}: the full cache leads by {lead}"
+        );
+        ties += 1;
+    }
+    assert!(ties <= 2, "{ties} of 20 problems hung on rounding");
+}
+
+#[test]
+fn the_window_and_the_codes_share_one_sequence() {
+    let model = Model::tiny().unwrap();
+    let mut cache = model
+        .cache(&"lexico:sparsity=4,window=16,batch=4".parse().unwrap())
+        .unwrap();
+    let tokens = model
+        .tokenizer
+        .encode_first(&problem(&jsonl("problems_test.jsonl")[0]))
+        .unwrap();
+    let mut held = 0;
+    for chunk in tokens.chunks(5) {
+        let mut step = [Sequence {
+            tokens: chunk,
+            cache: cache.as_mut(),
+        }];
+        model.decoder.forward(&mut step, Logits::Last).unwrap();
+        held += chunk.len();
+        assert_eq!(cache.len(), held);
+        let footprint = cache.footprint();
+        let window = footprint
+            .parts
+            .iter()
+            .find(|(name, _)| *name == "window")
+            .unwrap()
+            .1;
+        // 4 layers, 2 KV heads, keys and values, f16; 16 to 19 positions and one step of growth.
+        assert!(
+            window <= (19 + 16) * 4 * 2 * 2 * 64 * 2,
+            "window of {window} bytes"
+        );
+    }
+}
+
+#[test]
+fn streamed_text_is_the_text_and_a_seed_repeats_it() {
+    let model = Model::tiny().unwrap();
+    let options = GenerateOptions {
+        max_tokens: 60,
+        ignore_end: true,
+        sampling: Sampling {
+            temperature: 1.5,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 7,
+            ..Sampling::default()
+        },
+        ..GenerateOptions::default()
+    };
+    let mut streamed = String::new();
+    let mut cache = model.cache(&"full".parse().unwrap()).unwrap();
+    let tokens = model.tokenizer.encode_first("= Lobster =\n\n").unwrap();
+    let generated = generate(&model, cache.as_mut(), &tokens, &options, &mut |text| {
+        streamed.push_str(text);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(streamed, generated.text);
+    assert_eq!(
+        generated.text,
+        model.tokenizer.decode(&generated.tokens).unwrap()
+    );
+    assert_eq!(
+        run(&model, "full", "= Lobster =\n\n", &options).text,
+        generated.text
+    );
+}
+
+/// A byte-level vocabulary splits characters: they must come whole, at any length.
+#[test]
+fn characters_that_span_tokens_stream_whole() {
+    let model = Model::tiny().unwrap();
+    let text = "naïve – “Größe” 日本語 🦞 and plain words, over and over. ".repeat(6);
+    let tokens = model.tokenizer.encode_more(&text).unwrap();
+    let mut stream = model.tokenizer.stream();
+    let mut out = String::new();
+    for &token in &tokens {
+        let piece = stream.push(token).unwrap();
+        assert!(!piece.contains('\u{fffd}'), "{piece:?}");
+        out.push_str(&piece);
+    }
+    out.push_str(&stream.finish().unwrap());
+    assert_eq!(out, text);
+}
+
+#[test]
+fn generation_ends_where_it_should() {
+    let model = Model::tiny().unwrap();
+    let prompt = problem(&jsonl("problems_test.jsonl")[0]);
+    let with = |change: fn(&mut GenerateOptions)| {
+        let mut options = GenerateOptions::default();
+        change(&mut options);
+        run(&model, "full", &prompt, &options)
+    };
+    let stopped = with(|o| o.stop = vec!["\n####".to_owned()]);
+    assert_eq!(stopped.finish, Finish::Stop);
+    assert!(!stopped.text.contains('#') && !stopped.text.is_empty());
+    let short = with(|o| o.max_tokens = 3);
+    assert_eq!((short.finish, short.tokens.len()), (Finish::MaxTokens, 3));
+    let none = with(|o| o.max_tokens = 0);
+    assert_eq!((none.finish, none.tokens.len()), (Finish::MaxTokens, 0));
+
+    let mut cache = model.cache(&"full".parse().unwrap()).unwrap();
+    let tokens = model.tokenizer.encode_first(&prompt).unwrap();
+    let options = GenerateOptions::default();
+    let mut calls = 0;
+    let broken = generate(&model, cache.as_mut(), &tokens, &options, &mut |_| {
+        calls += 1;
+        if calls == 4 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    })
+    .unwrap();
+    assert_eq!(
+        (broken.finish, broken.tokens.len()),
+        (Finish::Interrupted, 4)
+    );
+}
+
+#[test]
+fn the_context_is_a_limit_and_not_a_crash() {
+    let model = Model::tiny().unwrap();
+    let context = model.decoder.config().context;
+    let options = GenerateOptions {
+        max_tokens: 10,
+        ignore_end: true,
+        ..GenerateOptions::default()
+    };
+    let go = |tokens: &[u32]| {
+        let mut cache = model.cache(&"full".parse().unwrap()).unwrap();
+        generate(&model, cache.as_mut(), tokens, &options, &mut |_| {
+            ControlFlow::Continue(())
+        })
+    };
+    let almost = go(&vec![5; context - 2]).unwrap();
+    assert_eq!(
+        (almost.finish, almost.tokens.len()),
+        (Finish::ContextFull, 3)
+    );
+    assert!(matches!(
+        go(&vec![5; context + 1]),
+        Err(Error::ContextFull { .. })
+    ));
+    assert!(matches!(go(&[]), Err(Error::EmptyPrompt)));
+}
+
+#[test]
+fn impossible_cache_settings_are_refused() {
+    let model = Model::tiny().unwrap();
+    for (spec, word) in [
+        ("lexico:sparsity=0", "sparsity 0"),
+        ("lexico:sparsity=65", "between 1 and 64"),
+        ("lexico:sparsity=x", "sparsity=x"),
+        ("lexico:sparsity=-1", "sparsity=-1"),
+        ("lexico:tolerance=1", "tolerance 1"),
+        ("lexico:tolerance=nan", "tolerance"),
+        ("lexico:batch=0", "batch"),
+        ("lexico:coefficients=f9", "f8, f32"),
+        ("full:dense=f64", "f16, f32"),
+    ] {
+        let message = model
+            .cache(&spec.parse().unwrap())
+            .map(drop)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains(word),
+            "{spec}: {message:?} does not name {word:?}"
+        );
+    }
+}

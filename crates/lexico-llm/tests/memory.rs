@@ -1,0 +1,80 @@
+//! What a cache says it weighs is what the allocator gave it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lexico_llm::Model;
+use lexico_llm::decoder::{Logits, Sequence};
+
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system allocator unchanged; only a counter is kept beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size(), Ordering::SeqCst);
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::SeqCst);
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+// One test in this file: another one's allocations would be counted too.
+#[test]
+fn footprints_equal_what_is_allocated() {
+    let model = Model::tiny().unwrap();
+    let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. ".repeat(12);
+    let tokens = model.tokenizer.encode_first(&text).unwrap();
+    let run = |spec: &str, prompt: usize, steps: usize| {
+        // Grown thread-local and library memory is no part of the cache: do all of it once before.
+        let mut held = (0, 0);
+        for _ in 0..2 {
+            let before = HELD.load(Ordering::SeqCst);
+            let mut cache = model.cache(&spec.parse().unwrap()).unwrap();
+            for step in [&tokens[..prompt]]
+                .into_iter()
+                .chain(tokens[prompt..prompt + steps].chunks(1))
+            {
+                let mut sequences = [Sequence {
+                    tokens: step,
+                    cache: cache.as_mut(),
+                }];
+                model.decoder.forward(&mut sequences, Logits::Last).unwrap();
+            }
+            held = (
+                cache.footprint().total(),
+                HELD.load(Ordering::SeqCst) - before,
+            );
+        }
+        held
+    };
+    for spec in [
+        "full",
+        "full:dense=f32",
+        "lexico:sparsity=8,window=16",
+        "lexico:sparsity=4,window=0,batch=1",
+        "lexico:sparsity=16,window=64,coefficients=f32,dense=f32",
+        "lexico:sparsity=16,tolerance=0.3,window=16",
+        "lexico:key-sparsity=12,value-sparsity=4,window=32",
+    ] {
+        for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
+            let (reported, allocated) = run(spec, prompt, steps);
+            let ratio = reported as f64 / allocated as f64;
+            assert!(
+                (0.95..1.05).contains(&ratio),
+                "{spec}, {prompt} + {steps} tokens: {reported} bytes reported, {allocated} allocated"
+            );
+        }
+    }
+}
