@@ -5,7 +5,8 @@ use lexico::DictionarySet;
 use lexico::code::{self, CodeFile};
 use lexico::dictionary;
 use lexico::tensor_file::TensorFile;
-use lexico_llm::Model;
+use lexico_llm::DICTIONARY_FILE;
+use lexico_llm::config::Config;
 use serde_json::{Value, json};
 
 use crate::ui;
@@ -180,9 +181,8 @@ fn tensors(file: &TensorFile) -> anyhow::Result<Report> {
 }
 
 fn folder(path: &Path) -> anyhow::Result<Report> {
-    let model = Model::load(path)?;
-    let config = model.decoder.config();
-    let dictionaries = model.dictionaries.is_some();
+    let config = Config::load(path)?;
+    let dictionaries = path.join(DICTIONARY_FILE).is_file();
     let per_token = config.fp16_cache_bytes(1);
     let text = facts(&[
         ("kind", "model".to_owned()),

@@ -81,7 +81,10 @@ impl Train {
                 seed: self.seed,
             },
         };
-        let mut progress = Progress::default();
+        let mut progress = Progress {
+            layers: model.decoder.config().layers,
+            bar: None,
+        };
         let trained = train(&model, &corpora, &options, &mut |step| {
             progress.show(step);
             interrupt::flow()
@@ -133,8 +136,8 @@ impl Train {
 }
 
 /// One bar for the reading, one for each dictionary.
-#[derive(Default)]
 struct Progress {
+    layers: usize,
     bar: Option<indicatif::ProgressBar>,
 }
 
@@ -159,7 +162,7 @@ impl Progress {
             } => {
                 let bar = self.bar.get_or_insert_with(|| {
                     let bar = ui::progress(progress.steps as u64, "steps");
-                    bar.set_message(format!("layer {layer} {part}"));
+                    bar.set_message(format!("layer {}/{} {part}", layer + 1, self.layers));
                     bar
                 });
                 bar.set_position(progress.step as u64);

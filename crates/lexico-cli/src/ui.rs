@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use comfy_table::{CellAlignment, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 use lexico_llm::cache::METHODS;
 
 /// Writes to stdout at once; a closed pipe is an error, not a panic.
@@ -49,11 +49,20 @@ pub(crate) fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -
 /// A progress bar on stderr with rate and time left; hidden where stderr is no terminal.
 pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
     let template = format!(
-        "{{msg:18}} {{bar:30}} {{human_pos}}/{{human_len}} {unit}, {{per_sec}}, {{eta}} left"
+        "{{msg:18}} {{bar:30}} {{human_pos}}/{{human_len}} {unit}, {{rate}}/s, {{eta}} left"
     );
+    let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let rate = state.per_sec();
+        // Nothing is to be done where a progress bar cannot be drawn.
+        let _ = if rate < 10.0 {
+            write!(out, "{rate:.1}")
+        } else {
+            write!(out, "{}", HumanCount(rate as u64))
+        };
+    };
     let bar = ProgressBar::new(total);
     if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style);
+        bar.set_style(style.with_key("rate", rate));
     }
     bar
 }

@@ -237,7 +237,7 @@ fn bad_prompts_models_and_caches_fail_clearly() {
             "sparsity=many",
         ),
         (2, vec!["run", "--max-tokens", "-2", "x"], "max-tokens"),
-        (1, vec!["run", "--temp", "-1", "x"], "temperature"),
+        (1, vec!["run", "--temp=-1", "x"], "temperature"),
         (2, vec!["run", "--threads", "0", "x"], "threads"),
         (2, vec!["fly"], "fly"),
         (2, vec![], "Usage"),

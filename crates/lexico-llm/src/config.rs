@@ -5,7 +5,7 @@ use std::path::Path;
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, io};
 
 /// Architectures that the decoder runs.
 const ARCHITECTURES: [&str; 1] = ["LlamaForCausalLM"];
@@ -44,6 +44,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// Reads the `config.json` of a model folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::MissingFile`], and those of [`Config::parse`].
+    pub fn load(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let text = String::from_utf8(read_required(folder, "config.json")?);
+        let text = text.map_err(|_| Error::Config {
+            path: path.clone(),
+            reason: "it is not UTF-8 text".to_owned(),
+        })?;
+        Self::parse(&text, &path)
+    }
+
     /// Parses the text of `config.json`; `path` stands in messages.
     ///
     /// # Errors
@@ -147,6 +161,23 @@ impl Config {
     pub fn fp16_cache_bytes(&self, positions: usize) -> usize {
         4 * self.head_dim * self.kv_heads * self.layers * positions
     }
+}
+
+/// Reads a file that a model folder must have.
+pub(crate) fn read_required(folder: &Path, file: &str) -> Result<Vec<u8>> {
+    if !folder.is_dir() {
+        let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such model folder");
+        return Err(io(folder)(source));
+    }
+    let path = folder.join(file);
+    if !path.is_file() {
+        return Err(Error::MissingFile {
+            folder: folder.to_owned(),
+            file: file.to_owned(),
+            needed: "config.json, tokenizer.json and model.safetensors or its shards",
+        });
+    }
+    std::fs::read(&path).map_err(io(&path))
 }
 
 /// What `generation_config.json` says of how texts end.

@@ -35,5 +35,5 @@ mod weights;
 
 pub use error::{Error, Result};
 
-pub use model::Model;
+pub use model::{DICTIONARY_FILE, Model};
 pub use tokenizer::{TextStream, Tokenizer};

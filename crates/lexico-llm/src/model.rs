@@ -8,14 +8,14 @@ use lexico::dictionary::ModelIdentity;
 use lexico::tensor_file::TensorFile;
 
 use crate::cache::{CacheContext, CacheSpec, KvCache};
-use crate::config::{Config, GenerationConfig};
+use crate::config::{Config, GenerationConfig, read_required};
 use crate::decoder::Decoder;
-use crate::error::{Error, Result, io};
+use crate::error::{Result, io};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// What a model folder must hold besides its weights.
-const NEEDED: &str = "config.json, tokenizer.json and model.safetensors";
+/// The file beside a model's weights that holds its dictionaries.
+pub const DICTIONARY_FILE: &str = "dictionary.safetensors";
 
 /// A language model, loaded.
 pub struct Model {
@@ -48,7 +48,10 @@ impl Model {
         let mut model = Self::assemble(
             "tiny",
             Path::new("tiny"),
-            &text(embedded!("config.json")),
+            Config::parse(
+                &text(embedded!("config.json")),
+                Path::new("tiny/config.json"),
+            )?,
             Some(&text(embedded!("generation_config.json"))),
             embedded!("tokenizer.json"),
             Some(&text(embedded!("tokenizer_config.json"))),
@@ -68,35 +71,16 @@ impl Model {
     /// `dictionary.safetensors` beside them is the model's.
     ///
     /// # Errors
-    /// [`Error::MissingFile`], [`Error::Config`], [`Error::Tokenizer`], [`Error::Weight`], and
+    /// The missing-file, config, tokenizer and weight variants of [`crate::Error`], and
     /// those of the files themselves.
     pub fn load(folder: &Path) -> Result<Self> {
-        if !folder.is_dir() {
-            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such model folder");
-            return Err(io(folder)(source));
-        }
-        let required = |file: &str| {
-            let path = folder.join(file);
-            if path.is_file() {
-                return std::fs::read(&path).map_err(io(&path));
-            }
-            Err(Error::MissingFile {
-                folder: folder.to_owned(),
-                file: file.to_owned(),
-                needed: NEEDED,
-            })
-        };
         let optional = |file: &str| {
             let path = folder.join(file);
             let read = || std::fs::read_to_string(&path).map_err(io(&path));
             path.is_file().then(read).transpose()
         };
-        let config_path = folder.join("config.json");
-        let config = String::from_utf8(required("config.json")?).map_err(|_| Error::Config {
-            path: config_path,
-            reason: "it is not UTF-8 text".to_owned(),
-        })?;
-        let tokenizer = required("tokenizer.json")?;
+        let config = Config::load(folder)?;
+        let tokenizer = read_required(folder, "tokenizer.json")?;
         let name = folder.canonicalize().map_err(io(folder))?;
         let name = name
             .file_name()
@@ -104,13 +88,13 @@ impl Model {
         let mut model = Self::assemble(
             &name,
             folder,
-            &config,
+            config,
             optional("generation_config.json")?.as_deref(),
             &tokenizer,
             optional("tokenizer_config.json")?.as_deref(),
             &Weights::open(folder)?,
         )?;
-        let dictionary = folder.join("dictionary.safetensors");
+        let dictionary = folder.join(DICTIONARY_FILE);
         if dictionary.is_file() {
             model.set_dictionaries(DictionarySet::load(dictionary)?)?;
         }
@@ -120,13 +104,12 @@ impl Model {
     fn assemble(
         name: &str,
         folder: &Path,
-        config: &str,
+        config: Config,
         generation_config: Option<&str>,
         tokenizer: &[u8],
         tokenizer_config: Option<&str>,
         weights: &Weights,
     ) -> Result<Self> {
-        let config = Config::parse(config, &folder.join("config.json"))?;
         let path = folder.join("generation_config.json");
         let generation = generation_config.map(|text| GenerationConfig::parse(text, &path));
         let generation = generation.transpose()?.unwrap_or_default();
