@@ -21,7 +21,8 @@ pub trait KvCache: Send {
     /// `[kv_heads, t, head_dim]`, `k` rotated. Layers are called in order, each once a step.
     ///
     /// # Errors
-    /// [`crate::Error::Coding`] for a key or value that is not finite.
+    /// [`crate::Error::Coding`] for a key or value that is not finite; the cache cannot be used
+    /// any further then.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 
     /// Positions held.

@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -109,7 +108,8 @@ pub static METHODS: &[Method] = &[
 #[derive(Debug, Clone)]
 pub struct CacheSpec {
     method: &'static Method,
-    options: BTreeMap<&'static str, String>,
+    /// In the order given.
+    options: Vec<(&'static str, String)>,
 }
 
 impl CacheSpec {
@@ -126,8 +126,13 @@ impl CacheSpec {
         (self.method.build)(self, context)
     }
 
+    fn given(&self, option: &str) -> Option<&str> {
+        let given = self.options.iter().find(|(name, _)| *name == option);
+        given.map(|(_, value)| value.as_str())
+    }
+
     fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str, default: T) -> Result<T> {
-        self.options.get(option).map_or(Ok(default), |value| {
+        self.given(option).map_or(Ok(default), |value| {
             value
                 .parse()
                 .map_err(|e: T::Err| self.bad_value(option, value, e.to_string()))
@@ -136,10 +141,10 @@ impl CacheSpec {
 
     /// The first choice is the default.
     fn one_of(&self, option: &'static str, choices: &[&'static str]) -> Result<&'static str> {
-        let Some(value) = self.options.get(option) else {
+        let Some(value) = self.given(option) else {
             return Ok(choices[0]);
         };
-        let chosen = choices.iter().find(|choice| *choice == value);
+        let chosen = choices.iter().find(|choice| **choice == value);
         chosen.copied().ok_or_else(|| {
             let reason = format!("it must be one of {}", choices.join(", "));
             self.bad_value(option, value, reason)
@@ -175,7 +180,7 @@ impl FromStr for CacheSpec {
                 known: names.join(", "),
             }
         })?;
-        let mut options = BTreeMap::new();
+        let mut options: Vec<(&'static str, String)> = Vec::new();
         for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
             let Some(option) = method.options.iter().find(|o| o.name == key) else {
@@ -195,9 +200,10 @@ impl FromStr for CacheSpec {
             if value.is_empty() {
                 return Err(refused("an option is written key=value"));
             }
-            if options.insert(option.name, value.to_owned()).is_some() {
+            if options.iter().any(|(name, _)| *name == option.name) {
                 return Err(refused("it is given twice"));
             }
+            options.push((option.name, value.to_owned()));
         }
         Ok(Self { method, options })
     }

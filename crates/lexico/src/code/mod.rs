@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use coefficients::Coefficients;
 
 /// Vectors by which storage grows at the least.
-const GROWTH: usize = 64;
+const GROWTH: usize = 16;
 /// Vectors that are unpacked at a time.
 const BLOCK: usize = 256;
 
