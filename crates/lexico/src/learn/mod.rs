@@ -40,9 +40,9 @@ impl Default for LearnOptions {
         Self {
             atoms: 4096,
             sparsity: 8,
-            epochs: 8,
-            batch: 2048,
-            learning_rate: 3e-3,
+            epochs: 6,
+            batch: 512,
+            learning_rate: 1e-2,
             seed: 0,
         }
     }
