@@ -51,20 +51,22 @@ impl Eval {
 
 impl ProblemArguments {
     fn run(self) -> anyhow::Result<()> {
-        let model = self.model.load()?;
-        let problems = Problems::tiny()?;
-        let options = ProblemOptions {
-            items: self.items,
-            shots: self.shots,
-            ..ProblemOptions::default()
-        };
         let mut caches: Vec<CacheSpec> = vec!["full".parse()?];
         caches.extend(
             self.cache
                 .into_iter()
                 .filter(|spec| spec.to_string() != "full"),
         );
-        let bar = ui::progress((caches.len() * self.items) as u64, "problems");
+        let model = self.model.load(&caches)?;
+        let problems = Problems::tiny()?;
+        interrupt::listen()?;
+        let options = ProblemOptions {
+            items: self.items,
+            shots: self.shots,
+            ..ProblemOptions::default()
+        };
+        let total = self.items.min(problems.len()) * caches.len();
+        let bar = ui::progress(total as u64, "problems");
         let mut runs = Vec::new();
         for (number, spec) in caches.iter().enumerate() {
             bar.set_message(spec.to_string());

@@ -7,6 +7,7 @@ use anyhow::Context;
 
 static HAPPENED: AtomicBool = AtomicBool::new(false);
 
+/// Called where the work begins that asks [`flow`] whether to go on.
 pub(crate) fn listen() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if HAPPENED.swap(true, Ordering::SeqCst) {
@@ -29,7 +30,7 @@ pub(crate) fn flow() -> ControlFlow<()> {
     }
 }
 
-/// An interactive session goes on after Ctrl-C.
+/// For work that goes on after Ctrl-C, or was done before it.
 pub(crate) fn forget() {
     HAPPENED.store(false, Ordering::SeqCst);
 }

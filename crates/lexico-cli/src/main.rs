@@ -69,7 +69,6 @@ fn main() -> ExitCode {
 }
 
 fn work(arguments: Arguments) -> anyhow::Result<()> {
-    interrupt::listen()?;
     if let Some(threads) = arguments.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
         pool.build_global()?;

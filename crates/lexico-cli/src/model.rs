@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::Args;
 use lexico::DictionarySet;
-use lexico_llm::Model;
+use lexico_llm::cache::CacheSpec;
 use lexico_llm::import::import_reference;
+use lexico_llm::{DICTIONARY_FILE, Model};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
@@ -19,17 +21,38 @@ pub(crate) struct ModelArguments {
 }
 
 impl ModelArguments {
-    pub(crate) fn load(&self) -> anyhow::Result<Model> {
+    /// The model, with its dictionaries where one of the caches needs them.
+    pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
         let mut model = load_model(&self.model)?;
+        let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
+        let beside = Path::new(&self.model).join(DICTIONARY_FILE);
         if let Some(path) = &self.dictionary {
-            let dictionaries = if path.extension().is_some_and(|e| e == "pt") {
-                import_reference(path, model.identity())?
-            } else {
-                DictionarySet::load(path)?
-            };
-            model.set_dictionaries(dictionaries)?;
+            self.read(&mut model, path)?;
+        } else if needed && model.dictionaries.is_none() {
+            if !beside.is_file() {
+                anyhow::bail!(
+                    "the model {name} has no dictionaries: there is no {beside}. Train them with \
+                     `lexico train --model {name} --corpus TEXT --out {beside}`, name another file \
+                     with --dictionary, or use --cache full",
+                    name = self.model,
+                    beside = beside.display(),
+                );
+            }
+            self.read(&mut model, &beside)?;
         }
         Ok(model)
+    }
+
+    fn read(&self, model: &mut Model, path: &Path) -> anyhow::Result<()> {
+        let file = || path.display().to_string();
+        if path.extension().is_some_and(|e| e == "pt") {
+            let dictionaries = import_reference(path, model.identity())?;
+            model.set_dictionaries(dictionaries).with_context(file)
+        } else {
+            model
+                .set_dictionaries(DictionarySet::load(path)?)
+                .with_context(file)
+        }
     }
 }
 

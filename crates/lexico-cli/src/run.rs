@@ -7,7 +7,7 @@ use clap::Args;
 use lexico_llm::Model;
 use lexico_llm::cache::{CacheSpec, KvCache};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
-use lexico_llm::sample::Sampling;
+use lexico_llm::sample::{Sampler, Sampling};
 use rustyline::error::ReadlineError;
 use serde_json::json;
 
@@ -17,25 +17,27 @@ use crate::{interrupt, ui};
 #[derive(Args)]
 pub(crate) struct Run {
     /// The prompt; "-" reads it from stdin. Without one: stdin where it is a pipe, else a session
-    #[arg(conflicts_with = "file")]
+    #[arg(conflicts_with_all = ["file", "prompt_flag"])]
     prompt: Option<String>,
+    /// The prompt, as llama.cpp takes it
+    #[arg(short, long = "prompt", value_name = "PROMPT", conflicts_with = "file")]
+    prompt_flag: Option<String>,
     /// Read the prompt from a file
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArguments,
     /// The cache method and its options (below)
-    #[arg(
-        short,
-        long,
-        default_value = "lexico",
-        value_name = "NAME[:key=value,...]"
-    )]
+    #[arg(long, default_value = "lexico", value_name = "NAME[:key=value,...]")]
     cache: CacheSpec,
     /// Most tokens to generate (-1: until the context is full)
     #[arg(short = 'n', long, visible_aliases = ["predict", "n-predict"], default_value = "256")]
-    #[arg(value_name = "N", allow_hyphen_values = true, value_parser = token_count)]
+    #[arg(value_name = "N", allow_hyphen_values = true)]
+    #[arg(value_parser = |text: &str| count_from(1, text))]
     max_tokens: usize,
+    /// Most positions of prompt and answer together [default: the model's context]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx_size: Option<u32>,
     /// 0 takes the most likely token; higher is more varied
     #[arg(long, visible_alias = "temp", default_value_t = 0.0, value_name = "T")]
     temperature: f32,
@@ -56,13 +58,19 @@ pub(crate) struct Run {
         value_name = "X"
     )]
     repeat_penalty: f32,
-    /// How many of the last tokens count as recent
-    #[arg(long, default_value_t = Sampling::default().repetition_window, value_name = "N")]
+    /// How many of the last tokens count as recent (-1: all)
+    #[arg(
+        long,
+        default_value = "64",
+        value_name = "N",
+        allow_hyphen_values = true
+    )]
+    #[arg(value_parser = |text: &str| count_from(0, text))]
     repeat_last_n: usize,
-    /// Seed of the draws
-    #[arg(short, long, default_value_t = 0)]
+    /// Seed of the draws (-1: another one each time)
+    #[arg(short, long, default_value = "0", allow_hyphen_values = true, value_parser = seed)]
     seed: u64,
-    /// End at this text; may be given several times [default: the model's own]
+    /// End at this text, \n meaning a new line; may be given several times [default: the model's own]
     #[arg(
         long,
         short = 'r',
@@ -90,14 +98,16 @@ impl Run {
         if prompt.as_deref().is_some_and(|p| p.trim().is_empty()) {
             return Err(lexico_llm::Error::EmptyPrompt.into());
         }
+        let sampler = Sampler::new(self.sampling())?;
         let started = Instant::now();
-        let model = self.model.load()?;
+        let model = self.model.load(std::slice::from_ref(&self.cache))?;
         let load_seconds = started.elapsed().as_secs_f64();
         // A wrong setting is reported before a session starts.
         let cache = model.cache(&self.cache)?;
+        interrupt::listen()?;
         match prompt {
-            Some(prompt) => self.once(&model, cache, &prompt, load_seconds),
-            None => self.session(&model, cache),
+            Some(prompt) => self.once(&model, cache, sampler, &prompt, load_seconds),
+            None => self.session(&model, cache, sampler),
         }
     }
 
@@ -105,9 +115,10 @@ impl Run {
         let stdin_is_pipe = || !std::io::stdin().is_terminal();
         if let Some(path) = &self.file {
             let text = std::fs::read_to_string(path);
-            return Ok(Some(text.with_context(|| path.display().to_string())?));
+            let text = text.with_context(|| path.display().to_string())?;
+            return Ok(Some(without_line_end(text)));
         }
-        match self.prompt.as_deref() {
+        match self.prompt.as_deref().or(self.prompt_flag.as_deref()) {
             Some(prompt) if prompt != "-" => Ok(Some(prompt.to_owned())),
             None if !stdin_is_pipe() => Ok(None),
             _ => {
@@ -115,36 +126,34 @@ impl Run {
                 std::io::stdin()
                     .read_to_string(&mut text)
                     .context("the prompt on stdin")?;
-                Ok(Some(text))
+                Ok(Some(without_line_end(text)))
             }
         }
     }
 
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            repetition_window: self.repeat_last_n,
+            seed: self.seed,
+        }
+    }
+
     fn options(&self, model: &Model) -> GenerateOptions {
-        let own_stops = || {
-            if self.ignore_eos {
-                Vec::new()
-            } else {
-                model.stop_texts.clone()
-            }
-        };
+        let given = || self.stop.iter().map(|text| text.replace("\\n", "\n"));
         GenerateOptions {
             max_tokens: self.max_tokens,
-            stop: if self.stop.is_empty() {
-                own_stops()
-            } else {
-                self.stop.clone()
+            stop: match (self.stop.is_empty(), self.ignore_eos) {
+                (false, _) => given().collect(),
+                (true, false) => model.stop_texts.clone(),
+                (true, true) => Vec::new(),
             },
             ignore_end: self.ignore_eos,
-            sampling: Sampling {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                repetition_penalty: self.repeat_penalty,
-                repetition_window: self.repeat_last_n,
-                seed: self.seed,
-            },
+            context: self.ctx_size.map_or(usize::MAX, |n| n as usize),
         }
     }
 
@@ -152,18 +161,27 @@ impl Run {
         &self,
         model: &Model,
         mut cache: Box<dyn KvCache>,
+        mut sampler: Sampler,
         prompt: &str,
         load_seconds: f64,
     ) -> anyhow::Result<()> {
         let options = self.options(model);
         let tokens = model.tokenizer.encode_first(prompt)?;
-        let generated = self.stream(model, cache.as_mut(), &tokens, &options)?;
+        let generated = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options)?;
         let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
         let full = if self.compare && !interrupt::happened() {
             let spec: CacheSpec = "full".parse()?;
             let mut cache = model.cache(&spec)?;
             let quiet = &mut |_: &str| interrupt::flow();
-            let other = generate(model, cache.as_mut(), &tokens, &options, quiet)?;
+            let mut sampler = Sampler::new(self.sampling())?;
+            let other = generate(
+                model,
+                cache.as_mut(),
+                &tokens,
+                &mut sampler,
+                &options,
+                quiet,
+            )?;
             Some((
                 Report::new(model, &spec, cache.as_ref(), tokens.len(), &other),
                 other,
@@ -206,10 +224,11 @@ impl Run {
         model: &Model,
         cache: &mut dyn KvCache,
         tokens: &[u32],
+        sampler: &mut Sampler,
         options: &GenerateOptions,
     ) -> anyhow::Result<Generated> {
         let mut failed = None;
-        let generated = generate(model, cache, tokens, options, &mut |text| {
+        let generated = generate(model, cache, tokens, sampler, options, &mut |text| {
             if !self.json
                 && !text.is_empty()
                 && let Err(error) = ui::print(text)
@@ -227,7 +246,12 @@ impl Run {
     }
 
     /// Each line goes on from the text so far.
-    fn session(&self, model: &Model, mut cache: Box<dyn KvCache>) -> anyhow::Result<()> {
+    fn session(
+        &self,
+        model: &Model,
+        mut cache: Box<dyn KvCache>,
+        mut sampler: Sampler,
+    ) -> anyhow::Result<()> {
         let options = self.options(model);
         let mut editor = rustyline::DefaultEditor::new()?;
         ui::note(&format!(
@@ -238,6 +262,7 @@ impl Run {
         // The last token generated: the cache does not hold it yet.
         let mut pending = Vec::new();
         loop {
+            interrupt::forget();
             let text = match editor.readline("> ") {
                 Ok(text) => text,
                 Err(ReadlineError::Interrupted) => continue,
@@ -265,30 +290,57 @@ impl Run {
             } else {
                 [pending.clone(), model.tokenizer.encode_more(&text)?].concat()
             };
-            match self.stream(model, cache.as_mut(), &tokens, &options) {
+            match self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options) {
                 Ok(generated) => {
                     pending = generated.tokens.last().copied().into_iter().collect();
-                    let report =
-                        Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
+                    let cache = cache.as_ref();
+                    let report = Report::new(model, &self.cache, cache, tokens.len(), &generated);
                     ui::note(&report.line());
                 }
                 Err(error) if ui::is_broken_pipe(&error) => return Err(error),
                 Err(error) => {
-                    ui::note(&format!("error: {error:#}\n/clear starts afresh"));
+                    // A cache cannot go on from a step that failed.
+                    ui::note(&format!(
+                        "error: {error:#}\nThe conversation starts afresh."
+                    ));
+                    cache = model.cache(&self.cache)?;
+                    pending.clear();
                 }
             }
-            interrupt::forget();
         }
     }
 }
 
-/// llama.cpp's `-n -1` has no limit.
-fn token_count(text: &str) -> Result<usize, String> {
+/// As llama.cpp counts: -1 has no limit.
+fn count_from(least: usize, text: &str) -> Result<usize, String> {
     if text == "-1" {
         return Ok(usize::MAX);
     }
+    match text.parse() {
+        Ok(count) if count >= least => Ok(count),
+        _ => Err(format!("it must be a whole number from {least} on, or -1")),
+    }
+}
+
+/// As llama.cpp seeds: -1 takes the clock.
+fn seed(text: &str) -> Result<u64, String> {
+    if text == "-1" {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        return Ok(now.map_or(0, |elapsed| elapsed.as_nanos() as u64));
+    }
     text.parse()
-        .map_err(|e| format!("{e}; it must be a whole number, or -1"))
+        .map_err(|_| "it must be a whole number, or -1".to_owned())
+}
+
+/// The line end that editors and `echo` add is no part of a prompt.
+fn without_line_end(mut text: String) -> String {
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    text
 }
 
 /// Tokens at the same place that are the same, and the first place where they are not.

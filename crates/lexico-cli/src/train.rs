@@ -62,6 +62,12 @@ impl Train {
         check_writable(&self.out)?;
         let started = Instant::now();
         let model = model::load_model(&self.model)?;
+        interrupt::listen()?;
+        ui::note(&format!(
+            "{}: learning dictionaries for {}",
+            self.out.display(),
+            model.name
+        ));
         let corpora = self
             .corpus
             .iter()
@@ -93,6 +99,8 @@ impl Train {
         let trained =
             trained.with_context(|| format!("nothing was written to {}", self.out.display()))?;
         trained.dictionaries.save(&self.out)?;
+        // Whatever came while the file was written came too late.
+        interrupt::forget();
         let seconds = started.elapsed().as_secs_f64();
         let training = &trained.dictionaries.training;
         let errors = training.relative_error.iter().enumerate();

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
-use lexico_llm::cache::METHODS;
+use lexico_llm::cache::{METHODS, Values};
 
 /// Writes to stdout at once; a closed pipe is an error, not a panic.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
@@ -95,8 +95,12 @@ pub(crate) fn cache_help() -> String {
     for method in METHODS {
         help += &format!("  {:<16} {}\n", method.name, method.summary);
         for option in method.options {
-            let default = format!("[default: {}]", option.default);
-            help += &format!("    {:<14} {} {default}\n", option.name, option.summary);
+            let choices = match option.values {
+                Values::OneOf(words) => format!(", {}", words.join(" or ")),
+                Values::Count | Values::Number => String::new(),
+            };
+            let (name, summary, default) = (option.name, option.summary, option.default);
+            help += &format!("    {name:<14} {summary}{choices} [default: {default}]\n");
         }
     }
     help

@@ -3,10 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
 
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use serde_json::Value;
@@ -117,7 +116,8 @@ fn run_json_is_one_document_with_every_field() {
 fn the_prompt_comes_from_an_argument_a_file_or_stdin() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompt.txt");
-    std::fs::write(&file, QUESTION).unwrap();
+    // Editors and `echo` end a file with a line end; it is no part of the prompt.
+    std::fs::write(&file, format!("{QUESTION}\n")).unwrap();
     let of = |arguments: &[&str], stdin: Stdio| {
         let output = lexico()
             .args(["run", "--cache", "full"])
@@ -180,6 +180,86 @@ fn a_stop_text_ends_the_answer() {
 }
 
 #[test]
+fn llama_cpp_flags_are_known() {
+    let of = |arguments: &[&str]| {
+        let report = json(&[&["run", "--json", "--cache", "full"], arguments].concat());
+        (
+            report["text"].as_str().unwrap().to_owned(),
+            report["finish"].as_str().unwrap().to_owned(),
+        )
+    };
+    let expected = of(&[QUESTION]);
+    assert_eq!(of(&["-p", QUESTION]), expected);
+    assert_eq!(
+        of(&[
+            "-p",
+            QUESTION,
+            "-n",
+            "-1",
+            "--seed",
+            "-1",
+            "--repeat-last-n",
+            "-1"
+        ]),
+        expected
+    );
+    assert_eq!(of(&["-p", QUESTION, "-c", "40"]).1, "context_full");
+    assert_eq!(of(&["-p", QUESTION, "-r", "\\n####"]).1, "stop");
+    let model = of(&["-m", path(&tiny_file("")), QUESTION]);
+    assert_eq!(model, expected);
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let mut child = lexico()
+        .args([
+            "run",
+            "--ignore-eos",
+            "-n",
+            "2000",
+            "--cache",
+            "full",
+            "= Lobster =",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stderr), "");
+}
+
+/// A damaged dictionary beside a model stops the caches that need it, and nothing else.
+#[test]
+fn a_model_folder_runs_with_and_without_its_dictionary() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(tiny_file(file), folder.path().join(file)).unwrap();
+    }
+    let model = path(folder.path());
+    let dictionary = folder.path().join("dictionary.safetensors");
+    let message = fails(1, &["run", "-m", model, QUESTION]);
+    assert!(
+        message.contains("lexico train --model") && message.contains(model),
+        "{message}"
+    );
+    std::fs::write(&dictionary, "nonsense, but long enough").unwrap();
+    let message = fails(1, &["run", "-m", model, QUESTION]);
+    assert!(message.contains("dictionary.safetensors"), "{message}");
+    json(&["run", "--json", "-m", model, "--cache", "full", QUESTION]);
+    std::fs::copy(tiny_file("dictionary.safetensors"), &dictionary).unwrap();
+    json(&["run", "--json", "-m", model, QUESTION]);
+}
+
+#[test]
 fn bad_prompts_models_and_caches_fail_clearly() {
     let folder = tempfile::tempdir().unwrap();
     let empty = folder.path().join("empty.txt");
@@ -232,7 +312,7 @@ fn bad_prompts_models_and_caches_fail_clearly() {
             "between 1 and 64",
         ),
         (
-            1,
+            2,
             vec!["run", "--cache", "lexico:sparsity=many", "x"],
             "sparsity=many",
         ),
@@ -597,11 +677,12 @@ fn ctrl_c_in_train_leaves_what_was_there() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_millis(700));
+    // The first line on stderr says that it listens.
+    let mut first = String::new();
+    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    stderr.read_line(&mut first).unwrap();
     interrupt(&child);
-    let status = child.wait().unwrap();
-    // Without a code where the signal came before the program listened for it.
-    assert!(matches!(status.code(), Some(130) | None), "{status}");
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{first}");
     assert_eq!(std::fs::read_to_string(&out).unwrap(), "what was there");
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),

@@ -37,8 +37,6 @@ pub struct Config {
     pub rope_theta: f64,
     /// Whether the output head is the embedding.
     pub tied_head: bool,
-    /// Beginning-of-text token.
-    pub begin_token: Option<u32>,
     /// End-of-text tokens.
     pub end_tokens: Vec<u32>,
 }
@@ -91,6 +89,17 @@ impl Config {
         let rope_theta = raw.rope_theta().map_err(error)?;
         let heads = raw.num_attention_heads;
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
+        // Far above any model, and low enough that no product of sizes overflows.
+        const MOST: usize = 1 << 24;
+        const MOST_HEADS: usize = 1 << 12;
+        for (name, size) in [
+            ("num_hidden_layers", raw.num_hidden_layers),
+            ("num_attention_heads", heads),
+        ] {
+            if size > MOST_HEADS {
+                return Err(error(format!("{name} = {size} is impossible")));
+            }
+        }
         let sizes = [
             ("hidden_size", raw.hidden_size),
             ("intermediate_size", raw.intermediate_size),
@@ -101,8 +110,7 @@ impl Config {
             ("max_position_embeddings", raw.max_position_embeddings),
         ];
         for (name, size) in sizes {
-            // Far above any model, and far below where products of sizes could overflow.
-            if size == 0 || size > 1 << 30 {
+            if size == 0 || size > MOST {
                 return Err(error(format!("{name} = {size} is impossible")));
             }
         }
@@ -137,8 +145,7 @@ impl Config {
             norm_epsilon: raw.rms_norm_eps,
             rope_theta,
             tied_head: raw.tie_word_embeddings,
-            begin_token: raw.bos_token_id.and_then(|ids| ids.list().first().copied()),
-            end_tokens: raw.eos_token_id.map_or_else(Vec::new, TokenIds::list),
+            end_tokens: raw.eos_token_id.map_or_else(Vec::new, OneOrMany::list),
         })
     }
 
@@ -166,8 +173,8 @@ impl Config {
 /// Reads a file that a model folder must have.
 pub(crate) fn read_required(folder: &Path, file: &str) -> Result<Vec<u8>> {
     if !folder.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such model folder");
-        return Err(io(folder)(source));
+        let reason = std::io::Error::new(std::io::ErrorKind::NotFound, "no such model folder");
+        return Err(io(folder)(reason));
     }
     let path = folder.join(file);
     if !path.is_file() {
@@ -192,16 +199,16 @@ impl GenerationConfig {
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Raw {
-            eos_token_id: Option<TokenIds>,
-            stop_strings: Option<Vec<String>>,
+            eos_token_id: Option<OneOrMany<u32>>,
+            stop_strings: Option<OneOrMany<String>>,
         }
         let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config {
             path: path.to_owned(),
             reason: e.to_string(),
         })?;
         Ok(Self {
-            end_tokens: raw.eos_token_id.map(TokenIds::list),
-            stop_texts: raw.stop_strings.unwrap_or_default(),
+            end_tokens: raw.eos_token_id.map(OneOrMany::list),
+            stop_texts: raw.stop_strings.map_or_else(Vec::new, OneOrMany::list),
         })
     }
 }
@@ -227,8 +234,7 @@ struct RawConfig {
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
-    bos_token_id: Option<TokenIds>,
-    eos_token_id: Option<TokenIds>,
+    eos_token_id: Option<OneOrMany<u32>>,
     /// As transformers 4 writes it.
     rope_theta: Option<f64>,
     /// As transformers 4 writes it.
@@ -266,19 +272,19 @@ impl RawConfig {
     }
 }
 
-/// One token or a list of them.
-#[derive(Deserialize, Clone)]
+/// transformers writes one where there is one, else a list.
+#[derive(Deserialize)]
 #[serde(untagged)]
-enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
 }
 
-impl TokenIds {
-    fn list(self) -> Vec<u32> {
+impl<T> OneOrMany<T> {
+    fn list(self) -> Vec<T> {
         match self {
-            TokenIds::One(id) => vec![id],
-            TokenIds::Many(ids) => ids,
+            OneOrMany::One(one) => vec![one],
+            OneOrMany::Many(many) => many,
         }
     }
 }
@@ -315,9 +321,26 @@ mod tests {
     }
 
     #[test]
+    fn stop_texts_are_one_or_many() {
+        let stops = |text| {
+            GenerationConfig::parse(text, Path::new("g.json"))
+                .unwrap()
+                .stop_texts
+        };
+        assert_eq!(stops(r#"{"stop_strings": "a"}"#), ["a"]);
+        assert_eq!(stops(r#"{"stop_strings": ["a", "b"]}"#), ["a", "b"]);
+        assert!(stops("{}").is_empty());
+    }
+
+    #[test]
     fn what_cannot_run_is_refused_by_name() {
         let refused = |change: fn(&mut serde_json::Value)| config(change).unwrap_err().to_string();
-        let cases: [(fn(&mut serde_json::Value), &str); 10] = [
+        let cases: [(fn(&mut serde_json::Value), &str); 12] = [
+            (
+                |c| c["num_hidden_layers"] = (1u64 << 40).into(),
+                "num_hidden_layers",
+            ),
+            (|c| c["vocab_size"] = (1u64 << 60).into(), "vocab_size"),
             (
                 |c| c["architectures"] = serde_json::json!(["MambaForCausalLM"]),
                 "MambaForCausalLM",

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {reason}", path = path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A model folder lacks a file.
     #[error("{folder}: no {file}; a model folder in Hugging Face layout has {needed}", folder = folder.display())]
@@ -88,11 +88,11 @@ pub enum Error {
     },
     /// A cache method needs dictionaries and there are none.
     #[error(
-        "cache method \"lexico\" needs the dictionaries of the model {model}: train them with \
-         `lexico train --model {model} --corpus TEXT --out dictionary.safetensors` and give \
-         `--dictionary dictionary.safetensors`, or use `--cache full`"
+        "cache method {method:?} needs the dictionaries of the model {model}, and there are none"
     )]
     NoDictionary {
+        /// The method.
+        method: &'static str,
         /// The model.
         model: String,
     },
@@ -118,18 +118,20 @@ pub enum Error {
     /// A sampling setting that cannot be used.
     #[error("{0}")]
     Sampling(String),
-    /// The model's output is not a number.
-    #[error("the model's logits hold a NaN: its weights are damaged, or they overflow")]
-    NotANumber,
+    /// The model's output is not finite.
+    #[error(
+        "the model's logits hold a NaN or an infinity: its weights are damaged, or a setting is extreme"
+    )]
+    NotFinite,
     /// A key or value that cannot be coded.
-    #[error("layer {layer}: a {part} of the prompt cannot be coded: {source}")]
+    #[error("layer {layer}: a {part} cannot be coded: {reason}")]
     Coding {
         /// The layer.
         layer: usize,
         /// `key` or `value`.
         part: &'static str,
         /// Why.
-        source: lexico::Error,
+        reason: lexico::Error,
     },
     /// A text that cannot serve as a corpus.
     #[error("{path}: {reason}", path = path.display())]
@@ -143,7 +145,7 @@ pub enum Error {
     #[error(transparent)]
     Codec(#[from] lexico::Error),
     /// An error of the tensor library.
-    #[error("tensor computation: {0}")]
+    #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
@@ -151,8 +153,8 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
-    move |source| Error::Io {
+    move |reason| Error::Io {
         path: path.to_owned(),
-        source,
+        reason,
     }
 }

@@ -7,19 +7,19 @@ use crate::cache::KvCache;
 use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::sample::{Sampler, Sampling};
+use crate::sample::Sampler;
 
 /// Settings of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateOptions {
-    /// Most tokens to generate.
+    /// Most tokens to generate; with 0 the prompt is not read either.
     pub max_tokens: usize,
     /// Texts that end the generation; they are not part of what is generated.
     pub stop: Vec<String>,
     /// Whether to go on past the model's end-of-text tokens.
     pub ignore_end: bool,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
+    /// Most positions of the cache; the model's own context limits it too.
+    pub context: usize,
 }
 
 impl Default for GenerateOptions {
@@ -28,7 +28,7 @@ impl Default for GenerateOptions {
             max_tokens: 256,
             stop: Vec::new(),
             ignore_end: false,
-            sampling: Sampling::default(),
+            context: usize::MAX,
         }
     }
 }
@@ -77,24 +77,25 @@ impl Generated {
 
 /// Generates from `prompt`, which is added to what `cache` holds.
 ///
-/// The cache afterwards holds the prompt and all generated tokens but the last. `on_text` is called
-/// once a token with the text that became certain, often empty, and may break off.
+/// The cache afterwards holds the prompt and all generated tokens but the last; the sampler has
+/// seen all of them. `on_text` is called once a token with the text that became certain, often
+/// empty, and may break off.
 ///
 /// # Errors
-/// [`Error::EmptyPrompt`], [`Error::ContextFull`] where the prompt leaves no room for a token,
-/// [`Error::Sampling`], and those of [`Decoder::forward`](crate::decoder::Decoder::forward).
+/// [`Error::EmptyPrompt`], [`Error::ContextFull`] where the prompt does not fit,
+/// [`Error::NotFinite`], and those of [`Decoder::forward`](crate::decoder::Decoder::forward); the
+/// cache cannot be used any further then.
 pub fn generate(
     model: &Model,
     cache: &mut dyn KvCache,
     prompt: &[u32],
+    sampler: &mut Sampler,
     options: &GenerateOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let context = model.decoder.config().context;
-    let mut sampler = Sampler::new(options.sampling.clone())?;
+    let context = model.decoder.config().context.min(options.context);
     let mut stop = StopFilter::new(&options.stop);
     let mut stream = model.tokenizer.stream();
-    let mut history = prompt.to_vec();
     let mut generated = Generated {
         text: String::new(),
         tokens: Vec::new(),
@@ -111,6 +112,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::EmptyPrompt);
     }
+    sampler.see(prompt);
     let started = Instant::now();
     let mut next = prompt.to_vec();
     while generated.tokens.len() < options.max_tokens {
@@ -123,12 +125,11 @@ pub fn generate(
             cache: &mut *cache,
         }];
         let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
-        let token = sampler.next(logits.squeeze(0)?.to_vec1()?, &history)?;
+        let token = sampler.draw(logits.squeeze(0)?.to_vec1()?)?;
         if generated.tokens.is_empty() {
             generated.prefill = started.elapsed();
         }
         generated.tokens.push(token);
-        history.push(token);
         next = vec![token];
         let ended = !options.ignore_end && model.end_tokens.contains(&token);
         let piece = if ended {

@@ -5,14 +5,17 @@
 //!
 //! ```
 //! use std::ops::ControlFlow;
-//! use lexico_llm::{Model, cache::CacheSpec, generate::{GenerateOptions, generate}};
+//! use lexico_llm::{Model, cache::CacheSpec};
+//! use lexico_llm::generate::{GenerateOptions, generate};
+//! use lexico_llm::sample::{Sampler, Sampling};
 //!
 //! let model = Model::tiny()?;
 //! let spec: CacheSpec = "lexico:sparsity=8,window=16".parse()?;
 //! let mut cache = model.cache(&spec)?;
 //! let prompt = model.tokenizer.encode_first("Question: Ana has 3 coins at home.")?;
+//! let mut sampler = Sampler::new(Sampling::default())?;
 //! let options = GenerateOptions { max_tokens: 8, ..Default::default() };
-//! let generated = generate(&model, cache.as_mut(), &prompt, &options, &mut |text| {
+//! let generated = generate(&model, cache.as_mut(), &prompt, &mut sampler, &options, &mut |text| {
 //!     print!("{text}");
 //!     ControlFlow::Continue(())
 //! })?;

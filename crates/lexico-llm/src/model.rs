@@ -67,8 +67,8 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads a folder in Hugging Face layout; weights are converted to f32. A
-    /// `dictionary.safetensors` beside them is the model's.
+    /// Loads a folder in Hugging Face layout; weights are converted to f32. Dictionaries come
+    /// apart: [`Model::load_dictionaries`].
     ///
     /// # Errors
     /// The missing-file, config, tokenizer and weight variants of [`crate::Error`], and
@@ -85,7 +85,7 @@ impl Model {
         let name = name
             .file_name()
             .map_or("model".into(), |name| name.to_string_lossy());
-        let mut model = Self::assemble(
+        Self::assemble(
             &name,
             folder,
             config,
@@ -93,12 +93,15 @@ impl Model {
             &tokenizer,
             optional("tokenizer_config.json")?.as_deref(),
             &Weights::open(folder)?,
-        )?;
-        let dictionary = folder.join(DICTIONARY_FILE);
-        if dictionary.is_file() {
-            model.set_dictionaries(DictionarySet::load(dictionary)?)?;
-        }
-        Ok(model)
+        )
+    }
+
+    /// Loads the model's dictionaries from a file, [`DICTIONARY_FILE`] of its folder, say.
+    ///
+    /// # Errors
+    /// Those of [`DictionarySet::load`] and [`Model::set_dictionaries`].
+    pub fn load_dictionaries(&mut self, path: &Path) -> Result<()> {
+        self.set_dictionaries(DictionarySet::load(path)?)
     }
 
     fn assemble(

@@ -39,10 +39,12 @@ impl Default for Sampling {
     }
 }
 
-/// Draws tokens by some [`Sampling`].
+/// Draws the tokens of one text by some [`Sampling`].
 pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
+    /// The text so far.
+    tokens: Vec<u32>,
 }
 
 impl Sampler {
@@ -76,21 +78,34 @@ impl Sampler {
             return refuse("repetition penalty", repetition_penalty, "above 0");
         }
         let rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-        Ok(Self { sampling, rng })
+        Ok(Self {
+            sampling,
+            rng,
+            tokens: Vec::new(),
+        })
     }
 
-    /// Chooses the token that follows `tokens`.
+    /// Takes tokens that were not drawn: those of a prompt.
+    pub fn see(&mut self, tokens: &[u32]) {
+        self.tokens.extend_from_slice(tokens);
+    }
+
+    /// Chooses the next token.
     ///
     /// # Errors
-    /// [`Error::NotANumber`] where a logit is NaN.
-    pub fn next(&mut self, mut logits: Vec<f32>, tokens: &[u32]) -> Result<u32> {
-        if logits.iter().any(|l| l.is_nan()) {
-            return Err(Error::NotANumber);
-        }
+    /// [`Error::NotFinite`] where a logit is NaN, or none is finite and largest.
+    pub fn draw(&mut self, logits: Vec<f32>) -> Result<u32> {
+        let token = self.choose(logits)?;
+        self.tokens.push(token);
+        Ok(token)
+    }
+
+    fn choose(&mut self, mut logits: Vec<f32>) -> Result<u32> {
         let penalty = self.sampling.repetition_penalty;
         if penalty != 1.0 {
-            let start = tokens.len().saturating_sub(self.sampling.repetition_window);
-            let mut recent = tokens[start..].to_vec();
+            let window = self.sampling.repetition_window;
+            let start = self.tokens.len().saturating_sub(window);
+            let mut recent = self.tokens[start..].to_vec();
             recent.sort_unstable();
             recent.dedup();
             for token in recent {
@@ -102,6 +117,11 @@ impl Sampler {
                     };
                 }
             }
+        }
+        // Minus infinity forbids a token and does no harm; NaN and infinity would choose at will.
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if !largest.is_finite() || logits.iter().any(|l| l.is_nan()) {
+            return Err(Error::NotFinite);
         }
         if self.sampling.temperature == 0.0 {
             return Ok(most_likely(&logits));
@@ -163,9 +183,11 @@ mod tests {
 
     fn drawn(sampling: Sampling, logits: &[f32], tokens: &[u32]) -> Vec<u32> {
         let mut sampler = Sampler::new(sampling).unwrap();
-        (0..200)
-            .map(|_| sampler.next(logits.to_vec(), tokens).unwrap())
-            .collect()
+        let mut draw = || {
+            sampler.tokens = tokens.to_vec();
+            sampler.draw(logits.to_vec()).unwrap()
+        };
+        (0..200).map(|_| draw()).collect()
     }
 
     fn hot() -> Sampling {
@@ -271,9 +293,16 @@ mod tests {
             assert!(matches!(Sampler::new(sampling), Err(Error::Sampling(_))));
         }
         let mut sampler = Sampler::new(hot()).unwrap();
-        assert!(matches!(
-            sampler.next(vec![0.0, f32::NAN], &[]),
-            Err(Error::NotANumber)
-        ));
+        for logits in [
+            [0.0, f32::NAN],
+            [0.0, f32::INFINITY],
+            [f32::NEG_INFINITY; 2],
+        ] {
+            assert!(matches!(
+                sampler.draw(logits.to_vec()),
+                Err(Error::NotFinite)
+            ));
+        }
+        assert_eq!(sampler.draw(vec![f32::NEG_INFINITY, 0.0]).unwrap(), 1);
     }
 }

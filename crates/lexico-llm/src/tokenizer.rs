@@ -24,17 +24,23 @@ impl Tokenizer {
             path: path.to_owned(),
             reason,
         };
-        let inner = Inner::from_bytes(json).map_err(|e| error(format!("not a tokenizer: {e}")))?;
+        let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
+        let mut inner = Inner::from_bytes(json).map_err(not_one)?;
+        // Files keep what training cut and padded texts to; a prompt is never cut.
+        inner.with_truncation(None).map_err(not_one)?;
+        inner.with_padding(None);
         let config: RawConfig = match config {
             Some(text) => serde_json::from_str(text)
                 .map_err(|e| error(format!("tokenizer_config.json beside it: {e}")))?,
             None => RawConfig::default(),
         };
-        // A template that adds the beginning token itself needs no help; where there is none,
-        // transformers' Llama tokenizers add it unless told not to.
-        let wanted = config
-            .add_bos_token
-            .unwrap_or(inner.get_post_processor().is_none());
+        // A template that adds the beginning token itself needs no help. Where there is none, Llama
+        // tokenizers add it unless told not to; those of other families do not.
+        let class = config.tokenizer_class.as_deref();
+        let class = class.unwrap_or("PreTrainedTokenizerFast");
+        let llama = class.starts_with("Llama") || class == "PreTrainedTokenizerFast";
+        let by_itself = llama && inner.get_post_processor().is_none();
+        let wanted = config.add_bos_token.unwrap_or(by_itself);
         let begin = match config.bos_token {
             Some(token) if wanted => {
                 let token = token.text();
@@ -156,6 +162,7 @@ impl TextStream<'_> {
 
 #[derive(Deserialize, Default)]
 struct RawConfig {
+    tokenizer_class: Option<String>,
     add_bos_token: Option<bool>,
     bos_token: Option<SpecialToken>,
 }

@@ -98,6 +98,32 @@ impl Default for TrainOptions {
     }
 }
 
+impl TrainOptions {
+    /// Checks all that can be checked before the text is read.
+    ///
+    /// # Errors
+    /// Those of [`LearnOptions::check`], and [`lexico::Error::Learn`] where the settings
+    /// contradict each other.
+    pub fn check(&self, head_dim: usize) -> Result<()> {
+        self.learn.check(head_dim)?;
+        let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
+        if self.learn.atoms > self.vectors {
+            let (atoms, vectors) = (self.learn.atoms, self.vectors);
+            return refuse(format!(
+                "{atoms} atoms cannot be learned from {vectors} vectors"
+            ));
+        }
+        if self.context < 2 || self.tokens / 2 < self.context {
+            let (tokens, context) = (self.tokens, self.context);
+            return refuse(format!(
+                "{tokens} tokens in windows of {context} are too few: one window is to learn \
+                 from, one to judge by, and a window has at least 2 tokens"
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// How far training has come.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum TrainProgress {
@@ -151,7 +177,7 @@ pub fn train(
     progress: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
 ) -> Result<Trained> {
     let config = model.decoder.config();
-    options.learn.check(config.head_dim)?;
+    options.check(config.head_dim)?;
     let windows = windows(model, corpora, options)?;
     let total = windows.iter().map(Vec::len).sum();
     let mut collector = Collector::new(model, options);
@@ -178,7 +204,8 @@ pub fn train(
     for (layer, samples) in collector.samples.into_iter().enumerate() {
         let mut one = |part: &'static str, sample: Sample| -> Result<(Dictionary, f32)> {
             let mut learn_options = options.learn.clone();
-            learn_options.seed += 2 * layer as u64 + u64::from(part == "values");
+            let number = 2 * layer as u64 + u64::from(part == "values");
+            learn_options.seed = learn_options.seed.wrapping_add(number);
             let learned = learn(
                 &sample.train.vectors,
                 &sample.held_out.vectors,
@@ -192,7 +219,8 @@ pub fn train(
                     })
                 },
             )?;
-            let held_out_error = learned.held_out_error;
+            // `windows` sees to it that some are held out.
+            let held_out_error = learned.held_out_error.unwrap_or(f32::NAN);
             check(progress(TrainProgress::Learned {
                 layer,
                 part,
@@ -238,12 +266,15 @@ fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<
     let begin = model.tokenizer.encode_first("")?;
     let mut windows = Vec::new();
     for corpus in corpora {
-        let tokens = model.tokenizer.encode_more(&corpus.text)?;
+        let mut tokens = Vec::new();
+        for piece in pieces(&corpus.text) {
+            tokens.extend(model.tokenizer.encode_more(piece)?);
+        }
         let body = context.saturating_sub(begin.len()).max(1);
         let chunks = tokens.chunks(body).map(|chunk| [&begin, chunk].concat());
         windows.extend(chunks);
     }
-    let wanted = (options.tokens / context).max(1);
+    let wanted = options.tokens / context;
     let available = windows.len();
     if available > wanted {
         let mut number = 0;
@@ -266,6 +297,23 @@ fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<
         });
     }
     Ok(windows)
+}
+
+/// A text in pieces of about a megabyte, cut at line ends: tokenizers take many times a text's
+/// size at once.
+fn pieces(text: &str) -> Vec<&str> {
+    const PIECE: usize = 1 << 20;
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while let Some(tail) = rest.as_bytes().get(PIECE..)
+        && let Some(end) = tail.iter().position(|&b| b == b'\n')
+    {
+        let (piece, after) = rest.split_at(PIECE + end + 1);
+        pieces.push(piece);
+        rest = after;
+    }
+    pieces.push(rest);
+    pieces
 }
 
 /// A cache for one window at a time that samples the keys and values it is given.

@@ -136,12 +136,12 @@ fn what_is_damaged_is_named() {
         ),
         (
             "config.json",
-            with_config("num_hidden_layers", 1_000_000_000.into()),
+            with_config("num_hidden_layers", 4000.into()),
             "model.layers.2",
         ),
         (
             "config.json",
-            with_config("vocab_size", 1_000_000_000.into()),
+            with_config("vocab_size", 10_000_000.into()),
             "shape",
         ),
         (
@@ -170,11 +170,6 @@ fn what_is_damaged_is_named() {
             "model.safetensors",
             b"nonsense, but long enough".to_vec(),
             "model.safetensors",
-        ),
-        (
-            "dictionary.safetensors",
-            b"nonsense, but long enough".to_vec(),
-            "dictionary.safetensors",
         ),
     ];
     for (file, bytes, word) in cases {
@@ -233,4 +228,49 @@ fn steps_that_cannot_be_are_refused() {
     step(&[3; 64]).unwrap();
     let needs = model.cache(&"lexico".parse().unwrap()).map(drop);
     assert!(matches!(needs, Err(Error::NoDictionary { .. })));
+}
+
+/// What training cut and padded its texts to, tokenizers keep in their files; prompts stay whole.
+#[test]
+fn truncation_and_padding_in_a_tokenizer_are_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let whole = Model::load(folder.path())
+        .unwrap()
+        .tokenizer
+        .encode_first("one two three four five six")
+        .unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    json["truncation"] =
+        json!({"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 10});
+    json["padding"] = json!({
+        "strategy": {"Fixed": 1_000_000_000}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>",
+    });
+    std::fs::write(&path, json.to_string()).unwrap();
+    let model = Model::load(folder.path()).unwrap();
+    assert_eq!(
+        model
+            .tokenizer
+            .encode_first("one two three four five six")
+            .unwrap(),
+        whole
+    );
+}
+
+/// A damaged dictionary beside a model must not keep the model from its cure.
+#[test]
+fn dictionaries_load_apart_from_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(folder.path());
+    let dictionary = folder.path().join(lexico_llm::DICTIONARY_FILE);
+    std::fs::write(&dictionary, "nonsense, but long enough").unwrap();
+    let mut model = Model::load(folder.path()).unwrap();
+    let message = model
+        .load_dictionaries(&dictionary)
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("dictionary.safetensors"), "{message}");
 }

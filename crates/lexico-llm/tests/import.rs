@@ -35,6 +35,7 @@ fn columns_become_atoms_and_keys_and_values_part() {
     for (file, tolerance) in [
         ("reference_dictionary.pt", 1e-6),
         ("reference_dictionary_strided.pt", 1e-6),
+        ("reference_dictionary_view.pt", 1e-6),
         ("reference_dictionary_f16.pt", 1e-3),
     ] {
         let set = import_reference(&fixture(file), identity(2, 8)).unwrap();

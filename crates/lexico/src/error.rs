@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {reason}", path = path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A file is not a whole, well-formed safetensors file.
     #[error("{path}: not a safetensors file, or a damaged one: {reason}", path = path.display())]
@@ -120,9 +120,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
-        move |source| Error::Io {
+        move |reason| Error::Io {
             path: path.to_owned(),
-            source,
+            reason,
         }
     }
 

@@ -55,10 +55,14 @@ pub fn mean_relative_error(vectors: &[f32], decoded: &[f32], head_dim: usize) ->
     assert_eq!(vectors.len(), decoded.len(), "one decoded vector each");
     let pairs = vectors.chunks(head_dim).zip(decoded.chunks(head_dim));
     let errors = pairs.map(|(x, decoded)| {
-        let difference: Vec<f32> = x.iter().zip(decoded).map(|(a, b)| a - b).collect();
-        let whole = dictionary::norm(x);
+        let square = |x: f64| x * x;
+        let rest = x
+            .iter()
+            .zip(decoded)
+            .map(|(&a, &b)| square(f64::from(a) - f64::from(b)));
+        let (rest, whole) = (rest.sum::<f64>().sqrt(), dictionary::norm(x));
         if whole > 0.0 {
-            dictionary::norm(&difference) / whole
+            (rest / whole) as f32
         } else {
             0.0
         }

@@ -1,7 +1,6 @@
 //! Safetensors files: read tensor by tensor without mapping, written beside their target and renamed.
 //!
-//! Tensors are read with positioned reads rather than through a memory map: peak memory is one
-//! tensor, no `unsafe` is needed, and a file cut short while it is open gives an error instead of
+//! Tensors are read one by one rather than through a memory map: peak memory is one tensor, no `unsafe` is needed, and a file cut short while it is open gives an error instead of
 //! a bus fault.
 
 use std::collections::HashMap;
@@ -45,8 +44,8 @@ impl TensorFile {
         let path = path.as_ref().to_owned();
         let mut file = File::open(&path).map_err(Error::io(&path))?;
         let metadata = file.metadata().map_err(Error::io(&path))?;
-        if metadata.is_dir() {
-            return Err(not_safetensors(&path, "it is a folder"));
+        if !metadata.is_file() {
+            return Err(not_safetensors(&path, "it is not a regular file"));
         }
         let total = metadata.len();
         let mut length = [0u8; 8];
@@ -222,7 +221,7 @@ fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 fn check_header_length(path: &Path, header_bytes: u64, total: u64) -> Result<()> {
-    if header_bytes > MOST_HEADER_BYTES || header_bytes > total - 8 {
+    if header_bytes > MOST_HEADER_BYTES || header_bytes > total.saturating_sub(8) {
         let reason = format!("it claims a header of {header_bytes} bytes in a file of {total}");
         return Err(not_safetensors(path, &reason));
     }
@@ -294,14 +293,7 @@ pub fn write(
 /// # Errors
 /// [`Error::Io`], naming `path`.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if path.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder");
-        return Err(Error::io(path)(source));
-    }
+    let (path, folder) = &target(path)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(".lexico-").suffix(".partial");
     #[cfg(unix)]
@@ -324,15 +316,26 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// [`Error::Io`], naming `path`.
 pub fn check_writable(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder");
-        return Err(Error::io(path)(source));
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let (path, folder) = &target(path)?;
     tempfile::tempfile_in(folder)
         .map(drop)
         .map_err(Error::io(path))
+}
+
+/// Where a file is really written, and its folder: links are followed, and only regular files are
+/// ever replaced.
+fn target(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let path = match path.symlink_metadata() {
+        Ok(there) if there.is_symlink() => path.canonicalize().map_err(Error::io(path))?,
+        _ => path.to_owned(),
+    };
+    if path.metadata().is_ok_and(|there| !there.is_file()) {
+        let reason = std::io::Error::other("it is there and not a regular file");
+        return Err(Error::io(&path)(reason));
+    }
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    Ok((path, folder))
 }

@@ -134,3 +134,36 @@ fn a_dense_number_beyond_f16_is_held_at_its_limit() {
     rows.extend(&[1e9, -1e9]);
     assert_eq!(rows.to_f32(), [65504.0, -65504.0]);
 }
+
+/// A NaN must reach the logits, where it is reported, and not turn into zeros on the way.
+#[test]
+fn a_nan_stays_a_nan() {
+    let m = 4;
+    let dictionary = random_dictionary(1, 20, m);
+    let format = CodeFormat {
+        sparsity: 2,
+        variable: false,
+        coefficients: CoefficientFormat::F8,
+    };
+    let codes = coded(&dictionary, &drawn_vectors(2, 30, m), format, 0.0);
+    let finite = drawn_vectors(3, 1, m);
+    let nan = vec![f32::NAN; m];
+    let infinite = vec![f32::INFINITY; m];
+    for (queries, keys) in [(&nan, &finite), (&finite, &nan), (&infinite, &finite)] {
+        let mut out = vec![0.0; m];
+        let sources = [
+            Source::Codes {
+                keys: &codes,
+                values: &codes,
+                key_dictionary: &dictionary,
+                value_dictionary: &dictionary,
+            },
+            Source::Causal {
+                keys,
+                values: &finite,
+            },
+        ];
+        attend(queries, m, 1, &sources, &mut out);
+        assert!(out.iter().all(|x| x.is_nan()), "{out:?}");
+    }
+}

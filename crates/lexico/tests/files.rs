@@ -288,6 +288,45 @@ fn what_cannot_be_written_leaves_what_was_there() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
+/// Devices are not replaced, links are written through.
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = drawn_set(1, 10, 6);
+    let pipe = folder.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&pipe).unwrap();
+    assert!(matches!(set.save(&pipe), Err(Error::Io { .. })));
+    assert!(matches!(
+        tensor_file::check_writable(&pipe),
+        Err(Error::Io { .. })
+    ));
+    let (real, link) = (folder.path().join("real"), folder.path().join("link"));
+    std::fs::write(&real, "old").unwrap();
+    std::os::unix::fs::symlink(&real, &link).unwrap();
+    set.save(&link).unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    DictionarySet::load(&real).unwrap();
+    assert!(matches!(
+        DictionarySet::load("/dev/zero"),
+        Err(Error::NotSafetensors { .. })
+    ));
+}
+
+#[test]
+fn huge_and_zero_vectors_have_a_relative_error() {
+    let huge = [3e38f32; 4];
+    assert_eq!(lexico::mean_relative_error(&huge, &[0.0; 4], 4), 1.0);
+    assert_eq!(
+        lexico::mean_relative_error(&huge, &huge.map(|x| -x), 4),
+        2.0
+    );
+    assert_eq!(lexico::mean_relative_error(&[0.0; 4], &[1.0; 4], 4), 0.0);
+    assert_eq!(lexico::mean_relative_error(&[], &[], 4), 0.0);
+    let unit = Dictionary::normalised(huge.to_vec(), 4).unwrap();
+    assert_eq!(unit.atoms(), [0.5; 4]);
+}
+
 fn drawn_codes(dictionary: &Dictionary, n: usize, format: CodeFormat, tolerance: f32) -> Codes {
     let vectors = drawn_vectors(9, n, dictionary.head_dim());
     let pursuit = Pursuit::new(dictionary, format.sparsity)

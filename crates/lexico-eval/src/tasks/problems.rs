@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use lexico_llm::Model;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::generate::{GenerateOptions, generate};
+use lexico_llm::sample::{Sampler, Sampling};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -118,7 +119,7 @@ impl Problems {
 
     /// Lets `model` solve the problems greedily with its cache held as `cache`.
     ///
-    /// `progress` is called with the number of problems done and may break off.
+    /// `progress` is called at every token with the number of problems done and may break off.
     ///
     /// # Errors
     /// [`Error::Options`] where there are fewer problems or examples, [`Error::Interrupted`], and
@@ -151,16 +152,20 @@ impl Problems {
                 .encode_first(&self.prompt(id, options.shots))?;
             let mut held = model.cache(cache)?;
             let mut interrupted = false;
+            let mut sampler = Sampler::new(Sampling::default())?;
+            let options = &generate_options;
+            let on_text = &mut |_: &str| {
+                let flow = progress(id);
+                interrupted |= flow.is_break();
+                flow
+            };
             let generated = generate(
                 model,
                 held.as_mut(),
                 &prompt,
-                &generate_options,
-                &mut |_| {
-                    let flow = progress(id);
-                    interrupted |= flow.is_break();
-                    flow
-                },
+                &mut sampler,
+                options,
+                on_text,
             )?;
             if interrupted {
                 return Err(Error::Interrupted);
@@ -216,10 +221,11 @@ fn parse(text: &str, name: &str) -> Result<Vec<Problem>> {
         .collect()
 }
 
-/// The number after the first `####`, without thousands commas.
+/// The number after the first `####`, without thousands commas, currency or a full stop.
 fn final_number(text: &str) -> Option<String> {
     let (_, after) = text.split_once("####")?;
     let word = after.split_whitespace().next()?;
+    let word = word.trim_start_matches('$').trim_end_matches('.');
     let number: String = word.chars().filter(|c| *c != ',').collect();
     let digits = number.strip_prefix('-').unwrap_or(&number);
     let whole = !digits.is_empty() && digits.chars().all(|c| c.is_ascii_digit());
@@ -236,6 +242,8 @@ mod tests {
             ("1 + 1 = 2.\n#### 2", Some("2")),
             ("#### 1,234\n\n", Some("1234")),
             ("#### -5 apples #### 6", Some("-5")),
+            ("#### $42.", Some("42")),
+            ("#### 4.5", None),
             ("no mark 7", None),
             ("####", None),
             ("#### seven", None),

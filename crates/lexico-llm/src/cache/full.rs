@@ -1,8 +1,7 @@
 use ::lexico::attention::{DenseRows, NumberType, Source, attend};
 use candle_core::Tensor;
-use rayon::prelude::*;
 
-use super::{Footprint, KvCache, numbers, tensor};
+use super::{Footprint, KvCache, attend_heads};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -35,37 +34,23 @@ impl FullCache {
 
 impl KvCache for FullCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (queries, t) = numbers(q)?;
-        let (keys, _) = numbers(k)?;
-        let (values, _) = numbers(v)?;
-        let heads = &mut self.layers[layer];
         let m = self.head_dim;
-        let mut out = vec![0.0; queries.len()];
-        let group = queries.len() / heads.len();
-        (
-            &mut *heads,
-            queries.par_chunks_exact(group),
-            keys.par_chunks_exact(t * m),
-            values.par_chunks_exact(t * m),
-            out.par_chunks_exact_mut(group),
-        )
-            .into_par_iter()
-            .for_each(|(head, queries, new_keys, new_values, out)| {
-                let sources = [
-                    Source::Dense {
-                        keys: &head.keys,
-                        values: &head.values,
-                    },
-                    Source::Causal {
-                        keys: new_keys,
-                        values: new_values,
-                    },
-                ];
-                attend(queries, m, t, &sources, out);
-                head.keys.extend(new_keys);
-                head.values.extend(new_values);
-            });
-        tensor(out, q)
+        attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
+            let sources = [
+                Source::Dense {
+                    keys: &head.keys,
+                    values: &head.values,
+                },
+                Source::Causal {
+                    keys: step.keys,
+                    values: step.values,
+                },
+            ];
+            attend(step.queries, m, step.t, &sources, step.out);
+            head.keys.extend(step.keys);
+            head.values.extend(step.values);
+            Ok(())
+        })
     }
 
     fn len(&self) -> usize {

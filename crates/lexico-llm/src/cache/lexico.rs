@@ -4,9 +4,8 @@ use ::lexico::attention::{DenseRows, NumberType, Source, attend};
 use ::lexico::dictionary::Dictionary;
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
-use rayon::prelude::*;
 
-use super::{Footprint, KvCache, numbers, tensor};
+use super::{Footprint, KvCache, attend_heads};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -138,56 +137,40 @@ impl Part {
 
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (queries, t) = numbers(q)?;
-        let (keys, _) = numbers(k)?;
-        let (values, _) = numbers(v)?;
         let dictionaries = &self.dictionaries.layers[layer];
-        let settings = &self.settings;
-        let heads = &mut self.layers[layer];
-        let m = self.head_dim;
-        let mut out = vec![0.0; queries.len()];
-        let group = queries.len() / heads.len();
-        (
-            &mut *heads,
-            queries.par_chunks_exact(group),
-            keys.par_chunks_exact(t * m),
-            values.par_chunks_exact(t * m),
-            out.par_chunks_exact_mut(group),
-        )
-            .into_par_iter()
-            .try_for_each(|(head, queries, new_keys, new_values, out)| {
-                let sources = [
-                    Source::Codes {
-                        keys: &head.keys.codes,
-                        values: &head.values.codes,
-                        key_dictionary: &dictionaries.keys,
-                        value_dictionary: &dictionaries.values,
-                    },
-                    Source::Dense {
-                        keys: &head.keys.window,
-                        values: &head.values.window,
-                    },
-                    Source::Causal {
-                        keys: new_keys,
-                        values: new_values,
-                    },
-                ];
-                attend(queries, m, t, &sources, out);
-                let coding = |part| {
-                    move |source| Error::Coding {
-                        layer,
-                        part,
-                        source,
-                    }
-                };
-                head.keys
-                    .extend(new_keys, &dictionaries.keys, settings)
-                    .map_err(coding("key"))?;
-                head.values
-                    .extend(new_values, &dictionaries.values, settings)
-                    .map_err(coding("value"))
-            })?;
-        tensor(out, q)
+        let (settings, m) = (&self.settings, self.head_dim);
+        attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
+            let sources = [
+                Source::Codes {
+                    keys: &head.keys.codes,
+                    values: &head.values.codes,
+                    key_dictionary: &dictionaries.keys,
+                    value_dictionary: &dictionaries.values,
+                },
+                Source::Dense {
+                    keys: &head.keys.window,
+                    values: &head.values.window,
+                },
+                Source::Causal {
+                    keys: step.keys,
+                    values: step.values,
+                },
+            ];
+            attend(step.queries, m, step.t, &sources, step.out);
+            let coding = |part| {
+                move |reason| Error::Coding {
+                    layer,
+                    part,
+                    reason,
+                }
+            };
+            let keys = head.keys.extend(step.keys, &dictionaries.keys, settings);
+            keys.map_err(coding("key"))?;
+            let values = head
+                .values
+                .extend(step.values, &dictionaries.values, settings);
+            values.map_err(coding("value"))
+        })
     }
 
     fn len(&self) -> usize {

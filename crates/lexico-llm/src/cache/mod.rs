@@ -5,10 +5,11 @@ mod lexico;
 mod spec;
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 pub use full::FullCache;
 pub use lexico::{LexicoCache, LexicoSettings};
-pub use spec::{CacheContext, CacheSpec, METHODS, Method, MethodOption};
+pub use spec::{CacheContext, CacheSpec, METHODS, Method, MethodOption, Values};
 
 use crate::error::Result;
 
@@ -51,13 +52,52 @@ impl Footprint {
     }
 }
 
-/// The numbers of a `[heads, t, m]` tensor, and `t`.
-fn numbers(x: &Tensor) -> Result<(Vec<f32>, usize)> {
-    let (_, t, _) = x.dims3()?;
-    let flat = x.to_dtype(DType::F32)?.flatten_all()?;
-    Ok((flat.to_vec1()?, t))
+/// What one KV head is given in a step, in f32.
+struct HeadStep<'a> {
+    /// `[G, t, m]`
+    queries: &'a [f32],
+    /// `[t, m]`
+    keys: &'a [f32],
+    /// `[t, m]`
+    values: &'a [f32],
+    t: usize,
+    /// Where its attention goes, `[G, t, m]`.
+    out: &'a mut [f32],
 }
 
-fn tensor(numbers: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::from_vec(numbers, like.dims3()?, &Device::Cpu)?)
+/// Runs `attend` for every KV head of a layer, the heads spread over the rayon pool.
+fn attend_heads<H: Send>(
+    heads: &mut [H],
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    attend: impl Fn(&mut H, HeadStep<'_>) -> Result<()> + Sync,
+) -> Result<Tensor> {
+    let (queries, keys, values) = (numbers(q)?, numbers(k)?, numbers(v)?);
+    let (_, t, m) = q.dims3()?;
+    let group = queries.len() / heads.len();
+    let mut out = vec![0.0; queries.len()];
+    (
+        heads,
+        queries.par_chunks_exact(group),
+        keys.par_chunks_exact(t * m),
+        values.par_chunks_exact(t * m),
+        out.par_chunks_exact_mut(group),
+    )
+        .into_par_iter()
+        .try_for_each(|(head, queries, keys, values, out)| {
+            let step = HeadStep {
+                queries,
+                keys,
+                values,
+                t,
+                out,
+            };
+            attend(head, step)
+        })?;
+    Ok(Tensor::from_vec(out, q.dims3()?, &Device::Cpu)?)
+}
+
+fn numbers(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

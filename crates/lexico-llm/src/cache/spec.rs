@@ -16,6 +16,8 @@ pub struct Method {
     pub name: &'static str,
     /// What it does, in a line.
     pub summary: &'static str,
+    /// Whether it needs the model's dictionaries.
+    pub needs_dictionaries: bool,
     /// Its options.
     pub options: &'static [MethodOption],
     build: fn(&CacheSpec, &CacheContext<'_>) -> Result<Box<dyn KvCache>>,
@@ -26,10 +28,23 @@ pub struct Method {
 pub struct MethodOption {
     /// Its name.
     pub name: &'static str,
-    /// What it is where it is not given.
+    /// What it can be.
+    pub values: Values,
+    /// What it is where it is not given: a value, or in words where another option decides.
     pub default: &'static str,
     /// What it does, in a line.
     pub summary: &'static str,
+}
+
+/// What an option can be.
+#[derive(Debug, Clone, Copy)]
+pub enum Values {
+    /// A whole number.
+    Count,
+    /// A number.
+    Number,
+    /// One of these words.
+    OneOf(&'static [&'static str]),
 }
 
 /// What a cache is made for.
@@ -43,51 +58,93 @@ pub struct CacheContext<'a> {
     pub dictionaries: Option<&'a Arc<DictionarySet>>,
 }
 
-const fn option(name: &'static str, default: &'static str, summary: &'static str) -> MethodOption {
+const fn option(
+    name: &'static str,
+    values: Values,
+    default: &'static str,
+    summary: &'static str,
+) -> MethodOption {
     MethodOption {
         name,
+        values,
         default,
         summary,
     }
 }
+
+const NUMBER_TYPES: Values = Values::OneOf(&["f16", "f32"]);
 
 /// Every cache method there is.
 pub static METHODS: &[Method] = &[
     Method {
         name: "lexico",
         summary: "sparse codes over the model's dictionaries, the newest positions dense",
+        needs_dictionaries: true,
         options: &[
-            option("sparsity", "as trained", "nonzeros of a key and of a value"),
-            option("key-sparsity", "sparsity", "nonzeros of a key"),
-            option("value-sparsity", "sparsity", "nonzeros of a value"),
+            option(
+                "sparsity",
+                Values::Count,
+                "as trained",
+                "nonzeros of a key and of a value",
+            ),
+            option(
+                "key-sparsity",
+                Values::Count,
+                "sparsity",
+                "nonzeros of a key",
+            ),
+            option(
+                "value-sparsity",
+                Values::Count,
+                "sparsity",
+                "nonzeros of a value",
+            ),
             option(
                 "tolerance",
+                Values::Number,
                 "0",
-                "relative error at which a vector needs no more nonzeros",
+                "relative error that needs no more nonzeros",
             ),
-            option("window", "128", "newest positions, kept dense"),
-            option("batch", "16", "positions that leave the window at once"),
-            option("coefficients", "f8", "f8 or f32"),
-            option("dense", "f16", "numbers of the window: f16 or f32"),
+            option(
+                "window",
+                Values::Count,
+                "128",
+                "newest positions, kept dense",
+            ),
+            option(
+                "batch",
+                Values::Count,
+                "16",
+                "positions that leave the window at once",
+            ),
+            option(
+                "coefficients",
+                Values::OneOf(&["f8", "f32"]),
+                "f8",
+                "numbers of the codes",
+            ),
+            option("dense", NUMBER_TYPES, "f16", "numbers of the window"),
         ],
         build: |spec, context| {
             let Some(dictionaries) = context.dictionaries else {
                 return Err(Error::NoDictionary {
+                    method: "lexico",
                     model: context.model.to_owned(),
                 });
             };
-            let sparsity = spec.number("sparsity", dictionaries.training.sparsity)?;
+            let given = |option| spec.given(option).map(|_| spec.number(option)).transpose();
+            let sparsity = given("sparsity")?.unwrap_or(dictionaries.training.sparsity);
             let settings = LexicoSettings {
-                key_sparsity: spec.number("key-sparsity", sparsity)?,
-                value_sparsity: spec.number("value-sparsity", sparsity)?,
-                tolerance: spec.number("tolerance", 0.0)?,
-                window: spec.number("window", 128)?,
-                batch: spec.number("batch", 16)?,
-                coefficients: match spec.one_of("coefficients", &["f8", "f32"])? {
+                key_sparsity: given("key-sparsity")?.unwrap_or(sparsity),
+                value_sparsity: given("value-sparsity")?.unwrap_or(sparsity),
+                tolerance: spec.number("tolerance")?,
+                window: spec.number("window")?,
+                batch: spec.number("batch")?,
+                coefficients: match spec.text("coefficients") {
                     "f32" => CoefficientFormat::F32,
                     _ => CoefficientFormat::F8,
                 },
-                dense: spec.number_type("dense")?,
+                dense: spec.number_type("dense"),
             };
             let cache = LexicoCache::new(context.config, dictionaries.clone(), settings)?;
             Ok(Box::new(cache))
@@ -96,9 +153,10 @@ pub static METHODS: &[Method] = &[
     Method {
         name: "full",
         summary: "every key and value dense",
-        options: &[option("dense", "f16", "numbers: f16 or f32")],
+        needs_dictionaries: false,
+        options: &[option("dense", NUMBER_TYPES, "f16", "numbers")],
         build: |spec, context| {
-            let number_type = spec.number_type("dense")?;
+            let number_type = spec.number_type("dense");
             Ok(Box::new(FullCache::new(context.config, number_type)))
         },
     },
@@ -131,39 +189,46 @@ impl CacheSpec {
         given.map(|(_, value)| value.as_str())
     }
 
-    fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str, default: T) -> Result<T> {
-        self.given(option).map_or(Ok(default), |value| {
-            value
-                .parse()
-                .map_err(|e: T::Err| self.bad_value(option, value, e.to_string()))
-        })
+    /// An option's value, or its default.
+    fn text(&self, option: &str) -> &str {
+        let default = || self.method.options.iter().find(|o| o.name == option);
+        self.given(option)
+            .unwrap_or_else(|| default().map_or("", |o| o.default))
     }
 
-    /// The first choice is the default.
-    fn one_of(&self, option: &'static str, choices: &[&'static str]) -> Result<&'static str> {
-        let Some(value) = self.given(option) else {
-            return Ok(choices[0]);
-        };
-        let chosen = choices.iter().find(|choice| **choice == value);
-        chosen.copied().ok_or_else(|| {
-            let reason = format!("it must be one of {}", choices.join(", "));
-            self.bad_value(option, value, reason)
-        })
-    }
-
-    fn number_type(&self, option: &'static str) -> Result<NumberType> {
-        Ok(match self.one_of(option, &["f16", "f32"])? {
-            "f32" => NumberType::F32,
-            _ => NumberType::F16,
-        })
-    }
-
-    fn bad_value(&self, option: &'static str, value: &str, reason: String) -> Error {
-        Error::OptionValue {
+    fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str) -> Result<T> {
+        let value = self.text(option);
+        value.parse().map_err(|e: T::Err| Error::OptionValue {
             method: self.method.name,
             option,
             value: value.to_owned(),
-            reason,
+            reason: e.to_string(),
+        })
+    }
+
+    fn number_type(&self, option: &str) -> NumberType {
+        match self.text(option) {
+            "f32" => NumberType::F32,
+            _ => NumberType::F16,
+        }
+    }
+}
+
+impl Values {
+    /// What is wrong with `value`, if anything is.
+    fn refuse(&self, value: &str) -> Option<String> {
+        match self {
+            Values::Count => value
+                .parse::<usize>()
+                .err()
+                .map(|e| format!("{e}; it must be a whole number")),
+            Values::Number => value
+                .parse::<f32>()
+                .err()
+                .map(|e| format!("{e}; it must be a number")),
+            Values::OneOf(words) => {
+                (!words.contains(&value)).then(|| format!("it must be one of {}", words.join(", ")))
+            }
         }
     }
 }
@@ -191,17 +256,20 @@ impl FromStr for CacheSpec {
                     known: format!("its options are: {}", names.join(", ")),
                 });
             };
-            let refused = |reason: &str| Error::OptionValue {
+            let refused = |reason: String| Error::OptionValue {
                 method: method.name,
                 option: option.name,
                 value: value.to_owned(),
-                reason: reason.to_owned(),
+                reason,
             };
             if value.is_empty() {
-                return Err(refused("an option is written key=value"));
+                return Err(refused("an option is written key=value".to_owned()));
+            }
+            if let Some(reason) = option.values.refuse(value) {
+                return Err(refused(reason));
             }
             if options.iter().any(|(name, _)| *name == option.name) {
-                return Err(refused("it is given twice"));
+                return Err(refused("it is given twice".to_owned()));
             }
             options.push((option.name, value.to_owned()));
         }
@@ -231,6 +299,18 @@ mod tests {
         }
     }
 
+    /// Defaults are written once, as text: what is not in words must be a value.
+    #[test]
+    fn defaults_are_values_or_words() {
+        for option in METHODS.iter().flat_map(|m| m.options) {
+            let words = ["as trained", "sparsity"].contains(&option.default);
+            assert!(
+                words || option.values.refuse(option.default).is_none(),
+                "{option:?}"
+            );
+        }
+    }
+
     #[test]
     fn what_is_unknown_is_named_with_what_there_is() {
         let refused = |text: &str| text.parse::<CacheSpec>().unwrap_err().to_string();
@@ -240,6 +320,13 @@ mod tests {
             ("lexico:sparsty=3", vec!["sparsty", "sparsity", "window"]),
             ("full:dense", vec!["key=value"]),
             ("full:dense=f16,dense=f32", vec!["twice"]),
+            ("full:dense=f64", vec!["dense=f64", "f16, f32"]),
+            (
+                "lexico:sparsity=many",
+                vec!["sparsity=many", "whole number"],
+            ),
+            ("lexico:window=-1", vec!["window=-1", "whole number"]),
+            ("lexico:tolerance=x", vec!["tolerance=x", "number"]),
         ] {
             let message = refused(text);
             assert!(

@@ -54,6 +54,26 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Runs a kernel at every level that this machine has and gives all results.
+    macro_rules! every_level {
+        ($name:ident($($argument:expr),*)) => {{
+            let mut results = vec![portable::$name::<false>($($argument),*)];
+            #[cfg(target_arch = "x86_64")]
+            {
+                use x86_64::Level;
+                if matches!(x86_64::level(), Level::Avx2 | Level::Avx512) {
+                    // SAFETY: the level says that avx2 and fma are there.
+                    results.push(unsafe { x86_64::avx2::$name($($argument),*) });
+                }
+                if matches!(x86_64::level(), Level::Avx512) {
+                    // SAFETY: the level says that avx512f and avx512vl are there too.
+                    results.push(unsafe { x86_64::avx512::$name($($argument),*) });
+                }
+            }
+            results
+        }};
+    }
+
     fn close(a: f32, b: f64, size: f64) -> bool {
         (f64::from(a) - b).abs() <= 1e-5 * size.max(1e-30)
     }
@@ -64,7 +84,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn kernels_agree_with_f64((n, m, rows, x) in (1usize..40, 1usize..140)
+        fn products_agree_with_f64((n, m, rows, x) in (1usize..40, 1usize..140)
             .prop_flat_map(|(n, m)| (Just(n), Just(m), vectors(n, m), vectors(1, m))))
         {
             let exact: Vec<f64> = rows.chunks(m)
@@ -75,26 +95,74 @@ mod tests {
             multiply(&mut out, false, matrix, vector.transposed());
             for (row, (&got, &want)) in rows.chunks(m).zip(out.iter().zip(&exact)) {
                 prop_assert!(close(got, want, 16.0 * m as f64));
-                prop_assert!(close(dot(row, &x), want, 16.0 * m as f64));
+                for got in every_level!(dot(row, &x)) {
+                    prop_assert!(close(got, want, 16.0 * m as f64));
+                }
             }
+            // The levels run one after the other on the same numbers.
             let mut sum = rows[..m].to_vec();
-            add_scaled(&mut sum, 0.5, &x);
+            let levels = every_level!(add_scaled(&mut sum, 0.5, &x)).len() as f64;
             for ((&got, &a), &b) in sum.iter().zip(&rows).zip(&x) {
-                prop_assert!(close(got, f64::from(a) + 0.5 * f64::from(b), 8.0));
+                prop_assert!(close(got, f64::from(a) + levels * 0.5 * f64::from(b), 8.0));
             }
         }
 
         #[test]
-        fn the_peak_is_the_largest_magnitude(mut a in prop::collection::vec(-9f32..9.0, 1..300), scale in -2f32..2.0) {
+        fn the_peak_is_the_largest_magnitude(a in prop::collection::vec(-9f32..9.0, 1..300), scale in -2f32..2.0) {
             let b: Vec<f32> = a.iter().rev().copied().collect();
-            let mut expected = a.clone();
-            expected.iter_mut().zip(&b).for_each(|(a, b)| *a -= scale * b);
-            let (index, magnitude) = subtract_and_peak(&mut a, scale, &b);
-            prop_assert_eq!(a[index].abs(), magnitude);
-            prop_assert_eq!(peak(&a), (index, magnitude));
-            for (&got, &want) in a.iter().zip(&expected) {
-                prop_assert!((got - want).abs() <= 1e-4);
-                prop_assert!(got.abs() <= magnitude);
+            let mut rest = a.clone();
+            let found = every_level!(subtract_and_peak(&mut rest, scale, &b));
+            for ((&got, &a), &b) in rest.iter().zip(&a).zip(&b) {
+                let want = f64::from(a) - found.len() as f64 * f64::from(scale) * f64::from(b);
+                prop_assert!(close(got, want, 100.0));
+            }
+            let (index, magnitude) = found[found.len() - 1];
+            prop_assert_eq!(rest[index].abs(), magnitude);
+            prop_assert!(rest.iter().all(|x| x.abs() <= magnitude));
+            for peak in every_level!(peak(&rest)) {
+                prop_assert_eq!(peak, (index, magnitude));
+            }
+        }
+
+        #[test]
+        fn codes_are_gathered_and_scattered(
+            group in prop_oneof![1usize..9, Just(17)], lengths in prop::collection::vec(0usize..9, 0..30), seed: u32,
+        ) {
+            const ATOMS: usize = 23;
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state >> 8
+            };
+            let nonzeros: usize = lengths.iter().sum();
+            let indices: Vec<u16> = (0..nonzeros).map(|_| (draw() % ATOMS as u32) as u16).collect();
+            let mut number = || draw() as f32 / (1 << 23) as f32 - 1.0;
+            let coefficients: Vec<f32> = (0..nonzeros).map(|_| number()).collect();
+            let p: Vec<f32> = (0..ATOMS * group).map(|_| number()).collect();
+            let weights: Vec<f32> = (0..lengths.len() * group).map(|_| number()).collect();
+            let ends: Vec<usize> = lengths.iter().scan(0, |end, l| { *end += l; Some(*end) }).collect();
+            let block = Block { indices: &indices, coefficients: &coefficients, ends: &ends };
+
+            let mut expected_scores = vec![0f64; lengths.len() * group];
+            let mut expected_u = vec![0f64; ATOMS * group];
+            for (t, (indices, coefficients)) in block.vectors().enumerate() {
+                for (&i, &c) in indices.iter().zip(coefficients) {
+                    for g in 0..group {
+                        let (at, own) = (usize::from(i) * group + g, t * group + g);
+                        expected_scores[own] += f64::from(c) * f64::from(p[at]);
+                        expected_u[at] += f64::from(c) * f64::from(weights[own]);
+                    }
+                }
+            }
+            let mut out = vec![f32::NAN; lengths.len() * group];
+            let mut u = vec![0.0; ATOMS * group];
+            every_level!(scores(block, &p, group, &mut out));
+            let levels = every_level!(accumulate(block, &weights, group, &mut u)).len() as f64;
+            for (&got, want) in out.iter().zip(expected_scores) {
+                prop_assert!(close(got, want, 20.0));
+            }
+            for (&got, want) in u.iter().zip(expected_u) {
+                prop_assert!(close(got, levels * want, 20.0 * lengths.len() as f64));
             }
         }
     }

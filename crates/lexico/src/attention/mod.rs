@@ -53,8 +53,11 @@ const ROWS: usize = 32;
 /// turned back into vectors: scores come from `p = Dₖq`, values from the accumulator `u`
 /// (METHOD: `O(N·m)` a query plus `O(s)` a position).
 ///
+/// A NaN in a query, key or value makes the outputs it reaches NaN.
+///
 /// # Panics
-/// Where the slices' lengths do not agree.
+/// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
+/// is 0, or codes name atoms that their dictionary does not have.
 pub fn attend(queries: &[f32], head_dim: usize, t: usize, sources: &[Source<'_>], out: &mut [f32]) {
     assert_eq!(queries.len(), out.len(), "one output a query");
     assert!(
@@ -129,7 +132,8 @@ impl<'a> RunningSoftmax<'a> {
         let own = || scores.iter().step_by(stride);
         let before = self.largest[row];
         let largest = own().fold(before, |largest, &s| largest.max(s));
-        if largest == f32::NEG_INFINITY {
+        // `max` passes over NaN, which must not look like "nothing seen": it goes on as NaN.
+        if largest == f32::NEG_INFINITY && own().all(|s| !s.is_nan()) {
             own_mut(scores, stride).for_each(|s| *s = 0.0);
             return;
         }
@@ -150,7 +154,7 @@ impl<'a> RunningSoftmax<'a> {
     fn finish(self) {
         let rows = self.output.chunks_exact_mut(self.head_dim);
         for (out, &sum) in rows.zip(&self.sums) {
-            if sum > 0.0 {
+            if sum != 0.0 {
                 out.iter_mut().for_each(|x| *x /= sum);
             }
         }

@@ -124,10 +124,13 @@ impl CodeFile {
         };
         let checksum = u32::from_str_radix(entry("dictionary_crc32")?, 16)
             .map_err(|e| bad_entry("dictionary_crc32", e.to_string()))?;
-        let head_dim = entry("head_dim")?
+        let head_dim: usize = entry("head_dim")?
             .parse()
             .map_err(|e: std::num::ParseIntError| bad_entry("head_dim", e.to_string()))?;
 
+        if !(1..=1 << 30).contains(&head_dim) {
+            return Err(bad_entry("head_dim", format!("{head_dim} is impossible")));
+        }
         let (_, shape) = file.info("indices")?;
         let &[n, s] = shape else {
             let reason = format!("its shape is {shape:?}, but [n, s] is needed");
@@ -217,9 +220,9 @@ impl CodeFile {
     /// Rebuilds the vectors, `[n, m]`.
     ///
     /// # Errors
-    /// [`Error::OtherModel`] where `dictionary` is not the one that made the codes.
+    /// [`Error::OtherDictionary`] where `dictionary` is not the one that made the codes.
     pub fn decode(&self, dictionary: &Dictionary) -> Result<Vec<f32>> {
-        if dictionary.checksum() != self.checksum {
+        if dictionary.checksum() != self.checksum || dictionary.head_dim() != self.head_dim {
             return Err(Error::OtherDictionary(self.tensor.clone()));
         }
         self.codes.decode(dictionary)

@@ -12,9 +12,9 @@ use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
 
 /// How far from 1 an atom's norm may lie: bf16 rounding moves it by less.
-const NORM_TOLERANCE: f32 = 1e-2;
-/// Indices are stored in 16 bits.
-const MOST_ATOMS: usize = 1 << 16;
+const NORM_TOLERANCE: f64 = 1e-2;
+/// The most atoms a dictionary can have: indices are stored in 16 bits.
+pub const MOST_ATOMS: usize = 1 << 16;
 
 /// `N` unit-norm atoms of length `m`, one a row.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,7 +59,7 @@ impl Dictionary {
             let norm = norm(atom);
             if norm > 0.0 {
                 atom.iter_mut()
-                    .for_each(|x| *x = (f64::from(*x) / f64::from(norm)) as f32);
+                    .for_each(|x| *x = (f64::from(*x) / norm) as f32);
             }
         }
         Self::new(atoms, head_dim)
@@ -147,12 +147,12 @@ fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
     Ok(())
 }
 
-/// Euclidean length, accumulated in f64 so that no finite vector overflows.
-pub(crate) fn norm(x: &[f32]) -> f32 {
+/// Euclidean length, in f64: that of any finite f32 vector is finite.
+pub(crate) fn norm(x: &[f32]) -> f64 {
     x.iter()
         .map(|&v| f64::from(v) * f64::from(v))
         .sum::<f64>()
-        .sqrt() as f32
+        .sqrt()
 }
 
 pub(crate) fn check_sparsity(sparsity: usize, head_dim: usize, atoms: usize) -> Result<()> {

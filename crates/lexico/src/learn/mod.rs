@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::dictionary::{Dictionary, check_sparsity, norm};
+use crate::dictionary::{Dictionary, MOST_ATOMS, check_sparsity, norm};
 use crate::pursuit::{Pursuit, SparseBatch};
 use crate::{Error, Result};
 use adam::Adam;
@@ -66,8 +66,9 @@ pub struct LearnProgress {
 pub struct Learned {
     /// The dictionary.
     pub dictionary: Dictionary,
-    /// Mean relative error of the held-out vectors at the training sparsity, f32 coefficients.
-    pub held_out_error: f32,
+    /// Mean relative error of the held-out vectors at the training sparsity, f32 coefficients;
+    /// `None` where there were none.
+    pub held_out_error: Option<f32>,
     /// Atoms re-seeded in all.
     pub reseeded: usize,
 }
@@ -105,8 +106,8 @@ pub fn learn(
     let mut dictionary = initial(&vectors, head_dim, options.atoms, &mut rng)?;
 
     let batch_size = options.batch.min(n);
-    let steps = options.epochs * n.div_ceil(batch_size);
-    let mut adam = Adam::new(dictionary.atoms().len());
+    let steps = options.epochs.saturating_mul(n.div_ceil(batch_size));
+    let mut adam = Adam::new(options.atoms, head_dim);
     let mut gradient = vec![0.0; dictionary.atoms().len()];
     let mut uses = vec![0u32; options.atoms];
     let mut order: Vec<usize> = (0..n).collect();
@@ -125,7 +126,7 @@ pub fn learn(
             let done = step as f32 / steps as f32;
             let rate = options.learning_rate * 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
             adam.step(dictionary.atoms_mut(), &gradient, rate);
-            renormalise(&mut dictionary);
+            renormalise(&mut dictionary, options.learning_rate)?;
             step += 1;
             if step % RESEED_STEPS == 0 {
                 if done < RESEED_UNTIL {
@@ -145,11 +146,10 @@ pub fn learn(
         }
     }
     let held_out_error = if held_out.is_empty() {
-        0.0
+        None
     } else {
-        Pursuit::new(&dictionary, options.sparsity)?
-            .encode(held_out)?
-            .mean_relative_error()
+        let codes = Pursuit::new(&dictionary, options.sparsity)?.encode(held_out)?;
+        Some(codes.mean_relative_error())
     };
     Ok(Learned {
         dictionary,
@@ -167,6 +167,10 @@ impl LearnOptions {
         if self.atoms == 0 || self.epochs == 0 || self.batch == 0 {
             let reason = "atoms, epochs and batch must be at least 1";
             return Err(Error::Learn(reason.to_owned()));
+        }
+        if self.atoms > MOST_ATOMS {
+            let reason = format!("{} atoms; at most {MOST_ATOMS} are possible", self.atoms);
+            return Err(Error::Learn(reason));
         }
         if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
             let reason = format!("a learning rate of {} is impossible", self.learning_rate);
@@ -191,7 +195,7 @@ fn unit_vectors(vectors: &[f32], head_dim: usize) -> Result<Vec<f32>> {
             return Err(Error::NotFinite { row });
         }
         if length > 0.0 {
-            units.extend(x.iter().map(|v| v / length));
+            units.extend(x.iter().map(|&v| (f64::from(v) / length) as f32));
         }
     }
     Ok(units)
@@ -246,12 +250,20 @@ fn tangent_gradient(
     }
 }
 
-fn renormalise(dictionary: &mut Dictionary) {
+/// Scales every atom back to unit length.
+fn renormalise(dictionary: &mut Dictionary, learning_rate: f32) -> Result<()> {
     let m = dictionary.head_dim();
     for atom in dictionary.atoms_mut().chunks_exact_mut(m) {
         let length = norm(atom);
-        atom.iter_mut().for_each(|x| *x /= length);
+        if !(length.is_normal()) {
+            let reason = format!("it diverged; a learning rate of {learning_rate} is too high");
+            return Err(Error::Learn(reason));
+        }
+        for x in atom {
+            *x = (f64::from(*x) / length) as f32;
+        }
     }
+    Ok(())
 }
 
 /// Replaces unused atoms by the worst coded vectors of the batch; returns how many.
@@ -268,9 +280,8 @@ fn reseed(
     let unused = (0..uses.len()).filter(|&i| uses[i] == 0);
     let mut count = 0;
     for (i, v) in unused.zip(worst) {
-        let entries = i * m..(i + 1) * m;
-        dictionary.atoms_mut()[entries.clone()].copy_from_slice(&batch[v * m..(v + 1) * m]);
-        adam.forget(entries);
+        dictionary.atoms_mut()[i * m..(i + 1) * m].copy_from_slice(&batch[v * m..(v + 1) * m]);
+        adam.forget(i);
         count += 1;
     }
     count
@@ -323,11 +334,11 @@ mod tests {
         };
         let learned = run(&mut first_error);
         assert!(
-            learned.held_out_error < 0.1,
-            "error {}",
+            learned.held_out_error.unwrap() < 0.1,
+            "error {:?}",
             learned.held_out_error
         );
-        assert!(learned.held_out_error < 0.5 * first_error.unwrap());
+        assert!(learned.held_out_error.unwrap() < 0.5 * first_error.unwrap());
         assert_eq!(learned, run(&mut None));
     }
 
@@ -375,6 +386,7 @@ mod tests {
             run(&vectors, &with(|o| o.epochs = 0)),
             run(&vectors, &with(|o| o.batch = 0)),
             run(&vectors, &with(|o| o.learning_rate = f32::NAN)),
+            run(&vectors, &with(|o| o.atoms = 1 << 20)),
         ];
         assert!(
             refused.iter().all(|e| matches!(e, Error::Learn(_))),

@@ -93,7 +93,8 @@ impl<'d> Pursuit<'d> {
         })
     }
 
-    /// Stops early where the residual is at most `tolerance · ‖x‖`; 0 never stops early.
+    /// Stops early where the residual is at most `tolerance · ‖x‖`; 0 stops only where f32 arithmetic
+    /// has nothing more to find, at a relative residual of 1e-6.
     ///
     /// # Errors
     /// [`Error::Tolerance`] unless `0 ≤ tolerance < 1`.
@@ -176,7 +177,7 @@ impl<'d> Pursuit<'d> {
             // Powers of two scale exactly: huge and tiny vectors take the same path as any other.
             let exponent = binary_exponent(x).unwrap_or(0);
             scale_by_power(x, -exponent, residual);
-            let whole = norm(residual);
+            let whole = norm(residual) as f32;
             states.push(State {
                 exponent,
                 whole,
@@ -219,7 +220,7 @@ impl<'d> Pursuit<'d> {
                 state.weight = dot(direction, residual);
                 weights[v * s + step] = state.weight;
                 add_scaled(residual, -state.weight, direction);
-                state.rest = norm(residual);
+                state.rest = norm(residual) as f32;
                 state.active = state.rest > enough;
                 if state.active {
                     fresh.extend_from_slice(direction);
@@ -289,7 +290,7 @@ struct State {
     active: bool,
 }
 
-/// Scratch memory of one thread, for a block of `b` vectors.
+/// Scratch memory of one task, for a block of `b` vectors at a time.
 struct Workspace {
     /// `[b, m]`
     residuals: Vec<f32>,
@@ -337,7 +338,7 @@ fn orthonormalise(x: &mut [f32], basis: &[f32], parts: &mut [f32]) -> f32 {
             *part += along;
         }
     }
-    let outside = norm(x);
+    let outside = norm(x) as f32;
     if outside > DEPENDENT {
         x.iter_mut().for_each(|v| *v /= outside);
     }

@@ -1,16 +1,20 @@
 //! Dictionaries of the reference implementation: a `.pt` file with one tensor `[2·layers, m, N]`.
 
+mod pickle;
+
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::pickle::{Object, Stack};
-use candle_core::{DType, Layout};
 use half::{bf16, f16};
-use lexico::dictionary::{LayerDictionaries, ModelIdentity, Training};
+use lexico::dictionary::{LayerDictionaries, MOST_ATOMS, ModelIdentity, Training};
 use lexico::{Dictionary, DictionarySet};
 
 use crate::error::{Error, Result, io};
+use pickle::SavedTensor;
+
+/// The pickle of a saved tensor takes a few hundred bytes.
+const MOST_PICKLE_BYTES: u64 = 1 << 20;
 
 /// Reads a dictionary file of the reference implementation for a model of this identity: keys and
 /// values interleaved layer by layer, one atom a column. Atoms are scaled to unit length.
@@ -22,19 +26,24 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
         path: path.to_owned(),
         reason,
     };
-    let (numbers, layout) = read_tensor(path)?;
+    let (tensor, numbers) = read(path, model.layers.saturating_mul(2), model.head_dim)?;
+    let SavedTensor {
+        shape,
+        strides,
+        offset,
+        ..
+    } = &tensor;
     let wanted = 2 * model.layers;
-    let shape = layout.dims();
     let (&[matrices, m, atoms], &[matrix_stride, row_stride, column_stride]) =
-        (shape, layout.stride())
+        (shape.as_slice(), strides.as_slice())
     else {
         return Err(error(format!(
             "its shape is {shape:?}, but [2·layers, m, N] is needed"
         )));
     };
-    if matrices != wanted || m != model.head_dim || atoms == 0 {
+    if matrices != wanted || m != model.head_dim || !(1..=MOST_ATOMS).contains(&atoms) {
         return Err(error(format!(
-            "its shape is {shape:?}, but the model {} needs [{wanted}, {}, N]",
+            "its shape is {shape:?}, but the model {} needs [{wanted}, {}, N], N up to {MOST_ATOMS}",
             model.name, model.head_dim
         )));
     }
@@ -44,7 +53,7 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
         (atoms, column_stride),
     ]
     .into_iter()
-    .try_fold(layout.start_offset(), |at, (size, stride)| {
+    .try_fold(*offset, |at, (size, stride)| {
         at.checked_add((size - 1).checked_mul(stride)?)
     });
     if last.is_none_or(|last| last >= numbers.len()) {
@@ -54,7 +63,7 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
         )));
     }
     let dictionary = |matrix: usize| {
-        let first = layout.start_offset() + matrix * matrix_stride;
+        let first = offset + matrix * matrix_stride;
         let at = |j: usize, n: usize| numbers[first + j * row_stride + n * column_stride];
         let by_rows = (0..atoms).flat_map(|n| (0..m).map(move |j| at(j, n)));
         Dictionary::normalised(by_rows.collect(), m)
@@ -68,11 +77,14 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             })
         })
         .collect::<Result<_>>()?;
+    let file = path
+        .file_name()
+        .map_or_else(Default::default, |name| name.to_string_lossy());
     Ok(DictionarySet {
         layers,
         training: Training {
             sparsity: (model.head_dim / 8).max(1),
-            corpus: vec![format!("imported from {}", path.display())],
+            corpus: vec![format!("imported from {file}")],
             tool: format!("lexico {} (import)", env!("CARGO_PKG_VERSION")),
             ..Training::default()
         },
@@ -80,8 +92,8 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
     })
 }
 
-/// Storage and layout of the one tensor that `torch.save(tensor, path)` wrote, or the only one in a saved dict.
-fn read_tensor(path: &Path) -> Result<(Vec<f32>, Layout)> {
+/// The one tensor that `torch.save` wrote, and all numbers of its storage.
+fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, Vec<f32>)> {
     let error = |reason: String| Error::Import {
         path: path.to_owned(),
         reason,
@@ -94,59 +106,38 @@ fn read_tensor(path: &Path) -> Result<(Vec<f32>, Layout)> {
         .flatten()
         .map(|n| n.into_owned())
         .collect();
-    let pickle = names.into_iter().find(|name| name.ends_with("data.pkl"));
-    let pickle = pickle.ok_or_else(|| error("not a PyTorch file: no data.pkl in it".to_owned()))?;
-    let folder = PathBuf::from(pickle.trim_end_matches(".pkl"));
-    let mut stack = Stack::empty();
-    {
-        let entry = archive.by_name(&pickle).map_err(|e| foreign(&e))?;
-        stack
-            .read_loop(&mut BufReader::new(entry))
-            .map_err(|e| foreign(&e))?;
-    }
-    let mut object = stack.finalize().map_err(|e| foreign(&e))?;
-    if let Object::Dict(mut entries) = object {
-        if entries.len() != 1 {
-            return Err(error(format!(
-                "it holds {} objects, not one tensor",
-                entries.len()
-            )));
+    let pickle = names.iter().find(|name| name.ends_with("data.pkl"));
+    let pickle = pickle.ok_or_else(|| foreign(&"no data.pkl in it"))?;
+    let mut entry = |name: &str, most: u64| -> Result<Vec<u8>> {
+        let entry = archive.by_name(name).map_err(|e| foreign(&e))?;
+        let mut bytes = Vec::new();
+        entry.take(most).read_to_end(&mut bytes).map_err(io(path))?;
+        Ok(bytes)
+    };
+    let tensor = pickle::read_tensor(&entry(pickle, MOST_PICKLE_BYTES)?).map_err(error)?;
+    let width = match tensor.storage.as_str() {
+        "FloatStorage" => 4,
+        "HalfStorage" | "BFloat16Storage" => 2,
+        other => {
+            let reason = format!("its numbers are a {other}; f32, f16 or bf16 are needed");
+            return Err(error(reason));
         }
-        object = entries.remove(0).1;
-    }
-    let name = Object::Unicode("dictionary".to_owned());
-    let info = object
-        .into_tensor_info(name, &folder)
-        .map_err(|e| foreign(&e))?;
-    let info = info.ok_or_else(|| error("what it holds is not a tensor".to_owned()))?;
-
-    let mut entry = archive.by_name(&info.path).map_err(|e| foreign(&e))?;
-    let mut bytes = Vec::new();
-    entry.read_to_end(&mut bytes).map_err(io(path))?;
-    let storage: Vec<f32> = match info.dtype {
-        DType::F32 => bytes
+    };
+    let data = pickle.trim_end_matches("data.pkl");
+    // A compressed entry could unpack without end: no dictionaries of this model take more, even
+    // as a part of something larger.
+    let most = (matrices as u64).saturating_mul((head_dim * MOST_ATOMS * width * 4) as u64);
+    let bytes = entry(&format!("{data}data/{}", tensor.key), most)?;
+    let pairs = || bytes.as_chunks::<2>().0.iter();
+    let numbers = match tensor.storage.as_str() {
+        "FloatStorage" => bytes
             .as_chunks::<4>()
             .0
             .iter()
             .map(|&b| f32::from_le_bytes(b))
             .collect(),
-        DType::F16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|&b| f16::from_le_bytes(b).to_f32())
-            .collect(),
-        DType::BF16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|&b| bf16::from_le_bytes(b).to_f32())
-            .collect(),
-        other => {
-            return Err(error(format!(
-                "its numbers are {other:?}; F32, F16 or BF16 are needed"
-            )));
-        }
+        "HalfStorage" => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        _ => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
     };
-    Ok((storage, info.layout))
+    Ok((tensor, numbers))
 }
