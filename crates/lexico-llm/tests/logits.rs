@@ -80,6 +80,7 @@ fn equal_transformers_in_one_prefill_in_chunks_and_token_by_token() {
     for (tokens, want) in golden.tokens.iter().zip(&golden.logits) {
         for chunk in [tokens.len(), 7, 1] {
             let difference = worst(&chunked(&model, tokens, chunk), want);
+            println!("chunks of {chunk}: {difference:.1e}");
             assert!(difference < TOLERANCE, "chunks of {chunk}: {difference}");
         }
     }

@@ -71,6 +71,7 @@ fn footprints_equal_what_is_allocated() {
         for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
             let (reported, allocated) = run(spec, prompt, steps);
             let ratio = reported as f64 / allocated as f64;
+            println!("{spec}, {prompt} + {steps} tokens: {ratio:.4}");
             assert!(
                 (0.95..1.05).contains(&ratio),
                 "{spec}, {prompt} + {steps} tokens: {reported} bytes reported, {allocated} allocated"
