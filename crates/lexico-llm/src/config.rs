@@ -1,5 +1,6 @@
 //! A decoder's shape, as a Hugging Face `config.json` gives it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
@@ -8,7 +9,14 @@ use serde::Deserialize;
 use crate::error::{Error, Result, io};
 
 /// Architectures that the decoder runs.
-const ARCHITECTURES: [&str; 1] = ["LlamaForCausalLM"];
+const ARCHITECTURES: [&str; 4] = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+];
+/// Kinds of rotary embedding that the decoder runs.
+const ROTARY_KINDS: [&str; 2] = ["default", "llama3"];
 
 /// Shape and constants of a decoder of the Llama family.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,12 +41,97 @@ pub struct Config {
     pub context: usize,
     /// Added to the mean square in RMS norms.
     pub norm_epsilon: f64,
-    /// Base of the rotary embedding's frequencies.
-    pub rope_theta: f64,
+    /// The rotary embedding.
+    pub rotary: Rotary,
+    /// Whether queries, keys and values have biases (Qwen 2).
+    pub biases: bool,
+    /// Whether every query and key head is normalised before rotation (Qwen 3).
+    pub head_norms: bool,
+    /// Positions that a query sees, its own among them; all where there is none (Mistral 0.1).
+    pub window: Option<usize>,
     /// Whether the output head is the embedding.
     pub tied_head: bool,
     /// End-of-text tokens.
     pub end_tokens: Vec<u32>,
+}
+
+/// A rotary embedding (Su et al. 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotary {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// How frequencies are scaled for long contexts.
+    pub scaling: RotaryScaling,
+}
+
+/// How a rotary embedding's frequencies are scaled.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RotaryScaling {
+    /// Not at all.
+    None,
+    /// As in Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between
+    /// blended.
+    Llama3 {
+        /// What long wavelengths are divided by.
+        factor: f64,
+        /// Wavelengths above `original_context / low_frequency_factor` are long.
+        low_frequency_factor: f64,
+        /// Wavelengths below `original_context / high_frequency_factor` are short.
+        high_frequency_factor: f64,
+        /// Positions that the model was first trained on.
+        original_context: f64,
+    },
+}
+
+impl Rotary {
+    /// The frequencies of a head's pairs, `[m / 2]`; in f32 as PyTorch transformers computes them.
+    pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
+        let plain = (0..head_dim / 2).map(|i| {
+            let exponent = (2 * i) as f32 / head_dim as f32;
+            1.0 / (self.theta as f32).powf(exponent)
+        });
+        let RotaryScaling::Llama3 {
+            factor,
+            low_frequency_factor: low,
+            high_frequency_factor: high,
+            original_context,
+        } = self.scaling
+        else {
+            return plain.collect();
+        };
+        let scaled = |frequency: f32| {
+            let frequency = f64::from(frequency);
+            let wavelengths = original_context * frequency / std::f64::consts::TAU;
+            let kept = ((wavelengths - low) / (high - low)).clamp(0.0, 1.0);
+            ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+        };
+        plain.map(scaled).collect()
+    }
+
+    fn identity(&self) -> RotaryIdentity {
+        let mut parameters = BTreeMap::new();
+        let kind = match self.scaling {
+            RotaryScaling::None => "default",
+            RotaryScaling::Llama3 {
+                factor,
+                low_frequency_factor,
+                high_frequency_factor,
+                original_context,
+            } => {
+                parameters.insert("factor".to_owned(), factor);
+                parameters.insert("low_freq_factor".to_owned(), low_frequency_factor);
+                parameters.insert("high_freq_factor".to_owned(), high_frequency_factor);
+                let original = "original_max_position_embeddings";
+                parameters.insert(original.to_owned(), original_context);
+                "llama3"
+            }
+        };
+        RotaryIdentity {
+            kind: kind.to_owned(),
+            theta: self.theta,
+            parameters,
+        }
+    }
 }
 
 impl Config {
@@ -75,10 +168,24 @@ impl Config {
                 ARCHITECTURES.join(", ")
             )));
         }
+        let (biases, head_norms, window) = match architecture.as_str() {
+            "MistralForCausalLM" => (false, false, raw.sliding_window),
+            "Qwen2ForCausalLM" => (true, false, None),
+            "Qwen3ForCausalLM" => (false, true, None),
+            _ => (false, false, None),
+        };
         if raw.attention_bias || raw.mlp_bias {
+            let reason =
+                format!("biases beyond the usual ones of {architecture} are not supported");
+            return Err(error(reason));
+        }
+        if raw.use_sliding_window {
             return Err(error(
-                "biases in a Llama model are not supported".to_owned(),
+                "a sliding window in some layers is not supported".to_owned(),
             ));
+        }
+        if window == Some(0) {
+            return Err(error("sliding_window = 0 is impossible".to_owned()));
         }
         if raw.hidden_act != "silu" {
             return Err(error(format!(
@@ -86,7 +193,7 @@ impl Config {
                 raw.hidden_act
             )));
         }
-        let rope_theta = raw.rope_theta().map_err(error)?;
+        let rotary = raw.rotary().map_err(error)?;
         let heads = raw.num_attention_heads;
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
         // Far above any model, and low enough that no product of sizes overflows.
@@ -126,7 +233,7 @@ impl Config {
         }
         for (name, number) in [
             ("rms_norm_eps", raw.rms_norm_eps),
-            ("rope_theta", rope_theta),
+            ("rope_theta", rotary.theta),
         ] {
             if !(number > 0.0 && number.is_finite()) {
                 return Err(error(format!("{name} = {number} is impossible")));
@@ -143,7 +250,10 @@ impl Config {
             vocabulary: raw.vocab_size,
             context: raw.max_position_embeddings,
             norm_epsilon: raw.rms_norm_eps,
-            rope_theta,
+            rotary,
+            biases,
+            head_norms,
+            window,
             tied_head: raw.tie_word_embeddings,
             end_tokens: raw.eos_token_id.map_or_else(Vec::new, OneOrMany::list),
         })
@@ -157,15 +267,14 @@ impl Config {
             layers: self.layers,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            rotary: RotaryIdentity {
-                kind: "default".to_owned(),
-                theta: self.rope_theta,
-            },
+            rotary: self.rotary.identity(),
         }
     }
 
-    /// Bytes of keys and values of `positions` in FP16: what every cache is measured against.
+    /// Bytes of keys and values of `positions` in FP16, no more than a sliding window needs: what
+    /// every cache is measured against.
     pub fn fp16_cache_bytes(&self, positions: usize) -> usize {
+        let positions = positions.min(self.window.unwrap_or(usize::MAX));
         4 * self.head_dim * self.kv_heads * self.layers * positions
     }
 }
@@ -234,6 +343,9 @@ struct RawConfig {
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
+    sliding_window: Option<usize>,
+    #[serde(default)]
+    use_sliding_window: bool,
     eos_token_id: Option<OneOrMany<u32>>,
     /// As transformers 4 writes it.
     rope_theta: Option<f64>,
@@ -253,22 +365,54 @@ struct RopeParameters {
     #[serde(alias = "type")]
     rope_type: Option<String>,
     rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
 }
 
 impl RawConfig {
-    fn rope_theta(&self) -> std::result::Result<f64, String> {
-        let parameters = [&self.rope_parameters, &self.rope_scaling];
-        for given in parameters.into_iter().flatten() {
-            let kind = given.rope_type.as_deref().unwrap_or("default");
-            if kind != "default" {
+    fn rotary(&self) -> std::result::Result<Rotary, String> {
+        let nested = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let theta = nested.and_then(|p| p.rope_theta).or(self.rope_theta);
+        let kind = nested
+            .and_then(|p| p.rope_type.as_deref())
+            .unwrap_or("default");
+        let scaling = match (kind, nested) {
+            ("default", _) => RotaryScaling::None,
+            ("llama3", Some(given)) => {
+                let parameter = |name: &str, value: Option<f64>| match value {
+                    Some(value) if value > 0.0 && value.is_finite() => Ok(value),
+                    Some(value) => Err(format!("{name} = {value} is impossible")),
+                    None => Err(format!("a llama3 rotary embedding needs {name}")),
+                };
+                let low_frequency_factor = parameter("low_freq_factor", given.low_freq_factor)?;
+                let high_frequency_factor = parameter("high_freq_factor", given.high_freq_factor)?;
+                if low_frequency_factor >= high_frequency_factor {
+                    return Err("low_freq_factor must be below high_freq_factor".to_owned());
+                }
+                RotaryScaling::Llama3 {
+                    factor: parameter("factor", given.factor)?,
+                    low_frequency_factor,
+                    high_frequency_factor,
+                    original_context: parameter(
+                        "original_max_position_embeddings",
+                        given.original_max_position_embeddings,
+                    )?,
+                }
+            }
+            _ => {
+                let known = ROTARY_KINDS.join(", ");
                 return Err(format!(
-                    "rotary embedding of type {kind:?} is not supported; these are: \"default\""
+                    "rotary embedding of type {kind:?} is not supported; these are: {known}"
                 ));
             }
-        }
-        let nested = self.rope_parameters.as_ref().and_then(|p| p.rope_theta);
-        // The one default that transformers itself has for Llama.
-        Ok(nested.or(self.rope_theta).unwrap_or(10_000.0))
+        };
+        Ok(Rotary {
+            // The one default that transformers itself has.
+            theta: theta.unwrap_or(10_000.0),
+            scaling,
+        })
     }
 }
 
@@ -305,12 +449,12 @@ mod tests {
 
     #[test]
     fn both_spellings_of_the_rotary_base_are_read() {
-        assert_eq!(config(|_| ()).unwrap().rope_theta, 10_000.0);
+        assert_eq!(config(|_| ()).unwrap().rotary.theta, 10_000.0);
         let four = config(|c| c["rope_theta"] = 5e5.into()).unwrap();
         let five = config(|c| {
             c["rope_parameters"] = serde_json::json!({"rope_theta": 5e5, "rope_type": "default"});
         });
-        assert_eq!((four.rope_theta, five.unwrap().rope_theta), (5e5, 5e5));
+        assert_eq!((four.rotary.theta, five.unwrap().rotary.theta), (5e5, 5e5));
     }
 
     #[test]

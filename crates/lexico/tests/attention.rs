@@ -9,12 +9,20 @@ use lexico::attention::{DenseRows, NumberType, Source, attend};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use proptest::prelude::*;
 
-/// `queries` `[G, t, m]` over `past + t` positions, the last `t` causal.
-fn dense_attention(queries: &[f32], m: usize, t: usize, keys: &[f32], values: &[f32]) -> Vec<f64> {
+/// `queries` `[G, t, m]` over `past + t` positions, the last `t` causal, through a sliding window.
+fn dense_attention(
+    queries: &[f32],
+    m: usize,
+    t: usize,
+    sliding: Option<usize>,
+    keys: &[f32],
+    values: &[f32],
+) -> Vec<f64> {
     let positions = keys.len() / m;
     let mut out = Vec::new();
     for (row, q) in queries.chunks(m).enumerate() {
         let seen = positions - t + row % t + 1;
+        let hidden = sliding.map_or(0, |w| seen.saturating_sub(w));
         let dot = |k: &[f32]| -> f64 {
             q.iter()
                 .zip(k)
@@ -22,14 +30,14 @@ fn dense_attention(queries: &[f32], m: usize, t: usize, keys: &[f32], values: &[
                 .sum::<f64>()
                 / (m as f64).sqrt()
         };
-        let scores: Vec<f64> = keys.chunks(m).take(seen).map(dot).collect();
+        let scores: Vec<f64> = keys.chunks(m).take(seen).skip(hidden).map(dot).collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
         let sum: f64 = weights.iter().sum();
         for j in 0..m {
             let weighted = weights
                 .iter()
-                .zip(values.chunks(m))
+                .zip(values.chunks(m).skip(hidden))
                 .map(|(w, v)| w * f64::from(v[j]));
             out.push(weighted.sum::<f64>() / sum);
         }
@@ -58,7 +66,7 @@ proptest! {
         m in prop_oneof![Just(1usize), Just(7), Just(16), Just(33), Just(64)],
         group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![Just(1usize), 2usize..40],
         past in prop_oneof![Just(0usize), 1usize..40, Just(300)], window in prop_oneof![Just(0usize), 1usize..20, Just(270)],
-        s in 1usize..12, variable: bool, f32_coefficients: bool, f16_window: bool, seed: u64,
+        s in 1usize..12, variable: bool, sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some)], f32_coefficients: bool, f16_window: bool, seed: u64,
     ) {
         let s = s.min(m);
         let key_dictionary = random_dictionary(seed, 60, m);
@@ -81,7 +89,7 @@ proptest! {
         let queries = drawn_vectors(seed ^ 8, group * t, m);
 
         let mut out = vec![f32::NAN; queries.len()];
-        attend(&queries, m, t, &[
+        attend(&queries, m, t, sliding, &[
             Source::Codes { keys: &keys, values: &values, key_dictionary: &key_dictionary, value_dictionary: &value_dictionary },
             Source::Dense { keys: &window_keys, values: &window_values },
             Source::Causal { keys: &new_keys, values: &new_values },
@@ -89,7 +97,7 @@ proptest! {
 
         let all_keys = [keys.decode(&key_dictionary).unwrap(), window_keys.to_f32(), new_keys].concat();
         let all_values = [values.decode(&value_dictionary).unwrap(), window_values.to_f32(), new_values].concat();
-        let expected = dense_attention(&queries, m, t, &all_keys, &all_values);
+        let expected = dense_attention(&queries, m, t, sliding, &all_keys, &all_values);
         for (got, want) in out.iter().zip(expected) {
             prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);
         }
@@ -118,7 +126,7 @@ fn scores_of_any_size_do_not_overflow() {
                 values: &values[m..],
             },
         ];
-        attend(&queries, m, 1, &sources, &mut out);
+        attend(&queries, m, 1, None, &sources, &mut out);
         let expected = if sign > 0.0 {
             &values[..m]
         } else {
@@ -163,7 +171,7 @@ fn a_nan_stays_a_nan() {
                 values: &finite,
             },
         ];
-        attend(queries, m, 1, &sources, &mut out);
+        attend(queries, m, 1, None, &sources, &mut out);
         assert!(out.iter().all(|x| x.is_nan()), "{out:?}");
     }
 }

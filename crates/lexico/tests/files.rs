@@ -26,6 +26,7 @@ fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
         rotary: RotaryIdentity {
             kind: "default".to_owned(),
             theta: 10_000.0,
+            parameters: Default::default(),
         },
     }
 }

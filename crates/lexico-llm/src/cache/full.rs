@@ -1,7 +1,7 @@
 use ::lexico::attention::{DenseRows, NumberType, Source, attend};
 use candle_core::Tensor;
 
-use super::{Footprint, KvCache, attend_heads};
+use super::{Footprint, KvCache, attend_heads, outside_window};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -9,6 +9,8 @@ use crate::error::Result;
 pub struct FullCache {
     layers: Vec<Vec<Head>>,
     head_dim: usize,
+    window: Option<usize>,
+    positions: usize,
 }
 
 struct Head {
@@ -28,13 +30,18 @@ impl FullCache {
         Self {
             layers: (0..config.layers).map(|_| layer()).collect(),
             head_dim: config.head_dim,
+            window: config.window,
+            positions: 0,
         }
     }
 }
 
 impl KvCache for FullCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let m = self.head_dim;
+        let (m, window) = (self.head_dim, self.window);
+        if layer + 1 == self.layers.len() {
+            self.positions += k.dim(1)?;
+        }
         attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
             let sources = [
                 Source::Dense {
@@ -46,17 +53,19 @@ impl KvCache for FullCache {
                     values: step.values,
                 },
             ];
-            attend(step.queries, m, step.t, &sources, step.out);
+            attend(step.queries, m, step.t, window, &sources, step.out);
             head.keys.extend(step.keys);
             head.values.extend(step.values);
+            if let Some(outside) = outside_window(window, head.keys.len()) {
+                head.keys.drop_front(outside);
+                head.values.drop_front(outside);
+            }
             Ok(())
         })
     }
 
     fn len(&self) -> usize {
-        // The last layer is the last to grow: a step counts once all layers have it.
-        let head = self.layers.last().and_then(|heads| heads.first());
-        head.map_or(0, |head| head.keys.len())
+        self.positions
     }
 
     fn footprint(&self) -> Footprint {

@@ -5,7 +5,7 @@ use ::lexico::dictionary::Dictionary;
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
-use super::{Footprint, KvCache, attend_heads};
+use super::{Footprint, KvCache, attend_heads, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -38,6 +38,9 @@ pub struct LexicoCache {
     settings: LexicoSettings,
     layers: Vec<Vec<Head>>,
     head_dim: usize,
+    /// The model's sliding window.
+    sliding_window: Option<usize>,
+    positions: usize,
 }
 
 struct Head {
@@ -99,6 +102,8 @@ impl LexicoCache {
             settings,
             layers,
             head_dim: config.head_dim,
+            sliding_window: config.window,
+            positions: 0,
         })
     }
 }
@@ -138,7 +143,10 @@ impl Part {
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let dictionaries = &self.dictionaries.layers[layer];
-        let (settings, m) = (&self.settings, self.head_dim);
+        let (settings, m, sliding) = (&self.settings, self.head_dim, self.sliding_window);
+        if layer + 1 == self.layers.len() {
+            self.positions += k.dim(1)?;
+        }
         attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
             let sources = [
                 Source::Codes {
@@ -156,7 +164,7 @@ impl KvCache for LexicoCache {
                     values: step.values,
                 },
             ];
-            attend(step.queries, m, step.t, &sources, step.out);
+            attend(step.queries, m, step.t, sliding, &sources, step.out);
             let coding = |part| {
                 move |reason| Error::Coding {
                     layer,
@@ -169,14 +177,18 @@ impl KvCache for LexicoCache {
             let values = head
                 .values
                 .extend(step.values, &dictionaries.values, settings);
-            values.map_err(coding("value"))
+            values.map_err(coding("value"))?;
+            if let Some(outside) = outside_window(sliding, head.keys.len()) {
+                let outside = outside.min(head.keys.codes.len());
+                head.keys.codes.drop_front(outside);
+                head.values.codes.drop_front(outside);
+            }
+            Ok(())
         })
     }
 
     fn len(&self) -> usize {
-        // The last layer is the last to grow: a step counts once all layers have it.
-        let head = self.layers.last().and_then(|heads| heads.first());
-        head.map_or(0, |head| head.keys.len())
+        self.positions
     }
 
     fn footprint(&self) -> Footprint {

@@ -26,7 +26,8 @@ pub trait KvCache: Send {
     /// any further then.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 
-    /// Positions held.
+    /// Positions taken so far: the next one's number. A model with a sliding window no longer
+    /// needs the oldest of them, and they may be gone.
     fn len(&self) -> usize;
 
     /// Whether there are none.
@@ -50,6 +51,14 @@ impl Footprint {
     pub fn total(&self) -> usize {
         self.parts.iter().map(|(_, bytes)| bytes).sum()
     }
+}
+
+/// Of `held` positions, how many the next query no longer sees through a sliding window; `None`
+/// until they are enough to be worth moving the rest.
+fn outside_window(window: Option<usize>, held: usize) -> Option<usize> {
+    const WORTH: usize = 64;
+    let outside = held.checked_sub(window?.saturating_sub(1))?;
+    (outside >= WORTH).then_some(outside)
 }
 
 /// What one KV head is given in a step, in f32.

@@ -7,12 +7,30 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::weights::Weights;
 
+/// A matrix as an `[in, out]` view, and a bias where the family has one.
+struct Projection {
+    matrix: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Projection {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let product = x.matmul(&self.matrix)?;
+        Ok(match &self.bias {
+            Some(bias) => product.broadcast_add(bias)?,
+            None => product,
+        })
+    }
+}
+
 /// One decoder layer. Projections are kept as `[in, out]` views.
 pub(super) struct Layer {
     attention_norm: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    /// Of every query head, and of every key head, where the family has them.
+    head_norms: Option<(Tensor, Tensor)>,
     output: Tensor,
     feed_forward_norm: Tensor,
     gate: Tensor,
@@ -30,11 +48,31 @@ impl Layer {
         let linear = |part: &str, from: usize, to: usize| -> Result<Tensor> {
             Ok(weights.get(&name(part), &[to, from])?.t()?)
         };
+        let projection = |part: &str, to: usize| -> Result<Projection> {
+            let bias = format!("model.layers.{layer}.{part}.bias");
+            Ok(Projection {
+                matrix: linear(part, hidden, to)?,
+                bias: config
+                    .biases
+                    .then(|| weights.get(&bias, &[to]))
+                    .transpose()?,
+            })
+        };
+        let head_norm = |part: &str| weights.get(&name(part), &[config.head_dim]);
+        let head_norms = if config.head_norms {
+            Some((
+                head_norm("self_attn.q_norm")?,
+                head_norm("self_attn.k_norm")?,
+            ))
+        } else {
+            None
+        };
         Ok(Self {
+            head_norms,
             attention_norm: norm("input_layernorm")?,
-            query: linear("self_attn.q_proj", hidden, queries)?,
-            key: linear("self_attn.k_proj", hidden, keys)?,
-            value: linear("self_attn.v_proj", hidden, keys)?,
+            query: projection("self_attn.q_proj", queries)?,
+            key: projection("self_attn.k_proj", keys)?,
+            value: projection("self_attn.v_proj", keys)?,
             output: linear("self_attn.o_proj", queries, hidden)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
             gate: linear("mlp.gate_proj", hidden, intermediate)?,
@@ -74,9 +112,14 @@ impl Layer {
             let split = x.reshape((tokens, heads, config.head_dim))?;
             Ok(split.transpose(0, 1)?.contiguous()?)
         };
-        let q = rotation.apply(&heads(x.matmul(&self.query)?, config.heads)?)?;
-        let k = rotation.apply(&heads(x.matmul(&self.key)?, config.kv_heads)?)?;
-        let v = heads(x.matmul(&self.value)?, config.kv_heads)?;
+        let mut q = heads(self.query.forward(x)?, config.heads)?;
+        let mut k = heads(self.key.forward(x)?, config.kv_heads)?;
+        let v = heads(self.value.forward(x)?, config.kv_heads)?;
+        if let Some((query_norm, key_norm)) = &self.head_norms {
+            q = rms_norm(&q, query_norm, config.norm_epsilon as f32)?;
+            k = rms_norm(&k, key_norm, config.norm_epsilon as f32)?;
+        }
+        let (q, k) = (rotation.apply(&q)?, rotation.apply(&k)?);
         let mut start = 0;
         let mut outputs = Vec::with_capacity(sequences.len());
         for sequence in sequences.iter_mut() {

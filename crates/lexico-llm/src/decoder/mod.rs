@@ -3,6 +3,8 @@
 mod layer;
 mod rotary;
 
+use std::path::Path;
+
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
 
@@ -38,9 +40,19 @@ pub struct Decoder {
     norm: Tensor,
     /// `[hidden, vocabulary]`, a view of the embedding where they are tied.
     head: Tensor,
+    /// Of the rotary embedding, `[m / 2]`.
+    frequencies: Vec<f32>,
 }
 
 impl Decoder {
+    /// Loads the decoder alone of a folder in Hugging Face layout.
+    ///
+    /// # Errors
+    /// As [`Model::load`](crate::Model::load).
+    pub fn load_folder(folder: &Path) -> Result<Self> {
+        Self::load(Config::load(folder)?, &Weights::open(folder)?)
+    }
+
     pub(crate) fn load(config: Config, weights: &Weights) -> Result<Self> {
         let (hidden, vocabulary) = (config.hidden, config.vocabulary);
         let embedding = weights.get("model.embed_tokens.weight", &[vocabulary, hidden])?;
@@ -56,6 +68,7 @@ impl Decoder {
             embedding,
             layers,
             norm: weights.get("model.norm.weight", &[hidden])?,
+            frequencies: config.rotary.frequencies(config.head_dim),
             head,
             config,
         })
@@ -93,8 +106,7 @@ impl Decoder {
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
             return Err(Error::TokenOutside { token, vocabulary });
         }
-        let rotation =
-            rotary::Rotation::at(&positions, self.config.head_dim, self.config.rope_theta)?;
+        let rotation = rotary::Rotation::at(&positions, &self.frequencies)?;
         let tokens = Tensor::new(tokens, &Device::Cpu)?;
         let mut x = self.embedding.index_select(&tokens, 0)?;
         for (l, layer) in self.layers.iter().enumerate() {

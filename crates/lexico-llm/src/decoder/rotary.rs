@@ -12,16 +12,12 @@ pub(super) struct Rotation {
 }
 
 impl Rotation {
-    pub(super) fn at(positions: &[usize], head_dim: usize, theta: f64) -> Result<Self> {
-        let half = head_dim / 2;
-        // In f32 as PyTorch transformers computes it, so that logits agree.
-        let frequency = |i: usize| 1.0 / (theta.powf((2 * i) as f64 / head_dim as f64)) as f32;
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+    pub(super) fn at(positions: &[usize], frequencies: &[f32]) -> Result<Self> {
         let angles: Vec<f32> = positions
             .iter()
             .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
             .collect();
-        let shape = (positions.len(), half);
+        let shape = (positions.len(), frequencies.len());
         let tensor = |f: fn(f32) -> f32| {
             Tensor::from_vec(
                 angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(),

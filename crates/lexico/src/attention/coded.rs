@@ -4,10 +4,12 @@ use crate::arch::{accumulate, scores};
 use crate::code::Codes;
 use crate::dictionary::Dictionary;
 
-/// Adds coded positions; `queries` `[rows, m]` are scaled already.
+/// Adds coded positions; `queries` `[rows, m]` are scaled already and do not see the first
+/// `hidden[row]` positions.
 pub(super) fn add(
     softmax: &mut RunningSoftmax<'_>,
     queries: &[f32],
+    hidden: &[usize],
     (keys, key_dictionary): (&Codes, &Dictionary),
     (values, value_dictionary): (&Codes, &Dictionary),
 ) {
@@ -28,8 +30,11 @@ pub(super) fn add(
         let out = &mut weights[first * rows..(first + block.ends.len()) * rows];
         scores(block, &p, rows, out);
     });
-    for row in 0..rows {
-        softmax.weigh(row, &mut weights[row..], rows);
+    for (row, &hidden) in hidden.iter().enumerate() {
+        let scores = &mut weights[row..];
+        let unseen = scores.iter_mut().step_by(rows).take(hidden);
+        unseen.for_each(|s| *s = f32::NEG_INFINITY);
+        softmax.weigh(row, scores, rows);
     }
 
     let n = value_dictionary.len();

@@ -91,6 +91,18 @@ impl DenseRows {
         }
     }
 
+    /// Drops the `count` oldest vectors.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn drop_front(&mut self, count: usize) {
+        let count = count * self.head_dim;
+        match &mut self.numbers {
+            Numbers::F16(numbers) => drop(numbers.drain(..count)),
+            Numbers::F32(numbers) => drop(numbers.drain(..count)),
+        }
+    }
+
     /// All vectors in f32, `[n, m]`: for tests.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = Vec::new();
@@ -115,46 +127,47 @@ fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
     }
 }
 
-/// Adds dense positions that every query sees; `queries` `[rows, m]` are scaled already.
+/// Adds dense positions; `queries` `[rows, m]` are scaled already and do not see the first
+/// `hidden[row]` positions.
 pub(super) fn add(
     softmax: &mut RunningSoftmax<'_>,
     queries: &[f32],
+    hidden: &[usize],
     keys: &DenseRows,
     values: &DenseRows,
 ) {
     assert_eq!(keys.len(), values.len(), "one value a key");
     let (mut key_block, mut value_block) = (Vec::new(), Vec::new());
-    for first in (0..keys.len()).step_by(BLOCK) {
+    let unseen = hidden.iter().min().copied().unwrap_or(0);
+    for first in (unseen..keys.len()).step_by(BLOCK) {
         let count = BLOCK.min(keys.len() - first);
         keys.read(first, count, &mut key_block);
         values.read(first, count, &mut value_block);
-        add_block(softmax, queries, &key_block, &value_block, |_, _| true);
+        let sees = |row: usize, i: usize| first + i >= hidden[row];
+        add_block(softmax, queries, &key_block, &value_block, sees);
     }
 }
 
-/// Adds the queries' own positions. Row `r` of `queries` is row `first + r` of `[G, t, m]`.
+/// Adds the queries' own positions: row `r` is at `own[r]` of them.
 pub(super) fn add_causal(
     softmax: &mut RunningSoftmax<'_>,
     queries: &[f32],
-    first: usize,
-    t: usize,
+    hidden: &[usize],
+    own: &[usize],
     keys: &[f32],
     values: &[f32],
 ) {
     let m = softmax.head_dim;
-    assert_eq!(keys.len(), t * m, "one key a position");
-    assert_eq!(values.len(), t * m, "one value a position");
-    let position = |row: usize| (first + row) % t;
-    let newest = (0..softmax.rows()).map(position).max().unwrap_or(0);
-    let seen = (newest + 1) * m;
-    let blocks = keys[..seen]
-        .chunks(BLOCK * m)
-        .zip(values[..seen].chunks(BLOCK * m));
+    assert_eq!(keys.len(), values.len(), "one value a key");
+    let newest = own.iter().max().copied().unwrap_or(0);
+    let oldest = hidden.iter().min().copied().unwrap_or(0).min(newest);
+    let seen = oldest * m..(newest + 1) * m;
+    let values = values[seen.clone()].chunks(BLOCK * m);
+    let blocks = keys[seen].chunks(BLOCK * m).zip(values);
     for (block, (keys, values)) in blocks.enumerate() {
-        let start = block * BLOCK;
-        add_block(softmax, queries, keys, values, |row, i| {
-            start + i <= position(row)
-        });
+        let start = oldest + block * BLOCK;
+        let sees = |row: usize, i: usize| (hidden[row]..=own[row]).contains(&(start + i));
+        add_block(softmax, queries, keys, values, sees);
     }
 }
 

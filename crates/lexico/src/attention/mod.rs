@@ -43,12 +43,25 @@ pub enum Source<'a> {
     },
 }
 
+impl Source<'_> {
+    /// Positions.
+    fn len(&self, head_dim: usize) -> usize {
+        match self {
+            Source::Codes { keys, .. } => keys.len(),
+            Source::Dense { keys, .. } => keys.len(),
+            Source::Causal { keys, .. } => keys.len() / head_dim,
+        }
+    }
+}
+
 /// Rows of queries that one task takes: the query groups of decode fit, prefill splits evenly.
 const ROWS: usize = 32;
 
 /// Attention of the queries `[G, t, m]` of one KV head over all `sources`, scores scaled by `1/√m`.
 ///
-/// Query `r` is at position `r % t` of the `t` newest ones, as [`Source::Causal`] counts them.
+/// The sources are the past in order of position, the queries' own positions last. Query `r` is at
+/// position `r % t` of the `t` newest ones, as [`Source::Causal`] counts them. With a sliding
+/// window of `window` positions a query sees its own and the `window − 1` before it.
 /// Writes `out`, of the queries' shape: zeros where there is nothing to attend to. Codes are never
 /// turned back into vectors: scores come from `p = Dₖq`, values from the accumulator `u`
 /// (METHOD: `O(N·m)` a query plus `O(s)` a position).
@@ -58,13 +71,26 @@ const ROWS: usize = 32;
 /// # Panics
 /// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
 /// is 0, or codes name atoms that their dictionary does not have.
-pub fn attend(queries: &[f32], head_dim: usize, t: usize, sources: &[Source<'_>], out: &mut [f32]) {
+pub fn attend(
+    queries: &[f32],
+    head_dim: usize,
+    t: usize,
+    window: Option<usize>,
+    sources: &[Source<'_>],
+    out: &mut [f32],
+) {
     assert_eq!(queries.len(), out.len(), "one output a query");
     assert!(
         queries.len().is_multiple_of(head_dim * t),
         "whole query heads"
     );
     let scale = 1.0 / (head_dim as f32).sqrt();
+    let is_past = |source: &&Source<'_>| !matches!(source, Source::Causal { .. });
+    let past: usize = sources
+        .iter()
+        .filter(is_past)
+        .map(|s| s.len(head_dim))
+        .sum();
     let chunk = ROWS * head_dim;
     let tasks = (queries.par_chunks(chunk), out.par_chunks_mut(chunk));
     tasks
@@ -73,7 +99,16 @@ pub fn attend(queries: &[f32], head_dim: usize, t: usize, sources: &[Source<'_>]
         .for_each(|(task, (queries, out))| {
             let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
             let mut softmax = RunningSoftmax::new(out, head_dim);
+            let first = task * ROWS;
+            let own: Vec<usize> = (0..softmax.rows()).map(|row| (first + row) % t).collect();
+            let mut before = 0;
             for source in sources {
+                // How many of the source's oldest positions lie outside each query's window.
+                let hidden: Vec<usize> = own
+                    .iter()
+                    .map(|i| window.map_or(0, |w| (past + i + 1).saturating_sub(w + before)))
+                    .collect();
+                before += source.len(head_dim);
                 match *source {
                     Source::Codes {
                         keys,
@@ -83,15 +118,15 @@ pub fn attend(queries: &[f32], head_dim: usize, t: usize, sources: &[Source<'_>]
                     } => coded::add(
                         &mut softmax,
                         &scaled,
+                        &hidden,
                         (keys, key_dictionary),
                         (values, value_dictionary),
                     ),
                     Source::Dense { keys, values } => {
-                        dense::add(&mut softmax, &scaled, keys, values)
+                        dense::add(&mut softmax, &scaled, &hidden, keys, values);
                     }
                     Source::Causal { keys, values } => {
-                        let first = task * ROWS;
-                        dense::add_causal(&mut softmax, &scaled, first, t, keys, values);
+                        dense::add_causal(&mut softmax, &scaled, &hidden, &own, keys, values);
                     }
                 }
             }

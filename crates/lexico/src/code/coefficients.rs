@@ -70,6 +70,16 @@ impl Coefficients {
         }
     }
 
+    pub(super) fn drop_front(&mut self, vectors: usize, nonzeros: usize) {
+        match self {
+            Self::F32(values) => drop(values.drain(..nonzeros)),
+            Self::F8 { values, scales } => {
+                values.drain(..nonzeros);
+                scales.drain(..vectors);
+            }
+        }
+    }
+
     /// Vectors whose scale fits what is allocated.
     pub(super) fn spare_vectors(&self) -> usize {
         match self {

@@ -113,6 +113,20 @@ impl Codes {
         }
     }
 
+    /// Drops the `count` oldest vectors.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn drop_front(&mut self, count: usize) {
+        let nonzeros = (0..count).map(|v| self.length(v)).sum();
+        self.indices.drain(..nonzeros);
+        self.coefficients.drop_front(count, nonzeros);
+        if self.format.variable {
+            self.lengths.drain(..count);
+        }
+        self.len -= count;
+    }
+
     /// Number of vectors.
     pub fn len(&self) -> usize {
         self.len

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use half::f16;
@@ -36,6 +36,9 @@ pub struct RotaryIdentity {
     pub kind: String,
     /// Base of the frequencies.
     pub theta: f64,
+    /// Parameters of the scaling, by name.
+    #[serde(default)]
+    pub parameters: BTreeMap<String, f64>,
 }
 
 /// How a dictionary set was learned.
@@ -202,7 +205,9 @@ impl DictionarySet {
             return differ("head dim", &own.head_dim, &model.head_dim);
         }
         if own.rotary != model.rotary {
-            let text = |r: &RotaryIdentity| format!("{} with theta {}", r.kind, r.theta);
+            let text = |r: &RotaryIdentity| {
+                format!("{} with theta {} {:?}", r.kind, r.theta, r.parameters)
+            };
             return differ("rotary embedding", &text(&own.rotary), &text(&model.rotary));
         }
         Ok(())
