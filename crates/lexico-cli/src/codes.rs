@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use lexico::code::CodeFile;
-use lexico::tensor_file::{self, NewTensor, TensorFile, check_writable};
+use lexico::tensor_file::{self, NewTensor, TensorFile};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use serde_json::json;
 
@@ -45,7 +45,7 @@ enum Coefficients {
 
 impl Encode {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        check_writable(&self.out)?;
+        ui::check_out(&self.out, &[&self.file, &self.dictionary])?;
         let dictionary = Dictionary::load(&self.dictionary, &self.tensor)?;
         let input = TensorFile::open(&self.file)?;
         let (vectors, shape) = input.f32_tensor("vectors", 2)?;
@@ -84,7 +84,7 @@ impl Encode {
         }
         let dense = 2 * vectors.len();
         ui::line(&format!(
-            "{}: {} vectors, {} ({} of FP16), mean relative error {error:.4}, {seconds:.2} s",
+            "{}: {} vectors, {} in memory ({} of FP16), mean relative error {error:.4}, {seconds:.2} s",
             self.out.display(),
             shape[0],
             ui::bytes(bytes),
@@ -113,9 +113,12 @@ pub(crate) struct Decode {
 
 impl Decode {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        check_writable(&self.out)?;
+        ui::check_out(&self.out, &[&self.file, &self.dictionary])?;
         let codes = CodeFile::load(&self.file)?;
-        let tensor = self.tensor.as_ref().unwrap_or(&codes.tensor);
+        let tensor = &codes.tensor;
+        if let Some(given) = self.tensor.filter(|given| given != tensor) {
+            anyhow::bail!("the codes need the dictionary's tensor {tensor}, not {given}");
+        }
         let dictionary = Dictionary::load(&self.dictionary, tensor)?;
         let started = Instant::now();
         let vectors = codes.decode(&dictionary)?;

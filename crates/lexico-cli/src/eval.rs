@@ -23,12 +23,7 @@ struct ProblemArguments {
     #[command(flatten)]
     model: ModelArguments,
     /// A cache method to measure; may be given several times (`full` always runs first)
-    #[arg(
-        short,
-        long,
-        value_name = "NAME[:key=value,...]",
-        default_value = "lexico"
-    )]
+    #[arg(long, value_name = "NAME[:key=value,...]", default_value = "lexico")]
     cache: Vec<CacheSpec>,
     /// Problems to solve, from the first on
     #[arg(long, default_value_t = ProblemOptions::default().items, value_name = "K")]
@@ -105,7 +100,7 @@ impl ProblemArguments {
                 ui::percent(kept as f64 / of.max(1) as f64),
             ]
         });
-        let header = ["cache", "of FP16", "right", "kept of full's", ""];
+        let header = ["cache", "of FP16", "right", "of full's right", "kept"];
         ui::line(&ui::table(header, rows.collect()))
     }
 }

@@ -1,7 +1,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lexico::tensor_file::check_writable;
 use lexico_llm::import::import_reference;
 
 use crate::{model, ui};
@@ -20,7 +19,7 @@ pub(crate) struct Import {
 
 impl Import {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        check_writable(&self.out)?;
+        ui::check_dictionary_out(&self.out, &[&self.file])?;
         let model = model::load_model(&self.model)?;
         let set = import_reference(&self.file, model.identity())?;
         set.save(&self.out)?;

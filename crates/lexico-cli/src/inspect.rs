@@ -84,7 +84,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         ("KV heads", model.kv_heads.to_string()),
         ("head dim", model.head_dim.to_string()),
         ("rotary", rotary),
-        ("sparsity", format!("{} in training", training.sparsity)),
+        ("sparsity", format!("{} by default", training.sparsity)),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
         ("made by", training.tool.clone()),
@@ -111,7 +111,8 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
         "sparsity": training.sparsity, "corpus": training.corpus, "tokens": training.tokens,
-        "made_by": training.tool, "bytes": set.bytes(), "layers": layers,
+        "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
+        "layers": layers,
     });
     Ok(Report { text, json })
 }
@@ -143,7 +144,7 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
         (
             "bytes",
             format!(
-                "{} ({bits:.2} bits a number)",
+                "{} in memory ({bits:.2} bits a number)",
                 ui::bytes(codes.bytes_used())
             ),
         ),

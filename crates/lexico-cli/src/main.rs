@@ -21,7 +21,7 @@ struct Arguments {
     #[command(subcommand)]
     command: Command,
     /// Threads to use [default: all cores]
-    #[arg(short, long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(short, long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
     threads: Option<u16>,
 }
 
@@ -37,7 +37,7 @@ enum Command {
     Encode(codes::Encode),
     /// Turn codes back into vectors
     Decode(codes::Decode),
-    /// Make a dictionary file of one of the reference implementation (.pt)
+    /// Convert a dictionary of the reference implementation (.pt)
     Import(import::Import),
     /// Show what a dictionary, code or model file holds
     Inspect(inspect::Inspect),

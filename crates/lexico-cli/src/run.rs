@@ -15,6 +15,7 @@ use crate::model::ModelArguments;
 use crate::{interrupt, ui};
 
 #[derive(Args)]
+#[command(allow_negative_numbers = true)]
 pub(crate) struct Run {
     /// The prompt; "-" reads it from stdin. Without one: stdin where it is a pipe, else a session
     #[arg(conflicts_with_all = ["file", "prompt_flag"])]
@@ -35,9 +36,9 @@ pub(crate) struct Run {
     #[arg(value_name = "N", allow_hyphen_values = true)]
     #[arg(value_parser = |text: &str| count_from(1, text))]
     max_tokens: usize,
-    /// Most positions of prompt and answer together [default: the model's context]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    ctx_size: Option<u32>,
+    /// Most positions of prompt and answer together (0: the model's context)
+    #[arg(short, long, default_value_t = 0, value_name = "N")]
+    ctx_size: usize,
     /// 0 takes the most likely token; higher is more varied
     #[arg(long, visible_alias = "temp", default_value_t = 0.0, value_name = "T")]
     temperature: f32,
@@ -113,14 +114,14 @@ impl Run {
 
     fn prompt_text(&self) -> anyhow::Result<Option<String>> {
         let stdin_is_pipe = || !std::io::stdin().is_terminal();
-        if let Some(path) = &self.file {
+        if let Some(path) = self.file.as_ref().filter(|path| path.as_os_str() != "-") {
             let text = std::fs::read_to_string(path);
             let text = text.with_context(|| path.display().to_string())?;
             return Ok(Some(without_line_end(text)));
         }
         match self.prompt.as_deref().or(self.prompt_flag.as_deref()) {
             Some(prompt) if prompt != "-" => Ok(Some(prompt.to_owned())),
-            None if !stdin_is_pipe() => Ok(None),
+            None if self.file.is_none() && !stdin_is_pipe() => Ok(None),
             _ => {
                 let mut text = String::new();
                 std::io::stdin()
@@ -153,7 +154,11 @@ impl Run {
                 (true, true) => Vec::new(),
             },
             ignore_end: self.ignore_eos,
-            context: self.ctx_size.map_or(usize::MAX, |n| n as usize),
+            context: if self.ctx_size == 0 {
+                usize::MAX
+            } else {
+                self.ctx_size
+            },
         }
     }
 
@@ -169,7 +174,7 @@ impl Run {
         let tokens = model.tokenizer.encode_first(prompt)?;
         let generated = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options)?;
         let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
-        let full = if self.compare && !interrupt::happened() {
+        let mut full = if self.compare && !interrupt::happened() {
             let spec: CacheSpec = "full".parse()?;
             let mut cache = model.cache(&spec)?;
             let quiet = &mut |_: &str| interrupt::flow();
@@ -189,6 +194,10 @@ impl Run {
         } else {
             None
         };
+        // What was cut short says nothing about the caches.
+        if interrupt::happened() {
+            full = None;
+        }
         if self.json {
             let mut document = report.json(&generated);
             document["model"] = model.name.as_str().into();
@@ -204,13 +213,14 @@ impl Run {
             return ui::json(&document);
         }
         ui::note(&report.line());
+        if self.compare && full.is_none() {
+            ui::note("interrupted, so not compared");
+        }
         if let Some((full_report, full)) = &full {
             ui::note(&full_report.line());
             let (agreeing, first) = agreement(&generated.tokens, &full.tokens);
             let of = generated.tokens.len().max(full.tokens.len());
-            let first = first.map_or(String::new(), |at| {
-                format!(", the first difference at token {}", at + 1)
-            });
+            let first = first.map_or(String::new(), |same| format!(", the first {same} in a row"));
             ui::note(&format!(
                 "{agreeing} of {of} generated tokens agree with full{first}"
             ));
@@ -290,7 +300,14 @@ impl Run {
             } else {
                 [pending.clone(), model.tokenizer.encode_more(&text)?].concat()
             };
-            match self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options) {
+            let mut answer = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options);
+            if !cache.is_empty() && answer.as_ref().is_err_and(is_context_full) {
+                ui::note("The context is full: the conversation starts afresh with this.");
+                cache = model.cache(&self.cache)?;
+                let tokens = model.tokenizer.encode_first(&text)?;
+                answer = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options);
+            }
+            match answer {
                 Ok(generated) => {
                     pending = generated.tokens.last().copied().into_iter().collect();
                     let cache = cache.as_ref();
@@ -309,6 +326,11 @@ impl Run {
             }
         }
     }
+}
+
+fn is_context_full(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<lexico_llm::Error>();
+    matches!(error, Some(lexico_llm::Error::ContextFull { .. }))
 }
 
 /// As llama.cpp counts: -1 has no limit.
@@ -402,8 +424,19 @@ impl Report {
         let prefill = self.prompt_tokens as f64 / self.prefill_seconds.max(1e-9);
         let decode = self.decode_tokens_per_second;
         let decode = decode.map_or("-".to_owned(), |rate| format!("{rate:.0}"));
+        let dictionaries = match self.dictionary_bytes {
+            0 => String::new(),
+            held => format!(", beside {} of dictionaries", ui::bytes(held)),
+        };
+        let cut = match self.finish {
+            Finish::MaxTokens => "; stopped at --max-tokens",
+            Finish::ContextFull => "; the context is full",
+            Finish::Interrupted => "; interrupted",
+            Finish::End | Finish::Stop => "",
+        };
         format!(
-            "[{}: {} for {} positions, {} of FP16; prefill {prefill:.0} tokens/s, decode {decode} tokens/s]",
+            "[{}: {} for {} positions, {} of FP16{dictionaries}; prefill {prefill:.0} tokens/s, \
+             decode {decode} tokens/s{cut}]",
             self.spec,
             ui::bytes(self.bytes),
             self.positions,

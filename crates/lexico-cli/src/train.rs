@@ -1,11 +1,10 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
 use lexico::dictionary::LayerErrors;
 use lexico::learn::LearnOptions;
-use lexico::tensor_file::check_writable;
 use lexico_llm::train::{Corpus, TrainOptions, TrainProgress, train};
 use serde_json::json;
 
@@ -22,16 +21,16 @@ pub(crate) struct Train {
     /// Which field of a .jsonl line holds the text
     #[arg(long, default_value = "text", value_name = "NAME")]
     field: String,
-    /// Atoms a dictionary (N)
+    /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
     atoms: usize,
-    /// Nonzeros a vector during learning [default: an eighth of the head dim]
+    /// Nonzeros of a vector during learning [default: an eighth of the head dim]
     #[arg(long, value_name = "S")]
     sparsity: Option<usize>,
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Most tokens to read
+    /// Most tokens to read, in whole windows drawn evenly from all texts
     #[arg(long, default_value_t = TrainOptions::default().tokens, value_name = "N")]
     tokens: usize,
     /// Tokens that the model sees at once
@@ -43,7 +42,7 @@ pub(crate) struct Train {
     /// Passes over the vectors
     #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
     epochs: usize,
-    /// Vectors a step
+    /// Vectors in a step
     #[arg(long, default_value_t = LearnOptions::default().batch, value_name = "N")]
     batch: usize,
     /// Adam's step size at the start
@@ -59,7 +58,8 @@ pub(crate) struct Train {
 
 impl Train {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        check_writable(&self.out)?;
+        let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
+        ui::check_dictionary_out(&self.out, &inputs)?;
         let started = Instant::now();
         let model = model::load_model(&self.model)?;
         interrupt::listen()?;

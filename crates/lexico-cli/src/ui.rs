@@ -1,17 +1,20 @@
 //! What people see: text on stdout, notes and progress on stderr.
 
 use std::io::{self, Write};
+use std::path::Path;
 
+use anyhow::{Context, bail};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
+use lexico::dictionary::FORMAT;
+use lexico::tensor_file::{TensorFile, check_writable};
 use lexico_llm::cache::{METHODS, Values};
 
 /// Writes to stdout at once; a closed pipe is an error, not a panic.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()?;
-    Ok(())
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.context("stdout")
 }
 
 /// A line on stdout.
@@ -37,7 +40,7 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// A table whose first column is text and whose others are numbers.
 pub(crate) fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(header);
     table.add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
@@ -65,6 +68,36 @@ pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
         bar.set_style(style.with_key("rate", rate));
     }
     bar
+}
+
+/// Refuses to write over what is read: a lossy result must not replace its source.
+pub(crate) fn check_out(out: &Path, inputs: &[&Path]) -> anyhow::Result<()> {
+    check_writable(out)?;
+    let same = |input: &&&Path| {
+        let (a, b) = (input.canonicalize(), out.canonicalize());
+        matches!((a, b), (Ok(a), Ok(b)) if a == b)
+    };
+    if let Some(input) = inputs.iter().find(same) {
+        bail!(
+            "{} is read here and would be replaced; name another --out",
+            input.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses to write a dictionary over a safetensors file that is none: a model's weights, say.
+pub(crate) fn check_dictionary_out(out: &Path, inputs: &[&Path]) -> anyhow::Result<()> {
+    check_out(out, inputs)?;
+    if let Ok(there) = TensorFile::open(out)
+        && there.metadata().get("format").is_none_or(|f| f != FORMAT)
+    {
+        bail!(
+            "{} is there and no dictionary; name another --out",
+            out.display()
+        );
+    }
+    Ok(())
 }
 
 pub(crate) fn bytes(count: usize) -> String {

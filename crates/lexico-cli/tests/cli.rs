@@ -501,6 +501,54 @@ fn vectors_that_cannot_be_coded_fail_clearly() {
     assert!(!out.exists());
 }
 
+/// A lossy result must not replace what it came of.
+#[test]
+fn no_command_writes_over_its_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.safetensors");
+    write_vectors(&input, 4, 64);
+    let corpus = folder.path().join("corpus.txt");
+    write_corpus(&corpus);
+    let weights = folder.path().join("model.safetensors");
+    std::fs::copy(tiny_file("model.safetensors"), &weights).unwrap();
+    let dictionary = tiny_file("dictionary.safetensors");
+    let before: Vec<_> = [&input, &corpus, &weights]
+        .map(|f| std::fs::read(f).unwrap())
+        .into();
+    for (arguments, word) in [
+        (
+            vec![
+                "encode",
+                path(&input),
+                "-d",
+                path(&dictionary),
+                "--tensor",
+                "layers.0.keys",
+                "-s",
+                "4",
+                "-o",
+                path(&input),
+            ],
+            "is read here",
+        ),
+        (
+            vec!["train", "--corpus", path(&corpus), "-o", path(&corpus)],
+            "is read here",
+        ),
+        (
+            vec!["train", "--corpus", path(&corpus), "-o", path(&weights)],
+            "no dictionary",
+        ),
+    ] {
+        let message = fails(1, &arguments);
+        assert!(message.contains(word), "{arguments:?}: {message:?}");
+    }
+    let after: Vec<_> = [&input, &corpus, &weights]
+        .map(|f| std::fs::read(f).unwrap())
+        .into();
+    assert_eq!(before, after);
+}
+
 #[test]
 fn inspect_tells_dictionaries_codes_models_and_tensors_apart() {
     let folder = tempfile::tempdir().unwrap();
@@ -662,7 +710,8 @@ fn ctrl_c_in_train_leaves_what_was_there() {
     let corpus = folder.path().join("corpus.txt");
     let out = folder.path().join("d.safetensors");
     write_corpus(&corpus);
-    std::fs::write(&out, "what was there").unwrap();
+    std::fs::copy(tiny_file("dictionary.safetensors"), &out).unwrap();
+    let before = std::fs::read(&out).unwrap();
     let mut child = lexico()
         .args([
             "train",
@@ -683,7 +732,7 @@ fn ctrl_c_in_train_leaves_what_was_there() {
     stderr.read_line(&mut first).unwrap();
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130), "{first}");
-    assert_eq!(std::fs::read_to_string(&out).unwrap(), "what was there");
+    assert_eq!(std::fs::read(&out).unwrap(), before);
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
         2,

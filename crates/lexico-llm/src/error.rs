@@ -100,7 +100,7 @@ pub enum Error {
     #[error("the prompt is empty; the model needs at least one token to go on from")]
     EmptyPrompt,
     /// More tokens than the model's context holds.
-    #[error("{wanted} tokens do not fit the model's context of {context}; shorten the prompt")]
+    #[error("{wanted} tokens do not fit a context of {context}; shorten the prompt")]
     ContextFull {
         /// Tokens asked for in all.
         wanted: usize,

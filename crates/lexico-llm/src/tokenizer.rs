@@ -31,7 +31,7 @@ impl Tokenizer {
         inner.with_padding(None);
         let config: RawConfig = match config {
             Some(text) => serde_json::from_str(text)
-                .map_err(|e| error(format!("tokenizer_config.json beside it: {e}")))?,
+                .map_err(|e| error(format!("its tokenizer_config.json: {e}")))?,
             None => RawConfig::default(),
         };
         // A template that adds the beginning token itself needs no help. Where there is none, Llama

@@ -12,6 +12,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cache::{Footprint, FullCache, KvCache};
+use crate::config::Config;
 use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result, io};
 use crate::model::Model;
@@ -104,13 +105,20 @@ impl TrainOptions {
     /// # Errors
     /// Those of [`LearnOptions::check`], and [`lexico::Error::Learn`] where the settings
     /// contradict each other.
-    pub fn check(&self, head_dim: usize) -> Result<()> {
-        self.learn.check(head_dim)?;
+    pub fn check(&self, config: &Config) -> Result<()> {
+        self.learn.check(config.head_dim)?;
+        let most_context = config.context;
         let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
         if self.learn.atoms > self.vectors {
             let (atoms, vectors) = (self.learn.atoms, self.vectors);
             return refuse(format!(
                 "{atoms} atoms cannot be learned from {vectors} vectors"
+            ));
+        }
+        if self.context > most_context {
+            let context = self.context;
+            return refuse(format!(
+                "the model's context is {most_context}, not {context} tokens"
             ));
         }
         if self.context < 2 || self.tokens / 2 < self.context {
@@ -177,7 +185,7 @@ pub fn train(
     progress: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
 ) -> Result<Trained> {
     let config = model.decoder.config();
-    options.check(config.head_dim)?;
+    options.check(config)?;
     let windows = windows(model, corpora, options)?;
     let total = windows.iter().map(Vec::len).sum();
     let mut collector = Collector::new(model, options);
@@ -262,7 +270,7 @@ fn check(flow: ControlFlow<()>) -> Result<()> {
 
 /// The texts cut into windows, drawn evenly from all of them where there are more than asked for.
 fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<Vec<Vec<u32>>> {
-    let context = options.context.min(model.decoder.config().context).max(2);
+    let context = options.context;
     let begin = model.tokenizer.encode_first("")?;
     let mut windows = Vec::new();
     for corpus in corpora {

@@ -222,7 +222,13 @@ fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 
 fn check_header_length(path: &Path, header_bytes: u64, total: u64) -> Result<()> {
     if header_bytes > MOST_HEADER_BYTES || header_bytes > total.saturating_sub(8) {
-        let reason = format!("it claims a header of {header_bytes} bytes in a file of {total}");
+        let zip = header_bytes.to_le_bytes().starts_with(b"PK\x03\x04");
+        let reason = if zip {
+            "it is a zip archive, as PyTorch writes; `lexico import` converts dictionaries"
+                .to_owned()
+        } else {
+            format!("it claims a header of {header_bytes} bytes in a file of {total}")
+        };
         return Err(not_safetensors(path, &reason));
     }
     Ok(())

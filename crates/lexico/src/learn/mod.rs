@@ -172,8 +172,12 @@ impl LearnOptions {
             let reason = format!("{} atoms; at most {MOST_ATOMS} are possible", self.atoms);
             return Err(Error::Learn(reason));
         }
-        if !(self.learning_rate > 0.0 && self.learning_rate.is_finite()) {
-            let reason = format!("a learning rate of {} is impossible", self.learning_rate);
+        // Atoms have unit length: a step of 1 already leaves nothing of one.
+        if !(self.learning_rate > 0.0 && self.learning_rate <= 1.0) {
+            let reason = format!(
+                "a learning rate of {} is impossible: it must be above 0 and at most 1",
+                self.learning_rate
+            );
             return Err(Error::Learn(reason));
         }
         check_sparsity(self.sparsity, head_dim, self.atoms)
@@ -386,6 +390,7 @@ mod tests {
             run(&vectors, &with(|o| o.epochs = 0)),
             run(&vectors, &with(|o| o.batch = 0)),
             run(&vectors, &with(|o| o.learning_rate = f32::NAN)),
+            run(&vectors, &with(|o| o.learning_rate = 1e9)),
             run(&vectors, &with(|o| o.atoms = 1 << 20)),
         ];
         assert!(

@@ -63,7 +63,8 @@ impl SparseBatch {
 
 pub(crate) fn mean(numbers: &[f32]) -> f32 {
     let sum: f64 = numbers.iter().map(|&x| f64::from(x)).sum();
-    (sum / numbers.len().max(1) as f64) as f32
+    // A sum of nothing is −0.
+    (sum / numbers.len().max(1) as f64 + 0.0) as f32
 }
 
 /// Orthogonal matching pursuit over one dictionary (Pati, Rezaiifar, Krishnaprasad 1993).
