@@ -7,13 +7,16 @@ use clap::Args;
 use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::import::import_reference;
-use lexico_llm::{DICTIONARY_FILE, Model};
+use lexico_llm::{DICTIONARY_FILE, Model, Quantize};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
     /// The model: "tiny" (embedded) or a folder in Hugging Face layout
     #[arg(short, long, default_value = "tiny", value_name = "tiny|FOLDER")]
     pub(crate) model: String,
+    /// How the model's matrices are held: none (f32), q8_0, q6_k or q4_k
+    #[arg(long, default_value = "none", value_name = "FORMAT")]
+    quantize: Quantize,
     /// The model's dictionaries, a file of `lexico train` or a .pt of the reference implementation
     /// [default: the model's own]
     #[arg(short, long, value_name = "FILE")]
@@ -23,7 +26,7 @@ pub(crate) struct ModelArguments {
 impl ModelArguments {
     /// The model, with its dictionaries where one of the caches needs them.
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
-        let mut model = load_model(&self.model)?;
+        let mut model = load_model(&self.model, self.quantize)?;
         let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
         let beside = Path::new(&self.model).join(DICTIONARY_FILE);
         if let Some(path) = &self.dictionary {
@@ -56,9 +59,9 @@ impl ModelArguments {
     }
 }
 
-pub(crate) fn load_model(name: &str) -> anyhow::Result<Model> {
+pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {
     Ok(match name {
-        "tiny" => Model::tiny()?,
-        folder => Model::load(Path::new(folder))?,
+        "tiny" => Model::tiny_quantised(quantize)?,
+        folder => Model::load(Path::new(folder), quantize)?,
     })
 }

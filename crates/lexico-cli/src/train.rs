@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::Args;
 use lexico::dictionary::LayerErrors;
 use lexico::learn::LearnOptions;
+use lexico_llm::Quantize;
 use lexico_llm::train::{Corpus, TrainOptions, TrainProgress, train};
 use serde_json::json;
 
@@ -61,7 +62,7 @@ impl Train {
         let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
         ui::check_dictionary_out(&self.out, &inputs)?;
         let started = Instant::now();
-        let model = model::load_model(&self.model)?;
+        let model = model::load_model(&self.model, Quantize::None)?;
         interrupt::listen()?;
         ui::note(&format!(
             "{}: learning dictionaries for {}",

@@ -205,8 +205,8 @@ fn llama_cpp_flags_are_known() {
     );
     assert_eq!(of(&["-p", QUESTION, "-c", "40"]).1, "context_full");
     assert_eq!(of(&["-p", QUESTION, "-r", "\\n####"]).1, "stop");
-    let model = of(&["-m", path(&tiny_file("")), QUESTION]);
-    assert_eq!(model, expected);
+    assert_eq!(of(&["-m", path(&tiny_file("")), QUESTION]), expected);
+    assert_eq!(of(&["--quantize", "q8_0", QUESTION]), expected);
 }
 
 #[test]
@@ -319,6 +319,11 @@ fn bad_prompts_models_and_caches_fail_clearly() {
         (2, vec!["run", "--max-tokens", "-2", "x"], "max-tokens"),
         (1, vec!["run", "--temp=-1", "x"], "temperature"),
         (2, vec!["run", "--threads", "0", "x"], "threads"),
+        (
+            2,
+            vec!["run", "--quantize", "q5_1", "x"],
+            "q8_0, q6_k, q4_k",
+        ),
         (2, vec!["fly"], "fly"),
         (2, vec![], "Usage"),
     ];

@@ -40,3 +40,4 @@ pub use error::{Error, Result};
 
 pub use model::{DICTIONARY_FILE, Model};
 pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::Quantize;

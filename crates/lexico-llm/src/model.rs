@@ -1,6 +1,6 @@
 //! A model with all it needs to speak: decoder, tokenizer, dictionaries.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lexico::DictionarySet;
@@ -12,7 +12,7 @@ use crate::config::{Config, GenerationConfig, read_required};
 use crate::decoder::Decoder;
 use crate::error::{Result, io};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{Quantize, Weights};
 
 /// The file beside a model's weights that holds its dictionaries.
 pub const DICTIONARY_FILE: &str = "dictionary.safetensors";
@@ -33,33 +33,50 @@ pub struct Model {
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
 
+/// The files of a model in Hugging Face layout.
+struct ModelFiles {
+    /// What messages name.
+    folder: PathBuf,
+    config: Config,
+    generation_config: Option<String>,
+    tokenizer: Vec<u8>,
+    tokenizer_config: Option<String>,
+    weights: Weights,
+}
+
 impl Model {
     /// The small model that is embedded in the program, with its dictionaries.
     ///
     /// # Errors
     /// None in a sound build: the tests load it.
     pub fn tiny() -> Result<Self> {
+        Self::tiny_quantised(Quantize::None)
+    }
+
+    /// As [`Model::tiny`], its matrices held as `quantize` says.
+    ///
+    /// # Errors
+    /// As [`Model::tiny`].
+    pub fn tiny_quantised(quantize: Quantize) -> Result<Self> {
         macro_rules! embedded {
             ($file:literal) => {
                 include_bytes!(concat!("../../../models/tiny/", $file))
             };
         }
-        let text = |bytes: &'static [u8]| String::from_utf8_lossy(bytes);
-        let mut model = Self::assemble(
-            "tiny",
-            Path::new("tiny"),
-            Config::parse(
-                &text(embedded!("config.json")),
-                Path::new("tiny/config.json"),
-            )?,
-            Some(&text(embedded!("generation_config.json"))),
-            embedded!("tokenizer.json"),
-            Some(&text(embedded!("tokenizer_config.json"))),
-            &Weights::single(TensorFile::from_static(
+        let text = |bytes: &'static [u8]| String::from_utf8_lossy(bytes).into_owned();
+        let config = Path::new("tiny/config.json");
+        let files = ModelFiles {
+            folder: PathBuf::from("tiny"),
+            config: Config::parse(&text(embedded!("config.json")), config)?,
+            generation_config: Some(text(embedded!("generation_config.json"))),
+            tokenizer: embedded!("tokenizer.json").to_vec(),
+            tokenizer_config: Some(text(embedded!("tokenizer_config.json"))),
+            weights: Weights::single(TensorFile::from_static(
                 "tiny/model.safetensors",
                 embedded!("model.safetensors"),
             )?),
-        )?;
+        };
+        let mut model = Self::assemble("tiny", files, quantize)?;
         model.set_dictionaries(DictionarySet::read(&TensorFile::from_static(
             "tiny/dictionary.safetensors",
             embedded!("dictionary.safetensors"),
@@ -67,33 +84,31 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads a folder in Hugging Face layout; weights are converted to f32. Dictionaries come
-    /// apart: [`Model::load_dictionaries`].
+    /// Loads a folder in Hugging Face layout, its matrices held as `quantize` says. Dictionaries
+    /// come apart: [`Model::load_dictionaries`].
     ///
     /// # Errors
     /// The missing-file, config, tokenizer and weight variants of [`crate::Error`], and
     /// those of the files themselves.
-    pub fn load(folder: &Path) -> Result<Self> {
+    pub fn load(folder: &Path, quantize: Quantize) -> Result<Self> {
         let optional = |file: &str| {
             let path = folder.join(file);
             let read = || std::fs::read_to_string(&path).map_err(io(&path));
             path.is_file().then(read).transpose()
         };
-        let config = Config::load(folder)?;
-        let tokenizer = read_required(folder, "tokenizer.json")?;
+        let files = ModelFiles {
+            folder: folder.to_owned(),
+            config: Config::load(folder)?,
+            generation_config: optional("generation_config.json")?,
+            tokenizer: read_required(folder, "tokenizer.json")?,
+            tokenizer_config: optional("tokenizer_config.json")?,
+            weights: Weights::open(folder)?,
+        };
         let name = folder.canonicalize().map_err(io(folder))?;
         let name = name
             .file_name()
             .map_or("model".into(), |name| name.to_string_lossy());
-        Self::assemble(
-            &name,
-            folder,
-            config,
-            optional("generation_config.json")?.as_deref(),
-            &tokenizer,
-            optional("tokenizer_config.json")?.as_deref(),
-            &Weights::open(folder)?,
-        )
+        Self::assemble(&name, files, quantize)
     }
 
     /// Loads the model's dictionaries from a file, [`DICTIONARY_FILE`] of its folder, say.
@@ -104,27 +119,21 @@ impl Model {
         self.set_dictionaries(DictionarySet::load(path)?)
     }
 
-    fn assemble(
-        name: &str,
-        folder: &Path,
-        config: Config,
-        generation_config: Option<&str>,
-        tokenizer: &[u8],
-        tokenizer_config: Option<&str>,
-        weights: &Weights,
-    ) -> Result<Self> {
-        let path = folder.join("generation_config.json");
-        let generation = generation_config.map(|text| GenerationConfig::parse(text, &path));
+    fn assemble(name: &str, files: ModelFiles, quantize: Quantize) -> Result<Self> {
+        let path = files.folder.join("generation_config.json");
+        let generation = files
+            .generation_config
+            .map(|text| GenerationConfig::parse(&text, &path));
         let generation = generation.transpose()?.unwrap_or_default();
-        let path = folder.join("tokenizer.json");
+        let end_tokens = generation.end_tokens;
+        let path = files.folder.join("tokenizer.json");
+        let tokenizer_config = files.tokenizer_config.as_deref();
         Ok(Self {
             name: name.to_owned(),
-            end_tokens: generation
-                .end_tokens
-                .unwrap_or_else(|| config.end_tokens.clone()),
+            end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
             stop_texts: generation.stop_texts,
-            tokenizer: Tokenizer::parse(tokenizer, tokenizer_config, &path)?,
-            decoder: Decoder::load(config, weights)?,
+            tokenizer: Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?,
+            decoder: Decoder::load(files.config, &files.weights, quantize)?,
             dictionaries: None,
         })
     }

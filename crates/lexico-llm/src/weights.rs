@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use candle_core::{DType, Device, Tensor};
 use lexico::tensor_file::{Dtype, TensorFile};
@@ -13,6 +14,43 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const NEEDED: &str = "config.json, tokenizer.json, and model.safetensors or its shards with \
                       model.safetensors.index.json";
+
+/// How a model's matrices are held. They are quantised one by one as they are read; embeddings
+/// keep the number type of the file, norms and biases are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantize {
+    /// In f32.
+    #[default]
+    None,
+    /// 8.5 bits a number.
+    Q8_0,
+    /// 6.6 bits a number; [`Quantize::Q8_0`] where rows are no multiple of 256.
+    Q6K,
+    /// 4.5 bits a number; [`Quantize::Q8_0`] where rows are no multiple of 256.
+    Q4K,
+}
+
+/// Names of [`Quantize`], as llama.cpp has them.
+const QUANTIZE_NAMES: [(&str, Quantize); 4] = [
+    ("none", Quantize::None),
+    ("q8_0", Quantize::Q8_0),
+    ("q6_k", Quantize::Q6K),
+    ("q4_k", Quantize::Q4K),
+];
+
+impl FromStr for Quantize {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let found = QUANTIZE_NAMES
+            .iter()
+            .find(|(name, _)| text.eq_ignore_ascii_case(name));
+        found.map(|&(_, quantize)| quantize).ok_or_else(|| {
+            let names = QUANTIZE_NAMES.map(|(name, _)| name);
+            format!("{text:?} is none of {}", names.join(", "))
+        })
+    }
+}
 
 /// Named weights, converted to f32 as they are read.
 pub(crate) struct Weights {
@@ -97,12 +135,14 @@ impl Weights {
         })
     }
 
-    pub(crate) fn contains(&self, name: &str) -> bool {
-        self.file_of.contains_key(name)
+    /// Reads one weight, which must have `shape`, and converts it to f32: products of bf16 weights
+    /// are many times slower on a CPU.
+    pub(crate) fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(self.get_as_stored(name, shape)?.to_dtype(DType::F32)?)
     }
 
-    /// Reads one weight, which must have `shape`.
-    pub(crate) fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    /// Reads one weight, which must have `shape`, in its own number type.
+    pub(crate) fn get_as_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let error = |path: &Path, reason: String| Error::Weight {
             path: path.to_owned(),
             name: name.to_owned(),
@@ -127,8 +167,6 @@ impl Weights {
             }
         };
         let bytes = file.bytes(name)?;
-        let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
-        // Products of bf16 weights are many times slower than of f32 on a CPU.
-        Ok(tensor.to_dtype(DType::F32)?)
+        Ok(Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?)
     }
 }

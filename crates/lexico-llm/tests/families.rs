@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use lexico::tensor_file::TensorFile;
+use lexico_llm::Quantize;
 use lexico_llm::cache::{CacheContext, KvCache};
 use lexico_llm::config::Config;
 use lexico_llm::decoder::{Decoder, Logits, Sequence};
@@ -72,7 +73,7 @@ fn logits_equal_transformers_in_prefill_in_chunks_and_in_decode() {
             .map(|&b| i64::from_le_bytes(b) as u32);
         let tokens: Vec<u32> = tokens.collect();
         let (want, _) = golden.f32_tensor("logits", 2).unwrap();
-        let decoder = Decoder::load_folder(&folder(family)).unwrap();
+        let decoder = Decoder::load_folder(&folder(family), Quantize::None).unwrap();
         for chunk in [tokens.len(), 7, 1] {
             let got = chunked(&decoder, &tokens, chunk);
             assert_eq!(got.len(), want.len());
@@ -98,7 +99,7 @@ fn configs_of_transformers_4_and_5_say_the_same() {
 /// What a sliding window hides is given back, and the cache is counted against what it needs.
 #[test]
 fn a_sliding_window_bounds_the_cache() {
-    let decoder = Decoder::load_folder(&folder("mistral-window")).unwrap();
+    let decoder = Decoder::load_folder(&folder("mistral-window"), Quantize::None).unwrap();
     let config = decoder.config();
     let window = config.window.unwrap();
     let mut cache = full(config);

@@ -10,7 +10,7 @@ use common::{small_config, small_weights, write_model, write_weights};
 use half::{bf16, f16};
 use lexico::tensor_file::{Dtype, NewTensor};
 use lexico_llm::decoder::{Logits, Sequence};
-use lexico_llm::{Error, Model};
+use lexico_llm::{Error, Model, Quantize};
 use serde_json::json;
 
 fn logits(model: &Model) -> Vec<f32> {
@@ -24,11 +24,11 @@ fn logits(model: &Model) -> Vec<f32> {
 }
 
 fn loaded(folder: &Path) -> Vec<f32> {
-    logits(&Model::load(folder).unwrap())
+    logits(&Model::load(folder, Quantize::None).unwrap())
 }
 
 fn refused(folder: &Path) -> String {
-    match Model::load(folder) {
+    match Model::load(folder, Quantize::None) {
         Ok(_) => panic!("a broken folder loads"),
         Err(error) => error.to_string(),
     }
@@ -197,7 +197,7 @@ fn what_is_damaged_is_named() {
 fn steps_that_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
-    let model = Model::load(folder.path()).unwrap();
+    let model = Model::load(folder.path(), Quantize::None).unwrap();
     assert_eq!(model.end_tokens, [1, 2]);
     let step = |tokens: &[u32]| {
         let mut cache = model.cache(&"full".parse().unwrap()).unwrap();
@@ -235,7 +235,7 @@ fn steps_that_cannot_be_are_refused() {
 fn truncation_and_padding_in_a_tokenizer_are_ignored() {
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
-    let whole = Model::load(folder.path())
+    let whole = Model::load(folder.path(), Quantize::None)
         .unwrap()
         .tokenizer
         .encode_first("one two three four five six")
@@ -250,7 +250,7 @@ fn truncation_and_padding_in_a_tokenizer_are_ignored() {
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>",
     });
     std::fs::write(&path, json.to_string()).unwrap();
-    let model = Model::load(folder.path()).unwrap();
+    let model = Model::load(folder.path(), Quantize::None).unwrap();
     assert_eq!(
         model
             .tokenizer
@@ -267,7 +267,7 @@ fn dictionaries_load_apart_from_the_model() {
     write_model(folder.path());
     let dictionary = folder.path().join(lexico_llm::DICTIONARY_FILE);
     std::fs::write(&dictionary, "nonsense, but long enough").unwrap();
-    let mut model = Model::load(folder.path()).unwrap();
+    let mut model = Model::load(folder.path(), Quantize::None).unwrap();
     let message = model
         .load_dictionaries(&dictionary)
         .unwrap_err()

@@ -5,9 +5,9 @@
 use std::path::PathBuf;
 
 use lexico::tensor_file::TensorFile;
-use lexico_llm::Model;
 use lexico_llm::cache::{CacheSpec, KvCache};
 use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::{Model, Quantize};
 
 const TOLERANCE: f32 = 2e-3;
 
@@ -142,4 +142,36 @@ fn several_sequences_in_one_pass_equal_each_alone() {
             }
         }
     }
+}
+
+/// Quantised matrices give nearly the same logits; fewer bits, farther away.
+#[test]
+fn quantised_weights_stay_near() {
+    let tokens = {
+        let model = Model::tiny().unwrap();
+        let text =
+            "Question: Ana has 12 coins. Ben gives Ana 7 more. How many coins does Ana have now?";
+        model.tokenizer.encode_first(text).unwrap()
+    };
+    let logits = |quantize| {
+        chunked(
+            &Model::tiny_quantised(quantize).unwrap(),
+            &tokens,
+            tokens.len(),
+        )
+    };
+    let exact = logits(Quantize::None);
+    let whole = exact.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let error = |quantize| {
+        let logits = logits(quantize);
+        let squares = logits.iter().zip(&exact).map(|(a, b)| (a - b) * (a - b));
+        squares.sum::<f32>().sqrt() / whole
+    };
+    let errors = [Quantize::Q8_0, Quantize::Q6K, Quantize::Q4K].map(error);
+    println!("relative error of the logits with q8_0, q6_k, q4_k: {errors:?}");
+    assert!(errors[0] > 0.0 && errors[0] < 0.02, "{errors:?}");
+    assert!(
+        errors[0] < errors[1] && errors[1] < errors[2] && errors[2] < 0.3,
+        "{errors:?}"
+    );
 }

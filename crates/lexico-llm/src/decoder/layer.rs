@@ -2,62 +2,45 @@ use candle_core::Tensor;
 use candle_nn::ops::{rms_norm, silu};
 
 use super::Sequence;
+use super::linear::Linear;
 use super::rotary::Rotation;
 use crate::config::Config;
 use crate::error::Result;
-use crate::weights::Weights;
+use crate::weights::{Quantize, Weights};
 
-/// A matrix as an `[in, out]` view, and a bias where the family has one.
-struct Projection {
-    matrix: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Projection {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let product = x.matmul(&self.matrix)?;
-        Ok(match &self.bias {
-            Some(bias) => product.broadcast_add(bias)?,
-            None => product,
-        })
-    }
-}
-
-/// One decoder layer. Projections are kept as `[in, out]` views.
+/// One decoder layer.
 pub(super) struct Layer {
     attention_norm: Tensor,
-    query: Projection,
-    key: Projection,
-    value: Projection,
+    query: Linear,
+    key: Linear,
+    value: Linear,
     /// Of every query head, and of every key head, where the family has them.
     head_norms: Option<(Tensor, Tensor)>,
-    output: Tensor,
+    output: Linear,
     feed_forward_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
 }
 
 impl Layer {
-    pub(super) fn load(config: &Config, weights: &Weights, layer: usize) -> Result<Self> {
+    pub(super) fn load(
+        config: &Config,
+        weights: &Weights,
+        quantize: Quantize,
+        layer: usize,
+    ) -> Result<Self> {
         let (hidden, intermediate) = (config.hidden, config.intermediate);
         let queries = config.heads * config.head_dim;
         let keys = config.kv_heads * config.head_dim;
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         let norm = |part: &str| weights.get(&name(part), &[hidden]);
-        let linear = |part: &str, from: usize, to: usize| -> Result<Tensor> {
-            Ok(weights.get(&name(part), &[to, from])?.t()?)
-        };
-        let projection = |part: &str, to: usize| -> Result<Projection> {
+        let linear = |part: &str, from: usize, to: usize, biased: bool| {
             let bias = format!("model.layers.{layer}.{part}.bias");
-            Ok(Projection {
-                matrix: linear(part, hidden, to)?,
-                bias: config
-                    .biases
-                    .then(|| weights.get(&bias, &[to]))
-                    .transpose()?,
-            })
+            let bias = biased.then(|| weights.get(&bias, &[to])).transpose()?;
+            Linear::new(&weights.get(&name(part), &[to, from])?, bias, quantize)
         };
+        let projection = |part: &str, to: usize| linear(part, hidden, to, config.biases);
         let head_norm = |part: &str| weights.get(&name(part), &[config.head_dim]);
         let head_norms = if config.head_norms {
             Some((
@@ -73,11 +56,11 @@ impl Layer {
             query: projection("self_attn.q_proj", queries)?,
             key: projection("self_attn.k_proj", keys)?,
             value: projection("self_attn.v_proj", keys)?,
-            output: linear("self_attn.o_proj", queries, hidden)?,
+            output: linear("self_attn.o_proj", queries, hidden, false)?,
             feed_forward_norm: norm("post_attention_layernorm")?,
-            gate: linear("mlp.gate_proj", hidden, intermediate)?,
-            up: linear("mlp.up_proj", hidden, intermediate)?,
-            down: linear("mlp.down_proj", intermediate, hidden)?,
+            gate: linear("mlp.gate_proj", hidden, intermediate, false)?,
+            up: linear("mlp.up_proj", hidden, intermediate, false)?,
+            down: linear("mlp.down_proj", intermediate, hidden, false)?,
         })
     }
 
@@ -93,10 +76,10 @@ impl Layer {
         let epsilon = config.norm_epsilon as f32;
         let normed = rms_norm(x, &self.attention_norm, epsilon)?;
         let attended = self.attend(config, layer, &normed, rotation, sequences)?;
-        let x = (x + attended.matmul(&self.output)?)?;
+        let x = (x + self.output.forward(&attended)?)?;
         let normed = rms_norm(&x, &self.feed_forward_norm, epsilon)?;
-        let gated = (silu(&normed.matmul(&self.gate)?)? * normed.matmul(&self.up)?)?;
-        Ok((x + gated.matmul(&self.down)?)?)
+        let gated = (silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?;
+        Ok((x + self.down.forward(&gated)?)?)
     }
 
     fn attend(

@@ -1,18 +1,20 @@
 //! One decoder for the Llama family, told apart by its config.
 
 mod layer;
+mod linear;
 mod rotary;
 
 use std::path::Path;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
 
 use crate::cache::KvCache;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::weights::Weights;
+use crate::weights::{Quantize, Weights};
 use layer::Layer;
+use linear::Linear;
 
 /// Some new tokens of one sequence, and the cache that holds what came before them.
 pub struct Sequence<'a> {
@@ -34,12 +36,12 @@ pub enum Logits {
 /// A decoder-only transformer with rotary embedding, RMS norms and gated feed-forward layers.
 pub struct Decoder {
     config: Config,
-    /// `[vocabulary, hidden]`
+    /// `[vocabulary, hidden]`, in the number type it was stored in.
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
-    /// `[hidden, vocabulary]`, a view of the embedding where they are tied.
-    head: Tensor,
+    /// A view of the embedding where they are tied and not quantised.
+    head: Linear,
     /// Of the rotary embedding, `[m / 2]`.
     frequencies: Vec<f32>,
 }
@@ -49,25 +51,29 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Model::load`](crate::Model::load).
-    pub fn load_folder(folder: &Path) -> Result<Self> {
-        Self::load(Config::load(folder)?, &Weights::open(folder)?)
+    pub fn load_folder(folder: &Path, quantize: Quantize) -> Result<Self> {
+        Self::load(Config::load(folder)?, &Weights::open(folder)?, quantize)
     }
 
-    pub(crate) fn load(config: Config, weights: &Weights) -> Result<Self> {
-        let (hidden, vocabulary) = (config.hidden, config.vocabulary);
-        let embedding = weights.get("model.embed_tokens.weight", &[vocabulary, hidden])?;
-        let head = if config.tied_head && !weights.contains("lm_head.weight") {
-            embedding.t()?
+    pub(crate) fn load(config: Config, weights: &Weights, quantize: Quantize) -> Result<Self> {
+        let shape = [config.vocabulary, config.hidden];
+        let mut embedding = weights.get_as_stored("model.embed_tokens.weight", &shape)?;
+        let head = if config.tied_head {
+            let converted = embedding.to_dtype(DType::F32)?;
+            if quantize == Quantize::None {
+                embedding = converted.clone();
+            }
+            Linear::new(&converted, None, quantize)?
         } else {
-            weights.get("lm_head.weight", &[vocabulary, hidden])?.t()?
+            Linear::new(&weights.get("lm_head.weight", &shape)?, None, quantize)?
         };
         let layers = (0..config.layers)
-            .map(|l| Layer::load(&config, weights, l))
+            .map(|l| Layer::load(&config, weights, quantize, l))
             .collect::<Result<_>>()?;
         Ok(Self {
             embedding,
             layers,
-            norm: weights.get("model.norm.weight", &[hidden])?,
+            norm: weights.get("model.norm.weight", &[config.hidden])?,
             frequencies: config.rotary.frequencies(config.head_dim),
             head,
             config,
@@ -108,7 +114,10 @@ impl Decoder {
         }
         let rotation = rotary::Rotation::at(&positions, &self.frequencies)?;
         let tokens = Tensor::new(tokens, &Device::Cpu)?;
-        let mut x = self.embedding.index_select(&tokens, 0)?;
+        let mut x = self
+            .embedding
+            .index_select(&tokens, 0)?
+            .to_dtype(DType::F32)?;
         for (l, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&self.config, l, &x, &rotation, sequences)?;
         }
@@ -124,7 +133,7 @@ impl Decoder {
             x = x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)?;
         }
         let x = rms_norm(&x, &self.norm, self.config.norm_epsilon as f32)?;
-        let logits = x.matmul(&self.head)?;
+        let logits = self.head.forward(&x)?;
         debug_assert_eq!(logits.dim(D::Minus1)?, vocabulary);
         Ok(logits)
     }
