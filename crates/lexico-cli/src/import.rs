@@ -11,7 +11,7 @@ pub(crate) struct Import {
     /// The .pt file: one tensor [2·layers, m, N], keys and values interleaved
     file: PathBuf,
     /// The model it was learned for: "tiny" or a folder
-    #[arg(short, long, value_name = "tiny|FOLDER")]
+    #[arg(short, long, value_name = "tiny|FOLDER|ORG/NAME")]
     model: String,
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]

@@ -1,18 +1,25 @@
 //! The arguments by which several commands name a model.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
 use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
+use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
 use lexico_llm::{DICTIONARY_FILE, Model, Quantize};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
-    /// The model: "tiny" (embedded) or a folder in Hugging Face layout
-    #[arg(short, long, default_value = "tiny", value_name = "tiny|FOLDER")]
+    /// The model: "tiny" (embedded), a folder in Hugging Face layout, or org/name[@revision] on the hub
+    #[arg(
+        short,
+        long,
+        default_value = "tiny",
+        value_name = "tiny|FOLDER|ORG/NAME"
+    )]
     pub(crate) model: String,
     /// How the model's matrices are held: none (f32), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
@@ -28,20 +35,18 @@ impl ModelArguments {
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
         let mut model = load_model(&self.model, self.quantize)?;
         let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
-        let beside = Path::new(&self.model).join(DICTIONARY_FILE);
         if let Some(path) = &self.dictionary {
             self.read(&mut model, path)?;
         } else if needed && model.dictionaries.is_none() {
-            if !beside.is_file() {
-                anyhow::bail!(
-                    "the model {name} has no dictionaries: there is no {beside}. Train them with \
-                     `lexico train --model {name} --corpus TEXT --out {beside}`, name another file \
-                     with --dictionary, or use --cache full",
-                    name = self.model,
-                    beside = beside.display(),
-                );
-            }
-            self.read(&mut model, &beside)?;
+            let places = [
+                Some(folder(&self.model)?.join(DICTIONARY_FILE)),
+                own_dictionary(&model.name),
+            ];
+            let places: Vec<PathBuf> = places.into_iter().flatten().collect();
+            let Some(path) = places.iter().find(|place| place.is_file()) else {
+                return Err(no_dictionaries(&self.model, &places));
+            };
+            self.read(&mut model, path)?;
         }
         Ok(model)
     }
@@ -60,8 +65,65 @@ impl ModelArguments {
 }
 
 pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {
-    Ok(match name {
-        "tiny" => Model::tiny_quantised(quantize)?,
-        folder => Model::load(Path::new(folder), quantize)?,
-    })
+    if name == "tiny" {
+        return Ok(Model::tiny_quantised(quantize)?);
+    }
+    let mut model = Model::load(&folder(name)?, quantize)?;
+    if let Some(hub) = hub_name(name) {
+        // The folder in the hub's cache is named by commit.
+        model.name = hub.repository;
+    }
+    Ok(model)
+}
+
+/// The folder of a model that is not embedded: a path, else a name on the hub.
+fn folder(name: &str) -> anyhow::Result<PathBuf> {
+    match hub_name(name) {
+        Some(hub) => Ok(hub.fetch(std::io::stderr().is_terminal())?),
+        None => Ok(PathBuf::from(name)),
+    }
+}
+
+fn hub_name(name: &str) -> Option<HubName> {
+    name.parse().ok().filter(|_| !Path::new(name).exists())
+}
+
+/// Where the user keeps dictionaries of models whose folder is not theirs.
+fn own_dictionary(model: &str) -> Option<PathBuf> {
+    let file = format!("{}.safetensors", model.replace('/', "--"));
+    Some(own_folder()?.join(file))
+}
+
+fn own_folder() -> Option<PathBuf> {
+    Some(dirs::data_dir()?.join("lexico").join("dictionaries"))
+}
+
+/// Makes the user's folder of dictionaries where `out` is to lie in it: it is ours to make.
+pub(crate) fn make_own_folder(out: &Path) -> anyhow::Result<()> {
+    match own_folder() {
+        Some(own) if out.parent() == Some(&own) => {
+            std::fs::create_dir_all(&own).with_context(|| own.display().to_string())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
+    let listed: Vec<String> = places
+        .iter()
+        .map(|place| place.display().to_string())
+        .collect();
+    // A model from the hub lies in a cache, which is no place to keep things.
+    let best = if hub_name(model).is_some() {
+        listed.last()
+    } else {
+        listed.first()
+    };
+    let best = best.map_or(DICTIONARY_FILE, String::as_str);
+    anyhow::anyhow!(
+        "the model {model} has no dictionaries: there is no {}. Train them with \
+         `lexico train --model {model} --corpus TEXT --out {best}`, name another file with \
+         --dictionary, or use --cache full",
+        listed.join(" and no ")
+    )
 }

@@ -13,8 +13,13 @@ use crate::{interrupt, model, ui};
 
 #[derive(Args)]
 pub(crate) struct Train {
-    /// The model: "tiny" (embedded) or a folder in Hugging Face layout
-    #[arg(short, long, default_value = "tiny", value_name = "tiny|FOLDER")]
+    /// The model: "tiny" (embedded), a folder, or org/name[@revision] on the hub
+    #[arg(
+        short,
+        long,
+        default_value = "tiny",
+        value_name = "tiny|FOLDER|ORG/NAME"
+    )]
     model: String,
     /// Texts to learn from: plain text, or .jsonl with a text in each line
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
@@ -60,6 +65,7 @@ pub(crate) struct Train {
 impl Train {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
+        model::make_own_folder(&self.out)?;
         ui::check_dictionary_out(&self.out, &inputs)?;
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;

@@ -22,6 +22,14 @@ pub enum Error {
         /// What such a folder has.
         needed: &'static str,
     },
+    /// A model cannot be had from the hub.
+    #[error("model {name} on the hub: {reason}")]
+    Hub {
+        /// `org/name@revision`.
+        name: String,
+        /// Why not, and what helps.
+        reason: String,
+    },
     /// A config cannot be understood or describes no possible model.
     #[error("{path}: {reason}", path = path.display())]
     Config {

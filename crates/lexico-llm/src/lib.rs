@@ -29,6 +29,7 @@ pub mod config;
 pub mod decoder;
 mod error;
 pub mod generate;
+pub mod hub;
 pub mod import;
 mod model;
 pub mod sample;

@@ -10,8 +10,8 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result, io};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const NEEDED: &str = "config.json, tokenizer.json, and model.safetensors or its shards with \
                       model.safetensors.index.json";
 
@@ -90,26 +90,11 @@ impl Weights {
     }
 
     fn sharded(folder: &Path, index: PathBuf) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let text = std::fs::read_to_string(&index).map_err(io(&index))?;
-        let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::Config {
-            path: index.clone(),
-            reason: format!("not an index of shards: {e}"),
-        })?;
+        let parsed = read_index(&index)?;
         let mut files = Vec::new();
         let mut numbers: HashMap<String, usize> = HashMap::new();
         let mut file_of = HashMap::new();
-        for (weight, shard) in parsed.weight_map {
-            // A name with folders in it could reach outside the model.
-            if Path::new(&shard).file_name() != Some(shard.as_ref()) {
-                return Err(Error::Config {
-                    path: index,
-                    reason: format!("the shard {shard:?} of weight {weight:?} is not a file name"),
-                });
-            }
+        for (weight, shard) in parsed {
             let number = match numbers.get(&shard) {
                 Some(&number) => number,
                 None => {
@@ -169,4 +154,35 @@ impl Weights {
         let bytes = file.bytes(name)?;
         Ok(Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?)
     }
+}
+
+/// Which shard holds each weight. Shards are plain file names: one with folders in it could reach
+/// outside the model.
+fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let error = |reason: String| Error::Config {
+        path: index.to_owned(),
+        reason,
+    };
+    let text = std::fs::read_to_string(index).map_err(io(index))?;
+    let parsed: Index =
+        serde_json::from_str(&text).map_err(|e| error(format!("not an index of shards: {e}")))?;
+    for (weight, shard) in &parsed.weight_map {
+        if Path::new(shard).file_name() != Some(shard.as_ref()) {
+            let reason = format!("the shard {shard:?} of weight {weight:?} is not a file name");
+            return Err(error(reason));
+        }
+    }
+    Ok(parsed.weight_map)
+}
+
+/// The shards that an index names, each once.
+pub(crate) fn shard_names(index: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> = read_index(index)?.into_values().collect();
+    names.sort_unstable();
+    names.dedup();
+    Ok(names)
 }

@@ -1,0 +1,238 @@
+//! Models by hub name, against a small hub of our own on the loopback.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+const QUESTION: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. \
+                        How many coins does Ana have now?\nAnswer:";
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+fn tiny_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../models/tiny")
+        .join(name)
+}
+
+/// A hub with three models: `org/open`, `org/gated`, and `org/bare` without weights.
+struct Hub {
+    endpoint: String,
+    requests: Arc<AtomicUsize>,
+    /// Cut the next large answer after so many bytes.
+    cut: Arc<Mutex<Option<usize>>>,
+}
+
+impl Hub {
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let hub = Self {
+            endpoint: format!("http://{}", listener.local_addr().unwrap()),
+            requests: Arc::default(),
+            cut: Arc::default(),
+        };
+        let (requests, cut) = (hub.requests.clone(), hub.cut.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                requests.fetch_add(1, Ordering::SeqCst);
+                // A client that hangs up is its own affair.
+                let _ = answer(stream, &cut);
+            }
+        });
+        hub
+    }
+
+    fn lexico(&self, home: &Path, arguments: &[&str]) -> Output {
+        Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+            .args(arguments)
+            .env("HF_ENDPOINT", &self.endpoint)
+            .env("HF_HOME", home)
+            .env("XDG_DATA_HOME", home.join("data"))
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_OFFLINE")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+}
+
+fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let request = lines.next().unwrap_or(Ok(String::new()))?;
+    let mut from = 0;
+    let mut to = usize::MAX;
+    for line in lines {
+        let line = line?.to_lowercase();
+        if line.is_empty() {
+            break;
+        }
+        if let Some((a, b)) = line
+            .strip_prefix("range: bytes=")
+            .and_then(|r| r.split_once('-'))
+        {
+            from = a.parse().unwrap_or(0);
+            to = b.parse().unwrap_or(usize::MAX);
+        }
+    }
+    let path = request.split_whitespace().nth(1).unwrap_or_default();
+    let refuse = |stream: &mut TcpStream, status: &str| {
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+    };
+    match path {
+        "/api/models/org/open" | "/api/models/org/bare" => {
+            return send_json(&mut stream, "{\"gated\": false}");
+        }
+        "/api/models/org/gated" => return send_json(&mut stream, "{\"gated\": \"manual\"}"),
+        _ => {}
+    }
+    let Some((model, file)) = path
+        .strip_prefix("/org/")
+        .and_then(|p| p.split_once("/resolve/main/"))
+    else {
+        return refuse(&mut stream, "401 Unauthorized");
+    };
+    let file = match model {
+        "gated" => return refuse(&mut stream, "401 Unauthorized"),
+        "bare" if file.contains("safetensors") => return refuse(&mut stream, "404 Not Found"),
+        "open" | "bare" => std::fs::read(tiny_file(file)),
+        _ => return refuse(&mut stream, "401 Unauthorized"),
+    };
+    let Ok(bytes) = file else {
+        return refuse(&mut stream, "404 Not Found");
+    };
+    let end = bytes.len().min(to.saturating_add(1));
+    let from = from.min(end);
+    write!(
+        stream,
+        "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{}/{}\r\n\
+         ETag: \"{:x}\"\r\nX-Repo-Commit: {COMMIT}\r\nConnection: close\r\n\r\n",
+        end - from,
+        end.max(1) - 1,
+        bytes.len(),
+        bytes.len(),
+    )?;
+    let mut body = &bytes[from..end];
+    if body.len() > 100_000
+        && let Some(most) = cut.lock().unwrap().take()
+    {
+        body = &body[..most];
+    }
+    stream.write_all(body)
+}
+
+fn send_json(stream: &mut TcpStream, json: &str) -> std::io::Result<()> {
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{json}",
+        json.len()
+    )
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_then_serves_offline() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let run = ["run", "-m", "org/open", "--cache", "full", QUESTION];
+    // The first download of the weights breaks off; the retry takes it up where it ended.
+    *hub.cut.lock().unwrap() = Some(50_000);
+    let output = hub.lexico(home.path(), &run);
+    assert!(
+        text(&output.stdout).contains("#### 19"),
+        "{}",
+        text(&output.stderr)
+    );
+    let asked = hub.requests.load(Ordering::SeqCst);
+    assert!(asked > 0);
+    let again = hub.lexico(home.path(), &[&run[..], &["--json"]].concat());
+    let report: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!(report["model"], "org/open");
+
+    let offline = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+        .args(run)
+        .env("HF_HOME", home.path())
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_ENDPOINT", "http://127.0.0.1:9")
+        .output()
+        .unwrap();
+    assert!(
+        text(&offline.stdout).contains("#### 19"),
+        "{}",
+        text(&offline.stderr)
+    );
+
+    // Dictionaries of a model that lies in a cache are the user's own.
+    let message = text(
+        &hub.lexico(home.path(), &["run", "-m", "org/open", QUESTION])
+            .stderr,
+    );
+    let own = home
+        .path()
+        .join("data/lexico/dictionaries/org--open.safetensors");
+    assert!(message.contains(own.to_str().unwrap()), "{message}");
+    std::fs::create_dir_all(own.parent().unwrap()).unwrap();
+    std::fs::copy(tiny_file("dictionary.safetensors"), &own).unwrap();
+    let output = hub.lexico(home.path(), &["run", "-m", "org/open", QUESTION]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn refusals_are_told_apart() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let fails = |name: &str| {
+        let output = hub.lexico(home.path(), &["run", "-m", name, "x"]);
+        assert_eq!(output.status.code(), Some(1));
+        let message = text(&output.stderr);
+        assert!(
+            message.contains(name) && !message.contains("panicked"),
+            "{message}"
+        );
+        message
+    };
+    assert!(fails("org/none").contains("no such model"));
+    let gated = fails("org/gated");
+    assert!(
+        gated.contains("accept its licence") && gated.contains("HF_TOKEN"),
+        "{gated}"
+    );
+    assert!(fails("org/bare").contains("no model.safetensors"));
+    assert!(fails("org/open@v9").contains("no revision"));
+
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:9".to_owned(),
+        ..hub
+    };
+    let output = unreachable.lexico(home.path(), &["run", "-m", "org/other", "x"]);
+    let message = text(&output.stderr);
+    assert!(
+        message.contains("no network") && message.contains("127.0.0.1:9"),
+        "{message}"
+    );
+}
+
+#[test]
+fn offline_says_what_is_missing() {
+    let home = tempfile::tempdir().unwrap();
+    let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+        .args(["run", "-m", "org/never", "x"])
+        .env("HF_HOME", home.path())
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let message = text(&output.stderr);
+    assert!(
+        message.contains("config.json") && message.contains("HF_HUB_OFFLINE"),
+        "{message}"
+    );
+}

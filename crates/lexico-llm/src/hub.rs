@@ -1,0 +1,253 @@
+//! Models by their hub name, `org/name` or `org/name@revision`, through the hub's own cache.
+//!
+//! `HF_HOME` says where that cache is, `HF_TOKEN` who asks, `HF_ENDPOINT` which hub, and
+//! `HF_HUB_OFFLINE=1` keeps off the network. What is in the cache is used without asking.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::weights::{INDEX, SINGLE, shard_names};
+
+/// Files that every model must have.
+const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
+/// Files that a model may have.
+const OPTIONAL: [&str; 2] = ["generation_config.json", "tokenizer_config.json"];
+const ENDPOINT: &str = "https://huggingface.co";
+
+/// A model on the hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubName {
+    /// `org/name`
+    pub repository: String,
+    /// A branch, tag or commit.
+    pub revision: String,
+}
+
+impl FromStr for HubName {
+    type Err = ();
+
+    /// Takes `org/name` or `org/name@revision`; anything else is no hub name.
+    fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let (repository, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let (org, name) = repository.split_once('/').ok_or(())?;
+        let plain = |part: &str| {
+            let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
+        };
+        if !plain(org) || !plain(name) || revision.is_empty() {
+            return Err(());
+        }
+        Ok(Self {
+            repository: repository.to_owned(),
+            revision: revision.to_owned(),
+        })
+    }
+}
+
+impl HubName {
+    /// The folder of the model's files, which are downloaded where the cache lacks them; a download
+    /// that broke off is taken up again. With `progress`, bars are drawn on stderr.
+    ///
+    /// # Errors
+    /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
+    /// accepted, a hub out of reach, and being offline.
+    pub fn fetch(&self, progress: bool) -> Result<PathBuf> {
+        let hub = Hub::new(self, progress)?;
+        let config = hub.file(REQUIRED[0])?;
+        for file in &REQUIRED[1..] {
+            hub.file(file)?;
+        }
+        for file in OPTIONAL {
+            hub.optional(file)?;
+        }
+        match hub.optional(INDEX)? {
+            Some(index) => {
+                for shard in shard_names(&index)? {
+                    hub.file(&shard)?;
+                }
+            }
+            None => {
+                hub.file(SINGLE)?;
+            }
+        }
+        let folder = config.parent().map(PathBuf::from).unwrap_or_default();
+        Ok(folder)
+    }
+}
+
+/// The hub, for one model.
+struct Hub<'a> {
+    name: &'a HubName,
+    cache: hf_hub::CacheRepo,
+    remote: ApiRepo,
+    endpoint: String,
+    token: Option<String>,
+    offline: bool,
+}
+
+impl<'a> Hub<'a> {
+    fn new(name: &'a HubName, progress: bool) -> Result<Self> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let cache = Cache::from_env();
+        let token = variable("HF_TOKEN").or_else(|| cache.token());
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
+        let repository = Repo::with_revision(
+            name.repository.clone(),
+            RepoType::Model,
+            name.revision.clone(),
+        );
+        let api = ApiBuilder::from_cache(cache.clone())
+            .with_endpoint(endpoint.clone())
+            .with_token(token.clone())
+            .with_progress(progress)
+            .with_retries(2)
+            .build();
+        let api = api.map_err(|e| name.error(e.to_string()))?;
+        Ok(Self {
+            name,
+            cache: cache.repo(repository.clone()),
+            remote: api.repo(repository),
+            endpoint,
+            token,
+            offline: variable("HF_HUB_OFFLINE").is_some_and(|v| v != "0"),
+        })
+    }
+
+    fn file(&self, file: &str) -> Result<PathBuf> {
+        self.optional(file)?.ok_or_else(|| {
+            let reason = if self.offline {
+                format!("{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
+            } else {
+                format!("it has no {file}: it is no model of safetensors weights")
+            };
+            self.name.error(reason)
+        })
+    }
+
+    /// A file of the model, `None` where the model has none of that name.
+    fn optional(&self, file: &str) -> Result<Option<PathBuf>> {
+        if let Some(path) = self.cache.get(file) {
+            return Ok(Some(path));
+        }
+        if self.offline {
+            return Ok(None);
+        }
+        match self.remote.download(file) {
+            Ok(path) => Ok(Some(path)),
+            Err(error) => match status(&error) {
+                Some(404) if self.is_there() => Ok(None),
+                Some(401 | 403 | 404) => Err(self.name.error(self.why_refused())),
+                Some(code) => Err(self
+                    .name
+                    .error(format!("the hub answered {code} for {file}"))),
+                None => Err(self.name.error(format!(
+                    "{file} could not be downloaded from {}: {error}. With no network only cached \
+                     models and folders can be used",
+                    self.endpoint
+                ))),
+            },
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        self.info().is_some()
+    }
+
+    fn why_refused(&self) -> String {
+        let token = match self.token {
+            Some(_) => "the account of your token",
+            None => "an account, and set HF_TOKEN to a token of it",
+        };
+        match self.info() {
+            Some(info) if info.is_gated() => format!(
+                "it is gated: accept its licence at {}/{} with {token}",
+                self.endpoint, self.name.repository
+            ),
+            Some(_) => format!("it has no revision {:?}", self.name.revision),
+            None => {
+                "there is no such model, or it is private and HF_TOKEN is not a token that may \
+                     read it"
+                    .to_owned()
+            }
+        }
+    }
+
+    /// What the hub says of the model, gated or not; `None` where it says nothing.
+    fn info(&self) -> Option<Info> {
+        let url = format!("{}/api/models/{}", self.endpoint, self.name.repository);
+        let mut request = ureq::get(url);
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        let text = request.call().ok()?.body_mut().read_to_string().ok()?;
+        serde_json::from_str(&text).ok()
+    }
+}
+
+/// A model's page, as far as it is of interest.
+#[derive(Deserialize)]
+struct Info {
+    /// `false`, or how access is granted.
+    #[serde(default)]
+    gated: serde_json::Value,
+}
+
+impl Info {
+    fn is_gated(&self) -> bool {
+        !matches!(
+            self.gated,
+            serde_json::Value::Bool(false) | serde_json::Value::Null
+        )
+    }
+}
+
+impl HubName {
+    fn error(&self, reason: String) -> Error {
+        Error::Hub {
+            name: format!("{}@{}", self.repository, self.revision),
+            reason,
+        }
+    }
+}
+
+/// The status with which the hub refused a request, where it came to that.
+fn status(error: &ApiError) -> Option<u16> {
+    match error {
+        ApiError::RequestError(error) => match error.as_ref() {
+            ureq::Error::StatusCode(code) => Some(*code),
+            _ => None,
+        },
+        ApiError::TooManyRetries(error) => status(error),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_from_paths() {
+        let name = |text: &str| text.parse::<HubName>().map(|n| (n.repository, n.revision));
+        let pair = |a: &str, b: &str| Ok((a.to_owned(), b.to_owned()));
+        assert_eq!(name("org/model-1.5_b"), pair("org/model-1.5_b", "main"));
+        assert_eq!(name("org/model@v2"), pair("org/model", "v2"));
+        for text in [
+            "model",
+            "/org/model",
+            "./model",
+            "../model",
+            "a/b/c",
+            "org/",
+            "org/m@",
+            "o rg/m",
+        ] {
+            assert_eq!(name(text), Err(()), "{text}");
+        }
+    }
+}
