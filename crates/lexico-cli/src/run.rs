@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use lexico_llm::Model;
 use lexico_llm::cache::{CacheSpec, KvCache};
+use lexico_llm::chat::{ChatTemplate, Message};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
 use lexico_llm::sample::{Sampler, Sampling};
 use rustyline::error::ReadlineError;
@@ -31,6 +32,12 @@ pub(crate) struct Run {
     /// The cache method and its options (below)
     #[arg(long, default_value = "lexico", value_name = "NAME[:key=value,...]")]
     cache: CacheSpec,
+    /// What the model is told before the conversation, where it has a chat template
+    #[arg(long, visible_alias = "system", value_name = "TEXT")]
+    system_prompt: Option<String>,
+    /// Take the prompt as plain text to go on from, although the model has a chat template
+    #[arg(long, visible_alias = "no-conversation")]
+    no_chat: bool,
     /// Most tokens to generate (-1: until the context is full)
     #[arg(short = 'n', long, visible_aliases = ["predict", "n-predict"], default_value = "256")]
     #[arg(value_name = "N", allow_hyphen_values = true)]
@@ -105,10 +112,17 @@ impl Run {
         let load_seconds = started.elapsed().as_secs_f64();
         // A wrong setting is reported before a session starts.
         let cache = model.cache(&self.cache)?;
+        let chat = self.chat(&model)?;
         interrupt::listen()?;
         match prompt {
-            Some(prompt) => self.once(&model, cache, sampler, &prompt, load_seconds),
-            None => self.session(&model, cache, sampler),
+            Some(prompt) => {
+                let tokens = match &chat {
+                    Some(chat) => chat_tokens(&model, chat, &self.opening(&prompt))?,
+                    None => model.tokenizer.encode_first(&prompt)?,
+                };
+                self.once(&model, cache, sampler, &tokens, load_seconds)
+            }
+            None => self.session(&model, chat, cache, sampler),
         }
     }
 
@@ -130,6 +144,30 @@ impl Run {
                 Ok(Some(without_line_end(text)))
             }
         }
+    }
+
+    /// The model's chat template, unless plain text is asked for.
+    fn chat(&self, model: &Model) -> anyhow::Result<Option<ChatTemplate>> {
+        if self.no_chat {
+            return Ok(None);
+        }
+        let chat = model.chat_template().context("--no-chat does without it")?;
+        if chat.is_none() && self.system_prompt.is_some() {
+            bail!(
+                "--system-prompt needs a chat template, and the model {} has none",
+                model.name
+            );
+        }
+        Ok(chat)
+    }
+
+    /// A conversation up to its first question.
+    fn opening(&self, question: &str) -> Vec<Message> {
+        let system = self
+            .system_prompt
+            .iter()
+            .map(|text| Message::new("system", text));
+        system.chain([Message::new("user", question)]).collect()
     }
 
     fn sampling(&self) -> Sampling {
@@ -167,26 +205,18 @@ impl Run {
         model: &Model,
         mut cache: Box<dyn KvCache>,
         mut sampler: Sampler,
-        prompt: &str,
+        tokens: &[u32],
         load_seconds: f64,
     ) -> anyhow::Result<()> {
         let options = self.options(model);
-        let tokens = model.tokenizer.encode_first(prompt)?;
-        let generated = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options)?;
+        let generated = self.stream(model, cache.as_mut(), tokens, &mut sampler, &options)?;
         let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
         let mut full = if self.compare && !interrupt::happened() {
             let spec: CacheSpec = "full".parse()?;
             let mut cache = model.cache(&spec)?;
             let quiet = &mut |_: &str| interrupt::flow();
             let mut sampler = Sampler::new(self.sampling())?;
-            let other = generate(
-                model,
-                cache.as_mut(),
-                &tokens,
-                &mut sampler,
-                &options,
-                quiet,
-            )?;
+            let other = generate(model, cache.as_mut(), tokens, &mut sampler, &options, quiet)?;
             Some((
                 Report::new(model, &spec, cache.as_ref(), tokens.len(), &other),
                 other,
@@ -255,36 +285,46 @@ impl Run {
         }
     }
 
-    /// Each line goes on from the text so far.
+    /// Each line goes on from the text so far, or is the next question of a conversation.
     fn session(
         &self,
         model: &Model,
-        mut cache: Box<dyn KvCache>,
-        mut sampler: Sampler,
+        chat: Option<ChatTemplate>,
+        cache: Box<dyn KvCache>,
+        sampler: Sampler,
     ) -> anyhow::Result<()> {
-        let options = self.options(model);
         let mut editor = rustyline::DefaultEditor::new()?;
+        let manner = match chat {
+            Some(_) => "It answers what you type.",
+            None => "It goes on from what you type.",
+        };
         ui::note(&format!(
-            "{} with --cache {}. The model goes on from what you type.\n\
+            "{} with --cache {}. {manner}\n\
              /clear starts afresh, /exit or Ctrl-D leaves, Ctrl-C breaks an answer off.",
             model.name, self.cache
         ));
-        // The last token generated: the cache does not hold it yet.
-        let mut pending = Vec::new();
+        let mut session = Session {
+            run: self,
+            model,
+            chat,
+            cache,
+            sampler,
+            messages: Vec::new(),
+            tokens: Vec::new(),
+        };
         loop {
             interrupt::forget();
-            let text = match editor.readline("> ") {
-                Ok(text) => text,
+            let line = match editor.readline("> ") {
+                Ok(line) => line,
                 Err(ReadlineError::Interrupted) => continue,
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
-            match text.trim() {
+            match line.trim() {
                 "" => continue,
                 "/exit" | "/quit" => return Ok(()),
                 "/clear" => {
-                    cache = model.cache(&self.cache)?;
-                    pending.clear();
+                    session.clear()?;
                     continue;
                 }
                 command if command.starts_with('/') => {
@@ -293,44 +333,99 @@ impl Run {
                 }
                 _ => {}
             }
-            editor.add_history_entry(&text)?;
-            let text = format!("{text}\n");
-            let tokens = if cache.is_empty() {
-                model.tokenizer.encode_first(&text)?
-            } else {
-                [pending.clone(), model.tokenizer.encode_more(&text)?].concat()
-            };
-            let mut answer = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options);
-            if !cache.is_empty() && answer.as_ref().is_err_and(is_context_full) {
+            editor.add_history_entry(&line)?;
+            let mut answer = session.answer(&line);
+            if answer.as_ref().is_err_and(is_context_full) {
                 ui::note("The context is full: the conversation starts afresh with this.");
-                cache = model.cache(&self.cache)?;
-                let tokens = model.tokenizer.encode_first(&text)?;
-                answer = self.stream(model, cache.as_mut(), &tokens, &mut sampler, &options);
+                session.clear()?;
+                answer = session.answer(&line);
             }
             match answer {
-                Ok(generated) => {
-                    pending = generated.tokens.last().copied().into_iter().collect();
-                    let cache = cache.as_ref();
-                    let report = Report::new(model, &self.cache, cache, tokens.len(), &generated);
-                    ui::note(&report.line());
-                }
+                Ok(report) => ui::note(&report.line()),
                 Err(error) if ui::is_broken_pipe(&error) => return Err(error),
                 Err(error) => {
                     // A cache cannot go on from a step that failed.
                     ui::note(&format!(
                         "error: {error:#}\nThe conversation starts afresh."
                     ));
-                    cache = model.cache(&self.cache)?;
-                    pending.clear();
+                    session.clear()?;
                 }
             }
         }
     }
 }
 
+/// A session and what was said in it.
+struct Session<'a> {
+    run: &'a Run,
+    model: &'a Model,
+    chat: Option<ChatTemplate>,
+    cache: Box<dyn KvCache>,
+    sampler: Sampler,
+    /// With a chat template.
+    messages: Vec<Message>,
+    /// All tokens so far; the cache holds all but the last one.
+    tokens: Vec<u32>,
+}
+
+impl Session<'_> {
+    fn clear(&mut self) -> anyhow::Result<()> {
+        self.cache = self.model.cache(&self.run.cache)?;
+        self.messages.clear();
+        self.tokens.clear();
+        Ok(())
+    }
+
+    fn answer(&mut self, line: &str) -> anyhow::Result<Report> {
+        let tokenizer = &self.model.tokenizer;
+        let tokens = match &self.chat {
+            Some(chat) => {
+                if self.messages.is_empty() {
+                    self.messages = self.run.opening(line);
+                } else {
+                    self.messages.push(Message::new("user", line));
+                }
+                chat_tokens(self.model, chat, &self.messages)?
+            }
+            None if self.tokens.is_empty() => tokenizer.encode_first(&format!("{line}\n"))?,
+            None => {
+                let more = tokenizer.encode_more(&format!("{line}\n"))?;
+                [self.tokens.as_slice(), &more].concat()
+            }
+        };
+        // A template may write the past anew, an answer without its thoughts, say.
+        let mut held = self.cache.len();
+        if !tokens.starts_with(&self.tokens[..held]) {
+            self.cache = self.model.cache(&self.run.cache)?;
+            held = 0;
+        }
+        let new = &tokens[held..];
+        let options = self.run.options(self.model);
+        let cache = self.cache.as_mut();
+        let generated = self
+            .run
+            .stream(self.model, cache, new, &mut self.sampler, &options)?;
+        self.messages
+            .push(Message::new("assistant", &generated.text));
+        let spec = &self.run.cache;
+        let report = Report::new(self.model, spec, self.cache.as_ref(), new.len(), &generated);
+        self.tokens = [tokens, generated.tokens].concat();
+        Ok(report)
+    }
+}
+
 fn is_context_full(error: &anyhow::Error) -> bool {
     let error = error.downcast_ref::<lexico_llm::Error>();
     matches!(error, Some(lexico_llm::Error::ContextFull { .. }))
+}
+
+fn chat_tokens(
+    model: &Model,
+    chat: &ChatTemplate,
+    messages: &[Message],
+) -> anyhow::Result<Vec<u32>> {
+    // The template writes the special tokens itself.
+    Ok(model.tokenizer.encode_more(&chat.render(messages, true)?)?)
 }
 
 /// As llama.cpp counts: -1 has no limit.

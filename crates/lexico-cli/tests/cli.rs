@@ -209,6 +209,73 @@ fn llama_cpp_flags_are_known() {
     assert_eq!(of(&["--quantize", "q8_0", QUESTION]), expected);
 }
 
+/// A model with a chat template answers; plain text is still to be had.
+#[test]
+fn a_chat_template_is_used_unless_told_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(tiny_file(file), folder.path().join(file)).unwrap();
+    }
+    let model = path(folder.path());
+    let template = folder.path().join("chat_template.jinja");
+    let source = "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n\
+                  {% else %}Question: {{ m.content }}\n{% endif %}{% endfor %}\
+                  {% if add_generation_prompt %}Answer:{% endif %}";
+    std::fs::write(&template, source).unwrap();
+    let question =
+        "Ana has 12 coins at home. Ben gives Ana 7 more. How many coins does Ana have now?";
+    let of = |more: &[&str]| {
+        let arguments = [
+            &[
+                "run", "--json", "-m", model, "--cache", "full", "--stop", "\\n\\n",
+            ],
+            more,
+        ]
+        .concat();
+        json(&arguments)
+    };
+    let chat = of(&[question]);
+    assert!(
+        chat["text"].as_str().unwrap().ends_with("#### 19"),
+        "{chat}"
+    );
+    let same_text = of(&["--no-chat", QUESTION]);
+    assert_eq!(
+        (&chat["text"], &chat["prompt_tokens"]),
+        (&same_text["text"], &same_text["prompt_tokens"])
+    );
+    let told = of(&["--system-prompt", "Solve it.", question]);
+    assert!(told["prompt_tokens"].as_u64() > chat["prompt_tokens"].as_u64());
+
+    std::fs::write(&template, "{% if %}").unwrap();
+    let message = fails(1, &["run", "-m", model, "--cache", "full", question]);
+    assert!(
+        message.contains("--no-chat") && message.contains("does not parse"),
+        "{message}"
+    );
+    of(&["--no-chat", QUESTION]);
+    std::fs::remove_file(&template).unwrap();
+    let message = fails(
+        1,
+        &[
+            "run",
+            "-m",
+            model,
+            "--cache",
+            "full",
+            "--system-prompt",
+            "x",
+            question,
+        ],
+    );
+    assert!(message.contains("has none"), "{message}");
+}
+
 #[test]
 fn a_closed_pipe_is_no_error() {
     let mut child = lexico()

@@ -64,6 +64,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A chat template that does not parse, or that refuses a conversation.
+    #[error("the model's chat template: {0}")]
+    Chat(String),
     /// No cache method of that name.
     #[error("no cache method {name:?}; there are: {known}")]
     UnknownMethod {

@@ -16,7 +16,11 @@ use crate::weights::{INDEX, SINGLE, shard_names};
 /// Files that every model must have.
 const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
 /// Files that a model may have.
-const OPTIONAL: [&str; 2] = ["generation_config.json", "tokenizer_config.json"];
+const OPTIONAL: [&str; 3] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+];
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// A model on the hub.

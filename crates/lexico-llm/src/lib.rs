@@ -25,6 +25,7 @@
 //! ```
 
 pub mod cache;
+pub mod chat;
 pub mod config;
 pub mod decoder;
 mod error;

@@ -8,6 +8,7 @@ use lexico::dictionary::ModelIdentity;
 use lexico::tensor_file::TensorFile;
 
 use crate::cache::{CacheContext, CacheSpec, KvCache};
+use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, read_required};
 use crate::decoder::Decoder;
 use crate::error::{Result, io};
@@ -29,6 +30,8 @@ pub struct Model {
     pub end_tokens: Vec<u32>,
     /// Texts that end a generation unless the caller says otherwise.
     pub stop_texts: Vec<String>,
+    /// The source of its chat template, where it has one.
+    chat_template: Option<String>,
     /// Its dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
@@ -41,6 +44,8 @@ struct ModelFiles {
     generation_config: Option<String>,
     tokenizer: Vec<u8>,
     tokenizer_config: Option<String>,
+    /// `chat_template.jinja`, as transformers 5 writes it.
+    chat_template: Option<String>,
     weights: Weights,
 }
 
@@ -71,6 +76,7 @@ impl Model {
             generation_config: Some(text(embedded!("generation_config.json"))),
             tokenizer: embedded!("tokenizer.json").to_vec(),
             tokenizer_config: Some(text(embedded!("tokenizer_config.json"))),
+            chat_template: None,
             weights: Weights::single(TensorFile::from_static(
                 "tiny/model.safetensors",
                 embedded!("model.safetensors"),
@@ -102,6 +108,7 @@ impl Model {
             generation_config: optional("generation_config.json")?,
             tokenizer: read_required(folder, "tokenizer.json")?,
             tokenizer_config: optional("tokenizer_config.json")?,
+            chat_template: optional("chat_template.jinja")?,
             weights: Weights::open(folder)?,
         };
         let name = folder.canonicalize().map_err(io(folder))?;
@@ -109,6 +116,15 @@ impl Model {
             .file_name()
             .map_or("model".into(), |name| name.to_string_lossy());
         Self::assemble(&name, files, quantize)
+    }
+
+    /// The model's chat template, where it has one.
+    ///
+    /// # Errors
+    /// [`Error::Chat`](crate::Error::Chat) where it does not parse.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        let parse = |source| ChatTemplate::parse(source, self.tokenizer.special.clone());
+        self.chat_template.as_deref().map(parse).transpose()
     }
 
     /// Loads the model's dictionaries from a file, [`DICTIONARY_FILE`] of its folder, say.
@@ -128,11 +144,15 @@ impl Model {
         let end_tokens = generation.end_tokens;
         let path = files.folder.join("tokenizer.json");
         let tokenizer_config = files.tokenizer_config.as_deref();
+        let tokenizer = Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?;
         Ok(Self {
             name: name.to_owned(),
+            chat_template: files
+                .chat_template
+                .or_else(|| tokenizer.chat_template.clone()),
             end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
             stop_texts: generation.stop_texts,
-            tokenizer: Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?,
+            tokenizer,
             decoder: Decoder::load(files.config, &files.weights, quantize)?,
             dictionaries: None,
         })

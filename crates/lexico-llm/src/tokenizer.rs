@@ -12,6 +12,10 @@ pub struct Tokenizer {
     inner: Inner,
     /// Put first where the tokenizer does not do so itself.
     begin: Option<u32>,
+    /// Special tokens by the names that chat templates use.
+    pub(crate) special: Vec<(&'static str, String)>,
+    /// The source of the chat template in the tokenizer's config.
+    pub(crate) chat_template: Option<String>,
 }
 
 impl Tokenizer {
@@ -41,15 +45,27 @@ impl Tokenizer {
         let llama = class.starts_with("Llama") || class == "PreTrainedTokenizerFast";
         let by_itself = llama && inner.get_post_processor().is_none();
         let wanted = config.add_bos_token.unwrap_or(by_itself);
-        let begin = match config.bos_token {
+        let bos = config.bos_token;
+        let begin = match &bos {
             Some(token) if wanted => {
-                let token = token.text();
+                let token = token.clone().text();
                 let id = inner.token_to_id(&token);
                 Some(id.ok_or_else(|| error(format!("its vocabulary lacks {token:?}")))?)
             }
             _ => None,
         };
-        Ok(Self { inner, begin })
+        let special = [("bos_token", bos), ("eos_token", config.eos_token)];
+        let special = special.into_iter();
+        Ok(Self {
+            inner,
+            begin,
+            special: special
+                .filter_map(|(name, t)| Some((name, t?.text())))
+                .collect(),
+            chat_template: config
+                .chat_template
+                .and_then(TemplateSource::default_template),
+        })
     }
 
     /// Tokens of the beginning of a text: with the beginning-of-text token where the model has one.
@@ -165,10 +181,38 @@ struct RawConfig {
     tokenizer_class: Option<String>,
     add_bos_token: Option<bool>,
     bos_token: Option<SpecialToken>,
+    eos_token: Option<SpecialToken>,
+    chat_template: Option<TemplateSource>,
+}
+
+/// One chat template, or several by name.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TemplateSource {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl TemplateSource {
+    fn default_template(self) -> Option<String> {
+        match self {
+            TemplateSource::One(template) => Some(template),
+            TemplateSource::Named(templates) => {
+                let default = templates.into_iter().find(|t| t.name == "default");
+                default.map(|t| t.template)
+            }
+        }
+    }
 }
 
 /// A token as a string, or as the object that older files write.
-#[derive(Deserialize)]
+#[derive(Deserialize, Clone)]
 #[serde(untagged)]
 enum SpecialToken {
     Text(String),
