@@ -1,5 +1,6 @@
 //! The program `lexico`: arguments and printing around the libraries.
 
+mod bench;
 mod codes;
 mod eval;
 mod import;
@@ -33,6 +34,8 @@ enum Command {
     Train(train::Train),
     /// Compare cache methods on a task
     Eval(eval::Eval),
+    /// Measure speed
+    Bench(bench::Bench),
     /// Code the vectors of a file over a dictionary
     Encode(codes::Encode),
     /// Turn codes back into vectors
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
     let command = Arguments::command()
         .after_help(EXIT_CODES)
         .mut_subcommand("run", |c| c.after_help(caches.clone()))
+        .mut_subcommand("bench", |c| c.after_help(caches.clone()))
         .mut_subcommand("eval", |c| c.after_help(caches.clone()));
     let arguments = match Arguments::from_arg_matches(&command.get_matches()) {
         Ok(arguments) => arguments,
@@ -77,6 +81,7 @@ fn work(arguments: Arguments) -> anyhow::Result<()> {
         Command::Run(run) => run.run(),
         Command::Train(train) => train.run(),
         Command::Eval(eval) => eval.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Encode(encode) => encode.run(),
         Command::Decode(decode) => decode.run(),
         Command::Import(import) => import.run(),

@@ -391,6 +391,13 @@ fn bad_prompts_models_and_caches_fail_clearly() {
             vec!["run", "--quantize", "q5_1", "x"],
             "q8_0, q6_k, q4_k",
         ),
+        (
+            2,
+            vec!["bench", "decode", "--shape", "gpt-9"],
+            "llama-3.2-1b",
+        ),
+        (1, vec!["bench", "decode", "--context", "131072"], "131072"),
+        (1, vec!["bench", "decode", "--steps", "0"], "--steps"),
         (2, vec!["fly"], "fly"),
         (2, vec![], "Usage"),
     ];

@@ -34,6 +34,7 @@ pub mod hub;
 pub mod import;
 mod model;
 pub mod sample;
+pub mod shape;
 mod tokenizer;
 pub mod train;
 mod weights;

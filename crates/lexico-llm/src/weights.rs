@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use candle_core::{DType, Device, Tensor};
+use half::f16;
 use lexico::tensor_file::{Dtype, TensorFile};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 
 use crate::error::{Error, Result, io};
@@ -52,8 +55,14 @@ impl FromStr for Quantize {
     }
 }
 
-/// Named weights, converted to f32 as they are read.
-pub(crate) struct Weights {
+/// Named weights: of files, or drawn.
+pub(crate) enum Weights {
+    Files(Files),
+    Random,
+}
+
+/// The files of a model's weights.
+pub(crate) struct Files {
     files: Vec<TensorFile>,
     /// Which file holds a weight.
     file_of: HashMap<String, usize>,
@@ -82,11 +91,11 @@ impl Weights {
     pub(crate) fn single(file: TensorFile) -> Self {
         let path = file.path().to_owned();
         let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
-        Self {
+        Self::Files(Files {
             files: vec![file],
             file_of,
             path,
-        }
+        })
     }
 
     fn sharded(folder: &Path, index: PathBuf) -> Result<Self> {
@@ -113,11 +122,16 @@ impl Weights {
             };
             file_of.insert(weight, number);
         }
-        Ok(Self {
+        Ok(Self::Files(Files {
             files,
             file_of,
             path: index,
-        })
+        }))
+    }
+
+    /// Weights of any name and shape, each drawn by its name: norms are 1, the rest small.
+    pub(crate) fn random() -> Self {
+        Self::Random
     }
 
     /// Reads one weight, which must have `shape`, and converts it to f32: products of bf16 weights
@@ -128,6 +142,32 @@ impl Weights {
 
     /// Reads one weight, which must have `shape`, in its own number type.
     pub(crate) fn get_as_stored(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match self {
+            Self::Files(files) => files.get(name, shape),
+            Self::Random => drawn(name, shape),
+        }
+    }
+}
+
+/// Numbers whose products keep activations of the size that trained weights do.
+fn drawn(name: &str, shape: &[usize]) -> Result<Tensor> {
+    let count = shape.iter().product();
+    let numbers: Vec<f16> = if name.ends_with("norm.weight") {
+        vec![f16::ONE; count]
+    } else {
+        let seed = name
+            .bytes()
+            .fold(0u64, |seed, b| seed.wrapping_mul(31) + u64::from(b));
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let draw = |_| f16::from_f32(rng.random_range(-0.03f32..0.03));
+        (0..count).map(draw).collect()
+    };
+    Ok(Tensor::from_vec(numbers, shape, &Device::Cpu)?)
+}
+
+impl Files {
+    /// Reads one weight as it is stored.
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let error = |path: &Path, reason: String| Error::Weight {
             path: path.to_owned(),
             name: name.to_owned(),

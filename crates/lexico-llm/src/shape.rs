@@ -1,0 +1,156 @@
+//! Models of a known shape with random weights, for measuring speed and memory where no weights are.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use lexico::dictionary::{LayerDictionaries, Training};
+use lexico::{Dictionary, DictionarySet};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::cache::KvCache;
+use crate::config::{Config, Rotary, RotaryScaling};
+use crate::decoder::Decoder;
+use crate::error::Result;
+use crate::weights::{Quantize, Weights};
+
+/// Names of the shapes there are.
+pub const SHAPES: [&str; 4] = ["llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"];
+
+/// Positions that [`fill`] adds at a time.
+const CHUNK: usize = 512;
+
+/// The config of a known model; `None` for a name that is not among [`SHAPES`].
+pub fn config(name: &str) -> Option<Config> {
+    let llama3 = |factor| Rotary {
+        theta: 500_000.0,
+        scaling: RotaryScaling::Llama3 {
+            factor,
+            low_frequency_factor: 1.0,
+            high_frequency_factor: 4.0,
+            original_context: 8192.0,
+        },
+    };
+    let plain = || Rotary {
+        theta: 1_000_000.0,
+        scaling: RotaryScaling::None,
+    };
+    // Architecture; hidden, feed-forward, layers, heads, KV heads, head dim; vocabulary, context.
+    let (architecture, [hidden, intermediate, layers, heads, kv_heads, head_dim], sizes, rotary) =
+        match name {
+            "llama-3.2-1b" => {
+                let shape = [2048, 8192, 16, 32, 8, 64];
+                ("LlamaForCausalLM", shape, [128_256, 131_072], llama3(32.0))
+            }
+            "llama-3.1-8b" => {
+                let shape = [4096, 14_336, 32, 32, 8, 128];
+                ("LlamaForCausalLM", shape, [128_256, 131_072], llama3(8.0))
+            }
+            "mistral-7b" => {
+                let shape = [4096, 14_336, 32, 32, 8, 128];
+                ("MistralForCausalLM", shape, [32_768, 32_768], plain())
+            }
+            "qwen2.5-7b" => {
+                let shape = [3584, 18_944, 28, 28, 4, 128];
+                ("Qwen2ForCausalLM", shape, [152_064, 32_768], plain())
+            }
+            _ => return None,
+        };
+    Some(Config {
+        architecture: architecture.to_owned(),
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        vocabulary: sizes[0],
+        context: sizes[1],
+        norm_epsilon: 1e-5,
+        rotary,
+        biases: architecture == "Qwen2ForCausalLM",
+        head_norms: false,
+        window: None,
+        tied_head: name == "llama-3.2-1b",
+        end_tokens: Vec::new(),
+    })
+}
+
+impl Decoder {
+    /// A decoder of this shape with random weights, the same for the same config.
+    ///
+    /// # Errors
+    /// Where memory or the tensor library fails.
+    pub fn random(config: Config, quantize: Quantize) -> Result<Self> {
+        Self::load(config, &Weights::random(), quantize)
+    }
+}
+
+/// Dictionaries of random atoms for a model of this shape.
+///
+/// # Errors
+/// [`lexico::Error::Dictionary`] for a number of atoms that is impossible.
+pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Arc<DictionarySet>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut dictionary = || {
+        let numbers = (0..atoms * config.head_dim).map(|_| rng.random_range(-1f32..1.0));
+        Dictionary::normalised(numbers.collect(), config.head_dim)
+    };
+    let mut layers = Vec::with_capacity(config.layers);
+    for _ in 0..config.layers {
+        layers.push(LayerDictionaries {
+            keys: dictionary()?,
+            values: dictionary()?,
+        });
+    }
+    Ok(Arc::new(DictionarySet {
+        layers,
+        model: config.identity("random"),
+        training: Training {
+            sparsity,
+            ..Training::default()
+        },
+    }))
+}
+
+/// Fills a cache with random keys and values, as if so many positions had been read.
+///
+/// # Errors
+/// What the cache returns.
+pub fn fill(cache: &mut dyn KvCache, config: &Config, positions: usize) -> Result<()> {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for first in (0..positions).step_by(CHUNK) {
+        let t = CHUNK.min(positions - first);
+        let shape = (config.kv_heads, t, config.head_dim);
+        let mut draw = || {
+            let count = config.kv_heads * t * config.head_dim;
+            let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-1f32..1.0)).collect();
+            Tensor::from_vec(numbers, shape, &Device::Cpu)
+        };
+        let (k, v) = (draw()?, draw()?);
+        for layer in 0..config.layers {
+            // One query head a KV head: what attention computes here is thrown away.
+            cache.attend(layer, &k, &k, &v)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_is_known_and_possible() {
+        for name in SHAPES {
+            let config = config(name).unwrap();
+            assert!(config.heads.is_multiple_of(config.kv_heads), "{name}");
+        }
+        assert!(config("llama-9").is_none());
+        // Llama 3.1 8B keeps 128 KiB a token in FP16.
+        assert_eq!(
+            config("llama-3.1-8b").unwrap().fp16_cache_bytes(1),
+            128 * 1024
+        );
+    }
+}
