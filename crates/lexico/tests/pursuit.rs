@@ -29,6 +29,14 @@ fn residual_norm(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficien
     norm(&rest)
 }
 
+/// What rounding the coefficients to f32 alone can add to a residual, atoms being of unit length:
+/// nearly dependent atoms, as a drawn square dictionary has them, take coefficients far larger
+/// than the vector.
+fn rounding(coefficients: &[f32]) -> f64 {
+    let sum: f64 = coefficients.iter().map(|c| f64::from(c.abs())).sum();
+    sum * 2f64.powi(-24)
+}
+
 /// Replays a code in f64: every atom must have been a greedy choice up to rounding, none twice,
 /// and the coefficients those of least squares.
 fn check_greedy(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficients: &[f32]) {
@@ -60,7 +68,7 @@ fn check_greedy(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficient
     }
     let got = residual_norm(dictionary, x, indices, coefficients);
     assert!(
-        (got - norm(&rest)).abs() <= 1e-4 * norm(&rest) + 2e-6 * whole,
+        (got - norm(&rest)).abs() <= 1e-4 * norm(&rest) + 2e-6 * whole + rounding(coefficients),
         "residual {got}, least squares {}",
         norm(&rest)
     );
@@ -94,7 +102,8 @@ proptest! {
             let sure_stop = (found.residual_norm / whole - f64::from(tolerance)).abs() > 1e-5;
             if found.narrowest_lead > 1e-4 && sure_stop {
                 prop_assert!(
-                    (got - found.residual_norm).abs() <= 1e-4 * found.residual_norm + 2e-6 * whole,
+                    (got - found.residual_norm).abs()
+                        <= 1e-4 * found.residual_norm + 2e-6 * whole + rounding(coefficients),
                     "residual {}, oracle {}", got, found.residual_norm
                 );
             }

@@ -170,6 +170,8 @@ impl<'d> Pursuit<'d> {
             directions,
             triangles,
             weights,
+            corrections,
+            exact,
             states,
             fresh,
         } = workspace;
@@ -248,13 +250,45 @@ impl<'d> Pursuit<'d> {
         }
         for (v, state) in states.iter().enumerate() {
             let length = usize::from(found.lengths[v]);
+            let indices = &found.indices[v * s..][..length];
             let coefficients = &mut found.coefficients[v * s..][..length];
             let triangle = &triangles[v * s * s..(v + 1) * s * s];
-            solve(triangle, s, &weights[v * s..][..length], coefficients);
+            let directions = &directions[v * s * m..][..length * m];
+            let weights = &mut weights[v * s..][..length];
+            solve(triangle, s, weights, coefficients);
+            // One step of iterative refinement, residuals in f64: an ill-conditioned support would
+            // else magnify the rounding of its directions.
+            let x = &mut residuals[v * m..(v + 1) * m];
+            scale_by_power(&vectors[v * m..(v + 1) * m], -state.exponent, x);
+            self.residual(x, indices, coefficients, exact);
+            for (weight, direction) in weights.iter_mut().zip(directions.chunks_exact(m)) {
+                let terms = direction.iter().zip(exact.iter());
+                *weight = terms.map(|(&d, r)| f64::from(d) * r).sum::<f64>() as f32;
+            }
+            let corrections = &mut corrections[..length];
+            solve(triangle, s, weights, corrections);
+            for (c, correction) in coefficients.iter_mut().zip(corrections) {
+                *c += *correction;
+            }
+            self.residual(x, indices, coefficients, exact);
+            let rest = exact.iter().map(|r| r * r).sum::<f64>().sqrt() as f32;
+            found.relative_errors[v] = rest / state.whole.max(f32::MIN_POSITIVE);
             for c in coefficients {
                 *c = scale_one(*c, state.exponent);
             }
-            found.relative_errors[v] = state.rest / state.whole.max(f32::MIN_POSITIVE);
+        }
+    }
+
+    /// `x − Σ c_j · D[i_j]`, in f64.
+    fn residual(&self, x: &[f32], indices: &[u16], coefficients: &[f32], out: &mut [f64]) {
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out = f64::from(x);
+        }
+        for (&i, &c) in indices.iter().zip(coefficients) {
+            let atom = self.dictionary.atom(usize::from(i));
+            for (out, &d) in out.iter_mut().zip(atom) {
+                *out -= f64::from(c) * f64::from(d);
+            }
         }
     }
 
@@ -305,6 +339,10 @@ struct Workspace {
     triangles: Vec<f32>,
     /// Each vector in its directions, `[b, s]`.
     weights: Vec<f32>,
+    /// Of one vector's coefficients, `[s]`.
+    corrections: Vec<f32>,
+    /// One vector's residual, `[m]`.
+    exact: Vec<f64>,
     states: Vec<State>,
     /// The newest directions of the active vectors.
     fresh: Vec<f32>,
@@ -321,6 +359,8 @@ impl Workspace {
             directions: vec![0.0; b * s * m],
             triangles: vec![0.0; b * s * s],
             weights: vec![0.0; b * s],
+            corrections: vec![0.0; s],
+            exact: vec![0.0; m],
             states: Vec::with_capacity(b),
             fresh: Vec::with_capacity(b * m),
         }
