@@ -12,7 +12,7 @@ pub struct Found {
     /// `‖x − x̂‖`.
     pub residual_norm: f64,
     /// The narrowest lead, over all steps, of the chosen atom's correlation over the runner-up's,
-    /// relative to it. Where this is near rounding, another order of arithmetic may rightly
+    /// relative to `‖x‖`. Where this is near rounding, arithmetic of less precision may rightly
     /// choose another support.
     pub narrowest_lead: f64,
 }
@@ -54,7 +54,7 @@ pub fn encode(dictionary: &Dictionary, x: &[f32], sparsity: usize, tolerance: f6
             found.support.pop();
             break;
         };
-        found.narrowest_lead = found.narrowest_lead.min((best.1 - second) / best.1);
+        found.narrowest_lead = found.narrowest_lead.min((best.1 - second) / whole);
         residual = x.clone();
         for (&n, c) in found.support.iter().zip(&coefficients) {
             for (r, &d) in residual.iter_mut().zip(dictionary.atom(n)) {
