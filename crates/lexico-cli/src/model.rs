@@ -52,15 +52,13 @@ impl ModelArguments {
     }
 
     fn read(&self, model: &mut Model, path: &Path) -> anyhow::Result<()> {
-        let file = || path.display().to_string();
-        if path.extension().is_some_and(|e| e == "pt") {
-            let dictionaries = import_reference(path, model.identity())?;
-            model.set_dictionaries(dictionaries).with_context(file)
+        let dictionaries = if path.extension().is_some_and(|e| e == "pt") {
+            import_reference(path, model.identity())?
         } else {
-            model
-                .set_dictionaries(DictionarySet::load(path)?)
-                .with_context(file)
-        }
+            DictionarySet::load(path)?
+        };
+        let set = model.set_dictionaries(dictionaries);
+        set.with_context(|| path.display().to_string())
     }
 }
 

@@ -157,6 +157,14 @@ fn a_model_is_downloaded_once_and_then_serves_offline() {
     let again = hub.lexico(home.path(), &[&run[..], &["--json"]].concat());
     let report: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
     assert_eq!(report["model"], "org/open");
+    // What is cached is used without asking: also where there is no network and nobody said so.
+    assert_eq!(hub.requests.load(Ordering::SeqCst), asked);
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:9".to_owned(),
+        ..Hub::start()
+    };
+    let output = unreachable.lexico(home.path(), &run);
+    assert!(output.status.success(), "{}", text(&output.stderr));
 
     let offline = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
         .args(run)

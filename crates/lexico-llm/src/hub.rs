@@ -61,26 +61,14 @@ impl HubName {
     /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
     /// accepted, a hub out of reach, and being offline.
     pub fn fetch(&self, progress: bool) -> Result<PathBuf> {
-        let hub = Hub::new(self, progress)?;
-        let config = hub.file(REQUIRED[0])?;
-        for file in &REQUIRED[1..] {
-            hub.file(file)?;
+        let mut hub = Hub::new(self, progress)?;
+        let forbidden = std::mem::replace(&mut hub.offline, true);
+        // Weights come last: where the cache has them, it has all that the hub had to give.
+        if let Ok(folder) = hub.gather() {
+            return Ok(folder);
         }
-        for file in OPTIONAL {
-            hub.optional(file)?;
-        }
-        match hub.optional(INDEX)? {
-            Some(index) => {
-                for shard in shard_names(&index)? {
-                    hub.file(&shard)?;
-                }
-            }
-            None => {
-                hub.file(SINGLE)?;
-            }
-        }
-        let folder = config.parent().map(PathBuf::from).unwrap_or_default();
-        Ok(folder)
+        hub.offline = forbidden;
+        hub.gather()
     }
 }
 
@@ -91,6 +79,7 @@ struct Hub<'a> {
     remote: ApiRepo,
     endpoint: String,
     token: Option<String>,
+    /// Whether to look in the cache only.
     offline: bool,
 }
 
@@ -120,6 +109,28 @@ impl<'a> Hub<'a> {
             token,
             offline: variable("HF_HUB_OFFLINE").is_some_and(|v| v != "0"),
         })
+    }
+
+    /// The folder of the model's files, once all of them are there.
+    fn gather(&self) -> Result<PathBuf> {
+        let config = self.file(REQUIRED[0])?;
+        for file in &REQUIRED[1..] {
+            self.file(file)?;
+        }
+        for file in OPTIONAL {
+            self.optional(file)?;
+        }
+        match self.optional(INDEX)? {
+            Some(index) => {
+                for shard in shard_names(&index)? {
+                    self.file(&shard)?;
+                }
+            }
+            None => {
+                self.file(SINGLE)?;
+            }
+        }
+        Ok(config.parent().map(PathBuf::from).unwrap_or_default())
     }
 
     fn file(&self, file: &str) -> Result<PathBuf> {
