@@ -7,13 +7,14 @@ use lexico::dictionary;
 use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
 use lexico_llm::config::Config;
+use lexico_llm::gguf::GgufModel;
 use serde_json::{Value, json};
 
 use crate::ui;
 
 #[derive(Args)]
 pub(crate) struct Inspect {
-    /// A dictionary, code or model file (.safetensors), or a model folder
+    /// A dictionary, code or model file (.safetensors, .gguf), or a model folder
     file: PathBuf,
     /// Print one JSON document
     #[arg(long)]
@@ -23,7 +24,12 @@ pub(crate) struct Inspect {
 impl Inspect {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let report = if self.file.is_dir() {
-            folder(&self.file)?
+            let beside = self.file.join(DICTIONARY_FILE).is_file();
+            model(&Config::load(&self.file)?, beside, None)
+        } else if self.file.extension().is_some_and(|e| e == "gguf") {
+            let beside = self.file.with_file_name(DICTIONARY_FILE).is_file();
+            let gguf = GgufModel::open(&self.file)?;
+            model(gguf.config(), beside, Some(&gguf))
         } else {
             let file = TensorFile::open(&self.file)?;
             match file.metadata().get("format").map(String::as_str) {
@@ -181,11 +187,10 @@ fn tensors(file: &TensorFile) -> anyhow::Result<Report> {
     Ok(Report { text, json })
 }
 
-fn folder(path: &Path) -> anyhow::Result<Report> {
-    let config = Config::load(path)?;
-    let dictionaries = path.join(DICTIONARY_FILE).is_file();
+/// A model's shape, and what a GGUF file says beyond it.
+fn model(config: &Config, dictionaries: bool, gguf: Option<&GgufModel>) -> Report {
     let per_token = config.fp16_cache_bytes(1);
-    let text = facts(&[
+    let mut lines = vec![
         ("kind", "model".to_owned()),
         ("architecture", config.architecture.clone()),
         ("layers", config.layers.to_string()),
@@ -202,15 +207,23 @@ fn folder(path: &Path) -> anyhow::Result<Report> {
             if dictionaries { "beside it" } else { "none" }.to_owned(),
         ),
         ("FP16 cache", format!("{} a token", ui::bytes(per_token))),
-    ]);
-    let json = json!({
+    ];
+    let mut json = json!({
         "kind": "model", "architecture": config.architecture, "layers": config.layers,
         "heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim,
         "hidden": config.hidden, "vocabulary": config.vocabulary, "context": config.context,
         "dictionaries": dictionaries, "fp16_cache_bytes_per_token": per_token,
     });
-    Ok(Report {
-        text: text.trim_end().to_owned(),
+    if let Some(gguf) = gguf {
+        let types = gguf.number_types();
+        let counts = types.iter().map(|(name, count)| format!("{count} {name}"));
+        lines.insert(1, ("name", gguf.name()));
+        lines.push(("tensors", counts.collect::<Vec<_>>().join(", ")));
+        json["name"] = gguf.name().into();
+        json["tensors"] = json!(types);
+    }
+    Report {
+        text: facts(&lines).trim_end().to_owned(),
         json,
-    })
+    }
 }

@@ -6,6 +6,7 @@ mod eval;
 mod import;
 mod inspect;
 mod interrupt;
+mod memory;
 mod model;
 mod run;
 mod train;

@@ -13,15 +13,11 @@ use lexico_llm::{DICTIONARY_FILE, Model, Quantize};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
-    /// The model: "tiny" (embedded), a folder in Hugging Face layout, or org/name[@revision] on the hub
-    #[arg(
-        short,
-        long,
-        default_value = "tiny",
-        value_name = "tiny|FOLDER|ORG/NAME"
-    )]
+    /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
+    /// org/name[@revision][/file.gguf] on the hub
+    #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     pub(crate) model: String,
-    /// How the model's matrices are held: none (f32), q8_0, q6_k or q4_k
+    /// How the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
     /// The model's dictionaries, a file of `lexico train` or a .pt of the reference implementation
@@ -39,7 +35,7 @@ impl ModelArguments {
             self.read(&mut model, path)?;
         } else if needed && model.dictionaries.is_none() {
             let places = [
-                Some(folder(&self.model)?.join(DICTIONARY_FILE)),
+                Some(beside(&path_of(&self.model)?)),
                 own_dictionary(&model.name),
             ];
             let places: Vec<PathBuf> = places.into_iter().flatten().collect();
@@ -66,16 +62,25 @@ pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model
     if name == "tiny" {
         return Ok(Model::tiny_quantised(quantize)?);
     }
-    let mut model = Model::load(&folder(name)?, quantize)?;
+    let mut model = Model::load(&path_of(name)?, quantize)?;
     if let Some(hub) = hub_name(name) {
-        // The folder in the hub's cache is named by commit.
+        // The folder in the hub's cache is named by commit, and many GGUF files by nobody.
         model.name = hub.repository;
     }
     Ok(model)
 }
 
-/// The folder of a model that is not embedded: a path, else a name on the hub.
-fn folder(name: &str) -> anyhow::Result<PathBuf> {
+/// Where the dictionaries of a model's folder or GGUF file lie.
+fn beside(model: &Path) -> PathBuf {
+    if model.is_file() {
+        model.with_file_name(DICTIONARY_FILE)
+    } else {
+        model.join(DICTIONARY_FILE)
+    }
+}
+
+/// The folder or file of a model that is not embedded: a path, else a name on the hub.
+pub(crate) fn path_of(name: &str) -> anyhow::Result<PathBuf> {
     match hub_name(name) {
         Some(hub) => Ok(hub.fetch(std::io::stderr().is_terminal())?),
         None => Ok(PathBuf::from(name)),

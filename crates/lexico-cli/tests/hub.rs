@@ -19,7 +19,14 @@ fn tiny_file(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A hub with three models: `org/open`, `org/gated`, and `org/bare` without weights.
+fn family_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../lexico-llm/tests/fixtures/families")
+        .join(name)
+}
+
+/// A hub with four models: `org/open`, `org/gated`, `org/bare` without weights, and `org/files` with
+/// GGUF files.
 struct Hub {
     endpoint: String,
     requests: Arc<AtomicUsize>,
@@ -89,6 +96,10 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
         "/api/models/org/open" | "/api/models/org/bare" => {
             return send_json(&mut stream, "{\"gated\": false}");
         }
+        "/api/models/org/files" => {
+            let files = "{\"siblings\": [{\"rfilename\": \"README.md\"}, {\"rfilename\": \"m-q8_0.gguf\"}]}";
+            return send_json(&mut stream, files);
+        }
         "/api/models/org/gated" => return send_json(&mut stream, "{\"gated\": \"manual\"}"),
         _ => {}
     }
@@ -102,6 +113,8 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
         "gated" => return refuse(&mut stream, "401 Unauthorized"),
         "bare" if file.contains("safetensors") => return refuse(&mut stream, "404 Not Found"),
         "open" | "bare" => std::fs::read(tiny_file(file)),
+        "files" if file == "m-q8_0.gguf" => std::fs::read(family_file("llama/q8_0.gguf")),
+        "files" => return refuse(&mut stream, "404 Not Found"),
         _ => return refuse(&mut stream, "401 Unauthorized"),
     };
     let Ok(bytes) = file else {
@@ -227,6 +240,28 @@ fn refusals_are_told_apart() {
         message.contains("no network") && message.contains("127.0.0.1:9"),
         "{message}"
     );
+}
+
+#[test]
+fn a_gguf_file_of_a_repository_runs() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let run = |name: &str| {
+        let common = ["run", "-m", name, "--cache", "full", "-n", "4", "--json"];
+        hub.lexico(home.path(), &[&common[..], &["Ana"]].concat())
+    };
+    let output = run("org/files/m-q8_0.gguf");
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{err}");
+    assert!(out.contains("\"org/files\""), "{out}");
+    let asked = hub.requests.load(Ordering::SeqCst);
+    assert!(run("org/files@main/m-q8_0.gguf").status.success());
+    assert_eq!(hub.requests.load(Ordering::SeqCst), asked);
+    // The message leads from what is not there to what is.
+    for name in ["org/files", "org/files/m-q4_k.gguf"] {
+        let message = text(&run(name).stderr);
+        assert!(message.contains("m-q8_0.gguf"), "{message}");
+    }
 }
 
 #[test]

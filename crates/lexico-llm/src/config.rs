@@ -81,6 +81,8 @@ pub enum RotaryScaling {
         /// Positions that the model was first trained on.
         original_context: f64,
     },
+    /// Each frequency is divided by a factor of its own, `[m / 2]`, as GGUF files have it.
+    Factors(Vec<f32>),
 }
 
 impl Rotary {
@@ -90,29 +92,36 @@ impl Rotary {
             let exponent = (2 * i) as f32 / head_dim as f32;
             1.0 / (self.theta as f32).powf(exponent)
         });
-        let RotaryScaling::Llama3 {
-            factor,
-            low_frequency_factor: low,
-            high_frequency_factor: high,
-            original_context,
-        } = self.scaling
-        else {
-            return plain.collect();
-        };
-        let scaled = |frequency: f32| {
-            let frequency = f64::from(frequency);
-            let wavelengths = original_context * frequency / std::f64::consts::TAU;
-            let kept = ((wavelengths - low) / (high - low)).clamp(0.0, 1.0);
-            ((1.0 - kept) * frequency / factor + kept * frequency) as f32
-        };
-        plain.map(scaled).collect()
+        match &self.scaling {
+            RotaryScaling::None => plain.collect(),
+            RotaryScaling::Factors(factors) => plain.zip(factors).map(|(x, f)| x / f).collect(),
+            &RotaryScaling::Llama3 {
+                factor,
+                low_frequency_factor: low,
+                high_frequency_factor: high,
+                original_context,
+            } => {
+                let scaled = |frequency: f32| {
+                    let frequency = f64::from(frequency);
+                    let wavelengths = original_context * frequency / std::f64::consts::TAU;
+                    let kept = ((wavelengths - low) / (high - low)).clamp(0.0, 1.0);
+                    ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+                };
+                plain.map(scaled).collect()
+            }
+        }
     }
 
     fn identity(&self) -> RotaryIdentity {
         let mut parameters = BTreeMap::new();
-        let kind = match self.scaling {
+        let kind = match &self.scaling {
             RotaryScaling::None => "default",
-            RotaryScaling::Llama3 {
+            RotaryScaling::Factors(factors) => {
+                let named = factors.iter().enumerate();
+                parameters.extend(named.map(|(i, &f)| (format!("factor_{i:03}"), f64::from(f))));
+                "factors"
+            }
+            &RotaryScaling::Llama3 {
                 factor,
                 low_frequency_factor,
                 high_frequency_factor,
@@ -259,11 +268,75 @@ impl Config {
         })
     }
 
+    /// Names and shapes of the weights of a layer, or of those outside of the layers.
+    pub(crate) fn weights(&self, layer: Option<usize>) -> Vec<(String, Vec<usize>)> {
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        let Some(layer) = layer else {
+            let table = vec![self.vocabulary, hidden];
+            let mut weights = vec![
+                ("model.embed_tokens.weight".to_owned(), table.clone()),
+                ("model.norm.weight".to_owned(), vec![hidden]),
+            ];
+            if !self.tied_head {
+                weights.push(("lm_head.weight".to_owned(), table));
+            }
+            return weights;
+        };
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let mut parts = vec![
+            ("input_layernorm.weight", vec![hidden]),
+            ("self_attn.q_proj.weight", vec![queries, hidden]),
+            ("self_attn.k_proj.weight", vec![keys, hidden]),
+            ("self_attn.v_proj.weight", vec![keys, hidden]),
+            ("self_attn.o_proj.weight", vec![hidden, queries]),
+            ("post_attention_layernorm.weight", vec![hidden]),
+            ("mlp.gate_proj.weight", vec![intermediate, hidden]),
+            ("mlp.up_proj.weight", vec![intermediate, hidden]),
+            ("mlp.down_proj.weight", vec![hidden, intermediate]),
+        ];
+        if self.biases {
+            parts.push(("self_attn.q_proj.bias", vec![queries]));
+            parts.push(("self_attn.k_proj.bias", vec![keys]));
+            parts.push(("self_attn.v_proj.bias", vec![keys]));
+        }
+        if self.head_norms {
+            parts.push(("self_attn.q_norm.weight", vec![self.head_dim]));
+            parts.push(("self_attn.k_norm.weight", vec![self.head_dim]));
+        }
+        let named = parts.into_iter();
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        named.map(|(part, shape)| (name(part), shape)).collect()
+    }
+
+    /// The text of a `config.json`.
+    pub(crate) fn to_json(&self) -> String {
+        let rotary = self.rotary.identity();
+        let mut parameters = serde_json::json!(rotary.parameters);
+        parameters["rope_type"] = rotary.kind.into();
+        parameters["rope_theta"] = rotary.theta.into();
+        let config = serde_json::json!({
+            "architectures": [self.architecture], "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim, "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context, "rms_norm_eps": self.norm_epsilon,
+            "hidden_act": "silu", "tie_word_embeddings": self.tied_head,
+            "sliding_window": self.window, "eos_token_id": self.end_tokens,
+            "rope_parameters": parameters,
+        });
+        format!("{config:#}\n")
+    }
+
     /// What a dictionary must agree with to serve this model.
     pub fn identity(&self, name: &str) -> ModelIdentity {
+        // One decoder serves both, and GGUF files call both llama.
+        let architecture = match self.architecture.as_str() {
+            "MistralForCausalLM" => "LlamaForCausalLM",
+            other => other,
+        };
         ModelIdentity {
             name: name.to_owned(),
-            architecture: self.architecture.clone(),
+            architecture: architecture.to_owned(),
             layers: self.layers,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,

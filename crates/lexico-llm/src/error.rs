@@ -38,6 +38,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A GGUF file is damaged, or lacks or holds what cannot be used.
+    #[error("{path}: {reason}", path = path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A tokenizer cannot be read or used.
     #[error("{path}: {reason}", path = path.display())]
     Tokenizer {

@@ -1,9 +1,10 @@
-//! Models by their hub name, `org/name` or `org/name@revision`, through the hub's own cache.
+//! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, through
+//! the hub's own cache.
 //!
 //! `HF_HOME` says where that cache is, `HF_TOKEN` who asks, `HF_ENDPOINT` which hub, and
 //! `HF_HUB_OFFLINE=1` keeps off the network. What is in the cache is used without asking.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
@@ -11,6 +12,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::gguf::part_paths;
 use crate::weights::{INDEX, SINGLE, shard_names};
 
 /// Files that every model must have.
@@ -30,32 +32,41 @@ pub struct HubName {
     pub repository: String,
     /// A branch, tag or commit.
     pub revision: String,
+    /// A GGUF file of the repository, in folders of it perhaps.
+    pub file: Option<String>,
 }
 
 impl FromStr for HubName {
     type Err = ();
 
-    /// Takes `org/name` or `org/name@revision`; anything else is no hub name.
+    /// Takes `org/name`, `org/name@revision`, and either with `/file.gguf`; anything else is no hub
+    /// name.
     fn from_str(text: &str) -> std::result::Result<Self, ()> {
-        let (repository, revision) = text.split_once('@').unwrap_or((text, "main"));
-        let (org, name) = repository.split_once('/').ok_or(())?;
         let plain = |part: &str| {
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
         };
-        if !plain(org) || !plain(name) || revision.is_empty() {
+        let (org, rest) = text.split_once('/').ok_or(())?;
+        let (name, file) = match rest.split_once('/') {
+            Some((name, file)) => (name, Some(file)),
+            None => (rest, None),
+        };
+        let (name, revision) = name.split_once('@').unwrap_or((name, "main"));
+        let gguf = |file: &str| file.ends_with(".gguf") && file.split('/').all(plain);
+        if !plain(org) || !plain(name) || revision.is_empty() || !file.is_none_or(gguf) {
             return Err(());
         }
         Ok(Self {
-            repository: repository.to_owned(),
+            repository: format!("{org}/{name}"),
             revision: revision.to_owned(),
+            file: file.map(str::to_owned),
         })
     }
 }
 
 impl HubName {
-    /// The folder of the model's files, which are downloaded where the cache lacks them; a download
-    /// that broke off is taken up again. With `progress`, bars are drawn on stderr.
+    /// The folder of the model's files, or its GGUF file, which are downloaded where the cache lacks
+    /// them; a download that broke off is taken up again. With `progress`, bars are drawn on stderr.
     ///
     /// # Errors
     /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
@@ -64,8 +75,8 @@ impl HubName {
         let mut hub = Hub::new(self, progress)?;
         let forbidden = std::mem::replace(&mut hub.offline, true);
         // Weights come last: where the cache has them, it has all that the hub had to give.
-        if let Ok(folder) = hub.gather() {
-            return Ok(folder);
+        if let Ok(path) = hub.gather() {
+            return Ok(path);
         }
         hub.offline = forbidden;
         hub.gather()
@@ -111,8 +122,15 @@ impl<'a> Hub<'a> {
         })
     }
 
-    /// The folder of the model's files, once all of them are there.
+    /// The folder of the model's files, or its GGUF file, once all of it is there.
     fn gather(&self) -> Result<PathBuf> {
+        if let Some(file) = &self.name.file {
+            let path = self.file(file)?;
+            for part in part_paths(Path::new(file)).unwrap_or_default() {
+                self.file(&part.to_string_lossy())?;
+            }
+            return Ok(path);
+        }
         let config = self.file(REQUIRED[0])?;
         for file in &REQUIRED[1..] {
             self.file(file)?;
@@ -138,7 +156,17 @@ impl<'a> Hub<'a> {
             let reason = if self.offline {
                 format!("{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
             } else {
-                format!("it has no {file}: it is no model of safetensors weights")
+                let gguf = self.gguf_files();
+                if self.name.file.is_some() || gguf.is_empty() {
+                    format!("it has no {file}{}", listed(&gguf))
+                } else {
+                    format!(
+                        "it has no {file}: its weights are GGUF files, name one of them as \
+                         {}/FILE.gguf{}",
+                        self.name.repository,
+                        listed(&gguf)
+                    )
+                }
             };
             self.name.error(reason)
         })
@@ -167,6 +195,13 @@ impl<'a> Hub<'a> {
                 ))),
             },
         }
+    }
+
+    /// The GGUF files of the repository, as far as the hub says.
+    fn gguf_files(&self) -> Vec<String> {
+        let files = self.info().map(|info| info.siblings).unwrap_or_default();
+        let names = files.into_iter().map(|file| file.rfilename);
+        names.filter(|name| name.ends_with(".gguf")).collect()
     }
 
     fn is_there(&self) -> bool {
@@ -210,6 +245,24 @@ struct Info {
     /// `false`, or how access is granted.
     #[serde(default)]
     gated: serde_json::Value,
+    /// Its files.
+    #[serde(default)]
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+}
+
+/// The end of a message that names files there are.
+fn listed(files: &[String]) -> String {
+    const MOST: usize = 12;
+    match files {
+        [] => String::new(),
+        _ if files.len() > MOST => format!("; there are {} and more", files[..MOST].join(", ")),
+        _ => format!("; there are {}", files.join(", ")),
+    }
 }
 
 impl Info {
@@ -224,7 +277,10 @@ impl Info {
 impl HubName {
     fn error(&self, reason: String) -> Error {
         Error::Hub {
-            name: format!("{}@{}", self.repository, self.revision),
+            name: match &self.file {
+                Some(file) => format!("{}@{}/{file}", self.repository, self.revision),
+                None => format!("{}@{}", self.repository, self.revision),
+            },
             reason,
         }
     }
@@ -248,16 +304,35 @@ mod tests {
 
     #[test]
     fn names_are_told_from_paths() {
-        let name = |text: &str| text.parse::<HubName>().map(|n| (n.repository, n.revision));
-        let pair = |a: &str, b: &str| Ok((a.to_owned(), b.to_owned()));
-        assert_eq!(name("org/model-1.5_b"), pair("org/model-1.5_b", "main"));
-        assert_eq!(name("org/model@v2"), pair("org/model", "v2"));
+        let name = |text: &str| {
+            let name = text.parse::<HubName>();
+            name.map(|n| (n.repository, n.revision, n.file))
+        };
+        let named = |a: &str, b: &str, c: Option<&str>| {
+            Ok((a.to_owned(), b.to_owned(), c.map(str::to_owned)))
+        };
+        assert_eq!(
+            name("org/model-1.5_b"),
+            named("org/model-1.5_b", "main", None)
+        );
+        assert_eq!(name("org/model@v2"), named("org/model", "v2", None));
+        assert_eq!(
+            name("org/model/m-q8_0.gguf"),
+            named("org/model", "main", Some("m-q8_0.gguf"))
+        );
+        assert_eq!(
+            name("org/model@v2/Q8/m.gguf"),
+            named("org/model", "v2", Some("Q8/m.gguf"))
+        );
         for text in [
             "model",
             "/org/model",
             "./model",
             "../model",
             "a/b/c",
+            "a/b/c.safetensors",
+            "a/b/../c.gguf",
+            "a/b//c.gguf",
             "org/",
             "org/m@",
             "o rg/m",

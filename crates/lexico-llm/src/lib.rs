@@ -1,6 +1,6 @@
 //! Language models whose KV cache is held as sparse codes.
 //!
-//! A [`Model`] reads a Hugging Face folder, or is the small one embedded here; a cache is made by
+//! A [`Model`] reads a Hugging Face folder or a GGUF file, or is the small one embedded here; a cache is made by
 //! name, from [`cache::METHODS`]; [`generate`](generate::generate) goes on from a prompt.
 //!
 //! ```
@@ -30,6 +30,7 @@ pub mod config;
 pub mod decoder;
 mod error;
 pub mod generate;
+pub mod gguf;
 pub mod hub;
 pub mod import;
 mod model;

@@ -12,6 +12,7 @@ use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, read_required};
 use crate::decoder::Decoder;
 use crate::error::{Result, io};
+use crate::gguf::GgufModel;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Quantize, Weights};
 
@@ -90,13 +91,38 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads a folder in Hugging Face layout, its matrices held as `quantize` says. Dictionaries
-    /// come apart: [`Model::load_dictionaries`].
+    /// Loads a folder in Hugging Face layout, or a GGUF file, its matrices held as `quantize` says.
+    /// Dictionaries come apart: [`Model::load_dictionaries`].
     ///
     /// # Errors
-    /// The missing-file, config, tokenizer and weight variants of [`crate::Error`], and
+    /// The missing-file, config, GGUF, tokenizer and weight variants of [`crate::Error`], and
     /// those of the files themselves.
-    pub fn load(folder: &Path, quantize: Quantize) -> Result<Self> {
+    pub fn load(path: &Path, quantize: Quantize) -> Result<Self> {
+        if path.is_file() {
+            Self::load_gguf(path, quantize)
+        } else {
+            Self::load_folder(path, quantize)
+        }
+    }
+
+    fn load_gguf(path: &Path, quantize: Quantize) -> Result<Self> {
+        let gguf = GgufModel::open(path)?;
+        let texts = gguf.tokenizer()?;
+        let tokenizer =
+            Tokenizer::parse(texts.tokenizer.as_bytes(), Some(&texts.config), gguf.path())?;
+        let config = gguf.config().clone();
+        Ok(Self {
+            name: gguf.name(),
+            chat_template: tokenizer.chat_template.clone(),
+            end_tokens: config.end_tokens.clone(),
+            stop_texts: Vec::new(),
+            tokenizer,
+            decoder: Decoder::load(config, &Weights::Gguf(gguf), quantize)?,
+            dictionaries: None,
+        })
+    }
+
+    fn load_folder(folder: &Path, quantize: Quantize) -> Result<Self> {
         let optional = |file: &str| {
             let path = folder.join(file);
             let read = || std::fs::read_to_string(&path).map_err(io(&path));

@@ -1,9 +1,14 @@
 //! Models of a known shape with random weights, for measuring speed and memory where no weights are.
 
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use lexico::dictionary::{LayerDictionaries, Training};
+use lexico::tensor_file::{self, Dtype, NewTensor};
 use lexico::{Dictionary, DictionarySet};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -11,8 +16,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::cache::KvCache;
 use crate::config::{Config, Rotary, RotaryScaling};
 use crate::decoder::Decoder;
-use crate::error::Result;
-use crate::weights::{Quantize, Weights};
+use crate::error::{Result, io};
+use crate::weights::{INDEX, Quantize, Weights};
 
 /// Names of the shapes there are.
 pub const SHAPES: [&str; 4] = ["llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"];
@@ -82,8 +87,48 @@ impl Decoder {
     /// # Errors
     /// Where memory or the tensor library fails.
     pub fn random(config: Config, quantize: Quantize) -> Result<Self> {
-        Self::load(config, &Weights::random(), quantize)
+        Self::load(config, &Weights::Random, quantize)
     }
+}
+
+/// Writes a model of this shape with the random weights of [`Decoder::random`], a shard a layer, into
+/// a new folder; no tokenizer. Asks `go_on` after every shard; `false` where that ended the work.
+///
+/// # Errors
+/// [`Error::Io`] where the folder is there already or cannot be written.
+pub fn save(
+    config: &Config,
+    folder: &Path,
+    go_on: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<bool> {
+    std::fs::create_dir(folder).map_err(io(folder))?;
+    let count = config.layers + 1;
+    let mut index = serde_json::Map::new();
+    for shard in 0..count {
+        let file = format!("model-{:05}-of-{count:05}.safetensors", shard + 1);
+        let mut tensors = Vec::new();
+        for (name, shape) in config.weights(shard.checked_sub(1)) {
+            let rows = if shape.len() == 2 { shape[0] } else { 1 };
+            let norm = Weights::Random.number_type(&name, &shape)? == GgmlDType::F32;
+            let (dtype, bytes_each) = if norm {
+                (Dtype::F32, 4)
+            } else {
+                (Dtype::F16, 2)
+            };
+            let mut bytes = vec![0; shape.iter().product::<usize>() * bytes_each];
+            Weights::Random.read_rows(&name, 0..rows, &mut bytes)?;
+            index.insert(name.clone(), file.as_str().into());
+            tensors.push(NewTensor::new(&name, dtype, &shape, bytes));
+        }
+        tensor_file::write(folder.join(file), &tensors, HashMap::new())?;
+        if go_on().is_break() {
+            return Ok(false);
+        }
+    }
+    let index = serde_json::json!({"weight_map": index}).to_string();
+    tensor_file::write_atomically(&folder.join(INDEX), index.as_bytes())?;
+    tensor_file::write_atomically(&folder.join("config.json"), config.to_json().as_bytes())?;
+    Ok(true)
 }
 
 /// Dictionaries of random atoms for a model of this shape.
@@ -139,6 +184,42 @@ pub fn fill(cache: &mut dyn KvCache, config: &Config, positions: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::{CacheContext, CacheSpec};
+    use crate::decoder::{Logits, Sequence};
+
+    #[test]
+    fn a_shape_that_is_saved_loads_as_it_was_drawn() {
+        let mut config = config("qwen2.5-7b").unwrap();
+        (config.hidden, config.intermediate, config.layers) = (32, 48, 2);
+        (config.heads, config.kv_heads, config.head_dim) = (4, 2, 8);
+        config.vocabulary = 50;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        assert!(save(&config, &path, &mut || ControlFlow::Continue(())).unwrap());
+        assert_eq!(Config::load(&path).unwrap(), config);
+        let logits = |decoder: Decoder| -> Vec<f32> {
+            let context = CacheContext {
+                model: "drawn",
+                config: decoder.config(),
+                dictionaries: None,
+            };
+            let spec: CacheSpec = "full".parse().unwrap();
+            let mut cache = spec.build(&context).unwrap();
+            let mut step = [Sequence {
+                tokens: &[1, 2, 3],
+                cache: cache.as_mut(),
+            }];
+            let logits = decoder.forward(&mut step, Logits::All).unwrap();
+            logits.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let saved = logits(Decoder::open(&path, Quantize::Q8_0).unwrap());
+        assert_eq!(
+            saved,
+            logits(Decoder::random(config.clone(), Quantize::Q8_0).unwrap())
+        );
+        // What is there is never written over.
+        assert!(save(&config, &path, &mut || ControlFlow::Continue(())).is_err());
+    }
 
     #[test]
     fn every_shape_is_known_and_possible() {

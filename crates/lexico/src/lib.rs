@@ -39,6 +39,7 @@ pub mod code;
 pub mod dictionary;
 mod error;
 pub mod learn;
+pub mod matrix;
 pub mod pursuit;
 pub mod tensor_file;
 

@@ -161,22 +161,35 @@ impl TensorFile {
     /// [`Error::MissingTensor`], [`Error::Io`].
     pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let (start, end) = self.tensor_info(name)?.data_offsets;
-        let start_in_file = self.data_start + start as u64;
+        let mut bytes = vec![0; end - start];
+        self.read_bytes(name, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `out` with the bytes of a tensor from its byte `first` on.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Io`], and [`Error::Tensor`] where the tensor ends before.
+    pub fn read_bytes(&self, name: &str, first: usize, out: &mut [u8]) -> Result<()> {
+        let (start, end) = self.tensor_info(name)?.data_offsets;
+        if first
+            .checked_add(out.len())
+            .is_none_or(|last| last > end - start)
+        {
+            let reason = format!("it has {} bytes, fewer than are asked for", end - start);
+            return Err(Error::tensor(&self.path, name, reason));
+        }
+        let at = self.data_start + (start + first) as u64;
         match &self.source {
-            Source::Memory(bytes) => {
-                let start = start_in_file as usize;
-                let end = self.data_start as usize + end;
-                Ok(bytes[start..end].to_vec())
-            }
+            Source::Memory(bytes) => out.copy_from_slice(&bytes[at as usize..][..out.len()]),
             Source::File(file) => {
                 let mut file = file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                let mut bytes = vec![0; end - start];
-                file.seek(SeekFrom::Start(start_in_file))
-                    .and_then(|_| file.read_exact(&mut bytes))
+                file.seek(SeekFrom::Start(at))
+                    .and_then(|_| file.read_exact(out))
                     .map_err(Error::io(&self.path))?;
-                Ok(bytes)
             }
         }
+        Ok(())
     }
 
     /// A floating-point tensor of `rank` dimensions, converted to f32.

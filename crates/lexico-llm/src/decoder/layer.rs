@@ -1,8 +1,11 @@
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use candle_nn::ops::{rms_norm, silu};
 
 use super::Sequence;
 use super::linear::Linear;
+use super::matrix::Matrix;
 use super::rotary::Rotation;
 use crate::config::Config;
 use crate::error::Result;
@@ -34,14 +37,16 @@ impl Layer {
         let queries = config.heads * config.head_dim;
         let keys = config.kv_heads * config.head_dim;
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let norm = |part: &str| weights.get(&name(part), &[hidden]);
-        let linear = |part: &str, from: usize, to: usize, biased: bool| {
+        let norm = |part: &str| weights.vector(&name(part), hidden);
+        let linear = |part: &str, from: usize, to: usize, biased: bool| -> Result<Linear> {
             let bias = format!("model.layers.{layer}.{part}.bias");
-            let bias = biased.then(|| weights.get(&bias, &[to])).transpose()?;
-            Linear::new(&weights.get(&name(part), &[to, from])?, bias, quantize)
+            Ok(Linear {
+                matrix: Arc::new(Matrix::load(weights, &name(part), [to, from], quantize)?),
+                bias: biased.then(|| weights.vector(&bias, to)).transpose()?,
+            })
         };
         let projection = |part: &str, to: usize| linear(part, hidden, to, config.biases);
-        let head_norm = |part: &str| weights.get(&name(part), &[config.head_dim]);
+        let head_norm = |part: &str| weights.vector(&name(part), config.head_dim);
         let head_norms = if config.head_norms {
             Some((
                 head_norm("self_attn.q_norm")?,

@@ -2,19 +2,23 @@
 
 mod layer;
 mod linear;
+mod matrix;
 mod rotary;
 
 use std::path::Path;
+use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
 
 use crate::cache::KvCache;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::gguf::GgufModel;
 use crate::weights::{Quantize, Weights};
 use layer::Layer;
 use linear::Linear;
+use matrix::Matrix;
 
 /// Some new tokens of one sequence, and the cache that holds what came before them.
 pub struct Sequence<'a> {
@@ -36,36 +40,41 @@ pub enum Logits {
 /// A decoder-only transformer with rotary embedding, RMS norms and gated feed-forward layers.
 pub struct Decoder {
     config: Config,
-    /// `[vocabulary, hidden]`, in the number type it was stored in.
-    embedding: Tensor,
+    /// `[vocabulary, hidden]`
+    embedding: Arc<Matrix>,
     layers: Vec<Layer>,
     norm: Tensor,
-    /// A view of the embedding where they are tied and not quantised.
+    /// With the embedding's own matrix where they are tied.
     head: Linear,
     /// Of the rotary embedding, `[m / 2]`.
     frequencies: Vec<f32>,
 }
 
 impl Decoder {
-    /// Loads the decoder alone of a folder in Hugging Face layout.
+    /// Loads the decoder alone of a folder in Hugging Face layout, or of a GGUF file.
     ///
     /// # Errors
     /// As [`Model::load`](crate::Model::load).
-    pub fn load_folder(folder: &Path, quantize: Quantize) -> Result<Self> {
-        Self::load(Config::load(folder)?, &Weights::open(folder)?, quantize)
+    pub fn open(path: &Path, quantize: Quantize) -> Result<Self> {
+        if path.is_file() {
+            let gguf = GgufModel::open(path)?;
+            return Self::load(gguf.config().clone(), &Weights::Gguf(gguf), quantize);
+        }
+        Self::load(Config::load(path)?, &Weights::open(path)?, quantize)
     }
 
     pub(crate) fn load(config: Config, weights: &Weights, quantize: Quantize) -> Result<Self> {
         let shape = [config.vocabulary, config.hidden];
-        let mut embedding = weights.get_as_stored("model.embed_tokens.weight", &shape)?;
-        let head = if config.tied_head {
-            let converted = embedding.to_dtype(DType::F32)?;
-            if quantize == Quantize::None {
-                embedding = converted.clone();
-            }
-            Linear::new(&converted, None, quantize)?
-        } else {
-            Linear::new(&weights.get("lm_head.weight", &shape)?, None, quantize)?
+        // The largest matrices first: what reading them needs in passing, the layers take later.
+        let matrix = |name: &str| Matrix::load(weights, name, shape, quantize).map(Arc::new);
+        let embedding = matrix("model.embed_tokens.weight")?;
+        let head = Linear {
+            matrix: if config.tied_head {
+                embedding.clone()
+            } else {
+                matrix("lm_head.weight")?
+            },
+            bias: None,
         };
         let layers = (0..config.layers)
             .map(|l| Layer::load(&config, weights, quantize, l))
@@ -73,7 +82,7 @@ impl Decoder {
         Ok(Self {
             embedding,
             layers,
-            norm: weights.get("model.norm.weight", &[config.hidden])?,
+            norm: weights.vector("model.norm.weight", config.hidden)?,
             frequencies: config.rotary.frequencies(config.head_dim),
             head,
             config,
@@ -113,11 +122,7 @@ impl Decoder {
             return Err(Error::TokenOutside { token, vocabulary });
         }
         let rotation = rotary::Rotation::at(&positions, &self.frequencies)?;
-        let tokens = Tensor::new(tokens, &Device::Cpu)?;
-        let mut x = self
-            .embedding
-            .index_select(&tokens, 0)?
-            .to_dtype(DType::F32)?;
+        let mut x = self.embedding.rows(&tokens)?;
         for (l, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&self.config, l, &x, &rotation, sequences)?;
         }

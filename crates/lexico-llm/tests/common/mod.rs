@@ -1,9 +1,12 @@
 #![allow(dead_code)] // each test file uses a part
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use lexico::tensor_file::{self, NewTensor};
+use lexico::tensor_file::{self, NewTensor, TensorFile};
+use lexico_llm::cache::{CacheContext, CacheSpec, KvCache};
+use lexico_llm::config::Config;
+use lexico_llm::decoder::{Decoder, Logits, Sequence};
 use serde_json::{Value, json};
 
 /// The config of a small model with weights that are easily made.
@@ -62,4 +65,60 @@ pub(crate) fn write_model(folder: &Path) {
 
 pub(crate) fn write_weights(path: &Path, tensors: &[NewTensor]) {
     tensor_file::write(path, tensors, HashMap::new()).unwrap();
+}
+
+/// The models of `fixtures/make_families.py`.
+pub(crate) const FAMILIES: [&str; 8] = [
+    "llama",
+    "llama-3.1",
+    "mistral-window",
+    "mistral",
+    "mistral-nemo",
+    "qwen2-tied",
+    "qwen2",
+    "qwen3",
+];
+
+pub(crate) fn family_folder(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/families")
+        .join(family)
+}
+
+/// Tokens, and transformers' logits of them under a name.
+pub(crate) fn golden(family: &str, name: &str) -> (Vec<u32>, Vec<f32>) {
+    let golden = TensorFile::open(family_folder(family).join("golden.safetensors")).unwrap();
+    let tokens = golden.bytes("tokens").unwrap();
+    let tokens = tokens.as_chunks::<8>().0.iter();
+    let tokens = tokens.map(|&b| i64::from_le_bytes(b) as u32).collect();
+    (tokens, golden.f32_tensor(name, 2).unwrap().0)
+}
+
+pub(crate) fn full(config: &Config) -> Box<dyn KvCache> {
+    let context = CacheContext {
+        model: "drawn",
+        config,
+        dictionaries: None,
+    };
+    "full:dense=f32"
+        .parse::<CacheSpec>()
+        .unwrap()
+        .build(&context)
+        .unwrap()
+}
+
+/// Logits of every token, fed in chunks.
+pub(crate) fn chunked(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Vec<f32> {
+    let mut cache = full(decoder.config());
+    let mut logits = Vec::new();
+    for tokens in tokens.chunks(chunk) {
+        let mut step = [Sequence {
+            tokens,
+            cache: cache.as_mut(),
+        }];
+        let out = decoder.forward(&mut step, Logits::All).unwrap();
+        logits.extend(out.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    }
+    assert_eq!(cache.len(), tokens.len());
+    logits
 }

@@ -9,6 +9,8 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+use half::{bf16, f16};
+
 use crate::code::Block;
 #[cfg(target_arch = "x86_64")]
 use x86_64::dispatch;
@@ -36,6 +38,16 @@ pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[f32]) {
 /// `⟨a, b⟩`.
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     dispatch!(dot(a, b))
+}
+
+/// `⟨a, b⟩`.
+pub(crate) fn dot_f16(a: &[f16], b: &[f32]) -> f32 {
+    dispatch!(dot_f16(a, b))
+}
+
+/// `⟨a, b⟩`.
+pub(crate) fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 {
+    dispatch!(dot_bf16(a, b))
 }
 
 /// `out[t][g] = Σ_j c_j · p[i_j][g]` for the codes `t` of a block; `p` is `[N, group]`.
@@ -96,6 +108,21 @@ mod tests {
             for (row, (&got, &want)) in rows.chunks(m).zip(out.iter().zip(&exact)) {
                 prop_assert!(close(got, want, 16.0 * m as f64));
                 for got in every_level!(dot(row, &x)) {
+                    prop_assert!(close(got, want, 16.0 * m as f64));
+                }
+            }
+            for row in rows.chunks(m) {
+                let halves: Vec<f16> = row.iter().map(|&x| f16::from_f32(x)).collect();
+                let brains: Vec<bf16> = row.iter().map(|&x| bf16::from_f32(x)).collect();
+                let product = |numbers: Vec<f32>| -> f64 {
+                    numbers.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+                };
+                let want = product(halves.iter().map(|x| x.to_f32()).collect());
+                for got in every_level!(dot_f16(&halves, &x)) {
+                    prop_assert!(close(got, want, 16.0 * m as f64));
+                }
+                let want = product(brains.iter().map(|x| x.to_f32()).collect());
+                for got in every_level!(dot_bf16(&brains, &x)) {
                     prop_assert!(close(got, want, 16.0 * m as f64));
                 }
             }

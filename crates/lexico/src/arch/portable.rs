@@ -3,6 +3,8 @@
 //! `FMA` says whether the caller is compiled with fused multiply-add: without the instruction
 //! `mul_add` would call a slow library function.
 
+use half::{bf16, f16};
+
 use crate::code::Block;
 
 /// Independent sums that a loop carries: enough to fill the widest registers and hide latency.
@@ -15,16 +17,31 @@ fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 #[inline(always)]
 pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
+    dot_of::<FMA, f32>(a, b, |&a| a)
+}
+
+#[inline(always)]
+pub(super) fn dot_bf16<const FMA: bool>(a: &[bf16], b: &[f32]) -> f32 {
+    dot_of::<FMA, bf16>(a, b, |a| f32::from_bits(u32::from(a.to_bits()) << 16))
+}
+
+#[inline(always)]
+pub(super) fn dot_f16<const FMA: bool>(a: &[f16], b: &[f32]) -> f32 {
+    dot_of::<FMA, f16>(a, b, |a| a.to_f32())
+}
+
+#[inline(always)]
+fn dot_of<const FMA: bool, T>(a: &[T], b: &[f32], widen: impl Fn(&T) -> f32) -> f32 {
     let mut sums = [0f32; LANES];
     let (a_blocks, a_rest) = a.as_chunks::<LANES>();
     let (b_blocks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_blocks.iter().zip(b_blocks) {
         for l in 0..LANES {
-            sums[l] = multiply_add::<FMA>(a[l], b[l], sums[l]);
+            sums[l] = multiply_add::<FMA>(widen(&a[l]), b[l], sums[l]);
         }
     }
-    for (l, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[l] = multiply_add::<FMA>(a, b, sums[l]);
+    for (l, (a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[l] = multiply_add::<FMA>(widen(a), b, sums[l]);
     }
     // A tree keeps the addition vectorised.
     let mut width = LANES / 2;

@@ -1,5 +1,7 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
+mod half;
+
 use std::sync::OnceLock;
 
 #[derive(Clone, Copy)]
@@ -13,7 +15,9 @@ pub(super) enum Level {
 pub(super) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
             Level::Avx512
         } else if avx2 {
@@ -28,14 +32,16 @@ macro_rules! kernels {
     ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         pub(super) mod avx512 {
             use crate::code::Block;
-            $(#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            pub(in super::super) use super::half::dot_f16_avx512 as dot_f16;
+            $(#[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
             })*
         }
         pub(super) mod avx2 {
             use crate::code::Block;
-            $(#[target_feature(enable = "avx2,fma")]
+            pub(in super::super) use super::half::dot_f16_avx2 as dot_f16;
+            $(#[target_feature(enable = "avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
             })*
@@ -48,6 +54,7 @@ kernels! {
     subtract_and_peak(a: &mut [f32], scale: f32, b: &[f32]) -> (usize, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
+    dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
     scores(block: Block<'_>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mut [f32]);
 }
@@ -55,7 +62,7 @@ kernels! {
 macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => {
         match crate::arch::x86_64::level() {
-            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2 and fma were detected.
+            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2, fma and f16c were detected.
             crate::arch::x86_64::Level::Avx512 => unsafe {
                 crate::arch::x86_64::avx512::$name($($argument),*)
             },

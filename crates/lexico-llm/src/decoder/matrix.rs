@@ -1,0 +1,178 @@
+use std::sync::Arc;
+
+use bytemuck::cast_slice_mut;
+use candle_core::quantized::k_quants::{BlockQ4K, BlockQ6K, BlockQ8_0};
+use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use lexico::matrix::{HalfMatrix, Halves};
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::weights::{Quantize, Weights};
+
+/// Rows that are read at a time.
+const CHUNK: usize = 256;
+
+/// A matrix `[rows, columns]` in one of the number types that weights are held in.
+pub(super) enum Matrix {
+    Single(Tensor),
+    Half(HalfMatrix),
+    Quantised(Arc<QTensor>),
+}
+
+impl Matrix {
+    /// Reads a matrix some rows at a time, quantising it on the way where that is wanted.
+    pub(super) fn load(
+        weights: &Weights,
+        name: &str,
+        [rows, columns]: [usize; 2],
+        quantize: Quantize,
+    ) -> Result<Self> {
+        let stored = weights.number_type(name, &[rows, columns])?;
+        let reader = Reader {
+            weights,
+            name,
+            stored,
+            rows,
+            columns,
+        };
+        match stored {
+            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => match wanted(quantize, columns) {
+                Some(Wanted::Q8_0) => reader.quantise::<BlockQ8_0>(),
+                Some(Wanted::Q6K) => reader.quantise::<BlockQ6K>(),
+                Some(Wanted::Q4K) => reader.quantise::<BlockQ4K>(),
+                None => reader.as_stored(),
+            },
+            _ if quantize == Quantize::None => reader.blocks(),
+            _ => {
+                let reason = format!("it is stored as {stored:?} already; leave --quantize out");
+                Err(weights.error(name, reason))
+            }
+        }
+    }
+
+    /// `[n, columns]` to `[n, rows]`, in f32.
+    pub(super) fn multiply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Matrix::Single(matrix) => x.matmul(&matrix.t()?)?,
+            Matrix::Half(matrix) => {
+                let n = x.dim(0)?;
+                let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?);
+                Tensor::from_vec(product, (n, matrix.rows()), &Device::Cpu)?
+            }
+            Matrix::Quantised(matrix) => x.apply_op1_no_bwd(matrix.as_ref())?,
+        })
+    }
+
+    /// Some of the rows, `[n, columns]` in f32; all of them must be there.
+    pub(super) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
+        let tensor = |rows: &[u32]| Tensor::new(rows, &Device::Cpu);
+        Ok(match self {
+            Matrix::Single(matrix) => matrix.index_select(&tensor(rows)?, 0)?,
+            Matrix::Half(matrix) => {
+                let columns = matrix.columns();
+                let mut out = vec![0f32; rows.len() * columns];
+                for (&row, out) in rows.iter().zip(out.chunks_exact_mut(columns)) {
+                    matrix.read_row(row as usize, out);
+                }
+                Tensor::from_vec(out, (rows.len(), columns), &Device::Cpu)?
+            }
+            Matrix::Quantised(matrix) => matrix.embedding(&tensor(rows)?)?.to_dtype(DType::F32)?,
+        })
+    }
+}
+
+enum Wanted {
+    Q8_0,
+    Q6K,
+    Q4K,
+}
+
+/// How a matrix with rows of `width` numbers is to be held: whole blocks only, so that a width that
+/// a format does not divide takes the next wider one; `None` is as stored.
+fn wanted(quantize: Quantize, width: usize) -> Option<Wanted> {
+    match quantize {
+        Quantize::None => None,
+        Quantize::Q6K if width.is_multiple_of(BlockQ6K::BLCK_SIZE) => Some(Wanted::Q6K),
+        Quantize::Q4K if width.is_multiple_of(BlockQ4K::BLCK_SIZE) => Some(Wanted::Q4K),
+        _ => width
+            .is_multiple_of(BlockQ8_0::BLCK_SIZE)
+            .then_some(Wanted::Q8_0),
+    }
+}
+
+/// A matrix that is being read.
+struct Reader<'a> {
+    weights: &'a Weights,
+    name: &'a str,
+    stored: GgmlDType,
+    rows: usize,
+    columns: usize,
+}
+
+impl Reader<'_> {
+    fn as_stored(&self) -> Result<Matrix> {
+        let halves = match self.stored {
+            GgmlDType::F16 => Halves::F16(self.numbers(f16::from_le_bytes)?),
+            GgmlDType::BF16 => Halves::BF16(self.numbers(bf16::from_le_bytes)?),
+            _ => {
+                let numbers = self.numbers(f32::from_le_bytes)?;
+                let shape = (self.rows, self.columns);
+                return Ok(Matrix::Single(Tensor::from_vec(
+                    numbers,
+                    shape,
+                    &Device::Cpu,
+                )?));
+            }
+        };
+        Ok(Matrix::Half(HalfMatrix::new(
+            halves,
+            self.rows,
+            self.columns,
+        )))
+    }
+
+    fn numbers<T, const BYTES: usize>(&self, number: fn([u8; BYTES]) -> T) -> Result<Vec<T>> {
+        let mut numbers = Vec::with_capacity(self.rows * self.columns);
+        let mut bytes = vec![0; CHUNK.min(self.rows) * self.columns * BYTES];
+        for first in (0..self.rows).step_by(CHUNK) {
+            let rows = first..(first + CHUNK).min(self.rows);
+            let bytes = &mut bytes[..rows.len() * self.columns * BYTES];
+            self.weights.read_rows(self.name, rows, bytes)?;
+            numbers.extend(bytes.as_chunks::<BYTES>().0.iter().map(|&b| number(b)));
+        }
+        Ok(numbers)
+    }
+
+    fn quantise<T: GgmlType + 'static>(&self) -> Result<Matrix> {
+        let row_blocks = self.columns / T::BLCK_SIZE;
+        let mut blocks = vec![T::zeros(); self.rows * row_blocks];
+        let chunks = blocks.par_chunks_mut(CHUNK * row_blocks).enumerate();
+        chunks.try_for_each(|(chunk, blocks)| -> Result<()> {
+            let first = chunk * CHUNK;
+            let rows = first..first + blocks.len() / row_blocks;
+            let (name, stored) = (self.name, self.stored);
+            let numbers = self.weights.f32_rows(name, stored, self.columns, rows)?;
+            T::from_float(&numbers, blocks);
+            Ok(())
+        })?;
+        self.tensor(QStorage::Cpu(Box::new(blocks)))
+    }
+
+    /// A matrix that is stored in quantised blocks, as it is.
+    fn blocks(&self) -> Result<Matrix> {
+        let bytes = self.rows * self.columns / self.stored.block_size() * self.stored.type_size();
+        // candle takes the bytes for blocks where they lie, so they must be aligned as blocks are.
+        let mut aligned = vec![0u64; bytes.div_ceil(size_of::<u64>())];
+        let data = &mut cast_slice_mut::<u64, u8>(&mut aligned)[..bytes];
+        self.weights.read_rows(self.name, 0..self.rows, data)?;
+        let data: &[u8] = data;
+        self.tensor(QStorage::from_data(data.into(), &Device::Cpu, self.stored)?)
+    }
+
+    fn tensor(&self, storage: QStorage) -> Result<Matrix> {
+        let tensor = QTensor::new(storage, (self.rows, self.columns))?;
+        Ok(Matrix::Quantised(Arc::new(tensor)))
+    }
+}

@@ -1,0 +1,423 @@
+//! The container: metadata by key, tensors by name. The format's own document is ggml's `gguf.md`.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use candle_core::quantized::GgmlDType;
+
+use crate::error::{Error, Result, io};
+
+const MAGIC: [u8; 4] = *b"GGUF";
+const DEFAULT_ALIGNMENT: u64 = 32;
+/// Far above any vocabulary, and low enough that a small file cannot make much memory.
+const MOST_ELEMENTS: u64 = 1 << 24;
+/// Dimensions that ggml's tensors have at the most.
+const MOST_DIMENSIONS: u32 = 4;
+
+/// An open file; its header is read.
+pub(crate) struct GgufFile {
+    path: PathBuf,
+    file: Mutex<File>,
+    pub(super) metadata: Metadata,
+    pub(super) tensors: HashMap<String, TensorPlace>,
+}
+
+/// A tensor's place in its file.
+pub(crate) struct TensorPlace {
+    /// As PyTorch has it: rows first.
+    pub(crate) shape: Vec<usize>,
+    /// The format's own number for it where it is not known here.
+    pub(crate) number_type: std::result::Result<GgmlDType, u32>,
+    /// From the beginning of the file.
+    start: u64,
+    bytes: u64,
+}
+
+/// A value of the metadata.
+enum Value {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    Text(String),
+    Texts(Vec<String>),
+    Numbers(Vec<f64>),
+}
+
+/// The metadata; every getter gives `None` for a key that is not there or of another type.
+#[derive(Default)]
+pub(super) struct Metadata(HashMap<String, Value>);
+
+impl Metadata {
+    pub(super) fn unsigned(&self, key: &str) -> Option<u64> {
+        match self.0.get(key)? {
+            Value::Unsigned(number) => Some(*number),
+            Value::Signed(number) => u64::try_from(*number).ok(),
+            _ => None,
+        }
+    }
+
+    pub(super) fn float(&self, key: &str) -> Option<f64> {
+        match self.0.get(key)? {
+            Value::Float(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    pub(super) fn bool(&self, key: &str) -> Option<bool> {
+        match self.0.get(key)? {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    pub(super) fn text(&self, key: &str) -> Option<&str> {
+        match self.0.get(key)? {
+            Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn texts(&self, key: &str) -> Option<&[String]> {
+        match self.0.get(key)? {
+            Value::Texts(texts) => Some(texts),
+            _ => None,
+        }
+    }
+
+    pub(super) fn numbers(&self, key: &str) -> Option<&[f64]> {
+        match self.0.get(key)? {
+            Value::Numbers(numbers) => Some(numbers),
+            _ => None,
+        }
+    }
+}
+
+impl GgufFile {
+    /// Opens `path`, reads its header and checks every tensor's place against the file's length.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(io(path))?;
+        let about = file.metadata().map_err(io(path))?;
+        let error = |reason: String| Error::Gguf {
+            path: path.to_owned(),
+            reason,
+        };
+        if !about.is_file() {
+            return Err(error("it is not a regular file".to_owned()));
+        }
+        let mut header = Header {
+            reader: BufReader::new(&file),
+            position: 0,
+            total: about.len(),
+        };
+        let (metadata, tensors) = header.read().map_err(|problem| match problem {
+            Problem::Cut => error("it is cut short: its header goes beyond its end".to_owned()),
+            Problem::Wrong(reason) => error(reason),
+            Problem::Io(reason) => io(path)(reason),
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            metadata,
+            tensors,
+            file: Mutex::new(file),
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Fills `out` with the bytes of a tensor from its byte `first` on.
+    pub(crate) fn read_bytes(
+        &self,
+        name: &str,
+        tensor: &TensorPlace,
+        first: usize,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let last = (first as u64).saturating_add(out.len() as u64);
+        if last > tensor.bytes {
+            let reason = format!("tensor {name:?} has {} bytes, too few", tensor.bytes);
+            return Err(self.error(reason));
+        }
+        let mut file = self
+            .file
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        file.seek(SeekFrom::Start(tensor.start + first as u64))
+            .and_then(|_| file.read_exact(out))
+            .map_err(io(&self.path))
+    }
+
+    /// A small tensor in f32.
+    pub(super) fn f32_tensor(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(tensor) = self.tensors.get(name) else {
+            return Ok(None);
+        };
+        if tensor.number_type != Ok(GgmlDType::F32) || tensor.bytes > 1 << 20 {
+            let reason = format!("tensor {name:?} is no vector of F32 numbers");
+            return Err(self.error(reason));
+        }
+        let mut bytes = vec![0; tensor.bytes as usize];
+        self.read_bytes(name, tensor, 0, &mut bytes)?;
+        let numbers = bytes.as_chunks::<4>().0.iter();
+        Ok(Some(numbers.map(|&b| f32::from_le_bytes(b)).collect()))
+    }
+}
+
+enum Problem {
+    /// The header claims more than the file has.
+    Cut,
+    Wrong(String),
+    Io(std::io::Error),
+}
+
+type Parsed<T> = std::result::Result<T, Problem>;
+
+fn wrong<T>(reason: impl Into<String>) -> Parsed<T> {
+    Err(Problem::Wrong(reason.into()))
+}
+
+/// A header that is being read; nothing is read or allocated beyond the file's length.
+struct Header<R> {
+    reader: R,
+    position: u64,
+    total: u64,
+}
+
+impl<R: Read> Header<R> {
+    fn read(&mut self) -> Parsed<(Metadata, HashMap<String, TensorPlace>)> {
+        if self.total < 4 || self.bytes::<4>()? != MAGIC {
+            return wrong("it is not a GGUF file");
+        }
+        match u32::from_le_bytes(self.bytes()?) {
+            2 | 3 => {}
+            version if (1..=16).contains(&version.swap_bytes()) => {
+                return wrong("it is written for big-endian machines, which is not supported");
+            }
+            version => {
+                return wrong(format!(
+                    "its version {version} is not supported, 2 and 3 are; convert the model again"
+                ));
+            }
+        }
+        let tensor_count = self.number()?;
+        let entry_count = self.number()?;
+        // The least that an entry and a tensor take.
+        self.check_room(entry_count, 8 + 4 + 1)?;
+        self.check_room(tensor_count, 8 + 4 + 8 + 4 + 8)?;
+        let mut entries = HashMap::new();
+        for _ in 0..entry_count {
+            let key = self.text()?;
+            let value = self.value(&key)?;
+            if entries.contains_key(&key) {
+                return wrong(format!("it has two metadata entries {key:?}"));
+            }
+            entries.insert(key, value);
+        }
+        let metadata = Metadata(entries);
+        let mut tensors = HashMap::new();
+        for _ in 0..tensor_count {
+            let name = self.text()?;
+            let place = self.tensor_place(&name)?;
+            if tensors.contains_key(&name) {
+                return wrong(format!("it has two tensors {name:?}"));
+            }
+            tensors.insert(name, place);
+        }
+        let alignment = match metadata.0.get("general.alignment") {
+            None => DEFAULT_ALIGNMENT,
+            Some(Value::Unsigned(n)) if n.is_power_of_two() && *n <= 1 << 20 => *n,
+            Some(_) => return wrong("its general.alignment is no power of two up to 1048576"),
+        };
+        let data_start = self.position.next_multiple_of(alignment);
+        for (name, tensor) in &mut tensors {
+            let end = tensor
+                .start
+                .checked_add(data_start)
+                .and_then(|start| start.checked_add(tensor.bytes));
+            match end {
+                Some(end) if end <= self.total => tensor.start += data_start,
+                _ => {
+                    return wrong(format!(
+                        "tensor {name:?} of {} bytes at {} goes beyond the end of the file: it is \
+                         cut short or damaged",
+                        tensor.bytes, tensor.start
+                    ));
+                }
+            }
+        }
+        Ok((metadata, tensors))
+    }
+
+    fn tensor_place(&mut self, name: &str) -> Parsed<TensorPlace> {
+        let dimensions = u32::from_le_bytes(self.bytes()?);
+        if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
+            return wrong(format!("tensor {name:?} has {dimensions} dimensions"));
+        }
+        let mut shape = Vec::new();
+        let mut count: u64 = 1;
+        for _ in 0..dimensions {
+            let size = self.number()?;
+            let product = count.checked_mul(size);
+            // A tensor never has more numbers than eight a byte of its file.
+            match product.filter(|&n| n > 0 && n / 8 <= self.total) {
+                Some(product) => count = product,
+                None => {
+                    return wrong(format!(
+                        "tensor {name:?} has an impossible dimension of {size}"
+                    ));
+                }
+            }
+            shape.push(size as usize);
+        }
+        shape.reverse();
+        let number_type = number_type(u32::from_le_bytes(self.bytes()?));
+        let start = self.number()?;
+        let bytes = match number_type {
+            // What is not known is not read.
+            Err(_) => 0,
+            Ok(known) => {
+                let block = known.block_size() as u64;
+                let width = shape.last().copied().unwrap_or(0) as u64;
+                if !width.is_multiple_of(block) {
+                    return wrong(format!(
+                        "tensor {name:?} has rows of {width} numbers, {known:?} needs a multiple \
+                         of {block}"
+                    ));
+                }
+                (count / block).saturating_mul(known.type_size() as u64)
+            }
+        };
+        Ok(TensorPlace {
+            shape,
+            number_type,
+            start,
+            bytes,
+        })
+    }
+
+    fn value(&mut self, key: &str) -> Parsed<Value> {
+        let kind = u32::from_le_bytes(self.bytes()?);
+        match kind {
+            8 => Ok(Value::Text(self.text()?)),
+            9 => self.array(key),
+            _ => match self.scalar(kind)? {
+                Some(value) => Ok(value),
+                None => wrong(format!(
+                    "its metadata entry {key:?} is of unknown type {kind}"
+                )),
+            },
+        }
+    }
+
+    fn array(&mut self, key: &str) -> Parsed<Value> {
+        let kind = u32::from_le_bytes(self.bytes()?);
+        let count = self.number()?;
+        if count > MOST_ELEMENTS {
+            return wrong(format!("its metadata entry {key:?} has {count} elements"));
+        }
+        if kind == 8 {
+            self.check_room(count, 8)?;
+            let texts = (0..count).map(|_| self.text()).collect::<Parsed<_>>()?;
+            return Ok(Value::Texts(texts));
+        }
+        self.check_room(count, 1)?;
+        let mut numbers = Vec::new();
+        for _ in 0..count {
+            numbers.push(match self.scalar(kind)? {
+                Some(Value::Unsigned(number)) => number as f64,
+                Some(Value::Signed(number)) => number as f64,
+                Some(Value::Float(number)) => number,
+                Some(Value::Bool(value)) => f64::from(u8::from(value)),
+                _ => {
+                    let reason = format!("its metadata entry {key:?} is an array of type {kind}");
+                    return wrong(reason);
+                }
+            });
+        }
+        Ok(Value::Numbers(numbers))
+    }
+
+    /// A value that is no text and no array; `None` for a type that is not known.
+    fn scalar(&mut self, kind: u32) -> Parsed<Option<Value>> {
+        Ok(Some(match kind {
+            0 => Value::Unsigned(u64::from(u8::from_le_bytes(self.bytes()?))),
+            1 => Value::Signed(i64::from(i8::from_le_bytes(self.bytes()?))),
+            2 => Value::Unsigned(u64::from(u16::from_le_bytes(self.bytes()?))),
+            3 => Value::Signed(i64::from(i16::from_le_bytes(self.bytes()?))),
+            4 => Value::Unsigned(u64::from(u32::from_le_bytes(self.bytes()?))),
+            5 => Value::Signed(i64::from(i32::from_le_bytes(self.bytes()?))),
+            6 => Value::Float(decimal(f32::from_le_bytes(self.bytes()?))),
+            7 => Value::Bool(self.bytes::<1>()? != [0]),
+            10 => Value::Unsigned(self.number()?),
+            11 => Value::Signed(i64::from_le_bytes(self.bytes()?)),
+            12 => Value::Float(f64::from_le_bytes(self.bytes()?)),
+            _ => return Ok(None),
+        }))
+    }
+
+    fn text(&mut self) -> Parsed<String> {
+        let length = self.number()?;
+        self.check_room(length, 1)?;
+        let mut bytes = vec![0; length as usize];
+        self.fill(&mut bytes)?;
+        Ok(match String::from_utf8(bytes) {
+            Ok(text) => text,
+            // Vocabularies in the wild hold pieces that are no UTF-8; no prompt can contain them.
+            Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
+        })
+    }
+
+    fn number(&mut self) -> Parsed<u64> {
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
+    fn bytes<const N: usize>(&mut self) -> Parsed<[u8; N]> {
+        let mut bytes = [0; N];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn fill(&mut self, out: &mut [u8]) -> Parsed<()> {
+        self.check_room(out.len() as u64, 1)?;
+        self.reader.read_exact(out).map_err(Problem::Io)?;
+        self.position += out.len() as u64;
+        Ok(())
+    }
+
+    fn check_room(&self, count: u64, bytes_each: u64) -> Parsed<()> {
+        match count.checked_mul(bytes_each) {
+            Some(bytes) if bytes <= self.total - self.position => Ok(()),
+            _ => Err(Problem::Cut),
+        }
+    }
+}
+
+/// The number that people wrote: 0.00001 rather than the f32 next to it.
+fn decimal(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(f64::from(number))
+}
+
+/// ggml's numbers of the types that candle has products for.
+fn number_type(number: u32) -> std::result::Result<GgmlDType, u32> {
+    Ok(match number {
+        0 => GgmlDType::F32,
+        1 => GgmlDType::F16,
+        2 => GgmlDType::Q4_0,
+        3 => GgmlDType::Q4_1,
+        6 => GgmlDType::Q5_0,
+        7 => GgmlDType::Q5_1,
+        8 => GgmlDType::Q8_0,
+        10 => GgmlDType::Q2K,
+        11 => GgmlDType::Q3K,
+        12 => GgmlDType::Q4K,
+        13 => GgmlDType::Q5K,
+        14 => GgmlDType::Q6K,
+        30 => GgmlDType::BF16,
+        other => return Err(other),
+    })
+}

@@ -1,0 +1,283 @@
+//! A GGUF file's vocabulary as the `tokenizer.json` that a folder would have.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value, json};
+
+use super::file::GgufFile;
+use crate::error::Result;
+
+/// The texts of `tokenizer.json` and `tokenizer_config.json`.
+pub(crate) struct TokenizerTexts {
+    pub(crate) tokenizer: String,
+    pub(crate) config: String,
+}
+
+/// Kinds of tokens, as ggml numbers them.
+const UNKNOWN: f64 = 2.0;
+const CONTROL: f64 = 3.0;
+const USER_DEFINED: f64 = 4.0;
+
+const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// How text is split before its bytes are merged.
+struct Split {
+    names: &'static [&'static str],
+    /// GPT-2's own where there is none.
+    pattern: Option<&'static str>,
+    /// Composed characters before all else.
+    nfc: bool,
+    /// Whole words of the vocabulary are tokens whatever the merges say.
+    ignore_merges: bool,
+    /// Whether texts begin with the beginning token where the file does not say.
+    begins: bool,
+}
+
+const SPLITS: [Split; 4] = [
+    Split {
+        names: &["llama-bpe", "llama3", "llama-v3", "smaug-bpe"],
+        pattern: Some(LLAMA3_SPLIT),
+        nfc: false,
+        ignore_merges: true,
+        begins: true,
+    },
+    Split {
+        names: &["qwen2", "deepseek-r1-qwen"],
+        pattern: Some(QWEN2_SPLIT),
+        nfc: true,
+        ignore_merges: false,
+        begins: false,
+    },
+    Split {
+        names: &["tekken"],
+        pattern: Some(TEKKEN_SPLIT),
+        nfc: false,
+        ignore_merges: true,
+        begins: true,
+    },
+    Split {
+        names: &["gpt-2", "gpt2"],
+        pattern: None,
+        nfc: false,
+        ignore_merges: false,
+        begins: false,
+    },
+];
+
+/// The vocabulary of a file.
+struct Vocabulary<'a> {
+    file: &'a GgufFile,
+    tokens: &'a [String],
+    kinds: &'a [f64],
+}
+
+pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
+    let metadata = &file.metadata;
+    let error = |reason: String| Err(file.error(reason));
+    let Some(model) = metadata.text("tokenizer.ggml.model") else {
+        return error("it has no tokenizer (tokenizer.ggml.model)".to_owned());
+    };
+    let Some(tokens) = metadata.texts("tokenizer.ggml.tokens") else {
+        return error("it has no vocabulary (tokenizer.ggml.tokens)".to_owned());
+    };
+    let kinds = metadata.numbers("tokenizer.ggml.token_type").unwrap_or(&[]);
+    if tokens.len() > size {
+        let reason = format!(
+            "its vocabulary of {} exceeds the model's {size}",
+            tokens.len()
+        );
+        return error(reason);
+    }
+    if !kinds.is_empty() && kinds.len() != tokens.len() {
+        let reason = format!(
+            "it has {} tokens, but kinds of {}",
+            tokens.len(),
+            kinds.len()
+        );
+        return error(reason);
+    }
+    let vocabulary = Vocabulary {
+        file,
+        tokens,
+        kinds,
+    };
+    let (mut tokenizer, begins) = match model {
+        "gpt2" => vocabulary.byte_level()?,
+        "llama" => (vocabulary.sentence_pieces()?, true),
+        other => {
+            return error(format!(
+                "tokenizer {other:?} is not supported; these are: gpt2, llama"
+            ));
+        }
+    };
+    tokenizer["version"] = "1.0".into();
+    tokenizer["added_tokens"] = vocabulary.added_tokens();
+
+    let mut config = Map::new();
+    let special = |name: &str| {
+        let id = metadata.unsigned(&format!("tokenizer.ggml.{name}_id"))?;
+        tokens.get(usize::try_from(id).ok()?)
+    };
+    for name in ["bos_token", "eos_token"] {
+        if let Some(token) = special(name) {
+            config.insert(name.to_owned(), json!(token));
+        }
+    }
+    let begins = metadata
+        .bool("tokenizer.ggml.add_bos_token")
+        .unwrap_or(begins);
+    config.insert("add_bos_token".to_owned(), begins.into());
+    if let Some(template) = metadata.text("tokenizer.chat_template") {
+        config.insert("chat_template".to_owned(), template.into());
+    }
+    Ok(TokenizerTexts {
+        tokenizer: tokenizer.to_string(),
+        config: Value::Object(config).to_string(),
+    })
+}
+
+impl Vocabulary<'_> {
+    /// Numbers by token.
+    fn numbers(&self) -> Result<HashMap<&str, usize>> {
+        let mut numbers = HashMap::with_capacity(self.tokens.len());
+        for (number, token) in self.tokens.iter().enumerate() {
+            if let Some(first) = numbers.insert(token.as_str(), number) {
+                let reason = format!("its tokens {first} and {number} are both {token:?}");
+                return Err(self.file.error(reason));
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// Tokens that are found in a text before all else.
+    fn added_tokens(&self) -> Value {
+        let kinds = self.tokens.iter().zip(self.kinds).enumerate();
+        let added = kinds.filter(|(_, (token, kind))| {
+            [UNKNOWN, CONTROL, USER_DEFINED].contains(kind) && !token.is_empty()
+        });
+        let added = added.map(|(id, (token, &kind))| {
+            json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": kind != USER_DEFINED,
+            })
+        });
+        added.collect()
+    }
+
+    /// Byte pairs as GPT-2 merges them; and whether texts begin with the beginning token.
+    fn byte_level(&self) -> Result<(Value, bool)> {
+        let metadata = &self.file.metadata;
+        let known = || {
+            let names = SPLITS.iter().flat_map(|split| split.names);
+            names.copied().collect::<Vec<_>>().join(", ")
+        };
+        let Some(name) = metadata.text("tokenizer.ggml.pre") else {
+            return Err(self.file.error(
+                "it does not say how text is split into words (tokenizer.ggml.pre): convert the \
+                 model again with a newer llama.cpp"
+                    .to_owned(),
+            ));
+        };
+        let Some(split) = SPLITS.iter().find(|split| split.names.contains(&name)) else {
+            let reason = format!(
+                "splitting text as {name:?} is not supported; these are: {}",
+                known()
+            );
+            return Err(self.file.error(reason));
+        };
+        let Some(merges) = metadata.texts("tokenizer.ggml.merges") else {
+            let reason = "it has no merges (tokenizer.ggml.merges)";
+            return Err(self.file.error(reason.to_owned()));
+        };
+        let vocabulary = self.numbers()?;
+        let merges: Vec<&str> = merges.iter().map(String::as_str).collect();
+        let byte_level = |own_split: bool| {
+            json!({
+                "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                "use_regex": own_split,
+            })
+        };
+        let before = match split.pattern {
+            None => byte_level(true),
+            Some(pattern) => json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+                byte_level(false),
+            ]}),
+        };
+        let tokenizer = json!({
+            "normalizer": if split.nfc { json!({"type": "NFC"}) } else { Value::Null },
+            "pre_tokenizer": before,
+            "decoder": byte_level(true),
+            "model": {
+                "type": "BPE", "byte_fallback": false, "fuse_unk": false,
+                "ignore_merges": split.ignore_merges, "vocab": vocabulary, "merges": merges,
+            },
+        });
+        Ok((tokenizer, split.begins))
+    }
+
+    /// Pieces that are merged by their scores, as SentencePiece does; bytes where no piece fits.
+    fn sentence_pieces(&self) -> Result<Value> {
+        let metadata = &self.file.metadata;
+        let numbers = self.numbers()?;
+        let Some(scores) = metadata.numbers("tokenizer.ggml.scores") else {
+            let reason = "its pieces have no scores (tokenizer.ggml.scores)";
+            return Err(self.file.error(reason.to_owned()));
+        };
+        if scores.len() != self.tokens.len() {
+            let (scores, tokens) = (scores.len(), self.tokens.len());
+            let reason = format!("it has {tokens} tokens, but scores of {scores}");
+            return Err(self.file.error(reason));
+        }
+        let unknown = metadata.unsigned("tokenizer.ggml.unknown_token_id");
+        let unknown = unknown.and_then(|id| self.tokens.get(usize::try_from(id).ok()?));
+        let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        let prefix = json!({"type": "Prepend", "prepend": "▁"});
+        let prefixed = metadata
+            .bool("tokenizer.ggml.add_space_prefix")
+            .unwrap_or(true);
+        let mut decoders = vec![
+            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
+        if prefixed {
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        Ok(json!({
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": if prefixed { vec![prefix, space] } else { vec![space] },
+            },
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {
+                "type": "BPE", "byte_fallback": true, "fuse_unk": true, "ignore_merges": false,
+                "unk_token": unknown, "vocab": numbers, "merges": merges(&numbers, scores),
+            },
+        }))
+    }
+}
+
+/// Every way of making a piece from two, the best score first: SentencePiece joins whichever pair of
+/// neighbours makes the best piece, the leftmost of equals.
+fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Vec<[String; 2]> {
+    let mut found = Vec::new();
+    for (&piece, &number) in numbers {
+        for (at, _) in piece.char_indices().skip(1) {
+            let (left, right) = piece.split_at(at);
+            if let (Some(&l), Some(&r)) = (numbers.get(left), numbers.get(right)) {
+                found.push((number, l, r, left, right));
+            }
+        }
+    }
+    found.sort_by(|a, b| {
+        let by_score = scores[b.0].total_cmp(&scores[a.0]);
+        by_score.then_with(|| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))
+    });
+    let merges = found.into_iter();
+    merges
+        .map(|(.., left, right)| [left.to_owned(), right.to_owned()])
+        .collect()
+}

@@ -1,0 +1,112 @@
+//! Weights of a GGUF file, which has its own names and its own order of query and key rows.
+
+use std::ops::Range;
+
+use candle_core::quantized::GgmlDType;
+
+use super::{check_shape, weight_error};
+use crate::error::Result;
+use crate::gguf::GgufModel;
+
+/// Parts of a layer, by their names in safetensors files and in GGUF files.
+const PARTS: [(&str, &str); 11] = [
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// The name in GGUF files of a weight that safetensors files call `name`.
+fn own_name(name: &str) -> String {
+    let own = match name {
+        "model.embed_tokens.weight" => Some("token_embd.weight".to_owned()),
+        "model.norm.weight" => Some("output_norm.weight".to_owned()),
+        "lm_head.weight" => Some("output.weight".to_owned()),
+        _ => of_layer(name),
+    };
+    own.unwrap_or_else(|| name.to_owned())
+}
+
+fn of_layer(name: &str) -> Option<String> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (part, kind) = rest.rsplit_once('.')?;
+    let (_, own) = PARTS.iter().find(|(known, _)| *known == part)?;
+    Some(format!("blk.{layer}.{own}.{kind}"))
+}
+
+pub(super) fn number_type(model: &GgufModel, name: &str, shape: &[usize]) -> Result<GgmlDType> {
+    let own = own_name(name);
+    let Some((file, tensor)) = model.tensor(&own) else {
+        return Err(weight_error(model.path(), &own, "it is missing".to_owned()));
+    };
+    check_shape(file.path(), &own, &tensor.shape, shape)?;
+    tensor.number_type.map_err(|number| {
+        let reason = format!(
+            "its number type {number} is not supported; F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, \
+             Q8_0 and Q2_K to Q6_K are"
+        );
+        weight_error(file.path(), &own, reason)
+    })
+}
+
+pub(super) fn read_rows(
+    model: &GgufModel,
+    name: &str,
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<()> {
+    let own = own_name(name);
+    let Some((file, tensor)) = model.tensor(&own) else {
+        return Err(weight_error(model.path(), &own, "it is missing".to_owned()));
+    };
+    let row_bytes = out.len() / rows.len().max(1);
+    let interleaved = model.interleaves_rotary_pairs()
+        && (own.ends_with("attn_q.weight") || own.ends_with("attn_k.weight"));
+    if !interleaved {
+        return file.read_bytes(&own, tensor, rows.start * row_bytes, out);
+    }
+    for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
+        let stored = interleaved_row(row, model.head_dim());
+        file.read_bytes(&own, tensor, stored * row_bytes, out)?;
+    }
+    Ok(())
+}
+
+/// Where a query or key row lies in files of the llama architecture: the two rows of a rotary pair
+/// side by side, where the decoder and safetensors files have them half a head apart.
+fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let half = head_dim / 2;
+    head * head_dim + 2 * (within % half) + within / half
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_llama_cpp() {
+        assert_eq!(
+            own_name("model.layers.12.self_attn.q_proj.bias"),
+            "blk.12.attn_q.bias"
+        );
+        assert_eq!(
+            own_name("model.layers.0.post_attention_layernorm.weight"),
+            "blk.0.ffn_norm.weight"
+        );
+        assert_eq!(own_name("lm_head.weight"), "output.weight");
+    }
+
+    #[test]
+    fn rotary_pairs_are_brought_half_a_head_apart() {
+        let order: Vec<usize> = (0..8).map(|row| interleaved_row(row, 4)).collect();
+        assert_eq!(order, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+}

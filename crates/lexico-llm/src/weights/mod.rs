@@ -1,0 +1,158 @@
+//! A model's weights by name: of safetensors files, of a GGUF file, or drawn.
+//!
+//! Weights are read some rows at a time, so that a matrix is never in memory twice.
+
+mod gguf;
+mod random;
+mod safetensors;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use lexico::tensor_file::TensorFile;
+
+use crate::error::{Error, Result};
+use crate::gguf::GgufModel;
+pub(crate) use safetensors::{INDEX, SINGLE, shard_names};
+
+/// How a model's matrices are held, the embedding among them. They are quantised some rows at a
+/// time as they are read; norms and biases are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantize {
+    /// As they are stored.
+    #[default]
+    None,
+    /// 8.5 bits a number.
+    Q8_0,
+    /// 6.6 bits a number; [`Quantize::Q8_0`] where rows are no multiple of 256.
+    Q6K,
+    /// 4.5 bits a number; [`Quantize::Q8_0`] where rows are no multiple of 256.
+    Q4K,
+}
+
+/// Names of [`Quantize`], as llama.cpp has them.
+const QUANTIZE_NAMES: [(&str, Quantize); 4] = [
+    ("none", Quantize::None),
+    ("q8_0", Quantize::Q8_0),
+    ("q6_k", Quantize::Q6K),
+    ("q4_k", Quantize::Q4K),
+];
+
+impl FromStr for Quantize {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let found = QUANTIZE_NAMES
+            .iter()
+            .find(|(name, _)| text.eq_ignore_ascii_case(name));
+        found.map(|&(_, quantize)| quantize).ok_or_else(|| {
+            let names = QUANTIZE_NAMES.map(|(name, _)| name);
+            format!("{text:?} is none of {}", names.join(", "))
+        })
+    }
+}
+
+/// Named weights.
+pub(crate) enum Weights {
+    /// Of one safetensors file or several.
+    Safetensors(safetensors::Shards),
+    /// Of a GGUF file, or one in parts.
+    Gguf(GgufModel),
+    /// Drawn, each by its name.
+    Random,
+}
+
+impl Weights {
+    /// Opens the weights of a model folder.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        Ok(Self::Safetensors(safetensors::Shards::open(folder)?))
+    }
+
+    pub(crate) fn single(file: TensorFile) -> Self {
+        Self::Safetensors(safetensors::Shards::single(file))
+    }
+
+    /// How the numbers of a weight are stored, which must have this shape.
+    pub(crate) fn number_type(&self, name: &str, shape: &[usize]) -> Result<GgmlDType> {
+        match self {
+            Self::Safetensors(shards) => shards.number_type(name, shape),
+            Self::Gguf(model) => gguf::number_type(model, name, shape),
+            Self::Random => Ok(random::number_type(name)),
+        }
+    }
+
+    /// Fills `out` with rows of a weight as they are stored; a vector is one row.
+    pub(crate) fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Safetensors(shards) => shards.read_rows(name, rows, out),
+            Self::Gguf(model) => gguf::read_rows(model, name, rows, out),
+            Self::Random => {
+                random::read_rows(name, rows, out);
+                Ok(())
+            }
+        }
+    }
+
+    /// Rows of a weight that is stored in floating point, in f32.
+    pub(crate) fn f32_rows(
+        &self,
+        name: &str,
+        stored: GgmlDType,
+        columns: usize,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let count = rows.len() * columns;
+        let mut bytes = vec![0; count * stored.type_size()];
+        self.read_rows(name, rows, &mut bytes)?;
+        let pairs = || bytes.as_chunks::<2>().0.iter();
+        Ok(match stored {
+            GgmlDType::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+            GgmlDType::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+            GgmlDType::F32 => {
+                let fours = bytes.as_chunks::<4>().0.iter();
+                fours.map(|&b| f32::from_le_bytes(b)).collect()
+            }
+            other => {
+                let reason = format!("its numbers are {other:?}, floating point is needed");
+                return Err(self.error(name, reason));
+            }
+        })
+    }
+
+    /// A vector, a norm's or bias's, in f32.
+    pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
+        let stored = self.number_type(name, &[length])?;
+        let numbers = self.f32_rows(name, stored, length, 0..1)?;
+        Ok(Tensor::from_vec(numbers, length, &Device::Cpu)?)
+    }
+
+    pub(crate) fn error(&self, name: &str, reason: String) -> Error {
+        let path = match self {
+            Self::Safetensors(shards) => shards.path().to_owned(),
+            Self::Gguf(model) => model.path().to_owned(),
+            Self::Random => PathBuf::from("random"),
+        };
+        weight_error(&path, name, reason)
+    }
+}
+
+fn weight_error(path: &Path, name: &str, reason: String) -> Error {
+    Error::Weight {
+        path: path.to_owned(),
+        name: name.to_owned(),
+        reason,
+    }
+}
+
+/// The complaint about a weight whose shape is not what the config asks for.
+fn check_shape(path: &Path, name: &str, found: &[usize], wanted: &[usize]) -> Result<()> {
+    if found == wanted {
+        return Ok(());
+    }
+    let reason = format!("its shape is {found:?}, the config asks for {wanted:?}");
+    Err(weight_error(path, name, reason))
+}

@@ -1,0 +1,144 @@
+//! GGUF files of every family, written by ggml's own Python package (`fixtures/make_families.py`),
+//! against the folders they were made from.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+mod common;
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use common::{FAMILIES, chunked, family_folder, golden};
+use lexico_llm::decoder::Decoder;
+use lexico_llm::generate::{GenerateOptions, generate};
+use lexico_llm::sample::{Sampler, Sampling};
+use lexico_llm::{Model, Quantize};
+
+fn file(family: &str, name: &str) -> PathBuf {
+    family_folder(family).join(name)
+}
+
+fn open(path: &Path) -> Decoder {
+    Decoder::open(path, Quantize::None).unwrap()
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
+}
+
+fn greedy_text(path: &Path, prompt: &[u32]) -> String {
+    let model = Model::load(path, Quantize::None).unwrap();
+    let mut cache = model.cache(&"full:dense=f32".parse().unwrap()).unwrap();
+    let mut sampler = Sampler::new(Sampling::default()).unwrap();
+    let options = GenerateOptions {
+        max_tokens: 100,
+        ignore_end: true,
+        ..Default::default()
+    };
+    let mut text = String::new();
+    generate(
+        &model,
+        cache.as_mut(),
+        prompt,
+        &mut sampler,
+        &options,
+        &mut |new| {
+            text += new;
+            ControlFlow::Continue(())
+        },
+    )
+    .unwrap();
+    text
+}
+
+#[test]
+fn f16_files_give_the_text_of_their_folders() {
+    for family in FAMILIES {
+        let (tokens, want) = golden(family, "logits");
+        let got = chunked(&open(&file(family, "f16.gguf")), &tokens, 7);
+        let difference = worst(&got, &want);
+        println!("{family}: {difference:.1e}");
+        assert!(difference < 2e-3, "{family}: {difference}");
+        let (from_file, from_folder) = (
+            greedy_text(&file(family, "f16.gguf"), &tokens),
+            greedy_text(&family_folder(family), &tokens),
+        );
+        assert!(from_folder.len() > 50, "{family}: {from_folder:?}");
+        assert_eq!(from_file, from_folder, "{family}");
+    }
+}
+
+/// The weights' own rounding moves transformers' logits so far; candle's products round the
+/// activations to 8 bits as well, which adds up to 1.6 times as much (and as much in llama.cpp on the same files).
+#[test]
+fn q8_0_files_stay_within_the_rounding_of_their_weights() {
+    for family in FAMILIES {
+        let (tokens, exact) = golden(family, "logits");
+        let (_, rounded) = golden(family, "logits_q8_0");
+        let got = chunked(&open(&file(family, "q8_0.gguf")), &tokens, tokens.len());
+        let (own, ours, all) = (
+            worst(&rounded, &exact),
+            worst(&got, &rounded),
+            worst(&got, &exact),
+        );
+        println!("{family}: weights {own:.3}, beyond them {ours:.3}, together {all:.3}");
+        assert!(ours < 2.0 * own, "{family}: {ours} beyond {own}");
+    }
+}
+
+#[test]
+fn both_kinds_of_file_say_the_same_of_the_model() {
+    for family in FAMILIES {
+        let (a, b) = (
+            open(&file(family, "f16.gguf")),
+            open(&family_folder(family)),
+        );
+        let (mut ours, theirs) = (a.config().clone(), b.config().clone());
+        if family == "llama-3.1" {
+            // The fixture's constants are not Llama's: the factors stay factors.
+            ours.rotary.scaling = theirs.rotary.scaling.clone();
+        } else {
+            assert_eq!(ours.identity("x"), theirs.identity("x"), "{family}");
+        }
+        ours.architecture = theirs.architecture.clone();
+        assert_eq!(ours, theirs, "{family}");
+    }
+}
+
+#[test]
+fn a_quantised_file_is_not_quantised_again() {
+    let path = file("llama", "q8_0.gguf");
+    let error = Decoder::open(&path, Quantize::Q4K).err().unwrap();
+    assert!(error.to_string().contains("--quantize"), "{error}");
+    Decoder::open(&file("llama", "f16.gguf"), Quantize::Q8_0).unwrap();
+}
+
+/// Texts as `tokenizers`, sentencepiece and llama.cpp encode them: `fixtures/make_gguf_tokenizers.py`.
+#[test]
+fn vocabularies_encode_as_the_libraries_they_come_from() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let text = std::fs::read_to_string(fixtures.join("tokenizers.json")).unwrap();
+    let kinds: HashMap<String, Vec<(String, Vec<u32>)>> = serde_json::from_str(&text).unwrap();
+    assert_eq!(kinds.len(), 5);
+    for (kind, texts) in kinds {
+        let path = fixtures.join(format!("tokenizers/{kind}.gguf"));
+        let model = Model::load(&path, Quantize::None).unwrap();
+        assert!(texts.len() > 12, "{kind}");
+        for (text, want) in texts {
+            let tokens = model.tokenizer.encode_more(&text).unwrap();
+            assert_eq!(tokens, want, "{kind}: {text:?}");
+            // Special tokens are left out, sentencepiece's own sign is a space, NFC composes.
+            let changed = text.contains(['<', '▁']) || kind == "qwen2" && text.contains('\u{301}');
+            if !changed {
+                assert_eq!(model.tokenizer.decode(&tokens).unwrap(), text, "{kind}");
+            }
+        }
+        let first = model.tokenizer.encode_first("Hello").unwrap();
+        let begins = !["qwen2", "gpt-2"].contains(&kind.as_str());
+        assert_eq!(first[0] == 0, begins, "{kind}: {first:?}");
+        assert_eq!(model.end_tokens, [1], "{kind}");
+    }
+}
