@@ -55,6 +55,7 @@ impl ChatTemplate {
                 Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
         let parsed = environment.add_template_owned(NAME, source.to_owned());
         parsed.map_err(|e| Error::Chat(format!("it does not parse: {e:#}")))?;
@@ -82,6 +83,12 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).map_err(refused)?;
         template.render(context).map_err(refused)
     }
+}
+
+/// The time of day where the program runs, as transformers gives it to templates.
+fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
+    let text = jiff::fmt::strtime::format(&format, &jiff::Zoned::now());
+    text.map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))
 }
 
 /// `tojson` as transformers has it: no HTML escapes, `indent` where it is asked for.

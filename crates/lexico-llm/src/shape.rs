@@ -95,7 +95,7 @@ impl Decoder {
 /// a new folder; no tokenizer. Asks `go_on` after every shard; `false` where that ended the work.
 ///
 /// # Errors
-/// [`Error::Io`] where the folder is there already or cannot be written.
+/// [`Error::Io`](crate::Error::Io) where the folder is there already or cannot be written.
 pub fn save(
     config: &Config,
     folder: &Path,

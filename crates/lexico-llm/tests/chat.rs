@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
+use std::path::Path;
+
 use lexico_llm::Error;
 use lexico_llm::chat::{ChatTemplate, Message};
 use serde_json::Value;
@@ -27,6 +29,37 @@ fn conversations_render_as_in_transformers() {
             .render(&messages, case["answer"].as_bool().unwrap())
             .unwrap();
         assert_eq!(text, case["text"].as_str().unwrap(), "{name}: {messages:?}");
+    }
+}
+
+/// Llama 3.1 and 3.2, Mistral Nemo, Qwen 2.5 and Qwen 3 as published; `fixtures/fetch_templates.py`
+/// puts the templates into the folder that `LEXICO_CHAT_TEMPLATES` names.
+#[test]
+fn published_templates_render_as_in_transformers() {
+    let Some(folder) = std::env::var_os("LEXICO_CHAT_TEMPLATES") else {
+        println!("skipped: LEXICO_CHAT_TEMPLATES names no folder of published templates");
+        return;
+    };
+    let golden: Value = serde_json::from_str(include_str!("fixtures/published_chat.json")).unwrap();
+    assert_eq!(golden["sha256"].as_object().unwrap().len(), 5);
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 100);
+    let today = || jiff::Zoned::now().strftime("%d %b %Y").to_string();
+    for case in cases {
+        let name = case["template"].as_str().unwrap();
+        let source = std::fs::read_to_string(Path::new(&folder).join(name)).unwrap();
+        let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+        let rendered = parse(&source)
+            .unwrap()
+            .render(&messages, case["answer"].as_bool().unwrap());
+        match (rendered, case["refused"].as_str()) {
+            (Ok(text), None) => {
+                let text = text.replace(&today(), "@TODAY@");
+                assert_eq!(text, case["text"].as_str().unwrap(), "{name}: {messages:?}");
+            }
+            (Err(error), Some(why)) => assert!(error.to_string().contains(why), "{error}, {why}"),
+            (rendered, _) => panic!("{name}: {messages:?}: {rendered:?}"),
+        }
     }
 }
 
