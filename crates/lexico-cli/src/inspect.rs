@@ -217,7 +217,8 @@ fn model(config: &Config, dictionaries: bool, gguf: Option<&GgufModel>) -> Repor
     if let Some(gguf) = gguf {
         let types = gguf.number_types();
         let counts = types.iter().map(|(name, count)| format!("{count} {name}"));
-        lines.insert(1, ("name", gguf.name()));
+        // A name from outside must not steer the terminal.
+        lines.insert(1, ("name", gguf.name().escape_debug().to_string()));
         lines.push(("tensors", counts.collect::<Vec<_>>().join(", ")));
         json["name"] = gguf.name().into();
         json["tensors"] = json!(types);

@@ -82,7 +82,9 @@ fn beside(model: &Path) -> PathBuf {
 /// The folder or file of a model that is not embedded: a path, else a name on the hub.
 pub(crate) fn path_of(name: &str) -> anyhow::Result<PathBuf> {
     match hub_name(name) {
-        Some(hub) => Ok(hub.fetch(std::io::stderr().is_terminal())?),
+        Some(hub) => hub
+            .fetch(std::io::stderr().is_terminal())
+            .with_context(|| format!("there is no {name} on this machine, nor could it be had")),
         None => Ok(PathBuf::from(name)),
     }
 }

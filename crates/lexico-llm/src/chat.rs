@@ -40,11 +40,19 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Chat`] where it does not parse.
     pub fn parse(source: &str, tokens: Vec<(&'static str, String)>) -> Result<Self> {
+        // Some converters write the name of a template that llama.cpp has built in.
+        if !source.contains("{{") && !source.contains("{%") {
+            let start: String = source.chars().take(40).collect();
+            return Err(Error::Chat(format!(
+                "it is no template, only the text {start:?}; --no-chat does without it"
+            )));
+        }
         let mut environment = Environment::new();
         // As transformers sets Jinja up.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         // A template is a program from outside; this many steps are a thousand times a long chat's.
+        // Steps are counted, not bytes: text that a template doubles again and again is not.
         environment.set_fuel(Some(50_000_000));
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment

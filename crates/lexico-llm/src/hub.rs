@@ -46,14 +46,26 @@ impl FromStr for HubName {
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
         };
-        let (org, rest) = text.split_once('/').ok_or(())?;
-        let (name, file) = match rest.split_once('/') {
-            Some((name, file)) => (name, Some(file)),
-            None => (rest, None),
+        // A revision may have slashes of its own, as `refs/pr/1`.
+        let (named, at) = match text.split_once('@') {
+            Some((named, at)) => (named, Some(at)),
+            None => (text, None),
         };
-        let (name, revision) = name.split_once('@').unwrap_or((name, "main"));
+        let (org, rest) = named.split_once('/').ok_or(())?;
+        let (name, revision, file) = match at {
+            None => {
+                let (name, file) = split_first(rest, 1);
+                (name, "main", file)
+            }
+            Some(at) if at.ends_with(".gguf") => {
+                let (revision, file) = split_first(at, if at.starts_with("refs/") { 3 } else { 1 });
+                (rest, revision, file)
+            }
+            Some(revision) => (rest, revision, None),
+        };
         let gguf = |file: &str| file.ends_with(".gguf") && file.split('/').all(plain);
-        if !plain(org) || !plain(name) || revision.is_empty() || !file.is_none_or(gguf) {
+        let named = plain(org) && plain(name) && revision.split('/').all(plain);
+        if !named || !file.is_none_or(gguf) {
             return Err(());
         }
         Ok(Self {
@@ -61,6 +73,14 @@ impl FromStr for HubName {
             revision: revision.to_owned(),
             file: file.map(str::to_owned),
         })
+    }
+}
+
+/// The first `count` parts between slashes, and the rest where there is one.
+fn split_first(text: &str, count: usize) -> (&str, Option<&str>) {
+    match text.match_indices('/').nth(count - 1) {
+        Some((at, _)) => (&text[..at], Some(&text[at + 1..])),
+        None => (text, None),
     }
 }
 
@@ -324,8 +344,18 @@ mod tests {
             name("org/model@v2/Q8/m.gguf"),
             named("org/model", "v2", Some("Q8/m.gguf"))
         );
+        assert_eq!(
+            name("org/model@refs/pr/1"),
+            named("org/model", "refs/pr/1", None)
+        );
+        assert_eq!(
+            name("org/model@refs/pr/1/a/m.gguf"),
+            named("org/model", "refs/pr/1", Some("a/m.gguf"))
+        );
         for text in [
             "model",
+            "org/model@m.gguf/",
+            "org/a/b@main",
             "/org/model",
             "./model",
             "../model",

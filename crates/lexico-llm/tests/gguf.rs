@@ -9,9 +9,10 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::{FAMILIES, chunked, family_folder, golden};
+use common::{FAMILIES, chunked, family_folder, golden, golden_of};
 use lexico_llm::decoder::Decoder;
 use lexico_llm::generate::{GenerateOptions, generate};
+use lexico_llm::gguf::GgufModel;
 use lexico_llm::sample::{Sampler, Sampling};
 use lexico_llm::{Model, Quantize};
 
@@ -86,6 +87,22 @@ fn q8_0_files_stay_within_the_rounding_of_their_weights() {
         );
         println!("{family}: weights {own:.3}, beyond them {ours:.3}, together {all:.3}");
         assert!(ours < 2.0 * own, "{family}: {ours} beyond {own}");
+    }
+}
+
+/// A file with a matrix in every number type: `fixtures/make_quantised.py`.
+#[test]
+fn every_number_type_is_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantised");
+    let path = folder.join("every-type.gguf");
+    assert_eq!(GgufModel::open(&path).unwrap().number_types().len(), 13);
+    let (tokens, want) = golden_of(&folder, "logits");
+    let largest = want.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    for chunk in [tokens.len(), 1] {
+        let difference = worst(&chunked(&open(&path), &tokens, chunk), &want);
+        println!("{difference:.3} of {largest:.1}");
+        // Activations are rounded to 8 bits; a mistake in a layout moves logits by their own size.
+        assert!(difference < 0.04 * largest, "{difference} of {largest}");
     }
 }
 

@@ -14,8 +14,10 @@ use crate::arch::matmul::{Matrix, multiply};
 
 /// Products from which widening rows to f32 for one matrix product is faster than single products.
 const MANY_PRODUCTS: usize = 8;
-/// Rows that one task works on: enough that the right side of a matrix product is rarely packed.
-const TASK_ROWS: usize = 256;
+/// Rows that one task works on: of a matrix product enough that its right side is rarely packed, of
+/// few products so few that a small matrix too keeps all threads busy.
+const PRODUCT_ROWS: usize = 256;
+const FEW_ROWS: usize = 64;
 
 thread_local! {
     static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -115,12 +117,17 @@ impl HalfMatrix {
         if m == 0 {
             return Vec::new();
         }
+        let task_rows = if m < MANY_PRODUCTS {
+            FEW_ROWS
+        } else {
+            PRODUCT_ROWS
+        };
         // Every task writes rows of the transposed product, which lie side by side.
         let mut transposed = vec![0f32; self.rows * m];
-        let tasks = transposed.par_chunks_mut(TASK_ROWS * m).enumerate();
+        let tasks = transposed.par_chunks_mut(task_rows * m).enumerate();
         tasks.for_each(|(task, out)| {
             WIDENED.with_borrow_mut(|widened| {
-                self.multiply_rows(x, m, task * TASK_ROWS, widened, out)
+                self.multiply_rows(x, m, task * task_rows, widened, out)
             });
         });
         if m == 1 {

@@ -1,5 +1,3 @@
-use std::sync::Arc;
-
 use bytemuck::cast_slice_mut;
 use candle_core::quantized::k_quants::{BlockQ4K, BlockQ6K, BlockQ8_0};
 use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
@@ -18,7 +16,7 @@ const CHUNK: usize = 256;
 pub(super) enum Matrix {
     Single(Tensor),
     Half(HalfMatrix),
-    Quantised(Arc<QTensor>),
+    Quantised(QTensor),
 }
 
 impl Matrix {
@@ -61,7 +59,7 @@ impl Matrix {
                 let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?);
                 Tensor::from_vec(product, (n, matrix.rows()), &Device::Cpu)?
             }
-            Matrix::Quantised(matrix) => x.apply_op1_no_bwd(matrix.as_ref())?,
+            Matrix::Quantised(matrix) => x.apply_op1_no_bwd(matrix)?,
         })
     }
 
@@ -173,6 +171,6 @@ impl Reader<'_> {
 
     fn tensor(&self, storage: QStorage) -> Result<Matrix> {
         let tensor = QTensor::new(storage, (self.rows, self.columns))?;
-        Ok(Matrix::Quantised(Arc::new(tensor)))
+        Ok(Matrix::Quantised(tensor))
     }
 }

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::file::GgufFile;
+use super::tokenizer::token_id;
 use crate::config::{Config, RotaryScaling};
 use crate::error::Result;
 
@@ -14,84 +15,81 @@ const ARCHITECTURES: [(&str, &str); 3] = [
     ("qwen3", "Qwen3ForCausalLM"),
 ];
 
-/// Sizes: their names after the architecture, and the config's.
-const SIZES: [(&str, &str); 7] = [
+/// Sizes that must be there: their names after the architecture, and the config's.
+const SIZES: [(&str, &str); 5] = [
     ("embedding_length", "hidden_size"),
     ("feed_forward_length", "intermediate_size"),
     ("block_count", "num_hidden_layers"),
     ("attention.head_count", "num_attention_heads"),
-    ("attention.head_count_kv", "num_key_value_heads"),
     ("context_length", "max_position_embeddings"),
-    ("attention.sliding_window", "sliding_window"),
 ];
-const REQUIRED_SIZES: usize = 4;
 
 /// The constants of Llama 3's rotary scaling as every published model has them: GGUF files hold the
 /// frequencies' factors only.
 const LLAMA3: (f64, f64, f64) = (1.0, 4.0, 8192.0);
 
-pub(super) fn architecture(file: &GgufFile) -> Result<&str> {
-    let known = ARCHITECTURES.map(|(own, _)| own).join(", ");
-    let Some(name) = file.metadata.text("general.architecture") else {
+/// The tensor of the factors that the rotary embedding's frequencies are divided by.
+pub(super) const FACTORS: &str = "rope_freqs.weight";
+
+pub(super) fn architecture(file: &GgufFile) -> Result<&'static str> {
+    let Some(name) = file.text("general.architecture")? else {
         return Err(file.error("it does not name its general.architecture".to_owned()));
     };
-    if ARCHITECTURES.iter().all(|(own, _)| *own != name) {
-        return Err(file.error(format!(
+    let known = ARCHITECTURES.iter().find(|(own, _)| *own == name);
+    known.map(|(own, _)| *own).ok_or_else(|| {
+        let known = ARCHITECTURES.map(|(own, _)| own).join(", ");
+        file.error(format!(
             "architecture {name:?} is not supported; these are: {known}"
-        )));
-    }
-    Ok(name)
+        ))
+    })
 }
 
-/// The factors that the rotary embedding's frequencies are divided by, where a file has them.
-pub(super) fn rotary_factors(files: &[GgufFile]) -> Result<Option<Vec<f32>>> {
-    for file in files {
-        if let Some(factors) = file.f32_tensor("rope_freqs.weight")? {
-            return Ok(Some(factors));
-        }
-    }
-    Ok(None)
-}
-
-pub(super) fn read(file: &GgufFile, tied_head: bool, factors: Option<Vec<f32>>) -> Result<Config> {
+/// Reads the config from the first file's metadata and from the tensors of all.
+pub(super) fn read(files: &[GgufFile]) -> Result<Config> {
+    let file = &files[0];
     let architecture = architecture(file)?;
-    let metadata = &file.metadata;
     let key = |name: &str| format!("{architecture}.{name}");
-    let size = |name: &str| metadata.unsigned(&key(name));
+    let size = |name: &str| file.unsigned(&key(name));
     let missing = |name: &str| file.error(format!("it lacks the metadata entry {:?}", key(name)));
+    let unsupported = |name: &str| {
+        file.error(format!(
+            "its metadata entry {:?} asks for what is not supported",
+            key(name)
+        ))
+    };
 
-    let window = size("attention.sliding_window").filter(|&window| window > 0);
+    let mut config = Map::new();
+    for (own, name) in SIZES {
+        let number = size(own)?.ok_or_else(|| missing(own))?;
+        config.insert(name.to_owned(), number.into());
+    }
+    if let Some(number) = size("attention.head_count_kv")? {
+        config.insert("num_key_value_heads".to_owned(), number.into());
+    }
+    let context = config["max_position_embeddings"].as_u64().unwrap_or(0);
+    let window = size("attention.sliding_window")?.filter(|&w| w > 0 && w < context);
     let class = match ARCHITECTURES.iter().find(|(own, _)| *own == architecture) {
+        // A window of fewer positions than the context is Mistral's.
         Some(("llama", _)) if window.is_some() => "MistralForCausalLM",
+        Some(_) if window.is_some() => return Err(unsupported("attention.sliding_window")),
         Some((_, class)) => class,
         None => architecture,
     };
-    let mut config = Map::new();
     config.insert("architectures".to_owned(), json!([class]));
-    config.insert("tie_word_embeddings".to_owned(), tied_head.into());
-    for (i, (own, name)) in SIZES.iter().enumerate() {
-        match size(own) {
-            Some(number) => config.insert((*name).to_owned(), number.into()),
-            None if i < REQUIRED_SIZES => return Err(missing(own)),
-            None => None,
-        };
-    }
-    if window.is_none() {
-        config.remove("sliding_window");
-    }
-    if size("context_length").is_none() {
-        return Err(missing("context_length"));
-    }
-    let epsilon = metadata.float(&key("attention.layer_norm_rms_epsilon"));
+    config.insert("sliding_window".to_owned(), json!(window));
+    let epsilon = file.float(&key("attention.layer_norm_rms_epsilon"))?;
     let epsilon = epsilon.ok_or_else(|| missing("attention.layer_norm_rms_epsilon"))?;
     config.insert("rms_norm_eps".to_owned(), number(epsilon));
-    if let Some(theta) = metadata.float(&key("rope.freq_base")) {
+    if let Some(theta) = file.float(&key("rope.freq_base"))? {
         config.insert("rope_theta".to_owned(), number(theta));
     }
-    let key_length = size("attention.key_length").or_else(|| size("rope.dimension_count"));
+    let key_length = match size("attention.key_length")? {
+        None => size("rope.dimension_count")?,
+        given => given,
+    };
     if let Some(length) = key_length {
         for other in ["attention.value_length", "rope.dimension_count"] {
-            if size(other).is_some_and(|other| other != length) {
+            if size(other)?.is_some_and(|other| other != length) {
                 return Err(file.error(format!(
                     "its {:?} is not its head dim of {length}: that is not supported",
                     key(other)
@@ -100,23 +98,42 @@ pub(super) fn read(file: &GgufFile, tied_head: bool, factors: Option<Vec<f32>>) 
         }
         config.insert("head_dim".to_owned(), length.into());
     }
-    let scaling = metadata.text(&key("rope.scaling.type")).unwrap_or("none");
-    if scaling != "none" {
+    if let Some(scaling) = file
+        .text(&key("rope.scaling.type"))?
+        .filter(|s| *s != "none")
+    {
         config.insert("rope_scaling".to_owned(), json!({"rope_type": scaling}));
     }
+    // Linear scaling in files of two ages, experts, and attention to later positions.
+    for name in ["rope.scaling.factor", "rope.scale_linear"] {
+        if file.float(&key(name))?.is_some_and(|factor| factor != 1.0) {
+            return Err(unsupported(name));
+        }
+    }
+    if size("expert_count")?.is_some_and(|count| count > 0) {
+        return Err(unsupported("expert_count"));
+    }
+    if file.bool(&key("attention.causal"))? == Some(false) {
+        return Err(unsupported("attention.causal"));
+    }
+    let tensor = |name: &str| files.iter().find_map(|file| file.tensors.get(name));
+    config.insert(
+        "tie_word_embeddings".to_owned(),
+        tensor("output.weight").is_none().into(),
+    );
     // The vocabulary is as large as the embedding, whatever the metadata says.
-    let vocabulary = file.tensors.get("token_embd.weight").map(|t| t.shape[0]);
-    let vocabulary = vocabulary
-        .map(|rows| rows as u64)
-        .or_else(|| size("vocab_size"))
-        .or_else(|| Some(metadata.texts("tokenizer.ggml.tokens")?.len() as u64));
-    let vocabulary = vocabulary.ok_or_else(|| missing("vocab_size"))?;
-    config.insert("vocab_size".to_owned(), vocabulary.into());
-    config.insert("eos_token_id".to_owned(), json!(end_tokens(file)));
+    let embedding = tensor("token_embd.weight");
+    let rows = embedding.and_then(|tensor| tensor.shape.first());
+    let rows =
+        rows.ok_or_else(|| file.error("it has no tensor \"token_embd.weight\"".to_owned()))?;
+    config.insert("vocab_size".to_owned(), (*rows).into());
+    config.insert("eos_token_id".to_owned(), json!(end_tokens(file)?));
 
     let mut config = Config::parse(&Value::Object(config).to_string(), file.path())?;
-    if let Some(factors) = factors {
-        config.rotary.scaling = scaling_by(file, &config, factors)?;
+    for file in files {
+        if let Some(factors) = file.f32_tensor(FACTORS)? {
+            config.rotary.scaling = scaling_by(file, &config, factors)?;
+        }
     }
     Ok(config)
 }
@@ -152,7 +169,8 @@ fn scaling_by(file: &GgufFile, config: &Config, factors: Vec<f32>) -> Result<Rot
     Ok(RotaryScaling::Factors(factors))
 }
 
-/// Texts by which models end a turn or a text, llama.cpp's list for these families.
+/// Tokens by whose text these families end a turn or a text, whatever else a file says: as in
+/// llama.cpp.
 const END_TEXTS: [&str; 5] = [
     "<|eot_id|>",
     "<|eom_id|>",
@@ -161,19 +179,20 @@ const END_TEXTS: [&str; 5] = [
     "<|endoftext|>",
 ];
 
-fn end_tokens(file: &GgufFile) -> Vec<u64> {
-    let id = |name: &str| file.metadata.unsigned(&format!("tokenizer.ggml.{name}"));
-    let named = ["eos_token_id", "eot_token_id", "eom_token_id"];
-    let mut tokens: Vec<u64> = named.into_iter().filter_map(id).collect();
-    let texts = file.metadata.texts("tokenizer.ggml.tokens").unwrap_or(&[]);
-    let by_text = texts.iter().enumerate();
+fn end_tokens(file: &GgufFile) -> Result<Vec<u64>> {
+    let mut tokens = Vec::new();
+    for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+        tokens.extend(token_id(file, name)?.map(|id| id as u64));
+    }
+    let texts = file.texts("tokenizer.ggml.tokens")?.unwrap_or(&[]);
+    let ends = |text: &&String| END_TEXTS.contains(&text.as_str());
     tokens.extend(
-        by_text
-            .filter(|(_, text)| END_TEXTS.contains(&text.as_str()))
-            .map(|(id, _)| id as u64),
+        (0..)
+            .zip(texts)
+            .filter(|(_, text)| ends(text))
+            .map(|(id, _)| id),
     );
     tokens.sort_unstable();
     tokens.dedup();
-    tokens.retain(|&token| u32::try_from(token).is_ok());
-    tokens
+    Ok(tokens)
 }

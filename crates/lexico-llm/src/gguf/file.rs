@@ -14,6 +14,9 @@ const MAGIC: [u8; 4] = *b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Far above any vocabulary, and low enough that a small file cannot make much memory.
 const MOST_ELEMENTS: u64 = 1 << 24;
+/// Bytes of a text, and of a header, at the most: real headers take a twentieth.
+const MOST_TEXT_BYTES: u64 = 1 << 24;
+const MOST_HEADER_BYTES: u64 = 1 << 28;
 /// Dimensions that ggml's tensors have at the most.
 const MOST_DIMENSIONS: u32 = 4;
 
@@ -21,7 +24,7 @@ const MOST_DIMENSIONS: u32 = 4;
 pub(crate) struct GgufFile {
     path: PathBuf,
     file: Mutex<File>,
-    pub(super) metadata: Metadata,
+    metadata: Metadata,
     pub(super) tensors: HashMap<String, TensorPlace>,
 }
 
@@ -47,54 +50,9 @@ enum Value {
     Numbers(Vec<f64>),
 }
 
-/// The metadata; every getter gives `None` for a key that is not there or of another type.
+/// The metadata by key.
 #[derive(Default)]
-pub(super) struct Metadata(HashMap<String, Value>);
-
-impl Metadata {
-    pub(super) fn unsigned(&self, key: &str) -> Option<u64> {
-        match self.0.get(key)? {
-            Value::Unsigned(number) => Some(*number),
-            Value::Signed(number) => u64::try_from(*number).ok(),
-            _ => None,
-        }
-    }
-
-    pub(super) fn float(&self, key: &str) -> Option<f64> {
-        match self.0.get(key)? {
-            Value::Float(number) => Some(*number),
-            _ => None,
-        }
-    }
-
-    pub(super) fn bool(&self, key: &str) -> Option<bool> {
-        match self.0.get(key)? {
-            Value::Bool(value) => Some(*value),
-            _ => None,
-        }
-    }
-
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
-        match self.0.get(key)? {
-            Value::Text(text) => Some(text),
-            _ => None,
-        }
-    }
-
-    pub(super) fn texts(&self, key: &str) -> Option<&[String]> {
-        match self.0.get(key)? {
-            Value::Texts(texts) => Some(texts),
-            _ => None,
-        }
-    }
-
-    pub(super) fn numbers(&self, key: &str) -> Option<&[f64]> {
-        match self.0.get(key)? {
-            Value::Numbers(numbers) => Some(numbers),
-            _ => None,
-        }
-    }
-}
+struct Metadata(HashMap<String, Value>);
 
 impl GgufFile {
     /// Opens `path`, reads its header and checks every tensor's place against the file's length.
@@ -128,6 +86,65 @@ impl GgufFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// A value of the metadata, `None` where there is none; one of another type is an error.
+    fn value<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.metadata.0.get(key) else {
+            return Ok(None);
+        };
+        let wrong = || self.error(format!("its metadata entry {key:?} is not {kind}"));
+        read(value).map(Some).ok_or_else(wrong)
+    }
+
+    pub(super) fn unsigned(&self, key: &str) -> Result<Option<u64>> {
+        self.value(key, "a number from 0 on", |value| match value {
+            Value::Unsigned(number) => Some(*number),
+            Value::Signed(number) => u64::try_from(*number).ok(),
+            _ => None,
+        })
+    }
+
+    pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
+        self.value(key, "a number", |value| match value {
+            Value::Float(number) => Some(*number),
+            Value::Unsigned(number) => Some(*number as f64),
+            Value::Signed(number) => Some(*number as f64),
+            _ => None,
+        })
+    }
+
+    pub(super) fn bool(&self, key: &str) -> Result<Option<bool>> {
+        self.value(key, "true or false", |value| match value {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        })
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+        self.value(key, "a text", |value| match value {
+            Value::Text(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    pub(super) fn texts(&self, key: &str) -> Result<Option<&[String]>> {
+        self.value(key, "a list of texts", |value| match value {
+            Value::Texts(texts) => Some(texts.as_slice()),
+            _ => None,
+        })
+    }
+
+    pub(super) fn numbers(&self, key: &str) -> Result<Option<&[f64]>> {
+        self.value(key, "a list of numbers", |value| match value {
+            Value::Numbers(numbers) => Some(numbers.as_slice()),
+            _ => None,
+        })
     }
 
     /// Fills `out` with the bytes of a tensor from its byte `first` on.
@@ -250,6 +267,18 @@ impl<R: Read> Header<R> {
                 }
             }
         }
+        // A file smaller than its tensors could make any amount of memory.
+        let mut places: Vec<(u64, u64, &String)> = tensors
+            .iter()
+            .map(|(name, tensor)| (tensor.start, tensor.bytes, name))
+            .collect();
+        places.sort_unstable();
+        for pair in places.windows(2) {
+            let ((start, bytes, name), (next, _, other)) = (pair[0], pair[1]);
+            if start + bytes > next {
+                return wrong(format!("its tensors {name:?} and {other:?} overlap"));
+            }
+        }
         Ok((metadata, tensors))
     }
 
@@ -363,11 +392,14 @@ impl<R: Read> Header<R> {
     fn text(&mut self) -> Parsed<String> {
         let length = self.number()?;
         self.check_room(length, 1)?;
+        if length > MOST_TEXT_BYTES {
+            return wrong(format!("its header holds a text of {length} bytes"));
+        }
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes)?;
         Ok(match String::from_utf8(bytes) {
             Ok(text) => text,
-            // Vocabularies in the wild hold pieces that are no UTF-8; no prompt can contain them.
+            // Some vocabularies hold a piece that is no UTF-8; no prompt can contain it.
             Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
         })
     }
@@ -386,6 +418,11 @@ impl<R: Read> Header<R> {
         self.check_room(out.len() as u64, 1)?;
         self.reader.read_exact(out).map_err(Problem::Io)?;
         self.position += out.len() as u64;
+        if self.position > MOST_HEADER_BYTES {
+            return wrong(format!(
+                "its header is larger than {MOST_HEADER_BYTES} bytes"
+            ));
+        }
         Ok(())
     }
 

@@ -7,7 +7,7 @@ mod config;
 mod file;
 mod tokenizer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
@@ -19,9 +19,10 @@ pub(crate) use tokenizer::TokenizerTexts;
 pub struct GgufModel {
     /// The first holds the metadata.
     files: Vec<GgufFile>,
+    /// What the file calls the model; perhaps nothing.
+    name: String,
     /// Whether rows of queries and keys lie as the llama architecture has them.
     interleaved: bool,
-    head_dim: usize,
     config: Config,
 }
 
@@ -32,7 +33,7 @@ impl GgufModel {
     /// [`Error::Io`], [`Error::Gguf`], and [`Error::Config`] for a model that cannot run.
     pub fn open(path: &Path) -> Result<Self> {
         let mut files = vec![GgufFile::open(path)?];
-        let parts = files[0].metadata.unsigned("split.count").unwrap_or(1);
+        let parts = files[0].unsigned("split.count")?.unwrap_or(1);
         if parts > 1 {
             let names = part_paths(path).filter(|names| names.len() as u64 == parts);
             let Some(names) = names else {
@@ -45,16 +46,17 @@ impl GgufModel {
                 .iter()
                 .map(|name| GgufFile::open(name))
                 .collect::<Result<_>>()?;
+            check_parts(&files)?;
         }
-        let first = &files[0];
-        let has_head = files
-            .iter()
-            .any(|f| f.tensors.contains_key("output.weight"));
-        let factors = config::rotary_factors(&files)?;
-        let config = config::read(first, !has_head, factors)?;
+        let architecture = config::architecture(&files[0])?;
+        let config = config::read(&files)?;
+        check_tensors(&files, &config, architecture)?;
         Ok(Self {
-            interleaved: config::architecture(first)? == "llama",
-            head_dim: config.head_dim,
+            name: files[0]
+                .text("general.name")?
+                .unwrap_or_default()
+                .to_owned(),
+            interleaved: architecture == "llama",
             config,
             files,
         })
@@ -71,14 +73,11 @@ impl GgufModel {
 
     /// What the file calls the model.
     pub fn name(&self) -> String {
-        let stem = || {
-            self.path()
-                .file_stem()
-                .map(|s| s.to_string_lossy().into_owned())
-        };
-        let own = self.files[0].metadata.text("general.name");
-        let own = own.filter(|name| !name.is_empty()).map(str::to_owned);
-        own.or_else(stem).unwrap_or_else(|| "model".to_owned())
+        if !self.name.is_empty() {
+            return self.name.clone();
+        }
+        let stem = self.path().file_stem();
+        stem.map_or("model".into(), |stem| stem.to_string_lossy().into_owned())
     }
 
     /// How many tensors there are of every number type, by its name, `Q8_0` say.
@@ -103,15 +102,84 @@ impl GgufModel {
         self.interleaved
     }
 
-    pub(crate) fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
     /// A tensor and the file it is in.
     pub(crate) fn tensor(&self, name: &str) -> Option<(&GgufFile, &TensorPlace)> {
         let mut files = self.files.iter();
         files.find_map(|file| Some((file, file.tensors.get(name)?)))
     }
+}
+
+/// Checks that parts belong together: each has its number, and no tensor is in two.
+fn check_parts(files: &[GgufFile]) -> Result<()> {
+    let mut tensors = HashSet::new();
+    for (number, file) in files.iter().enumerate() {
+        let (own, count) = (file.unsigned("split.no")?, file.unsigned("split.count")?);
+        if own != Some(number as u64) || count != Some(files.len() as u64) {
+            let reason = format!("it is not part {} of {}", number + 1, files.len());
+            return Err(file.error(reason));
+        }
+        if let Some(name) = file.tensors.keys().find(|name| !tensors.insert(*name)) {
+            return Err(file.error(format!("its tensor {name:?} is in another part too")));
+        }
+    }
+    match files[0].unsigned("split.tensors.count")? {
+        Some(promised) if promised != tensors.len() as u64 => Err(files[0].error(format!(
+            "its parts hold {} tensors, {promised} are promised",
+            tensors.len()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses tensors that the decoder would not use: the model is another than it seems.
+fn check_tensors(files: &[GgufFile], config: &Config, architecture: &str) -> Result<()> {
+    let parts = (0..config.layers).map(Some).chain([None]);
+    let weights = parts.flat_map(|layer| config.weights(layer));
+    let known: HashSet<String> = weights.map(|(name, _)| own_name(&name)).collect();
+    for file in files {
+        let mut names = file.tensors.keys();
+        if let Some(name) = names.find(|name| !known.contains(*name) && *name != config::FACTORS) {
+            let reason = format!(
+                "a model of architecture {architecture:?} and {} layers has no tensor {name:?}",
+                config.layers
+            );
+            return Err(file.error(reason));
+        }
+    }
+    Ok(())
+}
+
+/// Parts of a layer, by their names in safetensors files and in GGUF files.
+const PARTS: [(&str, &str); 11] = [
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// The name in GGUF files of a weight that safetensors files call `name`.
+pub(crate) fn own_name(name: &str) -> String {
+    let own = match name {
+        "model.embed_tokens.weight" => Some("token_embd.weight".to_owned()),
+        "model.norm.weight" => Some("output_norm.weight".to_owned()),
+        "lm_head.weight" => Some("output.weight".to_owned()),
+        _ => of_layer(name),
+    };
+    own.unwrap_or_else(|| name.to_owned())
+}
+
+fn of_layer(name: &str) -> Option<String> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (part, kind) = rest.rsplit_once('.')?;
+    let (_, own) = PARTS.iter().find(|(known, _)| *known == part)?;
+    Some(format!("blk.{layer}.{own}.{kind}"))
 }
 
 /// The parts of a file that is named as one of several, `NAME-00001-of-00003.gguf`; `None` for any
@@ -141,6 +209,19 @@ impl GgufFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_those_of_llama_cpp() {
+        assert_eq!(
+            own_name("model.layers.12.self_attn.q_proj.bias"),
+            "blk.12.attn_q.bias"
+        );
+        assert_eq!(
+            own_name("model.layers.0.post_attention_layernorm.weight"),
+            "blk.0.ffn_norm.weight"
+        );
+        assert_eq!(own_name("lm_head.weight"), "output.weight");
+    }
 
     #[test]
     fn parts_are_named_by_their_number() {

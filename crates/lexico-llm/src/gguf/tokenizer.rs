@@ -18,6 +18,9 @@ const UNKNOWN: f64 = 2.0;
 const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
 
+/// Several times what the longest tokens of published vocabularies take.
+const MOST_TOKEN_BYTES: usize = 4096;
+
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -37,7 +40,7 @@ struct Split {
 
 const SPLITS: [Split; 4] = [
     Split {
-        names: &["llama-bpe", "llama3", "llama-v3", "smaug-bpe"],
+        names: &["llama-bpe", "llama3", "llama-v3"],
         pattern: Some(LLAMA3_SPLIT),
         nfc: false,
         ignore_merges: true,
@@ -74,15 +77,14 @@ struct Vocabulary<'a> {
 }
 
 pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
-    let metadata = &file.metadata;
     let error = |reason: String| Err(file.error(reason));
-    let Some(model) = metadata.text("tokenizer.ggml.model") else {
+    let Some(model) = file.text("tokenizer.ggml.model")? else {
         return error("it has no tokenizer (tokenizer.ggml.model)".to_owned());
     };
-    let Some(tokens) = metadata.texts("tokenizer.ggml.tokens") else {
+    let Some(tokens) = file.texts("tokenizer.ggml.tokens")? else {
         return error("it has no vocabulary (tokenizer.ggml.tokens)".to_owned());
     };
-    let kinds = metadata.numbers("tokenizer.ggml.token_type").unwrap_or(&[]);
+    let kinds = file.numbers("tokenizer.ggml.token_type")?.unwrap_or(&[]);
     if tokens.len() > size {
         let reason = format!(
             "its vocabulary of {} exceeds the model's {size}",
@@ -116,20 +118,17 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
     tokenizer["added_tokens"] = vocabulary.added_tokens();
 
     let mut config = Map::new();
-    let special = |name: &str| {
-        let id = metadata.unsigned(&format!("tokenizer.ggml.{name}_id"))?;
-        tokens.get(usize::try_from(id).ok()?)
-    };
     for name in ["bos_token", "eos_token"] {
-        if let Some(token) = special(name) {
-            config.insert(name.to_owned(), json!(token));
+        if let Some(id) = token_id(file, &format!("{name}_id"))? {
+            config.insert(name.to_owned(), json!(tokens[id]));
         }
     }
-    let begins = metadata
-        .bool("tokenizer.ggml.add_bos_token")
-        .unwrap_or(begins);
+    let begins = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(begins);
+    if begins && !config.contains_key("bos_token") {
+        return error("it does not name the token that texts begin with".to_owned());
+    }
     config.insert("add_bos_token".to_owned(), begins.into());
-    if let Some(template) = metadata.text("tokenizer.chat_template") {
+    if let Some(template) = file.text("tokenizer.chat_template")? {
         config.insert("chat_template".to_owned(), template.into());
     }
     Ok(TokenizerTexts {
@@ -138,11 +137,42 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
     })
 }
 
+/// A special token by its entry's name, `bos_token_id` say; SentencePiece's own numbers where a file of
+/// its kind names none, as in llama.cpp.
+pub(super) fn token_id(file: &GgufFile, name: &str) -> Result<Option<usize>> {
+    let key = format!("tokenizer.ggml.{name}");
+    let sentence_pieces = file.text("tokenizer.ggml.model")? == Some("llama");
+    let by_default = match name {
+        "bos_token_id" if sentence_pieces => Some(1),
+        "eos_token_id" if sentence_pieces => Some(2),
+        "unknown_token_id" if sentence_pieces => Some(0),
+        _ => None,
+    };
+    let Some(id) = file.unsigned(&key)?.or(by_default) else {
+        return Ok(None);
+    };
+    let Some(tokens) = file.texts("tokenizer.ggml.tokens")? else {
+        return Ok(None);
+    };
+    match usize::try_from(id) {
+        Ok(id) if id < tokens.len() => Ok(Some(id)),
+        _ => Err(file.error(format!(
+            "its {key:?} is {id}, outside its vocabulary of {}",
+            tokens.len()
+        ))),
+    }
+}
+
 impl Vocabulary<'_> {
     /// Numbers by token.
     fn numbers(&self) -> Result<HashMap<&str, usize>> {
         let mut numbers = HashMap::with_capacity(self.tokens.len());
         for (number, token) in self.tokens.iter().enumerate() {
+            // Every way of splitting a piece is looked at.
+            if token.len() > MOST_TOKEN_BYTES {
+                let reason = format!("its token {number} is {} bytes long", token.len());
+                return Err(self.file.error(reason));
+            }
             if let Some(first) = numbers.insert(token.as_str(), number) {
                 let reason = format!("its tokens {first} and {number} are both {token:?}");
                 return Err(self.file.error(reason));
@@ -168,12 +198,11 @@ impl Vocabulary<'_> {
 
     /// Byte pairs as GPT-2 merges them; and whether texts begin with the beginning token.
     fn byte_level(&self) -> Result<(Value, bool)> {
-        let metadata = &self.file.metadata;
         let known = || {
             let names = SPLITS.iter().flat_map(|split| split.names);
             names.copied().collect::<Vec<_>>().join(", ")
         };
-        let Some(name) = metadata.text("tokenizer.ggml.pre") else {
+        let Some(name) = self.file.text("tokenizer.ggml.pre")? else {
             return Err(self.file.error(
                 "it does not say how text is split into words (tokenizer.ggml.pre): convert the \
                  model again with a newer llama.cpp"
@@ -187,7 +216,7 @@ impl Vocabulary<'_> {
             );
             return Err(self.file.error(reason));
         };
-        let Some(merges) = metadata.texts("tokenizer.ggml.merges") else {
+        let Some(merges) = self.file.texts("tokenizer.ggml.merges")? else {
             let reason = "it has no merges (tokenizer.ggml.merges)";
             return Err(self.file.error(reason.to_owned()));
         };
@@ -220,9 +249,8 @@ impl Vocabulary<'_> {
 
     /// Pieces that are merged by their scores, as SentencePiece does; bytes where no piece fits.
     fn sentence_pieces(&self) -> Result<Value> {
-        let metadata = &self.file.metadata;
         let numbers = self.numbers()?;
-        let Some(scores) = metadata.numbers("tokenizer.ggml.scores") else {
+        let Some(scores) = self.file.numbers("tokenizer.ggml.scores")? else {
             let reason = "its pieces have no scores (tokenizer.ggml.scores)";
             return Err(self.file.error(reason.to_owned()));
         };
@@ -231,12 +259,12 @@ impl Vocabulary<'_> {
             let reason = format!("it has {tokens} tokens, but scores of {scores}");
             return Err(self.file.error(reason));
         }
-        let unknown = metadata.unsigned("tokenizer.ggml.unknown_token_id");
-        let unknown = unknown.and_then(|id| self.tokens.get(usize::try_from(id).ok()?));
+        let unknown = token_id(self.file, "unknown_token_id")?.map(|id| &self.tokens[id]);
         let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let prefix = json!({"type": "Prepend", "prepend": "▁"});
-        let prefixed = metadata
-            .bool("tokenizer.ggml.add_space_prefix")
+        let prefixed = self
+            .file
+            .bool("tokenizer.ggml.add_space_prefix")?
             .unwrap_or(true);
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),

@@ -6,40 +6,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::{check_shape, weight_error};
 use crate::error::Result;
-use crate::gguf::GgufModel;
-
-/// Parts of a layer, by their names in safetensors files and in GGUF files.
-const PARTS: [(&str, &str); 11] = [
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
-
-/// The name in GGUF files of a weight that safetensors files call `name`.
-fn own_name(name: &str) -> String {
-    let own = match name {
-        "model.embed_tokens.weight" => Some("token_embd.weight".to_owned()),
-        "model.norm.weight" => Some("output_norm.weight".to_owned()),
-        "lm_head.weight" => Some("output.weight".to_owned()),
-        _ => of_layer(name),
-    };
-    own.unwrap_or_else(|| name.to_owned())
-}
-
-fn of_layer(name: &str) -> Option<String> {
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (part, kind) = rest.rsplit_once('.')?;
-    let (_, own) = PARTS.iter().find(|(known, _)| *known == part)?;
-    Some(format!("blk.{layer}.{own}.{kind}"))
-}
+use crate::gguf::{GgufModel, own_name};
 
 pub(super) fn number_type(model: &GgufModel, name: &str, shape: &[usize]) -> Result<GgmlDType> {
     let own = own_name(name);
@@ -73,7 +40,7 @@ pub(super) fn read_rows(
         return file.read_bytes(&own, tensor, rows.start * row_bytes, out);
     }
     for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
-        let stored = interleaved_row(row, model.head_dim());
+        let stored = interleaved_row(row, model.config().head_dim);
         file.read_bytes(&own, tensor, stored * row_bytes, out)?;
     }
     Ok(())
@@ -90,19 +57,6 @@ fn interleaved_row(row: usize, head_dim: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_those_of_llama_cpp() {
-        assert_eq!(
-            own_name("model.layers.12.self_attn.q_proj.bias"),
-            "blk.12.attn_q.bias"
-        );
-        assert_eq!(
-            own_name("model.layers.0.post_attention_layernorm.weight"),
-            "blk.0.ffn_norm.weight"
-        );
-        assert_eq!(own_name("lm_head.weight"), "output.weight");
-    }
 
     #[test]
     fn rotary_pairs_are_brought_half_a_head_apart() {

@@ -1,6 +1,7 @@
 //! A model's weights by name: of safetensors files, of a GGUF file, or drawn.
 //!
-//! Weights are read some rows at a time, so that a matrix is never in memory twice.
+//! Weights are read some rows at a time, so that quantising or widening a matrix takes little memory
+//! beside it; one that a GGUF file holds in blocks is copied once as a whole.
 
 mod gguf;
 mod random;
@@ -105,6 +106,11 @@ impl Weights {
         columns: usize,
         rows: Range<usize>,
     ) -> Result<Vec<f32>> {
+        let floats = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16];
+        if !floats.contains(&stored) {
+            let reason = format!("its numbers are {stored:?}, floating point is needed");
+            return Err(self.error(name, reason));
+        }
         let count = rows.len() * columns;
         let mut bytes = vec![0; count * stored.type_size()];
         self.read_rows(name, rows, &mut bytes)?;
@@ -112,13 +118,9 @@ impl Weights {
         Ok(match stored {
             GgmlDType::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
             GgmlDType::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            GgmlDType::F32 => {
+            _ => {
                 let fours = bytes.as_chunks::<4>().0.iter();
                 fours.map(|&b| f32::from_le_bytes(b)).collect()
-            }
-            other => {
-                let reason = format!("its numbers are {other:?}, floating point is needed");
-                return Err(self.error(name, reason));
             }
         })
     }

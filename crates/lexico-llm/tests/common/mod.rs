@@ -87,7 +87,11 @@ pub(crate) fn family_folder(family: &str) -> PathBuf {
 
 /// Tokens, and transformers' logits of them under a name.
 pub(crate) fn golden(family: &str, name: &str) -> (Vec<u32>, Vec<f32>) {
-    let golden = TensorFile::open(family_folder(family).join("golden.safetensors")).unwrap();
+    golden_of(&family_folder(family), name)
+}
+
+pub(crate) fn golden_of(folder: &Path, name: &str) -> (Vec<u32>, Vec<f32>) {
+    let golden = TensorFile::open(folder.join("golden.safetensors")).unwrap();
     let tokens = golden.bytes("tokens").unwrap();
     let tokens = tokens.as_chunks::<8>().0.iter();
     let tokens = tokens.map(|&b| i64::from_le_bytes(b) as u32).collect();

@@ -73,24 +73,6 @@ pub(super) fn peak<const FMA: bool>(a: &[f32]) -> (usize, f32) {
     best
 }
 
-#[inline(always)]
-pub(super) fn subtract_and_peak<const FMA: bool>(
-    a: &mut [f32],
-    scale: f32,
-    b: &[f32],
-) -> (usize, f32) {
-    let mut best = (0, 0f32);
-    for (block, (a, b)) in a
-        .chunks_mut(PEAK_BLOCK)
-        .zip(b.chunks(PEAK_BLOCK))
-        .enumerate()
-    {
-        add_scaled::<FMA>(a, -scale, b);
-        best = later_peak(best, block, a);
-    }
-    best
-}
-
 /// The peak so far, or that of a further block where it is larger.
 #[inline(always)]
 fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {

@@ -1,6 +1,7 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
 mod half;
+pub(super) mod scan;
 
 use std::sync::OnceLock;
 
@@ -18,7 +19,11 @@ pub(super) fn level() -> Level {
         let avx2 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
+        if avx2 && avx512 {
             Level::Avx512
         } else if avx2 {
             Level::Avx2
@@ -51,7 +56,6 @@ macro_rules! kernels {
 
 kernels! {
     peak(a: &[f32]) -> (usize, f32);
-    subtract_and_peak(a: &mut [f32], scale: f32, b: &[f32]) -> (usize, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
@@ -62,11 +66,12 @@ kernels! {
 macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => {
         match crate::arch::x86_64::level() {
-            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2, fma and f16c were detected.
+            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2, fma and f16c
+            // were detected.
             crate::arch::x86_64::Level::Avx512 => unsafe {
                 crate::arch::x86_64::avx512::$name($($argument),*)
             },
-            // SAFETY: `level` says Avx2 only where avx2 and fma were detected.
+            // SAFETY: `level` says Avx2 only where avx2, fma and f16c were detected.
             crate::arch::x86_64::Level::Avx2 => unsafe {
                 crate::arch::x86_64::avx2::$name($($argument),*)
             },

@@ -7,7 +7,9 @@ pub use set::{
 };
 
 use std::path::Path;
+use std::sync::OnceLock;
 
+use crate::pursuit::scan::RoundedAtoms;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
 
@@ -17,10 +19,18 @@ const NORM_TOLERANCE: f64 = 1e-2;
 pub const MOST_ATOMS: usize = 1 << 16;
 
 /// `N` unit-norm atoms of length `m`, one a row.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Dictionary {
     atoms: Vec<f32>,
     head_dim: usize,
+    /// Made when a pursuit first needs them.
+    rounded: OnceLock<RoundedAtoms>,
+}
+
+impl PartialEq for Dictionary {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.atoms, self.head_dim) == (&other.atoms, other.head_dim)
+    }
 }
 
 impl Dictionary {
@@ -46,7 +56,11 @@ impl Dictionary {
                 return Err(Error::Dictionary(reason));
             }
         }
-        Ok(Self { atoms, head_dim })
+        Ok(Self {
+            atoms,
+            head_dim,
+            rounded: OnceLock::new(),
+        })
     }
 
     /// Takes `[N, m]` rows of any length and scales each to unit length.
@@ -107,9 +121,15 @@ impl Dictionary {
         self.head_dim
     }
 
-    /// Bytes held.
+    /// Bytes held: those of the atoms, and once vectors have been coded, of a copy in 8 bits.
     pub fn bytes(&self) -> usize {
-        self.atoms.capacity() * size_of::<f32>()
+        let rounded = self.rounded.get().map_or(0, RoundedAtoms::bytes);
+        self.atoms.capacity() * size_of::<f32>() + rounded
+    }
+
+    pub(crate) fn rounded(&self) -> &RoundedAtoms {
+        self.rounded
+            .get_or_init(|| RoundedAtoms::new(&self.atoms, self.head_dim))
     }
 
     /// A checksum of the atoms, so that codes can say which dictionary they need.
@@ -130,6 +150,7 @@ impl Dictionary {
     }
 
     pub(crate) fn atoms_mut(&mut self) -> &mut [f32] {
+        self.rounded.take();
         &mut self.atoms
     }
 }

@@ -1,18 +1,21 @@
 //! Orthogonal matching pursuit: a few atoms and their least-squares coefficients for each vector.
 
 pub mod oracle;
+pub(crate) mod scan;
 
 use rayon::prelude::*;
 
-use crate::arch::matmul::{Matrix, multiply};
-use crate::arch::{add_scaled, dot, peak, subtract_and_peak};
+use crate::arch::{add_scaled, dot, peak};
 use crate::dictionary::{Dictionary, norm};
 use crate::{Error, Result};
+use scan::RoundedVectors;
 
 /// Relative residual below which f32 arithmetic has nothing more to find.
 const EXACT: f32 = 1e-6;
 /// Vectors that are coded side by side: each reading of the dictionary serves all of them.
-const BLOCK: usize = 32;
+const BLOCK: usize = 16;
+/// Rounded correlations that are passed over at once where none may be the largest.
+const CANDIDATE_BLOCK: usize = 64;
 /// An atom whose part outside the span of the support is shorter than this adds nothing but noise.
 const DEPENDENT: f32 = 1e-4;
 
@@ -70,9 +73,9 @@ pub(crate) fn mean(numbers: &[f32]) -> f32 {
 /// Orthogonal matching pursuit over one dictionary (Pati, Rezaiifar, Krishnaprasad 1993).
 ///
 /// Each step picks the atom of largest correlation with the residual and orthonormalises it
-/// against the support; correlations with all atoms are carried along by subtracting the
-/// projection of every atom on the new direction, so that no residual is ever correlated again.
-/// Those projections are one matrix product a step for a block of vectors, `O(N·m)` a vector.
+/// against the support. Correlations are looked over in 8-bit integers and the few that may be the
+/// largest computed exactly, so that the choice is that of exact arithmetic and no Gram matrix of
+/// `N²` numbers is needed: `O(s·N·m)` a vector, on the widest integer products that the processor has.
 #[derive(Debug)]
 pub struct Pursuit<'d> {
     dictionary: &'d Dictionary,
@@ -157,23 +160,20 @@ impl<'d> Pursuit<'d> {
 
     /// Codes a block of finite vectors in lockstep: step `k` chooses atom `k` of each.
     fn encode_block(&self, vectors: &[f32], workspace: &mut Workspace, found: Found<'_>) {
-        let (m, s, n) = (
-            self.dictionary.head_dim(),
-            self.sparsity,
-            self.dictionary.len(),
-        );
-        let count = vectors.len() / m;
+        let (m, s) = (self.dictionary.head_dim(), self.sparsity);
+        let rounded_atoms = self.dictionary.rounded();
+        let room = rounded_atoms.room();
         let Workspace {
             residuals,
+            rounded,
             correlations,
-            projections,
             directions,
             triangles,
             weights,
             corrections,
             exact,
             states,
-            fresh,
+            active,
         } = workspace;
         states.clear();
         for (v, (x, residual)) in vectors.chunks(m).zip(residuals.chunks_mut(m)).enumerate() {
@@ -185,68 +185,49 @@ impl<'d> Pursuit<'d> {
                 exponent,
                 whole,
                 rest: whole,
-                weight: 0.0,
-                peak: (0, 0.0),
-                active: whole > 0.0,
             });
             found.lengths[v] = 0;
         }
-        self.correlate_all(&residuals[..count * m], &mut correlations[..count * n]);
-        for (state, correlations) in states.iter_mut().zip(correlations.chunks(n)) {
-            state.peak = peak(correlations);
-        }
+        active.clear();
+        active.extend((0..states.len()).filter(|&v| states[v].whole > 0.0));
         for step in 0..s {
-            fresh.clear();
-            for (v, state) in states
-                .iter_mut()
-                .enumerate()
-                .filter(|(_, state)| state.active)
-            {
-                let enough = self.tolerance.max(EXACT) * state.whole;
-                state.active = state.rest > enough && state.peak.1 > EXACT * state.whole;
-                if !state.active {
-                    continue;
+            active.retain(|&v| states[v].rest > self.tolerance.max(EXACT) * states[v].whole);
+            if active.is_empty() {
+                break;
+            }
+            for (slot, &v) in active.iter().enumerate() {
+                rounded_atoms.round(&residuals[v * m..(v + 1) * m], slot, rounded);
+            }
+            rounded_atoms.scan(rounded, active.len(), correlations);
+            let mut slot = 0;
+            active.retain(|&v| {
+                let looked_over = &correlations[slot * room..][..self.dictionary.len()];
+                let margin = rounded.margin(slot);
+                slot += 1;
+                let state = &mut states[v];
+                let residual = &mut residuals[v * m..(v + 1) * m];
+                let chosen = &found.indices[v * s..v * s + step];
+                let (atom, correlation) = self.choose(looked_over, margin, residual, chosen);
+                if correlation <= EXACT * state.whole {
+                    return false;
                 }
                 let (earlier, rest) = directions[v * s * m..].split_at_mut(step * m);
                 let direction = &mut rest[..m];
-                direction.copy_from_slice(self.dictionary.atom(state.peak.0));
+                direction.copy_from_slice(self.dictionary.atom(atom));
                 let row = &mut triangles[(v * s + step) * s..][..step + 1];
                 let outside = orthonormalise(direction, earlier, row);
-                state.active = outside > DEPENDENT;
-                if !state.active {
-                    continue;
+                if outside <= DEPENDENT {
+                    return false;
                 }
                 row[step] = outside;
-                found.indices[v * s + step] = state.peak.0 as u16;
+                found.indices[v * s + step] = atom as u16;
                 found.lengths[v] += 1;
-                let residual = &mut residuals[v * m..(v + 1) * m];
-                state.weight = dot(direction, residual);
-                weights[v * s + step] = state.weight;
-                add_scaled(residual, -state.weight, direction);
+                let weight = dot(direction, residual);
+                weights[v * s + step] = weight;
+                add_scaled(residual, -weight, direction);
                 state.rest = norm(residual) as f32;
-                state.active = state.rest > enough;
-                if state.active {
-                    fresh.extend_from_slice(direction);
-                }
-            }
-            if step + 1 == s || fresh.is_empty() {
-                break;
-            }
-            let projections = &mut projections[..fresh.len() / m * n];
-            self.correlate_all(fresh, projections);
-            let active = states
-                .iter_mut()
-                .enumerate()
-                .filter(|(_, state)| state.active);
-            for ((v, state), projection) in active.zip(projections.chunks_mut(n)) {
-                let correlations = &mut correlations[v * n..(v + 1) * n];
-                // Rounding must not bring a chosen atom back.
-                for &chosen in &found.indices[v * s..=v * s + step] {
-                    correlations[usize::from(chosen)] = 0.0;
-                    projection[usize::from(chosen)] = 0.0;
-                }
-                state.peak = subtract_and_peak(correlations, state.weight, projection);
-            }
+                true
+            });
         }
         for (v, state) in states.iter().enumerate() {
             let length = usize::from(found.lengths[v]);
@@ -292,12 +273,34 @@ impl<'d> Pursuit<'d> {
         }
     }
 
-    /// Correlations of all atoms with some vectors: `[k, m]` to `[k, N]`.
-    fn correlate_all(&self, vectors: &[f32], out: &mut [f32]) {
-        let (m, n) = (self.dictionary.head_dim(), self.dictionary.len());
-        let vectors = Matrix::by_rows(vectors, vectors.len() / m, m);
-        let atoms = Matrix::by_rows(self.dictionary.atoms(), n, m);
-        multiply(out, false, vectors, atoms.transposed());
+    /// The atom of largest correlation with the residual, and that correlation's magnitude: of those
+    /// whose rounded correlation may be the largest, none of them `chosen` before.
+    fn choose(
+        &self,
+        rounded: &[f32],
+        margin: f32,
+        residual: &[f32],
+        chosen: &[u16],
+    ) -> (usize, f32) {
+        let enough = peak(rounded).1 - margin;
+        let mut best = (0, 0.0);
+        for (block, correlations) in rounded.chunks(CANDIDATE_BLOCK).enumerate() {
+            if !any_at_least(correlations, enough) {
+                continue;
+            }
+            for (i, &correlation) in correlations.iter().enumerate() {
+                let atom = block * CANDIDATE_BLOCK + i;
+                // Rounding must not bring a chosen atom back.
+                if correlation < enough || chosen.contains(&(atom as u16)) {
+                    continue;
+                }
+                let exact = dot(self.dictionary.atom(atom), residual).abs();
+                if exact > best.1 {
+                    best = (atom, exact);
+                }
+            }
+        }
+        best
     }
 }
 
@@ -317,22 +320,16 @@ struct State {
     whole: f32,
     /// Norm of its residual.
     rest: f32,
-    /// Its part along the newest direction.
-    weight: f32,
-    /// The atom of largest correlation with the residual, and that correlation's magnitude.
-    peak: (usize, f32),
-    /// Whether the pursuit goes on.
-    active: bool,
 }
 
 /// Scratch memory of one task, for a block of `b` vectors at a time.
 struct Workspace {
     /// `[b, m]`
     residuals: Vec<f32>,
-    /// Of every atom with each residual, `[b, N]`.
+    /// The residuals in 8 bits.
+    rounded: RoundedVectors,
+    /// Rounded ones of every atom with each active residual, `[b, N]`.
     correlations: Vec<f32>,
-    /// Of every atom on each active vector's newest direction, `[b, N]`.
-    projections: Vec<f32>,
     /// The orthonormalised supports, `[b, s, m]`.
     directions: Vec<f32>,
     /// Row `k` writes atom `k` of a support in its first `k + 1` directions, `[b, s, s]`.
@@ -344,25 +341,25 @@ struct Workspace {
     /// One vector's residual, `[m]`.
     exact: Vec<f64>,
     states: Vec<State>,
-    /// The newest directions of the active vectors.
-    fresh: Vec<f32>,
+    /// The vectors whose pursuit goes on.
+    active: Vec<usize>,
 }
 
 impl Workspace {
     fn new(pursuit: &Pursuit<'_>, b: usize) -> Self {
-        let (n, m) = (pursuit.dictionary.len(), pursuit.dictionary.head_dim());
+        let m = pursuit.dictionary.head_dim();
         let s = pursuit.sparsity;
         Self {
             residuals: vec![0.0; b * m],
-            correlations: vec![0.0; b * n],
-            projections: vec![0.0; b * n],
+            rounded: RoundedVectors::default(),
+            correlations: vec![0.0; b * pursuit.dictionary.rounded().room()],
             directions: vec![0.0; b * s * m],
             triangles: vec![0.0; b * s * s],
             weights: vec![0.0; b * s],
             corrections: vec![0.0; s],
             exact: vec![0.0; m],
             states: Vec::with_capacity(b),
-            fresh: Vec::with_capacity(b * m),
+            active: Vec::with_capacity(b),
         }
     }
 }
@@ -384,6 +381,11 @@ fn orthonormalise(x: &mut [f32], basis: &[f32], parts: &mut [f32]) -> f32 {
         x.iter_mut().for_each(|v| *v /= outside);
     }
     outside
+}
+
+fn any_at_least(numbers: &[f32], enough: f32) -> bool {
+    // All of them, which vectorises.
+    numbers.iter().fold(false, |any, &x| any | (x >= enough))
 }
 
 /// Coefficients of the atoms from the weights of the directions: back substitution.

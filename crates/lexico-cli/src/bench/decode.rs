@@ -1,58 +1,18 @@
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use clap::{Args, Subcommand};
+use clap::Args;
 use lexico_llm::Quantize;
 use lexico_llm::cache::{CacheContext, CacheSpec};
 use lexico_llm::decoder::{Decoder, Logits, Sequence};
 use lexico_llm::shape::{self, SHAPES};
 use serde_json::json;
 
-use crate::model::path_of;
-use crate::{interrupt, memory, ui};
+use super::median;
+use crate::{interrupt, ui};
 
 #[derive(Args)]
-pub(crate) struct Bench {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand)]
-enum What {
-    /// Tokens a second of whole decoding steps, random weights of a known shape
-    Decode(Decode),
-    /// Time and peak memory of loading a model, and its memory once it has run
-    Load(Load),
-    /// Write a model of random weights of a known shape, to load where no other is to be had
-    Model(RandomModel),
-}
-
-#[derive(Args)]
-struct Load {
-    /// The model: a folder in Hugging Face layout, a .gguf file, or a name on the hub
-    #[arg(short, long, value_name = "PATH|ORG/NAME")]
-    model: String,
-    /// How the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
-    #[arg(long, default_value = "none", value_name = "FORMAT")]
-    quantize: Quantize,
-    /// Print one JSON document
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
-struct RandomModel {
-    /// The model's shape
-    #[arg(long, default_value = SHAPES[0], value_parser = SHAPES)]
-    shape: String,
-    /// The folder to write, which must not be there yet
-    #[arg(short, long, value_name = "FOLDER")]
-    out: PathBuf,
-}
-
-#[derive(Args)]
-struct Decode {
+pub(super) struct Decode {
     /// The model's shape
     #[arg(long, default_value = SHAPES[0], value_parser = SHAPES)]
     shape: String,
@@ -78,75 +38,11 @@ struct Decode {
     #[arg(long, value_name = "NAME[:key=value,...]", default_values = ["full", "lexico"])]
     cache: Vec<CacheSpec>,
     /// Atoms of the random dictionaries
-    #[arg(long, default_value_t = 4096, value_name = "N")]
-    atoms: usize,
+    #[arg(long, default_value_t = 4096, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    atoms: u32,
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
-}
-
-impl Bench {
-    pub(crate) fn run(self) -> anyhow::Result<()> {
-        match self.what {
-            What::Decode(decode) => decode.run(),
-            What::Load(load) => load.run(),
-            What::Model(model) => model.run(),
-        }
-    }
-}
-
-impl Load {
-    fn run(self) -> anyhow::Result<()> {
-        let path = path_of(&self.model)?;
-        let unknown = "the memory of a process can be read on Linux only";
-        let (before, _) = memory::resident().context(unknown)?;
-        let started = Instant::now();
-        let decoder = Decoder::open(&path, self.quantize)?;
-        let seconds = started.elapsed().as_secs_f64();
-        let (after, peak) = memory::resident().context(unknown)?;
-        // Products of quantised matrices make their own copies when they first run.
-        let context = CacheContext {
-            model: &self.model,
-            config: decoder.config(),
-            dictionaries: None,
-        };
-        let mut cache = "full".parse::<CacheSpec>()?.build(&context)?;
-        for tokens in [&[0; 16][..], &[0]] {
-            let cache = cache.as_mut();
-            decoder.forward(&mut [Sequence { tokens, cache }], Logits::Last)?;
-        }
-        let (used, _) = memory::resident().context(unknown)?;
-        let used = used.saturating_sub(before);
-        let (stays, peak) = (after.saturating_sub(before), peak.saturating_sub(before));
-        let ratio = peak as f64 / stays.max(1) as f64;
-        if self.json {
-            return ui::json(&json!({
-                "model": self.model, "seconds": seconds, "stays_bytes": stays, "peak_bytes": peak,
-                "peak_over_stays": ratio, "after_first_tokens_bytes": used,
-            }));
-        }
-        ui::line(&format!(
-            "loaded in {seconds:.1} s; {} stay, {} at the peak ({ratio:.2} x), {} after the first tokens",
-            ui::bytes(stays),
-            ui::bytes(peak),
-            ui::bytes(used)
-        ))
-    }
-}
-
-impl RandomModel {
-    fn run(self) -> anyhow::Result<()> {
-        let config = shape::config(&self.shape).context("an unknown shape")?;
-        interrupt::listen()?;
-        let bar = ui::progress(config.layers as u64 + 1, "shards");
-        let written = shape::save(&config, &self.out, &mut || {
-            bar.inc(1);
-            interrupt::flow()
-        });
-        bar.finish_and_clear();
-        anyhow::ensure!(written?, "interrupted; {} is not whole", self.out.display());
-        ui::line(&format!("{} written", self.out.display()))
-    }
 }
 
 /// One cache's figures.
@@ -157,7 +53,7 @@ struct Row {
 }
 
 impl Decode {
-    fn run(self) -> anyhow::Result<()> {
+    pub(super) fn run(self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.steps > 0 && self.repetitions > 0,
             "--steps and --repetitions must be at least 1"
@@ -173,7 +69,7 @@ impl Decode {
             config.context
         );
         let sparsity = (config.head_dim / 8).max(1);
-        let dictionaries = shape::dictionaries(&config, self.atoms, sparsity)?;
+        let dictionaries = shape::dictionaries(&config, self.atoms as usize, sparsity)?;
         interrupt::listen()?;
         let bar = ui::progress(1 + self.cache.len() as u64 * 2, "stages");
         bar.set_message("weights");
@@ -250,9 +146,4 @@ impl Decode {
         let header = ["cache", "held", "tokens/s", "over the first"];
         ui::line(&ui::table(header, rows.collect()))
     }
-}
-
-fn median(numbers: &mut [f64]) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or(0.0)
 }

@@ -1,0 +1,141 @@
+//! Correlations of many atoms with some vectors in 8-bit integers: the widest products there are.
+
+#[cfg(target_arch = "x86_64")]
+use super::x86_64::{Level, level};
+
+/// Numbers that one instruction multiplies and adds at a time.
+pub(crate) const QUAD: usize = 4;
+/// Atoms of a tile.
+pub(crate) const TILE_ATOMS: usize = 16;
+/// Vectors of a block.
+pub(crate) const LANES: usize = 8;
+
+/// `out[v][i] = scales[i] · |⟨tiles_i − 128, vectors_v⟩|`, `[vectors, atoms]`.
+///
+/// `tiles` are `[atoms / 16, quads, 16, 4]` numbers with 128 added, `vectors` `[vectors / 8, quads, 8]`
+/// of four numbers each; numbers are from −127 to 127.
+pub(crate) fn scan(tiles: &[u8], scales: &[f32], quads: usize, vectors: &[u32], out: &mut [f32]) {
+    let atoms = scales.len();
+    assert!(quads > 0 && atoms.is_multiple_of(TILE_ATOMS), "whole tiles");
+    assert_eq!(tiles.len(), atoms * quads * QUAD, "an atom has its quads");
+    assert!(atoms > 0 && out.len().is_multiple_of(atoms), "whole rows");
+    let count = out.len() / atoms;
+    assert!(
+        vectors.len() >= count.div_ceil(LANES) * quads * LANES,
+        "a vector has its quads"
+    );
+    #[cfg(target_arch = "x86_64")]
+    match level() {
+        // SAFETY: `level` says Avx512 only where its features, VNNI among them, were detected; the
+        // sizes are as the function asks.
+        Level::Avx512 => unsafe {
+            return super::x86_64::scan::avx512(tiles, scales, quads, vectors, out);
+        },
+        // SAFETY: `level` says Avx2 only where its features were detected; the sizes are as the
+        // function asks.
+        Level::Avx2 => unsafe {
+            return super::x86_64::scan::avx2(tiles, scales, quads, vectors, out);
+        },
+        Level::Baseline => {}
+    }
+    portable(tiles, scales, quads, vectors, out);
+}
+
+pub(super) fn portable(
+    tiles: &[u8],
+    scales: &[f32],
+    quads: usize,
+    vectors: &[u32],
+    out: &mut [f32],
+) {
+    let atoms = scales.len();
+    let tile_bytes = quads * TILE_ATOMS * QUAD;
+    for (v, out) in out.chunks_exact_mut(atoms).enumerate() {
+        let block = &vectors[v / LANES * quads * LANES..][..quads * LANES];
+        let own = block.iter().skip(v % LANES).step_by(LANES);
+        let numbers: Vec<[i32; QUAD]> = own
+            .map(|quad| quad.to_le_bytes().map(|byte| i32::from(byte as i8)))
+            .collect();
+        let rows = tiles
+            .chunks_exact(tile_bytes)
+            .zip(scales.chunks_exact(TILE_ATOMS));
+        for ((tile, scales), out) in rows.zip(out.chunks_exact_mut(TILE_ATOMS)) {
+            let mut sums = [0i32; TILE_ATOMS];
+            for (atoms, x) in tile
+                .as_chunks::<{ TILE_ATOMS * QUAD }>()
+                .0
+                .iter()
+                .zip(&numbers)
+            {
+                for (sum, atom) in sums.iter_mut().zip(atoms.as_chunks::<QUAD>().0) {
+                    for k in 0..QUAD {
+                        *sum += (i32::from(atom[k]) - 128) * x[k];
+                    }
+                }
+            }
+            for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+                *out = sum.unsigned_abs() as f32 * scale;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_level_sums_exactly(
+            quads in 1usize..40, tiles in 1usize..9, count in 1usize..20, seed: u32, extreme: bool,
+        ) {
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let drawn = (state >> 16) as i32 % 255 - 127;
+                // Sums of products must not overflow anywhere on the way.
+                if extreme { 127 * drawn.signum() } else { drawn }
+            };
+            let atoms = tiles * TILE_ATOMS;
+            let packed: Vec<u8> = (0..atoms * quads * QUAD).map(|_| (draw() + 128) as u8).collect();
+            let scales: Vec<f32> = (0..atoms).map(|i| 1.0 / (i + 1) as f32).collect();
+            let room = count.div_ceil(LANES) * quads * LANES;
+            let vectors: Vec<u32> = (0..room)
+                .map(|_| u32::from_le_bytes([0; 4].map(|_: u8| draw() as i8 as u8)))
+                .collect();
+            let mut exact = vec![0f32; count * atoms];
+            for v in 0..count {
+                for i in 0..atoms {
+                    let sum: i64 = (0..quads)
+                        .map(|q| {
+                            let x = vectors[(v / LANES * quads + q) * LANES + v % LANES].to_le_bytes();
+                            let at = ((i / TILE_ATOMS * quads + q) * TILE_ATOMS + i % TILE_ATOMS) * QUAD;
+                            (0..QUAD).map(|k| (i64::from(packed[at + k]) - 128) * i64::from(x[k] as i8)).sum::<i64>()
+                        })
+                        .sum();
+                    exact[v * atoms + i] = sum.abs() as f32 * scales[i];
+                }
+            }
+            let mut out = vec![f32::NAN; count * atoms];
+            portable(&packed, &scales, quads, &vectors, &mut out);
+            prop_assert_eq!(&out, &exact);
+            #[cfg(target_arch = "x86_64")]
+            {
+                use crate::arch::x86_64;
+                if matches!(level(), Level::Avx2 | Level::Avx512) {
+                    out.fill(f32::NAN);
+                    // SAFETY: the level says that its features are there; the sizes are right.
+                    unsafe { x86_64::scan::avx2(&packed, &scales, quads, &vectors, &mut out) };
+                    prop_assert_eq!(&out, &exact);
+                }
+                if matches!(level(), Level::Avx512) {
+                    out.fill(f32::NAN);
+                    // SAFETY: as above.
+                    unsafe { x86_64::scan::avx512(&packed, &scales, quads, &vectors, &mut out) };
+                    prop_assert_eq!(&out, &exact);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Products of 8-bit integers, summed in 32 bits.
+
+use core::arch::x86_64::*;
+
+use crate::arch::scan::{LANES, QUAD, TILE_ATOMS};
+
+const QUAD_BYTES: usize = TILE_ATOMS * QUAD;
+
+/// # Safety
+/// Needs AVX-512 with VNNI; sizes as [`crate::arch::scan::scan`] checks them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in super::super) unsafe fn avx512(
+    tiles: &[u8],
+    scales: &[f32],
+    quads: usize,
+    vectors: &[u32],
+    out: &mut [f32],
+) {
+    /// Tiles at a time: with eight vectors 24 sums, as many as registers hold beside the operands.
+    const AT_ONCE: usize = 3;
+    let atoms = scales.len();
+    let count = out.len() / atoms;
+    let tile_count = atoms / TILE_ATOMS;
+    // Numbers of the tiles are 128 too large: what that adds to every sum.
+    let starts: Vec<i32> = (0..count)
+        .map(|v| {
+            let block = &vectors[v / LANES * quads * LANES..][..quads * LANES];
+            let own = block.iter().skip(v % LANES).step_by(LANES);
+            let sum = |quad: &u32| -> i32 {
+                quad.to_le_bytes()
+                    .iter()
+                    .map(|&byte| i32::from(byte as i8))
+                    .sum()
+            };
+            -128 * own.map(sum).sum::<i32>()
+        })
+        .collect();
+    let mut tile = 0;
+    while tile < tile_count {
+        let wide = tile + AT_ONCE <= tile_count;
+        let mut first = 0;
+        while first < count {
+            let left = count - first;
+            let here = Place {
+                tiles: tiles[tile * quads * QUAD_BYTES..].as_ptr(),
+                scales: scales[tile * TILE_ATOMS..].as_ptr(),
+                quads,
+                vectors: vectors[first / LANES * quads * LANES + first % LANES..].as_ptr(),
+                starts: &starts[first..],
+                out: out[first * atoms + tile * TILE_ATOMS..].as_mut_ptr(),
+                atoms,
+            };
+            // SAFETY: the tiles, vectors and rows of `here` lie within their slices, as many as each
+            // call is told: AT_ONCE tiles or one, and no more vectors than are left in the block.
+            unsafe {
+                match (left, wide) {
+                    (LANES.., true) => here.sum::<LANES, AT_ONCE>(),
+                    (LANES.., false) => here.sum::<LANES, 1>(),
+                    (4.., true) => here.sum::<4, AT_ONCE>(),
+                    (4.., false) => here.sum::<4, 1>(),
+                    (2.., true) => here.sum::<2, AT_ONCE>(),
+                    (2.., false) => here.sum::<2, 1>(),
+                    (_, true) => here.sum::<1, AT_ONCE>(),
+                    (_, false) => here.sum::<1, 1>(),
+                }
+            }
+            first += match left {
+                LANES.. => LANES,
+                4.. => 4,
+                2.. => 2,
+                _ => 1,
+            };
+        }
+        tile += if wide { AT_ONCE } else { 1 };
+    }
+}
+
+/// Some tiles and vectors, and where their results go.
+struct Place<'a> {
+    tiles: *const u8,
+    scales: *const f32,
+    quads: usize,
+    vectors: *const u32,
+    starts: &'a [i32],
+    out: *mut f32,
+    atoms: usize,
+}
+
+impl Place<'_> {
+    /// # Safety
+    /// `T` tiles, `V` vectors of one block and their rows of `out` must lie behind the pointers.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn sum<const V: usize, const T: usize>(&self) {
+        let mut sums = [[_mm512_setzero_si512(); T]; V];
+        for (sums, &start) in sums.iter_mut().zip(self.starts) {
+            *sums = [_mm512_set1_epi32(start); T];
+        }
+        for quad in 0..self.quads {
+            let mut tiles = [_mm512_setzero_si512(); T];
+            for (t, tile) in tiles.iter_mut().enumerate() {
+                let at = (t * self.quads + quad) * QUAD_BYTES;
+                // SAFETY: quad `quad` of tile `t`, which the caller vouches for.
+                *tile = unsafe { _mm512_loadu_si512(self.tiles.add(at).cast()) };
+            }
+            for (v, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: quad `quad` of vector `v`, which the caller vouches for.
+                let x = unsafe { *self.vectors.add(quad * LANES + v) };
+                let x = _mm512_set1_epi32(x as i32);
+                for (sum, &tile) in sums.iter_mut().zip(&tiles) {
+                    *sum = _mm512_dpbusd_epi32(*sum, tile, x);
+                }
+            }
+        }
+        for (v, sums) in sums.iter().enumerate() {
+            for (t, &sum) in sums.iter().enumerate() {
+                // SAFETY: the tile's 16 scales, and its 16 places in row `v` of `out`.
+                unsafe {
+                    let scales = _mm512_loadu_ps(self.scales.add(t * TILE_ATOMS));
+                    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_abs_epi32(sum)), scales);
+                    _mm512_storeu_ps(self.out.add(v * self.atoms + t * TILE_ATOMS), scaled);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Needs AVX2; sizes as [`crate::arch::scan::scan`] checks them.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn avx2(
+    tiles: &[u8],
+    scales: &[f32],
+    quads: usize,
+    vectors: &[u32],
+    out: &mut [f32],
+) {
+    let atoms = scales.len();
+    let offset = _mm256_set1_epi8(-128);
+    let ones = _mm256_set1_epi16(1);
+    for (t, scales) in scales.chunks_exact(TILE_ATOMS).enumerate() {
+        let tile = &tiles[t * quads * QUAD_BYTES..][..quads * QUAD_BYTES];
+        for v in 0..out.len() / atoms {
+            let own = &vectors[v / LANES * quads * LANES + v % LANES..];
+            let mut sums = [_mm256_setzero_si256(); 2];
+            for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
+                let x = _mm256_set1_epi32(own[quad * LANES] as i32);
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: a quad has two halves of 32 bytes.
+                    let atoms =
+                        unsafe { _mm256_loadu_si256(numbers.as_ptr().add(half * 32).cast()) };
+                    // Magnitudes by signed numbers: two products of 127² fit 16 bits, so that nothing
+                    // saturates.
+                    let atoms = _mm256_xor_si256(atoms, offset);
+                    let signed = _mm256_sign_epi8(x, atoms);
+                    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(atoms), signed);
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                }
+            }
+            let out = &mut out[v * atoms + t * TILE_ATOMS..][..TILE_ATOMS];
+            for (half, &sum) in sums.iter().enumerate() {
+                // SAFETY: both slices have 16 numbers, half of them from here on.
+                unsafe {
+                    let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
+                    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_abs_epi32(sum)), scales);
+                    _mm256_storeu_ps(out.as_mut_ptr().add(half * 8), scaled);
+                }
+            }
+        }
+    }
+}
