@@ -1,5 +1,6 @@
 //! Measurements on drawn numbers, each repeated and its median taken.
 
+mod attention;
 mod decode;
 mod load;
 mod pursuit;
@@ -16,6 +17,8 @@ pub(crate) struct Bench {
 enum What {
     /// Microseconds that coding a vector takes, and its error beside the f64 oracle's
     Pursuit(pursuit::Pursuit),
+    /// Microseconds that a layer's attention takes in a decoding step, on codes and on f16
+    Attention(attention::Attention),
     /// Tokens a second of whole decoding steps, random weights of a known shape
     Decode(decode::Decode),
     /// Time and peak memory of loading a model, and its memory once it has run
@@ -28,6 +31,7 @@ impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self.what {
             What::Pursuit(pursuit) => pursuit.run(),
+            What::Attention(attention) => attention.run(),
             What::Decode(decode) => decode.run(),
             What::Load(load) => load.run(),
             What::Model(model) => model.run(),

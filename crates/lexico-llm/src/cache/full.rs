@@ -1,14 +1,14 @@
-use ::lexico::attention::{DenseRows, NumberType, Source, attend};
+use ::lexico::attention::{DenseRows, NumberType, Source};
 use candle_core::Tensor;
+use rayon::prelude::*;
 
-use super::{Footprint, KvCache, attend_heads, outside_window};
+use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::Result;
 
 /// The uncompressed cache: every key and value dense, in f16 unless asked otherwise.
 pub struct FullCache {
     layers: Vec<Vec<Head>>,
-    head_dim: usize,
     window: Option<usize>,
     positions: usize,
 }
@@ -29,7 +29,6 @@ impl FullCache {
         let layer = || (0..config.kv_heads).map(|_| head()).collect();
         Self {
             layers: (0..config.layers).map(|_| layer()).collect(),
-            head_dim: config.head_dim,
             window: config.window,
             positions: 0,
         }
@@ -38,30 +37,28 @@ impl FullCache {
 
 impl KvCache for FullCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (m, window) = (self.head_dim, self.window);
+        let window = self.window;
         if layer + 1 == self.layers.len() {
             self.positions += k.dim(1)?;
         }
-        attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
-            let sources = [
-                Source::Dense {
-                    keys: &head.keys,
-                    values: &head.values,
-                },
-                Source::Causal {
-                    keys: step.keys,
-                    values: step.values,
-                },
-            ];
-            attend(step.queries, m, step.t, window, &sources, step.out);
-            head.keys.extend(step.keys);
-            head.values.extend(step.values);
+        let step = Step::new(q, k, v)?;
+        let heads = &mut self.layers[layer];
+        let out = step.attend(heads, window, |head| {
+            vec![Source::Dense {
+                keys: &head.keys,
+                values: &head.values,
+            }]
+        })?;
+        let heads = heads.par_iter_mut().zip(step.heads());
+        heads.for_each(|(head, (keys, values))| {
+            head.keys.extend(keys);
+            head.values.extend(values);
             if let Some(outside) = outside_window(window, head.keys.len()) {
                 head.keys.drop_front(outside);
                 head.values.drop_front(outside);
             }
-            Ok(())
-        })
+        });
+        Ok(out)
     }
 
     fn len(&self) -> usize {

@@ -1,11 +1,12 @@
 use std::sync::Arc;
 
-use ::lexico::attention::{DenseRows, NumberType, Source, attend};
+use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::Dictionary;
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
+use rayon::prelude::*;
 
-use super::{Footprint, KvCache, attend_heads, outside_window};
+use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
 
@@ -37,7 +38,6 @@ pub struct LexicoCache {
     dictionaries: Arc<DictionarySet>,
     settings: LexicoSettings,
     layers: Vec<Vec<Head>>,
-    head_dim: usize,
     /// The model's sliding window.
     sliding_window: Option<usize>,
     positions: usize,
@@ -101,7 +101,6 @@ impl LexicoCache {
             dictionaries,
             settings,
             layers,
-            head_dim: config.head_dim,
             sliding_window: config.window,
             positions: 0,
         })
@@ -143,12 +142,14 @@ impl Part {
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let dictionaries = &self.dictionaries.layers[layer];
-        let (settings, m, sliding) = (&self.settings, self.head_dim, self.sliding_window);
+        let (settings, sliding) = (&self.settings, self.sliding_window);
         if layer + 1 == self.layers.len() {
             self.positions += k.dim(1)?;
         }
-        attend_heads(&mut self.layers[layer], q, k, v, |head, step| {
-            let sources = [
+        let step = Step::new(q, k, v)?;
+        let heads = &mut self.layers[layer];
+        let out = step.attend(heads, sliding, |head| {
+            vec![
                 Source::Codes {
                     keys: &head.keys.codes,
                     values: &head.values.codes,
@@ -159,12 +160,10 @@ impl KvCache for LexicoCache {
                     keys: &head.keys.window,
                     values: &head.values.window,
                 },
-                Source::Causal {
-                    keys: step.keys,
-                    values: step.values,
-                },
-            ];
-            attend(step.queries, m, step.t, sliding, &sources, step.out);
+            ]
+        })?;
+        let heads = heads.par_iter_mut().zip(step.heads());
+        heads.try_for_each(|(head, (keys, values))| -> Result<()> {
             let coding = |part| {
                 move |reason| Error::Coding {
                     layer,
@@ -172,11 +171,9 @@ impl KvCache for LexicoCache {
                     reason,
                 }
             };
-            let keys = head.keys.extend(step.keys, &dictionaries.keys, settings);
+            let keys = head.keys.extend(keys, &dictionaries.keys, settings);
             keys.map_err(coding("key"))?;
-            let values = head
-                .values
-                .extend(step.values, &dictionaries.values, settings);
+            let values = head.values.extend(values, &dictionaries.values, settings);
             values.map_err(coding("value"))?;
             if let Some(outside) = outside_window(sliding, head.keys.len()) {
                 let outside = outside.min(head.keys.codes.len());
@@ -184,7 +181,8 @@ impl KvCache for LexicoCache {
                 head.values.codes.drop_front(outside);
             }
             Ok(())
-        })
+        })?;
+        Ok(out)
     }
 
     fn len(&self) -> usize {

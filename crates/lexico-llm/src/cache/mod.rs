@@ -4,6 +4,7 @@ mod full;
 mod lexico;
 mod spec;
 
+use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -61,52 +62,73 @@ fn outside_window(window: Option<usize>, held: usize) -> Option<usize> {
     (outside >= WORTH).then_some(outside)
 }
 
-/// What one KV head is given in a step, in f32.
-struct HeadStep<'a> {
-    /// `[G, t, m]`
-    queries: &'a [f32],
-    /// `[t, m]`
-    keys: &'a [f32],
-    /// `[t, m]`
-    values: &'a [f32],
-    t: usize,
-    /// Where its attention goes, `[G, t, m]`.
-    out: &'a mut [f32],
+/// What a layer is given in a step, in f32.
+struct Step {
+    /// `[kv_heads, G, t, m]`
+    queries: Vec<f32>,
+    /// `[kv_heads, t, m]`
+    keys: Vec<f32>,
+    /// `[kv_heads, t, m]`
+    values: Vec<f32>,
+    shape: (usize, usize, usize),
 }
 
-/// Runs `attend` for every KV head of a layer, the heads spread over the rayon pool.
-fn attend_heads<H: Send>(
-    heads: &mut [H],
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    attend: impl Fn(&mut H, HeadStep<'_>) -> Result<()> + Sync,
-) -> Result<Tensor> {
-    let (queries, keys, values) = (numbers(q)?, numbers(k)?, numbers(v)?);
-    let (_, t, m) = q.dims3()?;
-    let group = queries.len() / heads.len();
-    let mut out = vec![0.0; queries.len()];
-    (
-        heads,
-        queries.par_chunks_exact(group),
-        keys.par_chunks_exact(t * m),
-        values.par_chunks_exact(t * m),
-        out.par_chunks_exact_mut(group),
-    )
-        .into_par_iter()
-        .try_for_each(|(head, queries, keys, values, out)| {
-            let step = HeadStep {
+impl Step {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        let numbers = |x: &Tensor| -> Result<Vec<f32>> {
+            Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        };
+        Ok(Self {
+            queries: numbers(q)?,
+            keys: numbers(k)?,
+            values: numbers(v)?,
+            shape: q.dims3()?,
+        })
+    }
+
+    /// The new keys and values of every KV head, `[t, m]`.
+    fn heads(&self) -> impl IndexedParallelIterator<Item = (&[f32], &[f32])> {
+        let (_, t, m) = self.shape;
+        let keys = self.keys.par_chunks_exact(t * m);
+        keys.zip(self.values.par_chunks_exact(t * m))
+    }
+
+    /// Attention of every KV head over its `past` and the step's own positions.
+    fn attend<'a, H>(
+        &'a self,
+        heads: &'a [H],
+        window: Option<usize>,
+        past: impl Fn(&'a H) -> Vec<Source<'a>>,
+    ) -> Result<Tensor> {
+        let (_, t, m) = self.shape;
+        let group = self.queries.len() / heads.len();
+        let own = self
+            .keys
+            .chunks_exact(t * m)
+            .zip(self.values.chunks_exact(t * m));
+        let sources: Vec<Vec<Source<'_>>> = heads
+            .iter()
+            .zip(own)
+            .map(|(head, (keys, values))| {
+                let mut sources = past(head);
+                sources.push(Source::Causal { keys, values });
+                sources
+            })
+            .collect();
+        let mut out = vec![0.0; self.queries.len()];
+        let parts = self
+            .queries
+            .chunks_exact(group)
+            .zip(out.chunks_exact_mut(group));
+        let mut tasks: Vec<Head<'_>> = parts
+            .zip(&sources)
+            .map(|((queries, out), sources)| Head {
                 queries,
-                keys,
-                values,
-                t,
+                sources,
                 out,
-            };
-            attend(head, step)
-        })?;
-    Ok(Tensor::from_vec(out, q.dims3()?, &Device::Cpu)?)
-}
-
-fn numbers(x: &Tensor) -> Result<Vec<f32>> {
-    Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+            })
+            .collect();
+        attend_heads(&mut tasks, m, t, window);
+        Ok(Tensor::from_vec(out, self.shape, &Device::Cpu)?)
+    }
 }

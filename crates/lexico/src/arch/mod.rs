@@ -4,6 +4,7 @@
 //! same code for AVX2 and AVX-512 and picks one when the program first needs it, in the manner of
 //! the memchr crate. On aarch64 the portable code already is NEON, which that target always has.
 
+pub(crate) mod dense;
 pub(crate) mod matmul;
 mod portable;
 pub(crate) mod scan;
@@ -12,7 +13,8 @@ mod x86_64;
 
 use half::{bf16, f16};
 
-use crate::code::Block;
+use crate::code::Blocks;
+use crate::dictionary::MOST_ATOMS;
 #[cfg(target_arch = "x86_64")]
 use x86_64::dispatch;
 
@@ -46,20 +48,75 @@ pub(crate) fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 {
     dispatch!(dot_bf16(a, b))
 }
 
-/// `out[t][g] = Σ_j c_j · p[i_j][g]` for the codes `t` of a block; `p` is `[N, group]`.
-pub(crate) fn scores(block: Block<'_>, p: &[f32], group: usize, out: &mut [f32]) {
-    dispatch!(scores(block, p, group, out))
+/// As [`dense::dots`], of f32 rows and any group.
+fn dots_f32(rows: &[f32], queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
+    dispatch!(dots_f32(rows, queries, m, group, out))
 }
 
-/// `u[i_j][g] += c_j · weights[t][g]` for the codes `t` of a block; `u` is `[N, group]`.
-pub(crate) fn accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mut [f32]) {
-    dispatch!(accumulate(block, weights, group, u))
+/// As [`dense::combine`], of f32 rows and any group.
+fn combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut [f32]) {
+    dispatch!(combine_f32(weights, rows, m, group, out))
+}
+
+/// The softmax of a group's scores `[n, group]`, as far as they go: raises `largest` to the largest of
+/// each query, replaces every score `s` by `exp(s − largest)`, and adds those to `sums`. A score of `−∞`
+/// becomes 0 even where there is no other; NaN stays NaN.
+pub(crate) fn softmax(scores: &mut [f32], largest: &mut [f32], sums: &mut [f32]) {
+    let group = largest.len();
+    assert!(
+        group.is_power_of_two() && group <= MOST_QUERIES && sums.len() == group,
+        "a group that kernels know"
+    );
+    dispatch!(largest(scores, largest));
+    let mut base = [0f32; MOST_QUERIES];
+    for (base, &largest) in base.iter_mut().zip(largest.iter()) {
+        // Nothing seen: any number does, but the difference of two infinities.
+        *base = if largest == f32::NEG_INFINITY {
+            0.0
+        } else {
+            largest
+        };
+    }
+    dispatch!(exponentials(scores, &base[..group], sums))
+}
+
+/// The largest group of queries that kernels know.
+pub(crate) const MOST_QUERIES: usize = 32;
+
+fn check_group(block_len: usize, group: usize, per_vector: usize, table: usize) {
+    assert!(
+        group.is_power_of_two() && group <= MOST_QUERIES,
+        "a group that kernels know"
+    );
+    assert_eq!(per_vector, block_len * group, "a number a vector and query");
+    assert_eq!(table, MOST_ATOMS * group, "a row for every index");
+}
+
+/// `out[t][g] = Σ_j c_j · p[i_j][g]` for the codes `t` of some blocks: `p` is `[MOST_ATOMS, group]`, `out`
+/// `[n, group]`, `group` a power of two up to [`MOST_QUERIES`].
+pub(crate) fn scores(block: Blocks<'_>, p: &[f32], group: usize, out: &mut [f32]) {
+    check_group(block.len(), group, out.len(), p.len());
+    match block {
+        Blocks::F8(block) => dispatch!(scores_f8(block, p, group, out)),
+        Blocks::F32(block) => dispatch!(scores_f32(block, p, group, out)),
+    }
+}
+
+/// `u[i_j][g] += c_j · weights[t][g]` for the codes `t` of some blocks: `u` is `[MOST_ATOMS, group]`,
+/// `weights` `[n, group]`, `group` a power of two up to [`MOST_QUERIES`].
+pub(crate) fn accumulate(block: Blocks<'_>, weights: &[f32], group: usize, u: &mut [f32]) {
+    check_group(block.len(), group, weights.len(), u.len());
+    match block {
+        Blocks::F8(block) => dispatch!(accumulate_f8(block, weights, group, u)),
+        Blocks::F32(block) => dispatch!(accumulate_f32(block, weights, group, u)),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::matmul::{Matrix, multiply};
     use super::*;
+    use crate::code::{Block, Lengths, Scales};
     use proptest::prelude::*;
 
     /// Runs a kernel at every level that this machine has and gives all results.
@@ -140,10 +197,55 @@ mod tests {
         }
 
         #[test]
+        fn a_softmax_is_that_of_f64(
+            power in 0u32..6, n in 0usize..70, hidden in 0usize..80, shift in -200f32..200.0, seed: u32,
+        ) {
+            let group = 1usize << power;
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 20) as f32 - 8.0 + shift
+            };
+            let mut scores: Vec<f32> = (0..n * group).map(|_| draw()).collect();
+            let hidden = (hidden * group).min(scores.len());
+            scores[..hidden].fill(f32::NEG_INFINITY);
+            let before: Vec<f32> = (0..group).map(|_| draw()).collect();
+            let mut largest = before.clone();
+            every_level!(largest(&scores, &mut largest));
+            for g in 0..group {
+                let own = scores.iter().skip(g).step_by(group);
+                prop_assert_eq!(largest[g], own.fold(before[g], |a, &b| a.max(b)));
+            }
+            let mut sums = vec![0.0; group];
+            let mut weights = scores.clone();
+            softmax(&mut weights, &mut largest, &mut sums);
+            let mut levels = vec![scores.clone(); 3];
+            let mut number = 0;
+            let mut one = || { number += 1; number - 1 };
+            let mut ignored = vec![0.0; group];
+            let ran = every_level!(exponentials(&mut levels[one()], &largest, &mut ignored)).len();
+            let mut exact = vec![0f64; group];
+            for (i, &score) in scores.iter().enumerate() {
+                let x = f64::from(score) - f64::from(largest[i % group]);
+                let want = x.exp();
+                // Beside its own rounding, that of the difference.
+                let close = (3e-7 + if x.is_finite() { 6e-8 * x.abs() } else { 0.0 }) * want + 1e-37;
+                exact[i % group] += want;
+                for got in levels[..ran].iter().chain([&weights]).map(|weights| weights[i]) {
+                    prop_assert!((f64::from(got) - want).abs() <= close, "{} for {}", got, want);
+                }
+            }
+            for (got, want) in sums.iter().zip(exact) {
+                prop_assert!((f64::from(*got) - want).abs() <= 1e-5 * want, "{} for {}", got, want);
+            }
+        }
+
+        #[test]
         fn codes_are_gathered_and_scattered(
-            group in prop_oneof![1usize..9, Just(17)], lengths in prop::collection::vec(0usize..9, 0..30), seed: u32,
+            power in 0u32..6, lengths in prop::collection::vec(0usize..9, 0..30), f8: bool, seed: u32,
         ) {
             const ATOMS: usize = 23;
+            let group = 1usize << power;
             let mut state = seed;
             let mut draw = || {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -151,33 +253,52 @@ mod tests {
             };
             let nonzeros: usize = lengths.iter().sum();
             let indices: Vec<u16> = (0..nonzeros).map(|_| (draw() % ATOMS as u32) as u16).collect();
+            let bytes: Vec<u8> = (0..nonzeros).map(|_| (draw() % 256) as u8).collect();
+            let exponents: Vec<u8> = lengths.iter().map(|_| 126 + (draw() % 3) as u8).collect();
+            let scales = Scales::Powers(&exponents);
             let mut number = || draw() as f32 / (1 << 23) as f32 - 1.0;
-            let coefficients: Vec<f32> = (0..nonzeros).map(|_| number()).collect();
-            let p: Vec<f32> = (0..ATOMS * group).map(|_| number()).collect();
+            let values: [f32; 256] = std::array::from_fn(|_| number());
+            let floats: Vec<f32> = (0..nonzeros).map(|_| number()).collect();
+            let mut p = vec![0.0; MOST_ATOMS * group];
+            p[..ATOMS * group].iter_mut().for_each(|p| *p = number());
             let weights: Vec<f32> = (0..lengths.len() * group).map(|_| number()).collect();
-            let ends: Vec<usize> = lengths.iter().scan(0, |end, l| { *end += l; Some(*end) }).collect();
-            let block = Block { indices: &indices, coefficients: &coefficients, ends: &ends };
-
+            let short: Vec<u8> = lengths.iter().map(|&l| l as u8).collect();
+            let lengths_of = Lengths::Variable(&short);
+            let in_bytes = Block {
+                indices: &indices, coefficients: &bytes, scales, lengths: lengths_of, values: &values,
+            };
+            let in_floats = Block {
+                indices: &indices, coefficients: &floats, scales, lengths: lengths_of, values: &values,
+            };
             let mut expected_scores = vec![0f64; lengths.len() * group];
             let mut expected_u = vec![0f64; ATOMS * group];
-            for (t, (indices, coefficients)) in block.vectors().enumerate() {
-                for (&i, &c) in indices.iter().zip(coefficients) {
+            let mut at = 0;
+            for (t, &length) in lengths.iter().enumerate() {
+                for j in at..at + length {
+                    let c = if f8 { values[usize::from(bytes[j])] } else { floats[j] };
+                    let c = f64::from(c) * f64::from(scales.get(t));
                     for g in 0..group {
-                        let (at, own) = (usize::from(i) * group + g, t * group + g);
-                        expected_scores[own] += f64::from(c) * f64::from(p[at]);
-                        expected_u[at] += f64::from(c) * f64::from(weights[own]);
+                        let (i, own) = (usize::from(indices[j]) * group + g, t * group + g);
+                        expected_scores[own] += c * f64::from(p[i]);
+                        expected_u[i] += c * f64::from(weights[own]);
                     }
                 }
+                at += length;
             }
             let mut out = vec![f32::NAN; lengths.len() * group];
-            let mut u = vec![0.0; ATOMS * group];
-            every_level!(scores(block, &p, group, &mut out));
-            let levels = every_level!(accumulate(block, &weights, group, &mut u)).len() as f64;
+            let mut u = vec![0.0; MOST_ATOMS * group];
+            let levels = if f8 {
+                every_level!(scores_f8(in_bytes, &p, group, &mut out));
+                every_level!(accumulate_f8(in_bytes, &weights, group, &mut u)).len()
+            } else {
+                every_level!(scores_f32(in_floats, &p, group, &mut out));
+                every_level!(accumulate_f32(in_floats, &weights, group, &mut u)).len()
+            } as f64;
             for (&got, want) in out.iter().zip(expected_scores) {
-                prop_assert!(close(got, want, 20.0));
+                prop_assert!(close(got, want, 60.0));
             }
             for (&got, want) in u.iter().zip(expected_u) {
-                prop_assert!(close(got, levels * want, 20.0 * lengths.len() as f64));
+                prop_assert!(close(got, levels * want, 60.0 * lengths.len() as f64));
             }
         }
     }

@@ -6,6 +6,7 @@
 use half::{bf16, f16};
 
 use crate::code::Block;
+use crate::dictionary::MOST_ATOMS;
 
 /// Independent sums that a loop carries: enough to fill the widest registers and hide latency.
 const LANES: usize = 32;
@@ -100,75 +101,269 @@ fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {
 }
 
 #[inline(always)]
-pub(super) fn scores<const FMA: bool>(block: Block<'_>, p: &[f32], group: usize, out: &mut [f32]) {
+pub(super) fn dots_f32<const FMA: bool>(
+    rows: &[f32],
+    queries: &[f32],
+    m: usize,
+    group: usize,
+    out: &mut [f32],
+) {
+    for (row, out) in rows.chunks_exact(m).zip(out.chunks_exact_mut(group)) {
+        for (query, out) in queries.chunks_exact(m).zip(out) {
+            *out = dot::<FMA>(row, query);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn combine_f32<const FMA: bool>(
+    weights: &[f32],
+    rows: &[f32],
+    m: usize,
+    group: usize,
+    out: &mut [f32],
+) {
+    for (weights, row) in weights.chunks_exact(group).zip(rows.chunks_exact(m)) {
+        for (&weight, out) in weights.iter().zip(out.chunks_exact_mut(m)) {
+            add_scaled::<FMA>(out, weight, row);
+        }
+    }
+}
+
+/// Below this `exp` is 0 in f32, but for subnormal numbers.
+const SMALLEST_EXPONENT: f32 = -87.3;
+
+/// `eˣ` for `x ≤ 0`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
+#[inline(always)]
+fn exp<const FMA: bool>(x: f32) -> f32 {
+    // A power of two, and the rest within ln 2 / 2 of 0 by its Taylor series; ln 2 in two parts, so that
+    // the product with the first is exact (Cody & Waite 1980).
+    let power = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let rest = multiply_add::<FMA>(power, -0.693_359_4, x);
+    let rest = multiply_add::<FMA>(power, 2.121_944_4e-4, rest);
+    let mut sum = 1.0 / 5040.0;
+    for term in [
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ] {
+        sum = multiply_add::<FMA>(sum, rest, term);
+    }
+    // NaN becomes 0 here and stays NaN in `sum`.
+    let exponent = (power.max(-126.0) as i32 + 127) << 23;
+    let result = sum * f32::from_bits(exponent as u32);
+    if x < SMALLEST_EXPONENT { 0.0 } else { result }
+}
+
+#[inline(always)]
+pub(super) fn largest<const FMA: bool>(scores: &[f32], largest: &mut [f32]) {
+    let group = largest.len();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = scores.as_chunks::<LANES>();
+    for block in blocks {
+        for l in 0..LANES {
+            lanes[l] = if block[l] > lanes[l] {
+                block[l]
+            } else {
+                lanes[l]
+            };
+        }
+    }
+    for (lane, &score) in lanes.iter_mut().zip(rest) {
+        *lane = lane.max(score);
+    }
+    for (l, &lane) in lanes.iter().enumerate() {
+        largest[l % group] = largest[l % group].max(lane);
+    }
+}
+
+#[inline(always)]
+pub(super) fn exponentials<const FMA: bool>(scores: &mut [f32], largest: &[f32], sums: &mut [f32]) {
+    let group = largest.len();
+    let mut base = [0f32; LANES];
+    for (l, base) in base.iter_mut().enumerate() {
+        *base = largest[l % group];
+    }
+    let mut lanes = [0f32; LANES];
+    let (blocks, rest) = scores.as_chunks_mut::<LANES>();
+    for block in blocks {
+        for l in 0..LANES {
+            block[l] = exp::<FMA>(block[l] - base[l]);
+            lanes[l] += block[l];
+        }
+    }
+    for (l, score) in rest.iter_mut().enumerate() {
+        *score = exp::<FMA>(*score - base[l]);
+        lanes[l] += *score;
+    }
+    for (l, &lane) in lanes.iter().enumerate() {
+        sums[l % group] += lane;
+    }
+}
+
+/// A stored coefficient; what it stands for is multiplied by its vector's scale.
+pub(crate) trait Coefficient: Copy {
+    fn value(self, table: &[f32; 256]) -> f32;
+}
+
+impl Coefficient for u8 {
+    #[inline(always)]
+    fn value(self, table: &[f32; 256]) -> f32 {
+        table[usize::from(self)]
+    }
+}
+
+impl Coefficient for f32 {
+    #[inline(always)]
+    fn value(self, _: &[f32; 256]) -> f32 {
+        self
+    }
+}
+
+/// Rows of a table by a 16-bit index, each there: no index needs a check.
+fn table<const G: usize>(rows: &[f32]) -> &[[f32; G]; MOST_ATOMS] {
+    match rows.as_chunks::<G>().0.first_chunk() {
+        Some(table) => table,
+        None => unreachable!("callers give whole tables"),
+    }
+}
+
+fn table_mut<const G: usize>(rows: &mut [f32]) -> &mut [[f32; G]; MOST_ATOMS] {
+    match rows.as_chunks_mut::<G>().0.first_chunk_mut() {
+        Some(table) => table,
+        None => unreachable!("callers give whole tables"),
+    }
+}
+
+#[inline(always)]
+fn scores<const FMA: bool, C: Coefficient>(
+    block: Block<'_, C>,
+    p: &[f32],
+    group: usize,
+    out: &mut [f32],
+) {
     match group {
-        1 => scores_of_group::<FMA, 1>(block, p, out),
-        2 => scores_of_group::<FMA, 2>(block, p, out),
-        4 => scores_of_group::<FMA, 4>(block, p, out),
-        8 => scores_of_group::<FMA, 8>(block, p, out),
-        _ => {
-            for ((indices, coefficients), out) in block.vectors().zip(out.chunks_exact_mut(group)) {
-                out.fill(0.0);
-                for (&i, &c) in indices.iter().zip(coefficients) {
-                    let p = &p[usize::from(i) * group..][..group];
-                    add_scaled::<FMA>(out, c, p);
+        1 => scores_of_group::<FMA, C, 1>(block, table(p), out),
+        2 => scores_of_group::<FMA, C, 2>(block, table(p), out),
+        4 => scores_of_group::<FMA, C, 4>(block, table(p), out),
+        8 => scores_of_group::<FMA, C, 8>(block, table(p), out),
+        16 => scores_of_group::<FMA, C, 16>(block, table(p), out),
+        _ => scores_of_group::<FMA, C, 32>(block, table(p), out),
+    }
+}
+
+#[inline(always)]
+fn scores_of_group<const FMA: bool, C: Coefficient, const G: usize>(
+    block: Block<'_, C>,
+    p: &[[f32; G]; MOST_ATOMS],
+    out: &mut [f32],
+) {
+    let values = block.values;
+    let outs = out.as_chunks_mut::<G>().0;
+    for ((indices, coefficients, scale), out) in block.vectors().zip(outs) {
+        // Two sums, so that additions wait less for each other.
+        let mut sums = [[0f32; G]; 2];
+        let (index_pairs, index_rest) = indices.as_chunks::<2>();
+        let (pairs, rest) = coefficients.as_chunks::<2>();
+        for (indices, coefficients) in index_pairs.iter().zip(pairs) {
+            for half in 0..2 {
+                let (c, p) = (
+                    coefficients[half].value(values),
+                    &p[usize::from(indices[half])],
+                );
+                for g in 0..G {
+                    sums[half][g] = multiply_add::<FMA>(c, p[g], sums[half][g]);
                 }
             }
         }
-    }
-}
-
-#[inline(always)]
-fn scores_of_group<const FMA: bool, const G: usize>(block: Block<'_>, p: &[f32], out: &mut [f32]) {
-    let p = p.as_chunks::<G>().0;
-    for ((indices, coefficients), out) in block.vectors().zip(out.as_chunks_mut::<G>().0) {
-        let mut sums = [0f32; G];
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            let p = &p[usize::from(i)];
+        for (&i, &c) in index_rest.iter().zip(rest) {
+            let (c, p) = (c.value(values), &p[usize::from(i)]);
             for g in 0..G {
-                sums[g] = multiply_add::<FMA>(c, p[g], sums[g]);
+                sums[0][g] = multiply_add::<FMA>(c, p[g], sums[0][g]);
             }
         }
-        *out = sums;
+        for g in 0..G {
+            out[g] = (sums[0][g] + sums[1][g]) * scale;
+        }
     }
 }
 
 #[inline(always)]
-pub(super) fn accumulate<const FMA: bool>(
-    block: Block<'_>,
+fn accumulate<const FMA: bool, C: Coefficient>(
+    block: Block<'_, C>,
     weights: &[f32],
     group: usize,
     u: &mut [f32],
 ) {
     match group {
-        1 => accumulate_group::<FMA, 1>(block, weights, u),
-        2 => accumulate_group::<FMA, 2>(block, weights, u),
-        4 => accumulate_group::<FMA, 4>(block, weights, u),
-        8 => accumulate_group::<FMA, 8>(block, weights, u),
-        _ => {
-            for ((indices, coefficients), w) in block.vectors().zip(weights.chunks_exact(group)) {
-                for (&i, &c) in indices.iter().zip(coefficients) {
-                    let u = &mut u[usize::from(i) * group..][..group];
-                    add_scaled::<FMA>(u, c, w);
-                }
+        1 => accumulate_group::<FMA, C, 1>(block, weights, table_mut(u)),
+        2 => accumulate_group::<FMA, C, 2>(block, weights, table_mut(u)),
+        4 => accumulate_group::<FMA, C, 4>(block, weights, table_mut(u)),
+        8 => accumulate_group::<FMA, C, 8>(block, weights, table_mut(u)),
+        16 => accumulate_group::<FMA, C, 16>(block, weights, table_mut(u)),
+        _ => accumulate_group::<FMA, C, 32>(block, weights, table_mut(u)),
+    }
+}
+
+#[inline(always)]
+fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
+    block: Block<'_, C>,
+    weights: &[f32],
+    u: &mut [[f32; G]; MOST_ATOMS],
+) {
+    let values = block.values;
+    let rows = weights.as_chunks::<G>().0;
+    for ((indices, coefficients, scale), weights) in block.vectors().zip(rows) {
+        let scaled = weights.map(|weight| weight * scale);
+        for (&i, &c) in indices.iter().zip(coefficients) {
+            let (c, u) = (c.value(values), &mut u[usize::from(i)]);
+            for g in 0..G {
+                u[g] = multiply_add::<FMA>(c, scaled[g], u[g]);
             }
         }
     }
 }
 
 #[inline(always)]
-fn accumulate_group<const FMA: bool, const G: usize>(
-    block: Block<'_>,
+pub(super) fn scores_f8<const FMA: bool>(
+    block: Block<'_, u8>,
+    p: &[f32],
+    group: usize,
+    out: &mut [f32],
+) {
+    scores::<FMA, u8>(block, p, group, out);
+}
+
+#[inline(always)]
+pub(super) fn scores_f32<const FMA: bool>(
+    block: Block<'_, f32>,
+    p: &[f32],
+    group: usize,
+    out: &mut [f32],
+) {
+    scores::<FMA, f32>(block, p, group, out);
+}
+
+#[inline(always)]
+pub(super) fn accumulate_f8<const FMA: bool>(
+    block: Block<'_, u8>,
     weights: &[f32],
+    group: usize,
     u: &mut [f32],
 ) {
-    let u = u.as_chunks_mut::<G>().0;
-    for ((indices, coefficients), w) in block.vectors().zip(weights.as_chunks::<G>().0) {
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            let u = &mut u[usize::from(i)];
-            for g in 0..G {
-                u[g] = multiply_add::<FMA>(c, w[g], u[g]);
-            }
-        }
-    }
+    accumulate::<FMA, u8>(block, weights, group, u);
+}
+
+#[inline(always)]
+pub(super) fn accumulate_f32<const FMA: bool>(
+    block: Block<'_, f32>,
+    weights: &[f32],
+    group: usize,
+    u: &mut [f32],
+) {
+    accumulate::<FMA, f32>(block, weights, group, u);
 }

@@ -1,5 +1,6 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
+pub(super) mod dense;
 mod half;
 pub(super) mod scan;
 
@@ -38,7 +39,7 @@ macro_rules! kernels {
         pub(super) mod avx512 {
             use crate::code::Block;
             pub(in super::super) use super::half::dot_f16_avx512 as dot_f16;
-            $(#[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
+            $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
             })*
@@ -59,8 +60,14 @@ kernels! {
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
-    scores(block: Block<'_>, p: &[f32], group: usize, out: &mut [f32]);
-    accumulate(block: Block<'_>, weights: &[f32], group: usize, u: &mut [f32]);
+    dots_f32(rows: &[f32], queries: &[f32], m: usize, group: usize, out: &mut [f32]);
+    combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut [f32]);
+    largest(scores: &[f32], largest: &mut [f32]);
+    exponentials(scores: &mut [f32], largest: &[f32], sums: &mut [f32]);
+    scores_f8(block: Block<'_, u8>, p: &[f32], group: usize, out: &mut [f32]);
+    scores_f32(block: Block<'_, f32>, p: &[f32], group: usize, out: &mut [f32]);
+    accumulate_f8(block: Block<'_, u8>, weights: &[f32], group: usize, u: &mut [f32]);
+    accumulate_f32(block: Block<'_, f32>, weights: &[f32], group: usize, u: &mut [f32]);
 }
 
 macro_rules! dispatch {

@@ -1,49 +1,171 @@
+//! Coded positions: scores from `p = Dₖq`, values by way of `u`, which is summed as codes.
+
+use std::cell::RefCell;
+
 use super::RunningSoftmax;
+use crate::arch::dense::{Rows, combine, dots};
 use crate::arch::matmul::{Matrix, multiply};
 use crate::arch::{accumulate, scores};
 use crate::code::Codes;
-use crate::dictionary::Dictionary;
+use crate::dictionary::{Dictionary, MOST_ATOMS};
 
-/// Adds coded positions; `queries` `[rows, m]` are scaled already and do not see the first
-/// `hidden[row]` positions.
-pub(super) fn add(
-    softmax: &mut RunningSoftmax<'_>,
+/// Atoms that are read at a time, for all heads: they stay in the first cache.
+const ATOM_BLOCK: usize = 64;
+
+/// Codes of one KV head.
+#[derive(Clone, Copy)]
+pub(super) struct Coded<'a> {
+    pub(super) keys: &'a Codes,
+    pub(super) values: &'a Codes,
+    /// Positions from which on they are seen.
+    pub(super) first: usize,
+}
+
+/// Tables with a row for every index that a code can hold, so that none needs a check; only the rows
+/// of a dictionary's own atoms are ever touched, and so take memory.
+#[derive(Default)]
+struct Scratch {
+    /// `[heads, MOST_ATOMS, G]`
+    p: Vec<f32>,
+    /// `[heads, MOST_ATOMS, G]`
+    u: Vec<f32>,
+    /// `[positions, G]`
+    weights: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Tables for so many numbers, none of which has been touched where they are new.
+fn grow(table: &mut Vec<f32>, numbers: usize) {
+    if table.len() < numbers {
+        *table = vec![0.0; numbers];
+    }
+}
+
+/// Adds the codes of some KV heads to the softmax of each; `queries` `[heads, group, m]` are scaled already.
+/// The dictionaries are read once for all heads.
+pub(super) fn add_heads(
+    softmaxes: &mut [RunningSoftmax],
     queries: &[f32],
-    hidden: &[usize],
-    (keys, key_dictionary): (&Codes, &Dictionary),
-    (values, value_dictionary): (&Codes, &Dictionary),
+    codes: &[Coded<'_>],
+    key_dictionary: &Dictionary,
+    value_dictionary: &Dictionary,
 ) {
-    assert_eq!(keys.len(), values.len(), "one value a key");
-    if keys.is_empty() {
+    let (m, group) = (key_dictionary.head_dim(), softmaxes[0].rows());
+    if codes.iter().all(|codes| codes.keys.is_empty()) {
         return;
     }
-    let (rows, m) = (softmax.rows(), softmax.head_dim);
-    let queries = Matrix::by_rows(queries, rows, m);
-    // `p` and `u` keep a whole query group side by side, so that each nonzero is one short vector.
-    let n = key_dictionary.len();
-    let mut p = vec![0.0; n * rows];
-    let atoms = Matrix::by_rows(key_dictionary.atoms(), n, m);
-    multiply(&mut p, false, atoms, queries.transposed());
-
-    let mut weights = vec![0.0; keys.len() * rows];
-    keys.for_each_block(|first, block| {
-        let out = &mut weights[first * rows..(first + block.ends.len()) * rows];
-        scores(block, &p, rows, out);
+    SCRATCH.with_borrow_mut(|scratch| {
+        let table = MOST_ATOMS * group;
+        grow(&mut scratch.p, codes.len() * table);
+        grow(&mut scratch.u, codes.len() * table);
+        let p = &mut scratch.p[..codes.len() * table];
+        let atoms = key_dictionary.atoms().chunks(ATOM_BLOCK * m);
+        for (block, atoms) in atoms.enumerate() {
+            let heads = p
+                .chunks_exact_mut(table)
+                .zip(queries.chunks_exact(group * m));
+            for (p, queries) in heads {
+                let p = &mut p[block * ATOM_BLOCK * group..][..atoms.len() / m * group];
+                dots(Rows::F32(atoms), queries, m, group, p);
+            }
+        }
+        let u = &mut scratch.u[..codes.len() * table];
+        for (((codes, softmax), p), u) in codes
+            .iter()
+            .zip(softmaxes.iter_mut())
+            .zip(p.chunks_exact(table))
+            .zip(u.chunks_exact_mut(table))
+        {
+            u[..value_dictionary.len() * group].fill(0.0);
+            let weights = &mut scratch.weights;
+            sum_codes(softmax, codes, p, u, weights, |_| ());
+        }
+        let atoms = value_dictionary.atoms().chunks(ATOM_BLOCK * m);
+        for (block, atoms) in atoms.enumerate() {
+            for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
+                let u = &u[block * ATOM_BLOCK * group..][..atoms.len() / m * group];
+                combine(u, Rows::F32(atoms), m, group, &mut softmax.output);
+            }
+        }
     });
-    for (row, &hidden) in hidden.iter().enumerate() {
-        let scores = &mut weights[row..];
-        let unseen = scores.iter_mut().step_by(rows).take(hidden);
-        unseen.for_each(|s| *s = f32::NEG_INFINITY);
-        softmax.weigh(row, scores, rows);
+}
+
+/// Adds the codes of one KV head for many queries; `queries` `[group, m]` are scaled already and do not
+/// see the first `hidden[query]` positions.
+pub(super) fn add_many(
+    softmax: &mut RunningSoftmax,
+    queries: &[f32],
+    hidden: &[usize],
+    codes: Coded<'_>,
+    key_dictionary: &Dictionary,
+    value_dictionary: &Dictionary,
+) {
+    if codes.keys.is_empty() {
+        return;
     }
-
-    let n = value_dictionary.len();
-    let mut u = vec![0.0; n * rows];
-    values.for_each_block(|first, block| {
-        let weights = &weights[first * rows..(first + block.ends.len()) * rows];
-        accumulate(block, weights, rows, &mut u);
+    let (m, group) = (key_dictionary.head_dim(), softmax.rows());
+    let queries = Matrix::by_rows(queries, group, m);
+    SCRATCH.with_borrow_mut(|scratch| {
+        let table = MOST_ATOMS * group;
+        grow(&mut scratch.p, table);
+        grow(&mut scratch.u, table);
+        let (p, u) = (&mut scratch.p[..table], &mut scratch.u[..table]);
+        let n = key_dictionary.len();
+        let atoms = Matrix::by_rows(key_dictionary.atoms(), n, m);
+        multiply(&mut p[..n * group], false, atoms, queries.transposed());
+        let n = value_dictionary.len();
+        u[..n * group].fill(0.0);
+        sum_codes(softmax, &codes, p, u, &mut scratch.weights, |scores| {
+            for (query, &hidden) in hidden.iter().enumerate() {
+                let own = scores.iter_mut().skip(query).step_by(group);
+                own.take(hidden).for_each(|s| *s = f32::NEG_INFINITY);
+            }
+        });
+        let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
+        let atoms = Matrix::by_rows(value_dictionary.atoms(), n, m);
+        multiply(&mut softmax.output, true, u, atoms);
     });
-    let u = Matrix::by_rows(&u, n, rows).transposed();
-    let atoms = Matrix::by_rows(value_dictionary.atoms(), n, m);
-    multiply(softmax.output, true, u, atoms);
+}
+
+/// Scores the codes by `p`, and sums the values' codes by the weights into `u`.
+fn sum_codes(
+    softmax: &mut RunningSoftmax,
+    codes: &Coded<'_>,
+    p: &[f32],
+    u: &mut [f32],
+    weights: &mut Vec<f32>,
+    hide: impl FnOnce(&mut [f32]),
+) {
+    let positions = codes.keys.len() - codes.first;
+    weights.resize(positions * softmax.rows(), 0.0);
+    scores(
+        codes.keys.blocks_from(codes.first),
+        p,
+        softmax.rows(),
+        weights,
+    );
+    hide(weights);
+    softmax.weigh(weights);
+    accumulate(
+        codes.values.blocks_from(codes.first),
+        weights,
+        softmax.rows(),
+        u,
+    );
+}
+
+impl Coded<'_> {
+    /// Checks that there are as many values as keys, and that all atoms are there.
+    pub(super) fn check(&self, key_dictionary: &Dictionary, value_dictionary: &Dictionary) {
+        assert_eq!(self.keys.len(), self.values.len(), "one value a key");
+        for (codes, dictionary) in [(self.keys, key_dictionary), (self.values, value_dictionary)] {
+            assert!(
+                codes.is_empty() || usize::from(codes.largest_index()) < dictionary.len(),
+                "codes name atoms of their dictionary"
+            );
+        }
+    }
 }

@@ -2,6 +2,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::RunningSoftmax;
+use crate::arch::dense::{MOST_GROUP, Rows, combine, dots};
 use crate::arch::matmul::{Matrix, multiply};
 
 /// Positions that are scored at a time.
@@ -110,12 +111,19 @@ impl DenseRows {
         out
     }
 
-    fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
+    fn rows(&self, first: usize, count: usize) -> Rows<'_> {
         let range = first * self.head_dim..(first + count) * self.head_dim;
-        out.resize(range.len(), 0.0);
         match &self.numbers {
-            Numbers::F16(numbers) => numbers[range].convert_to_f32_slice(out),
-            Numbers::F32(numbers) => out.copy_from_slice(&numbers[range]),
+            Numbers::F16(numbers) => Rows::F16(&numbers[range]),
+            Numbers::F32(numbers) => Rows::F32(&numbers[range]),
+        }
+    }
+
+    fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
+        out.resize(count * self.head_dim, 0.0);
+        match self.rows(first, count) {
+            Rows::F16(numbers) => numbers.convert_to_f32_slice(out),
+            Rows::F32(numbers) => out.copy_from_slice(numbers),
         }
     }
 }
@@ -127,10 +135,53 @@ fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
     }
 }
 
+/// Adds dense positions from `first` on for the few queries of one position; `queries` `[group, m]` are
+/// scaled already.
+pub(super) fn add_few(
+    softmax: &mut RunningSoftmax,
+    queries: &[f32],
+    first: usize,
+    keys: &DenseRows,
+    values: &DenseRows,
+) {
+    assert_eq!(keys.len(), values.len(), "one value a key");
+    for first in (first..keys.len()).step_by(BLOCK) {
+        let count = BLOCK.min(keys.len() - first);
+        add_rows(
+            softmax,
+            queries,
+            keys.rows(first, count),
+            values.rows(first, count),
+            count,
+        );
+    }
+}
+
+/// Adds the one position that the queries themselves are at.
+pub(super) fn add_own(softmax: &mut RunningSoftmax, queries: &[f32], key: &[f32], value: &[f32]) {
+    assert_eq!(key.len(), value.len(), "one value a key");
+    add_rows(softmax, queries, Rows::F32(key), Rows::F32(value), 1);
+}
+
+fn add_rows(
+    softmax: &mut RunningSoftmax,
+    queries: &[f32],
+    keys: Rows<'_>,
+    values: Rows<'_>,
+    count: usize,
+) {
+    let (m, group) = (softmax.head_dim, softmax.rows());
+    let mut weights = [0f32; BLOCK * MOST_GROUP];
+    let weights = &mut weights[..count * group];
+    dots(keys, queries, m, group, weights);
+    softmax.weigh(weights);
+    combine(weights, values, m, group, &mut softmax.output);
+}
+
 /// Adds dense positions; `queries` `[rows, m]` are scaled already and do not see the first
 /// `hidden[row]` positions.
 pub(super) fn add(
-    softmax: &mut RunningSoftmax<'_>,
+    softmax: &mut RunningSoftmax,
     queries: &[f32],
     hidden: &[usize],
     keys: &DenseRows,
@@ -150,7 +201,7 @@ pub(super) fn add(
 
 /// Adds the queries' own positions: row `r` is at `own[r]` of them.
 pub(super) fn add_causal(
-    softmax: &mut RunningSoftmax<'_>,
+    softmax: &mut RunningSoftmax,
     queries: &[f32],
     hidden: &[usize],
     own: &[usize],
@@ -172,7 +223,7 @@ pub(super) fn add_causal(
 }
 
 fn add_block(
-    softmax: &mut RunningSoftmax<'_>,
+    softmax: &mut RunningSoftmax,
     queries: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -190,9 +241,9 @@ fn add_block(
                 *score = f32::NEG_INFINITY;
             }
         }
-        softmax.weigh(row, scores, 1);
+        softmax.weigh_one(row, scores);
     }
     let weights = Matrix::by_rows(&weights, rows, count);
     let values = Matrix::by_rows(values, count, m);
-    multiply(softmax.output, true, weights, values);
+    multiply(&mut softmax.output, true, weights, values);
 }

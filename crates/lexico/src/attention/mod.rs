@@ -10,8 +10,11 @@ pub use dense::{DenseRows, NumberType};
 
 use rayon::prelude::*;
 
+use crate::arch::dense::MOST_GROUP;
+use crate::arch::{MOST_QUERIES, softmax};
 use crate::code::Codes;
 use crate::dictionary::Dictionary;
+use coded::Coded;
 
 /// Some positions to attend to.
 #[derive(Clone, Copy)]
@@ -54,23 +57,23 @@ impl Source<'_> {
     }
 }
 
-/// Rows of queries that one task takes: the query groups of decode fit, prefill splits evenly.
-const ROWS: usize = 32;
+/// The queries of one KV head, what they attend to, and where the result goes.
+pub struct Head<'a> {
+    /// `[G, t, m]`
+    pub queries: &'a [f32],
+    /// The past in order of position, the queries' own positions last.
+    pub sources: &'a [Source<'a>],
+    /// Of the queries' shape.
+    pub out: &'a mut [f32],
+}
 
-/// Attention of the queries `[G, t, m]` of one KV head over all `sources`, scores scaled by `1/√m`.
-///
-/// The sources are the past in order of position, the queries' own positions last. Query `r` is at
-/// position `r % t` of the `t` newest ones, as [`Source::Causal`] counts them. With a sliding
-/// window of `window` positions a query sees its own and the `window − 1` before it.
-/// Writes `out`, of the queries' shape: zeros where there is nothing to attend to. Codes are never
-/// turned back into vectors: scores come from `p = Dₖq`, values from the accumulator `u`
-/// (METHOD: `O(N·m)` a query plus `O(s)` a position).
-///
-/// A NaN in a query, key or value makes the outputs it reaches NaN.
+/// Rows of queries that one task takes where there are many positions: prefill splits evenly.
+const ROWS: usize = MOST_QUERIES;
+
+/// Attention of the queries `[G, t, m]` of one KV head; as [`attend_heads`] of it alone.
 ///
 /// # Panics
-/// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
-/// is 0, or codes name atoms that their dictionary does not have.
+/// As [`attend_heads`].
 pub fn attend(
     queries: &[f32],
     head_dim: usize,
@@ -79,81 +82,245 @@ pub fn attend(
     sources: &[Source<'_>],
     out: &mut [f32],
 ) {
-    assert_eq!(queries.len(), out.len(), "one output a query");
-    assert!(
-        queries.len().is_multiple_of(head_dim * t),
-        "whole query heads"
-    );
+    let head = Head {
+        queries,
+        sources,
+        out,
+    };
+    attend_heads(&mut [head], head_dim, t, window);
+}
+
+/// Attention of each of a layer's KV heads over its sources, scores scaled by `1/√m`.
+///
+/// Query `r` of a head is at position `r % t` of the `t` newest ones, as [`Source::Causal`] counts
+/// them. With a sliding window of `window` positions a query sees its own and the `window − 1`
+/// before it. Outputs are zero where there is nothing to attend to. Codes are never turned back
+/// into vectors: scores come from `p = Dₖq`, values from the accumulator `u` (METHOD: `O(N·m)` a
+/// query plus `O(s)` a position). Runs on all threads; results do not depend on their number.
+///
+/// A NaN in a query, key or value makes the outputs it reaches NaN.
+///
+/// # Panics
+/// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
+/// is 0, codes name atoms that their dictionary does not have, or heads differ in the shape of their
+/// queries, in the kinds of their sources or in dictionaries.
+pub fn attend_heads(heads: &mut [Head<'_>], head_dim: usize, t: usize, window: Option<usize>) {
+    let Some(queries) = heads.first().map(|head| head.queries.len()) else {
+        return;
+    };
+    assert!(queries.is_multiple_of(head_dim * t), "whole query heads");
+    for head in heads.iter() {
+        assert_eq!(head.queries.len(), queries, "heads of one shape");
+        assert_eq!(head.out.len(), queries, "one output a query");
+    }
+    if t == 1 && queries / head_dim <= MOST_GROUP {
+        let tasks = heads.len().div_ceil(rayon::current_num_threads());
+        heads
+            .par_chunks_mut(tasks)
+            .for_each(|heads| attend_one(heads, head_dim, window));
+        return;
+    }
+    heads.par_iter_mut().for_each(|head| {
+        let chunk = ROWS * head_dim;
+        let tasks = (
+            head.queries.par_chunks(chunk),
+            head.out.par_chunks_mut(chunk),
+        );
+        tasks
+            .into_par_iter()
+            .enumerate()
+            .for_each(|(task, (queries, out))| {
+                let rows = queries.len() / head_dim;
+                let own: Vec<usize> = (0..rows).map(|row| (task * ROWS + row) % t).collect();
+                attend_many(queries, head_dim, &own, window, head.sources, out);
+            });
+    });
+}
+
+/// Queries scaled by `1/√m`, filled up with zeros to a power of two.
+fn scaled(queries: &[f32], head_dim: usize) -> Vec<f32> {
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let is_past = |source: &&Source<'_>| !matches!(source, Source::Causal { .. });
-    let past: usize = sources
+    let group = (queries.len() / head_dim).next_power_of_two();
+    let mut scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
+    scaled.resize(group * head_dim, 0.0);
+    scaled
+}
+
+/// Decoding: the queries of one new position, of some heads.
+fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>) {
+    let queries: Vec<f32> = heads
         .iter()
-        .filter(is_past)
-        .map(|s| s.len(head_dim))
-        .sum();
-    let chunk = ROWS * head_dim;
-    let tasks = (queries.par_chunks(chunk), out.par_chunks_mut(chunk));
-    tasks
-        .into_par_iter()
-        .enumerate()
-        .for_each(|(task, (queries, out))| {
-            let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
-            let mut softmax = RunningSoftmax::new(out, head_dim);
-            let first = task * ROWS;
-            let own: Vec<usize> = (0..softmax.rows()).map(|row| (first + row) % t).collect();
-            let mut before = 0;
-            for source in sources {
-                // How many of the source's oldest positions lie outside each query's window.
-                let hidden: Vec<usize> = own
-                    .iter()
-                    .map(|i| window.map_or(0, |w| (past + i + 1).saturating_sub(w + before)))
-                    .collect();
-                before += source.len(head_dim);
-                match *source {
-                    Source::Codes {
-                        keys,
-                        values,
-                        key_dictionary,
-                        value_dictionary,
-                    } => coded::add(
-                        &mut softmax,
-                        &scaled,
-                        &hidden,
-                        (keys, key_dictionary),
-                        (values, value_dictionary),
-                    ),
-                    Source::Dense { keys, values } => {
-                        dense::add(&mut softmax, &scaled, &hidden, keys, values);
-                    }
-                    Source::Causal { keys, values } => {
-                        dense::add_causal(&mut softmax, &scaled, &hidden, &own, keys, values);
-                    }
+        .flat_map(|head| scaled(head.queries, m))
+        .collect();
+    let each = queries.len() / heads.len();
+    let mut softmaxes: Vec<RunningSoftmax> = heads
+        .iter()
+        .map(|_| RunningSoftmax::new(each / m, m))
+        .collect();
+    // How many of a head's oldest positions are outside its sliding window and still to come.
+    let mut hidden: Vec<usize> = heads
+        .iter()
+        .map(|head| {
+            let positions: usize = head.sources.iter().map(|source| source.len(m)).sum();
+            window.map_or(0, |w| positions.saturating_sub(w))
+        })
+        .collect();
+    for number in 0..heads[0].sources.len() {
+        if let Source::Codes {
+            key_dictionary,
+            value_dictionary,
+            ..
+        } = heads[0].sources[number]
+        {
+            let codes: Vec<Coded<'_>> = heads
+                .iter()
+                .zip(&hidden)
+                .filter_map(|(head, &hidden)| {
+                    head.sources[number].codes(hidden, key_dictionary, value_dictionary)
+                })
+                .collect();
+            assert_eq!(
+                codes.len(),
+                heads.len(),
+                "heads of a layer share dictionaries"
+            );
+            coded::add_heads(
+                &mut softmaxes,
+                &queries,
+                &codes,
+                key_dictionary,
+                value_dictionary,
+            );
+        }
+        let each_head = softmaxes
+            .iter_mut()
+            .zip(queries.chunks_exact(each))
+            .zip(&mut hidden);
+        for (head, ((softmax, queries), hidden)) in heads.iter().zip(each_head) {
+            match head.sources[number] {
+                Source::Codes { .. } => {}
+                Source::Dense { keys, values } => {
+                    dense::add_few(softmax, queries, (*hidden).min(keys.len()), keys, values);
+                }
+                Source::Causal { keys, values } => {
+                    assert_eq!(keys.len(), m, "one new position");
+                    dense::add_own(softmax, queries, keys, values);
                 }
             }
-            softmax.finish();
-        });
+            *hidden = hidden.saturating_sub(head.sources[number].len(m));
+        }
+    }
+    for (head, softmax) in heads.iter_mut().zip(softmaxes) {
+        softmax.finish(head.out);
+    }
+}
+
+/// Prefill: some queries of one head, at the new positions `own`.
+fn attend_many(
+    queries: &[f32],
+    m: usize,
+    own: &[usize],
+    window: Option<usize>,
+    sources: &[Source<'_>],
+    out: &mut [f32],
+) {
+    let queries = scaled(queries, m);
+    let mut softmax = RunningSoftmax::new(queries.len() / m, m);
+    // Those that fill up the group see nothing; what they would see is thrown away.
+    let mut own = own.to_vec();
+    own.resize(softmax.rows(), 0);
+    let is_past = |source: &&Source<'_>| !matches!(source, Source::Causal { .. });
+    let past: usize = sources.iter().filter(is_past).map(|s| s.len(m)).sum();
+    let mut before = 0;
+    for source in sources {
+        // How many of the source's oldest positions lie outside each query's window.
+        let hidden: Vec<usize> = own
+            .iter()
+            .map(|i| window.map_or(0, |w| (past + i + 1).saturating_sub(w + before)))
+            .collect();
+        before += source.len(m);
+        match *source {
+            Source::Codes {
+                keys,
+                values,
+                key_dictionary,
+                value_dictionary,
+            } => {
+                let codes = Coded {
+                    keys,
+                    values,
+                    first: 0,
+                };
+                codes.check(key_dictionary, value_dictionary);
+                coded::add_many(
+                    &mut softmax,
+                    &queries,
+                    &hidden,
+                    codes,
+                    key_dictionary,
+                    value_dictionary,
+                );
+            }
+            Source::Dense { keys, values } => {
+                dense::add(&mut softmax, &queries, &hidden, keys, values);
+            }
+            Source::Causal { keys, values } => {
+                dense::add_causal(&mut softmax, &queries, &hidden, &own, keys, values);
+            }
+        }
+    }
+    softmax.finish(out);
+}
+
+impl<'a> Source<'a> {
+    /// The codes of this source but for the first `hidden`; `None` where it is no codes or over other
+    /// dictionaries than these.
+    fn codes(
+        &self,
+        hidden: usize,
+        wanted_keys: &Dictionary,
+        wanted_values: &Dictionary,
+    ) -> Option<Coded<'a>> {
+        match *self {
+            Source::Codes {
+                keys,
+                values,
+                key_dictionary,
+                value_dictionary,
+            } if std::ptr::eq(key_dictionary, wanted_keys)
+                && std::ptr::eq(value_dictionary, wanted_values) =>
+            {
+                let codes = Coded {
+                    keys,
+                    values,
+                    first: hidden.min(keys.len()),
+                };
+                codes.check(key_dictionary, value_dictionary);
+                Some(codes)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A softmax over scores that come source by source, and its weighted values.
-struct RunningSoftmax<'a> {
+struct RunningSoftmax {
     head_dim: usize,
     /// Largest score of each query so far.
     largest: Vec<f32>,
     /// Sum of `exp(score − largest)` of each query.
     sums: Vec<f32>,
     /// Weighted values of each query, not yet divided by the sums, `[rows, m]`.
-    output: &'a mut [f32],
+    output: Vec<f32>,
 }
 
-impl<'a> RunningSoftmax<'a> {
-    fn new(output: &'a mut [f32], head_dim: usize) -> Self {
-        output.fill(0.0);
-        let rows = output.len() / head_dim;
+impl RunningSoftmax {
+    fn new(rows: usize, head_dim: usize) -> Self {
         Self {
             head_dim,
             largest: vec![f32::NEG_INFINITY; rows],
             sums: vec![0.0; rows],
-            output,
+            output: vec![0.0; rows * head_dim],
         }
     }
 
@@ -161,41 +328,48 @@ impl<'a> RunningSoftmax<'a> {
         self.sums.len()
     }
 
-    /// Turns the scores of query `row`, every `stride`-th of `scores`, into weights, and scales
-    /// what was summed before to match. `−∞` marks a position that the query does not see.
-    fn weigh(&mut self, row: usize, scores: &mut [f32], stride: usize) {
-        let own = || scores.iter().step_by(stride);
+    /// Turns scores `[n, rows]` into weights, and scales what was summed before to match. `−∞` marks
+    /// a position that a query does not see.
+    fn weigh(&mut self, scores: &mut [f32]) {
+        let mut before = [0f32; MOST_QUERIES];
+        let rows = self.rows();
+        before[..rows].copy_from_slice(&self.largest);
+        let mut sums = [0f32; MOST_QUERIES];
+        softmax(scores, &mut self.largest, &mut sums[..rows]);
+        for row in 0..rows {
+            self.carry(row, before[row], sums[row]);
+        }
+    }
+
+    /// As [`RunningSoftmax::weigh`], the scores of query `row` alone.
+    fn weigh_one(&mut self, row: usize, scores: &mut [f32]) {
         let before = self.largest[row];
-        let largest = own().fold(before, |largest, &s| largest.max(s));
-        // `max` passes over NaN, which must not look like "nothing seen": it goes on as NaN.
-        if largest == f32::NEG_INFINITY && own().all(|s| !s.is_nan()) {
-            own_mut(scores, stride).for_each(|s| *s = 0.0);
-            return;
-        }
-        let mut sum = 0.0;
-        for s in own_mut(scores, stride) {
-            *s = (*s - largest).exp();
-            sum += *s;
-        }
-        let kept = (before - largest).exp();
+        let mut sum = [0.0];
+        softmax(scores, &mut self.largest[row..=row], &mut sum);
+        self.carry(row, before, sum[0]);
+    }
+
+    /// Scales what query `row` had summed when its largest score was `before`, and adds to its sum.
+    fn carry(&mut self, row: usize, before: f32, sum: f32) {
+        let kept = if before == self.largest[row] {
+            1.0
+        } else {
+            (before - self.largest[row]).exp()
+        };
         self.sums[row] = self.sums[row] * kept + sum;
-        self.largest[row] = largest;
         if kept != 1.0 {
             let output = &mut self.output[row * self.head_dim..][..self.head_dim];
             output.iter_mut().for_each(|x| *x *= kept);
         }
     }
 
-    fn finish(self) {
-        let rows = self.output.chunks_exact_mut(self.head_dim);
-        for (out, &sum) in rows.zip(&self.sums) {
-            if sum != 0.0 {
-                out.iter_mut().for_each(|x| *x /= sum);
+    /// Writes the outputs of the queries, without those that filled up the group.
+    fn finish(self, out: &mut [f32]) {
+        let rows = self.output.chunks_exact(self.head_dim).zip(&self.sums);
+        for (out, (row, &sum)) in out.chunks_exact_mut(self.head_dim).zip(rows) {
+            for (out, &x) in out.iter_mut().zip(row) {
+                *out = if sum == 0.0 { x } else { x / sum };
             }
         }
     }
-}
-
-fn own_mut(scores: &mut [f32], stride: usize) -> impl Iterator<Item = &mut f32> {
-    scores.iter_mut().step_by(stride)
 }

@@ -1,7 +1,8 @@
-use std::ops::Range;
 use std::sync::LazyLock;
 
 use float8::F8E4M3;
+
+use super::{Block, Blocks, Lengths};
 
 /// How coefficients are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -102,31 +103,64 @@ impl Coefficients {
         }
     }
 
-    /// Writes the coefficients at `nonzeros` to `out`: those of the vectors from `first` on, each
-    /// of which ends at its entry of `ends`, counted from the first nonzero.
-    pub(super) fn unpack(
-        &self,
-        ends: &[usize],
+    /// The coefficients of the vectors from `first` on, the first of them number `nonzero`.
+    pub(super) fn blocks_from<'a>(
+        &'a self,
         first: usize,
-        nonzeros: Range<usize>,
-        out: &mut Vec<f32>,
-    ) {
-        out.clear();
+        nonzero: usize,
+        indices: &'a [u16],
+        lengths: Lengths<'a>,
+    ) -> Blocks<'a> {
         match self {
-            Self::F32(values) => out.extend_from_slice(&values[nonzeros]),
+            Self::F32(coefficients) => Blocks::F32(Block {
+                indices,
+                coefficients: &coefficients[nonzero..],
+                scales: Scales::One,
+                lengths,
+                values: &F8_VALUES,
+            }),
+            Self::F8 { values, scales } => Blocks::F8(Block {
+                indices,
+                coefficients: &values[nonzero..],
+                scales: Scales::Powers(&scales[first..]),
+                lengths,
+                values: &F8_VALUES,
+            }),
+        }
+    }
+
+    /// Coefficient `nonzero`, of vector `v`.
+    pub(super) fn get(&self, v: usize, nonzero: usize) -> f32 {
+        match self {
+            Self::F32(values) => values[nonzero],
             Self::F8 { values, scales } => {
-                let values = &values[nonzeros];
-                let mut start = 0;
-                for (&end, &scale) in ends.iter().zip(&scales[first..]) {
-                    let scale = scale_value(scale);
-                    out.extend(values[start..end].iter().map(|&b| {
-                        // FP8 may round the largest f32 up past f32's range.
-                        let c = f64::from(F8_VALUES[usize::from(b)]) * scale;
-                        c.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
-                    }));
-                    start = end;
-                }
+                // FP8 may round the largest f32 up past f32's range.
+                let c = f64::from(F8_VALUES[usize::from(values[nonzero])]) * scale_value(scales[v]);
+                c.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
             }
+        }
+    }
+}
+
+/// What vectors' coefficients are multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) enum Scales<'a> {
+    /// Nothing.
+    One,
+    /// Powers of two, by their exponents.
+    Powers(&'a [u8]),
+}
+
+impl Scales<'_> {
+    #[inline(always)]
+    pub(crate) fn get(self, v: usize) -> f32 {
+        match self {
+            Scales::One => 1.0,
+            // The byte is an f32's exponent field, but for the smallest power of two, a subnormal number.
+            Scales::Powers(bytes) => match bytes[v] {
+                0 => 2f32.powi(-SCALE_BIAS),
+                byte => f32::from_bits(u32::from(byte) << 23),
+            },
         }
     }
 }
@@ -168,8 +202,7 @@ mod tests {
             let c = mantissa * 2f32.powi(exponent) * if sign { 1.0 } else { -1.0 };
             let mut stored = Coefficients::new(CoefficientFormat::F8);
             stored.push_vector(&[c, c / 8.0]);
-            let mut back = Vec::new();
-            stored.unpack(&[2], 0, 0..2, &mut back);
+            let back = [stored.get(0, 0), stored.get(0, 1)];
             for (back, c) in back.iter().zip([c, c / 8.0]) {
                 prop_assert!((back - c).abs() <= c.abs() / 16.0, "{} came back as {}", c, back);
             }
@@ -181,9 +214,7 @@ mod tests {
         let mut stored = Coefficients::new(CoefficientFormat::F8);
         stored.push_vector(&[0.0, -0.0]);
         stored.push_vector(&[]);
-        let mut back = Vec::new();
-        stored.unpack(&[2, 2], 0, 0..2, &mut back);
-        assert_eq!(back, [0.0, 0.0]);
+        assert_eq!([stored.get(0, 0), stored.get(0, 1)], [0.0, 0.0]);
     }
 
     #[test]
@@ -191,9 +222,8 @@ mod tests {
         for c in [f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45] {
             let mut stored = Coefficients::new(CoefficientFormat::F8);
             stored.push_vector(&[c]);
-            let mut back = Vec::new();
-            stored.unpack(&[1], 0, 0..1, &mut back);
-            assert!(back[0].is_finite(), "{c} came back as {}", back[0]);
+            let back = stored.get(0, 0);
+            assert!(back.is_finite(), "{c} came back as {back}");
         }
     }
 }

@@ -165,7 +165,7 @@ impl CodeFile {
             vec![s; n]
         };
         let indices = used_rows(&read("indices", Dtype::U16, &[n, s])?, 2, &each, s);
-        let indices = indices
+        let indices: Vec<u16> = indices
             .as_chunks::<2>()
             .0
             .iter()
@@ -205,6 +205,7 @@ impl CodeFile {
         let codes = Codes {
             format,
             len: n,
+            largest_index: indices.iter().copied().max().unwrap_or(0),
             indices,
             coefficients,
             lengths,

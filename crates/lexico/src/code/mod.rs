@@ -10,11 +10,10 @@ use crate::dictionary::Dictionary;
 use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 use coefficients::Coefficients;
+pub(crate) use coefficients::Scales;
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 16;
-/// Vectors that are unpacked at a time.
-const BLOCK: usize = 256;
 
 /// How codes are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +40,8 @@ pub struct Codes {
     coefficients: Coefficients,
     /// Nonzeros of each vector, where they vary.
     lengths: Vec<u8>,
+    /// So that users of the codes can check them against a dictionary at once.
+    largest_index: u16,
 }
 
 impl Codes {
@@ -58,6 +59,7 @@ impl Codes {
             indices: Vec::new(),
             coefficients: Coefficients::new(format.coefficients),
             lengths: Vec::new(),
+            largest_index: 0,
         })
     }
 
@@ -89,6 +91,8 @@ impl Codes {
             }
         }
         self.len += batch.len();
+        let largest = batch.indices.iter().copied().max().unwrap_or(0);
+        self.largest_index = self.largest_index.max(largest);
     }
 
     /// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
@@ -154,30 +158,29 @@ impl Codes {
         self.indices.len() * size_of::<u16>() + self.coefficients.bytes_used() + self.lengths.len()
     }
 
-    /// Calls `visit` with one block of vectors after another: the first one's number, and the block.
-    pub(crate) fn for_each_block(&self, mut visit: impl FnMut(usize, Block<'_>)) {
-        let mut ends = Vec::with_capacity(BLOCK);
-        let mut coefficients = Vec::new();
-        let mut nonzero = 0;
-        for first in (0..self.len).step_by(BLOCK) {
-            let vectors = first..self.len.min(first + BLOCK);
-            ends.clear();
-            let mut end = 0;
-            ends.extend(vectors.clone().map(|v| {
-                end += self.length(v);
-                end
-            }));
-            let nonzeros = nonzero..nonzero + end;
-            self.coefficients
-                .unpack(&ends, first, nonzeros.clone(), &mut coefficients);
-            let block = Block {
-                indices: &self.indices[nonzeros],
-                coefficients: &coefficients,
-                ends: &ends,
-            };
-            visit(first, block);
-            nonzero += end;
-        }
+    /// The codes of the vectors from `first` on.
+    ///
+    /// # Panics
+    /// Where there are fewer vectors.
+    pub(crate) fn blocks_from(&self, first: usize) -> Blocks<'_> {
+        let nonzero = if self.format.variable {
+            self.lengths[..first].iter().map(|&l| usize::from(l)).sum()
+        } else {
+            first * self.format.sparsity
+        };
+        let lengths = if self.format.variable {
+            Lengths::Variable(&self.lengths[first..])
+        } else {
+            Lengths::Fixed(self.format.sparsity, self.len - first)
+        };
+        let indices = &self.indices[nonzero..];
+        self.coefficients
+            .blocks_from(first, nonzero, indices, lengths)
+    }
+
+    /// The largest index of an atom; 0 where there is none.
+    pub(crate) fn largest_index(&self) -> u16 {
+        self.largest_index
     }
 
     fn length(&self, v: usize) -> usize {
@@ -194,44 +197,88 @@ impl Codes {
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
     pub fn decode(&self, dictionary: &Dictionary) -> Result<Vec<f32>> {
         let atoms = dictionary.len();
-        if let Some(&index) = self.indices.iter().find(|&&i| usize::from(i) >= atoms) {
+        if usize::from(self.largest_index) >= atoms && !self.indices.is_empty() {
+            let index = self.largest_index;
             let reason = format!("the codes name atom {index}, the dictionary has {atoms}");
             return Err(Error::Dictionary(reason));
         }
         let m = dictionary.head_dim();
         let mut vectors = vec![0.0; self.len * m];
-        self.for_each_block(|first, block| {
-            for (v, (indices, coefficients)) in block.vectors().enumerate() {
-                let out = &mut vectors[(first + v) * m..(first + v + 1) * m];
-                for (&i, &c) in indices.iter().zip(coefficients) {
-                    crate::arch::add_scaled(out, c, dictionary.atom(usize::from(i)));
-                }
+        let mut nonzero = 0;
+        for (v, out) in vectors.chunks_exact_mut(m).enumerate() {
+            for j in nonzero..nonzero + self.length(v) {
+                let atom = dictionary.atom(usize::from(self.indices[j]));
+                crate::arch::add_scaled(out, self.coefficients.get(v, j), atom);
             }
-        });
+            nonzero += self.length(v);
+        }
         Ok(vectors)
     }
 }
 
-/// Some vectors' codes, coefficients unpacked to f32.
+/// Some vectors' codes as they are stored, by how their coefficients are.
 #[derive(Clone, Copy)]
-pub(crate) struct Block<'a> {
+pub(crate) enum Blocks<'a> {
+    F8(Block<'a, u8>),
+    F32(Block<'a, f32>),
+}
+
+/// Some vectors' codes as they are stored.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a, C> {
     /// Of all nonzeros, vector by vector.
     pub(crate) indices: &'a [u16],
     /// Of all nonzeros.
-    pub(crate) coefficients: &'a [f32],
-    /// Where each vector's nonzeros end.
-    pub(crate) ends: &'a [usize],
+    pub(crate) coefficients: &'a [C],
+    /// What each vector's coefficients are multiplied by.
+    pub(crate) scales: Scales<'a>,
+    /// Nonzeros of each vector.
+    pub(crate) lengths: Lengths<'a>,
+    /// What a coefficient of a byte stands for.
+    pub(crate) values: &'a [f32; 256],
 }
 
-impl<'a> Block<'a> {
-    /// Indices and coefficients of each vector.
+/// How many nonzeros vectors have.
+#[derive(Clone, Copy)]
+pub(crate) enum Lengths<'a> {
+    /// So many in each of so many vectors.
+    Fixed(usize, usize),
+    Variable(&'a [u8]),
+}
+
+impl Blocks<'_> {
+    /// Vectors.
+    pub(crate) fn len(&self) -> usize {
+        let (Blocks::F8(Block { lengths, .. }) | Blocks::F32(Block { lengths, .. })) = self;
+        match lengths {
+            Lengths::Fixed(_, count) => *count,
+            Lengths::Variable(lengths) => lengths.len(),
+        }
+    }
+}
+
+impl<'a, C> Block<'a, C> {
+    /// Indices, coefficients and scale of each vector.
     #[inline(always)]
-    pub(crate) fn vectors(self) -> impl Iterator<Item = (&'a [u16], &'a [f32])> {
+    pub(crate) fn vectors(self) -> impl Iterator<Item = (&'a [u16], &'a [C], f32)> {
+        let count = match self.lengths {
+            Lengths::Fixed(_, count) => count,
+            Lengths::Variable(lengths) => lengths.len(),
+        };
         let mut start = 0;
-        self.ends.iter().map(move |&end| {
-            let range = start..end;
-            start = end;
-            (&self.indices[range.clone()], &self.coefficients[range])
+        (0..count).map(move |v| {
+            let length = match self.lengths {
+                Lengths::Fixed(length, _) => length,
+                Lengths::Variable(lengths) => usize::from(lengths[v]),
+            };
+            let range = start..start + length;
+            start += length;
+            let scale = self.scales.get(v);
+            (
+                &self.indices[range.clone()],
+                &self.coefficients[range],
+                scale,
+            )
         })
     }
 }
