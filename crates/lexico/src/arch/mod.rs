@@ -23,9 +23,35 @@ macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => { portable::$name::<false>($($argument),*) };
 }
 
-/// Index and magnitude of the entry that is largest in magnitude.
-pub(crate) fn peak(a: &[f32]) -> (usize, f32) {
+/// The largest magnitude, 0 for no numbers.
+pub(crate) fn peak(a: &[f32]) -> f32 {
     dispatch!(peak(a))
+}
+
+/// The sum of squares.
+pub(crate) fn square(a: &[f32]) -> f64 {
+    dispatch!(square(a))
+}
+
+/// `⟨a, b⟩`, in f64.
+pub(crate) fn dot_mixed(a: &[f32], b: &[f64]) -> f64 {
+    dispatch!(dot_mixed(a, b))
+}
+
+/// `a -= scale · b`, in f64.
+pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]) {
+    dispatch!(subtract_scaled(a, scale, b))
+}
+
+/// Rounds `x · inverse` to bytes, ties to even; returns the sums of squares of what rounding took and of
+/// the whole, in the bytes' units.
+pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32) {
+    dispatch!(round_to_bytes(x, inverse, out))
+}
+
+/// Appends the numbers of those entries of `a` that are at least `enough`, in order.
+pub(crate) fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+    dispatch!(at_least(a, enough, found))
 }
 
 /// `a += scale · b`.
@@ -188,11 +214,43 @@ mod tests {
         }
 
         #[test]
-        fn the_peak_is_the_largest_magnitude(a in prop::collection::vec(-9f32..9.0, 1..600)) {
+        fn the_peak_is_the_largest_magnitude(a in prop::collection::vec(-9f32..9.0, 0..600), enough in -10f32..10.0) {
             let largest = a.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-            for (index, magnitude) in every_level!(peak(&a)) {
+            for magnitude in every_level!(peak(&a)) {
                 prop_assert_eq!(magnitude, largest);
-                prop_assert_eq!(Some(index), a.iter().position(|x| x.abs() == largest));
+            }
+            let wanted: Vec<u32> = (0..).zip(&a).filter(|(_, x)| **x >= enough).map(|(i, _)| i).collect();
+            let mut found = Vec::new();
+            let levels = every_level!(at_least(&a, enough, &mut found)).len();
+            prop_assert_eq!(found, wanted.repeat(levels));
+        }
+
+        #[test]
+        fn sums_in_f64_and_rounded_bytes(a in prop::collection::vec(-9f32..9.0, 0..300), inverse in 0.1f32..14.0) {
+            let wide: Vec<f64> = a.iter().map(|&x| 1.0 + f64::from(x) / 3.0).collect();
+            let exact: f64 = a.iter().map(|&x| f64::from(x).powi(2)).sum();
+            let mixed: f64 = a.iter().zip(&wide).map(|(&x, y)| f64::from(x) * y).sum();
+            for got in every_level!(square(&a)) {
+                prop_assert!((got - exact).abs() <= 1e-12 * exact);
+            }
+            for got in every_level!(dot_mixed(&a, &wide)) {
+                prop_assert!((got - mixed).abs() <= 1e-9);
+            }
+            let mut rest = wide.clone();
+            let levels = every_level!(subtract_scaled(&mut rest, 0.5, &a)).len() as f64;
+            for ((rest, wide), &a) in rest.iter().zip(&wide).zip(&a) {
+                prop_assert!((rest - (wide - levels * 0.5 * f64::from(a))).abs() <= 1e-12);
+            }
+            let mut bytes = vec![0; a.len()];
+            for (taken, whole) in every_level!(round_to_bytes(&a, inverse, &mut bytes)) {
+                let scaled = || a.iter().map(|&x| f64::from(x * inverse));
+                let rests: f64 = scaled().zip(&bytes).map(|(x, &b)| (x - f64::from(b)).powi(2)).sum();
+                prop_assert!((f64::from(taken) - rests).abs() <= 1e-4 * rests + 1e-6);
+                let wholes: f64 = scaled().map(|x| x * x).sum();
+                prop_assert!((f64::from(whole) - wholes).abs() <= 1e-4 * wholes);
+                for (x, &b) in scaled().zip(&bytes) {
+                    prop_assert!((x - f64::from(b)).abs() <= 0.5);
+                }
             }
         }
 

@@ -62,21 +62,103 @@ pub(super) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) 
     }
 }
 
-/// Entries whose maximum is taken before the index is looked for.
-const PEAK_BLOCK: usize = 256;
+/// Independent sums in f64: a register of the widest kind holds eight.
+const LANES_F64: usize = 16;
 
+/// Sum of squares, in f64.
 #[inline(always)]
-pub(super) fn peak<const FMA: bool>(a: &[f32]) -> (usize, f32) {
-    let mut best = (0, 0f32);
-    for (block, a) in a.chunks(PEAK_BLOCK).enumerate() {
-        best = later_peak(best, block, a);
+pub(super) fn square<const FMA: bool>(a: &[f32]) -> f64 {
+    let mut sums = [0f64; LANES_F64];
+    let (blocks, rest) = a.as_chunks::<LANES_F64>();
+    for a in blocks {
+        for l in 0..LANES_F64 {
+            sums[l] += f64::from(a[l]) * f64::from(a[l]);
+        }
     }
-    best
+    for (sum, &a) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(a) * f64::from(a);
+    }
+    sums.iter().sum()
 }
 
-/// The peak so far, or that of a further block where it is larger.
 #[inline(always)]
-fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {
+pub(super) fn dot_mixed<const FMA: bool>(a: &[f32], b: &[f64]) -> f64 {
+    let mut sums = [0f64; LANES_F64];
+    let (a_blocks, a_rest) = a.as_chunks::<LANES_F64>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES_F64>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for l in 0..LANES_F64 {
+            sums[l] += f64::from(a[l]) * b[l];
+        }
+    }
+    for ((sum, &a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+        *sum += f64::from(a) * b;
+    }
+    sums.iter().sum()
+}
+
+/// `a -= scale · b`, in f64.
+#[inline(always)]
+pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[f32]) {
+    let scale = f64::from(scale);
+    for (a, &b) in a.iter_mut().zip(b) {
+        *a -= scale * f64::from(b);
+    }
+}
+
+/// Rounds `x · inverse` to bytes; returns the sums of squares of what rounding took, and of `x`, both in
+/// the bytes' units.
+#[inline(always)]
+pub(super) fn round_to_bytes<const FMA: bool>(
+    x: &[f32],
+    inverse: f32,
+    out: &mut [i8],
+) -> (f32, f32) {
+    let mut rests = [0f32; LANES];
+    let mut wholes = [0f32; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    let (out_blocks, out_rest) = out.as_chunks_mut::<LANES>();
+    let mut one = |x: f32, out: &mut i8, l: usize| {
+        let scaled = x * inverse;
+        let rounded = scaled.round_ties_even();
+        let off = scaled - rounded;
+        rests[l] = multiply_add::<FMA>(off, off, rests[l]);
+        wholes[l] = multiply_add::<FMA>(scaled, scaled, wholes[l]);
+        *out = rounded as i8;
+    };
+    for (x, out) in blocks.iter().zip(out_blocks) {
+        for l in 0..LANES {
+            one(x[l], &mut out[l], l);
+        }
+    }
+    for (l, (&x, out)) in rest.iter().zip(out_rest).enumerate() {
+        one(x, out, l);
+    }
+    (rests.iter().sum(), wholes.iter().sum())
+}
+
+/// Numbers that are passed over at once where none is large enough.
+const CANDIDATE_BLOCK: usize = 64;
+
+/// Appends the numbers of those entries that are at least `enough`.
+#[inline(always)]
+pub(super) fn at_least<const FMA: bool>(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+    for (block, a) in a.chunks(CANDIDATE_BLOCK).enumerate() {
+        // All of them, which vectorises.
+        if !a.iter().fold(false, |any, &x| any | (x >= enough)) {
+            continue;
+        }
+        for (i, &x) in a.iter().enumerate() {
+            if x >= enough {
+                found.push((block * CANDIDATE_BLOCK + i) as u32);
+            }
+        }
+    }
+}
+
+/// The largest magnitude.
+#[inline(always)]
+pub(super) fn peak<const FMA: bool>(a: &[f32]) -> f32 {
     let mut peaks = [0f32; LANES];
     let (blocks, rest) = a.as_chunks::<LANES>();
     for a in blocks {
@@ -92,12 +174,7 @@ fn later_peak(best: (usize, f32), block: usize, a: &[f32]) -> (usize, f32) {
     for (peak, a) in peaks.iter_mut().zip(rest) {
         *peak = peak.max(a.abs());
     }
-    let peak = peaks.iter().fold(0f32, |peak, &x| peak.max(x));
-    if peak <= best.1 {
-        return best;
-    }
-    let within = a.iter().position(|x| x.abs() == peak).unwrap_or(0);
-    (block * PEAK_BLOCK + within, peak)
+    peaks.iter().fold(0f32, |peak, &x| peak.max(x))
 }
 
 #[inline(always)]

@@ -10,16 +10,25 @@ pub(crate) const TILE_ATOMS: usize = 16;
 /// Vectors of a block.
 pub(crate) const LANES: usize = 8;
 
-/// `out[v][i] = scales[i] · |⟨tiles_i − 128, vectors_v⟩|`, `[vectors, atoms]`.
+/// `out[v][i] = scales[i] · |⟨tiles_i − 128, vectors_v⟩|`, `[vectors, atoms]`, and the largest of those of
+/// vector `v` in each place of a tile, where it is above what `largest[v]` has.
 ///
 /// `tiles` are `[atoms / 16, quads, 16, 4]` numbers with 128 added, `vectors` `[vectors / 8, quads, 8]`
 /// of four numbers each; numbers are from −127 to 127.
-pub(crate) fn scan(tiles: &[u8], scales: &[f32], quads: usize, vectors: &[u32], out: &mut [f32]) {
+pub(crate) fn scan(
+    tiles: &[u8],
+    scales: &[f32],
+    quads: usize,
+    vectors: &[u32],
+    out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
+) {
     let atoms = scales.len();
     assert!(quads > 0 && atoms.is_multiple_of(TILE_ATOMS), "whole tiles");
     assert_eq!(tiles.len(), atoms * quads * QUAD, "an atom has its quads");
     assert!(atoms > 0 && out.len().is_multiple_of(atoms), "whole rows");
     let count = out.len() / atoms;
+    assert_eq!(largest.len(), count, "a vector has its largest");
     assert!(
         vectors.len() >= count.div_ceil(LANES) * quads * LANES,
         "a vector has its quads"
@@ -29,16 +38,16 @@ pub(crate) fn scan(tiles: &[u8], scales: &[f32], quads: usize, vectors: &[u32], 
         // SAFETY: `level` says Avx512 only where its features, VNNI among them, were detected; the
         // sizes are as the function asks.
         Level::Avx512 => unsafe {
-            return super::x86_64::scan::avx512(tiles, scales, quads, vectors, out);
+            return super::x86_64::scan::avx512(tiles, scales, quads, vectors, out, largest);
         },
         // SAFETY: `level` says Avx2 only where its features were detected; the sizes are as the
         // function asks.
         Level::Avx2 => unsafe {
-            return super::x86_64::scan::avx2(tiles, scales, quads, vectors, out);
+            return super::x86_64::scan::avx2(tiles, scales, quads, vectors, out, largest);
         },
         Level::Baseline => {}
     }
-    portable(tiles, scales, quads, vectors, out);
+    portable(tiles, scales, quads, vectors, out, largest);
 }
 
 pub(super) fn portable(
@@ -47,10 +56,11 @@ pub(super) fn portable(
     quads: usize,
     vectors: &[u32],
     out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
 ) {
     let atoms = scales.len();
     let tile_bytes = quads * TILE_ATOMS * QUAD;
-    for (v, out) in out.chunks_exact_mut(atoms).enumerate() {
+    for (v, (out, largest)) in out.chunks_exact_mut(atoms).zip(largest).enumerate() {
         let block = &vectors[v / LANES * quads * LANES..][..quads * LANES];
         let own = block.iter().skip(v % LANES).step_by(LANES);
         let numbers: Vec<[i32; QUAD]> = own
@@ -73,8 +83,11 @@ pub(super) fn portable(
                     }
                 }
             }
-            for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+            for (((out, sum), scale), largest) in
+                out.iter_mut().zip(sums).zip(scales).zip(largest.iter_mut())
+            {
                 *out = sum.unsigned_abs() as f32 * scale;
+                *largest = largest.max(*out);
             }
         }
     }
@@ -117,23 +130,35 @@ mod tests {
                     exact[v * atoms + i] = sum.abs() as f32 * scales[i];
                 }
             }
+            let mut most = vec![[0f32; TILE_ATOMS]; count];
+            for (v, exact) in exact.chunks(atoms).enumerate() {
+                for (i, &x) in exact.iter().enumerate() {
+                    most[v][i % TILE_ATOMS] = most[v][i % TILE_ATOMS].max(x);
+                }
+            }
             let mut out = vec![f32::NAN; count * atoms];
-            portable(&packed, &scales, quads, &vectors, &mut out);
+            let mut largest = vec![[0f32; TILE_ATOMS]; count];
+            portable(&packed, &scales, quads, &vectors, &mut out, &mut largest);
             prop_assert_eq!(&out, &exact);
+            prop_assert_eq!(&largest, &most);
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::arch::x86_64;
                 if matches!(level(), Level::Avx2 | Level::Avx512) {
                     out.fill(f32::NAN);
+                    largest.fill([0.0; TILE_ATOMS]);
                     // SAFETY: the level says that its features are there; the sizes are right.
-                    unsafe { x86_64::scan::avx2(&packed, &scales, quads, &vectors, &mut out) };
+                    unsafe { x86_64::scan::avx2(&packed, &scales, quads, &vectors, &mut out, &mut largest) };
                     prop_assert_eq!(&out, &exact);
+                    prop_assert_eq!(&largest, &most);
                 }
                 if matches!(level(), Level::Avx512) {
                     out.fill(f32::NAN);
+                    largest.fill([0.0; TILE_ATOMS]);
                     // SAFETY: as above.
-                    unsafe { x86_64::scan::avx512(&packed, &scales, quads, &vectors, &mut out) };
+                    unsafe { x86_64::scan::avx512(&packed, &scales, quads, &vectors, &mut out, &mut largest) };
                     prop_assert_eq!(&out, &exact);
+                    prop_assert_eq!(&largest, &most);
                 }
             }
         }

@@ -56,7 +56,12 @@ macro_rules! kernels {
 }
 
 kernels! {
-    peak(a: &[f32]) -> (usize, f32);
+    peak(a: &[f32]) -> f32;
+    square(a: &[f32]) -> f64;
+    dot_mixed(a: &[f32], b: &[f64]) -> f64;
+    subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
+    round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
+    at_least(a: &[f32], enough: f32, found: &mut Vec<u32>);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;

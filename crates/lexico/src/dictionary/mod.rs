@@ -170,10 +170,7 @@ fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
 
 /// Euclidean length, in f64: that of any finite f32 vector is finite.
 pub(crate) fn norm(x: &[f32]) -> f64 {
-    x.iter()
-        .map(|&v| f64::from(v) * f64::from(v))
-        .sum::<f64>()
-        .sqrt()
+    crate::arch::square(x).sqrt()
 }
 
 pub(crate) fn check_sparsity(sparsity: usize, head_dim: usize, atoms: usize) -> Result<()> {

@@ -5,8 +5,8 @@ pub(crate) mod scan;
 
 use rayon::prelude::*;
 
-use crate::arch::{add_scaled, dot, peak};
-use crate::dictionary::{Dictionary, norm};
+use crate::arch::{add_scaled, at_least, dot, dot_mixed, square, subtract_scaled};
+use crate::dictionary::Dictionary;
 use crate::{Error, Result};
 use scan::RoundedVectors;
 
@@ -14,8 +14,6 @@ use scan::RoundedVectors;
 const EXACT: f32 = 1e-6;
 /// Vectors that are coded side by side: each reading of the dictionary serves all of them.
 const BLOCK: usize = 16;
-/// Rounded correlations that are passed over at once where none may be the largest.
-const CANDIDATE_BLOCK: usize = 64;
 /// An atom whose part outside the span of the support is shorter than this adds nothing but noise.
 const DEPENDENT: f32 = 1e-4;
 
@@ -174,13 +172,14 @@ impl<'d> Pursuit<'d> {
             exact,
             states,
             active,
+            candidates,
         } = workspace;
         states.clear();
         for (v, (x, residual)) in vectors.chunks(m).zip(residuals.chunks_mut(m)).enumerate() {
             // Powers of two scale exactly: huge and tiny vectors take the same path as any other.
             let exponent = binary_exponent(x).unwrap_or(0);
             scale_by_power(x, -exponent, residual);
-            let whole = norm(residual) as f32;
+            let whole = square(residual).sqrt() as f32;
             states.push(State {
                 exponent,
                 whole,
@@ -202,12 +201,13 @@ impl<'d> Pursuit<'d> {
             let mut slot = 0;
             active.retain(|&v| {
                 let looked_over = &correlations[slot * room..][..self.dictionary.len()];
-                let margin = rounded.margin(slot);
+                candidates.clear();
+                at_least(looked_over, rounded.enough(slot), candidates);
                 slot += 1;
                 let state = &mut states[v];
                 let residual = &mut residuals[v * m..(v + 1) * m];
                 let chosen = &found.indices[v * s..v * s + step];
-                let (atom, correlation) = self.choose(looked_over, margin, residual, chosen);
+                let (atom, correlation) = self.choose(candidates, residual, chosen);
                 if correlation <= EXACT * state.whole {
                     return false;
                 }
@@ -225,7 +225,7 @@ impl<'d> Pursuit<'d> {
                 let weight = dot(direction, residual);
                 weights[v * s + step] = weight;
                 add_scaled(residual, -weight, direction);
-                state.rest = norm(residual) as f32;
+                state.rest = square(residual).sqrt() as f32;
                 true
             });
         }
@@ -243,8 +243,7 @@ impl<'d> Pursuit<'d> {
             scale_by_power(&vectors[v * m..(v + 1) * m], -state.exponent, x);
             self.residual(x, indices, coefficients, exact);
             for (weight, direction) in weights.iter_mut().zip(directions.chunks_exact(m)) {
-                let terms = direction.iter().zip(exact.iter());
-                *weight = terms.map(|(&d, r)| f64::from(d) * r).sum::<f64>() as f32;
+                *weight = dot_mixed(direction, exact) as f32;
             }
             let corrections = &mut corrections[..length];
             solve(triangle, s, weights, corrections);
@@ -267,37 +266,23 @@ impl<'d> Pursuit<'d> {
         }
         for (&i, &c) in indices.iter().zip(coefficients) {
             let atom = self.dictionary.atom(usize::from(i));
-            for (out, &d) in out.iter_mut().zip(atom) {
-                *out -= f64::from(c) * f64::from(d);
-            }
+            subtract_scaled(out, c, atom);
         }
     }
 
-    /// The atom of largest correlation with the residual, and that correlation's magnitude: of those
-    /// whose rounded correlation may be the largest, none of them `chosen` before.
-    fn choose(
-        &self,
-        rounded: &[f32],
-        margin: f32,
-        residual: &[f32],
-        chosen: &[u16],
-    ) -> (usize, f32) {
-        let enough = peak(rounded).1 - margin;
+    /// The atom of largest correlation with the residual, and that correlation's magnitude, among
+    /// `candidates` that are not `chosen` already.
+    fn choose(&self, candidates: &[u32], residual: &[f32], chosen: &[u16]) -> (usize, f32) {
         let mut best = (0, 0.0);
-        for (block, correlations) in rounded.chunks(CANDIDATE_BLOCK).enumerate() {
-            if !any_at_least(correlations, enough) {
+        for &atom in candidates {
+            // Rounding must not bring a chosen atom back.
+            if chosen.contains(&(atom as u16)) {
                 continue;
             }
-            for (i, &correlation) in correlations.iter().enumerate() {
-                let atom = block * CANDIDATE_BLOCK + i;
-                // Rounding must not bring a chosen atom back.
-                if correlation < enough || chosen.contains(&(atom as u16)) {
-                    continue;
-                }
-                let exact = dot(self.dictionary.atom(atom), residual).abs();
-                if exact > best.1 {
-                    best = (atom, exact);
-                }
+            let atom = atom as usize;
+            let exact = dot(self.dictionary.atom(atom), residual).abs();
+            if exact > best.1 {
+                best = (atom, exact);
             }
         }
         best
@@ -343,6 +328,8 @@ struct Workspace {
     states: Vec<State>,
     /// The vectors whose pursuit goes on.
     active: Vec<usize>,
+    /// Atoms that may correlate most with one residual.
+    candidates: Vec<u32>,
 }
 
 impl Workspace {
@@ -360,6 +347,7 @@ impl Workspace {
             exact: vec![0.0; m],
             states: Vec::with_capacity(b),
             active: Vec::with_capacity(b),
+            candidates: Vec::new(),
         }
     }
 }
@@ -376,16 +364,11 @@ fn orthonormalise(x: &mut [f32], basis: &[f32], parts: &mut [f32]) -> f32 {
             *part += along;
         }
     }
-    let outside = norm(x) as f32;
+    let outside = square(x).sqrt() as f32;
     if outside > DEPENDENT {
         x.iter_mut().for_each(|v| *v /= outside);
     }
     outside
-}
-
-fn any_at_least(numbers: &[f32], enough: f32) -> bool {
-    // All of them, which vectorises.
-    numbers.iter().fold(false, |any, &x| any | (x >= enough))
 }
 
 /// Coefficients of the atoms from the weights of the directions: back substitution.

@@ -5,6 +5,7 @@
 //! largest hold the true largest for certain; those few are then compared exactly.
 
 use crate::arch::scan::{LANES, QUAD, TILE_ATOMS, scan};
+use crate::arch::{peak, round_to_bytes};
 use crate::dictionary::norm;
 
 /// Atoms rounded to 8 bits: `N·m` bytes and a scale each.
@@ -26,6 +27,10 @@ pub(crate) struct RoundedAtoms {
 pub(super) struct RoundedVectors {
     /// `[vectors / LANES, m / 4, LANES]`, four numbers in each.
     quads: Vec<u32>,
+    /// One vector, filled up with zeros.
+    bytes: Vec<i8>,
+    /// The largest rounded correlation of each vector, among the atoms of each place in a tile.
+    largest: Vec<[f32; TILE_ATOMS]>,
     /// By how much a scanned correlation may be off, in the scan's own units, `[vectors]`.
     bounds: Vec<f32>,
 }
@@ -67,57 +72,56 @@ impl RoundedAtoms {
         self.scales.len()
     }
 
-    /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`.
-    pub(super) fn scan(&self, vectors: &RoundedVectors, count: usize, out: &mut [f32]) {
+    /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`, and the
+    /// largest for each vector.
+    pub(super) fn scan(&self, vectors: &mut RoundedVectors, count: usize, out: &mut [f32]) {
+        vectors.largest.clear();
+        vectors.largest.resize(count, [0.0; TILE_ATOMS]);
         scan(
             &self.tiles,
             &self.scales,
             self.quads,
             &vectors.quads,
             &mut out[..count * self.room()],
+            &mut vectors.largest,
         );
     }
 
     /// Rounds a vector, none of whose numbers may be beyond the powers of two that f32 inverts, as
     /// number `slot` of a block.
     pub(super) fn round(&self, x: &[f32], slot: usize, block: &mut RoundedVectors) {
-        let scale = unit(x);
-        let inverse = 1.0 / scale;
-        let (mut rest, mut whole) = (0f32, 0f32);
-        let first = slot / LANES * self.quads * LANES + slot % LANES;
         let filled = (slot / LANES + 1) * self.quads * LANES;
         if block.quads.len() < filled {
             block.quads.resize(filled, 0);
         }
-        for (quad, x) in x.chunks(QUAD).enumerate() {
-            let mut bytes = [0; QUAD];
-            for (byte, &x) in bytes.iter_mut().zip(x) {
-                let rounded = (x * inverse).round_ties_even();
-                rest += (x - rounded * scale).powi(2);
-                whole += x * x;
-                *byte = (rounded as i8) as u8;
-            }
-            block.quads[first + quad * LANES] = u32::from_le_bytes(bytes);
+        block.bytes.resize(self.quads * QUAD, 0);
+        let inverse = 1.0 / unit(x);
+        let (rest, whole) = round_to_bytes(x, inverse, &mut block.bytes[..x.len()]);
+        let first = slot / LANES * self.quads * LANES + slot % LANES;
+        let places = block.quads[first..].iter_mut().step_by(LANES);
+        for (place, bytes) in places.zip(block.bytes.as_chunks::<QUAD>().0) {
+            *place = u32::from_le_bytes(bytes.map(|byte| byte as u8));
         }
         // The atom's rounding against the vector, the vector's against the rounded atom; and the
         // bound's own rounding.
         let (whole, rest) = (whole.sqrt(), rest.sqrt());
         let bound = self.rounding * whole + (1.02 + self.rounding) * rest + 1e-5 * whole;
         block.bounds.resize(block.bounds.len().max(slot + 1), 0.0);
-        block.bounds[slot] = bound * inverse;
+        block.bounds[slot] = bound;
     }
 }
 
 impl RoundedVectors {
-    /// Twice what a correlation with vector `slot` may be off: how far below the largest the true
-    /// largest may seem.
-    pub(super) fn margin(&self, slot: usize) -> f32 {
-        2.0 * self.bounds[slot]
+    /// How large the rounded correlation of the truly largest one with vector `slot` is at the least: the
+    /// largest less twice what rounding may have moved one.
+    pub(super) fn enough(&self, slot: usize) -> f32 {
+        let largest = self.largest[slot].iter().fold(0f32, |a, &b| a.max(b));
+        largest - 2.0 * self.bounds[slot]
     }
 }
 
 /// What a vector's numbers are rounded to multiples of: the largest is 127 of them.
 fn unit(x: &[f32]) -> f32 {
-    let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    let largest = peak(x);
     if largest > 0.0 { largest / 127.0 } else { 1.0 }
 }

@@ -15,6 +15,7 @@ pub(in super::super) unsafe fn avx512(
     quads: usize,
     vectors: &[u32],
     out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
 ) {
     /// Tiles at a time: with eight vectors 24 sums, as many as registers hold beside the operands.
     const AT_ONCE: usize = 3;
@@ -48,6 +49,7 @@ pub(in super::super) unsafe fn avx512(
                 vectors: vectors[first / LANES * quads * LANES + first % LANES..].as_ptr(),
                 starts: &starts[first..],
                 out: out[first * atoms + tile * TILE_ATOMS..].as_mut_ptr(),
+                largest: largest[first..].as_mut_ptr(),
                 atoms,
             };
             // SAFETY: the tiles, vectors and rows of `here` lie within their slices, as many as each
@@ -83,6 +85,7 @@ struct Place<'a> {
     vectors: *const u32,
     starts: &'a [i32],
     out: *mut f32,
+    largest: *mut [f32; TILE_ATOMS],
     atoms: usize,
 }
 
@@ -113,14 +116,21 @@ impl Place<'_> {
             }
         }
         for (v, sums) in sums.iter().enumerate() {
+            // SAFETY: vector `v` has its 16 largest.
+            let largest = unsafe { self.largest.add(v) }.cast::<f32>();
+            // SAFETY: as above.
+            let mut most = unsafe { _mm512_loadu_ps(largest) };
             for (t, &sum) in sums.iter().enumerate() {
                 // SAFETY: the tile's 16 scales, and its 16 places in row `v` of `out`.
                 unsafe {
                     let scales = _mm512_loadu_ps(self.scales.add(t * TILE_ATOMS));
                     let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_abs_epi32(sum)), scales);
                     _mm512_storeu_ps(self.out.add(v * self.atoms + t * TILE_ATOMS), scaled);
+                    most = _mm512_max_ps(most, scaled);
                 }
             }
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(largest, most) };
         }
     }
 }
@@ -134,13 +144,14 @@ pub(in super::super) unsafe fn avx2(
     quads: usize,
     vectors: &[u32],
     out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
 ) {
     let atoms = scales.len();
     let offset = _mm256_set1_epi8(-128);
     let ones = _mm256_set1_epi16(1);
     for (t, scales) in scales.chunks_exact(TILE_ATOMS).enumerate() {
         let tile = &tiles[t * quads * QUAD_BYTES..][..quads * QUAD_BYTES];
-        for v in 0..out.len() / atoms {
+        for (v, largest) in largest.iter_mut().enumerate() {
             let own = &vectors[v / LANES * quads * LANES + v % LANES..];
             let mut sums = [_mm256_setzero_si256(); 2];
             for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
@@ -159,11 +170,13 @@ pub(in super::super) unsafe fn avx2(
             }
             let out = &mut out[v * atoms + t * TILE_ATOMS..][..TILE_ATOMS];
             for (half, &sum) in sums.iter().enumerate() {
-                // SAFETY: both slices have 16 numbers, half of them from here on.
+                // SAFETY: all have 16 numbers, half of them from here on.
                 unsafe {
+                    let largest = largest.as_mut_ptr().add(half * 8);
                     let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
                     let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_abs_epi32(sum)), scales);
                     _mm256_storeu_ps(out.as_mut_ptr().add(half * 8), scaled);
+                    _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), scaled));
                 }
             }
         }
