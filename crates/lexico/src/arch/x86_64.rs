@@ -39,6 +39,7 @@ macro_rules! kernels {
         pub(super) mod avx512 {
             use crate::code::Block;
             pub(in super::super) use super::half::dot_f16_avx512 as dot_f16;
+            pub(in super::super) use super::scan::at_least_avx512 as at_least;
             $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
@@ -47,6 +48,10 @@ macro_rules! kernels {
         pub(super) mod avx2 {
             use crate::code::Block;
             pub(in super::super) use super::half::dot_f16_avx2 as dot_f16;
+            #[target_feature(enable = "avx2,fma,f16c")]
+            pub(in super::super) fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+                crate::arch::portable::at_least::<true>(a, enough, found);
+            }
             $(#[target_feature(enable = "avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
@@ -61,7 +66,6 @@ kernels! {
     dot_mixed(a: &[f32], b: &[f64]) -> f64;
     subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
-    at_least(a: &[f32], enough: f32, found: &mut Vec<u32>);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;

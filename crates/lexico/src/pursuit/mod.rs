@@ -5,6 +5,7 @@ pub(crate) mod scan;
 
 use rayon::prelude::*;
 
+use crate::arch::dense::{Rows, combine, dots};
 use crate::arch::{add_scaled, at_least, dot, dot_mixed, square, subtract_scaled};
 use crate::dictionary::Dictionary;
 use crate::{Error, Result};
@@ -173,6 +174,7 @@ impl<'d> Pursuit<'d> {
             states,
             active,
             candidates,
+            along,
         } = workspace;
         states.clear();
         for (v, (x, residual)) in vectors.chunks(m).zip(residuals.chunks_mut(m)).enumerate() {
@@ -203,11 +205,13 @@ impl<'d> Pursuit<'d> {
                 let looked_over = &correlations[slot * room..][..self.dictionary.len()];
                 candidates.clear();
                 at_least(looked_over, rounded.enough(slot), candidates);
-                slot += 1;
                 let state = &mut states[v];
                 let residual = &mut residuals[v * m..(v + 1) * m];
                 let chosen = &found.indices[v * s..v * s + step];
-                let (atom, correlation) = self.choose(candidates, residual, chosen);
+                let scanned = (&*rounded, slot);
+                let (atom, correlation) =
+                    self.choose(candidates, looked_over, scanned, residual, chosen);
+                slot += 1;
                 if correlation <= EXACT * state.whole {
                     return false;
                 }
@@ -215,7 +219,7 @@ impl<'d> Pursuit<'d> {
                 let direction = &mut rest[..m];
                 direction.copy_from_slice(self.dictionary.atom(atom));
                 let row = &mut triangles[(v * s + step) * s..][..step + 1];
-                let outside = orthonormalise(direction, earlier, row);
+                let outside = orthonormalise(direction, earlier, row, along);
                 if outside <= DEPENDENT {
                     return false;
                 }
@@ -270,18 +274,31 @@ impl<'d> Pursuit<'d> {
         }
     }
 
-    /// The atom of largest correlation with the residual, and that correlation's magnitude, among
-    /// `candidates` that are not `chosen` already.
-    fn choose(&self, candidates: &[u32], residual: &[f32], chosen: &[u16]) -> (usize, f32) {
+    /// The atom of largest correlation with a residual, and that correlation's magnitude, among
+    /// `candidates` that are not `chosen` already; `looked_over` has their rounded correlations with
+    /// the residual, number `slot` of `rounded`.
+    fn choose(
+        &self,
+        candidates: &mut [u32],
+        looked_over: &[f32],
+        (rounded, slot): (&RoundedVectors, usize),
+        residual: &[f32],
+        chosen: &[u16],
+    ) -> (usize, f32) {
+        // The likeliest first: what it is exactly rules most of the others out.
+        let likeliness = |atom: u32| looked_over[atom as usize];
+        let likeliest = (0..candidates.len())
+            .max_by(|&a, &b| likeliness(candidates[a]).total_cmp(&likeliness(candidates[b])));
+        candidates.swap(0, likeliest.unwrap_or(0));
         let mut best = (0, 0.0);
-        for &atom in candidates {
+        for &atom in candidates.iter() {
             // Rounding must not bring a chosen atom back.
-            if chosen.contains(&(atom as u16)) {
+            if rounded.at_most(slot, likeliness(atom)) < best.1 || chosen.contains(&(atom as u16)) {
                 continue;
             }
             let atom = atom as usize;
             let exact = dot(self.dictionary.atom(atom), residual).abs();
-            if exact > best.1 {
+            if exact > best.1 || (exact == best.1 && atom < best.0) {
                 best = (atom, exact);
             }
         }
@@ -330,6 +347,8 @@ struct Workspace {
     active: Vec<usize>,
     /// Atoms that may correlate most with one residual.
     candidates: Vec<u32>,
+    /// Parts of one atom along the directions before it.
+    along: Vec<f32>,
 }
 
 impl Workspace {
@@ -348,21 +367,25 @@ impl Workspace {
             states: Vec::with_capacity(b),
             active: Vec::with_capacity(b),
             candidates: Vec::new(),
+            along: Vec::new(),
         }
     }
 }
 
 /// Makes `x` a unit vector orthogonal to the orthonormal rows of `basis`, adds its parts along
 /// them to `parts` (set to zero first), and returns the length of what was outside their span.
-fn orthonormalise(x: &mut [f32], basis: &[f32], parts: &mut [f32]) -> f32 {
+fn orthonormalise(x: &mut [f32], basis: &[f32], parts: &mut [f32], along: &mut Vec<f32>) -> f32 {
+    let m = x.len();
     parts.fill(0.0);
+    along.resize(basis.len() / m, 0.0);
     // Twice is enough (Giraud, Langou, Rozložník 2005): once loses orthogonality in f32.
     for _ in 0..2 {
-        for (direction, part) in basis.chunks_exact(x.len()).zip(parts.iter_mut()) {
-            let along = dot(direction, x);
-            add_scaled(x, -along, direction);
-            *part += along;
+        dots(Rows::F32(basis), x, m, 1, along);
+        for (part, along) in parts.iter_mut().zip(along.iter_mut()) {
+            *part += *along;
+            *along = -*along;
         }
+        combine(along, Rows::F32(basis), m, 1, x);
     }
     let outside = square(x).sqrt() as f32;
     if outside > DEPENDENT {

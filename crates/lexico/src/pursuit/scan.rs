@@ -33,6 +33,8 @@ pub(super) struct RoundedVectors {
     largest: Vec<[f32; TILE_ATOMS]>,
     /// By how much a scanned correlation may be off, in the scan's own units, `[vectors]`.
     bounds: Vec<f32>,
+    /// What the numbers of each vector are multiples of.
+    units: Vec<f32>,
 }
 
 impl RoundedAtoms {
@@ -95,7 +97,8 @@ impl RoundedAtoms {
             block.quads.resize(filled, 0);
         }
         block.bytes.resize(self.quads * QUAD, 0);
-        let inverse = 1.0 / unit(x);
+        let unit = unit(x);
+        let inverse = 1.0 / unit;
         let (rest, whole) = round_to_bytes(x, inverse, &mut block.bytes[..x.len()]);
         let first = slot / LANES * self.quads * LANES + slot % LANES;
         let places = block.quads[first..].iter_mut().step_by(LANES);
@@ -106,8 +109,11 @@ impl RoundedAtoms {
         // bound's own rounding.
         let (whole, rest) = (whole.sqrt(), rest.sqrt());
         let bound = self.rounding * whole + (1.02 + self.rounding) * rest + 1e-5 * whole;
-        block.bounds.resize(block.bounds.len().max(slot + 1), 0.0);
+        let slots = block.bounds.len().max(slot + 1);
+        block.bounds.resize(slots, 0.0);
         block.bounds[slot] = bound;
+        block.units.resize(slots, 0.0);
+        block.units[slot] = unit;
     }
 }
 
@@ -117,6 +123,11 @@ impl RoundedVectors {
     pub(super) fn enough(&self, slot: usize) -> f32 {
         let largest = self.largest[slot].iter().fold(0f32, |a, &b| a.max(b));
         largest - 2.0 * self.bounds[slot]
+    }
+
+    /// The most that a correlation with vector `slot` can be, whose rounded one is `rounded`.
+    pub(super) fn at_most(&self, slot: usize, rounded: f32) -> f32 {
+        (rounded + self.bounds[slot]) * self.units[slot]
     }
 }
 

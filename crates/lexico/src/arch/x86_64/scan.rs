@@ -135,6 +135,29 @@ impl Place<'_> {
     }
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in super::super) fn at_least_avx512(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+    const BLOCK: usize = 64;
+    let (blocks, rest) = a.as_chunks::<BLOCK>();
+    let least = _mm512_set1_ps(enough);
+    for (number, block) in blocks.iter().enumerate() {
+        let mut mask = 0;
+        for part in 0..BLOCK / 16 {
+            // SAFETY: a block has four parts of 16 numbers.
+            let numbers = unsafe { _mm512_loadu_ps(block.as_ptr().add(part * 16)) };
+            let large = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(numbers, least);
+            mask |= u64::from(large) << (part * 16);
+        }
+        while mask != 0 {
+            found.push((number * BLOCK) as u32 + mask.trailing_zeros());
+            mask &= mask - 1;
+        }
+    }
+    let first = (a.len() - rest.len()) as u32;
+    let large = (first..).zip(rest).filter(|(_, x)| **x >= enough);
+    found.extend(large.map(|(i, _)| i));
+}
+
 /// # Safety
 /// Needs AVX2; sizes as [`crate::arch::scan::scan`] checks them.
 #[target_feature(enable = "avx2,fma,f16c")]
