@@ -207,32 +207,33 @@ pub(super) fn combine_f32<const FMA: bool>(
     }
 }
 
-/// Below this `exp` is 0 in f32, but for subnormal numbers.
+/// Below this `exp` is subnormal in f32.
 const SMALLEST_EXPONENT: f32 = -87.3;
+/// Added to a number of moderate size, this leaves its nearest integer in the lowest bits.
+const ROUNDING: f32 = 12_582_912.0;
 
 /// `eˣ` for `x ≤ 0`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
 #[inline(always)]
 fn exp<const FMA: bool>(x: f32) -> f32 {
-    // A power of two, and the rest within ln 2 / 2 of 0 by its Taylor series; ln 2 in two parts, so that
-    // the product with the first is exact (Cody & Waite 1980).
-    let power = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // A power of two, and the rest within ln 2 / 2 of 0 by the polynomial of Cephes' expf (Moshier 1989);
+    // ln 2 in two parts, so that the product with the first is exact (Cody & Waite 1980).
+    let rounded = multiply_add::<FMA>(x, std::f32::consts::LOG2_E, ROUNDING);
+    let power = rounded - ROUNDING;
     let rest = multiply_add::<FMA>(power, -0.693_359_4, x);
     let rest = multiply_add::<FMA>(power, 2.121_944_4e-4, rest);
-    let mut sum = 1.0 / 5040.0;
+    let mut sum = 1.987_569_1e-4;
     for term in [
-        1.0 / 720.0,
-        1.0 / 120.0,
-        1.0 / 24.0,
-        1.0 / 6.0,
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
         0.5,
-        1.0,
-        1.0,
     ] {
         sum = multiply_add::<FMA>(sum, rest, term);
     }
-    // NaN becomes 0 here and stays NaN in `sum`.
-    let exponent = (power.max(-126.0) as i32 + 127) << 23;
-    let result = sum * f32::from_bits(exponent as u32);
+    let sum = multiply_add::<FMA>(sum * rest, rest, rest) + 1.0;
+    // The integer goes into the exponent; that of a NaN ends in zeros, so that `sum` stays one.
+    let result = f32::from_bits(sum.to_bits().wrapping_add(rounded.to_bits() << 23));
     if x < SMALLEST_EXPONENT { 0.0 } else { result }
 }
 
@@ -340,33 +341,34 @@ fn scores_of_group<const FMA: bool, C: Coefficient, const G: usize>(
     out: &mut [f32],
 ) {
     let values = block.values;
-    let outs = out.as_chunks_mut::<G>().0;
-    for ((indices, coefficients, scale), out) in block.vectors().zip(outs) {
-        // Two sums, so that additions wait less for each other.
-        let mut sums = [[0f32; G]; 2];
-        let (index_pairs, index_rest) = indices.as_chunks::<2>();
-        let (pairs, rest) = coefficients.as_chunks::<2>();
-        for (indices, coefficients) in index_pairs.iter().zip(pairs) {
-            for half in 0..2 {
-                let (c, p) = (
-                    coefficients[half].value(values),
-                    &p[usize::from(indices[half])],
-                );
-                for g in 0..G {
-                    sums[half][g] = multiply_add::<FMA>(c, p[g], sums[half][g]);
+    let mut outs = out.as_chunks_mut::<G>().0.iter_mut();
+    block.for_each(
+        #[inline(always)]
+        |indices, coefficients, scale| {
+            let Some(out) = outs.next() else { return };
+            // Two sums, so that additions wait less for each other.
+            let mut sums = [[0f32; G]; 2];
+            let (index_fours, index_rest) = indices.as_chunks::<4>();
+            let (fours, rest) = coefficients.as_chunks::<4>();
+            for (indices, coefficients) in index_fours.iter().zip(fours) {
+                for j in 0..4 {
+                    let (c, p) = (coefficients[j].value(values), &p[usize::from(indices[j])]);
+                    for g in 0..G {
+                        sums[j % 2][g] = multiply_add::<FMA>(c, p[g], sums[j % 2][g]);
+                    }
                 }
             }
-        }
-        for (&i, &c) in index_rest.iter().zip(rest) {
-            let (c, p) = (c.value(values), &p[usize::from(i)]);
-            for g in 0..G {
-                sums[0][g] = multiply_add::<FMA>(c, p[g], sums[0][g]);
+            for (&i, &c) in index_rest.iter().zip(rest) {
+                let (c, p) = (c.value(values), &p[usize::from(i)]);
+                for g in 0..G {
+                    sums[0][g] = multiply_add::<FMA>(c, p[g], sums[0][g]);
+                }
             }
-        }
-        for g in 0..G {
-            out[g] = (sums[0][g] + sums[1][g]) * scale;
-        }
-    }
+            for g in 0..G {
+                out[g] = (sums[0][g] + sums[1][g]) * scale;
+            }
+        },
+    );
 }
 
 #[inline(always)]
@@ -393,16 +395,30 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
     u: &mut [[f32; G]; MOST_ATOMS],
 ) {
     let values = block.values;
-    let rows = weights.as_chunks::<G>().0;
-    for ((indices, coefficients, scale), weights) in block.vectors().zip(rows) {
-        let scaled = weights.map(|weight| weight * scale);
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            let (c, u) = (c.value(values), &mut u[usize::from(i)]);
-            for g in 0..G {
-                u[g] = multiply_add::<FMA>(c, scaled[g], u[g]);
+    let mut rows = weights.as_chunks::<G>().0.iter();
+    block.for_each(
+        #[inline(always)]
+        |indices, coefficients, scale| {
+            let Some(weights) = rows.next() else { return };
+            let scaled = weights.map(|weight| weight * scale);
+            let mut add = |i: u16, c: C| {
+                let (c, u) = (c.value(values), &mut u[usize::from(i)]);
+                for g in 0..G {
+                    u[g] = multiply_add::<FMA>(c, scaled[g], u[g]);
+                }
+            };
+            let (index_fours, index_rest) = indices.as_chunks::<4>();
+            let (fours, rest) = coefficients.as_chunks::<4>();
+            for (indices, coefficients) in index_fours.iter().zip(fours) {
+                for j in 0..4 {
+                    add(indices[j], coefficients[j]);
+                }
             }
-        }
-    }
+            for (&i, &c) in index_rest.iter().zip(rest) {
+                add(i, c);
+            }
+        },
+    );
 }
 
 #[inline(always)]

@@ -156,12 +156,18 @@ impl Scales<'_> {
     pub(crate) fn get(self, v: usize) -> f32 {
         match self {
             Scales::One => 1.0,
-            // The byte is an f32's exponent field, but for the smallest power of two, a subnormal number.
-            Scales::Powers(bytes) => match bytes[v] {
-                0 => 2f32.powi(-SCALE_BIAS),
-                byte => f32::from_bits(u32::from(byte) << 23),
-            },
+            Scales::Powers(exponents) => Self::power(exponents[v]),
         }
+    }
+
+    /// The power of two of an exponent's byte.
+    #[inline(always)]
+    pub(crate) fn power(exponent: u8) -> f32 {
+        // The byte is an f32's exponent field, but for the smallest power, a subnormal number.
+        f32::from_bits(match exponent {
+            0 => 1 << 22,
+            exponent => u32::from(exponent) << 23,
+        })
     }
 }
 

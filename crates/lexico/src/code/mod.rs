@@ -258,27 +258,53 @@ impl Blocks<'_> {
 }
 
 impl<'a, C> Block<'a, C> {
-    /// Indices, coefficients and scale of each vector.
+    /// Calls `visit` with the indices, coefficients and scale of one vector after another.
     #[inline(always)]
-    pub(crate) fn vectors(self) -> impl Iterator<Item = (&'a [u16], &'a [C], f32)> {
-        let count = match self.lengths {
-            Lengths::Fixed(_, count) => count,
-            Lengths::Variable(lengths) => lengths.len(),
-        };
-        let mut start = 0;
-        (0..count).map(move |v| {
-            let length = match self.lengths {
-                Lengths::Fixed(length, _) => length,
-                Lengths::Variable(lengths) => usize::from(lengths[v]),
-            };
-            let range = start..start + length;
-            start += length;
-            let scale = self.scales.get(v);
-            (
-                &self.indices[range.clone()],
-                &self.coefficients[range],
-                scale,
-            )
-        })
+    pub(crate) fn for_each(self, mut visit: impl FnMut(&'a [u16], &'a [C], f32)) {
+        match self.lengths {
+            // Usual sizes by name: their loops are unrolled.
+            Lengths::Fixed(4, count) => self.for_each_of::<4>(count, visit),
+            Lengths::Fixed(8, count) => self.for_each_of::<8>(count, visit),
+            Lengths::Fixed(16, count) => self.for_each_of::<16>(count, visit),
+            Lengths::Fixed(length, count) => {
+                let rows = self.indices.chunks_exact(length);
+                let rows = rows.zip(self.coefficients.chunks_exact(length));
+                for (v, (indices, coefficients)) in rows.take(count).enumerate() {
+                    visit(indices, coefficients, self.scales.get(v));
+                }
+            }
+            Lengths::Variable(lengths) => {
+                let (mut indices, mut coefficients) = (self.indices, self.coefficients);
+                for (v, &length) in lengths.iter().enumerate() {
+                    let (own, later) = indices.split_at(usize::from(length));
+                    let (own_coefficients, later_coefficients) =
+                        coefficients.split_at(usize::from(length));
+                    visit(own, own_coefficients, self.scales.get(v));
+                    (indices, coefficients) = (later, later_coefficients);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn for_each_of<const S: usize>(
+        self,
+        count: usize,
+        mut visit: impl FnMut(&'a [u16], &'a [C], f32),
+    ) {
+        let rows = self.indices.as_chunks::<S>().0.iter();
+        let rows = rows.zip(self.coefficients.as_chunks::<S>().0);
+        match self.scales {
+            Scales::Powers(exponents) => {
+                for ((indices, coefficients), &exponent) in rows.take(count).zip(exponents) {
+                    visit(indices, coefficients, Scales::power(exponent));
+                }
+            }
+            Scales::One => {
+                for (indices, coefficients) in rows.take(count) {
+                    visit(indices, coefficients, 1.0);
+                }
+            }
+        }
     }
 }

@@ -44,6 +44,20 @@ impl Number for f16 {
     }
 }
 
+/// Bytes between what is read and what is fetched for later: enough for memory to answer.
+const AHEAD: usize = 4096;
+const CACHE_LINE: usize = 64;
+
+/// Fetches what lies `AHEAD` of `bytes` bytes into the caches; whether there is anything does not matter.
+#[inline(always)]
+fn prefetch<N>(from: *const N, bytes: usize) {
+    let ahead = from.cast::<i8>().wrapping_add(AHEAD);
+    for line in (0..bytes).step_by(CACHE_LINE) {
+        // SAFETY: fetching never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line)) };
+    }
+}
+
 /// The mask of the last, incomplete register of a row.
 fn tail(m: usize) -> __mmask16 {
     ((1u32 << (m % WIDTH)) - 1) as __mmask16
@@ -65,6 +79,7 @@ pub(in super::super) unsafe fn dots<N: Number>(
     let step = WIDTH / group.min(4);
     let mut row = 0;
     while row + step <= n {
+        prefetch(rows[row * m..].as_ptr(), step * m * size_of::<N>());
         for first in (0..group).step_by(4) {
             let rows = rows[row * m..].as_ptr();
             let queries = queries[first * m..].as_ptr();
@@ -201,12 +216,19 @@ pub(in super::super) unsafe fn combine<N: Number>(
     group: usize,
     out: &mut [f32],
 ) {
-    const AT_ONCE: usize = 4;
     let n = rows.len() / m;
     if n == 0 {
         return;
     }
-    for first in (0..group).step_by(4) {
+    // Columns at a time: whole rows where two queries leave the registers for it, so that the first pass
+    // reads memory in order.
+    let (queries, columns) = match group {
+        1 => (1, 8),
+        2 => (2, 8),
+        _ if m > 4 * WIDTH => (2, 8),
+        _ => (4, 4),
+    };
+    for first in (0..group).step_by(queries) {
         let mut column = 0;
         while column < m {
             let place = Columns {
@@ -216,22 +238,23 @@ pub(in super::super) unsafe fn combine<N: Number>(
                 n,
                 m,
                 group,
+                fetch: first == 0,
             };
-            let wide = column + AT_ONCE * WIDTH <= m;
+            let wide = column + columns * WIDTH <= m;
             let mask = if column + WIDTH <= m { !0 } else { tail(m) };
-            // SAFETY: the columns from here on, four registers or one under its mask, and so many
-            // queries, lie within their slices.
+            // SAFETY: the columns from here on, as many registers as named or one under its mask, and so
+            // many queries, lie within their slices.
             unsafe {
-                match (group, wide) {
-                    (1, true) => place.add::<1, AT_ONCE>(!0),
+                match (queries, wide) {
+                    (1, true) => place.add::<1, 8>(!0),
                     (1, false) => place.add::<1, 1>(mask),
-                    (2, true) => place.add::<2, AT_ONCE>(!0),
+                    (2, true) => place.add::<2, 8>(!0),
                     (2, false) => place.add::<2, 1>(mask),
-                    (_, true) => place.add::<4, AT_ONCE>(!0),
+                    (_, true) => place.add::<4, 4>(!0),
                     (_, false) => place.add::<4, 1>(mask),
                 }
             }
-            column += if wide { AT_ONCE * WIDTH } else { WIDTH };
+            column += if wide { columns * WIDTH } else { WIDTH };
         }
     }
 }
@@ -244,6 +267,8 @@ struct Columns<N> {
     n: usize,
     m: usize,
     group: usize,
+    /// Whether this is the first pass over the rows.
+    fetch: bool,
 }
 
 impl<N: Number> Columns<N> {
@@ -254,6 +279,10 @@ impl<N: Number> Columns<N> {
     unsafe fn add<const Q: usize, const C: usize>(&self, mask: __mmask16) {
         let mut sums = [[_mm512_setzero_ps(); C]; Q];
         for t in 0..self.n {
+            if C > 1 && self.fetch {
+                let row = self.rows.wrapping_add(t * self.m);
+                prefetch(row, C * WIDTH * size_of::<N>());
+            }
             let mut row = [_mm512_setzero_ps(); C];
             for (c, row) in row.iter_mut().enumerate() {
                 // SAFETY: the columns of row `t`.
