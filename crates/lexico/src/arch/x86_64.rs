@@ -1,5 +1,6 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
+pub(super) mod codes;
 pub(super) mod dense;
 mod half;
 pub(super) mod scan;
@@ -23,6 +24,7 @@ pub(super) fn level() -> Level {
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vnni");
         if avx2 && avx512 {
             Level::Avx512
@@ -40,7 +42,7 @@ macro_rules! kernels {
             use crate::code::Block;
             pub(in super::super) use super::half::dot_f16_avx512 as dot_f16;
             pub(in super::super) use super::scan::at_least_avx512 as at_least;
-            $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+            $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)
             })*

@@ -175,6 +175,11 @@ impl Scales<'_> {
 static F8_VALUES: LazyLock<[f32; 256]> =
     LazyLock::new(|| std::array::from_fn(|b| F8E4M3::from_bits(b as u8).to_f32()));
 
+#[cfg(test)]
+pub(crate) fn f8_values() -> &'static [f32; 256] {
+    &F8_VALUES
+}
+
 /// `2^(byte − 127)`, in f64 where its inverse exists too.
 fn scale_value(byte: u8) -> f64 {
     2f64.powi(i32::from(byte) - SCALE_BIAS)

@@ -11,6 +11,8 @@ use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 use coefficients::Coefficients;
 pub(crate) use coefficients::Scales;
+#[cfg(test)]
+pub(crate) use coefficients::f8_values;
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 16;

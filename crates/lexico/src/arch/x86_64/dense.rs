@@ -66,7 +66,7 @@ fn tail(m: usize) -> __mmask16 {
 /// # Safety
 /// Needs AVX-512 (f, bw, vl). `rows` `[n, m]`, `queries` `[group, m]`, `out` `[n, group]`, `group` a power
 /// of two up to 8.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn dots<N: Number>(
     rows: &[N],
     queries: &[f32],
@@ -110,7 +110,7 @@ pub(in super::super) unsafe fn dots<N: Number>(
 /// # Safety
 /// `R` rows, `Q` queries and their results, `stride` apart by rows, lie behind the pointers.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn dots_of<N: Number, const R: usize, const Q: usize>(
     rows: *const N,
     queries: *const f32,
@@ -182,7 +182,7 @@ unsafe fn dots_of<N: Number, const R: usize, const Q: usize>(
 
 /// The sum of each of 16 registers.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn sums_of(a: [__m512; WIDTH]) -> __m512 {
     let pair =
         |x: __m512, y: __m512| _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
@@ -208,7 +208,7 @@ fn sums_of(a: [__m512; WIDTH]) -> __m512 {
 /// # Safety
 /// Needs AVX-512 (f, bw, vl). `weights` `[n, group]`, `rows` `[n, m]`, `out` `[group, m]`, `group` a power of two
 /// up to 8.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn combine<N: Number>(
     weights: &[f32],
     rows: &[N],
@@ -275,7 +275,7 @@ impl<N: Number> Columns<N> {
     /// # Safety
     /// `Q` queries and `C` registers of columns, all under `mask`, lie behind the pointers.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn add<const Q: usize, const C: usize>(&self, mask: __mmask16) {
         let mut sums = [[_mm512_setzero_ps(); C]; Q];
         for t in 0..self.n {

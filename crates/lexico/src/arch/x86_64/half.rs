@@ -7,7 +7,7 @@ use half::f16;
 /// Registers that a loop carries, so that sums do not wait for each other.
 const SUMS: usize = 4;
 
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) fn dot_f16_avx512(a: &[f16], b: &[f32]) -> f32 {
     const WIDTH: usize = 16;
     let mut sums = [_mm512_setzero_ps(); SUMS];

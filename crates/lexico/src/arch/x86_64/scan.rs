@@ -8,7 +8,7 @@ const QUAD_BYTES: usize = TILE_ATOMS * QUAD;
 
 /// # Safety
 /// Needs AVX-512 with VNNI; sizes as [`crate::arch::scan::scan`] checks them.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn avx512(
     tiles: &[u8],
     scales: &[f32],
@@ -93,7 +93,7 @@ impl Place<'_> {
     /// # Safety
     /// `T` tiles, `V` vectors of one block and their rows of `out` must lie behind the pointers.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn sum<const V: usize, const T: usize>(&self) {
         let mut sums = [[_mm512_setzero_si512(); T]; V];
         for (sums, &start) in sums.iter_mut().zip(self.starts) {
@@ -135,7 +135,7 @@ impl Place<'_> {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) fn at_least_avx512(a: &[f32], enough: f32, found: &mut Vec<u32>) {
     const BLOCK: usize = 64;
     let (blocks, rest) = a.as_chunks::<BLOCK>();
