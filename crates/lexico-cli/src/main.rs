@@ -73,10 +73,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// Rayon's pool and candle's take their size from the environment when they are first used, and a program
+/// that runs cannot safely change its own: it starts itself anew, once.
+fn with_threads(threads: u16) -> anyhow::Result<()> {
+    const NAMES: [&str; 2] = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"];
+    let threads = threads.to_string();
+    if NAMES
+        .iter()
+        .all(|name| std::env::var(name).as_ref() == Ok(&threads))
+    {
+        return Ok(());
+    }
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1));
+    command.envs(NAMES.map(|name| (name, &threads)));
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        Err(command.exec().into())
+    }
+    #[cfg(not(unix))]
+    std::process::exit(command.status()?.code().unwrap_or(1))
+}
+
 fn work(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(threads) = arguments.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-        pool.build_global()?;
+        with_threads(threads)?;
     }
     match arguments.command {
         Command::Run(run) => run.run(),

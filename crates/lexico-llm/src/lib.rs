@@ -36,6 +36,7 @@ pub mod import;
 mod model;
 pub mod sample;
 pub mod shape;
+mod threads;
 mod tokenizer;
 pub mod train;
 mod weights;

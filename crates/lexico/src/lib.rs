@@ -42,6 +42,7 @@ pub mod learn;
 pub mod matrix;
 pub mod pursuit;
 pub mod tensor_file;
+pub mod threads;
 
 pub use code::{CodeFormat, Codes, CoefficientFormat};
 pub use dictionary::{Dictionary, DictionarySet};

@@ -7,10 +7,10 @@ use std::cell::RefCell;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use crate::arch;
 use crate::arch::matmul::{Matrix, multiply};
+use crate::threads::{Threads, for_each};
 
 /// Products from which widening rows to f32 for one matrix product is faster than single products.
 const MANY_PRODUCTS: usize = 8;
@@ -106,12 +106,11 @@ impl HalfMatrix {
         self.numbers.widen(row * self.columns, out);
     }
 
-    /// Products of rows `x` `[m, columns]` with every row of the matrix: `[m, rows]`. Runs on all
-    /// threads.
+    /// Products of rows `x` `[m, columns]` with every row of the matrix: `[m, rows]`.
     ///
     /// # Panics
     /// Where `x` does not consist of whole rows.
-    pub fn multiply(&self, x: &[f32]) -> Vec<f32> {
+    pub fn multiply(&self, x: &[f32], threads: &dyn Threads) -> Vec<f32> {
         let m = x.len() / self.columns;
         assert_eq!(x.len(), m * self.columns, "whole rows");
         if m == 0 {
@@ -124,23 +123,25 @@ impl HalfMatrix {
         };
         // Every task writes rows of the transposed product, which lie side by side.
         let mut transposed = vec![0f32; self.rows * m];
-        let tasks = transposed.par_chunks_mut(task_rows * m).enumerate();
-        tasks.for_each(|(task, out)| {
+        let tasks = transposed.chunks_mut(task_rows * m).enumerate();
+        for_each(threads, tasks, |(task, out)| {
             WIDENED.with_borrow_mut(|widened| {
-                self.multiply_rows(x, m, task * task_rows, widened, out)
+                self.multiply_rows(x, m, task * task_rows, widened, out);
             });
         });
         if m == 1 {
             return transposed;
         }
         let mut out = vec![0f32; m * self.rows];
-        out.par_chunks_mut(self.rows)
-            .enumerate()
-            .for_each(|(i, out)| {
+        for_each(
+            threads,
+            out.chunks_mut(self.rows).enumerate(),
+            |(i, out)| {
                 for (out, products) in out.iter_mut().zip(transposed.chunks_exact(m)) {
                     *out = products[i];
                 }
-            });
+            },
+        );
         out
     }
 
@@ -195,7 +196,7 @@ mod tests {
             };
             let rounding = if brain { 4e-3 } else { 5e-4 };
             let matrix = HalfMatrix::new(halves, rows, columns);
-            let product = matrix.multiply(&x);
+            let product = matrix.multiply(&x, &crate::threads::Rayon);
             prop_assert_eq!(product.len(), m * rows);
             let mut row = vec![0.0; columns];
             for r in 0..rows {

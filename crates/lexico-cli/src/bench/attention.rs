@@ -2,6 +2,7 @@ use std::time::Instant;
 
 use clap::{Args, value_parser};
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
+use lexico::threads::Rayon;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, SparseBatch};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -174,7 +175,7 @@ impl Attention {
                     out,
                 })
                 .collect();
-            attend_heads(&mut heads, m, 1, None);
+            attend_heads(&mut heads, m, 1, None, &Rayon);
             started.elapsed().as_secs_f64() * 1e6
         };
         let full: Vec<Source<'_>> = dense

@@ -1,6 +1,5 @@
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
@@ -49,15 +48,14 @@ impl KvCache for FullCache {
                 values: &head.values,
             }]
         })?;
-        let heads = heads.par_iter_mut().zip(step.heads());
-        heads.for_each(|(head, (keys, values))| {
+        for (head, (keys, values)) in heads.iter_mut().zip(step.heads()) {
             head.keys.extend(keys);
             head.values.extend(values);
             if let Some(outside) = outside_window(window, head.keys.len()) {
                 head.keys.drop_front(outside);
                 head.values.drop_front(outside);
             }
-        });
+        }
         Ok(out)
     }
 

@@ -4,11 +4,11 @@ use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::Dictionary;
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::threads::CandleThreads;
 
 /// Settings of [`LexicoCache`].
 #[derive(Debug, Clone, PartialEq)]
@@ -108,30 +108,20 @@ impl LexicoCache {
 }
 
 impl Part {
-    /// Takes new vectors into the window and codes what the window cannot hold.
-    fn extend(
-        &mut self,
-        new: &[f32],
-        dictionary: &Dictionary,
-        settings: &LexicoSettings,
-    ) -> ::lexico::Result<()> {
-        let m = dictionary.head_dim();
-        let surplus = (self.window.len() + new.len() / m).saturating_sub(settings.window);
+    /// Takes new vectors into the window, and gives back those that the window cannot hold, the oldest.
+    fn take(&mut self, new: &[f32], head_dim: usize, settings: &LexicoSettings) -> Vec<f32> {
+        let new_count = new.len() / head_dim;
+        let surplus = (self.window.len() + new_count).saturating_sub(settings.window);
         if surplus == 0 || surplus < settings.batch {
             self.window.extend(new);
-            return Ok(());
+            return Vec::new();
         }
         // The oldest ones leave: those of the window first, then new ones that never enter it.
         let mut leaving = self.window.take_front(surplus.min(self.window.len()));
-        let (passing, staying) = new.split_at(surplus * m - leaving.len());
+        let (passing, staying) = new.split_at(surplus * head_dim - leaving.len());
         leaving.extend_from_slice(passing);
         self.window.extend(staying);
-        let pursuit = Pursuit::new(dictionary, self.codes.format().sparsity)?;
-        let batch = pursuit
-            .with_tolerance(settings.tolerance)?
-            .encode(&leaving)?;
-        self.codes.extend(&batch);
-        Ok(())
+        leaving
     }
 
     fn len(&self) -> usize {
@@ -162,26 +152,42 @@ impl KvCache for LexicoCache {
                 },
             ]
         })?;
-        let heads = heads.par_iter_mut().zip(step.heads());
-        heads.try_for_each(|(head, (keys, values))| -> Result<()> {
-            let coding = |part| {
-                move |reason| Error::Coding {
-                    layer,
-                    part,
-                    reason,
-                }
-            };
-            let keys = head.keys.extend(keys, &dictionaries.keys, settings);
-            keys.map_err(coding("key"))?;
-            let values = head.values.extend(values, &dictionaries.values, settings);
-            values.map_err(coding("value"))?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (head, (new_keys, new_values)) in heads.iter_mut().zip(step.heads()) {
+            let m = dictionaries.keys.head_dim();
+            keys.extend(head.keys.take(new_keys, m, settings));
+            values.extend(head.values.take(new_values, m, settings));
+        }
+        // All heads at once: every reading of the dictionary serves as many vectors as there are.
+        let code = |dictionary: &Dictionary, sparsity: usize, leaving: &[f32], part| {
+            let coded = Pursuit::new(dictionary, sparsity)
+                .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
+                .and_then(|pursuit| pursuit.encode_on(leaving, &CandleThreads));
+            coded.map_err(|reason| Error::Coding {
+                layer,
+                part,
+                reason,
+            })
+        };
+        let keys = code(&dictionaries.keys, settings.key_sparsity, &keys, "key")?;
+        let values = code(
+            &dictionaries.values,
+            settings.value_sparsity,
+            &values,
+            "value",
+        )?;
+        let each = keys.len() / heads.len();
+        for (number, head) in heads.iter_mut().enumerate() {
+            if each > 0 {
+                head.keys.codes.extend(&keys.part(number * each, each));
+                head.values.codes.extend(&values.part(number * each, each));
+            }
             if let Some(outside) = outside_window(sliding, head.keys.len()) {
                 let outside = outside.min(head.keys.codes.len());
                 head.keys.codes.drop_front(outside);
                 head.values.codes.drop_front(outside);
             }
-            Ok(())
-        })?;
+        }
         Ok(out)
     }
 

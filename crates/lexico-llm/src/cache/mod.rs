@@ -6,13 +6,13 @@ mod spec;
 
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 pub use full::FullCache;
 pub use lexico::{LexicoCache, LexicoSettings};
 pub use spec::{CacheContext, CacheSpec, METHODS, Method, MethodOption, Values};
 
 use crate::error::Result;
+use crate::threads::CandleThreads;
 
 /// Keys and values of one sequence, in every layer, however they are stored.
 pub trait KvCache: Send {
@@ -87,10 +87,10 @@ impl Step {
     }
 
     /// The new keys and values of every KV head, `[t, m]`.
-    fn heads(&self) -> impl IndexedParallelIterator<Item = (&[f32], &[f32])> {
+    fn heads(&self) -> impl Iterator<Item = (&[f32], &[f32])> {
         let (_, t, m) = self.shape;
-        let keys = self.keys.par_chunks_exact(t * m);
-        keys.zip(self.values.par_chunks_exact(t * m))
+        let keys = self.keys.chunks_exact(t * m);
+        keys.zip(self.values.chunks_exact(t * m))
     }
 
     /// Attention of every KV head over its `past` and the step's own positions.
@@ -102,13 +102,9 @@ impl Step {
     ) -> Result<Tensor> {
         let (_, t, m) = self.shape;
         let group = self.queries.len() / heads.len();
-        let own = self
-            .keys
-            .chunks_exact(t * m)
-            .zip(self.values.chunks_exact(t * m));
         let sources: Vec<Vec<Source<'_>>> = heads
             .iter()
-            .zip(own)
+            .zip(self.heads())
             .map(|(head, (keys, values))| {
                 let mut sources = past(head);
                 sources.push(Source::Causal { keys, values });
@@ -128,7 +124,7 @@ impl Step {
                 out,
             })
             .collect();
-        attend_heads(&mut tasks, m, t, window);
+        attend_heads(&mut tasks, m, t, window, &CandleThreads);
         Ok(Tensor::from_vec(out, self.shape, &Device::Cpu)?)
     }
 }

@@ -7,6 +7,7 @@ use lexico::matrix::{HalfMatrix, Halves};
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::threads::CandleThreads;
 use crate::weights::{Quantize, Weights};
 
 /// Rows that are read at a time.
@@ -56,7 +57,7 @@ impl Matrix {
             Matrix::Single(matrix) => x.matmul(&matrix.t()?)?,
             Matrix::Half(matrix) => {
                 let n = x.dim(0)?;
-                let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?);
+                let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?, &CandleThreads);
                 Tensor::from_vec(product, (n, matrix.rows()), &Device::Cpu)?
             }
             Matrix::Quantised(matrix) => x.apply_op1_no_bwd(matrix)?,

@@ -8,12 +8,11 @@ mod dense;
 
 pub use dense::{DenseRows, NumberType};
 
-use rayon::prelude::*;
-
 use crate::arch::dense::MOST_GROUP;
 use crate::arch::{MOST_QUERIES, softmax};
 use crate::code::Codes;
 use crate::dictionary::Dictionary;
+use crate::threads::{Rayon, Threads, for_each};
 use coded::Coded;
 
 /// Some positions to attend to.
@@ -87,7 +86,7 @@ pub fn attend(
         sources,
         out,
     };
-    attend_heads(&mut [head], head_dim, t, window);
+    attend_heads(&mut [head], head_dim, t, window, &Rayon);
 }
 
 /// Attention of each of a layer's KV heads over its sources, scores scaled by `1/√m`.
@@ -96,7 +95,7 @@ pub fn attend(
 /// them. With a sliding window of `window` positions a query sees its own and the `window − 1`
 /// before it. Outputs are zero where there is nothing to attend to. Codes are never turned back
 /// into vectors: scores come from `p = Dₖq`, values from the accumulator `u` (METHOD: `O(N·m)` a
-/// query plus `O(s)` a position). Runs on all threads; results do not depend on their number.
+/// query plus `O(s)` a position). Results do not depend on the number of threads.
 ///
 /// A NaN in a query, key or value makes the outputs it reaches NaN.
 ///
@@ -104,7 +103,13 @@ pub fn attend(
 /// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
 /// is 0, codes name atoms that their dictionary does not have, or heads differ in the shape of their
 /// queries, in the kinds of their sources or in dictionaries.
-pub fn attend_heads(heads: &mut [Head<'_>], head_dim: usize, t: usize, window: Option<usize>) {
+pub fn attend_heads(
+    heads: &mut [Head<'_>],
+    head_dim: usize,
+    t: usize,
+    window: Option<usize>,
+    threads: &dyn Threads,
+) {
     let Some(queries) = heads.first().map(|head| head.queries.len()) else {
         return;
     };
@@ -114,26 +119,23 @@ pub fn attend_heads(heads: &mut [Head<'_>], head_dim: usize, t: usize, window: O
         assert_eq!(head.out.len(), queries, "one output a query");
     }
     if t == 1 && queries / head_dim <= MOST_GROUP {
-        let tasks = heads.len().div_ceil(rayon::current_num_threads());
-        heads
-            .par_chunks_mut(tasks)
-            .for_each(|heads| attend_one(heads, head_dim, window));
+        let share = heads.len().div_ceil(threads.count().max(1));
+        for_each(threads, heads.chunks_mut(share), |heads| {
+            attend_one(heads, head_dim, window);
+        });
         return;
     }
-    heads.par_iter_mut().for_each(|head| {
-        let chunk = ROWS * head_dim;
-        let tasks = (
-            head.queries.par_chunks(chunk),
-            head.out.par_chunks_mut(chunk),
-        );
-        tasks
-            .into_par_iter()
+    let chunk = ROWS * head_dim;
+    let tasks = heads.iter_mut().flat_map(|head| {
+        let parts = head.queries.chunks(chunk).zip(head.out.chunks_mut(chunk));
+        parts
             .enumerate()
-            .for_each(|(task, (queries, out))| {
-                let rows = queries.len() / head_dim;
-                let own: Vec<usize> = (0..rows).map(|row| (task * ROWS + row) % t).collect();
-                attend_many(queries, head_dim, &own, window, head.sources, out);
-            });
+            .map(|(task, (queries, out))| (task, queries, out, head.sources))
+    });
+    for_each(threads, tasks, |(task, queries, out, sources)| {
+        let rows = queries.len() / head_dim;
+        let own: Vec<usize> = (0..rows).map(|row| (task * ROWS + row) % t).collect();
+        attend_many(queries, head_dim, &own, window, sources, out);
     });
 }
 

@@ -3,11 +3,12 @@
 pub mod oracle;
 pub(crate) mod scan;
 
-use rayon::prelude::*;
+use std::cell::RefCell;
 
 use crate::arch::dense::{Rows, combine, dots};
 use crate::arch::{add_scaled, at_least, dot, dot_mixed, square, subtract_scaled};
 use crate::dictionary::Dictionary;
+use crate::threads::{Rayon, Threads, for_each};
 use crate::{Error, Result};
 use scan::RoundedVectors;
 
@@ -55,6 +56,24 @@ impl SparseBatch {
         let start = v * self.sparsity;
         let end = start + usize::from(self.lengths[v]);
         (&self.indices[start..end], &self.coefficients[start..end])
+    }
+
+    /// The codes of `count` vectors from `first` on.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn part(&self, first: usize, count: usize) -> Self {
+        let (vectors, nonzeros) = (
+            first..first + count,
+            first * self.sparsity..(first + count) * self.sparsity,
+        );
+        Self {
+            sparsity: self.sparsity,
+            lengths: self.lengths[vectors.clone()].to_vec(),
+            indices: self.indices[nonzeros.clone()].to_vec(),
+            coefficients: self.coefficients[nonzeros].to_vec(),
+            relative_errors: self.relative_errors[vectors].to_vec(),
+        }
     }
 
     /// Mean of the relative errors, 0 for no vectors.
@@ -115,6 +134,14 @@ impl<'d> Pursuit<'d> {
     /// [`Error::VectorLength`] where the numbers do not fill whole vectors,
     /// [`Error::NotFinite`] where one holds a NaN or an infinity.
     pub fn encode(&self, vectors: &[f32]) -> Result<SparseBatch> {
+        self.encode_on(vectors, &Rayon)
+    }
+
+    /// Codes `vectors` `[n, m]`, spread over `threads`.
+    ///
+    /// # Errors
+    /// As [`Pursuit::encode`].
+    pub fn encode_on(&self, vectors: &[f32], threads: &dyn Threads) -> Result<SparseBatch> {
         let (m, s) = (self.dictionary.head_dim(), self.sparsity);
         if !vectors.len().is_multiple_of(m) {
             return Err(Error::VectorLength {
@@ -134,26 +161,30 @@ impl<'d> Pursuit<'d> {
             coefficients: vec![0.0; n * s],
             relative_errors: vec![0.0; n],
         };
-        (
-            vectors.par_chunks(BLOCK * m),
-            batch.indices.par_chunks_mut(BLOCK * s),
-            batch.coefficients.par_chunks_mut(BLOCK * s),
-            batch.lengths.par_chunks_mut(BLOCK),
-            batch.relative_errors.par_chunks_mut(BLOCK),
-        )
-            .into_par_iter()
-            .for_each_init(
-                || Workspace::new(self, BLOCK.min(n)),
-                |workspace, (vectors, indices, coefficients, lengths, relative_errors)| {
-                    let found = Found {
-                        indices,
-                        coefficients,
-                        lengths,
-                        relative_errors,
-                    };
-                    self.encode_block(vectors, workspace, found);
+        let found = batch
+            .indices
+            .chunks_mut(BLOCK * s)
+            .zip(batch.coefficients.chunks_mut(BLOCK * s))
+            .zip(batch.lengths.chunks_mut(BLOCK))
+            .zip(batch.relative_errors.chunks_mut(BLOCK))
+            .map(
+                |(((indices, coefficients), lengths), relative_errors)| Found {
+                    indices,
+                    coefficients,
+                    lengths,
+                    relative_errors,
                 },
             );
+        for_each(
+            threads,
+            vectors.chunks(BLOCK * m).zip(found),
+            |(vectors, found)| {
+                WORKSPACE.with_borrow_mut(|workspace| {
+                    workspace.make_room(self, vectors.len() / m);
+                    self.encode_block(vectors, workspace, found);
+                });
+            },
+        );
         Ok(batch)
     }
 
@@ -324,7 +355,8 @@ struct State {
     rest: f32,
 }
 
-/// Scratch memory of one task, for a block of `b` vectors at a time.
+/// Scratch memory of one thread, for a block of `b` vectors at a time.
+#[derive(Default)]
 struct Workspace {
     /// `[b, m]`
     residuals: Vec<f32>,
@@ -351,24 +383,28 @@ struct Workspace {
     along: Vec<f32>,
 }
 
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
 impl Workspace {
-    fn new(pursuit: &Pursuit<'_>, b: usize) -> Self {
+    /// Room for a block of `b` vectors; what is there is of no meaning.
+    fn make_room(&mut self, pursuit: &Pursuit<'_>, b: usize) {
         let m = pursuit.dictionary.head_dim();
         let s = pursuit.sparsity;
-        Self {
-            residuals: vec![0.0; b * m],
-            rounded: RoundedVectors::default(),
-            correlations: vec![0.0; b * pursuit.dictionary.rounded().room()],
-            directions: vec![0.0; b * s * m],
-            triangles: vec![0.0; b * s * s],
-            weights: vec![0.0; b * s],
-            corrections: vec![0.0; s],
-            exact: vec![0.0; m],
-            states: Vec::with_capacity(b),
-            active: Vec::with_capacity(b),
-            candidates: Vec::new(),
-            along: Vec::new(),
-        }
+        let room = |numbers: &mut Vec<f32>, count: usize| {
+            numbers.resize(numbers.len().max(count), 0.0);
+        };
+        room(&mut self.residuals, b * m);
+        room(
+            &mut self.correlations,
+            b * pursuit.dictionary.rounded().room(),
+        );
+        room(&mut self.directions, b * s * m);
+        room(&mut self.triangles, b * s * s);
+        room(&mut self.weights, b * s);
+        room(&mut self.corrections, s);
+        self.exact.resize(m, 0.0);
     }
 }
 

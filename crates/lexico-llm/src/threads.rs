@@ -1,0 +1,28 @@
+use std::sync::LazyLock;
+
+use candle_core::utils::barrier_pool;
+use lexico::threads::Threads;
+
+/// The threads of candle's quantised products. They spin for a while after each of them, so that work between
+/// two products finds them awake, and a pool of others would find no core free.
+pub(crate) struct CandleThreads;
+
+/// As many as candle makes: what rayon would, unless told otherwise by the environment.
+static COUNT: LazyLock<usize> = LazyLock::new(|| {
+    let told = std::env::var("CANDLE_NUM_THREADS").ok();
+    let told = told.and_then(|count| count.parse().ok());
+    told.unwrap_or_else(rayon::current_num_threads)
+});
+
+impl Threads for CandleThreads {
+    fn count(&self) -> usize {
+        *COUNT
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks == 1 {
+            return task(0);
+        }
+        barrier_pool().execute_chunked(tasks, |numbers| numbers.for_each(task));
+    }
+}
