@@ -38,7 +38,14 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 /// A table whose first column is text and whose others are numbers.
-pub(crate) fn table<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {
+pub(crate) fn table<R>(header: impl IntoIterator<Item = &'static str>, rows: Vec<R>) -> String
+where
+    R: IntoIterator<Item = String>,
+{
+    let header: Vec<&str> = header.into_iter().collect();
+    let rows = rows
+        .into_iter()
+        .map(|row| row.into_iter().collect::<Vec<_>>());
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(header);

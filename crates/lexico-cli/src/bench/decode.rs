@@ -2,6 +2,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
+use indicatif::ProgressBar;
 use lexico_llm::Quantize;
 use lexico_llm::cache::{CacheContext, CacheSpec};
 use lexico_llm::decoder::{Decoder, Logits, Sequence};
@@ -9,7 +10,7 @@ use lexico_llm::shape::{self, SHAPES};
 use serde_json::json;
 
 use super::median;
-use crate::{interrupt, ui};
+use crate::{interrupt, memory, ui};
 
 #[derive(Args)]
 pub(super) struct Decode {
@@ -28,9 +29,12 @@ pub(super) struct Decode {
         value_name = "N"
     )]
     context: usize,
-    /// Steps in a run
-    #[arg(short = 'n', long, default_value_t = 8, value_name = "N")]
+    /// Steps in a run: as many as positions leave the window at once, so that each run codes some once
+    #[arg(short = 'n', long, default_value_t = 16, value_name = "N")]
     steps: usize,
+    /// Tokens of a prompt to be read as well, into an empty cache; 0 for none
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    prompt: usize,
     /// Runs of each cache, in turn; the median counts
     #[arg(short, long, default_value_t = 5, value_name = "N")]
     repetitions: usize,
@@ -50,6 +54,17 @@ struct Row {
     cache: String,
     bytes: usize,
     tokens_per_second: f64,
+    prefill_seconds: Option<f64>,
+}
+
+impl Row {
+    /// The share of reading a prompt that goes into coding it: what it takes longer than with `full`, whose
+    /// attention is the same; `None` where the first row is not that.
+    fn coding_share(&self, first: &Row) -> Option<f64> {
+        let seconds = self.prefill_seconds?;
+        let full = first.cache == "full" && self.cache != "full";
+        full.then_some(1.0 - first.prefill_seconds? / seconds)
+    }
 }
 
 impl Decode {
@@ -63,15 +78,16 @@ impl Decode {
             .context
             .saturating_add(self.steps.saturating_mul(self.repetitions));
         anyhow::ensure!(
-            positions <= config.context,
+            positions.max(self.prompt) <= config.context,
             "{} positions do not fit the shape's context of {}",
-            positions,
+            positions.max(self.prompt),
             config.context
         );
         let sparsity = (config.head_dim / 8).max(1);
         let dictionaries = shape::dictionaries(&config, self.atoms as usize, sparsity)?;
         interrupt::listen()?;
-        let bar = ui::progress(1 + self.cache.len() as u64 * 2, "stages");
+        let stages = 2 + self.cache.len() as u64 * if self.prompt > 0 { 2 } else { 1 };
+        let bar = ui::progress(stages, "stages");
         bar.set_message("weights");
         let started = Instant::now();
         let decoder = Decoder::random(config.clone(), self.quantize)?;
@@ -106,8 +122,8 @@ impl Decode {
                 rates.push(self.steps as f64 / started.elapsed().as_secs_f64());
             }
         }
-        bar.finish_and_clear();
-        let rows: Vec<Row> = self
+        bar.inc(1);
+        let mut rows: Vec<Row> = self
             .cache
             .iter()
             .zip(&mut caches)
@@ -115,8 +131,15 @@ impl Decode {
                 cache: spec.to_string(),
                 bytes: cache.footprint().total(),
                 tokens_per_second: median(rates),
+                prefill_seconds: None,
             })
             .collect();
+        drop(caches);
+        if self.prompt > 0 {
+            self.read_prompt(&decoder, &context, &mut rows, &bar)?;
+        }
+        bar.finish_and_clear();
+        let memory = memory::resident();
         let first = rows.first().map_or(1.0, |row| row.tokens_per_second);
         if self.json {
             let rows = rows.iter().map(|row| {
@@ -125,6 +148,8 @@ impl Decode {
                     "bytes": row.bytes,
                     "decode_tokens_per_second": row.tokens_per_second,
                     "ratio": row.tokens_per_second / first,
+                    "prefill_seconds": row.prefill_seconds,
+                    "coding_share": row.coding_share(&rows[0]),
                 })
             });
             return ui::json(&json!({
@@ -132,18 +157,67 @@ impl Decode {
                 "context": self.context,
                 "threads": rayon::current_num_threads(),
                 "load_seconds": load_seconds,
+                "prompt": self.prompt,
+                "peak_bytes": memory.map(|(_, peak)| peak),
                 "rows": rows.collect::<Vec<_>>(),
             }));
         }
-        let rows = rows.iter().map(|row| {
-            [
+        let cells = rows.iter().map(|row| {
+            let mut cells = vec![
                 row.cache.clone(),
                 ui::bytes(row.bytes),
                 format!("{:.2}", row.tokens_per_second),
                 format!("{:.2}", row.tokens_per_second / first),
-            ]
+            ];
+            if let Some(seconds) = row.prefill_seconds {
+                cells.push(format!("{seconds:.2} s"));
+                let share = row.coding_share(&rows[0]);
+                cells.push(share.map_or("-".to_owned(), ui::percent));
+            }
+            cells
         });
-        let header = ["cache", "held", "tokens/s", "over the first"];
-        ui::line(&ui::table(header, rows.collect()))
+        let mut header = vec!["cache", "held", "tokens/s", "over the first"];
+        if self.prompt > 0 {
+            header.extend(["prompt", "coding"]);
+        }
+        ui::line(&ui::table(header, cells.collect()))?;
+        match memory {
+            Some((_, peak)) => ui::line(&format!("{} at the peak", ui::bytes(peak))),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads a prompt into an empty cache of each kind, in turn.
+    fn read_prompt(
+        &self,
+        decoder: &Decoder,
+        context: &CacheContext<'_>,
+        rows: &mut [Row],
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
+        let vocabulary = decoder.config().vocabulary;
+        let tokens: Vec<u32> = (0..self.prompt)
+            .map(|i| (i * 7919 % vocabulary) as u32)
+            .collect();
+        let mut times = vec![Vec::new(); rows.len()];
+        for _ in 0..self.repetitions {
+            for (spec, times) in self.cache.iter().zip(&mut times) {
+                bar.set_message(format!("prompt, {spec}"));
+                let mut cache = spec.build(context)?;
+                let started = Instant::now();
+                let mut step = [Sequence {
+                    tokens: &tokens,
+                    cache: cache.as_mut(),
+                }];
+                decoder.forward(&mut step, Logits::Last)?;
+                times.push(started.elapsed().as_secs_f64());
+                anyhow::ensure!(!interrupt::happened(), "interrupted");
+            }
+        }
+        for (row, times) in rows.iter_mut().zip(&mut times) {
+            row.prefill_seconds = Some(median(times));
+            bar.inc(1);
+        }
+        Ok(())
     }
 }
