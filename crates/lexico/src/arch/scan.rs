@@ -7,13 +7,17 @@ use super::x86_64::{Level, level};
 pub(crate) const QUAD: usize = 4;
 /// Atoms of a tile.
 pub(crate) const TILE_ATOMS: usize = 16;
+/// Tiles that are looked over together: with eight vectors 24 sums, as many as registers hold beside the
+/// operands.
+pub(crate) const GROUP_TILES: usize = 3;
 /// Vectors of a block.
 pub(crate) const LANES: usize = 8;
 
-/// `out[v][i] = scales[i] · |⟨tiles_i − 128, vectors_v⟩|`, `[vectors, atoms]`, and the largest of those of
+/// For each vector `v`, group of tiles and place in a tile, the largest of `scales[i] · |⟨tiles_i − 128, vectors_v⟩|`
+/// over the group's atoms in that place: `out` is `[vectors, atoms / GROUP_TILES]`. And the largest of those of
 /// vector `v` in each place of a tile, where it is above what `largest[v]` has.
 ///
-/// `tiles` are `[atoms / 16, quads, 16, 4]` numbers with 128 added, `vectors` `[vectors / 8, quads, 8]`
+/// `tiles` are `[atoms / 16, quads, 16, 4]` numbers with 128 added, whole groups; `vectors` `[vectors / 8, quads, 8]`
 /// of four numbers each; numbers are from −127 to 127.
 pub(crate) fn scan(
     tiles: &[u8],
@@ -24,10 +28,14 @@ pub(crate) fn scan(
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
     let atoms = scales.len();
-    assert!(quads > 0 && atoms.is_multiple_of(TILE_ATOMS), "whole tiles");
+    assert!(
+        quads > 0 && atoms.is_multiple_of(GROUP_TILES * TILE_ATOMS),
+        "whole groups"
+    );
     assert_eq!(tiles.len(), atoms * quads * QUAD, "an atom has its quads");
-    assert!(atoms > 0 && out.len().is_multiple_of(atoms), "whole rows");
-    let count = out.len() / atoms;
+    let row = atoms / GROUP_TILES;
+    assert!(row > 0 && out.len().is_multiple_of(row), "whole rows");
+    let count = out.len() / row;
     assert_eq!(largest.len(), count, "a vector has its largest");
     assert!(
         vectors.len() >= count.div_ceil(LANES) * quads * LANES,
@@ -58,9 +66,10 @@ pub(super) fn portable(
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
-    let atoms = scales.len();
     let tile_bytes = quads * TILE_ATOMS * QUAD;
-    for (v, (out, largest)) in out.chunks_exact_mut(atoms).zip(largest).enumerate() {
+    let row = scales.len() / GROUP_TILES;
+    out.fill(0.0);
+    for (v, (out, largest)) in out.chunks_exact_mut(row).zip(largest).enumerate() {
         let block = &vectors[v / LANES * quads * LANES..][..quads * LANES];
         let own = block.iter().skip(v % LANES).step_by(LANES);
         let numbers: Vec<[i32; QUAD]> = own
@@ -69,7 +78,8 @@ pub(super) fn portable(
         let rows = tiles
             .chunks_exact(tile_bytes)
             .zip(scales.chunks_exact(TILE_ATOMS));
-        for ((tile, scales), out) in rows.zip(out.chunks_exact_mut(TILE_ATOMS)) {
+        for (number, (tile, scales)) in rows.enumerate() {
+            let out = &mut out[number / GROUP_TILES * TILE_ATOMS..][..TILE_ATOMS];
             let mut sums = [0i32; TILE_ATOMS];
             for (atoms, x) in tile
                 .as_chunks::<{ TILE_ATOMS * QUAD }>()
@@ -86,7 +96,7 @@ pub(super) fn portable(
             for (((out, sum), scale), largest) in
                 out.iter_mut().zip(sums).zip(scales).zip(largest.iter_mut())
             {
-                *out = sum.unsigned_abs() as f32 * scale;
+                *out = out.max(sum.unsigned_abs() as f32 * scale);
                 *largest = largest.max(*out);
             }
         }
@@ -101,7 +111,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_level_sums_exactly(
-            quads in 1usize..40, tiles in 1usize..9, count in 1usize..20, seed: u32, extreme: bool,
+            quads in 1usize..40, groups in 1usize..5, count in 1usize..20, seed: u32, extreme: bool,
         ) {
             let mut state = seed;
             let mut draw = || {
@@ -110,14 +120,15 @@ mod tests {
                 // Sums of products must not overflow anywhere on the way.
                 if extreme { 127 * drawn.signum() } else { drawn }
             };
-            let atoms = tiles * TILE_ATOMS;
+            let atoms = groups * GROUP_TILES * TILE_ATOMS;
             let packed: Vec<u8> = (0..atoms * quads * QUAD).map(|_| (draw() + 128) as u8).collect();
             let scales: Vec<f32> = (0..atoms).map(|i| 1.0 / (i + 1) as f32).collect();
             let room = count.div_ceil(LANES) * quads * LANES;
             let vectors: Vec<u32> = (0..room)
                 .map(|_| u32::from_le_bytes([0; 4].map(|_: u8| draw() as i8 as u8)))
                 .collect();
-            let mut exact = vec![0f32; count * atoms];
+            let row = atoms / GROUP_TILES;
+            let mut exact = vec![0f32; count * row];
             for v in 0..count {
                 for i in 0..atoms {
                     let sum: i64 = (0..quads)
@@ -127,16 +138,18 @@ mod tests {
                             (0..QUAD).map(|k| (i64::from(packed[at + k]) - 128) * i64::from(x[k] as i8)).sum::<i64>()
                         })
                         .sum();
-                    exact[v * atoms + i] = sum.abs() as f32 * scales[i];
+                    let place = i / (GROUP_TILES * TILE_ATOMS) * TILE_ATOMS + i % TILE_ATOMS;
+                    let exact = &mut exact[v * row + place];
+                    *exact = exact.max(sum.abs() as f32 * scales[i]);
                 }
             }
             let mut most = vec![[0f32; TILE_ATOMS]; count];
-            for (v, exact) in exact.chunks(atoms).enumerate() {
+            for (v, exact) in exact.chunks(row).enumerate() {
                 for (i, &x) in exact.iter().enumerate() {
                     most[v][i % TILE_ATOMS] = most[v][i % TILE_ATOMS].max(x);
                 }
             }
-            let mut out = vec![f32::NAN; count * atoms];
+            let mut out = vec![f32::NAN; count * row];
             let mut largest = vec![[0f32; TILE_ATOMS]; count];
             portable(&packed, &scales, quads, &vectors, &mut out, &mut largest);
             prop_assert_eq!(&out, &exact);

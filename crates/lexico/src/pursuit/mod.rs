@@ -10,7 +10,7 @@ use crate::arch::{add_scaled, at_least, dot, dot_mixed, square, subtract_scaled}
 use crate::dictionary::Dictionary;
 use crate::threads::{Rayon, Threads, for_each};
 use crate::{Error, Result};
-use scan::RoundedVectors;
+use scan::{RoundedAtoms, RoundedVectors};
 
 /// Relative residual below which f32 arithmetic has nothing more to find.
 const EXACT: f32 = 1e-6;
@@ -233,7 +233,7 @@ impl<'d> Pursuit<'d> {
             rounded_atoms.scan(rounded, active.len(), correlations);
             let mut slot = 0;
             active.retain(|&v| {
-                let looked_over = &correlations[slot * room..][..self.dictionary.len()];
+                let looked_over = &correlations[slot * room..][..room];
                 candidates.clear();
                 at_least(looked_over, rounded.enough(slot), candidates);
                 let state = &mut states[v];
@@ -306,8 +306,8 @@ impl<'d> Pursuit<'d> {
     }
 
     /// The atom of largest correlation with a residual, and that correlation's magnitude, among
-    /// `candidates` that are not `chosen` already; `looked_over` has their rounded correlations with
-    /// the residual, number `slot` of `rounded`.
+    /// those of the `candidates` that are not `chosen` already; `looked_over` has their rounded
+    /// correlations with the residual, number `slot` of `rounded`.
     fn choose(
         &self,
         candidates: &mut [u32],
@@ -317,20 +317,28 @@ impl<'d> Pursuit<'d> {
         chosen: &[u16],
     ) -> (usize, f32) {
         // The likeliest first: what it is exactly rules most of the others out.
-        let likeliness = |atom: u32| looked_over[atom as usize];
-        let likeliest = (0..candidates.len())
-            .max_by(|&a, &b| likeliness(candidates[a]).total_cmp(&likeliness(candidates[b])));
-        candidates.swap(0, likeliest.unwrap_or(0));
+        let likeliness = |candidate: u32| looked_over[candidate as usize];
+        let by_likeliness = |&a: &usize, &b: &usize| {
+            likeliness(candidates[a]).total_cmp(&likeliness(candidates[b]))
+        };
+        let likeliest = (0..candidates.len()).max_by(by_likeliness);
+        if let Some(likeliest) = likeliest {
+            candidates.swap(0, likeliest);
+        }
         let mut best = (0, 0.0);
-        for &atom in candidates.iter() {
-            // Rounding must not bring a chosen atom back.
-            if rounded.at_most(slot, likeliness(atom)) < best.1 || chosen.contains(&(atom as u16)) {
+        for &candidate in candidates.iter() {
+            if rounded.at_most(slot, likeliness(candidate)) < best.1 {
                 continue;
             }
-            let atom = atom as usize;
-            let exact = dot(self.dictionary.atom(atom), residual).abs();
-            if exact > best.1 || (exact == best.1 && atom < best.0) {
-                best = (atom, exact);
+            for atom in RoundedAtoms::atoms_of(candidate) {
+                // Rounding must not bring a chosen atom back.
+                if atom >= self.dictionary.len() || chosen.contains(&(atom as u16)) {
+                    continue;
+                }
+                let exact = dot(self.dictionary.atom(atom), residual).abs();
+                if exact > best.1 || (exact == best.1 && atom < best.0) {
+                    best = (atom, exact);
+                }
             }
         }
         best
@@ -377,7 +385,7 @@ struct Workspace {
     states: Vec<State>,
     /// The vectors whose pursuit goes on.
     active: Vec<usize>,
-    /// Atoms that may correlate most with one residual.
+    /// Which atoms may correlate most with one residual.
     candidates: Vec<u32>,
     /// Parts of one atom along the directions before it.
     along: Vec<f32>,

@@ -4,7 +4,7 @@
 //! (Cauchy–Schwarz), so that the atoms whose rounded correlation comes within twice that of the
 //! largest hold the true largest for certain; those few are then compared exactly.
 
-use crate::arch::scan::{LANES, QUAD, TILE_ATOMS, scan};
+use crate::arch::scan::{GROUP_TILES, LANES, QUAD, TILE_ATOMS, scan};
 use crate::arch::{peak, round_to_bytes};
 use crate::dictionary::norm;
 
@@ -12,7 +12,7 @@ use crate::dictionary::norm;
 #[derive(Debug, Clone)]
 pub(crate) struct RoundedAtoms {
     /// Sixteen atoms side by side, four of their numbers at a time: `[N / 16, m / 4, 16, 4]`, what is
-    /// missing at the edges filled up with zeros; every number has 128 added.
+    /// missing at the edges filled up with zeros; every number has 128 added. Whole groups of tiles.
     tiles: Vec<u8>,
     /// What an atom's numbers are multiples of, `[N]` filled up with zeros.
     scales: Vec<f32>,
@@ -41,7 +41,7 @@ impl RoundedAtoms {
     pub(crate) fn new(atoms: &[f32], head_dim: usize) -> Self {
         let quads = head_dim.div_ceil(QUAD);
         let count = atoms.len() / head_dim;
-        let filled = count.next_multiple_of(TILE_ATOMS);
+        let filled = count.next_multiple_of(GROUP_TILES * TILE_ATOMS);
         let mut tiles = vec![128; filled * quads * QUAD];
         let mut scales = vec![0.0; filled];
         let mut rounding = 0f64;
@@ -69,13 +69,20 @@ impl RoundedAtoms {
         self.tiles.capacity() + self.scales.capacity() * size_of::<f32>()
     }
 
-    /// Atoms and what fills the last tile.
+    /// Candidates, each of several atoms.
     pub(super) fn room(&self) -> usize {
-        self.scales.len()
+        self.scales.len() / GROUP_TILES
     }
 
-    /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`, and the
-    /// largest for each vector.
+    /// The atoms that a candidate stands for; numbers from `N` on are no atoms.
+    pub(super) fn atoms_of(candidate: u32) -> impl Iterator<Item = usize> {
+        let candidate = candidate as usize;
+        let group = candidate / TILE_ATOMS * GROUP_TILES;
+        (group..group + GROUP_TILES).map(move |tile| tile * TILE_ATOMS + candidate % TILE_ATOMS)
+    }
+
+    /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`: for each
+    /// candidate that of the atom with the largest.
     pub(super) fn scan(&self, vectors: &mut RoundedVectors, count: usize, out: &mut [f32]) {
         vectors.largest.clear();
         vectors.largest.resize(count, [0.0; TILE_ATOMS]);

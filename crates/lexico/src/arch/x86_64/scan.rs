@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::arch::scan::{LANES, QUAD, TILE_ATOMS};
+use crate::arch::scan::{GROUP_TILES, LANES, QUAD, TILE_ATOMS};
 
 const QUAD_BYTES: usize = TILE_ATOMS * QUAD;
 
@@ -17,11 +17,8 @@ pub(in super::super) unsafe fn avx512(
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
-    /// Tiles at a time: with eight vectors 24 sums, as many as registers hold beside the operands.
-    const AT_ONCE: usize = 3;
-    let atoms = scales.len();
-    let count = out.len() / atoms;
-    let tile_count = atoms / TILE_ATOMS;
+    let row = scales.len() / GROUP_TILES;
+    let count = out.len() / row;
     // Numbers of the tiles are 128 too large: what that adds to every sum.
     let starts: Vec<i32> = (0..count)
         .map(|v| {
@@ -36,48 +33,40 @@ pub(in super::super) unsafe fn avx512(
             -128 * own.map(sum).sum::<i32>()
         })
         .collect();
-    let mut tile = 0;
-    while tile < tile_count {
-        let wide = tile + AT_ONCE <= tile_count;
+    let group_bytes = GROUP_TILES * quads * QUAD_BYTES;
+    let group_scales = scales.chunks_exact(GROUP_TILES * TILE_ATOMS);
+    for (group, (tiles, scales)) in tiles
+        .chunks_exact(group_bytes)
+        .zip(group_scales)
+        .enumerate()
+    {
         let mut first = 0;
         while first < count {
-            let left = count - first;
             let here = Place {
-                tiles: tiles[tile * quads * QUAD_BYTES..].as_ptr(),
-                scales: scales[tile * TILE_ATOMS..].as_ptr(),
+                tiles: tiles.as_ptr(),
+                scales: scales.as_ptr(),
                 quads,
                 vectors: vectors[first / LANES * quads * LANES + first % LANES..].as_ptr(),
                 starts: &starts[first..],
-                out: out[first * atoms + tile * TILE_ATOMS..].as_mut_ptr(),
+                out: out[first * row + group * TILE_ATOMS..].as_mut_ptr(),
                 largest: largest[first..].as_mut_ptr(),
-                atoms,
+                row,
             };
-            // SAFETY: the tiles, vectors and rows of `here` lie within their slices, as many as each
-            // call is told: AT_ONCE tiles or one, and no more vectors than are left in the block.
-            unsafe {
-                match (left, wide) {
-                    (LANES.., true) => here.sum::<LANES, AT_ONCE>(),
-                    (LANES.., false) => here.sum::<LANES, 1>(),
-                    (4.., true) => here.sum::<4, AT_ONCE>(),
-                    (4.., false) => here.sum::<4, 1>(),
-                    (2.., true) => here.sum::<2, AT_ONCE>(),
-                    (2.., false) => here.sum::<2, 1>(),
-                    (_, true) => here.sum::<1, AT_ONCE>(),
-                    (_, false) => here.sum::<1, 1>(),
+            // SAFETY: the group, the vectors, of which no more are taken than are left in the block, and
+            // their results lie within their slices.
+            first += unsafe {
+                match count - first {
+                    LANES.. => here.look_over::<LANES>(),
+                    4.. => here.look_over::<4>(),
+                    2.. => here.look_over::<2>(),
+                    _ => here.look_over::<1>(),
                 }
-            }
-            first += match left {
-                LANES.. => LANES,
-                4.. => 4,
-                2.. => 2,
-                _ => 1,
             };
         }
-        tile += if wide { AT_ONCE } else { 1 };
     }
 }
 
-/// Some tiles and vectors, and where their results go.
+/// A group of tiles, some vectors, and where their results go.
 struct Place<'a> {
     tiles: *const u8,
     scales: *const f32,
@@ -86,21 +75,24 @@ struct Place<'a> {
     starts: &'a [i32],
     out: *mut f32,
     largest: *mut [f32; TILE_ATOMS],
-    atoms: usize,
+    /// Results of a vector.
+    row: usize,
 }
 
 impl Place<'_> {
+    /// Looks over the group for `V` vectors, and returns how many these are.
+    ///
     /// # Safety
-    /// `T` tiles, `V` vectors of one block and their rows of `out` must lie behind the pointers.
+    /// A group's tiles, `V` vectors of one block and their results must lie behind the pointers.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn sum<const V: usize, const T: usize>(&self) {
-        let mut sums = [[_mm512_setzero_si512(); T]; V];
+    unsafe fn look_over<const V: usize>(&self) -> usize {
+        let mut sums = [[_mm512_setzero_si512(); GROUP_TILES]; V];
         for (sums, &start) in sums.iter_mut().zip(self.starts) {
-            *sums = [_mm512_set1_epi32(start); T];
+            *sums = [_mm512_set1_epi32(start); GROUP_TILES];
         }
         for quad in 0..self.quads {
-            let mut tiles = [_mm512_setzero_si512(); T];
+            let mut tiles = [_mm512_setzero_si512(); GROUP_TILES];
             for (t, tile) in tiles.iter_mut().enumerate() {
                 let at = (t * self.quads + quad) * QUAD_BYTES;
                 // SAFETY: quad `quad` of tile `t`, which the caller vouches for.
@@ -116,22 +108,21 @@ impl Place<'_> {
             }
         }
         for (v, sums) in sums.iter().enumerate() {
-            // SAFETY: vector `v` has its 16 largest.
-            let largest = unsafe { self.largest.add(v) }.cast::<f32>();
-            // SAFETY: as above.
-            let mut most = unsafe { _mm512_loadu_ps(largest) };
+            let mut most = _mm512_setzero_ps();
             for (t, &sum) in sums.iter().enumerate() {
-                // SAFETY: the tile's 16 scales, and its 16 places in row `v` of `out`.
-                unsafe {
-                    let scales = _mm512_loadu_ps(self.scales.add(t * TILE_ATOMS));
-                    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_abs_epi32(sum)), scales);
-                    _mm512_storeu_ps(self.out.add(v * self.atoms + t * TILE_ATOMS), scaled);
-                    most = _mm512_max_ps(most, scaled);
-                }
+                // SAFETY: the tile's 16 scales.
+                let scales = unsafe { _mm512_loadu_ps(self.scales.add(t * TILE_ATOMS)) };
+                let magnitude = _mm512_cvtepi32_ps(_mm512_abs_epi32(sum));
+                most = _mm512_max_ps(most, _mm512_mul_ps(magnitude, scales));
             }
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(largest, most) };
+            // SAFETY: the group's 16 places in row `v` of `out`, and the 16 largest of vector `v`.
+            unsafe {
+                _mm512_storeu_ps(self.out.add(v * self.row), most);
+                let largest = self.largest.add(v).cast::<f32>();
+                _mm512_storeu_ps(largest, _mm512_max_ps(_mm512_loadu_ps(largest), most));
+            }
         }
+        V
     }
 }
 
@@ -169,7 +160,8 @@ pub(in super::super) unsafe fn avx2(
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
-    let atoms = scales.len();
+    let row = scales.len() / GROUP_TILES;
+    out.fill(0.0);
     let offset = _mm256_set1_epi8(-128);
     let ones = _mm256_set1_epi16(1);
     for (t, scales) in scales.chunks_exact(TILE_ATOMS).enumerate() {
@@ -191,14 +183,16 @@ pub(in super::super) unsafe fn avx2(
                     *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
                 }
             }
-            let out = &mut out[v * atoms + t * TILE_ATOMS..][..TILE_ATOMS];
+            let place = v * row + t / GROUP_TILES * TILE_ATOMS;
+            let out = &mut out[place..place + TILE_ATOMS];
             for (half, &sum) in sums.iter().enumerate() {
                 // SAFETY: all have 16 numbers, half of them from here on.
                 unsafe {
                     let largest = largest.as_mut_ptr().add(half * 8);
                     let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
                     let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_abs_epi32(sum)), scales);
-                    _mm256_storeu_ps(out.as_mut_ptr().add(half * 8), scaled);
+                    let out = out.as_mut_ptr().add(half * 8);
+                    _mm256_storeu_ps(out, _mm256_max_ps(_mm256_loadu_ps(out), scaled));
                     _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), scaled));
                 }
             }
