@@ -37,6 +37,10 @@ pub(super) struct Attention {
         value_delimiter = ',', value_parser = value_parser!(u32).range(1..=1 << 22)
     )]
     context: Vec<u32>,
+    /// Layers, each with keys, values and dictionaries of its own, one after the other; figures are of one.
+    /// A single layer of a short context stays in the processor's caches, as in no model
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+    layers: u32,
     /// Runs of each; the median counts
     #[arg(short, long, default_value_t = 15, value_name = "N")]
     repetitions: usize,
@@ -100,7 +104,8 @@ impl Attention {
                 .collect();
             let mut report = json!({
                 "head_dim": self.head_dim, "atoms": self.atoms, "sparsity": self.sparsity,
-                "group": self.group, "kv_heads": self.kv_heads, "threads": threads,
+                "group": self.group, "kv_heads": self.kv_heads, "layers": self.layers,
+                "threads": threads,
             });
             // A single context's figures stand beside its settings.
             match (&rows[..], report.as_object_mut()) {
@@ -129,88 +134,45 @@ impl Attention {
         ui::line(&format!("{threads} threads"))
     }
 
-    /// One layer's attention of a decoding step, on codes and on f16, in turn.
+    /// A decoding step's attention, on codes and on f16, in turn.
     fn measure(&self, context: usize) -> anyhow::Result<Row> {
-        let m = self.head_dim as usize;
-        let (group, kv_heads) = (self.group as usize, self.kv_heads as usize);
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut draw = |count: usize| -> Vec<f32> {
-            (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
-        };
-        let atoms = self.atoms as usize;
-        let key_dictionary = Dictionary::normalised(draw(atoms * m), m)?;
-        let value_dictionary = Dictionary::normalised(draw(atoms * m), m)?;
-        let queries = draw(kv_heads * group * m);
-        let (own_keys, own_values) = (draw(kv_heads * m), draw(kv_heads * m));
-        let mut dense = Vec::new();
-        for _ in 0..kv_heads {
-            let mut rows = || {
-                let mut rows = DenseRows::new(m, NumberType::F16);
-                for first in (0..context).step_by(DRAWN) {
-                    rows.extend(&draw(DRAWN.min(context - first) * m));
-                }
-                rows
-            };
-            dense.push((rows(), rows()));
-        }
-        let mut coded = Vec::new();
-        for _ in 0..kv_heads {
-            coded.push((self.codes(context, 2)?, self.codes(context, 3)?));
-        }
-        let mut out = vec![0f32; queries.len()];
-        let mut step = |past: &[Source<'_>]| -> f64 {
-            let started = Instant::now();
-            let own = own_keys.chunks(m).zip(own_values.chunks(m));
-            let sources: Vec<[Source<'_>; 2]> = past
-                .iter()
-                .zip(own)
-                .map(|(&past, (keys, values))| [past, Source::Causal { keys, values }])
-                .collect();
-            let parts = queries.chunks(group * m).zip(out.chunks_mut(group * m));
-            let mut heads: Vec<Head<'_>> = parts
-                .zip(&sources)
-                .map(|((queries, out), sources)| Head {
-                    queries,
-                    sources,
-                    out,
-                })
-                .collect();
-            attend_heads(&mut heads, m, 1, None, &Rayon);
-            started.elapsed().as_secs_f64() * 1e6
-        };
-        let full: Vec<Source<'_>> = dense
-            .iter()
-            .map(|(keys, values)| Source::Dense { keys, values })
-            .collect();
-        let lexico: Vec<Source<'_>> = coded
-            .iter()
-            .map(|(keys, values)| Source::Codes {
-                keys,
-                values,
-                key_dictionary: &key_dictionary,
-                value_dictionary: &value_dictionary,
-            })
-            .collect();
+        let layers = (0..self.layers).map(|number| Layer::draw(self, context, number.into()));
+        let mut layers = layers.collect::<anyhow::Result<Vec<Layer>>>()?;
         let (mut full_times, mut lexico_times) = (Vec::new(), Vec::new());
+        let each = 1e6 / layers.len() as f64;
         // In turn, so that whatever else the machine does falls on both.
         for _ in 0..self.repetitions {
-            full_times.push(step(&full));
-            lexico_times.push(step(&lexico));
+            for (kind, times) in [
+                (Kind::Full, &mut full_times),
+                (Kind::Lexico, &mut lexico_times),
+            ] {
+                let started = Instant::now();
+                for layer in &mut layers {
+                    layer.attend(kind);
+                }
+                times.push(started.elapsed().as_secs_f64() * each);
+            }
             anyhow::ensure!(!interrupt::happened(), "interrupted");
         }
+        let pairs = |rows: &[(DenseRows, DenseRows)]| -> usize {
+            rows.iter().map(|(k, v)| k.bytes() + v.bytes()).sum()
+        };
         Ok(Row {
             context,
             lexico_microseconds: median(&mut lexico_times),
             full_microseconds: median(&mut full_times),
-            full_bytes: dense.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
-            lexico_bytes: coded.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
+            full_bytes: pairs(&layers[0].dense),
+            lexico_bytes: layers[0]
+                .coded
+                .iter()
+                .map(|(k, v)| k.bytes() + v.bytes())
+                .sum(),
         })
     }
 
     /// Codes of drawn atoms and coefficients: what attention takes does not depend on their making.
-    fn codes(&self, context: usize, seed: u64) -> anyhow::Result<Codes> {
+    fn codes(&self, context: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Codes> {
         let sparsity = self.sparsity as usize;
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut codes = Codes::new(CodeFormat {
             sparsity,
             variable: false,
@@ -231,5 +193,101 @@ impl Attention {
             });
         }
         Ok(codes)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Full,
+    Lexico,
+}
+
+/// Drawn keys and values of a layer, dense and coded.
+struct Layer {
+    head_dim: usize,
+    group: usize,
+    keys: Dictionary,
+    values: Dictionary,
+    queries: Vec<f32>,
+    own_keys: Vec<f32>,
+    own_values: Vec<f32>,
+    dense: Vec<(DenseRows, DenseRows)>,
+    coded: Vec<(Codes, Codes)>,
+    out: Vec<f32>,
+}
+
+impl Layer {
+    fn draw(shape: &Attention, context: usize, seed: u64) -> anyhow::Result<Self> {
+        let (m, atoms) = (shape.head_dim as usize, shape.atoms as usize);
+        let (group, kv_heads) = (shape.group as usize, shape.kv_heads as usize);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut draw = |count: usize| -> Vec<f32> {
+            (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
+        };
+        let keys = Dictionary::normalised(draw(atoms * m), m)?;
+        let values = Dictionary::normalised(draw(atoms * m), m)?;
+        let queries = draw(kv_heads * group * m);
+        let (own_keys, own_values) = (draw(kv_heads * m), draw(kv_heads * m));
+        // What dense vectors hold does not matter; the same few are repeated.
+        let some = draw(DRAWN * m);
+        let rows = || {
+            let mut rows = DenseRows::new(m, NumberType::F16);
+            for first in (0..context).step_by(DRAWN) {
+                rows.extend(&some[..DRAWN.min(context - first) * m]);
+            }
+            rows
+        };
+        let dense = (0..kv_heads).map(|_| (rows(), rows())).collect();
+        let mut coded = Vec::new();
+        for _ in 0..kv_heads {
+            coded.push((
+                shape.codes(context, &mut rng)?,
+                shape.codes(context, &mut rng)?,
+            ));
+        }
+        Ok(Self {
+            head_dim: m,
+            group,
+            keys,
+            values,
+            out: vec![0.0; queries.len()],
+            queries,
+            own_keys,
+            own_values,
+            dense,
+            coded,
+        })
+    }
+
+    fn attend(&mut self, kind: Kind) {
+        let m = self.head_dim;
+        let past = |head: usize| match kind {
+            Kind::Full => Source::Dense {
+                keys: &self.dense[head].0,
+                values: &self.dense[head].1,
+            },
+            Kind::Lexico => Source::Codes {
+                keys: &self.coded[head].0,
+                values: &self.coded[head].1,
+                key_dictionary: &self.keys,
+                value_dictionary: &self.values,
+            },
+        };
+        let own = self.own_keys.chunks(m).zip(self.own_values.chunks(m));
+        let sources: Vec<[Source<'_>; 2]> = own
+            .enumerate()
+            .map(|(head, (keys, values))| [past(head), Source::Causal { keys, values }])
+            .collect();
+        let parts = self.queries.chunks(self.group * m);
+        let parts = parts.zip(self.out.chunks_mut(self.group * m));
+        let mut heads: Vec<Head<'_>> = parts
+            .zip(&sources)
+            .map(|((queries, out), sources)| Head {
+                queries,
+                sources,
+                out,
+            })
+            .collect();
+        attend_heads(&mut heads, m, 1, None, &Rayon);
     }
 }
