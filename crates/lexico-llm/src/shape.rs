@@ -139,7 +139,7 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let mut dictionary = || {
         let numbers = (0..atoms * config.head_dim).map(|_| rng.random_range(-1f32..1.0));
-        Dictionary::normalised(numbers.collect(), config.head_dim)
+        Dictionary::normalised(numbers.collect(), config.head_dim)?.in_half_precision()
     };
     let mut layers = Vec::with_capacity(config.layers);
     for _ in 0..config.layers {

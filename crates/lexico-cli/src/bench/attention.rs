@@ -224,8 +224,8 @@ impl Layer {
         let mut draw = |count: usize| -> Vec<f32> {
             (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
         };
-        let keys = Dictionary::normalised(draw(atoms * m), m)?;
-        let values = Dictionary::normalised(draw(atoms * m), m)?;
+        let keys = Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?;
+        let values = Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?;
         let queries = draw(kv_heads * group * m);
         let (own_keys, own_values) = (draw(kv_heads * m), draw(kv_heads * m));
         // What dense vectors hold does not matter; the same few are repeated.

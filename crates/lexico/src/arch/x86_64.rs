@@ -14,6 +14,10 @@ pub(super) enum Level {
     Baseline,
 }
 
+/// The environment variable that holds the program to a lower level, for tests of every path: `avx2` or
+/// `portable`.
+const LEVEL_VARIABLE: &str = "LEXICO_LEVEL";
+
 /// What this processor has; asked once.
 pub(super) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
@@ -26,12 +30,13 @@ pub(super) fn level() -> Level {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vnni");
-        if avx2 && avx512 {
-            Level::Avx512
-        } else if avx2 {
-            Level::Avx2
-        } else {
-            Level::Baseline
+        let held_to = std::env::var(LEVEL_VARIABLE);
+        match held_to.as_deref() {
+            Ok("portable") => Level::Baseline,
+            Ok("avx2") if avx2 => Level::Avx2,
+            _ if avx2 && avx512 => Level::Avx512,
+            _ if avx2 => Level::Avx2,
+            _ => Level::Baseline,
         }
     })
 }

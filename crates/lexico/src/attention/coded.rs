@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use super::RunningSoftmax;
-use crate::arch::dense::{Rows, combine, dots};
+use crate::arch::dense::{combine, dots};
 use crate::arch::matmul::{Matrix, multiply};
 use crate::arch::{accumulate, scores};
 use crate::code::Codes;
@@ -62,14 +62,20 @@ pub(super) fn add_heads(
         grow(&mut scratch.p, codes.len() * table);
         grow(&mut scratch.u, codes.len() * table);
         let p = &mut scratch.p[..codes.len() * table];
-        let atoms = key_dictionary.atoms().chunks(ATOM_BLOCK * m);
-        for (block, atoms) in atoms.enumerate() {
+        for first in (0..key_dictionary.len()).step_by(ATOM_BLOCK) {
+            let count = ATOM_BLOCK.min(key_dictionary.len() - first);
+            let atoms = key_dictionary.rows(first, count);
             let heads = p
                 .chunks_exact_mut(table)
                 .zip(queries.chunks_exact(group * m));
             for (p, queries) in heads {
-                let p = &mut p[block * ATOM_BLOCK * group..][..atoms.len() / m * group];
-                dots(Rows::F32(atoms), queries, m, group, p);
+                dots(
+                    atoms,
+                    queries,
+                    m,
+                    group,
+                    &mut p[first * group..][..count * group],
+                );
             }
         }
         let u = &mut scratch.u[..codes.len() * table];
@@ -83,11 +89,12 @@ pub(super) fn add_heads(
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, p, u, weights, |_| ());
         }
-        let atoms = value_dictionary.atoms().chunks(ATOM_BLOCK * m);
-        for (block, atoms) in atoms.enumerate() {
+        for first in (0..value_dictionary.len()).step_by(ATOM_BLOCK) {
+            let count = ATOM_BLOCK.min(value_dictionary.len() - first);
+            let atoms = value_dictionary.rows(first, count);
             for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
-                let u = &u[block * ATOM_BLOCK * group..][..atoms.len() / m * group];
-                combine(u, Rows::F32(atoms), m, group, &mut softmax.output);
+                let u = &u[first * group..][..count * group];
+                combine(u, atoms, m, group, &mut softmax.output);
             }
         }
     });

@@ -9,6 +9,9 @@ pub use set::{
 use std::path::Path;
 use std::sync::OnceLock;
 
+use half::f16;
+
+use crate::arch::dense::Rows;
 use crate::pursuit::scan::RoundedAtoms;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
@@ -25,6 +28,9 @@ pub struct Dictionary {
     head_dim: usize,
     /// Made when a pursuit first needs them.
     rounded: OnceLock<RoundedAtoms>,
+    /// The atoms in f16, where that is exactly what they are, as it is after reading a file; made when a
+    /// decoding step first needs them.
+    halves: OnceLock<Option<Vec<f16>>>,
 }
 
 impl PartialEq for Dictionary {
@@ -60,6 +66,7 @@ impl Dictionary {
             atoms,
             head_dim,
             rounded: OnceLock::new(),
+            halves: OnceLock::new(),
         })
     }
 
@@ -121,10 +128,41 @@ impl Dictionary {
         self.head_dim
     }
 
-    /// Bytes held: those of the atoms, and once vectors have been coded, of a copy in 8 bits.
+    /// Bytes held: those of the atoms; once vectors have been coded, of a copy in 8 bits; once codes have
+    /// been attended to, of a copy in f16.
     pub fn bytes(&self) -> usize {
         let rounded = self.rounded.get().map_or(0, RoundedAtoms::bytes);
-        self.atoms.capacity() * size_of::<f32>() + rounded
+        let halves = self
+            .halves
+            .get()
+            .and_then(Option::as_ref)
+            .map_or(0, Vec::capacity);
+        self.atoms.capacity() * size_of::<f32>() + rounded + halves * size_of::<f16>()
+    }
+
+    /// The dictionary as a file keeps it: atoms in half precision.
+    ///
+    /// # Errors
+    /// As [`Dictionary::new`], where rounding leaves nothing of an atom.
+    pub fn in_half_precision(self) -> Result<Self> {
+        let rounded = self.atoms.iter().map(|&x| f16::from_f32(x).to_f32());
+        Self::new(rounded.collect(), self.head_dim)
+    }
+
+    /// Atoms `first` to `first + count`, in the fewest bytes that hold them exactly.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Rows<'_> {
+        let range = first * self.head_dim..(first + count) * self.head_dim;
+        let halves = self.halves.get_or_init(|| {
+            let halves = self.atoms.iter().map(|&x| {
+                let half = f16::from_f32(x);
+                (half.to_f32() == x).then_some(half)
+            });
+            halves.collect()
+        });
+        match halves {
+            Some(halves) => Rows::F16(&halves[range]),
+            None => Rows::F32(&self.atoms[range]),
+        }
     }
 
     pub(crate) fn rounded(&self) -> &RoundedAtoms {
@@ -151,6 +189,7 @@ impl Dictionary {
 
     pub(crate) fn atoms_mut(&mut self) -> &mut [f32] {
         self.rounded.take();
+        self.halves.take();
         &mut self.atoms
     }
 }

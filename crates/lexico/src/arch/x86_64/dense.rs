@@ -47,6 +47,8 @@ impl Number for f16 {
 /// Bytes between what is read and what is fetched for later: enough for memory to answer.
 const AHEAD: usize = 4096;
 const CACHE_LINE: usize = 64;
+/// Bytes that every processor's first cache has.
+const FIRST_CACHE: usize = 32 * 1024;
 
 /// Fetches what lies `AHEAD` of `bytes` bytes into the caches; whether there is anything does not matter.
 #[inline(always)]
@@ -221,11 +223,12 @@ pub(in super::super) unsafe fn combine<N: Number>(
         return;
     }
     // Columns at a time: whole rows where two queries leave the registers for it, so that the first pass
-    // reads memory in order.
+    // reads memory in order; but four queries where the first cache has all of it, to convert less often.
+    let cached = size_of_val(rows) <= FIRST_CACHE;
     let (queries, columns) = match group {
         1 => (1, 8),
         2 => (2, 8),
-        _ if m > 4 * WIDTH => (2, 8),
+        _ if m > 4 * WIDTH && !cached => (2, 8),
         _ => (4, 4),
     };
     for first in (0..group).step_by(queries) {
