@@ -75,21 +75,24 @@ pub(super) fn portable(
         let numbers: Vec<[i32; QUAD]> = own
             .map(|quad| quad.to_le_bytes().map(|byte| i32::from(byte as i8)))
             .collect();
+        // Numbers of the tiles are 128 too large: what that adds to every sum.
+        let start = -128 * numbers.iter().flatten().sum::<i32>();
         let rows = tiles
             .chunks_exact(tile_bytes)
             .zip(scales.chunks_exact(TILE_ATOMS));
         for (number, (tile, scales)) in rows.enumerate() {
             let out = &mut out[number / GROUP_TILES * TILE_ATOMS..][..TILE_ATOMS];
-            let mut sums = [0i32; TILE_ATOMS];
-            for (atoms, x) in tile
-                .as_chunks::<{ TILE_ATOMS * QUAD }>()
-                .0
-                .iter()
-                .zip(&numbers)
-            {
-                for (sum, atom) in sums.iter_mut().zip(atoms.as_chunks::<QUAD>().0) {
-                    for k in 0..QUAD {
-                        *sum += (i32::from(atom[k]) - 128) * x[k];
+            let mut sums = [start; TILE_ATOMS];
+            let atoms = tile.as_chunks::<{ TILE_ATOMS * QUAD }>().0;
+            for (atoms, x) in atoms.iter().zip(&numbers) {
+                // Shifts of whole quads vectorise where steps over bytes do not.
+                let mut quads = [0u32; TILE_ATOMS];
+                for (quad, bytes) in quads.iter_mut().zip(atoms.as_chunks::<QUAD>().0) {
+                    *quad = u32::from_le_bytes(*bytes);
+                }
+                for (sum, quad) in sums.iter_mut().zip(quads) {
+                    for (k, x) in x.iter().enumerate() {
+                        *sum += ((quad >> (8 * k)) & 0xff) as i32 * x;
                     }
                 }
             }

@@ -160,40 +160,50 @@ pub(in super::super) unsafe fn avx2(
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
+    /// Vectors at a time: each tile is taken apart once for them.
+    const AT_ONCE: usize = 4;
     let row = scales.len() / GROUP_TILES;
     out.fill(0.0);
     let offset = _mm256_set1_epi8(-128);
     let ones = _mm256_set1_epi16(1);
     for (t, scales) in scales.chunks_exact(TILE_ATOMS).enumerate() {
         let tile = &tiles[t * quads * QUAD_BYTES..][..quads * QUAD_BYTES];
-        for (v, largest) in largest.iter_mut().enumerate() {
-            let own = &vectors[v / LANES * quads * LANES + v % LANES..];
-            let mut sums = [_mm256_setzero_si256(); 2];
+        for (part, largest) in largest.chunks_mut(AT_ONCE).enumerate() {
+            let first = part * AT_ONCE;
+            // Whole blocks of vectors are there, whatever is in those that nobody asks for.
+            let own = &vectors[first / LANES * quads * LANES + first % LANES..];
+            let mut sums = [[_mm256_setzero_si256(); 2]; AT_ONCE];
             for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
-                let x = _mm256_set1_epi32(own[quad * LANES] as i32);
-                for (half, sum) in sums.iter_mut().enumerate() {
+                let x = &own[quad * LANES..][..AT_ONCE];
+                for half in 0..2 {
                     // SAFETY: a quad has two halves of 32 bytes.
                     let atoms =
                         unsafe { _mm256_loadu_si256(numbers.as_ptr().add(half * 32).cast()) };
                     // Magnitudes by signed numbers: two products of 127² fit 16 bits, so that nothing
                     // saturates.
                     let atoms = _mm256_xor_si256(atoms, offset);
-                    let signed = _mm256_sign_epi8(x, atoms);
-                    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(atoms), signed);
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    let magnitudes = _mm256_abs_epi8(atoms);
+                    for (sums, &x) in sums.iter_mut().zip(x) {
+                        let signed = _mm256_sign_epi8(_mm256_set1_epi32(x as i32), atoms);
+                        let pairs = _mm256_maddubs_epi16(magnitudes, signed);
+                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+                    }
                 }
             }
-            let place = v * row + t / GROUP_TILES * TILE_ATOMS;
-            let out = &mut out[place..place + TILE_ATOMS];
-            for (half, &sum) in sums.iter().enumerate() {
-                // SAFETY: all have 16 numbers, half of them from here on.
-                unsafe {
-                    let largest = largest.as_mut_ptr().add(half * 8);
-                    let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
-                    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_abs_epi32(sum)), scales);
-                    let out = out.as_mut_ptr().add(half * 8);
-                    _mm256_storeu_ps(out, _mm256_max_ps(_mm256_loadu_ps(out), scaled));
-                    _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), scaled));
+            for (v, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
+                let place = (first + v) * row + t / GROUP_TILES * TILE_ATOMS;
+                let out = &mut out[place..place + TILE_ATOMS];
+                for (half, sum) in sums.into_iter().enumerate() {
+                    // SAFETY: all have 16 numbers, half of them from here on.
+                    unsafe {
+                        let largest = largest.as_mut_ptr().add(half * 8);
+                        let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
+                        let magnitude = _mm256_cvtepi32_ps(_mm256_abs_epi32(sum));
+                        let scaled = _mm256_mul_ps(magnitude, scales);
+                        let out = out.as_mut_ptr().add(half * 8);
+                        _mm256_storeu_ps(out, _mm256_max_ps(_mm256_loadu_ps(out), scaled));
+                        _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), scaled));
+                    }
                 }
             }
         }
