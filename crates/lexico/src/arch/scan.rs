@@ -133,7 +133,7 @@ mod tests {
             let row = atoms / GROUP_TILES;
             let mut exact = vec![0f32; count * row];
             for v in 0..count {
-                for i in 0..atoms {
+                for (i, scale) in scales.iter().enumerate() {
                     let sum: i64 = (0..quads)
                         .map(|q| {
                             let x = vectors[(v / LANES * quads + q) * LANES + v % LANES].to_le_bytes();
@@ -143,7 +143,7 @@ mod tests {
                         .sum();
                     let place = i / (GROUP_TILES * TILE_ATOMS) * TILE_ATOMS + i % TILE_ATOMS;
                     let exact = &mut exact[v * row + place];
-                    *exact = exact.max(sum.abs() as f32 * scales[i]);
+                    *exact = exact.max(sum.abs() as f32 * scale);
                 }
             }
             let mut most = vec![[0f32; TILE_ATOMS]; count];
