@@ -176,3 +176,60 @@ fn a_nan_stays_a_nan() {
         assert!(out.iter().all(|x| x.is_nan()), "{out:?}");
     }
 }
+
+/// Pages end, the oldest go, and scores rise so far that what was summed must be scaled anew.
+#[test]
+fn codes_of_many_pages_with_ever_larger_scores() {
+    let (m, past) = (4, 20_000);
+    let dictionary = random_dictionary(11, 30, m);
+    for (variable, group, gone, sliding) in [
+        (false, 4, 0, None),
+        (true, 4, 0, None),
+        (false, 1, 9_001, None),
+        (true, 2, 17, Some(12_345)),
+        (false, 4, 8_192, Some(3_000)),
+    ] {
+        let format = CodeFormat {
+            sparsity: 4,
+            variable,
+            coefficients: CoefficientFormat::F8,
+        };
+        let tolerance = if variable { 0.3 } else { 0.0 };
+        let mut keys = drawn_vectors(12, past, m);
+        for (position, key) in keys.chunks_mut(m).enumerate() {
+            key.iter_mut()
+                .for_each(|x| *x *= (1 + position / 5_000) as f32);
+        }
+        let mut keys = coded(&dictionary, &keys, format, tolerance);
+        let mut values = coded(&dictionary, &drawn_vectors(13, past, m), format, tolerance);
+        keys.drop_front(gone);
+        values.drop_front(gone);
+        assert_eq!(keys.len(), past - gone);
+        let queries: Vec<f32> = drawn_vectors(14, group, m)
+            .iter()
+            .map(|q| 6.0 * q)
+            .collect();
+        let own = drawn_vectors(15, 1, m);
+        let mut out = vec![f32::NAN; queries.len()];
+        let sources = [
+            Source::Codes {
+                keys: &keys,
+                values: &values,
+                key_dictionary: &dictionary,
+                value_dictionary: &dictionary,
+            },
+            Source::Causal {
+                keys: &own,
+                values: &own,
+            },
+        ];
+        attend(&queries, m, 1, sliding, &sources, &mut out);
+        let all_keys = [keys.decode(&dictionary).unwrap(), own.clone()].concat();
+        let all_values = [values.decode(&dictionary).unwrap(), own].concat();
+        let expected = dense_attention(&queries, m, 1, sliding, &all_keys, &all_values);
+        for (got, want) in out.iter().zip(expected) {
+            let close = (f64::from(*got) - want).abs() <= 3e-4 * want.abs().max(1.0);
+            assert!(close, "{got} for {want}");
+        }
+    }
+}

@@ -23,6 +23,24 @@ macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => { portable::$name::<false>($($argument),*) };
 }
 
+/// Fetches the first numbers, up to 2 KiB, into the caches, where the processor can be told to.
+pub(crate) fn prefetch<T>(numbers: &[T]) {
+    const MOST: usize = 2048;
+    const CACHE_LINE: usize = 64;
+    for line in (0..size_of_val(numbers).min(MOST)).step_by(CACHE_LINE) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: every x86-64 processor has the instruction, and it never faults.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(numbers.as_ptr().cast::<i8>().wrapping_add(line))
+            };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
+
 /// The largest magnitude, 0 for no numbers.
 pub(crate) fn peak(a: &[f32]) -> f32 {
     dispatch!(peak(a))
@@ -84,23 +102,31 @@ fn combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut 
     dispatch!(combine_f32(weights, rows, m, group, out))
 }
 
-/// The softmax of a group's scores `[n, group]`, as far as they go: raises `largest` to the largest of
-/// each query, replaces every score `s` by `exp(s − largest)`, and adds those to `sums`. A score of `−∞`
-/// becomes 0 even where there is no other; NaN stays NaN.
-pub(crate) fn softmax(scores: &mut [f32], largest: &mut [f32], sums: &mut [f32]) {
-    let group = largest.len();
+/// How far a score may lie above what is taken off before the exponential: far from f32's limits, so that
+/// sums rarely need to be scaled anew (as in FlashAttention-4, 2025).
+const HEADROOM: f32 = 16.0;
+
+/// The softmax of a group's scores `[n, group]`, as far as they go: replaces every score `s` of a query by
+/// `exp(s − reference)`, and adds those to `sums`. A reference stays where no score lies more than 16 above it,
+/// else it is raised to the largest. A score of `−∞` becomes 0 even where there is no other; NaN stays NaN.
+pub(crate) fn softmax(scores: &mut [f32], references: &mut [f32], sums: &mut [f32]) {
+    let group = references.len();
     assert!(
         group.is_power_of_two() && group <= MOST_QUERIES && sums.len() == group,
         "a group that kernels know"
     );
-    dispatch!(largest(scores, largest));
+    let mut largest = [f32::NEG_INFINITY; MOST_QUERIES];
+    dispatch!(largest(scores, &mut largest[..group]));
     let mut base = [0f32; MOST_QUERIES];
-    for (base, &largest) in base.iter_mut().zip(largest.iter()) {
+    for ((reference, largest), base) in references.iter_mut().zip(largest).zip(&mut base) {
+        if largest > *reference + HEADROOM {
+            *reference = largest;
+        }
         // Nothing seen: any number does, but the difference of two infinities.
-        *base = if largest == f32::NEG_INFINITY {
+        *base = if *reference == f32::NEG_INFINITY {
             0.0
         } else {
-            largest
+            *reference
         };
     }
     dispatch!(exponentials(scores, &base[..group], sums))
@@ -292,7 +318,13 @@ mod tests {
             }
             let mut sums = vec![0.0; group];
             let mut weights = scores.clone();
-            softmax(&mut weights, &mut largest, &mut sums);
+            let mut references = before.clone();
+            softmax(&mut weights, &mut references, &mut sums);
+            for g in 0..group {
+                let raised = largest[g] > before[g] + HEADROOM;
+                prop_assert_eq!(references[g], if raised { largest[g] } else { before[g] });
+            }
+            let largest = references;
             let mut levels = vec![scores.clone(); 3];
             let mut number = 0;
             let mut one = || { number += 1; number - 1 };

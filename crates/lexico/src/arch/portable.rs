@@ -212,7 +212,7 @@ const SMALLEST_EXPONENT: f32 = -87.3;
 /// Added to a number of moderate size, this leaves its nearest integer in the lowest bits.
 const ROUNDING: f32 = 12_582_912.0;
 
-/// `eˣ` for `x ≤ 0`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
+/// `eˣ` for `x ≤ 88`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
 #[inline(always)]
 fn exp<const FMA: bool>(x: f32) -> f32 {
     // A power of two, and the rest within ln 2 / 2 of 0 by the polynomial of Cephes' expf (Moshier 1989);

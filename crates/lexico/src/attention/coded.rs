@@ -11,6 +11,9 @@ use crate::dictionary::{Dictionary, MOST_ATOMS};
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
 const ATOM_BLOCK: usize = 64;
+/// Positions that are scored at a time: so many that it matters little that `p` and `u` take each other's
+/// place in the first cache, so few that their weights stay in the second.
+const BLOCK: usize = 8192;
 
 /// Codes of one KV head.
 #[derive(Clone, Copy)]
@@ -85,9 +88,10 @@ pub(super) fn add_heads(
             .zip(p.chunks_exact(table))
             .zip(u.chunks_exact_mut(table))
         {
-            u[..value_dictionary.len() * group].fill(0.0);
+            let atoms = value_dictionary.len();
+            u[..atoms * group].fill(0.0);
             let weights = &mut scratch.weights;
-            sum_codes(softmax, codes, p, u, weights, |_| ());
+            sum_codes(softmax, codes, atoms, p, u, weights, |_, _| ());
         }
         for first in (0..value_dictionary.len()).step_by(ATOM_BLOCK) {
             let count = ATOM_BLOCK.min(value_dictionary.len() - first);
@@ -125,43 +129,50 @@ pub(super) fn add_many(
         multiply(&mut p[..n * group], false, atoms, queries.transposed());
         let n = value_dictionary.len();
         u[..n * group].fill(0.0);
-        sum_codes(softmax, &codes, p, u, &mut scratch.weights, |scores| {
+        let hide = |first: usize, scores: &mut [f32]| {
             for (query, &hidden) in hidden.iter().enumerate() {
                 let own = scores.iter_mut().skip(query).step_by(group);
-                own.take(hidden).for_each(|s| *s = f32::NEG_INFINITY);
+                let unseen = own.take(hidden.saturating_sub(first));
+                unseen.for_each(|s| *s = f32::NEG_INFINITY);
             }
-        });
+        };
+        sum_codes(softmax, &codes, n, p, u, &mut scratch.weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
         let atoms = Matrix::by_rows(value_dictionary.atoms(), n, m);
         multiply(&mut softmax.output, true, u, atoms);
     });
 }
 
-/// Scores the codes by `p`, and sums the values' codes by the weights into `u`.
+/// Scores the codes by `p`, and sums the values' codes over `atoms` atoms by the weights into `u`.
 fn sum_codes(
     softmax: &mut RunningSoftmax,
     codes: &Coded<'_>,
+    atoms: usize,
     p: &[f32],
     u: &mut [f32],
     weights: &mut Vec<f32>,
-    hide: impl FnOnce(&mut [f32]),
+    mut hide: impl FnMut(usize, &mut [f32]),
 ) {
-    let positions = codes.keys.len() - codes.first;
-    weights.resize(positions * softmax.rows(), 0.0);
-    scores(
-        codes.keys.blocks_from(codes.first),
-        p,
-        softmax.rows(),
-        weights,
-    );
-    hide(weights);
-    softmax.weigh(weights);
-    accumulate(
-        codes.values.blocks_from(codes.first),
-        weights,
-        softmax.rows(),
-        u,
-    );
+    let group = softmax.rows();
+    let mut keys = codes.keys.runs_from(codes.first);
+    let mut values = codes.values.runs_from(codes.first);
+    for first in (codes.first..codes.keys.len()).step_by(BLOCK) {
+        let count = BLOCK.min(codes.keys.len() - first);
+        weights.resize(count * group, 0.0);
+        keys.next(count, |run, at| {
+            let out = &mut weights[at * group..][..run.len() * group];
+            scores(run, p, group, out);
+        });
+        hide(first, weights);
+        if let Some(kept) = softmax.weigh(weights) {
+            for u in u.chunks_exact_mut(group).take(atoms) {
+                u.iter_mut().zip(&kept).for_each(|(u, kept)| *u *= kept);
+            }
+        }
+        values.next(count, |run, at| {
+            accumulate(run, &weights[at * group..][..run.len() * group], group, u);
+        });
+    }
 }
 
 impl Coded<'_> {

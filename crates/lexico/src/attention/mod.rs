@@ -308,9 +308,9 @@ impl<'a> Source<'a> {
 /// A softmax over scores that come source by source, and its weighted values.
 struct RunningSoftmax {
     head_dim: usize,
-    /// Largest score of each query so far.
-    largest: Vec<f32>,
-    /// Sum of `exp(score − largest)` of each query.
+    /// What is taken off each query's scores before the exponential, as [`softmax`] chooses it.
+    references: Vec<f32>,
+    /// Sum of `exp(score − reference)` of each query.
     sums: Vec<f32>,
     /// Weighted values of each query, not yet divided by the sums, `[rows, m]`.
     output: Vec<f32>,
@@ -320,7 +320,7 @@ impl RunningSoftmax {
     fn new(rows: usize, head_dim: usize) -> Self {
         Self {
             head_dim,
-            largest: vec![f32::NEG_INFINITY; rows],
+            references: vec![f32::NEG_INFINITY; rows],
             sums: vec![0.0; rows],
             output: vec![0.0; rows * head_dim],
         }
@@ -330,39 +330,42 @@ impl RunningSoftmax {
         self.sums.len()
     }
 
-    /// Turns scores `[n, rows]` into weights, and scales what was summed before to match. `−∞` marks
-    /// a position that a query does not see.
-    fn weigh(&mut self, scores: &mut [f32]) {
+    /// Turns scores `[n, rows]` into weights, and scales what was summed before to match; where anything was,
+    /// returns each query's factor. `−∞` marks a position that a query does not see.
+    fn weigh(&mut self, scores: &mut [f32]) -> Option<[f32; MOST_QUERIES]> {
+        let mut factors = [1f32; MOST_QUERIES];
         let mut before = [0f32; MOST_QUERIES];
         let rows = self.rows();
-        before[..rows].copy_from_slice(&self.largest);
+        before[..rows].copy_from_slice(&self.references);
         let mut sums = [0f32; MOST_QUERIES];
-        softmax(scores, &mut self.largest, &mut sums[..rows]);
+        softmax(scores, &mut self.references, &mut sums[..rows]);
         for row in 0..rows {
-            self.carry(row, before[row], sums[row]);
+            factors[row] = self.carry(row, before[row], sums[row]);
         }
+        factors.iter().any(|&kept| kept != 1.0).then_some(factors)
     }
 
     /// As [`RunningSoftmax::weigh`], the scores of query `row` alone.
     fn weigh_one(&mut self, row: usize, scores: &mut [f32]) {
-        let before = self.largest[row];
+        let before = self.references[row];
         let mut sum = [0.0];
-        softmax(scores, &mut self.largest[row..=row], &mut sum);
+        softmax(scores, &mut self.references[row..=row], &mut sum);
         self.carry(row, before, sum[0]);
     }
 
-    /// Scales what query `row` had summed when its largest score was `before`, and adds to its sum.
-    fn carry(&mut self, row: usize, before: f32, sum: f32) {
-        let kept = if before == self.largest[row] {
+    /// Scales what query `row` had summed when its reference was `before`, and adds to its sum; returns the factor.
+    fn carry(&mut self, row: usize, before: f32, sum: f32) -> f32 {
+        let kept = if before == self.references[row] || before == f32::NEG_INFINITY {
             1.0
         } else {
-            (before - self.largest[row]).exp()
+            (before - self.references[row]).exp()
         };
         self.sums[row] = self.sums[row] * kept + sum;
         if kept != 1.0 {
             let output = &mut self.output[row * self.head_dim..][..self.head_dim];
             output.iter_mut().for_each(|x| *x *= kept);
         }
+        kept
     }
 
     /// Writes the outputs of the queries, without those that filled up the group.

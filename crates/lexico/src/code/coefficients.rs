@@ -103,26 +103,31 @@ impl Coefficients {
         }
     }
 
-    /// The coefficients of the vectors from `first` on, the first of them number `nonzero`.
-    pub(super) fn blocks_from<'a>(
-        &'a self,
-        first: usize,
-        nonzero: usize,
-        indices: &'a [u16],
-        lengths: Lengths<'a>,
-    ) -> Blocks<'a> {
+    /// Fetches the beginning into the caches.
+    pub(super) fn prefetch(&self) {
+        match self {
+            Self::F32(values) => crate::arch::prefetch(values),
+            Self::F8 { values, scales } => {
+                crate::arch::prefetch(values);
+                crate::arch::prefetch(scales);
+            }
+        }
+    }
+
+    /// The codes with these coefficients.
+    pub(super) fn blocks<'a>(&'a self, indices: &'a [u16], lengths: Lengths<'a>) -> Blocks<'a> {
         match self {
             Self::F32(coefficients) => Blocks::F32(Block {
                 indices,
-                coefficients: &coefficients[nonzero..],
+                coefficients,
                 scales: Scales::One,
                 lengths,
                 values: &F8_VALUES,
             }),
             Self::F8 { values, scales } => Blocks::F8(Block {
                 indices,
-                coefficients: &values[nonzero..],
-                scales: Scales::Powers(&scales[first..]),
+                coefficients: values,
+                scales: Scales::Powers(scales),
                 lengths,
                 values: &F8_VALUES,
             }),

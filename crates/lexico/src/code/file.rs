@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::coefficients::Coefficients;
-use super::{CodeFormat, Codes, CoefficientFormat};
+use super::{CodeFormat, Codes, CoefficientFormat, Page};
 use crate::dictionary::Dictionary;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
@@ -46,50 +46,42 @@ impl CodeFile {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let codes = &self.codes;
         let (n, s) = (codes.len(), codes.format.sparsity);
-        let lengths: Vec<usize> = if codes.format.variable {
-            codes.lengths.iter().map(|&l| usize::from(l)).collect()
-        } else {
-            vec![s; n]
+        let (mut indices, mut coefficients) = (Vec::new(), Vec::new());
+        let (mut scales, mut lengths) = (Vec::new(), Vec::new());
+        let (dtype, width) = match codes.format.coefficients {
+            CoefficientFormat::F8 => (Dtype::F8_E4M3, 1),
+            CoefficientFormat::F32 => (Dtype::F32, 4),
         };
-        let indices = codes
-            .indices
-            .iter()
-            .flat_map(|i| i.to_le_bytes())
-            .collect::<Vec<_>>();
-        let indices = padded_rows(&indices, 2, &lengths, s);
-        let mut tensors = vec![NewTensor::new("indices", Dtype::U16, &[n, s], indices)];
-        match &codes.coefficients {
-            Coefficients::F8 { values, scales } => {
-                let values = padded_rows(values, 1, &lengths, s);
-                tensors.push(NewTensor::new(
-                    "coefficients",
-                    Dtype::F8_E4M3,
-                    &[n, s],
+        for page in &codes.pages {
+            let each: Vec<usize> = (0..page.len)
+                .map(|v| page.length(codes.format, v))
+                .collect();
+            let own = page.indices.iter().flat_map(|i| i.to_le_bytes());
+            indices.extend(padded_rows(&own.collect::<Vec<_>>(), 2, &each, s));
+            match &page.coefficients {
+                Coefficients::F8 {
                     values,
-                ));
-                tensors.push(NewTensor::new(
-                    "scales",
-                    Dtype::F8_E8M0,
-                    &[n],
-                    scales.clone(),
-                ));
+                    scales: own,
+                } => {
+                    coefficients.extend(padded_rows(values, width, &each, s));
+                    scales.extend_from_slice(own);
+                }
+                Coefficients::F32(values) => {
+                    let own = values.iter().flat_map(|c| c.to_le_bytes());
+                    coefficients.extend(padded_rows(&own.collect::<Vec<_>>(), width, &each, s));
+                }
             }
-            Coefficients::F32(values) => {
-                let values = values
-                    .iter()
-                    .flat_map(|c| c.to_le_bytes())
-                    .collect::<Vec<_>>();
-                let values = padded_rows(&values, 4, &lengths, s);
-                tensors.push(NewTensor::new("coefficients", Dtype::F32, &[n, s], values));
-            }
+            lengths.extend_from_slice(&page.lengths);
+        }
+        let mut tensors = vec![
+            NewTensor::new("indices", Dtype::U16, &[n, s], indices),
+            NewTensor::new("coefficients", dtype, &[n, s], coefficients),
+        ];
+        if codes.format.coefficients == CoefficientFormat::F8 {
+            tensors.push(NewTensor::new("scales", Dtype::F8_E8M0, &[n], scales));
         }
         if codes.format.variable {
-            tensors.push(NewTensor::new(
-                "lengths",
-                Dtype::U8,
-                &[n],
-                codes.lengths.clone(),
-            ));
+            tensors.push(NewTensor::new("lengths", Dtype::U8, &[n], lengths));
         }
         let metadata = [
             ("format", FORMAT.to_owned()),
@@ -206,9 +198,12 @@ impl CodeFile {
             format,
             len: n,
             largest_index: indices.iter().copied().max().unwrap_or(0),
-            indices,
-            coefficients,
-            lengths,
+            pages: vec![Page {
+                len: n,
+                indices,
+                coefficients,
+                lengths,
+            }],
         };
         Ok(Self {
             codes,

@@ -16,6 +16,8 @@ pub(crate) use coefficients::f8_values;
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 16;
+/// Vectors of a page: growth never copies more, and every page's beginning is read more slowly than the rest.
+const PAGE: usize = 8192;
 
 /// How codes are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +40,109 @@ pub struct CodeFormat {
 pub struct Codes {
     format: CodeFormat,
     len: usize,
+    pages: Vec<Page>,
+    /// So that users of the codes can check them against a dictionary at once.
+    largest_index: u16,
+}
+
+/// The codes of some vectors in a row. All pages but the newest are full, or were.
+#[derive(Debug, Clone)]
+struct Page {
+    len: usize,
     indices: Vec<u16>,
     coefficients: Coefficients,
     /// Nonzeros of each vector, where they vary.
     lengths: Vec<u8>,
-    /// So that users of the codes can check them against a dictionary at once.
-    largest_index: u16,
+}
+
+impl Page {
+    fn new(format: CodeFormat) -> Self {
+        Self {
+            len: 0,
+            indices: Vec::new(),
+            coefficients: Coefficients::new(format.coefficients),
+            lengths: Vec::new(),
+        }
+    }
+
+    /// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
+    fn reserve(&mut self, format: CodeFormat, vectors: usize, nonzeros: usize) {
+        if self.indices.capacity() - self.indices.len() < nonzeros
+            || self.coefficients.spare_vectors() < vectors
+            || (format.variable && self.lengths.capacity() - self.lengths.len() < vectors)
+        {
+            let growth = GROWTH.max(self.len / 16).min(PAGE.saturating_sub(self.len));
+            let vectors = vectors.max(growth);
+            let nonzeros = nonzeros
+                .max(self.indices.len() / 16)
+                .max(if format.variable {
+                    GROWTH
+                } else {
+                    vectors * format.sparsity
+                });
+            self.indices.reserve_exact(nonzeros);
+            self.coefficients.reserve_exact(vectors, nonzeros);
+            if format.variable {
+                self.lengths.reserve_exact(vectors);
+            }
+        }
+    }
+
+    fn push(&mut self, format: CodeFormat, indices: &[u16], coefficients: &[f32]) {
+        self.indices.extend_from_slice(indices);
+        self.coefficients.push_vector(coefficients);
+        if format.variable {
+            self.lengths.push(indices.len() as u8);
+        } else {
+            let missing = format.sparsity - indices.len();
+            self.indices.extend(std::iter::repeat_n(0, missing));
+            self.coefficients.push_zeros(missing);
+        }
+        self.len += 1;
+    }
+
+    fn drop_front(&mut self, format: CodeFormat, count: usize) {
+        let nonzeros = (0..count).map(|v| self.length(format, v)).sum();
+        self.indices.drain(..nonzeros);
+        self.coefficients.drop_front(count, nonzeros);
+        if format.variable {
+            self.lengths.drain(..count);
+        }
+        self.len -= count;
+    }
+
+    fn length(&self, format: CodeFormat, v: usize) -> usize {
+        if format.variable {
+            usize::from(self.lengths[v])
+        } else {
+            format.sparsity
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.indices.capacity() * size_of::<u16>()
+            + self.coefficients.bytes()
+            + self.lengths.capacity()
+    }
+
+    fn bytes_used(&self) -> usize {
+        self.indices.len() * size_of::<u16>() + self.coefficients.bytes_used() + self.lengths.len()
+    }
+
+    /// Fetches the beginning into the caches: kernels fetch what lies ahead, but not beyond a page.
+    fn prefetch(&self) {
+        crate::arch::prefetch(&self.indices);
+        self.coefficients.prefetch();
+    }
+
+    fn blocks(&self, format: CodeFormat) -> Blocks<'_> {
+        let lengths = if format.variable {
+            Lengths::Variable(&self.lengths)
+        } else {
+            Lengths::Fixed(format.sparsity, self.len)
+        };
+        self.coefficients.blocks(&self.indices, lengths)
+    }
 }
 
 impl Codes {
@@ -58,65 +157,45 @@ impl Codes {
         Ok(Self {
             format,
             len: 0,
-            indices: Vec::new(),
-            coefficients: Coefficients::new(format.coefficients),
-            lengths: Vec::new(),
+            pages: Vec::new(),
             largest_index: 0,
         })
     }
 
-    /// Appends the codes of a batch.
+    /// Appends the codes of a batch. What is there already stays where it is, but for the newest 8,192 vectors
+    /// at the most.
     ///
     /// # Panics
     /// Where the batch has another sparsity than these codes.
     pub fn extend(&mut self, batch: &SparseBatch) {
-        assert_eq!(
-            batch.sparsity, self.format.sparsity,
-            "codes of one sparsity"
-        );
-        let nonzeros = if self.format.variable {
-            batch.lengths.iter().map(|&l| usize::from(l)).sum()
-        } else {
-            batch.len() * batch.sparsity
-        };
-        self.reserve(batch.len(), nonzeros);
-        for v in 0..batch.len() {
-            let (indices, coefficients) = batch.row(v);
-            self.indices.extend_from_slice(indices);
-            self.coefficients.push_vector(coefficients);
-            if self.format.variable {
-                self.lengths.push(indices.len() as u8);
-            } else {
-                let missing = self.format.sparsity - indices.len();
-                self.indices.extend(std::iter::repeat_n(0, missing));
-                self.coefficients.push_zeros(missing);
+        let format = self.format;
+        assert_eq!(batch.sparsity, format.sparsity, "codes of one sparsity");
+        let mut done = 0;
+        while done < batch.len() {
+            if self.pages.last().is_none_or(|page| page.len >= PAGE) {
+                self.pages.reserve_exact(1);
+                self.pages.push(Page::new(format));
             }
+            let Some(page) = self.pages.last_mut() else {
+                return;
+            };
+            let count = (batch.len() - done).min(PAGE - page.len);
+            let nonzeros = if format.variable {
+                let lengths = &batch.lengths[done..done + count];
+                lengths.iter().map(|&l| usize::from(l)).sum()
+            } else {
+                count * format.sparsity
+            };
+            page.reserve(format, count, nonzeros);
+            for v in done..done + count {
+                let (indices, coefficients) = batch.row(v);
+                page.push(format, indices, coefficients);
+            }
+            done += count;
         }
         self.len += batch.len();
         let largest = batch.indices.iter().copied().max().unwrap_or(0);
         self.largest_index = self.largest_index.max(largest);
-    }
-
-    /// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
-    fn reserve(&mut self, vectors: usize, nonzeros: usize) {
-        if self.indices.capacity() - self.indices.len() < nonzeros
-            || self.coefficients.spare_vectors() < vectors
-            || (self.format.variable && self.lengths.capacity() - self.lengths.len() < vectors)
-        {
-            let vectors = vectors.max(GROWTH).max(self.len / 16);
-            let nonzeros = nonzeros
-                .max(self.indices.len() / 16)
-                .max(if self.format.variable {
-                    GROWTH
-                } else {
-                    vectors * self.format.sparsity
-                });
-            self.indices.reserve_exact(nonzeros);
-            self.coefficients.reserve_exact(vectors, nonzeros);
-            if self.format.variable {
-                self.lengths.reserve_exact(vectors);
-            }
-        }
     }
 
     /// Drops the `count` oldest vectors.
@@ -124,11 +203,17 @@ impl Codes {
     /// # Panics
     /// Where there are fewer.
     pub fn drop_front(&mut self, count: usize) {
-        let nonzeros = (0..count).map(|v| self.length(v)).sum();
-        self.indices.drain(..nonzeros);
-        self.coefficients.drop_front(count, nonzeros);
-        if self.format.variable {
-            self.lengths.drain(..count);
+        let mut left = count;
+        let mut whole = 0;
+        while let Some(page) = self.pages.get(whole)
+            && page.len <= left
+        {
+            left -= page.len;
+            whole += 1;
+        }
+        self.pages.drain(..whole);
+        if left > 0 {
+            self.pages[0].drop_front(self.format, left);
         }
         self.len -= count;
     }
@@ -150,47 +235,34 @@ impl Codes {
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        self.indices.capacity() * size_of::<u16>()
-            + self.coefficients.bytes()
-            + self.lengths.capacity()
+        let pages: usize = self.pages.iter().map(Page::bytes).sum();
+        self.pages.capacity() * size_of::<Page>() + pages
     }
 
-    /// Bytes in use: [`Codes::bytes`] less the room kept for growth.
+    /// Bytes in use: [`Codes::bytes`] less bookkeeping and the room kept for growth.
     pub fn bytes_used(&self) -> usize {
-        self.indices.len() * size_of::<u16>() + self.coefficients.bytes_used() + self.lengths.len()
+        self.pages.iter().map(Page::bytes_used).sum()
     }
 
     /// The codes of the vectors from `first` on.
-    ///
-    /// # Panics
-    /// Where there are fewer vectors.
-    pub(crate) fn blocks_from(&self, first: usize) -> Blocks<'_> {
-        let nonzero = if self.format.variable {
-            self.lengths[..first].iter().map(|&l| usize::from(l)).sum()
-        } else {
-            first * self.format.sparsity
+    pub(crate) fn runs_from(&self, first: usize) -> Runs<'_> {
+        let (mut page, mut before) = (0, 0);
+        while page < self.pages.len() && before + self.pages[page].len <= first {
+            before += self.pages[page].len;
+            page += 1;
+        }
+        let mut runs = Runs {
+            format: self.format,
+            pages: self.pages[page..].iter(),
+            rest: None,
         };
-        let lengths = if self.format.variable {
-            Lengths::Variable(&self.lengths[first..])
-        } else {
-            Lengths::Fixed(self.format.sparsity, self.len - first)
-        };
-        let indices = &self.indices[nonzero..];
-        self.coefficients
-            .blocks_from(first, nonzero, indices, lengths)
+        runs.next(first - before, |_, _| ());
+        runs
     }
 
     /// The largest index of an atom; 0 where there is none.
     pub(crate) fn largest_index(&self) -> u16 {
         self.largest_index
-    }
-
-    fn length(&self, v: usize) -> usize {
-        if self.format.variable {
-            usize::from(self.lengths[v])
-        } else {
-            self.format.sparsity
-        }
     }
 
     /// Rebuilds all vectors, `[n, m]` in f32: for tests, files and error figures, never for attention.
@@ -199,22 +271,59 @@ impl Codes {
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
     pub fn decode(&self, dictionary: &Dictionary) -> Result<Vec<f32>> {
         let atoms = dictionary.len();
-        if usize::from(self.largest_index) >= atoms && !self.indices.is_empty() {
+        if usize::from(self.largest_index) >= atoms
+            && self.pages.iter().any(|p| !p.indices.is_empty())
+        {
             let index = self.largest_index;
             let reason = format!("the codes name atom {index}, the dictionary has {atoms}");
             return Err(Error::Dictionary(reason));
         }
         let m = dictionary.head_dim();
         let mut vectors = vec![0.0; self.len * m];
-        let mut nonzero = 0;
-        for (v, out) in vectors.chunks_exact_mut(m).enumerate() {
-            for j in nonzero..nonzero + self.length(v) {
-                let atom = dictionary.atom(usize::from(self.indices[j]));
-                crate::arch::add_scaled(out, self.coefficients.get(v, j), atom);
+        let mut rows = vectors.chunks_exact_mut(m);
+        for page in &self.pages {
+            let mut nonzero = 0;
+            for (v, out) in (0..page.len).zip(&mut rows) {
+                let length = page.length(self.format, v);
+                for j in nonzero..nonzero + length {
+                    let atom = dictionary.atom(usize::from(page.indices[j]));
+                    crate::arch::add_scaled(out, page.coefficients.get(v, j), atom);
+                }
+                nonzero += length;
             }
-            nonzero += self.length(v);
         }
         Ok(vectors)
+    }
+}
+
+/// Codes as they are stored, from first to last.
+pub(crate) struct Runs<'a> {
+    format: CodeFormat,
+    pages: std::slice::Iter<'a, Page>,
+    /// What is left of the page at hand.
+    rest: Option<Blocks<'a>>,
+}
+
+impl Runs<'_> {
+    /// Calls `visit` with the next `count` vectors, page by page, and how many came before in this call.
+    pub(crate) fn next(&mut self, count: usize, mut visit: impl FnMut(Blocks<'_>, usize)) {
+        let mut done = 0;
+        while done < count {
+            let Some(rest) = self.rest else {
+                let Some(page) = self.pages.next() else {
+                    return;
+                };
+                self.rest = Some(page.blocks(self.format));
+                if let [next, ..] = self.pages.as_slice() {
+                    next.prefetch();
+                }
+                continue;
+            };
+            let (run, rest) = rest.split_at(rest.len().min(count - done));
+            visit(run, done);
+            done += run.len();
+            self.rest = (rest.len() > 0).then_some(rest);
+        }
     }
 }
 
@@ -257,9 +366,64 @@ impl Blocks<'_> {
             Lengths::Variable(lengths) => lengths.len(),
         }
     }
+
+    /// The first `count` vectors, which must be there, and the others.
+    fn split_at(self, count: usize) -> (Self, Self) {
+        match self {
+            Blocks::F8(block) => {
+                let (first, rest) = block.split_at(count);
+                (Blocks::F8(first), Blocks::F8(rest))
+            }
+            Blocks::F32(block) => {
+                let (first, rest) = block.split_at(count);
+                (Blocks::F32(first), Blocks::F32(rest))
+            }
+        }
+    }
 }
 
 impl<'a, C> Block<'a, C> {
+    /// The first `count` vectors, which must be there, and the others.
+    pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
+        let (nonzeros, lengths) = match self.lengths {
+            Lengths::Fixed(length, all) => {
+                let lengths = (
+                    Lengths::Fixed(length, count),
+                    Lengths::Fixed(length, all - count),
+                );
+                (count * length, lengths)
+            }
+            Lengths::Variable(lengths) => {
+                let (first, rest) = lengths.split_at(count);
+                let nonzeros = first.iter().map(|&l| usize::from(l)).sum();
+                (
+                    nonzeros,
+                    (Lengths::Variable(first), Lengths::Variable(rest)),
+                )
+            }
+        };
+        let indices = self.indices.split_at(nonzeros);
+        let coefficients = self.coefficients.split_at(nonzeros);
+        let scales = match self.scales {
+            Scales::One => (Scales::One, Scales::One),
+            Scales::Powers(exponents) => {
+                let (first, rest) = exponents.split_at(count);
+                (Scales::Powers(first), Scales::Powers(rest))
+            }
+        };
+        let block = |indices, coefficients, scales, lengths| Block {
+            indices,
+            coefficients,
+            scales,
+            lengths,
+            values: self.values,
+        };
+        (
+            block(indices.0, coefficients.0, scales.0, lengths.0),
+            block(indices.1, coefficients.1, scales.1, lengths.1),
+        )
+    }
+
     /// Calls `visit` with the indices, coefficients and scale of one vector after another.
     #[inline(always)]
     pub(crate) fn for_each(self, mut visit: impl FnMut(&'a [u16], &'a [C], f32)) {
@@ -268,6 +432,8 @@ impl<'a, C> Block<'a, C> {
             Lengths::Fixed(4, count) => self.for_each_of::<4>(count, visit),
             Lengths::Fixed(8, count) => self.for_each_of::<8>(count, visit),
             Lengths::Fixed(16, count) => self.for_each_of::<16>(count, visit),
+            Lengths::Fixed(24, count) => self.for_each_of::<24>(count, visit),
+            Lengths::Fixed(32, count) => self.for_each_of::<32>(count, visit),
             Lengths::Fixed(length, count) => {
                 let rows = self.indices.chunks_exact(length);
                 let rows = rows.zip(self.coefficients.chunks_exact(length));
