@@ -14,6 +14,11 @@ static COUNT: LazyLock<usize> = LazyLock::new(|| {
     told.unwrap_or_else(rayon::current_num_threads)
 });
 
+/// Whether the processor has cores that [`CandleThreads`] does not use.
+pub(crate) fn cores_to_spare() -> bool {
+    std::thread::available_parallelism().is_ok_and(|cores| cores.get() > *COUNT)
+}
+
 impl Threads for CandleThreads {
     fn count(&self) -> usize {
         *COUNT

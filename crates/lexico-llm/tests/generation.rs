@@ -121,7 +121,7 @@ fn the_window_and_the_codes_share_one_sequence() {
             .find(|(name, _)| *name == "window")
             .unwrap()
             .1;
-        // 4 layers, 2 KV heads, keys and values, f16; 16 to 19 positions and one step of growth.
+        // 4 layers, 2 KV heads, keys and values, f16; 16 to 19 positions, those that leave, and one step of growth.
         assert!(
             window <= (19 + 16) * 4 * 2 * 2 * 64 * 2,
             "window of {window} bytes"

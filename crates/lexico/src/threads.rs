@@ -30,6 +30,20 @@ impl Threads for Rayon {
     }
 }
 
+/// The calling thread alone.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Alone;
+
+impl Threads for Alone {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+}
+
 /// Does `work` on every item, the items spread over `threads`.
 ///
 /// ```

@@ -1,14 +1,17 @@
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::Dictionary;
+use ::lexico::dictionary::{Dictionary, LayerDictionaries};
+use ::lexico::pursuit::SparseBatch;
+use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
 use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::threads::CandleThreads;
+use crate::threads::{CandleThreads, cores_to_spare};
 
 /// Settings of [`LexicoCache`].
 #[derive(Debug, Clone, PartialEq)]
@@ -32,15 +35,41 @@ pub struct LexicoSettings {
 /// Keys and values as sparse codes over the model's dictionaries, the newest ones dense.
 ///
 /// Kim, Park, Cho, Papailiopoulos: *Lexico* (ICML 2025). New positions attend at full precision
-/// to each other and to the window, and on the codes to all that came before; what the window
-/// cannot hold is coded right after, so that at most one layer of a prompt is ever dense.
+/// to each other and to the window, and on the codes to all that came before. What the window
+/// cannot hold of a prompt is coded right after, so that at most one layer of a prompt is ever dense.
+///
+/// In decode positions leave the window in batches, each layer at its own steps, so that no token pays for all
+/// layers. A batch is coded while the next tokens are decoded where there are cores that decoding does not use,
+/// and in between where there are none; until a step that only the layer decides it is attended to as dense. Results
+/// depend neither on timing nor on the number of threads.
 pub struct LexicoCache {
     dictionaries: Arc<DictionarySet>,
     settings: LexicoSettings,
-    layers: Vec<Vec<Head>>,
+    layers: Vec<Layer>,
     /// The model's sliding window.
     sliding_window: Option<usize>,
     positions: usize,
+    /// Whether batches are coded beside the decoding.
+    aside: bool,
+}
+
+struct Layer {
+    heads: Vec<Head>,
+    leaving: Option<Leaving>,
+}
+
+/// A batch of positions, the window's oldest, on its way to the codes.
+struct Leaving {
+    /// Steps since it began.
+    age: usize,
+    /// Whence its codes come, where they are made beside the decoding.
+    codes: Option<Receiver<Result<Batch>>>,
+}
+
+/// Codes of some positions, `[kv_heads, positions]`.
+struct Batch {
+    keys: SparseBatch,
+    values: SparseBatch,
 }
 
 struct Head {
@@ -53,6 +82,9 @@ struct Part {
     codes: Codes,
     window: DenseRows,
 }
+
+/// Most positions of a prompt that are coded at once: enough to read a dictionary seldom.
+const AT_ONCE: usize = 1024;
 
 impl LexicoCache {
     /// An empty cache for a model of this shape.
@@ -95,7 +127,10 @@ impl LexicoCache {
                     values: part(settings.value_sparsity, &layer.values)?,
                 });
             }
-            layers.push(heads);
+            layers.push(Layer {
+                heads,
+                leaving: None,
+            });
         }
         Ok(Self {
             dictionaries,
@@ -103,25 +138,19 @@ impl LexicoCache {
             layers,
             sliding_window: config.window,
             positions: 0,
+            aside: cores_to_spare(),
         })
     }
 }
 
 impl Part {
-    /// Takes new vectors into the window, and gives back those that the window cannot hold, the oldest.
-    fn take(&mut self, new: &[f32], head_dim: usize, settings: &LexicoSettings) -> Vec<f32> {
-        let new_count = new.len() / head_dim;
-        let surplus = (self.window.len() + new_count).saturating_sub(settings.window);
-        if surplus == 0 || surplus < settings.batch {
-            self.window.extend(new);
-            return Vec::new();
-        }
-        // The oldest ones leave: those of the window first, then new ones that never enter it.
-        let mut leaving = self.window.take_front(surplus.min(self.window.len()));
-        let (passing, staying) = new.split_at(surplus * head_dim - leaving.len());
-        leaving.extend_from_slice(passing);
-        self.window.extend(staying);
-        leaving
+    /// Appends the positions from `first` on, of those in the window and then those that are `new`.
+    fn read(&self, first: usize, count: usize, new: &[f32], head_dim: usize, out: &mut Vec<f32>) {
+        let held = self.window.len();
+        let dense = count.min(held.saturating_sub(first));
+        self.window.read(first.min(held), dense, out);
+        let passing = first.max(held) - held;
+        out.extend_from_slice(&new[passing * head_dim..][..(count - dense) * head_dim]);
     }
 
     fn len(&self) -> usize {
@@ -129,16 +158,200 @@ impl Part {
     }
 }
 
+/// Codes keys and values `[kv_heads, positions, m]`. All heads at once: every reading of a dictionary serves as
+/// many vectors as there are.
+fn code(
+    dictionaries: &LayerDictionaries,
+    settings: &LexicoSettings,
+    layer: usize,
+    keys: &[f32],
+    values: &[f32],
+    threads: &dyn Threads,
+) -> Result<Batch> {
+    let code = |dictionary: &Dictionary, sparsity: usize, vectors: &[f32], part| {
+        Pursuit::new(dictionary, sparsity)
+            .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
+            .and_then(|pursuit| pursuit.encode_on(vectors, threads))
+            .map_err(|reason| Error::Coding {
+                layer,
+                part,
+                reason,
+            })
+    };
+    Ok(Batch {
+        keys: code(&dictionaries.keys, settings.key_sparsity, keys, "key")?,
+        values: code(
+            &dictionaries.values,
+            settings.value_sparsity,
+            values,
+            "value",
+        )?,
+    })
+}
+
+impl Layer {
+    /// Positions in the window.
+    fn window(&self) -> usize {
+        self.heads.first().map_or(0, |head| head.keys.window.len())
+    }
+
+    /// Keys and values of `count` positions of all heads, from `first` on, of the window's and then `step`'s.
+    fn read(
+        &self,
+        first: usize,
+        count: usize,
+        step: Option<&Step>,
+        m: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let mut new = step.map(Step::heads);
+        for head in &self.heads {
+            let (new_keys, new_values) = new.as_mut().and_then(Iterator::next).unwrap_or_default();
+            head.keys.read(first, count, new_keys, m, &mut keys);
+            head.values.read(first, count, new_values, m, &mut values);
+        }
+        (keys, values)
+    }
+
+    /// Appends codes.
+    fn extend(&mut self, batch: &Batch) {
+        let each = batch.keys.len() / self.heads.len();
+        for (number, head) in self.heads.iter_mut().enumerate() {
+            head.keys
+                .codes
+                .extend(&batch.keys.part(number * each, each));
+            head.values
+                .codes
+                .extend(&batch.values.part(number * each, each));
+        }
+    }
+
+    fn drop_from_window(&mut self, count: usize) {
+        for head in &mut self.heads {
+            head.keys.window.drop_front(count);
+            head.values.window.drop_front(count);
+        }
+    }
+}
+
+impl LexicoCache {
+    /// After how many steps the batch that leaves the window of a layer takes its place among the codes. Each
+    /// layer at its own: a token then waits for few.
+    fn due(&self, layer: usize) -> usize {
+        let batch = self.settings.batch;
+        batch / 4 + layer * (batch / 2) / self.layers.len()
+    }
+
+    /// Hands the window's oldest positions over to be coded.
+    fn begin(&mut self, layer: usize) {
+        let batch = self.settings.batch;
+        let codes = (self.aside && self.due(layer) > 0).then(|| {
+            let dictionaries = Arc::clone(&self.dictionaries);
+            let settings = self.settings.clone();
+            let m = dictionaries.layers[layer].keys.head_dim();
+            let (keys, values) = self.layers[layer].read(0, batch, None, m);
+            let (sender, receiver) = channel();
+            rayon::spawn(move || {
+                let own = &dictionaries.layers[layer];
+                // Where the cache is gone nobody waits for them.
+                let _ = sender.send(code(own, &settings, layer, &keys, &values, &Alone));
+            });
+            receiver
+        });
+        self.layers[layer].leaving = Some(Leaving { age: 0, codes });
+    }
+
+    /// Puts the batch that is leaving the window among the codes.
+    fn finish(&mut self, layer: usize) -> Result<()> {
+        let Some(leaving) = self.layers[layer].leaving.take() else {
+            return Ok(());
+        };
+        let count = self.settings.batch;
+        // A worker that is gone without an answer has panicked; what it had to code is still there.
+        let made = leaving.codes.and_then(|codes| codes.recv().ok());
+        let batch = match made {
+            Some(batch) => batch?,
+            None => self.code_oldest(layer, 0, count, None)?,
+        };
+        self.layers[layer].extend(&batch);
+        self.layers[layer].drop_from_window(count);
+        Ok(())
+    }
+
+    fn code_oldest(
+        &self,
+        layer: usize,
+        first: usize,
+        count: usize,
+        step: Option<&Step>,
+    ) -> Result<Batch> {
+        let dictionaries = &self.dictionaries.layers[layer];
+        let m = dictionaries.keys.head_dim();
+        let (keys, values) = self.layers[layer].read(first, count, step, m);
+        code(
+            dictionaries,
+            &self.settings,
+            layer,
+            &keys,
+            &values,
+            &CandleThreads,
+        )
+    }
+
+    /// Takes the new position of a step of decode.
+    fn take_one(&mut self, layer: usize, step: &Step) -> Result<()> {
+        for (head, (keys, values)) in self.layers[layer].heads.iter_mut().zip(step.heads()) {
+            head.keys.window.extend(keys);
+            head.values.window.extend(values);
+        }
+        let full = self.settings.window + self.settings.batch;
+        if self.layers[layer].leaving.is_none() && self.layers[layer].window() >= full {
+            self.begin(layer);
+        }
+        let due = self.due(layer);
+        match &mut self.layers[layer].leaving {
+            Some(leaving) if leaving.age < due => leaving.age += 1,
+            Some(_) => self.finish(layer)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Takes the new positions of a prompt, which is coded but for what the window holds.
+    fn take_many(&mut self, layer: usize, step: &Step) -> Result<()> {
+        self.finish(layer)?;
+        let held = self.layers[layer].window();
+        let (_, t, m) = step.shape;
+        let mut surplus = (held + t).saturating_sub(self.settings.window);
+        if surplus < self.settings.batch {
+            surplus = 0;
+        }
+        for first in (0..surplus).step_by(AT_ONCE) {
+            let count = AT_ONCE.min(surplus - first);
+            let batch = self.code_oldest(layer, first, count, Some(step))?;
+            self.layers[layer].extend(&batch);
+        }
+        let layer = &mut self.layers[layer];
+        layer.drop_from_window(surplus.min(held));
+        let passing = surplus.saturating_sub(held) * m;
+        for (head, (keys, values)) in layer.heads.iter_mut().zip(step.heads()) {
+            head.keys.window.extend(&keys[passing..]);
+            head.values.window.extend(&values[passing..]);
+        }
+        Ok(())
+    }
+}
+
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let dictionaries = &self.dictionaries.layers[layer];
-        let (settings, sliding) = (&self.settings, self.sliding_window);
+        let sliding = self.sliding_window;
+        let positions = k.dim(1)?;
         if layer + 1 == self.layers.len() {
-            self.positions += k.dim(1)?;
+            self.positions += positions;
         }
         let step = Step::new(q, k, v)?;
-        let heads = &mut self.layers[layer];
-        let out = step.attend(heads, sliding, |head| {
+        let out = step.attend(&self.layers[layer].heads, sliding, |head| {
             vec![
                 Source::Codes {
                     keys: &head.keys.codes,
@@ -152,36 +365,12 @@ impl KvCache for LexicoCache {
                 },
             ]
         })?;
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for (head, (new_keys, new_values)) in heads.iter_mut().zip(step.heads()) {
-            let m = dictionaries.keys.head_dim();
-            keys.extend(head.keys.take(new_keys, m, settings));
-            values.extend(head.values.take(new_values, m, settings));
+        if positions == 1 {
+            self.take_one(layer, &step)?;
+        } else {
+            self.take_many(layer, &step)?;
         }
-        // All heads at once: every reading of the dictionary serves as many vectors as there are.
-        let code = |dictionary: &Dictionary, sparsity: usize, leaving: &[f32], part| {
-            let coded = Pursuit::new(dictionary, sparsity)
-                .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
-                .and_then(|pursuit| pursuit.encode_on(leaving, &CandleThreads));
-            coded.map_err(|reason| Error::Coding {
-                layer,
-                part,
-                reason,
-            })
-        };
-        let keys = code(&dictionaries.keys, settings.key_sparsity, &keys, "key")?;
-        let values = code(
-            &dictionaries.values,
-            settings.value_sparsity,
-            &values,
-            "value",
-        )?;
-        let each = keys.len() / heads.len();
-        for (number, head) in heads.iter_mut().enumerate() {
-            if each > 0 {
-                head.keys.codes.extend(&keys.part(number * each, each));
-                head.values.codes.extend(&values.part(number * each, each));
-            }
+        for head in &mut self.layers[layer].heads {
             if let Some(outside) = outside_window(sliding, head.keys.len()) {
                 let outside = outside.min(head.keys.codes.len());
                 head.keys.codes.drop_front(outside);
@@ -196,14 +385,80 @@ impl KvCache for LexicoCache {
     }
 
     fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flatten();
+        let heads = || self.layers.iter().flat_map(|layer| &layer.heads);
         let parts = || heads().flat_map(|head| [&head.keys, &head.values]);
+        // What a worker is coding, in f32.
+        let copied = |layer: &&Layer| layer.leaving.as_ref().is_some_and(|l| l.codes.is_some());
+        let heads_leaving: usize = self
+            .layers
+            .iter()
+            .filter(copied)
+            .map(|l| l.heads.len())
+            .sum();
+        let head_dim = self.dictionaries.layers[0].keys.head_dim();
+        let leaving = 2 * heads_leaving * self.settings.batch * head_dim * size_of::<f32>();
         Footprint {
             parts: vec![
                 ("codes", parts().map(|part| part.codes.bytes()).sum()),
                 ("window", parts().map(|part| part.window.bytes()).sum()),
-                ("bookkeeping", heads().count() * size_of::<Head>()),
+                ("leaving", leaving),
+                (
+                    "bookkeeping",
+                    self.layers.len() * size_of::<Layer>() + heads().count() * size_of::<Head>(),
+                ),
             ],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decoder::{Logits, Sequence};
+    use crate::model::Model;
+
+    /// Reads a prompt and then token after token; the logits of every step, and positions in the window.
+    fn logits(model: &Model, batch: usize, aside: bool) -> Result<Vec<(Vec<f32>, usize)>> {
+        let settings = LexicoSettings {
+            key_sparsity: 6,
+            value_sparsity: 4,
+            tolerance: 0.0,
+            window: 5,
+            batch,
+            coefficients: CoefficientFormat::F8,
+            dense: NumberType::F16,
+        };
+        let dictionaries = model.dictionaries.clone().expect("the embedded model's");
+        let mut cache = LexicoCache::new(model.decoder.config(), dictionaries, settings)?;
+        cache.aside = aside;
+        let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more.".repeat(3);
+        let tokens = model.tokenizer.encode_first(&text)?;
+        let (prompt, rest) = tokens.split_at(30);
+        let chunks = [prompt, &prompt[..7]].into_iter().chain(rest.chunks(1));
+        let mut all = Vec::new();
+        for tokens in chunks {
+            let mut sequences = [Sequence {
+                tokens,
+                cache: &mut cache,
+            }];
+            let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
+            all.push((logits.squeeze(0)?.to_vec1()?, cache.layers[0].window()));
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn coding_beside_the_decoding_changes_nothing() -> Result<()> {
+        let model = Model::tiny()?;
+        for batch in [1, 2, 5, 16] {
+            let (aside, between) = (logits(&model, batch, true)?, logits(&model, batch, false)?);
+            assert_eq!(aside, between, "batches of {batch}");
+            let window = aside.iter().map(|(_, window)| *window).max();
+            assert!(
+                window < Some(5 + 2 * batch),
+                "{window:?} positions for batches of {batch}"
+            );
+        }
+        Ok(())
     }
 }

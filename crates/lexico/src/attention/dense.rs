@@ -80,18 +80,6 @@ impl DenseRows {
         }
     }
 
-    /// Takes off the `count` oldest vectors, `[count, m]`.
-    ///
-    /// # Panics
-    /// Where there are fewer.
-    pub fn take_front(&mut self, count: usize) -> Vec<f32> {
-        let count = count * self.head_dim;
-        match &mut self.numbers {
-            Numbers::F16(numbers) => numbers.drain(..count).map(f16::to_f32).collect(),
-            Numbers::F32(numbers) => numbers.drain(..count).collect(),
-        }
-    }
-
     /// Drops the `count` oldest vectors.
     ///
     /// # Panics
@@ -111,19 +99,24 @@ impl DenseRows {
         out
     }
 
+    /// Appends `count` vectors from `first` on to `out`, in f32.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
+        let before = out.len();
+        out.resize(before + count * self.head_dim, 0.0);
+        match self.rows(first, count) {
+            Rows::F16(numbers) => numbers.convert_to_f32_slice(&mut out[before..]),
+            Rows::F32(numbers) => out[before..].copy_from_slice(numbers),
+        }
+    }
+
     fn rows(&self, first: usize, count: usize) -> Rows<'_> {
         let range = first * self.head_dim..(first + count) * self.head_dim;
         match &self.numbers {
             Numbers::F16(numbers) => Rows::F16(&numbers[range]),
             Numbers::F32(numbers) => Rows::F32(&numbers[range]),
-        }
-    }
-
-    fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
-        out.resize(count * self.head_dim, 0.0);
-        match self.rows(first, count) {
-            Rows::F16(numbers) => numbers.convert_to_f32_slice(out),
-            Rows::F32(numbers) => out.copy_from_slice(numbers),
         }
     }
 }
@@ -192,6 +185,8 @@ pub(super) fn add(
     let unseen = hidden.iter().min().copied().unwrap_or(0);
     for first in (unseen..keys.len()).step_by(BLOCK) {
         let count = BLOCK.min(keys.len() - first);
+        key_block.clear();
+        value_block.clear();
         keys.read(first, count, &mut key_block);
         values.read(first, count, &mut value_block);
         let sees = |row: usize, i: usize| first + i >= hidden[row];
