@@ -3,9 +3,14 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::level::{Level, level};
+use super::portable;
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{Level, dense, level};
+use super::x86_64::{dense_avx2, dense_avx512};
 
+/// Bytes between what is read and what is fetched for later: enough for memory to answer.
+#[cfg(target_arch = "x86_64")]
+pub(super) const AHEAD: usize = 4096;
 /// Rows that are widened at a time where there are no kernels for half precision.
 const BLOCK: usize = 16;
 /// The largest group that there are kernels for.
@@ -55,41 +60,72 @@ impl Rows<'_> {
 /// `out[t][g] = ⟨rows_t, queries_g⟩`: `queries` `[group, m]`, `out` `[n, group]`, `group` a power of two up to
 /// [`MOST_GROUP`].
 pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
+    dots_at(level(), rows, queries, m, group, out);
+}
+
+fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
     rows.check(m, group, out.len(), queries.len());
-    #[cfg(target_arch = "x86_64")]
-    if matches!(level(), Level::Avx512) {
-        // SAFETY: the level says that AVX-512 is there; the sizes are checked.
-        return unsafe {
+    match (level, rows) {
+        (Level::Portable, _) => rows.widened(m, |first, rows| {
+            let out = &mut out[first * group..][..rows.len() / m * group];
+            portable::dots_f32(rows, queries, m, group, out);
+        }),
+        // SAFETY: such levels are only where their instructions are; the sizes are checked.
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense::dots(rows, queries, m, group, out),
-                Rows::F16(rows) => dense::dots(rows, queries, m, group, out),
+                Rows::F32(rows) => dense_avx2::dots(rows, queries, m, group, out),
+                Rows::F16(rows) => dense_avx2::dots(rows, queries, m, group, out),
             }
-        };
+        },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx512, rows) => unsafe {
+            match rows {
+                Rows::F32(rows) => dense_avx512::dots(rows, queries, m, group, out),
+                Rows::F16(rows) => dense_avx512::dots(rows, queries, m, group, out),
+            }
+        },
     }
-    rows.widened(m, |first, rows| {
-        let out = &mut out[first * group..][..rows.len() / m * group];
-        super::dots_f32(rows, queries, m, group, out);
-    });
 }
 
 /// `out[g] += Σ_t weights[t][g] · rows_t`: `weights` `[n, group]`, `out` `[group, m]`, `group` a power of two up
 /// to [`MOST_GROUP`].
 pub(crate) fn combine(weights: &[f32], rows: Rows<'_>, m: usize, group: usize, out: &mut [f32]) {
+    combine_at(level(), weights, rows, m, group, out);
+}
+
+fn combine_at(
+    level: Level,
+    weights: &[f32],
+    rows: Rows<'_>,
+    m: usize,
+    group: usize,
+    out: &mut [f32],
+) {
     rows.check(m, group, weights.len(), out.len());
-    #[cfg(target_arch = "x86_64")]
-    if matches!(level(), Level::Avx512) {
-        // SAFETY: the level says that AVX-512 is there; the sizes are checked.
-        return unsafe {
+    match (level, rows) {
+        (Level::Portable, _) => rows.widened(m, |first, rows| {
+            let weights = &weights[first * group..][..rows.len() / m * group];
+            portable::combine_f32(weights, rows, m, group, out);
+        }),
+        // SAFETY: such levels are only where their instructions are; the sizes are checked.
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense::combine(weights, rows, m, group, out),
-                Rows::F16(rows) => dense::combine(weights, rows, m, group, out),
+                Rows::F32(rows) => dense_avx2::combine(weights, rows, m, group, out),
+                Rows::F16(rows) => dense_avx2::combine(weights, rows, m, group, out),
             }
-        };
+        },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx512, rows) => unsafe {
+            match rows {
+                Rows::F32(rows) => dense_avx512::combine(weights, rows, m, group, out),
+                Rows::F16(rows) => dense_avx512::combine(weights, rows, m, group, out),
+            }
+        },
     }
-    rows.widened(m, |first, rows| {
-        let weights = &weights[first * group..][..rows.len() / m * group];
-        super::combine_f32(weights, rows, m, group, out);
-    });
 }
 
 #[cfg(test)]
@@ -118,35 +154,26 @@ mod tests {
             };
             let queries: Vec<f32> = (0..group * m).map(|_| draw()).collect();
             let weights: Vec<f32> = (0..n * group).map(|_| draw()).collect();
-            let mut portable = vec![f32::NAN; n * group];
-            let mut products = portable.clone();
-            dots(rows, &queries, m, group, &mut products);
-            rows.widened(m, |first, rows| {
-                let out = &mut portable[first * group..][..rows.len() / m * group];
-                super::super::portable::dots_f32::<false>(rows, &queries, m, group, out);
-            });
-            for t in 0..n {
-                for g in 0..group {
-                    let pairs = numbers[t * m..][..m].iter().zip(&queries[g * m..][..m]);
-                    let want: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                    for got in [products[t * group + g], portable[t * group + g]] {
-                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * m as f64, "{} for {}", got, want);
+            let start: Vec<f32> = (0..group * m).map(|_| draw()).collect();
+            for level in Level::all() {
+                let mut products = vec![f32::NAN; n * group];
+                dots_at(level, rows, &queries, m, group, &mut products);
+                for t in 0..n {
+                    for g in 0..group {
+                        let pairs = numbers[t * m..][..m].iter().zip(&queries[g * m..][..m]);
+                        let want: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                        let got = products[t * group + g];
+                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * m as f64, "{:?}: {} for {}", level, got, want);
                     }
                 }
-            }
-            let start: Vec<f32> = (0..group * m).map(|_| draw()).collect();
-            let (mut sums, mut portable) = (start.clone(), start.clone());
-            combine(&weights, rows, m, group, &mut sums);
-            rows.widened(m, |first, rows| {
-                let weights = &weights[first * group..][..rows.len() / m * group];
-                super::super::portable::combine_f32::<false>(weights, rows, m, group, &mut portable);
-            });
-            for g in 0..group {
-                for k in 0..m {
-                    let terms = (0..n).map(|t| f64::from(weights[t * group + g]) * f64::from(numbers[t * m + k]));
-                    let want = f64::from(start[g * m + k]) + terms.sum::<f64>();
-                    for got in [sums[g * m + k], portable[g * m + k]] {
-                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * (n + 1) as f64, "{} for {}", got, want);
+                let mut sums = start.clone();
+                combine_at(level, &weights, rows, m, group, &mut sums);
+                for g in 0..group {
+                    for k in 0..m {
+                        let terms = (0..n).map(|t| f64::from(weights[t * group + g]) * f64::from(numbers[t * m + k]));
+                        let want = f64::from(start[g * m + k]) + terms.sum::<f64>();
+                        let got = sums[g * m + k];
+                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * (n + 1) as f64, "{:?}: {} for {}", level, got, want);
                     }
                 }
             }

@@ -5,6 +5,7 @@
 //! the memchr crate. On aarch64 the portable code already is NEON, which that target always has.
 
 pub(crate) mod dense;
+mod level;
 pub(crate) mod matmul;
 mod portable;
 pub(crate) mod scan;
@@ -21,24 +22,42 @@ use x86_64::dispatch;
 #[cfg(not(target_arch = "x86_64"))]
 macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => { portable::$name::<false>($($argument),*) };
+    ($level:expr, $name:ident($($argument:expr),*)) => {
+        match $level {
+            level::Level::Portable => portable::$name::<false>($($argument),*),
+        }
+    };
+}
+
+/// Fetches the cache line that lies `ahead` bytes after `from`, where the processor can be told to; whether
+/// there is anything does not matter.
+#[inline(always)]
+fn prefetch<T>(from: *const T, ahead: usize) {
+    let line = from.cast::<i8>().wrapping_add(ahead);
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction, and it never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// Bytes that are fetched at a time.
+const CACHE_LINE: usize = 64;
+
+/// As [`prefetch`], all cache lines of `bytes` bytes.
+#[inline(always)]
+fn prefetch_lines<T>(from: *const T, bytes: usize, ahead: usize) {
+    for line in (0..bytes).step_by(CACHE_LINE) {
+        prefetch(from, ahead + line);
+    }
 }
 
 /// Fetches the first numbers, up to 2 KiB, into the caches, where the processor can be told to.
-pub(crate) fn prefetch<T>(numbers: &[T]) {
-    const MOST: usize = 2048;
-    const CACHE_LINE: usize = 64;
-    for line in (0..size_of_val(numbers).min(MOST)).step_by(CACHE_LINE) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: every x86-64 processor has the instruction, and it never faults.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(numbers.as_ptr().cast::<i8>().wrapping_add(line))
-            };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
-    }
+pub(crate) fn prefetch_first<T>(numbers: &[T]) {
+    prefetch_lines(numbers.as_ptr(), size_of_val(numbers).min(2048), 0);
 }
 
 /// The largest magnitude, 0 for no numbers.
@@ -92,16 +111,6 @@ pub(crate) fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 {
     dispatch!(dot_bf16(a, b))
 }
 
-/// As [`dense::dots`], of f32 rows and any group.
-fn dots_f32(rows: &[f32], queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
-    dispatch!(dots_f32(rows, queries, m, group, out))
-}
-
-/// As [`dense::combine`], of f32 rows and any group.
-fn combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut [f32]) {
-    dispatch!(combine_f32(weights, rows, m, group, out))
-}
-
 /// How far a score may lie above what is taken off before the exponential: far from f32's limits, so that
 /// sums rarely need to be scaled anew (as in FlashAttention-4, 2025).
 const HEADROOM: f32 = 16.0;
@@ -147,7 +156,7 @@ fn check_group(block_len: usize, group: usize, per_vector: usize, table: usize) 
 /// Whether there is a kernel of its own for such codes on this machine.
 #[cfg(target_arch = "x86_64")]
 fn has_kernel(block: &crate::code::Block<'_, u8>, group: usize) -> bool {
-    matches!(x86_64::level(), x86_64::Level::Avx512) && x86_64::codes::takes(block, group)
+    level::level() == level::Level::Avx512 && x86_64::codes::takes(block, group)
 }
 
 /// `out[t][g] = Σ_j c_j · p[i_j][g]` for the codes `t` of some blocks: `p` is `[MOST_ATOMS, group]`, `out`
@@ -182,6 +191,7 @@ pub(crate) fn accumulate(block: Blocks<'_>, weights: &[f32], group: usize, u: &m
 
 #[cfg(test)]
 mod tests {
+    use super::level::Level;
     use super::matmul::{Matrix, multiply};
     use super::*;
     use crate::code::{Block, Lengths, Scales};
@@ -190,20 +200,8 @@ mod tests {
     /// Runs a kernel at every level that this machine has and gives all results.
     macro_rules! every_level {
         ($name:ident($($argument:expr),*)) => {{
-            let mut results = vec![portable::$name::<false>($($argument),*)];
-            #[cfg(target_arch = "x86_64")]
-            {
-                use x86_64::Level;
-                if matches!(x86_64::level(), Level::Avx2 | Level::Avx512) {
-                    // SAFETY: the level says that avx2, fma and f16c are there.
-                    results.push(unsafe { x86_64::avx2::$name($($argument),*) });
-                }
-                if matches!(x86_64::level(), Level::Avx512) {
-                    // SAFETY: the level says that avx512f and avx512vl are there too.
-                    results.push(unsafe { x86_64::avx512::$name($($argument),*) });
-                }
-            }
-            results
+            let levels = Level::all().into_iter();
+            levels.map(|level| dispatch!(level, $name($($argument),*))).collect::<Vec<_>>()
         }};
     }
 
@@ -311,25 +309,28 @@ mod tests {
             scores[..hidden].fill(f32::NEG_INFINITY);
             let before: Vec<f32> = (0..group).map(|_| draw()).collect();
             let mut largest = before.clone();
-            every_level!(largest(&scores, &mut largest));
-            for g in 0..group {
-                let own = scores.iter().skip(g).step_by(group);
-                prop_assert_eq!(largest[g], own.fold(before[g], |a, &b| a.max(b)));
-            }
             let mut sums = vec![0.0; group];
             let mut weights = scores.clone();
             let mut references = before.clone();
             softmax(&mut weights, &mut references, &mut sums);
+            let mut levels = Vec::new();
+            for level in Level::all() {
+                let mut raised = before.clone();
+                dispatch!(level, largest(&scores, &mut raised));
+                for g in 0..group {
+                    let own = scores.iter().skip(g).step_by(group);
+                    prop_assert_eq!(raised[g], own.fold(before[g], |a, &b| a.max(b)));
+                }
+                largest.copy_from_slice(&raised);
+                let mut weights = scores.clone();
+                dispatch!(level, exponentials(&mut weights, &references, &mut vec![0.0; group]));
+                levels.push(weights);
+            }
             for g in 0..group {
                 let raised = largest[g] > before[g] + HEADROOM;
                 prop_assert_eq!(references[g], if raised { largest[g] } else { before[g] });
             }
             let largest = references;
-            let mut levels = vec![scores.clone(); 3];
-            let mut number = 0;
-            let mut one = || { number += 1; number - 1 };
-            let mut ignored = vec![0.0; group];
-            let ran = every_level!(exponentials(&mut levels[one()], &largest, &mut ignored)).len();
             let mut exact = vec![0f64; group];
             for (i, &score) in scores.iter().enumerate() {
                 let x = f64::from(score) - f64::from(largest[i % group]);
@@ -337,7 +338,7 @@ mod tests {
                 // Beside its own rounding, that of the difference.
                 let close = (3e-7 + if x.is_finite() { 6e-8 * x.abs() } else { 0.0 }) * want + 1e-37;
                 exact[i % group] += want;
-                for got in levels[..ran].iter().chain([&weights]).map(|weights| weights[i]) {
+                for got in levels.iter().chain([&weights]).map(|weights| weights[i]) {
                     prop_assert!((f64::from(got) - want).abs() <= close, "{} for {}", got, want);
                 }
             }
@@ -398,26 +399,33 @@ mod tests {
                 }
                 at += length;
             }
-            let mut out = vec![f32::NAN; lengths.len() * group];
-            let mut u = vec![0.0; MOST_ATOMS * group];
-            let levels = if f8 {
-                every_level!(scores_f8(in_bytes, &p, group, &mut out));
-                every_level!(accumulate_f8(in_bytes, &weights, group, &mut u)).len()
-            } else {
-                every_level!(scores_f32(in_floats, &p, group, &mut out));
-                every_level!(accumulate_f32(in_floats, &weights, group, &mut u)).len()
-            } as f64;
-            let block = if f8 { Blocks::F8(in_bytes) } else { Blocks::F32(in_floats) };
-            let mut chosen = vec![f32::NAN; out.len()];
-            scores(block, &p, group, &mut chosen);
-            accumulate(block, &weights, group, &mut u);
-            let levels = levels + 1.0;
             let size = 2.0 * 448.0 * 32.0;
-            for ((&got, &chosen), want) in out.iter().zip(&chosen).zip(expected_scores) {
-                prop_assert!(close(got, want, size) && close(chosen, want, size), "{} {} {}", got, chosen, want);
-            }
-            for (&got, want) in u.iter().zip(expected_u) {
-                prop_assert!(close(got, levels * want, size * lengths.len() as f64));
+            let block = if f8 { Blocks::F8(in_bytes) } else { Blocks::F32(in_floats) };
+            // And what the program itself would choose.
+            let levels = Level::all().into_iter().map(Some).chain([None]);
+            for level in levels {
+                let mut out = vec![f32::NAN; lengths.len() * group];
+                let mut u = vec![0.0; MOST_ATOMS * group];
+                match (level, f8) {
+                    (None, _) => {
+                        scores(block, &p, group, &mut out);
+                        accumulate(block, &weights, group, &mut u);
+                    }
+                    (Some(level), true) => {
+                        dispatch!(level, scores_f8(in_bytes, &p, group, &mut out));
+                        dispatch!(level, accumulate_f8(in_bytes, &weights, group, &mut u));
+                    }
+                    (Some(level), false) => {
+                        dispatch!(level, scores_f32(in_floats, &p, group, &mut out));
+                        dispatch!(level, accumulate_f32(in_floats, &weights, group, &mut u));
+                    }
+                }
+                for (&got, &want) in out.iter().zip(&expected_scores) {
+                    prop_assert!(close(got, want, size), "{:?}: {} for {}", level, got, want);
+                }
+                for (&got, &want) in u.iter().zip(&expected_u) {
+                    prop_assert!(close(got, want, size * lengths.len() as f64), "{:?}: {} for {}", level, got, want);
+                }
             }
         }
     }

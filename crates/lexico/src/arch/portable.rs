@@ -5,6 +5,7 @@
 
 use half::{bf16, f16};
 
+use crate::arch::prefetch;
 use crate::code::Block;
 use crate::dictionary::MOST_ATOMS;
 
@@ -178,31 +179,19 @@ pub(super) fn peak<const FMA: bool>(a: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn dots_f32<const FMA: bool>(
-    rows: &[f32],
-    queries: &[f32],
-    m: usize,
-    group: usize,
-    out: &mut [f32],
-) {
+pub(super) fn dots_f32(rows: &[f32], queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
     for (row, out) in rows.chunks_exact(m).zip(out.chunks_exact_mut(group)) {
         for (query, out) in queries.chunks_exact(m).zip(out) {
-            *out = dot::<FMA>(row, query);
+            *out = dot::<false>(row, query);
         }
     }
 }
 
 #[inline(always)]
-pub(super) fn combine_f32<const FMA: bool>(
-    weights: &[f32],
-    rows: &[f32],
-    m: usize,
-    group: usize,
-    out: &mut [f32],
-) {
+pub(super) fn combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut [f32]) {
     for (weights, row) in weights.chunks_exact(group).zip(rows.chunks_exact(m)) {
         for (&weight, out) in weights.iter().zip(out.chunks_exact_mut(m)) {
-            add_scaled::<FMA>(out, weight, row);
+            add_scaled::<false>(out, weight, row);
         }
     }
 }
@@ -283,23 +272,8 @@ pub(super) fn exponentials<const FMA: bool>(scores: &mut [f32], largest: &[f32],
     }
 }
 
-/// Bytes between what is read and what is fetched for later: enough for memory to answer.
+/// Bytes between the codes that are read and those that are fetched for later: enough for memory to answer.
 const AHEAD: usize = 2048;
-
-/// Fetches what lies some way behind the beginning of `numbers` into the caches, where the processor can be
-/// told to; whether there is anything does not matter.
-#[inline(always)]
-fn prefetch<T>(numbers: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let ahead = numbers.as_ptr().cast::<i8>().wrapping_add(AHEAD);
-        // SAFETY: every x86-64 processor has the instruction, and it never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (numbers, AHEAD);
-}
 
 /// A stored coefficient; what it stands for is multiplied by its vector's scale.
 pub(crate) trait Coefficient: Copy {
@@ -364,8 +338,8 @@ fn scores_of_group<const FMA: bool, C: Coefficient, const G: usize>(
         #[inline(always)]
         |indices, coefficients, scale| {
             let Some(out) = outs.next() else { return };
-            prefetch(indices);
-            prefetch(coefficients);
+            prefetch(indices.as_ptr(), AHEAD);
+            prefetch(coefficients.as_ptr(), AHEAD);
             // Two sums, so that additions wait less for each other.
             let mut sums = [[0f32; G]; 2];
             let (index_fours, index_rest) = indices.as_chunks::<4>();
@@ -420,8 +394,8 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
         #[inline(always)]
         |indices, coefficients, scale| {
             let Some(weights) = rows.next() else { return };
-            prefetch(indices);
-            prefetch(coefficients);
+            prefetch(indices.as_ptr(), AHEAD);
+            prefetch(coefficients.as_ptr(), AHEAD);
             let scaled = weights.map(|weight| weight * scale);
             let mut add = |i: u16, c: C| {
                 let (c, u) = (c.value(values), &mut u[usize::from(i)]);

@@ -1,7 +1,7 @@
 //! Correlations of many atoms with some vectors in 8-bit integers: the widest products there are.
 
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{Level, level};
+use super::level::{Level, level};
 
 /// Numbers that one instruction multiplies and adds at a time.
 pub(crate) const QUAD: usize = 4;
@@ -50,10 +50,10 @@ pub(crate) fn scan(
         },
         // SAFETY: `level` says Avx2 only where its features were detected; the sizes are as the
         // function asks.
-        Level::Avx2 => unsafe {
+        Level::Avx2 | Level::AvxVnni => unsafe {
             return super::x86_64::scan::avx2(tiles, scales, quads, vectors, out, largest);
         },
-        Level::Baseline => {}
+        Level::Portable => {}
     }
     portable(tiles, scales, quads, vectors, out, largest);
 }
@@ -160,7 +160,7 @@ mod tests {
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::arch::x86_64;
-                if matches!(level(), Level::Avx2 | Level::Avx512) {
+                if level() != Level::Portable {
                     out.fill(f32::NAN);
                     largest.fill([0.0; TILE_ATOMS]);
                     // SAFETY: the level says that its features are there; the sizes are right.
@@ -168,7 +168,7 @@ mod tests {
                     prop_assert_eq!(&out, &exact);
                     prop_assert_eq!(&largest, &most);
                 }
-                if matches!(level(), Level::Avx512) {
+                if level() == Level::Avx512 {
                     out.fill(f32::NAN);
                     largest.fill([0.0; TILE_ATOMS]);
                     // SAFETY: as above.

@@ -1,45 +1,10 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
 pub(super) mod codes;
-pub(super) mod dense;
+pub(super) mod dense_avx2;
+pub(super) mod dense_avx512;
 mod half;
 pub(super) mod scan;
-
-use std::sync::OnceLock;
-
-#[derive(Clone, Copy)]
-pub(super) enum Level {
-    Avx512,
-    Avx2,
-    Baseline,
-}
-
-/// The environment variable that holds the program to a lower level, for tests of every path: `avx2` or
-/// `portable`.
-const LEVEL_VARIABLE: &str = "LEXICO_LEVEL";
-
-/// What this processor has; asked once.
-pub(super) fn level() -> Level {
-    static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vnni");
-        let held_to = std::env::var(LEVEL_VARIABLE);
-        match held_to.as_deref() {
-            Ok("portable") => Level::Baseline,
-            Ok("avx2") if avx2 => Level::Avx2,
-            _ if avx2 && avx512 => Level::Avx512,
-            _ if avx2 => Level::Avx2,
-            _ => Level::Baseline,
-        }
-    })
-}
 
 macro_rules! kernels {
     ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
@@ -76,8 +41,6 @@ kernels! {
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
-    dots_f32(rows: &[f32], queries: &[f32], m: usize, group: usize, out: &mut [f32]);
-    combine_f32(weights: &[f32], rows: &[f32], m: usize, group: usize, out: &mut [f32]);
     largest(scores: &[f32], largest: &mut [f32]);
     exponentials(scores: &mut [f32], largest: &[f32], sums: &mut [f32]);
     scores_f8(block: Block<'_, u8>, p: &[f32], group: usize, out: &mut [f32]);
@@ -86,19 +49,23 @@ kernels! {
     accumulate_f32(block: Block<'_, f32>, weights: &[f32], group: usize, u: &mut [f32]);
 }
 
+/// Runs a kernel at the program's level, or at the one named.
 macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => {
-        match crate::arch::x86_64::level() {
-            // SAFETY: `level` says Avx512 only where avx512f, avx512vl, avx2, fma and f16c
-            // were detected.
-            crate::arch::x86_64::Level::Avx512 => unsafe {
+        dispatch!(crate::arch::level::level(), $name($($argument),*))
+    };
+    ($level:expr, $name:ident($($argument:expr),*)) => {
+        match $level {
+            // SAFETY: such a level is only where AVX-512 F, BW, DQ, VL and VNNI, AVX2, FMA and F16C were
+            // detected.
+            crate::arch::level::Level::Avx512 => unsafe {
                 crate::arch::x86_64::avx512::$name($($argument),*)
             },
-            // SAFETY: `level` says Avx2 only where avx2, fma and f16c were detected.
-            crate::arch::x86_64::Level::Avx2 => unsafe {
+            // SAFETY: such a level is only where AVX2, FMA and F16C were detected.
+            crate::arch::level::Level::Avx2 | crate::arch::level::Level::AvxVnni => unsafe {
                 crate::arch::x86_64::avx2::$name($($argument),*)
             },
-            crate::arch::x86_64::Level::Baseline => {
+            crate::arch::level::Level::Portable => {
                 crate::arch::portable::$name::<false>($($argument),*)
             }
         }

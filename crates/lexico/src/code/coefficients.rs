@@ -106,10 +106,10 @@ impl Coefficients {
     /// Fetches the beginning into the caches.
     pub(super) fn prefetch(&self) {
         match self {
-            Self::F32(values) => crate::arch::prefetch(values),
+            Self::F32(values) => crate::arch::prefetch_first(values),
             Self::F8 { values, scales } => {
-                crate::arch::prefetch(values);
-                crate::arch::prefetch(scales);
+                crate::arch::prefetch_first(values);
+                crate::arch::prefetch_first(scales);
             }
         }
     }

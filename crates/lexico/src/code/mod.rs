@@ -131,7 +131,7 @@ impl Page {
 
     /// Fetches the beginning into the caches: kernels fetch what lies ahead, but not beyond a page.
     fn prefetch(&self) {
-        crate::arch::prefetch(&self.indices);
+        crate::arch::prefetch_first(&self.indices);
         self.coefficients.prefetch();
     }
 

@@ -4,6 +4,9 @@ use core::arch::x86_64::*;
 
 use half::f16;
 
+use crate::arch::dense::AHEAD;
+use crate::arch::prefetch_lines;
+
 const WIDTH: usize = 16;
 
 /// Numbers that registers are loaded from.
@@ -44,21 +47,8 @@ impl Number for f16 {
     }
 }
 
-/// Bytes between what is read and what is fetched for later: enough for memory to answer.
-const AHEAD: usize = 4096;
-const CACHE_LINE: usize = 64;
 /// Bytes that every processor's first cache has.
 const FIRST_CACHE: usize = 32 * 1024;
-
-/// Fetches what lies `AHEAD` of `bytes` bytes into the caches; whether there is anything does not matter.
-#[inline(always)]
-fn prefetch<N>(from: *const N, bytes: usize) {
-    let ahead = from.cast::<i8>().wrapping_add(AHEAD);
-    for line in (0..bytes).step_by(CACHE_LINE) {
-        // SAFETY: fetching never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line)) };
-    }
-}
 
 /// The mask of the last, incomplete register of a row.
 fn tail(m: usize) -> __mmask16 {
@@ -81,7 +71,8 @@ pub(in super::super) unsafe fn dots<N: Number>(
     let step = WIDTH / group.min(4);
     let mut row = 0;
     while row + step <= n {
-        prefetch(rows[row * m..].as_ptr(), step * m * size_of::<N>());
+        let bytes = step * m * size_of::<N>();
+        prefetch_lines(rows[row * m..].as_ptr(), bytes, AHEAD);
         for first in (0..group).step_by(4) {
             let rows = rows[row * m..].as_ptr();
             let queries = queries[first * m..].as_ptr();
@@ -284,7 +275,7 @@ impl<N: Number> Columns<N> {
         for t in 0..self.n {
             if C > 1 && self.fetch {
                 let row = self.rows.wrapping_add(t * self.m);
-                prefetch(row, C * WIDTH * size_of::<N>());
+                prefetch_lines(row, C * WIDTH * size_of::<N>(), AHEAD);
             }
             let mut row = [_mm512_setzero_ps(); C];
             for (c, row) in row.iter_mut().enumerate() {
