@@ -20,10 +20,7 @@ macro_rules! kernels {
         pub(super) mod avx2 {
             use crate::code::Block;
             pub(in super::super) use super::half::dot_f16_avx2 as dot_f16;
-            #[target_feature(enable = "avx2,fma,f16c")]
-            pub(in super::super) fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>) {
-                crate::arch::portable::at_least::<true>(a, enough, found);
-            }
+            pub(in super::super) use super::scan::at_least_avx2 as at_least;
             $(#[target_feature(enable = "avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
                 crate::arch::portable::$name::<true>($($argument),*)

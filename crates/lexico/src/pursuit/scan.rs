@@ -4,7 +4,7 @@
 //! (Cauchy–Schwarz), so that the atoms whose rounded correlation comes within twice that of the
 //! largest hold the true largest for certain; those few are then compared exactly.
 
-use crate::arch::scan::{GROUP_TILES, LANES, QUAD, TILE_ATOMS, scan};
+use crate::arch::scan::{GROUP_TILES, LANES, Operands, QUAD, TILE_ATOMS, largest_number, scan};
 use crate::arch::{peak, round_to_bytes};
 use crate::dictionary::norm;
 
@@ -47,7 +47,7 @@ impl RoundedAtoms {
         let mut rounding = 0f64;
         let mut rest = vec![0.0; head_dim];
         for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
-            let scale = unit(atom);
+            let scale = unit(atom, 127);
             scales[i] = scale;
             for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
                 let rounded = (x / scale).round_ties_even();
@@ -86,11 +86,14 @@ impl RoundedAtoms {
     pub(super) fn scan(&self, vectors: &mut RoundedVectors, count: usize, out: &mut [f32]) {
         vectors.largest.clear();
         vectors.largest.resize(count, [0.0; TILE_ATOMS]);
+        let operands = Operands {
+            tiles: &self.tiles,
+            scales: &self.scales,
+            vectors: &vectors.quads,
+            quads: self.quads,
+        };
         scan(
-            &self.tiles,
-            &self.scales,
-            self.quads,
-            &vectors.quads,
+            operands,
             &mut out[..count * self.room()],
             &mut vectors.largest,
         );
@@ -104,7 +107,7 @@ impl RoundedAtoms {
             block.quads.resize(filled, 0);
         }
         block.bytes.resize(self.quads * QUAD, 0);
-        let unit = unit(x);
+        let unit = unit(x, largest_number());
         let inverse = 1.0 / unit;
         let (rest, whole) = round_to_bytes(x, inverse, &mut block.bytes[..x.len()]);
         let first = slot / LANES * self.quads * LANES + slot % LANES;
@@ -138,8 +141,12 @@ impl RoundedVectors {
     }
 }
 
-/// What a vector's numbers are rounded to multiples of: the largest is 127 of them.
-fn unit(x: &[f32]) -> f32 {
+/// What a vector's numbers are rounded to multiples of: the largest is `most` of them.
+fn unit(x: &[f32], most: u8) -> f32 {
     let largest = peak(x);
-    if largest > 0.0 { largest / 127.0 } else { 1.0 }
+    if largest > 0.0 {
+        largest / f32::from(most)
+    } else {
+        1.0
+    }
 }

@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::arch::scan::{GROUP_TILES, LANES, QUAD, TILE_ATOMS};
+use crate::arch::scan::{GROUP_TILES, LANES, Operands, QUAD, TILE_ATOMS};
 
 const QUAD_BYTES: usize = TILE_ATOMS * QUAD;
 
@@ -10,29 +10,19 @@ const QUAD_BYTES: usize = TILE_ATOMS * QUAD;
 /// Needs AVX-512 with VNNI; sizes as [`crate::arch::scan::scan`] checks them.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn avx512(
-    tiles: &[u8],
-    scales: &[f32],
-    quads: usize,
-    vectors: &[u32],
+    operands: Operands<'_>,
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
-    let row = scales.len() / GROUP_TILES;
-    let count = out.len() / row;
-    // Numbers of the tiles are 128 too large: what that adds to every sum.
-    let starts: Vec<i32> = (0..count)
-        .map(|v| {
-            let block = &vectors[v / LANES * quads * LANES..][..quads * LANES];
-            let own = block.iter().skip(v % LANES).step_by(LANES);
-            let sum = |quad: &u32| -> i32 {
-                quad.to_le_bytes()
-                    .iter()
-                    .map(|&byte| i32::from(byte as i8))
-                    .sum()
-            };
-            -128 * own.map(sum).sum::<i32>()
-        })
-        .collect();
+    let Operands {
+        tiles,
+        scales,
+        vectors,
+        quads,
+    } = operands;
+    let row = operands.row();
+    let count = largest.len();
+    let starts: Vec<i32> = (0..count).map(|v| operands.start(v)).collect();
     let group_bytes = GROUP_TILES * quads * QUAD_BYTES;
     let group_scales = scales.chunks_exact(GROUP_TILES * TILE_ATOMS);
     for (group, (tiles, scales)) in tiles
@@ -126,19 +116,42 @@ impl Place<'_> {
     }
 }
 
+/// Numbers that are compared at a time: a bit each.
+const BLOCK: usize = 64;
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) fn at_least_avx512(a: &[f32], enough: f32, found: &mut Vec<u32>) {
-    const BLOCK: usize = 64;
-    let (blocks, rest) = a.as_chunks::<BLOCK>();
     let least = _mm512_set1_ps(enough);
+    at_least(a, enough, found, |block| {
+        let parts = block.as_chunks::<16>().0.iter();
+        parts.rev().fold(0, |mask, part| {
+            // SAFETY: a part has 16 numbers.
+            let numbers = unsafe { _mm512_loadu_ps(part.as_ptr()) };
+            mask << 16 | u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(numbers, least))
+        })
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn at_least_avx2(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+    let least = _mm256_set1_ps(enough);
+    at_least(a, enough, found, |block| {
+        let parts = block.as_chunks::<8>().0.iter();
+        parts.rev().fold(0, |mask, part| {
+            // SAFETY: a part has 8 numbers.
+            let numbers = unsafe { _mm256_loadu_ps(part.as_ptr()) };
+            let large = _mm256_cmp_ps::<_CMP_GE_OQ>(numbers, least);
+            mask << 8 | u64::from(_mm256_movemask_ps(large) as u32)
+        })
+    });
+}
+
+/// Appends the numbers of those entries of `a` that are at least `enough`, which `mask_of` says of a block.
+#[inline(always)]
+fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>, mask_of: impl Fn(&[f32; BLOCK]) -> u64) {
+    let (blocks, rest) = a.as_chunks::<BLOCK>();
     for (number, block) in blocks.iter().enumerate() {
-        let mut mask = 0;
-        for part in 0..BLOCK / 16 {
-            // SAFETY: a block has four parts of 16 numbers.
-            let numbers = unsafe { _mm512_loadu_ps(block.as_ptr().add(part * 16)) };
-            let large = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(numbers, least);
-            mask |= u64::from(large) << (part * 16);
-        }
+        let mut mask = mask_of(block);
         while mask != 0 {
             found.push((number * BLOCK) as u32 + mask.trailing_zeros());
             mask &= mask - 1;
@@ -150,59 +163,94 @@ pub(in super::super) fn at_least_avx512(a: &[f32], enough: f32, found: &mut Vec<
 }
 
 /// # Safety
-/// Needs AVX2; sizes as [`crate::arch::scan::scan`] checks them.
+/// Needs AVX2; sizes as [`crate::arch::scan::scan`] checks them, numbers of vectors up to 64.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) unsafe fn avx2(
-    tiles: &[u8],
-    scales: &[f32],
-    quads: usize,
-    vectors: &[u32],
+    operands: Operands<'_>,
     out: &mut [f32],
     largest: &mut [[f32; TILE_ATOMS]],
 ) {
-    /// Vectors at a time: each tile is taken apart once for them.
-    const AT_ONCE: usize = 4;
-    let row = scales.len() / GROUP_TILES;
-    out.fill(0.0);
-    let offset = _mm256_set1_epi8(-128);
     let ones = _mm256_set1_epi16(1);
-    for (t, scales) in scales.chunks_exact(TILE_ATOMS).enumerate() {
-        let tile = &tiles[t * quads * QUAD_BYTES..][..quads * QUAD_BYTES];
-        for (part, largest) in largest.chunks_mut(AT_ONCE).enumerate() {
+    let add_products = |sum, atoms, x| {
+        let pairs = _mm256_maddubs_epi16(atoms, x);
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones))
+    };
+    // SAFETY: AVX2 is there, and the sizes are right.
+    unsafe { tile_by_tile(operands, out, largest, add_products) }
+}
+
+/// # Safety
+/// Needs AVX2 and AVX-VNNI; sizes as [`crate::arch::scan::scan`] checks them.
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+pub(in super::super) unsafe fn avx_vnni(
+    operands: Operands<'_>,
+    out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
+) {
+    let add_products = |sum, atoms, x| _mm256_dpbusd_avx_epi32(sum, atoms, x);
+    // SAFETY: AVX2 is there, and the sizes are right.
+    unsafe { tile_by_tile(operands, out, largest, add_products) }
+}
+
+/// Scans with `add_products`, which adds the products of eight quads to eight sums.
+///
+/// # Safety
+/// Needs AVX2; sizes as [`crate::arch::scan::scan`] checks them.
+#[inline(always)]
+unsafe fn tile_by_tile(
+    operands: Operands<'_>,
+    out: &mut [f32],
+    largest: &mut [[f32; TILE_ATOMS]],
+    add_products: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+) {
+    /// Vectors at a time: with the two halves of a tile as many sums as additions are under way.
+    const AT_ONCE: usize = 4;
+    /// Atoms of half a tile.
+    const HALF: usize = TILE_ATOMS / 2;
+    let Operands {
+        tiles,
+        scales,
+        vectors,
+        quads,
+    } = operands;
+    let row = operands.row();
+    let starts: Vec<i32> = (0..largest.len()).map(|v| operands.start(v)).collect();
+    out.fill(0.0);
+    let tiles = tiles.chunks_exact(quads * QUAD_BYTES);
+    for (t, (tile, scales)) in tiles.zip(scales.chunks_exact(TILE_ATOMS)).enumerate() {
+        let parts = largest.chunks_mut(AT_ONCE).zip(starts.chunks(AT_ONCE));
+        for (part, (largest, starts)) in parts.enumerate() {
             let first = part * AT_ONCE;
             // Whole blocks of vectors are there, whatever is in those that nobody asks for.
             let own = &vectors[first / LANES * quads * LANES + first % LANES..];
-            let mut sums = [[_mm256_setzero_si256(); 2]; AT_ONCE];
-            for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
-                let x = &own[quad * LANES..][..AT_ONCE];
-                for half in 0..2 {
-                    // SAFETY: a quad has two halves of 32 bytes.
-                    let atoms =
-                        unsafe { _mm256_loadu_si256(numbers.as_ptr().add(half * 32).cast()) };
-                    // Magnitudes by signed numbers: two products of 127² fit 16 bits, so that nothing
-                    // saturates.
-                    let atoms = _mm256_xor_si256(atoms, offset);
-                    let magnitudes = _mm256_abs_epi8(atoms);
+            // SAFETY: AVX2 is there; a quad of a tile has two halves of 32 bytes; scales, results and the
+            // largest have 16 numbers, half of them from either half's place on.
+            unsafe {
+                let mut sums = [[_mm256_setzero_si256(); 2]; AT_ONCE];
+                for (sums, &start) in sums.iter_mut().zip(starts) {
+                    *sums = [_mm256_set1_epi32(start); 2];
+                }
+                for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
+                    let x = &own[quad * LANES..][..AT_ONCE];
+                    let low = _mm256_loadu_si256(numbers.as_ptr().cast());
+                    let high = _mm256_loadu_si256(numbers[QUAD_BYTES / 2..].as_ptr().cast());
                     for (sums, &x) in sums.iter_mut().zip(x) {
-                        let signed = _mm256_sign_epi8(_mm256_set1_epi32(x as i32), atoms);
-                        let pairs = _mm256_maddubs_epi16(magnitudes, signed);
-                        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, ones));
+                        let x = _mm256_set1_epi32(x as i32);
+                        sums[0] = add_products(sums[0], low, x);
+                        sums[1] = add_products(sums[1], high, x);
                     }
                 }
-            }
-            for (v, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
-                let place = (first + v) * row + t / GROUP_TILES * TILE_ATOMS;
-                let out = &mut out[place..place + TILE_ATOMS];
-                for (half, sum) in sums.into_iter().enumerate() {
-                    // SAFETY: all have 16 numbers, half of them from here on.
-                    unsafe {
-                        let largest = largest.as_mut_ptr().add(half * 8);
-                        let scales = _mm256_loadu_ps(scales.as_ptr().add(half * 8));
+                for (v, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
+                    let place = (first + v) * row + t / GROUP_TILES * TILE_ATOMS;
+                    let out = &mut out[place..][..TILE_ATOMS];
+                    for (half, sum) in sums.into_iter().enumerate() {
+                        let scales = _mm256_loadu_ps(scales[half * HALF..].as_ptr());
                         let magnitude = _mm256_cvtepi32_ps(_mm256_abs_epi32(sum));
                         let scaled = _mm256_mul_ps(magnitude, scales);
-                        let out = out.as_mut_ptr().add(half * 8);
-                        _mm256_storeu_ps(out, _mm256_max_ps(_mm256_loadu_ps(out), scaled));
-                        _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), scaled));
+                        for most in [&mut out[half * HALF..], &mut largest[half * HALF..]] {
+                            let most = most.as_mut_ptr();
+                            _mm256_storeu_ps(most, _mm256_max_ps(_mm256_loadu_ps(most), scaled));
+                        }
                     }
                 }
             }
