@@ -109,30 +109,22 @@ fn scan_at(
 }
 
 fn portable(operands: Operands<'_>, out: &mut [f32], largest: &mut [[f32; TILE_ATOMS]]) {
-    let tile_bytes = operands.quads * TILE_ATOMS * QUAD;
+    let quads = operands.quads;
     let row = operands.row();
     out.fill(0.0);
-    for (v, (out, largest)) in out.chunks_exact_mut(row).zip(largest).enumerate() {
-        let numbers: Vec<[i32; QUAD]> = operands.vector(v).map(|x| x.map(i32::from)).collect();
-        let start = operands.start(v);
-        let tiles = operands.tiles.chunks_exact(tile_bytes);
-        let rows = tiles.zip(operands.scales.chunks_exact(TILE_ATOMS));
-        for (number, (tile, scales)) in rows.enumerate() {
-            let out = &mut out[number / GROUP_TILES * TILE_ATOMS..][..TILE_ATOMS];
-            let mut sums = [start; TILE_ATOMS];
-            let atoms = tile.as_chunks::<{ TILE_ATOMS * QUAD }>().0;
-            for (atoms, x) in atoms.iter().zip(&numbers) {
-                // Shifts of whole quads vectorise where steps over bytes do not.
-                let mut quads = [0u32; TILE_ATOMS];
-                for (quad, bytes) in quads.iter_mut().zip(atoms.as_chunks::<QUAD>().0) {
-                    *quad = u32::from_le_bytes(*bytes);
-                }
-                for (sum, quad) in sums.iter_mut().zip(quads) {
-                    for (k, x) in x.iter().enumerate() {
-                        *sum += ((quad >> (8 * k)) & 0xff) as i32 * x;
-                    }
-                }
-            }
+    let numbers: Vec<[i16; QUAD]> = (0..largest.len())
+        .flat_map(|v| operands.vector(v).map(|x| x.map(i16::from)))
+        .collect();
+    let starts: Vec<i32> = (0..largest.len()).map(|v| operands.start(v)).collect();
+    let tiles = operands.tiles.chunks_exact(quads * TILE_ATOMS * QUAD);
+    let tiles = tiles.zip(operands.scales.chunks_exact(TILE_ATOMS));
+    for (t, (tile, scales)) in tiles.enumerate() {
+        let tile = tile.as_chunks().0;
+        let vectors = numbers.chunks_exact(quads).zip(&starts);
+        let results = out.chunks_exact_mut(row).zip(largest.iter_mut());
+        for ((numbers, &start), (out, largest)) in vectors.zip(results) {
+            let out = &mut out[t / GROUP_TILES * TILE_ATOMS..][..TILE_ATOMS];
+            let sums = tile_sums(tile, numbers, start);
             for (((out, sum), scale), largest) in
                 out.iter_mut().zip(sums).zip(scales).zip(largest.iter_mut())
             {
@@ -141,6 +133,22 @@ fn portable(operands: Operands<'_>, out: &mut [f32], largest: &mut [[f32; TILE_A
             }
         }
     }
+}
+
+/// Products of a tile's atoms with a vector, added to `start`.
+fn tile_sums(tile: &[[u8; TILE_ATOMS * QUAD]], x: &[[i16; QUAD]], start: i32) -> [i32; TILE_ATOMS] {
+    let mut sums = [start; TILE_ATOMS];
+    for (atoms, x) in tile.iter().zip(x) {
+        // Numbers of 16 bits, which every processor multiplies side by side.
+        let x = x.map(i32::from);
+        for (sum, quad) in sums.iter_mut().zip(atoms.as_chunks::<QUAD>().0) {
+            // Shifts of whole quads vectorise where steps over bytes do not.
+            let quad = u32::from_le_bytes(*quad);
+            let number = |k: usize| i32::from((quad >> (8 * k)) as u8);
+            *sum += number(0) * x[0] + number(1) * x[1] + number(2) * x[2] + number(3) * x[3];
+        }
+    }
+    sums
 }
 
 #[cfg(test)]
