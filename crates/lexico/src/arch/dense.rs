@@ -11,6 +11,10 @@ use super::x86_64::{dense_avx2, dense_avx512};
 /// Bytes between what is read and what is fetched for later: enough for memory to answer.
 #[cfg(target_arch = "x86_64")]
 pub(super) const AHEAD: usize = 4096;
+/// Bytes of rows that are gone over column by column before the next: what was fetched stays in the first
+/// cache for all columns and queries.
+#[cfg(target_arch = "x86_64")]
+pub(super) const STRETCH: usize = 8 * 1024;
 /// Rows that are widened at a time where there are no kernels for half precision.
 const BLOCK: usize = 16;
 /// The largest group that there are kernels for.

@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use half::f16;
 
-use crate::arch::dense::AHEAD;
+use crate::arch::dense::{AHEAD, STRETCH};
 use crate::arch::prefetch_lines;
 
 const WIDTH: usize = 8;
@@ -160,10 +160,6 @@ fn sums_of(a: [__m256; SUMS]) -> __m256 {
         _mm256_permute2f128_ps::<0x31>(low, high),
     )
 }
-
-/// Bytes of rows that are gone over column by column before the next: what was fetched stays in the first
-/// cache for all columns and queries.
-const STRETCH: usize = 8 * 1024;
 
 /// # Safety
 /// Needs AVX2, FMA and F16C. `weights` `[n, group]`, `rows` `[n, m]`, `out` `[group, m]`, `group` a power of

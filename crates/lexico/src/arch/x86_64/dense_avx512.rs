@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use half::f16;
 
-use crate::arch::dense::AHEAD;
+use crate::arch::dense::{AHEAD, STRETCH};
 use crate::arch::prefetch_lines;
 
 const WIDTH: usize = 16;
@@ -46,9 +46,6 @@ impl Number for f16 {
         unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())) }
     }
 }
-
-/// Bytes that every processor's first cache has.
-const FIRST_CACHE: usize = 32 * 1024;
 
 /// The mask of the last, incomplete register of a row.
 fn tail(m: usize) -> __mmask16 {
@@ -209,46 +206,41 @@ pub(in super::super) unsafe fn combine<N: Number>(
     group: usize,
     out: &mut [f32],
 ) {
-    let n = rows.len() / m;
-    if n == 0 {
-        return;
-    }
-    // Columns at a time: whole rows where two queries leave the registers for it, so that the first pass
-    // reads memory in order; but four queries where the first cache has all of it, to convert less often.
-    let cached = size_of_val(rows) <= FIRST_CACHE;
-    let (queries, columns) = match group {
-        1 => (1, 8),
-        2 => (2, 8),
-        _ if m > 4 * WIDTH && !cached => (2, 8),
-        _ => (4, 4),
-    };
-    for first in (0..group).step_by(queries) {
-        let mut column = 0;
-        while column < m {
-            let place = Columns {
-                weights: weights[first..].as_ptr(),
-                rows: rows[column..].as_ptr(),
-                out: out[first * m + column..].as_mut_ptr(),
-                n,
-                m,
-                group,
-                fetch: first == 0,
-            };
-            let wide = column + columns * WIDTH <= m;
-            let mask = if column + WIDTH <= m { !0 } else { tail(m) };
-            // SAFETY: the columns from here on, as many registers as named or one under its mask, and so
-            // many queries, lie within their slices.
-            unsafe {
-                match (queries, wide) {
-                    (1, true) => place.add::<1, 8>(!0),
-                    (1, false) => place.add::<1, 1>(mask),
-                    (2, true) => place.add::<2, 8>(!0),
-                    (2, false) => place.add::<2, 1>(mask),
-                    (_, true) => place.add::<4, 4>(!0),
-                    (_, false) => place.add::<4, 1>(mask),
-                }
+    let at_once = (STRETCH / (m * size_of::<N>())).max(1);
+    let stretches = rows.chunks(at_once * m);
+    for (weights, rows) in weights.chunks(at_once * group).zip(stretches) {
+        for first in (0..group).step_by(4) {
+            let mut column = 0;
+            while column < m {
+                let place = Columns {
+                    weights: weights[first..].as_ptr(),
+                    rows: rows[column..].as_ptr(),
+                    out: out[first * m + column..].as_mut_ptr(),
+                    n: rows.len() / m,
+                    m,
+                    group,
+                };
+                // SAFETY: so many registers of columns from here on, the last under its mask, and so
+                // many queries, lie within their slices.
+                column += unsafe {
+                    match (group, (m - column) / WIDTH) {
+                        (1, 8..) => place.add::<1, 8>(!0),
+                        (1, 4..) => place.add::<1, 4>(!0),
+                        (1, 2..) => place.add::<1, 2>(!0),
+                        (1, 1) => place.add::<1, 1>(!0),
+                        (1, 0) => place.add::<1, 1>(tail(m)),
+                        (2, 8..) => place.add::<2, 8>(!0),
+                        (2, 4..) => place.add::<2, 4>(!0),
+                        (2, 2..) => place.add::<2, 2>(!0),
+                        (2, 1) => place.add::<2, 1>(!0),
+                        (2, 0) => place.add::<2, 1>(tail(m)),
+                        (_, 4..) => place.add::<4, 4>(!0),
+                        (_, 2..) => place.add::<4, 2>(!0),
+                        (_, 1) => place.add::<4, 1>(!0),
+                        (_, 0) => place.add::<4, 1>(tail(m)),
+                    }
+                };
             }
-            column += if wide { columns * WIDTH } else { WIDTH };
         }
     }
 }
@@ -261,40 +253,40 @@ struct Columns<N> {
     n: usize,
     m: usize,
     group: usize,
-    /// Whether this is the first pass over the rows.
-    fetch: bool,
 }
 
 impl<N: Number> Columns<N> {
+    /// Returns the number of columns, those beyond the mask too.
+    ///
     /// # Safety
     /// `Q` queries and `C` registers of columns, all under `mask`, lie behind the pointers.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn add<const Q: usize, const C: usize>(&self, mask: __mmask16) {
+    unsafe fn add<const Q: usize, const C: usize>(&self, mask: __mmask16) -> usize {
         let mut sums = [[_mm512_setzero_ps(); C]; Q];
-        for t in 0..self.n {
-            if C > 1 && self.fetch {
-                let row = self.rows.wrapping_add(t * self.m);
-                prefetch_lines(row, C * WIDTH * size_of::<N>(), AHEAD);
-            }
+        let (mut numbers, mut weights) = (self.rows, self.weights);
+        for _ in 0..self.n {
+            prefetch_lines(numbers, C * WIDTH * size_of::<N>(), STRETCH);
             let mut row = [_mm512_setzero_ps(); C];
             for (c, row) in row.iter_mut().enumerate() {
-                // SAFETY: the columns of row `t`.
+                // SAFETY: the columns of the row.
                 *row = unsafe {
                     if C > 1 {
-                        N::load(self.rows.add(t * self.m + c * WIDTH))
+                        N::load(numbers.add(c * WIDTH))
                     } else {
-                        N::load_some(mask, self.rows.add(t * self.m))
+                        N::load_some(mask, numbers)
                     }
                 };
             }
             for (q, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: the weight of row `t` and query `q`.
-                let weight = unsafe { _mm512_set1_ps(*self.weights.add(t * self.group + q)) };
+                // SAFETY: the weight of the row and query `q`.
+                let weight = unsafe { _mm512_set1_ps(*weights.add(q)) };
                 for (sum, &row) in sums.iter_mut().zip(&row) {
                     *sum = _mm512_fmadd_ps(weight, row, *sum);
                 }
             }
+            numbers = numbers.wrapping_add(self.m);
+            weights = weights.wrapping_add(self.group);
         }
         for (q, sums) in sums.iter().enumerate() {
             for (c, &sum) in sums.iter().enumerate() {
@@ -306,5 +298,6 @@ impl<N: Number> Columns<N> {
                 }
             }
         }
+        C * WIDTH
     }
 }
