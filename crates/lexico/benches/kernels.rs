@@ -1,0 +1,86 @@
+//! Times of the codec's inner loops, by way of what calls them, at the level that `LEXICO_LEVEL` names:
+//!
+//! ```sh
+//! cargo bench -p lexico --bench kernels
+//! LEXICO_LEVEL=avx2 cargo bench -p lexico --bench kernels -- coded
+//! ```
+//!
+//! Machines are shared: the fastest sample says most.
+
+mod common;
+
+use common::HEAD_DIM;
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use lexico::attention::NumberType;
+
+fn main() {
+    divan::main();
+}
+
+/// One step: the scan of all atoms, exact products of the candidates, and what is done once a vector.
+#[divan::bench(args = [1024, 4096])]
+fn first_step_of_pursuit(bencher: Bencher<'_, '_>, atoms: usize) {
+    const VECTORS: usize = 64;
+    let work = common::pursuit(VECTORS, atoms, 1);
+    bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
+}
+
+/// Whole pursuits: beside scans, orthonormalisation against the support and the final refinement.
+#[divan::bench(args = [4, 8, 16, 32])]
+fn pursuit(bencher: Bencher<'_, '_>, sparsity: usize) {
+    const VECTORS: usize = 64;
+    let work = common::pursuit(VECTORS, 4096, sparsity);
+    bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
+}
+
+#[divan::bench(args = [8, 16])]
+fn coefficients_to_fp8(bencher: Bencher<'_, '_>, sparsity: usize) {
+    const VECTORS: usize = 4096;
+    let work = common::to_fp8(VECTORS, sparsity);
+    bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
+}
+
+#[divan::bench(args = [8, 16])]
+fn vectors_from_fp8(bencher: Bencher<'_, '_>, sparsity: usize) {
+    const VECTORS: usize = 4096;
+    let work = common::from_fp8(VECTORS, sparsity);
+    bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
+}
+
+/// Coded positions, by sparsity and queries of a group.
+#[divan::bench(args = [(8, 1), (16, 1), (8, 4), (12, 4), (16, 4), (32, 4), (16, 8)])]
+fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
+    const POSITIONS: usize = 8192;
+    let work = common::coded(POSITIONS, sparsity, group);
+    let bytes = 2 * POSITIONS * (3 * sparsity + 1);
+    bencher.counter(BytesCount::new(bytes)).bench_local(work);
+}
+
+/// Dense positions in half precision, by queries of a group.
+#[divan::bench(args = [1, 2, 4, 8])]
+fn dense_attention_f16(bencher: Bencher<'_, '_>, group: usize) {
+    dense_attention(bencher, NumberType::F16, 2, group);
+}
+
+/// Dense positions in single precision, by queries of a group.
+#[divan::bench(args = [1, 4])]
+fn dense_attention_f32(bencher: Bencher<'_, '_>, group: usize) {
+    dense_attention(bencher, NumberType::F32, 4, group);
+}
+
+fn dense_attention(bencher: Bencher<'_, '_>, number_type: NumberType, width: usize, group: usize) {
+    const POSITIONS: usize = 8192;
+    let work = common::dense(POSITIONS, number_type, group);
+    let bytes = 2 * POSITIONS * HEAD_DIM * width;
+    bencher.counter(BytesCount::new(bytes)).bench_local(work);
+}
+
+#[divan::bench]
+fn matrix_f16(bencher: Bencher<'_, '_>) {
+    const ROWS: usize = 4096;
+    const COLUMNS: usize = 2048;
+    let work = common::matrix(ROWS, COLUMNS);
+    let bytes = ROWS * COLUMNS * 2;
+    bencher.counter(BytesCount::new(bytes)).bench_local(work);
+}
