@@ -85,6 +85,22 @@ pub enum RotaryScaling {
     Factors(Vec<f32>),
 }
 
+/// Names and shapes of the weights of a layer.
+pub(crate) struct LayerWeights {
+    /// Before attention, and before the feed-forward part.
+    pub(crate) norms: [(String, usize); 2],
+    /// Of every query head, and of every key head, where the family has them.
+    pub(crate) head_norms: Option<[(String, usize); 2]>,
+    /// Of queries, keys, values and attention's output; gate, up and down.
+    pub(crate) linears: [LinearWeights; 7],
+}
+
+/// Names and shapes of a matrix, `[out, in]`, and of its bias where the family has one.
+pub(crate) struct LinearWeights {
+    pub(crate) matrix: (String, [usize; 2]),
+    pub(crate) bias: Option<(String, usize)>,
+}
+
 impl Rotary {
     /// The frequencies of a head's pairs, `[m / 2]`; in f32 as PyTorch transformers computes them.
     pub(crate) fn frequencies(&self, head_dim: usize) -> Vec<f32> {
@@ -270,42 +286,54 @@ impl Config {
 
     /// Names and shapes of the weights of a layer, or of those outside of the layers.
     pub(crate) fn weights(&self, layer: Option<usize>) -> Vec<(String, Vec<usize>)> {
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
         let Some(layer) = layer else {
-            let table = vec![self.vocabulary, hidden];
+            let table = vec![self.vocabulary, self.hidden];
             let mut weights = vec![
                 ("model.embed_tokens.weight".to_owned(), table.clone()),
-                ("model.norm.weight".to_owned(), vec![hidden]),
+                ("model.norm.weight".to_owned(), vec![self.hidden]),
             ];
             if !self.tied_head {
                 weights.push(("lm_head.weight".to_owned(), table));
             }
             return weights;
         };
+        let layer = self.layer_weights(layer);
+        let norms = layer
+            .norms
+            .into_iter()
+            .chain(layer.head_norms.into_iter().flatten());
+        let mut weights: Vec<_> = norms.map(|(name, length)| (name, vec![length])).collect();
+        for LinearWeights { matrix, bias } in layer.linears {
+            weights.push((matrix.0, matrix.1.to_vec()));
+            weights.extend(bias.map(|(name, length)| (name, vec![length])));
+        }
+        weights
+    }
+
+    pub(crate) fn layer_weights(&self, layer: usize) -> LayerWeights {
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let mut parts = vec![
-            ("input_layernorm.weight", vec![hidden]),
-            ("self_attn.q_proj.weight", vec![queries, hidden]),
-            ("self_attn.k_proj.weight", vec![keys, hidden]),
-            ("self_attn.v_proj.weight", vec![keys, hidden]),
-            ("self_attn.o_proj.weight", vec![hidden, queries]),
-            ("post_attention_layernorm.weight", vec![hidden]),
-            ("mlp.gate_proj.weight", vec![intermediate, hidden]),
-            ("mlp.up_proj.weight", vec![intermediate, hidden]),
-            ("mlp.down_proj.weight", vec![hidden, intermediate]),
-        ];
-        if self.biases {
-            parts.push(("self_attn.q_proj.bias", vec![queries]));
-            parts.push(("self_attn.k_proj.bias", vec![keys]));
-            parts.push(("self_attn.v_proj.bias", vec![keys]));
+        let weight = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let linear = |part: &str, from: usize, to: usize, biased: bool| LinearWeights {
+            matrix: (weight(part), [to, from]),
+            bias: biased.then(|| (format!("model.layers.{layer}.{part}.bias"), to)),
+        };
+        let head_norms =
+            ["self_attn.q_norm", "self_attn.k_norm"].map(|part| (weight(part), self.head_dim));
+        LayerWeights {
+            norms: ["input_layernorm", "post_attention_layernorm"]
+                .map(|part| (weight(part), hidden)),
+            head_norms: self.head_norms.then_some(head_norms),
+            linears: [
+                linear("self_attn.q_proj", hidden, queries, self.biases),
+                linear("self_attn.k_proj", hidden, keys, self.biases),
+                linear("self_attn.v_proj", hidden, keys, self.biases),
+                linear("self_attn.o_proj", queries, hidden, false),
+                linear("mlp.gate_proj", hidden, intermediate, false),
+                linear("mlp.up_proj", hidden, intermediate, false),
+                linear("mlp.down_proj", intermediate, hidden, false),
+            ],
         }
-        if self.head_norms {
-            parts.push(("self_attn.q_norm.weight", vec![self.head_dim]));
-            parts.push(("self_attn.k_norm.weight", vec![self.head_dim]));
-        }
-        let named = parts.into_iter();
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
-        named.map(|(part, shape)| (name(part), shape)).collect()
     }
 
     /// The text of a `config.json`.

@@ -7,7 +7,7 @@ use super::Sequence;
 use super::linear::Linear;
 use super::matrix::Matrix;
 use super::rotary::Rotation;
-use crate::config::Config;
+use crate::config::{Config, LayerWeights, LinearWeights};
 use crate::error::Result;
 use crate::weights::{Quantize, Weights};
 
@@ -33,39 +33,34 @@ impl Layer {
         quantize: Quantize,
         layer: usize,
     ) -> Result<Self> {
-        let (hidden, intermediate) = (config.hidden, config.intermediate);
-        let queries = config.heads * config.head_dim;
-        let keys = config.kv_heads * config.head_dim;
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let norm = |part: &str| weights.vector(&name(part), hidden);
-        let linear = |part: &str, from: usize, to: usize, biased: bool| -> Result<Linear> {
-            let bias = format!("model.layers.{layer}.{part}.bias");
-            Ok(Linear {
-                matrix: Arc::new(Matrix::load(weights, &name(part), [to, from], quantize)?),
-                bias: biased.then(|| weights.vector(&bias, to)).transpose()?,
-            })
+        let LayerWeights {
+            norms: [attention_norm, feed_forward_norm],
+            head_norms,
+            linears: [query, key, value, output, gate, up, down],
+        } = config.layer_weights(layer);
+        let vector = |(name, length): (String, usize)| weights.vector(&name, length);
+        let head_norms = match head_norms {
+            Some([query, key]) => Some((vector(query)?, vector(key)?)),
+            None => None,
         };
-        let projection = |part: &str, to: usize| linear(part, hidden, to, config.biases);
-        let head_norm = |part: &str| weights.vector(&name(part), config.head_dim);
-        let head_norms = if config.head_norms {
-            Some((
-                head_norm("self_attn.q_norm")?,
-                head_norm("self_attn.k_norm")?,
-            ))
-        } else {
-            None
+        let linear = |LinearWeights { matrix, bias }| -> Result<Linear> {
+            let (name, shape) = matrix;
+            Ok(Linear {
+                matrix: Arc::new(Matrix::load(weights, &name, shape, quantize)?),
+                bias: bias.map(vector).transpose()?,
+            })
         };
         Ok(Self {
             head_norms,
-            attention_norm: norm("input_layernorm")?,
-            query: projection("self_attn.q_proj", queries)?,
-            key: projection("self_attn.k_proj", keys)?,
-            value: projection("self_attn.v_proj", keys)?,
-            output: linear("self_attn.o_proj", queries, hidden, false)?,
-            feed_forward_norm: norm("post_attention_layernorm")?,
-            gate: linear("mlp.gate_proj", hidden, intermediate, false)?,
-            up: linear("mlp.up_proj", hidden, intermediate, false)?,
-            down: linear("mlp.down_proj", intermediate, hidden, false)?,
+            attention_norm: vector(attention_norm)?,
+            query: linear(query)?,
+            key: linear(key)?,
+            value: linear(value)?,
+            output: linear(output)?,
+            feed_forward_norm: vector(feed_forward_norm)?,
+            gate: linear(gate)?,
+            up: linear(up)?,
+            down: linear(down)?,
         })
     }
 
