@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use file::{GgufFile, TensorPlace};
+pub(crate) use file::{GgufFile, TensorPlace};
 pub(crate) use tokenizer::TokenizerTexts;
 
 /// A model in one GGUF file, or in several parts; its weights stay in the file.

@@ -6,13 +6,10 @@ use candle_core::quantized::GgmlDType;
 
 use super::{check_shape, weight_error};
 use crate::error::Result;
-use crate::gguf::{GgufModel, own_name};
+use crate::gguf::{GgufFile, GgufModel, TensorPlace, own_name};
 
 pub(super) fn number_type(model: &GgufModel, name: &str, shape: &[usize]) -> Result<GgmlDType> {
-    let own = own_name(name);
-    let Some((file, tensor)) = model.tensor(&own) else {
-        return Err(weight_error(model.path(), &own, "it is missing".to_owned()));
-    };
+    let (own, file, tensor) = find(model, name)?;
     check_shape(file.path(), &own, &tensor.shape, shape)?;
     tensor.number_type.map_err(|number| {
         let reason = format!(
@@ -29,10 +26,7 @@ pub(super) fn read_rows(
     rows: Range<usize>,
     out: &mut [u8],
 ) -> Result<()> {
-    let own = own_name(name);
-    let Some((file, tensor)) = model.tensor(&own) else {
-        return Err(weight_error(model.path(), &own, "it is missing".to_owned()));
-    };
+    let (own, file, tensor) = find(model, name)?;
     let row_bytes = out.len() / rows.len().max(1);
     let interleaved = model.interleaves_rotary_pairs()
         && (own.ends_with("attn_q.weight") || own.ends_with("attn_k.weight"));
@@ -44,6 +38,15 @@ pub(super) fn read_rows(
         file.read_bytes(&own, tensor, stored * row_bytes, out)?;
     }
     Ok(())
+}
+
+/// A weight's name in the file, and where it is.
+fn find<'m>(model: &'m GgufModel, name: &str) -> Result<(String, &'m GgufFile, &'m TensorPlace)> {
+    let own = own_name(name);
+    match model.tensor(&own) {
+        Some((file, tensor)) => Ok((own, file, tensor)),
+        None => Err(weight_error(model.path(), &own, "it is missing".to_owned())),
+    }
 }
 
 /// Where a query or key row lies in files of the llama architecture: the two rows of a rotary pair
