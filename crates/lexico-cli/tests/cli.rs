@@ -60,6 +60,20 @@ fn tiny_file(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// A copy of the embedded model without its dictionaries.
+fn tiny_folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(tiny_file(file), folder.path().join(file)).unwrap();
+    }
+    folder
+}
+
 fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
@@ -212,15 +226,7 @@ fn llama_cpp_flags_are_known() {
 /// A model with a chat template answers; plain text is still to be had.
 #[test]
 fn a_chat_template_is_used_unless_told_otherwise() {
-    let folder = tempfile::tempdir().unwrap();
-    for file in [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ] {
-        std::fs::copy(tiny_file(file), folder.path().join(file)).unwrap();
-    }
+    let folder = tiny_folder();
     let model = path(folder.path());
     let template = folder.path().join("chat_template.jinja");
     let source = "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n\
@@ -302,15 +308,7 @@ fn a_closed_pipe_is_no_error() {
 /// A damaged dictionary beside a model stops the caches that need it, and nothing else.
 #[test]
 fn a_model_folder_runs_with_and_without_its_dictionary() {
-    let folder = tempfile::tempdir().unwrap();
-    for file in [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ] {
-        std::fs::copy(tiny_file(file), folder.path().join(file)).unwrap();
-    }
+    let folder = tiny_folder();
     let model = path(folder.path());
     let dictionary = folder.path().join("dictionary.safetensors");
     let message = fails(1, &["run", "-m", model, QUESTION]);
