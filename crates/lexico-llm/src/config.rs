@@ -462,9 +462,9 @@ fn silu() -> String {
 
 #[derive(Deserialize)]
 struct RopeParameters {
-    /// `type` in older files.
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// What older files call `rope_type`; those that a newer transformers wrote again have both.
+    r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -476,9 +476,13 @@ impl RawConfig {
     fn rotary(&self) -> std::result::Result<Rotary, String> {
         let nested = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
         let theta = nested.and_then(|p| p.rope_theta).or(self.rope_theta);
-        let kind = nested
-            .and_then(|p| p.rope_type.as_deref())
-            .unwrap_or("default");
+        let kind = match nested.map(|p| (p.rope_type.as_deref(), p.r#type.as_deref())) {
+            Some((Some(kind), Some(older))) if kind != older => {
+                return Err(format!("rope_type {kind:?} and type {older:?} disagree"));
+            }
+            Some((kind, older)) => kind.or(older).unwrap_or("default"),
+            None => "default",
+        };
         let scaling = match (kind, nested) {
             ("default", _) => RotaryScaling::None,
             ("llama3", Some(given)) => {
@@ -556,6 +560,28 @@ mod tests {
             c["rope_parameters"] = serde_json::json!({"rope_theta": 5e5, "rope_type": "default"});
         });
         assert_eq!((four.rotary.theta, five.unwrap().rotary.theta), (5e5, 5e5));
+    }
+
+    #[test]
+    fn both_spellings_of_the_rotary_kind_are_read() {
+        let scaling = |rope_scaling| config(|c| c["rope_scaling"] = rope_scaling);
+        let parameters = serde_json::json!({
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        });
+        let named = |names: &[&str]| {
+            let mut parameters = parameters.clone();
+            for &name in names {
+                parameters[name] = "llama3".into();
+            }
+            scaling(parameters).unwrap().rotary
+        };
+        let newer = named(&["rope_type"]);
+        assert!(matches!(newer.scaling, RotaryScaling::Llama3 { .. }));
+        assert_eq!(named(&["type"]), newer);
+        assert_eq!(named(&["rope_type", "type"]), newer);
+        let two = scaling(serde_json::json!({"rope_type": "default", "type": "llama3"}));
+        assert!(two.unwrap_err().to_string().contains("disagree"));
     }
 
     #[test]
