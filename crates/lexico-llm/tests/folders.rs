@@ -8,8 +8,8 @@ use std::path::Path;
 
 use common::{small_config, small_weights, write_model, write_weights};
 use half::{bf16, f16};
-use lexico::tensor_file::{Dtype, NewTensor};
-use lexico_llm::decoder::{Logits, Sequence};
+use lexico::tensor_file::{Dtype, NewTensor, TensorFile};
+use lexico_llm::decoder::{Decoder, Logits, Sequence};
 use lexico_llm::{Error, Model, Quantize};
 use serde_json::json;
 
@@ -191,6 +191,41 @@ fn what_is_damaged_is_named() {
         message.contains("I32") && message.contains(&weights[3].name),
         "{message}"
     );
+}
+
+/// Blocks hold neither NaN nor infinity: quantising would make sound numbers of them.
+#[test]
+fn weights_that_are_not_finite_are_not_quantised() {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    std::fs::copy(tiny.join("config.json"), path.join("config.json")).unwrap();
+    let file = TensorFile::open(tiny.join("model.safetensors")).unwrap();
+    let damaged = "model.layers.1.mlp.up_proj.weight";
+    for bad in [bf16::NAN, bf16::INFINITY] {
+        let tensors = file.names().into_iter().map(|name| {
+            let (dtype, shape) = file.info(&name).unwrap();
+            let mut bytes = file.bytes(&name).unwrap();
+            if name == damaged {
+                bytes[600..602].copy_from_slice(&bad.to_le_bytes());
+            }
+            NewTensor::new(&name, dtype, shape, bytes)
+        });
+        write_weights(
+            &path.join("model.safetensors"),
+            &tensors.collect::<Vec<_>>(),
+        );
+        for quantize in [Quantize::Q8_0, Quantize::Q6K, Quantize::Q4K] {
+            let message = match Decoder::open(path, quantize) {
+                Ok(_) => panic!("{quantize:?} takes {bad}"),
+                Err(error) => error.to_string(),
+            };
+            assert!(
+                message.contains(damaged) && message.contains("NaN"),
+                "{message}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -153,6 +153,11 @@ impl Reader<'_> {
             let rows = first..first + blocks.len() / row_blocks;
             let (name, stored) = (self.name, self.stored);
             let numbers = self.weights.f32_rows(name, stored, self.columns, rows)?;
+            // Blocks would make sound numbers of them.
+            if numbers.iter().any(|number| !number.is_finite()) {
+                let reason = "it holds a NaN or an infinity: the file is damaged".to_owned();
+                return Err(self.weights.error(name, reason));
+            }
             T::from_float(&numbers, blocks);
             Ok(())
         })?;
