@@ -21,6 +21,10 @@ const USER_DEFINED: f64 = 4.0;
 /// Several times what the longest tokens of published vocabularies take.
 const MOST_TOKEN_BYTES: usize = 4096;
 
+/// Bytes of the merges of pieces, at the most: several times what the largest published vocabularies
+/// take, and low enough that a small file cannot make much memory.
+const MOST_MERGE_BYTES: usize = 1 << 25;
+
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -259,6 +263,10 @@ impl Vocabulary<'_> {
             let reason = format!("it has {tokens} tokens, but scores of {scores}");
             return Err(self.file.error(reason));
         }
+        let Some(merges) = merges(&numbers, scores) else {
+            let reason = format!("merges of its pieces take over {MOST_MERGE_BYTES} bytes");
+            return Err(self.file.error(reason));
+        };
         let unknown = token_id(self.file, "unknown_token_id")?.map(|id| &self.tokens[id]);
         let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let prefix = json!({"type": "Prepend", "prepend": "▁"});
@@ -282,20 +290,25 @@ impl Vocabulary<'_> {
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": {
                 "type": "BPE", "byte_fallback": true, "fuse_unk": true, "ignore_merges": false,
-                "unk_token": unknown, "vocab": numbers, "merges": merges(&numbers, scores),
+                "unk_token": unknown, "vocab": numbers, "merges": merges,
             },
         }))
     }
 }
 
 /// Every way of making a piece from two, the best score first: SentencePiece joins whichever pair of
-/// neighbours makes the best piece, the leftmost of equals.
-fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Vec<[String; 2]> {
+/// neighbours makes the best piece, the leftmost of equals. `None` where they are too many.
+fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Option<Vec<[String; 2]>> {
     let mut found = Vec::new();
+    let mut bytes = 0;
     for (&piece, &number) in numbers {
         for (at, _) in piece.char_indices().skip(1) {
             let (left, right) = piece.split_at(at);
             if let (Some(&l), Some(&r)) = (numbers.get(left), numbers.get(right)) {
+                bytes += piece.len();
+                if bytes > MOST_MERGE_BYTES {
+                    return None;
+                }
                 found.push((number, l, r, left, right));
             }
         }
@@ -305,7 +318,33 @@ fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Vec<[String; 2]> {
         by_score.then_with(|| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))
     });
     let merges = found.into_iter();
-    merges
-        .map(|(.., left, right)| [left.to_owned(), right.to_owned()])
-        .collect()
+    let merges = merges.map(|(.., left, right)| [left.to_owned(), right.to_owned()]);
+    Some(merges.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small file must not make much memory.
+    #[test]
+    fn pieces_of_one_another_are_merged_up_to_a_limit() {
+        let merges_up_to = |longest: usize| {
+            let pieces: Vec<String> = (1..=longest).map(|n| "a".repeat(n)).collect();
+            let numbers = pieces.iter().map(String::as_str).zip(0..).collect();
+            merges(&numbers, &vec![0.0; longest])
+        };
+        let found = merges_up_to(4).unwrap();
+        let found: Vec<[&str; 2]> = found.iter().map(|[l, r]| [l.as_str(), r]).collect();
+        let all = [
+            ["a", "a"],
+            ["a", "aa"],
+            ["aa", "a"],
+            ["a", "aaa"],
+            ["aa", "aa"],
+            ["aaa", "a"],
+        ];
+        assert_eq!(found, all);
+        assert!(merges_up_to(4096).is_none());
+    }
 }
