@@ -264,6 +264,24 @@ fn a_gguf_file_of_a_repository_runs() {
     }
 }
 
+/// As Hugging Face's own library reads it.
+#[test]
+fn offline_is_what_says_so() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    for (value, offline) in [("False", false), ("0", false), ("ON", true), ("1", true)] {
+        let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+            .args(["run", "-m", "org/bare", "x"])
+            .env("HF_ENDPOINT", &hub.endpoint)
+            .env("HF_HOME", home.path())
+            .env("HF_HUB_OFFLINE", value)
+            .output()
+            .unwrap();
+        let message = text(&output.stderr);
+        assert_eq!(message.contains("HF_HUB_OFFLINE"), offline, "{message}");
+    }
+}
+
 #[test]
 fn offline_says_what_is_missing() {
     let home = tempfile::tempdir().unwrap();

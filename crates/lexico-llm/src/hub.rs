@@ -138,7 +138,10 @@ impl<'a> Hub<'a> {
             remote: api.repo(repository),
             endpoint,
             token,
-            offline: variable("HF_HUB_OFFLINE").is_some_and(|v| v != "0"),
+            offline: variable("HF_HUB_OFFLINE").is_some_and(|v| {
+                let yes = ["1", "on", "yes", "true"];
+                yes.contains(&v.to_ascii_lowercase().as_str())
+            }),
         })
     }
 
