@@ -92,23 +92,29 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
             "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         )
     };
-    match path {
-        "/api/models/org/open" | "/api/models/org/bare" => {
-            return send_json(&mut stream, "{\"gated\": false}");
+    if let Some(asked) = path.strip_prefix("/api/models/org/") {
+        let (model, revision) = asked.split_once("/revision/").unwrap_or((asked, "main"));
+        let about = match model {
+            "open" | "bare" => "{\"gated\": false}",
+            "gated" => "{\"gated\": \"manual\"}",
+            "files" => {
+                "{\"siblings\": [{\"rfilename\": \"README.md\"}, {\"rfilename\": \"m-q8_0.gguf\"}]}"
+            }
+            _ => return refuse(&mut stream, "401 Unauthorized"),
+        };
+        if revision != "main" {
+            return refuse(&mut stream, "404 Not Found");
         }
-        "/api/models/org/files" => {
-            let files = "{\"siblings\": [{\"rfilename\": \"README.md\"}, {\"rfilename\": \"m-q8_0.gguf\"}]}";
-            return send_json(&mut stream, files);
-        }
-        "/api/models/org/gated" => return send_json(&mut stream, "{\"gated\": \"manual\"}"),
-        _ => {}
+        return send_json(&mut stream, about);
     }
     let Some((model, file)) = path
         .strip_prefix("/org/")
-        .and_then(|p| p.split_once("/resolve/main/"))
+        .and_then(|p| p.split_once("/resolve/"))
     else {
         return refuse(&mut stream, "401 Unauthorized");
     };
+    // As the hub does, for a revision and for a file that a model has not.
+    let file = file.strip_prefix("main/").unwrap_or("none");
     let file = match model {
         "gated" => return refuse(&mut stream, "401 Unauthorized"),
         "bare" if file.contains("safetensors") => return refuse(&mut stream, "404 Not Found"),
@@ -228,7 +234,9 @@ fn refusals_are_told_apart() {
         "{gated}"
     );
     assert!(fails("org/bare").contains("no model.safetensors"));
-    assert!(fails("org/open@v9").contains("no revision"));
+    assert!(fails("org/open@v9").contains("no revision \"v9\""));
+    assert!(fails("org/open@refs/pr/9").contains("no revision"));
+    assert!(fails("org/files@v9/m-q8_0.gguf").contains("no revision"));
 
     let unreachable = Hub {
         endpoint: "http://127.0.0.1:9".to_owned(),

@@ -206,7 +206,7 @@ impl<'a> Hub<'a> {
         match self.remote.download(file) {
             Ok(path) => Ok(Some(path)),
             Err(error) => match status(&error) {
-                Some(404) if self.is_there() => Ok(None),
+                Some(404) if self.info_at_revision().is_some() => Ok(None),
                 Some(401 | 403 | 404) => Err(self.name.error(self.why_refused())),
                 Some(code) => Err(self
                     .name
@@ -222,13 +222,10 @@ impl<'a> Hub<'a> {
 
     /// The GGUF files of the repository, as far as the hub says.
     fn gguf_files(&self) -> Vec<String> {
-        let files = self.info().map(|info| info.siblings).unwrap_or_default();
+        let info = self.info_at_revision();
+        let files = info.map(|info| info.siblings).unwrap_or_default();
         let names = files.into_iter().map(|file| file.rfilename);
         names.filter(|name| name.ends_with(".gguf")).collect()
-    }
-
-    fn is_there(&self) -> bool {
-        self.info().is_some()
     }
 
     fn why_refused(&self) -> String {
@@ -236,7 +233,7 @@ impl<'a> Hub<'a> {
             Some(_) => "the account of your token",
             None => "an account, and set HF_TOKEN to a token of it",
         };
-        match self.info() {
+        match self.info("") {
             Some(info) if info.is_gated() => format!(
                 "it is gated: accept its licence at {}/{} with {token}",
                 self.endpoint, self.name.repository
@@ -250,9 +247,15 @@ impl<'a> Hub<'a> {
         }
     }
 
-    /// What the hub says of the model, gated or not; `None` where it says nothing.
-    fn info(&self) -> Option<Info> {
-        let url = format!("{}/api/models/{}", self.endpoint, self.name.repository);
+    fn info_at_revision(&self) -> Option<Info> {
+        let revision = self.name.revision.replace('/', "%2F");
+        self.info(&format!("/revision/{revision}"))
+    }
+
+    /// What the hub says of the model, gated or not; `None` where it says nothing. `at` is empty, or
+    /// names a revision.
+    fn info(&self, at: &str) -> Option<Info> {
+        let url = format!("{}/api/models/{}{at}", self.endpoint, self.name.repository);
         let mut request = ureq::get(url);
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
