@@ -141,7 +141,7 @@ impl TextStream<'_> {
         if text.ends_with('\u{fffd}') || text.len() < self.shown {
             return Ok(String::new());
         }
-        let new = text.get(self.shown..).unwrap_or_default().to_owned();
+        let new = self.rest(&text);
         self.shown = text.len();
         self.cut(&text)?;
         Ok(new)
@@ -153,7 +153,13 @@ impl TextStream<'_> {
     /// As [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.tokens)?;
-        Ok(text.get(self.shown..).unwrap_or_default().to_owned())
+        Ok(self.rest(&text))
+    }
+
+    /// The text after what was given out. A byte of no character can turn the characters before it into
+    /// replacement characters, so that what was given out need not end where a character does now.
+    fn rest(&self, text: &str) -> String {
+        text[text.ceil_char_boundary(self.shown)..].to_owned()
     }
 
     /// Forgets all but the last tokens, lest decoding grow with the length: some decoders treat the

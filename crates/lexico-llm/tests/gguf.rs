@@ -159,3 +159,28 @@ fn vocabularies_encode_as_the_libraries_they_come_from() {
         assert_eq!(model.end_tokens, [1], "{kind}");
     }
 }
+
+/// Bytes that make no character turn those before them into replacement characters, in a decoder that
+/// has pieces of single bytes; what was given out is not taken back, and nothing after it is lost.
+#[test]
+fn text_after_bytes_that_make_no_character_is_not_lost() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/llama.gguf");
+    let tokenizer = Model::load(&path, Quantize::None).unwrap().tokenizer;
+    let byte = |byte: u32| 5 + byte;
+    assert_eq!(
+        tokenizer.encode_more("é").unwrap()[1..],
+        [0xc3, 0xa9].map(byte)
+    );
+    for character in ["é", "你", "😀"] {
+        let bytes = character.bytes().chain([0xff]);
+        let mut tokens: Vec<u32> = bytes.map(|b| byte(u32::from(b))).collect();
+        tokens.extend(tokenizer.encode_more("word").unwrap());
+        let mut stream = tokenizer.stream();
+        let mut text: String = tokens.iter().map(|&t| stream.push(t).unwrap()).collect();
+        text += &stream.finish().unwrap();
+        assert!(
+            text.starts_with(character) && text.ends_with("\u{fffd} word"),
+            "{text:?}"
+        );
+    }
+}
