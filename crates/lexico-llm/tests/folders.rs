@@ -246,6 +246,8 @@ fn steps_that_cannot_be_are_refused() {
             .map(drop)
     };
     assert!(matches!(step(&[]), Err(Error::EmptyPrompt)));
+    let nothing = model.decoder.forward(&mut [], Logits::Last);
+    assert!(matches!(nothing, Err(Error::EmptyPrompt)));
     assert!(matches!(
         step(&[1024]),
         Err(Error::TokenOutside {

@@ -97,7 +97,7 @@ impl Decoder {
     /// Runs the new tokens of several sequences through the model at once.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] for a sequence without new tokens, [`Error::TokenOutside`],
+    /// [`Error::EmptyPrompt`] for no sequence or one without new tokens, [`Error::TokenOutside`],
     /// [`Error::ContextFull`], and what the caches return.
     pub fn forward(&self, sequences: &mut [Sequence<'_>], wanted: Logits) -> Result<Tensor> {
         let mut tokens = Vec::new();
@@ -116,6 +116,9 @@ impl Decoder {
             }
             tokens.extend_from_slice(sequence.tokens);
             positions.extend(past..end);
+        }
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
         }
         let vocabulary = self.config.vocabulary;
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
