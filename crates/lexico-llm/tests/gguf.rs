@@ -184,3 +184,11 @@ fn text_after_bytes_that_make_no_character_is_not_lost() {
         );
     }
 }
+
+/// A name from outside must not steer the terminal.
+#[test]
+fn names_have_no_control_characters() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hostile/sound-name.gguf");
+    let name = GgufModel::open(&path).unwrap().name();
+    assert_eq!(name, "a[2Jb");
+}

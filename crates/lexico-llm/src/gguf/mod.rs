@@ -55,7 +55,8 @@ impl GgufModel {
             name: files[0]
                 .text("general.name")?
                 .unwrap_or_default()
-                .to_owned(),
+                // A name from outside must not steer the terminal that it is shown on.
+                .replace(char::is_control, ""),
             interleaved: architecture == "llama",
             config,
             files,

@@ -82,6 +82,7 @@ def write(name, contents, names):
 
 sound = gguf()
 write("sound.gguf", sound, "")
+write("sound-name.gguf", changed(general__name=(TEXT, "a\x1b[2J\nb")), "")
 write("empty.gguf", b"", "not a GGUF")
 write("magic-alone.gguf", b"GGUF", "cut short")
 write("magic.gguf", gguf(magic=b"GGML"), "not a GGUF")
