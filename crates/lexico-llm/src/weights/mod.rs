@@ -8,7 +8,7 @@ mod random;
 mod safetensors;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 
 use candle_core::quantized::GgmlDType;
@@ -17,7 +17,7 @@ use half::{bf16, f16};
 use lexico::tensor_file::TensorFile;
 
 use crate::error::{Error, Result};
-use crate::gguf::GgufModel;
+use crate::gguf::{GgufModel, own_name};
 pub(crate) use safetensors::{INDEX, SINGLE, shard_names};
 
 /// How a model's matrices are held, the embedding among them. They are quantised some rows at a
@@ -133,12 +133,11 @@ impl Weights {
     }
 
     pub(crate) fn error(&self, name: &str, reason: String) -> Error {
-        let path = match self {
-            Self::Safetensors(shards) => shards.path().to_owned(),
-            Self::Gguf(model) => model.path().to_owned(),
-            Self::Random => PathBuf::from("random"),
-        };
-        weight_error(&path, name, reason)
+        match self {
+            Self::Safetensors(shards) => weight_error(shards.path(), name, reason),
+            Self::Gguf(model) => weight_error(model.path(), &own_name(name), reason),
+            Self::Random => weight_error(Path::new("random"), name, reason),
+        }
     }
 }
 
