@@ -523,7 +523,10 @@ impl RawConfig {
 
 /// transformers writes one where there is one, else a list.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "eos_token_id is neither a token nor a list of tokens, or stop_strings neither a text nor a list"
+)]
 enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),

@@ -193,7 +193,10 @@ struct RawConfig {
 
 /// One chat template, or several by name.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "chat_template is neither a text nor a list of templates by name"
+)]
 enum TemplateSource {
     One(String),
     Named(Vec<NamedTemplate>),
@@ -219,7 +222,10 @@ impl TemplateSource {
 
 /// A token as a string, or as the object that older files write.
 #[derive(Deserialize, Clone)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "bos_token or eos_token is neither a text nor an object with its content"
+)]
 enum SpecialToken {
     Text(String),
     Object { content: String },

@@ -167,6 +167,31 @@ fn what_is_damaged_is_named() {
             "generation_config.json",
         ),
         (
+            "generation_config.json",
+            b"{\"eos_token_id\": -1}".to_vec(),
+            "eos_token_id",
+        ),
+        (
+            "generation_config.json",
+            b"{\"stop_strings\": 1}".to_vec(),
+            "stop_strings",
+        ),
+        (
+            "config.json",
+            with_config("eos_token_id", (-1).into()),
+            "eos_token_id",
+        ),
+        (
+            "tokenizer_config.json",
+            b"{\"bos_token\": 1}".to_vec(),
+            "bos_token",
+        ),
+        (
+            "tokenizer_config.json",
+            b"{\"chat_template\": 1}".to_vec(),
+            "chat_template",
+        ),
+        (
             "model.safetensors",
             b"nonsense, but long enough".to_vec(),
             "model.safetensors",
