@@ -27,7 +27,7 @@ pub enum Quantize {
     /// As they are stored.
     #[default]
     None,
-    /// 8.5 bits a number.
+    /// 8.5 bits a number; as stored where rows are no multiple of 32.
     Q8_0,
     /// 6.6 bits a number; [`Quantize::Q8_0`] where rows are no multiple of 256.
     Q6K,
