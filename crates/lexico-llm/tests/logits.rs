@@ -175,3 +175,26 @@ fn quantised_weights_stay_near() {
         "{errors:?}"
     );
 }
+
+/// A prompt so long that a layer works on it in parts.
+#[test]
+fn a_long_prompt_is_the_same_in_one_piece_and_in_many() {
+    let model = Model::tiny().unwrap();
+    let vocabulary = model.decoder.config().vocabulary as u32;
+    let tokens: Vec<u32> = (0..1100).map(|i| (i * 7919) % vocabulary).collect();
+    let mut last = Vec::new();
+    for size in [tokens.len(), 275] {
+        let mut cache = full(&model);
+        let mut logits = Vec::new();
+        for tokens in tokens.chunks(size) {
+            let mut step = [Sequence {
+                tokens,
+                cache: cache.as_mut(),
+            }];
+            let forward = model.decoder.forward(&mut step, Logits::Last).unwrap();
+            logits = forward.squeeze(0).unwrap().to_vec1::<f32>().unwrap();
+        }
+        last.push(logits);
+    }
+    assert!(worst(&last[0], &last[1]) < TOLERANCE);
+}

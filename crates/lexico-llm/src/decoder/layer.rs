@@ -11,6 +11,9 @@ use crate::config::{Config, LayerWeights, LinearWeights};
 use crate::error::Result;
 use crate::weights::{Quantize, Weights};
 
+/// Tokens whose feed-forward numbers, the widest of a layer, are held at once: a long prompt's would outgrow its cache.
+const AT_ONCE: usize = 512;
+
 /// One decoder layer.
 pub(super) struct Layer {
     attention_norm: Tensor,
@@ -77,7 +80,20 @@ impl Layer {
         let normed = rms_norm(x, &self.attention_norm, epsilon)?;
         let attended = self.attend(config, layer, &normed, rotation, sequences)?;
         let x = (x + self.output.forward(&attended)?)?;
-        let normed = rms_norm(&x, &self.feed_forward_norm, epsilon)?;
+        let tokens = x.dim(0)?;
+        if tokens <= AT_ONCE {
+            return self.feed_forward(&x, epsilon);
+        }
+        let mut parts = Vec::with_capacity(tokens.div_ceil(AT_ONCE));
+        for first in (0..tokens).step_by(AT_ONCE) {
+            let part = x.narrow(0, first, AT_ONCE.min(tokens - first))?;
+            parts.push(self.feed_forward(&part, epsilon)?);
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    fn feed_forward(&self, x: &Tensor, epsilon: f32) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.feed_forward_norm, epsilon)?;
         let gated = (silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?;
         Ok((x + self.down.forward(&gated)?)?)
     }
