@@ -22,10 +22,10 @@ pub enum Error {
         /// What such a folder has.
         needed: &'static str,
     },
-    /// A model cannot be had from the hub.
-    #[error("model {name} on the hub: {reason}")]
+    /// A model or a data set cannot be had from the hub.
+    #[error("{name} on the hub: {reason}")]
     Hub {
-        /// `org/name@revision`.
+        /// What it is, and its name with the revision.
         name: String,
         /// Why not, and what helps.
         reason: String,
@@ -155,7 +155,7 @@ pub enum Error {
     /// A text that cannot serve as a corpus.
     #[error("{path}: {reason}", path = path.display())]
     Corpus {
-        /// The file.
+        /// The file, or another input.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
@@ -175,5 +175,15 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     move |reason| Error::Io {
         path: path.to_owned(),
         reason,
+    }
+}
+
+/// The end of a message that names what there is.
+pub(crate) fn listed(names: &[String]) -> String {
+    const MOST: usize = 12;
+    match names {
+        [] => String::new(),
+        _ if names.len() > MOST => format!("; there are {} and more", names[..MOST].join(", ")),
+        _ => format!("; there are {}", names.join(", ")),
     }
 }

@@ -1,17 +1,17 @@
-//! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, through
-//! the hub's own cache.
+//! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, and data
+//! sets, `hf://datasets/org/name[@revision][/path]`, through the hub's own cache.
 //!
 //! `HF_HOME` says where that cache is, `HF_TOKEN` who asks, `HF_ENDPOINT` which hub, and
 //! `HF_HUB_OFFLINE=1` keeps off the network. What is in the cache is used without asking.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 use crate::gguf::part_paths;
 use crate::weights::{INDEX, SINGLE, shard_names};
 
@@ -42,10 +42,6 @@ impl FromStr for HubName {
     /// Takes `org/name`, `org/name@revision`, and either with `/file.gguf`; anything else is no hub
     /// name.
     fn from_str(text: &str) -> std::result::Result<Self, ()> {
-        let plain = |part: &str| {
-            let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-            !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
-        };
         // A revision may have slashes of its own, as `refs/pr/1`.
         let (named, at) = match text.split_once('@') {
             Some((named, at)) => (named, Some(at)),
@@ -58,7 +54,7 @@ impl FromStr for HubName {
                 (name, "main", file)
             }
             Some(at) if at.ends_with(".gguf") => {
-                let (revision, file) = split_first(at, if at.starts_with("refs/") { 3 } else { 1 });
+                let (revision, file) = split_revision(at);
                 (rest, revision, file)
             }
             Some(revision) => (rest, revision, None),
@@ -74,6 +70,17 @@ impl FromStr for HubName {
             file: file.map(str::to_owned),
         })
     }
+}
+
+/// Whether a part of a name between slashes is as the hub has them.
+fn plain(part: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
+}
+
+/// A revision, and the path after it where there is one.
+fn split_revision(text: &str) -> (&str, Option<&str>) {
+    split_first(text, if text.starts_with("refs/") { 3 } else { 1 })
 }
 
 /// The first `count` parts between slashes, and the rest where there is one.
@@ -92,21 +99,245 @@ impl HubName {
     /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
     /// accepted, a hub out of reach, and being offline.
     pub fn fetch(&self, progress: bool) -> Result<PathBuf> {
-        let mut hub = Hub::new(self, progress)?;
+        let shown = match &self.file {
+            Some(file) => format!("{}@{}/{file}", self.repository, self.revision),
+            None => format!("{}@{}", self.repository, self.revision),
+        };
+        let (repository, revision) = (&self.repository, &self.revision);
+        let mut hub = Hub::new(RepoType::Model, repository, revision, shown, progress)?;
         let forbidden = std::mem::replace(&mut hub.offline, true);
         // Weights come last: where the cache has them, it has all that the hub had to give.
-        if let Ok(path) = hub.gather() {
+        if let Ok(path) = self.gather(&hub) {
             return Ok(path);
         }
         hub.offline = forbidden;
-        hub.gather()
+        self.gather(&hub)
+    }
+
+    /// The folder of the model's files, or its GGUF file, once all of it is there.
+    fn gather(&self, hub: &Hub) -> Result<PathBuf> {
+        if let Some(file) = &self.file {
+            let path = self.required(hub, file)?;
+            for part in part_paths(Path::new(file)).unwrap_or_default() {
+                self.required(hub, &part.to_string_lossy())?;
+            }
+            return Ok(path);
+        }
+        let config = self.required(hub, REQUIRED[0])?;
+        for file in &REQUIRED[1..] {
+            self.required(hub, file)?;
+        }
+        for file in OPTIONAL {
+            hub.file(file)?;
+        }
+        match hub.file(INDEX)? {
+            Some(index) => {
+                for shard in shard_names(&index)? {
+                    self.required(hub, &shard)?;
+                }
+            }
+            None => {
+                self.required(hub, SINGLE)?;
+            }
+        }
+        Ok(config.parent().map(PathBuf::from).unwrap_or_default())
+    }
+
+    fn required(&self, hub: &Hub, file: &str) -> Result<PathBuf> {
+        hub.file(file)?.ok_or_else(|| {
+            let reason = if hub.offline {
+                format!("{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
+            } else {
+                let gguf = hub.gguf_files();
+                if self.file.is_some() || gguf.is_empty() {
+                    format!("it has no {file}{}", listed(&gguf))
+                } else {
+                    format!(
+                        "it has no {file}: its weights are GGUF files, name one of them as \
+                         {}/FILE.gguf{}",
+                        self.repository,
+                        listed(&gguf)
+                    )
+                }
+            };
+            hub.error(reason)
+        })
     }
 }
 
-/// The hub, for one model.
+/// A data set on the hub, or some of its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatasetName {
+    /// `org/name`
+    pub repository: String,
+    /// A branch, tag or commit.
+    pub revision: String,
+    /// A folder or file of the repository; `*` stands for any characters but a slash.
+    pub path: Option<String>,
+}
+
+impl FromStr for DatasetName {
+    type Err = ();
+
+    /// Takes `hf://datasets/org/name[@revision][/path]`, as Hugging Face's own tools do.
+    fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let name = text.strip_prefix("hf://datasets/").ok_or(())?;
+        let name = name.trim_end_matches('/');
+        let (org, rest) = name.split_once('/').ok_or(())?;
+        let (name, revision, path) = match rest.split_once('@') {
+            Some((name, at)) if plain(name) => {
+                let (revision, path) = split_revision(at);
+                (name, revision, path)
+            }
+            _ => {
+                let (name, path) = split_first(rest, 1);
+                (name, "main", path)
+            }
+        };
+        let inside = |path: &str| path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        let named = plain(org) && plain(name) && revision.split('/').all(plain);
+        if !named || !path.is_none_or(inside) {
+            return Err(());
+        }
+        Ok(Self {
+            repository: format!("{org}/{name}"),
+            revision: revision.to_owned(),
+            path: path.map(str::to_owned),
+        })
+    }
+}
+
+/// The files of a data set, on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataset {
+    /// The data set's name with the commit that the files are of.
+    pub name: String,
+    /// The files, in sorted order.
+    pub files: Vec<PathBuf>,
+    /// Files of the repository that are not of interest.
+    pub skipped: Vec<String>,
+}
+
+impl DatasetName {
+    /// The files that are `wanted` by their path in the repository, or the one that is named in full,
+    /// downloaded where the cache lacks them. With `progress`, bars are drawn on stderr.
+    ///
+    /// Which files there are is asked of the hub, unless one is named in full that the cache has; with
+    /// `HF_HUB_OFFLINE=1` those in the cache are all there are.
+    ///
+    /// # Errors
+    /// [`Error::Hub`], as [`HubName::fetch`], and where there is no such file.
+    pub fn fetch(&self, wanted: &dyn Fn(&str) -> bool, progress: bool) -> Result<Dataset> {
+        let path = self.path.as_deref();
+        let shown = self.shown(&self.revision);
+        let (repository, revision) = (&self.repository, &self.revision);
+        let hub = Hub::new(RepoType::Dataset, repository, revision, shown, progress)?;
+        let cached = hub.cached_commit();
+        if let (Some(path), Some(commit)) = (path, &cached) {
+            let file = hub.cache.pointer_path(commit).join(path);
+            if file.is_file() {
+                return Ok(Dataset {
+                    name: self.shown(commit),
+                    files: vec![file],
+                    skipped: Vec::new(),
+                });
+            }
+        }
+        let (commit, all) = if hub.offline {
+            let commit = cached.ok_or_else(|| {
+                hub.error(
+                    "it is not in the cache, and HF_HUB_OFFLINE forbids to download it".into(),
+                )
+            })?;
+            let files = files_in(&hub.cache.pointer_path(&commit));
+            (commit, files)
+        } else {
+            hub.listing()?
+        };
+        let is_named = |file: &String| path.is_none_or(|path| selects(path, file));
+        let (named, others): (Vec<String>, Vec<String>) = all.into_iter().partition(is_named);
+        let full = |file: &str| path == Some(file);
+        let (mut names, skipped): (Vec<String>, Vec<String>) = named
+            .into_iter()
+            .partition(|file| full(file) || wanted(file));
+        names.sort();
+        if names.is_empty() {
+            let there = if skipped.is_empty() { others } else { skipped };
+            let cache = if hub.offline { " in the cache" } else { "" };
+            let reason = match path {
+                Some(path) => format!("no file to read at {path:?}{cache}{}", listed(&there)),
+                None => format!("no file to read{cache}{}", listed(&there)),
+            };
+            return Err(hub.error(reason));
+        }
+        let snapshot = hub.cache.pointer_path(&commit);
+        let file = |name: &String| {
+            let cached = snapshot.join(name);
+            if cached.is_file() {
+                return Ok(cached);
+            }
+            let missing = || hub.error(format!("the hub lists {name} and does not have it"));
+            hub.file(name)?.ok_or_else(missing)
+        };
+        Ok(Dataset {
+            name: self.shown(&commit),
+            files: names.iter().map(file).collect::<Result<_>>()?,
+            skipped,
+        })
+    }
+
+    fn shown(&self, revision: &str) -> String {
+        let path = self.path.as_ref().map(|path| format!("/{path}"));
+        let path = path.unwrap_or_default();
+        format!("hf://datasets/{}@{revision}{path}", self.repository)
+    }
+}
+
+/// Whether `path`, in which `*` stands for any characters but a slash, names `file` or a folder that
+/// it is in.
+fn selects(path: &str, file: &str) -> bool {
+    let mut parts = file.split('/');
+    path.split('/')
+        .all(|pattern| parts.next().is_some_and(|part| matches(pattern, part)))
+}
+
+fn matches(pattern: &str, text: &str) -> bool {
+    let Some((first, rest)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let Some(text) = text.strip_prefix(first) else {
+        return false;
+    };
+    let mut places = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+    places.any(|at| matches(rest, &text[at..]))
+}
+
+/// The files in a folder and those in it, as paths from there.
+fn files_in(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files = Vec::new();
+    for entry in entries {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.path().is_dir() {
+            let inner = files_in(&entry.path());
+            files.extend(inner.iter().map(|file| format!("{name}/{file}")));
+        } else {
+            files.push(name);
+        }
+    }
+    files
+}
+
+/// The hub, for one repository.
 struct Hub<'a> {
-    name: &'a HubName,
+    revision: &'a str,
+    repo: Repo,
+    /// `model` or `data set`, and its name as it was asked for.
+    noun: &'static str,
+    shown: String,
     cache: hf_hub::CacheRepo,
+    /// The repository's folder in the cache.
+    folder: PathBuf,
     remote: ApiRepo,
     endpoint: String,
     token: Option<String>,
@@ -115,27 +346,39 @@ struct Hub<'a> {
 }
 
 impl<'a> Hub<'a> {
-    fn new(name: &'a HubName, progress: bool) -> Result<Self> {
+    fn new(
+        kind: RepoType,
+        repository: &'a str,
+        revision: &'a str,
+        shown: String,
+        progress: bool,
+    ) -> Result<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let cache = Cache::from_env();
         let token = variable("HF_TOKEN").or_else(|| cache.token());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
-        let repository = Repo::with_revision(
-            name.repository.clone(),
-            RepoType::Model,
-            name.revision.clone(),
-        );
+        let repo = Repo::with_revision(repository.to_owned(), kind, revision.to_owned());
         let api = ApiBuilder::from_cache(cache.clone())
             .with_endpoint(endpoint.clone())
             .with_token(token.clone())
             .with_progress(progress)
             .with_retries(2)
             .build();
-        let api = api.map_err(|e| name.error(e.to_string()))?;
+        let api = api.map_err(|e| Error::Hub {
+            name: shown.clone(),
+            reason: e.to_string(),
+        })?;
         Ok(Self {
-            name,
-            cache: cache.repo(repository.clone()),
-            remote: api.repo(repository),
+            revision,
+            noun: match kind {
+                RepoType::Dataset => "data set",
+                _ => "model",
+            },
+            shown,
+            folder: cache.path().join(repo.folder_name()),
+            cache: cache.repo(repo.clone()),
+            remote: api.repo(repo.clone()),
+            repo,
             endpoint,
             token,
             offline: variable("HF_HUB_OFFLINE").is_some_and(|v| {
@@ -145,58 +388,8 @@ impl<'a> Hub<'a> {
         })
     }
 
-    /// The folder of the model's files, or its GGUF file, once all of it is there.
-    fn gather(&self) -> Result<PathBuf> {
-        if let Some(file) = &self.name.file {
-            let path = self.file(file)?;
-            for part in part_paths(Path::new(file)).unwrap_or_default() {
-                self.file(&part.to_string_lossy())?;
-            }
-            return Ok(path);
-        }
-        let config = self.file(REQUIRED[0])?;
-        for file in &REQUIRED[1..] {
-            self.file(file)?;
-        }
-        for file in OPTIONAL {
-            self.optional(file)?;
-        }
-        match self.optional(INDEX)? {
-            Some(index) => {
-                for shard in shard_names(&index)? {
-                    self.file(&shard)?;
-                }
-            }
-            None => {
-                self.file(SINGLE)?;
-            }
-        }
-        Ok(config.parent().map(PathBuf::from).unwrap_or_default())
-    }
-
-    fn file(&self, file: &str) -> Result<PathBuf> {
-        self.optional(file)?.ok_or_else(|| {
-            let reason = if self.offline {
-                format!("{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
-            } else {
-                let gguf = self.gguf_files();
-                if self.name.file.is_some() || gguf.is_empty() {
-                    format!("it has no {file}{}", listed(&gguf))
-                } else {
-                    format!(
-                        "it has no {file}: its weights are GGUF files, name one of them as \
-                         {}/FILE.gguf{}",
-                        self.name.repository,
-                        listed(&gguf)
-                    )
-                }
-            };
-            self.name.error(reason)
-        })
-    }
-
-    /// A file of the model, `None` where the model has none of that name.
-    fn optional(&self, file: &str) -> Result<Option<PathBuf>> {
+    /// A file of the repository, `None` where it has none of that name.
+    fn file(&self, file: &str) -> Result<Option<PathBuf>> {
         if let Some(path) = self.cache.get(file) {
             return Ok(Some(path));
         }
@@ -207,17 +400,41 @@ impl<'a> Hub<'a> {
             Ok(path) => Ok(Some(path)),
             Err(error) => match status(&error) {
                 Some(404) if self.info_at_revision().is_some() => Ok(None),
-                Some(401 | 403 | 404) => Err(self.name.error(self.why_refused())),
-                Some(code) => Err(self
-                    .name
-                    .error(format!("the hub answered {code} for {file}"))),
-                None => Err(self.name.error(format!(
-                    "{file} could not be downloaded from {}: {error}. With no network only cached \
-                     models and folders can be used",
-                    self.endpoint
-                ))),
+                Some(code) => Err(self.refusal(code, file)),
+                None => Err(self.unreachable(file, &error.to_string())),
             },
         }
+    }
+
+    /// The commit of the revision, and all files of it.
+    fn listing(&self) -> Result<(String, Vec<String>)> {
+        let what = "the list of its files";
+        let text = self
+            .get(&self.repo.api_url())
+            .map_err(|error| match error {
+                ureq::Error::StatusCode(code) => self.refusal(code, what),
+                error => self.unreachable(what, &error.to_string()),
+            })?;
+        let info: Info = serde_json::from_str(&text)
+            .map_err(|e| self.error(format!("{what} cannot be understood: {e}")))?;
+        let files = info.siblings.into_iter().map(|file| file.rfilename);
+        // A path that leads out of the cache is no file of a repository.
+        let inside = |path: &String| {
+            let mut parts = Path::new(path).components();
+            parts.all(|part| matches!(part, Component::Normal(_)))
+        };
+        match info.sha {
+            Some(commit) if plain(&commit) => Ok((commit, files.filter(inside).collect())),
+            _ => Err(self.error(format!("{what} names no commit"))),
+        }
+    }
+
+    /// The commit that the revision was of when the cache was last filled.
+    fn cached_commit(&self) -> Option<String> {
+        let reference = std::fs::read_to_string(self.folder.join("refs").join(self.revision));
+        let commit = reference.unwrap_or_else(|_| self.revision.to_owned());
+        let commit = commit.trim().to_owned();
+        (plain(&commit) && self.cache.pointer_path(&commit).is_dir()).then_some(commit)
     }
 
     /// The GGUF files of the repository, as far as the hub says.
@@ -228,46 +445,78 @@ impl<'a> Hub<'a> {
         names.filter(|name| name.ends_with(".gguf")).collect()
     }
 
-    fn why_refused(&self) -> String {
+    fn refusal(&self, code: u16, file: &str) -> Error {
+        if !matches!(code, 401 | 403 | 404) {
+            return self.error(format!("the hub answered {code} for {file}"));
+        }
         let token = match self.token {
             Some(_) => "the account of your token",
             None => "an account, and set HF_TOKEN to a token of it",
         };
-        match self.info("") {
+        self.error(match self.info() {
             Some(info) if info.is_gated() => format!(
                 "it is gated: accept its licence at {}/{} with {token}",
-                self.endpoint, self.name.repository
+                self.endpoint,
+                self.repo.url()
             ),
-            Some(_) => format!("it has no revision {:?}", self.name.revision),
-            None => {
-                "there is no such model, or it is private and HF_TOKEN is not a token that may \
-                     read it"
-                    .to_owned()
-            }
-        }
+            Some(_) => format!("it has no revision {:?}", self.revision),
+            None => format!(
+                "there is no such {}, or it is private and HF_TOKEN is not a token that may \
+                 read it",
+                self.noun
+            ),
+        })
     }
 
+    fn unreachable(&self, file: &str, error: &str) -> Error {
+        self.error(format!(
+            "{file} could not be downloaded from {}: {error}. With no network only what is cached \
+             (HF_HUB_OFFLINE=1), files and folders can be used",
+            self.endpoint
+        ))
+    }
+
+    /// What the hub says of the repository, gated or not; `None` where it says nothing.
+    fn info(&self) -> Option<Info> {
+        let page = self.repo.api_url();
+        let (page, _) = page.split_once("/revision/")?;
+        self.info_on(page)
+    }
+
+    /// What the hub says of the repository at the revision; `None` where it says nothing.
     fn info_at_revision(&self) -> Option<Info> {
-        let revision = self.name.revision.replace('/', "%2F");
-        self.info(&format!("/revision/{revision}"))
+        self.info_on(&self.repo.api_url())
     }
 
-    /// What the hub says of the model, gated or not; `None` where it says nothing. `at` is empty, or
-    /// names a revision.
-    fn info(&self, at: &str) -> Option<Info> {
-        let url = format!("{}/api/models/{}{at}", self.endpoint, self.name.repository);
-        let mut request = ureq::get(url);
+    fn info_on(&self, page: &str) -> Option<Info> {
+        let text = self.get(page).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    fn get(&self, page: &str) -> std::result::Result<String, ureq::Error> {
+        /// Bytes of an answer: some data sets have a hundred thousand files.
+        const MOST: u64 = 1 << 27;
+        let mut request = ureq::get(format!("{}/api/{page}", self.endpoint));
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
-        let text = request.call().ok()?.body_mut().read_to_string().ok()?;
-        serde_json::from_str(&text).ok()
+        let mut answer = request.call()?;
+        answer.body_mut().with_config().limit(MOST).read_to_string()
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Hub {
+            name: format!("{} {}", self.noun, self.shown),
+            reason,
+        }
     }
 }
 
-/// A model's page, as far as it is of interest.
+/// A repository's page, as far as it is of interest.
 #[derive(Deserialize)]
 struct Info {
+    /// The commit.
+    sha: Option<String>,
     /// `false`, or how access is granted.
     #[serde(default)]
     gated: serde_json::Value,
@@ -281,34 +530,12 @@ struct Sibling {
     rfilename: String,
 }
 
-/// The end of a message that names files there are.
-fn listed(files: &[String]) -> String {
-    const MOST: usize = 12;
-    match files {
-        [] => String::new(),
-        _ if files.len() > MOST => format!("; there are {} and more", files[..MOST].join(", ")),
-        _ => format!("; there are {}", files.join(", ")),
-    }
-}
-
 impl Info {
     fn is_gated(&self) -> bool {
         !matches!(
             self.gated,
             serde_json::Value::Bool(false) | serde_json::Value::Null
         )
-    }
-}
-
-impl HubName {
-    fn error(&self, reason: String) -> Error {
-        Error::Hub {
-            name: match &self.file {
-                Some(file) => format!("{}@{}/{file}", self.repository, self.revision),
-                None => format!("{}@{}", self.repository, self.revision),
-            },
-            reason,
-        }
     }
 }
 
@@ -374,6 +601,66 @@ mod tests {
             "o rg/m",
         ] {
             assert_eq!(name(text), Err(()), "{text}");
+        }
+    }
+
+    #[test]
+    fn data_sets_are_named_as_hugging_face_names_them() {
+        let name = |text: &str| {
+            let name = text.parse::<DatasetName>();
+            name.map(|n| (n.repository, n.revision, n.path))
+        };
+        let named = |a: &str, b: &str, c: Option<&str>| {
+            Ok((a.to_owned(), b.to_owned(), c.map(str::to_owned)))
+        };
+        for (text, revision, path) in [
+            ("hf://datasets/org/set", "main", None),
+            ("hf://datasets/org/set/", "main", None),
+            ("hf://datasets/org/set@v2", "v2", None),
+            ("hf://datasets/org/set/a/b.txt", "main", Some("a/b.txt")),
+            ("hf://datasets/org/set/a/b@2.txt", "main", Some("a/b@2.txt")),
+            ("hf://datasets/org/set@v2/a *.txt", "v2", Some("a *.txt")),
+            (
+                "hf://datasets/org/set@refs/convert/parquet/main/train",
+                "refs/convert/parquet",
+                Some("main/train"),
+            ),
+        ] {
+            assert_eq!(name(text), named("org/set", revision, path), "{text}");
+        }
+        for text in [
+            "org/set",
+            "datasets/org/set",
+            "hf://org/set",
+            "hf://datasets/set",
+            "hf://datasets/org/",
+            "hf://datasets/org/set@",
+            "hf://datasets/org/set/../a",
+            "hf://datasets/org/set//a",
+            "hf://datasets/../set",
+        ] {
+            assert_eq!(name(text), Err(()), "{text}");
+        }
+    }
+
+    #[test]
+    fn paths_select_files_and_folders() {
+        for (path, file, is) in [
+            ("a", "a", true),
+            ("a", "a/b/c", true),
+            ("a/b", "a/b", true),
+            ("a/b", "a", false),
+            ("a", "ab", false),
+            ("*", "a", true),
+            ("a/train-*.parquet", "a/train-0.parquet", true),
+            ("a/train-*.parquet", "a/test-0.parquet", false),
+            ("a/train-*", "a/train-0/x", true),
+            ("*-v1/*", "raw-v1/train", true),
+            ("*/train", "a/b/train", false),
+            ("é*é", "éé", true),
+            ("é*é", "é", false),
+        ] {
+            assert_eq!(selects(path, file), is, "{path} {file}");
         }
     }
 }
