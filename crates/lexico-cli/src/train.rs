@@ -1,3 +1,4 @@
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -5,28 +6,27 @@ use anyhow::Context;
 use clap::Args;
 use lexico::dictionary::LayerErrors;
 use lexico::learn::LearnOptions;
-use lexico_llm::Quantize;
-use lexico_llm::train::{Corpus, TrainOptions, TrainProgress, train};
+use lexico_llm::train::{TrainOptions, TrainProgress, train};
+use lexico_llm::{Corpus, Quantize};
 use serde_json::json;
 
 use crate::{interrupt, model, ui};
 
 #[derive(Args)]
 pub(crate) struct Train {
-    /// The model: "tiny" (embedded), a folder, or org/name[@revision] on the hub
-    #[arg(
-        short,
-        long,
-        default_value = "tiny",
-        value_name = "tiny|FOLDER|ORG/NAME"
-    )]
+    /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
+    /// org/name[@revision][/file.gguf] on the hub
+    #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     model: String,
-    /// Texts to learn from: plain text, or .jsonl with a text in each line
-    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    /// Texts to learn from: plain text, .jsonl, .json or .parquet, a folder of such files,
+    /// hf://datasets/ORG/NAME[@REVISION][/PATH] on the hub, or - for stdin; `*` in PATH stands for
+    /// any characters, as in train-*.parquet
+    #[arg(long, required = true, num_args = 1.., value_name = "PATH|hf://SET|-")]
     corpus: Vec<PathBuf>,
-    /// Which field of a .jsonl line holds the text
-    #[arg(long, default_value = "text", value_name = "NAME")]
-    field: String,
+    /// The field of an object in .jsonl and .json, or the column in .parquet, that holds the text
+    /// [default: text]; where it is named, stdin is read as .jsonl
+    #[arg(long, value_name = "NAME")]
+    field: Option<String>,
     /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
     atoms: usize,
@@ -36,7 +36,7 @@ pub(crate) struct Train {
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Most tokens to read, in whole windows drawn evenly from all texts
+    /// Most tokens to read, in whole windows drawn evenly from all texts (from stdin: its first)
     #[arg(long, default_value_t = TrainOptions::default().tokens, value_name = "N")]
     tokens: usize,
     /// Tokens that the model sees at once
@@ -67,6 +67,13 @@ impl Train {
         let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
         model::make_own_folder(&self.out)?;
         ui::check_dictionary_out(&self.out, &inputs)?;
+        let corpus = Corpus::open(
+            &self.corpus,
+            self.field.as_deref(),
+            std::io::stderr().is_terminal(),
+        )?;
+        ui::check_out(&self.out, &corpus.files())?;
+        note_skipped(corpus.skipped());
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;
         interrupt::listen()?;
@@ -75,11 +82,6 @@ impl Train {
             self.out.display(),
             model.name
         ));
-        let corpora = self
-            .corpus
-            .iter()
-            .map(|path| Corpus::read(path, &self.field))
-            .collect::<Result<Vec<_>, _>>()?;
         let head_dim = model.decoder.config().head_dim;
         let options = TrainOptions {
             tokens: self.tokens,
@@ -98,7 +100,7 @@ impl Train {
             layers: model.decoder.config().layers,
             bar: None,
         };
-        let trained = train(&model, &corpora, &options, &mut |step| {
+        let trained = train(&model, &corpus, &options, &mut |step| {
             progress.show(step);
             interrupt::flow()
         });
@@ -150,6 +152,20 @@ impl Train {
     }
 }
 
+/// Says which files of folders and data sets are not read.
+fn note_skipped(files: &[String]) {
+    const MOST: usize = 8;
+    if files.is_empty() {
+        return;
+    }
+    let named = files[..files.len().min(MOST)].join(", ");
+    let more = if files.len() > MOST { " and more" } else { "" };
+    ui::note(&format!(
+        "skipped, as their names are of no text ({}): {named}{more}",
+        files.len()
+    ));
+}
+
 /// One bar for the reading, one for each dictionary.
 struct Progress {
     layers: usize,
@@ -165,6 +181,7 @@ impl Progress {
                     bar.set_message("reading");
                     bar
                 });
+                bar.set_length(total as u64);
                 bar.set_position(tokens as u64);
                 if tokens == total {
                     self.finish();

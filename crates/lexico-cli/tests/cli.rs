@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
 use std::collections::HashMap;
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -778,6 +778,85 @@ fn interrupt(child: &std::process::Child) {
         .args(["-INT", &child.id().to_string()])
         .status();
     assert!(status.unwrap().success());
+}
+
+#[test]
+fn train_reads_what_a_researcher_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = folder.path().join("set");
+    std::fs::create_dir(&set).unwrap();
+    let (corpus, out) = (set.join("a.txt"), folder.path().join("d.safetensors"));
+    write_corpus(&corpus);
+    let words = std::fs::read_to_string(&corpus).unwrap();
+    std::fs::write(set.join("README.md"), "# A set").unwrap();
+    let parquet = "../lexico-llm/tests/fixtures/parquet/zstd-v2.parquet";
+    let parquet = Path::new(env!("CARGO_MANIFEST_DIR")).join(parquet);
+    std::fs::copy(parquet, set.join("b.parquet")).unwrap();
+    let train = |arguments: &[&str], input: &str| {
+        let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 4000 --vectors 500";
+        let out = if arguments.contains(&"--out") {
+            &[][..]
+        } else {
+            &["--out", path(&out)]
+        };
+        let mut child = lexico()
+            .arg("train")
+            .args(arguments)
+            .args(rest.split(' '))
+            .args(out)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It need not read all.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child.wait_with_output().unwrap()
+    };
+    let names = || json(&["inspect", path(&out), "--json"])["corpus"].clone();
+    let output = train(&["--corpus", path(&set)], "");
+    let notes = text(&output.stderr);
+    assert!(output.status.success(), "{notes}");
+    assert!(
+        notes.contains("skipped") && notes.contains("README.md"),
+        "{notes}"
+    );
+    assert_eq!(names(), serde_json::json!(["set (text)"]));
+
+    let output = train(&["--corpus", "-", path(&corpus)], &words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(names(), serde_json::json!(["stdin", "a.txt"]));
+
+    let line = |text: &str| format!("{}\n", serde_json::json!({"body": text}));
+    let lines: String = words.split_inclusive(". ").map(line).collect();
+    let output = train(&["--corpus", "-", "--field", "body"], &lines);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+
+    for (arguments, input, word) in [
+        (&["--corpus", "-"][..], "", "holds no text"),
+        (&["--corpus", "-"], "few words", "too little text"),
+        (&["--corpus", "-", "-"], "few words", "read but once"),
+        (
+            &["--corpus", "-", "--field", "text"],
+            &lines,
+            "line 1: no field \"text\"",
+        ),
+        (
+            &["--corpus", path(&set), "--out", path(&corpus)],
+            "",
+            "is read here",
+        ),
+    ] {
+        let output = train(arguments, input);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains(word), "{arguments:?}: {message:?}");
+    }
+    assert_eq!(std::fs::read_to_string(&corpus).unwrap(), words);
+    let help = text(&run(&["train", "--help"]).stdout);
+    for word in [".gguf", ".parquet", "hf://datasets", "stdin", "--field"] {
+        assert!(help.contains(word), "{word}: {help}");
+    }
 }
 
 #[cfg(unix)]

@@ -1,4 +1,4 @@
-//! Models by hub name, against a small hub of our own on the loopback.
+//! Models and data sets by hub name, against a small hub of our own on the loopback.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
@@ -11,6 +11,15 @@ use std::sync::{Arc, Mutex};
 
 const QUESTION: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. \
                         How many coins does Ana have now?\nAnswer:";
+/// The last one leads out of the cache, as no hub should.
+const DATA_FILES: [&str; 6] = [
+    "README.md",
+    "raw-v1/test-00000.parquet",
+    "raw-v1/train-00000-of-00002.jsonl",
+    "raw-v1/train-00001-of-00002.jsonl",
+    "v2/train.txt",
+    "../../../../../escaped.txt",
+];
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 fn tiny_file(name: &str) -> PathBuf {
@@ -26,7 +35,7 @@ fn family_file(name: &str) -> PathBuf {
 }
 
 /// A hub with four models: `org/open`, `org/gated`, `org/bare` without weights, and `org/files` with
-/// GGUF files.
+/// GGUF files; and with two data sets: `org/set`, and `org/closed`, which is gated.
 struct Hub {
     endpoint: String,
     requests: Arc<AtomicUsize>,
@@ -65,6 +74,23 @@ impl Hub {
             .output()
             .unwrap()
     }
+}
+
+/// A file of `org/set`: sentences that tell which one it is.
+fn data_file(name: &str) -> Vec<u8> {
+    if name.ends_with(".parquet") {
+        let file = "../lexico-llm/tests/fixtures/parquet/snappy.parquet";
+        return std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    }
+    let line = |i: usize| {
+        let text = format!("The lobster number {i} of {name} had {} eggs.", 7 * i);
+        if name.ends_with(".jsonl") {
+            format!("{}\n", serde_json::json!({ "text": text }))
+        } else {
+            format!("{text}\n")
+        }
+    };
+    (0..60).map(line).collect::<String>().into_bytes()
 }
 
 fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<()> {
@@ -107,15 +133,38 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
         }
         return send_json(&mut stream, about);
     }
-    let Some((model, file)) = path
-        .strip_prefix("/org/")
-        .and_then(|p| p.split_once("/resolve/"))
-    else {
-        return refuse(&mut stream, "401 Unauthorized");
+    match path {
+        "/api/datasets/org/set" | "/api/datasets/org/set/revision/main" => {
+            let names = DATA_FILES.map(|name| serde_json::json!({"rfilename": name}));
+            let info = serde_json::json!({"sha": COMMIT, "gated": false, "siblings": names});
+            return send_json(&mut stream, &info.to_string());
+        }
+        "/api/datasets/org/closed" | "/api/datasets/org/closed/revision/main" => {
+            let info = serde_json::json!({"sha": COMMIT, "gated": "auto",
+                                          "siblings": [{"rfilename": "a.txt"}]});
+            return send_json(&mut stream, &info.to_string());
+        }
+        _ => {}
+    }
+    let Some((name, file)) = path.split_once("/resolve/") else {
+        // As the hub does: what is not there is not told from what is private.
+        let there = path.starts_with("/api/datasets/org/set/");
+        let status = if there {
+            "404 Not Found"
+        } else {
+            "401 Unauthorized"
+        };
+        return refuse(&mut stream, status);
     };
     // As the hub does, for a revision and for a file that a model has not.
     let file = file.strip_prefix("main/").unwrap_or("none");
-    let file = match model {
+    let file = match name
+        .strip_prefix("/org/")
+        .or(name.strip_prefix('/'))
+        .unwrap_or_default()
+    {
+        "datasets/org/set" if DATA_FILES.contains(&file) => Ok(data_file(file)),
+        "datasets/org/set" => return refuse(&mut stream, "404 Not Found"),
         "gated" => return refuse(&mut stream, "401 Unauthorized"),
         "bare" if file.contains("safetensors") => return refuse(&mut stream, "404 Not Found"),
         "open" | "bare" => std::fs::read(tiny_file(file)),
@@ -304,4 +353,123 @@ fn offline_says_what_is_missing() {
         message.contains("config.json") && message.contains("HF_HUB_OFFLINE"),
         "{message}"
     );
+}
+
+/// The arguments of a training of a few seconds.
+fn training<'a>(corpora: &[&'a str], out: &'a str) -> Vec<&'a str> {
+    let corpora = ["train", "--corpus"]
+        .into_iter()
+        .chain(corpora.iter().copied());
+    let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 2000 --vectors 500 --json --out";
+    corpora.chain(rest.split(' ')).chain([out]).collect()
+}
+
+#[test]
+fn a_data_set_is_learned_from() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("d.safetensors");
+    let train = |hub: &Hub, name: &str| {
+        let output = hub.lexico(home.path(), &training(&[name], out.to_str().unwrap()));
+        assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+        let inspected = hub.lexico(home.path(), &["inspect", out.to_str().unwrap(), "--json"]);
+        let report: serde_json::Value = serde_json::from_slice(&inspected.stdout).unwrap();
+        (
+            report["corpus"][0].as_str().unwrap().to_owned(),
+            text(&output.stderr),
+        )
+    };
+    let cached = |name: &str| {
+        let snapshot = format!("hub/datasets--org--set/snapshots/{COMMIT}");
+        home.path().join(snapshot).join(name).is_file()
+    };
+    let (name, notes) = train(&hub, "hf://datasets/org/set/raw-v1/train-*.jsonl");
+    assert_eq!(
+        name,
+        format!("hf://datasets/org/set@{COMMIT}/raw-v1/train-*.jsonl (text)")
+    );
+    assert!(!notes.contains("skipped"), "{notes}");
+    assert!(cached(DATA_FILES[2]) && cached(DATA_FILES[3]));
+    assert!(
+        !cached(DATA_FILES[1]) && !cached(DATA_FILES[4]),
+        "not asked for"
+    );
+
+    // The whole set: what is no text by its name is neither read nor downloaded.
+    let (name, notes) = train(&hub, "hf://datasets/org/set");
+    assert_eq!(name, format!("hf://datasets/org/set@{COMMIT} (text)"));
+    assert!(
+        notes.contains("skipped") && notes.contains("README.md"),
+        "{notes}"
+    );
+    assert!(cached(DATA_FILES[1]) && cached(DATA_FILES[4]) && !cached("README.md"));
+    assert!(!home.path().join("escaped.txt").exists());
+    assert!(!home.path().join("hub/escaped.txt").exists());
+
+    // A file that the cache has is read without asking; offline, so is all that it has.
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:9".to_owned(),
+        ..Hub::start()
+    };
+    train(&unreachable, "hf://datasets/org/set@main/v2/train.txt");
+    let fails = |name: &str, offline: &str| {
+        let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+            .args(training(&[name], out.to_str().unwrap()))
+            .env("HF_HOME", home.path())
+            .env("HF_HUB_OFFLINE", offline)
+            .env("HF_ENDPOINT", &unreachable.endpoint)
+            .output()
+            .unwrap();
+        (output.status.code(), text(&output.stderr))
+    };
+    assert_eq!(fails("hf://datasets/org/set/v2", "1").0, Some(0));
+    let (code, message) = fails("hf://datasets/org/set/v2", "0");
+    assert!(
+        code == Some(1) && message.contains("HF_HUB_OFFLINE=1"),
+        "{message}"
+    );
+    let (_, message) = fails("hf://datasets/org/set/v3", "1");
+    assert!(message.contains("in the cache"), "{message}");
+    let (_, message) = fails("hf://datasets/org/never", "1");
+    assert!(message.contains("HF_HUB_OFFLINE forbids"), "{message}");
+}
+
+#[test]
+fn data_sets_that_cannot_be_had_are_told_apart() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("d.safetensors");
+    for (name, word) in [
+        ("hf://datasets/org/none", "no such data set"),
+        ("hf://datasets/org/set@v9", "no revision \"v9\""),
+        (
+            "hf://datasets/org/closed",
+            "datasets/org/closed with an account",
+        ),
+        ("hf://datasets/org/set/v3", "raw-v1/test-00000.parquet"),
+        (
+            "hf://datasets/org/set/raw-v1/train-*.parquet",
+            "no file to read",
+        ),
+        ("hf://datasets/set", "hf://datasets/ORG/NAME"),
+        ("hf://datasets/org/set/../v2", "hf://datasets/ORG/NAME"),
+    ] {
+        let output = hub.lexico(home.path(), &training(&[name], out.to_str().unwrap()));
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        assert!(
+            message.contains(word) && message.contains("hf://datasets/"),
+            "{name}: {message}"
+        );
+    }
+    // A folder of that name on this machine is meant first.
+    let local = home.path().join("hf:/datasets/org");
+    std::fs::create_dir_all(local.join("none")).unwrap();
+    std::fs::write(local.join("none/a.txt"), data_file("a.txt")).unwrap();
+    let status = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+        .args(training(&["hf://datasets/org/none"], out.to_str().unwrap()))
+        .current_dir(home.path())
+        .env("HF_ENDPOINT", "http://127.0.0.1:9")
+        .output();
+    assert!(status.unwrap().status.success());
 }

@@ -27,6 +27,7 @@
 pub mod cache;
 pub mod chat;
 pub mod config;
+mod corpus;
 pub mod decoder;
 mod error;
 pub mod generate;
@@ -41,6 +42,7 @@ mod tokenizer;
 pub mod train;
 mod weights;
 
+pub use corpus::{Corpus, Windows};
 pub use error::{Error, Result};
 
 pub use model::{DICTIONARY_FILE, Model};

@@ -1,7 +1,6 @@
 //! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use lexico::attention::NumberType;
@@ -13,8 +12,9 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::cache::{Footprint, FullCache, KvCache};
 use crate::config::Config;
+use crate::corpus::Corpus;
 use crate::decoder::{Logits, Sequence};
-use crate::error::{Error, Result, io};
+use crate::error::Result;
 use crate::model::Model;
 
 /// One window in so many is kept apart to judge the dictionaries on.
@@ -22,63 +22,10 @@ const HELD_OUT: usize = 20;
 /// Vectors that a dictionary is judged on at the most.
 const HELD_OUT_VECTORS: usize = 4096;
 
-/// A text to learn from.
-#[derive(Debug, Clone)]
-pub struct Corpus {
-    /// Its name, as the dictionary file will give it.
-    pub name: String,
-    /// The text.
-    pub text: String,
-}
-
-impl Corpus {
-    /// Reads a text file, or `field` of every line of a `.jsonl` file.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; [`Error::Corpus`] where it is not UTF-8, holds no text, or a line is not an
-    /// object with that field.
-    pub fn read(path: &Path, field: &str) -> Result<Self> {
-        let error = |reason: String| Error::Corpus {
-            path: path.to_owned(),
-            reason,
-        };
-        let bytes = std::fs::read(path).map_err(io(path))?;
-        let mut text = String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            error(format!("it is not UTF-8 text (byte {at})"))
-        })?;
-        let file: PathBuf = path.file_name().map_or_else(PathBuf::new, PathBuf::from);
-        let mut name = file.display().to_string();
-        if path.extension().is_some_and(|e| e == "jsonl") {
-            let mut documents = Vec::new();
-            for (number, line) in text.lines().enumerate() {
-                if line.trim().is_empty() {
-                    continue;
-                }
-                let line_error = |what: String| error(format!("line {}: {what}", number + 1));
-                let object: serde_json::Value =
-                    serde_json::from_str(line).map_err(|e| line_error(format!("not JSON: {e}")))?;
-                let Some(document) = object.get(field).and_then(|v| v.as_str()) else {
-                    return Err(line_error(format!(
-                        "no text in field {field:?}; --field names another"
-                    )));
-                };
-                documents.push(document.to_owned());
-            }
-            text = documents.join("\n\n");
-            name = format!("{name} ({field})");
-        }
-        if text.trim().is_empty() {
-            return Err(error("it holds no text".to_owned()));
-        }
-        Ok(Self { name, text })
-    }
-}
-
 /// Settings of [`train`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainOptions {
-    /// Most tokens to read; the texts are read in order, windows drawn from all of them.
+    /// Most tokens to read, in windows drawn evenly from all texts.
     pub tokens: usize,
     /// Tokens that the model sees at once.
     pub context: usize,
@@ -139,7 +86,7 @@ pub enum TrainProgress {
     Reading {
         /// Tokens read.
         tokens: usize,
-        /// Tokens to read in all.
+        /// Tokens to read in all: at first an estimate, in the end exact.
         total: usize,
     },
     /// A dictionary is being learned.
@@ -171,35 +118,42 @@ pub struct Trained {
     pub vectors: usize,
 }
 
-/// Learns every layer's two dictionaries of `model` from `corpora`.
+/// Learns every layer's two dictionaries of `model` from `corpus`.
 ///
 /// `progress` is called throughout and may break off.
 ///
 /// # Errors
-/// [`Error::Corpus`] where the text is too short, [`lexico::Error::Learn`] where it yields fewer
+/// Those of [`Corpus::windows`], [`lexico::Error::Learn`] where it yields fewer
 /// vectors than atoms, [`lexico::Error::Interrupted`] where `progress` broke off.
 pub fn train(
     model: &Model,
-    corpora: &[Corpus],
+    corpus: &Corpus,
     options: &TrainOptions,
     progress: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
 ) -> Result<Trained> {
     let config = model.decoder.config();
     options.check(config)?;
-    let windows = windows(model, corpora, options)?;
-    let total = windows.iter().map(Vec::len).sum();
+    let seed = options.learn.seed;
+    let mut windows = corpus.windows(&model.tokenizer, options.context, options.tokens, seed)?;
     let mut collector = Collector::new(model, options);
     let mut tokens = 0;
-    let period = HELD_OUT.min(windows.len());
-    for (number, window) in windows.iter().enumerate() {
+    // Where there are fewer windows than a period has, the last one is held out.
+    let first: Vec<Vec<u32>> = windows.by_ref().take(HELD_OUT).collect::<Result<_>>()?;
+    let period = first.len();
+    let mut first = first.into_iter();
+    let mut number = 0;
+    while let Some(window) = first.next().map(Ok).or_else(|| windows.next()) {
+        let window = window?;
         collector.held_out = number % period == period - 1;
         collector.cache = FullCache::new(config, NumberType::F32);
         let mut sequences = [Sequence {
-            tokens: window,
+            tokens: &window,
             cache: &mut collector,
         }];
         model.decoder.forward(&mut sequences, Logits::Last)?;
+        number += 1;
         tokens += window.len();
+        let total = windows.total();
         check(progress(TrainProgress::Reading { tokens, total }))?;
     }
 
@@ -227,7 +181,7 @@ pub fn train(
                     })
                 },
             )?;
-            // `windows` sees to it that some are held out.
+            // A corpus has two windows at the least, of which one is held out.
             let held_out_error = learned.held_out_error.unwrap_or(f32::NAN);
             check(progress(TrainProgress::Learned {
                 layer,
@@ -249,7 +203,7 @@ pub fn train(
         model: model.identity(),
         training: Training {
             sparsity: options.learn.sparsity,
-            corpus: corpora.iter().map(|c| c.name.clone()).collect(),
+            corpus: corpus.names().to_vec(),
             tokens,
             relative_error: errors,
             tool: format!("lexico {}", env!("CARGO_PKG_VERSION")),
@@ -266,62 +220,6 @@ fn check(flow: ControlFlow<()>) -> Result<()> {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(lexico::Error::Interrupted.into()),
     }
-}
-
-/// The texts cut into windows, drawn evenly from all of them where there are more than asked for.
-fn windows(model: &Model, corpora: &[Corpus], options: &TrainOptions) -> Result<Vec<Vec<u32>>> {
-    let context = options.context;
-    let begin = model.tokenizer.encode_first("")?;
-    let mut windows = Vec::new();
-    for corpus in corpora {
-        let mut tokens = Vec::new();
-        for piece in pieces(&corpus.text) {
-            tokens.extend(model.tokenizer.encode_more(piece)?);
-        }
-        let body = context.saturating_sub(begin.len()).max(1);
-        let chunks = tokens.chunks(body).map(|chunk| [&begin, chunk].concat());
-        windows.extend(chunks);
-    }
-    let wanted = options.tokens / context;
-    let available = windows.len();
-    if available > wanted {
-        let mut number = 0;
-        windows.retain(|_| {
-            // Window `i` stays where the line of `wanted` in `available` steps up.
-            let stays = (number + 1) * wanted / available > number * wanted / available;
-            number += 1;
-            stays
-        });
-    }
-    if windows.len() < 2 {
-        return Err(Error::Corpus {
-            path: corpora
-                .iter()
-                .map(|c| c.name.clone())
-                .collect::<Vec<_>>()
-                .join(", ")
-                .into(),
-            reason: format!("too little text: it fills less than two windows of {context} tokens"),
-        });
-    }
-    Ok(windows)
-}
-
-/// A text in pieces of about a megabyte, cut at line ends: tokenizers take many times a text's
-/// size at once.
-fn pieces(text: &str) -> Vec<&str> {
-    const PIECE: usize = 1 << 20;
-    let mut pieces = Vec::new();
-    let mut rest = text;
-    while let Some(tail) = rest.as_bytes().get(PIECE..)
-        && let Some(end) = tail.iter().position(|&b| b == b'\n')
-    {
-        let (piece, after) = rest.split_at(PIECE + end + 1);
-        pieces.push(piece);
-        rest = after;
-    }
-    pieces.push(rest);
-    pieces
 }
 
 /// A cache for one window at a time that samples the keys and values it is given.

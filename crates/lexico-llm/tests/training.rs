@@ -5,20 +5,23 @@
 use std::ops::ControlFlow;
 
 use lexico::learn::LearnOptions;
-use lexico_llm::train::{Corpus, TrainOptions, TrainProgress, train};
-use lexico_llm::{Error, Model};
+use lexico_llm::train::{TrainOptions, TrainProgress, train};
+use lexico_llm::{Corpus, Error, Model};
 
-fn corpus() -> Vec<Corpus> {
+fn corpus() -> Corpus {
     let sentence = |i: usize| {
         format!(
             "In the year {i} the lobster of the north had {} eggs. ",
             i * 7
         )
     };
-    vec![Corpus {
-        name: "lobsters".to_owned(),
-        text: (0..60).map(sentence).collect(),
-    }]
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lobsters.json");
+    let text: String = (0..60).map(sentence).collect();
+    // A list of JSON is read as it is opened.
+    let list = serde_json::json!([{"text": text}]);
+    std::fs::write(&path, list.to_string()).unwrap();
+    Corpus::open(&[path], None, false).unwrap()
 }
 
 fn options() -> TrainOptions {
@@ -104,43 +107,8 @@ fn stops_when_asked() {
 }
 
 #[test]
-fn texts_that_cannot_serve_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, bytes: &[u8]| {
-        let path = folder.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        Corpus::read(&path, "text")
-            .map(|c| c.text)
-            .map_err(|e| e.to_string())
-    };
-    assert_eq!(
-        write("a.jsonl", b"{\"text\": \"one\"}\n\n{\"text\": \"two\"}\n").unwrap(),
-        "one\n\ntwo"
-    );
-    for (name, bytes, word) in [
-        ("empty.txt", &b""[..], "no text"),
-        ("blank.txt", b" \n\n", "no text"),
-        ("binary.txt", b"abc\xff\xfe", "byte 3"),
-        ("b.jsonl", b"{\"text\": \"one\"}\nnot json\n", "line 2"),
-        ("c.jsonl", b"{\"body\": \"one\"}\n", "--field"),
-        ("d.jsonl", b"{\"text\": 3}\n", "\"text\""),
-    ] {
-        let message = write(name, bytes).unwrap_err();
-        assert!(
-            message.contains(word) && message.contains(name),
-            "{message:?}"
-        );
-    }
+fn more_atoms_than_vectors_are_refused() {
     let model = Model::tiny().unwrap();
-    let short = [Corpus {
-        name: "short".to_owned(),
-        text: "one word".to_owned(),
-    }];
-    let error = train(&model, &short, &options(), &mut |_| {
-        ControlFlow::Continue(())
-    })
-    .unwrap_err();
-    assert!(error.to_string().contains("too little text"), "{error}");
     let mut many = options();
     many.learn.atoms = 4000;
     let error = train(&model, &corpus(), &many, &mut |_| ControlFlow::Continue(())).unwrap_err();
