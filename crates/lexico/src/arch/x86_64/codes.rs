@@ -13,7 +13,7 @@ const AHEAD: usize = 2048;
 
 /// Whether there is a kernel for codes of this kind.
 pub(in super::super) fn takes(block: &Block<'_, u8>, group: usize) -> bool {
-    let usual = matches!(block.lengths, Lengths::Fixed(4 | 8 | 12 | 16 | 24 | 32, _));
+    let usual = matches!(block.lengths, Lengths::Fixed(1..=32, _));
     group == 4 && usual && matches!(block.scales, Scales::Powers(_))
 }
 
@@ -70,12 +70,18 @@ fn spread(first: usize) -> __m512i {
     _mm512_add_epi32(four, _mm512_set1_epi32(first as i32))
 }
 
-/// Bytes from the beginning of a table to the rows of the four nonzeros from `first` on.
+/// Bytes from the beginning of a table to the rows of the nonzeros from `first` on, up to four of them, and
+/// then to the first row.
 #[inline(always)]
 fn offsets<const S: usize>(indices: &[u16; S], first: usize) -> [usize; 4] {
-    let four = &indices[first..first + 4];
-    // SAFETY: four indices take eight bytes.
-    let mut all = unsafe { four.as_ptr().cast::<u64>().read_unaligned() };
+    let mut all = match indices[first..].first_chunk::<4>() {
+        // SAFETY: four indices take eight bytes.
+        Some(four) => unsafe { four.as_ptr().cast::<u64>().read_unaligned() },
+        None => {
+            let rest = indices[first..].iter().rev();
+            rest.fold(0, |all, &index| all << 16 | u64::from(index))
+        }
+    };
     // SAFETY: nothing is done. The compiler cannot see that, and so does not take the indices out of a vector
     // register one by one, which costs twice as much.
     unsafe { asm!("/* {0} */", inout(reg) all, options(pure, nomem, nostack, preserves_flags)) };
@@ -95,21 +101,28 @@ fn prefetch<T>(numbers: *const T) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(numbers.cast::<i8>().wrapping_add(AHEAD)) };
 }
 
+/// Calls the kernel that is unrolled for the sparsity of a block.
+macro_rules! by_sparsity {
+    ($block:ident, $kernel:ident($from:ident, $to:ident)) => {
+        by_sparsity!($block, $kernel($from, $to),
+            1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32)
+    };
+    ($block:ident, $kernel:ident($from:ident, $to:ident), $($sparsity:literal)*) => {
+        match $block.lengths {
+            // SAFETY: the caller's.
+            $(Lengths::Fixed($sparsity, _) => unsafe {
+                $kernel::<$sparsity>(Vectors::of($block), $from, $to);
+            },)*
+            _ => unreachable!("callers ask whether there is a kernel"),
+        }
+    };
+}
+
 /// # Safety
 /// Needs AVX-512. `p` holds `MOST_ATOMS` rows of four, `out` one for each vector; [`takes`] must say yes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn scores(block: Block<'_, u8>, p: &[f32], out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe {
-        match block.lengths {
-            Lengths::Fixed(4, _) => scores_of::<4>(Vectors::of(block), p, out),
-            Lengths::Fixed(8, _) => scores_of::<8>(Vectors::of(block), p, out),
-            Lengths::Fixed(12, _) => scores_of::<12>(Vectors::of(block), p, out),
-            Lengths::Fixed(16, _) => scores_of::<16>(Vectors::of(block), p, out),
-            Lengths::Fixed(24, _) => scores_of::<24>(Vectors::of(block), p, out),
-            _ => scores_of::<32>(Vectors::of(block), p, out),
-        }
-    }
+    by_sparsity!(block, scores_of(p, out));
 }
 
 /// # Safety
@@ -159,17 +172,7 @@ unsafe fn scores_of<const S: usize>(vectors: Vectors<'_, S>, p: &[f32], out: &mu
 /// Needs AVX-512. `u` holds `MOST_ATOMS` rows of four, `weights` one for each vector; [`takes`] must say yes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in super::super) unsafe fn accumulate(block: Block<'_, u8>, weights: &[f32], u: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe {
-        match block.lengths {
-            Lengths::Fixed(4, _) => accumulate_of::<4>(Vectors::of(block), weights, u),
-            Lengths::Fixed(8, _) => accumulate_of::<8>(Vectors::of(block), weights, u),
-            Lengths::Fixed(12, _) => accumulate_of::<12>(Vectors::of(block), weights, u),
-            Lengths::Fixed(16, _) => accumulate_of::<16>(Vectors::of(block), weights, u),
-            Lengths::Fixed(24, _) => accumulate_of::<24>(Vectors::of(block), weights, u),
-            _ => accumulate_of::<32>(Vectors::of(block), weights, u),
-        }
-    }
+    by_sparsity!(block, accumulate_of(weights, u));
 }
 
 /// # Safety
@@ -201,7 +204,9 @@ unsafe fn accumulate_of<const S: usize>(vectors: Vectors<'_, S>, weights: &[f32]
                     _mm512_extractf32x4_ps::<2>(terms),
                     _mm512_extractf32x4_ps::<3>(terms),
                 ];
-                for (offset, term) in offsets(indices, first).into_iter().zip(terms) {
+                // Not to the rows of those that are not there: additions to one row wait for each other.
+                let rows = offsets(indices, first).into_iter().zip(terms);
+                for (offset, term) in rows.take(S - first) {
                     let row = u.wrapping_byte_add(offset);
                     // SAFETY: offsets are of 16-bit indices, so that the rows lie within `u`.
                     unsafe { _mm_storeu_ps(row, _mm_add_ps(_mm_loadu_ps(row), term)) };
