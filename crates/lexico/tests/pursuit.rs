@@ -236,3 +236,35 @@ fn no_worse_than_the_reference_implementation() {
         }
     }
 }
+
+#[test]
+fn unbiased_coefficients_keep_the_length_along_the_vector() {
+    let m = 16;
+    let dictionary = random_dictionary(21, 40, m);
+    let vectors = drawn_vectors(22, 200, m);
+    let pursuit = Pursuit::new(&dictionary, 3).unwrap();
+    let least_squares = pursuit.encode(&vectors).unwrap();
+    let mut unbiased = least_squares.clone();
+    unbiased.unbias();
+    for (v, x) in vectors.chunks(m).enumerate() {
+        let along = |batch: &SparseBatch| -> f64 {
+            let (indices, coefficients) = batch.row(v);
+            let terms = indices.iter().zip(coefficients).map(|(&i, &c)| {
+                let atom = dictionary.atom(usize::from(i)).iter().zip(x);
+                f64::from(c)
+                    * atom
+                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                        .sum::<f64>()
+            });
+            terms.sum::<f64>()
+        };
+        let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let error = f64::from(least_squares.relative_errors[v]);
+        assert!((along(&least_squares) / square - (1.0 - error * error)).abs() < 1e-5);
+        assert!((along(&unbiased) / square - 1.0).abs() < 1e-4);
+    }
+    let zero = pursuit.encode(&vec![0.0; m]).unwrap();
+    let mut scaled = zero.clone();
+    scaled.unbias();
+    assert_eq!(scaled, zero);
+}

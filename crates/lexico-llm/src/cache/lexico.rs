@@ -22,6 +22,9 @@ pub struct LexicoSettings {
     pub value_sparsity: usize,
     /// `δ`: relative error at which the pursuit stops early; 0 never does.
     pub tolerance: f32,
+    /// Whether coefficients are [scaled up](SparseBatch::unbias) so that no score is shrunk, instead of
+    /// those of least squares.
+    pub unbiased: bool,
     /// `n_b`: the newest positions, kept dense.
     pub window: usize,
     /// `n_a`: how many positions leave the window at once.
@@ -172,6 +175,12 @@ fn code(
         Pursuit::new(dictionary, sparsity)
             .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
             .and_then(|pursuit| pursuit.encode_on(vectors, threads))
+            .map(|mut batch| {
+                if settings.unbiased {
+                    batch.unbias();
+                }
+                batch
+            })
             .map_err(|reason| Error::Coding {
                 layer,
                 part,
@@ -423,6 +432,7 @@ mod tests {
             key_sparsity: 6,
             value_sparsity: 4,
             tolerance: 0.0,
+            unbiased: true,
             window: 5,
             batch,
             coefficients: CoefficientFormat::F8,

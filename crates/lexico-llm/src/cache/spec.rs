@@ -106,6 +106,12 @@ pub static METHODS: &[Method] = &[
                 "relative error that needs no more nonzeros",
             ),
             option(
+                "fit",
+                Values::OneOf(&["unbiased", "least-squares"]),
+                "unbiased",
+                "coefficients that keep scores, or vectors, nearest",
+            ),
+            option(
                 "window",
                 Values::Count,
                 "128",
@@ -138,6 +144,7 @@ pub static METHODS: &[Method] = &[
                 key_sparsity: given("key-sparsity")?.unwrap_or(sparsity),
                 value_sparsity: given("value-sparsity")?.unwrap_or(sparsity),
                 tolerance: spec.number("tolerance")?,
+                unbiased: spec.text("fit") == "unbiased",
                 window: spec.number("window")?,
                 batch: spec.number("batch")?,
                 coefficients: match spec.text("coefficients") {
