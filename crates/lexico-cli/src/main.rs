@@ -50,6 +50,7 @@ enum Command {
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
 
 fn main() -> ExitCode {
+    lexico_llm::hide_caught_panics();
     let caches = ui::cache_help();
     let command = Arguments::command()
         .after_help(EXIT_CODES)

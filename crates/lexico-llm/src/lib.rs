@@ -35,6 +35,7 @@ pub mod gguf;
 pub mod hub;
 pub mod import;
 mod model;
+mod panics;
 pub mod sample;
 pub mod shape;
 mod threads;
@@ -46,5 +47,6 @@ pub use corpus::{Corpus, Windows};
 pub use error::{Error, Result};
 
 pub use model::{DICTIONARY_FILE, Model};
+pub use panics::hide_caught_panics;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Quantize;

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use tokenizers::Tokenizer as Inner;
 
 use crate::error::{Error, Result};
+use crate::panics::caught;
 
 /// A model's tokenizer.
 pub struct Tokenizer {
@@ -29,7 +30,7 @@ impl Tokenizer {
             reason,
         };
         let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
-        let mut inner = Inner::from_bytes(json).map_err(not_one)?;
+        let mut inner = sound(|| Inner::from_bytes(json)).map_err(not_one)?;
         // Files keep what training cut and padded texts to; a prompt is never cut.
         inner.with_truncation(None).map_err(not_one)?;
         inner.with_padding(None);
@@ -91,7 +92,7 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special).map_err(failed)?;
+        let encoding = sound(|| self.inner.encode_fast(text, special)).map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -100,7 +101,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] where the tokenizer cannot decode them.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner.decode(tokens, true).map_err(failed)
+        sound(|| self.inner.decode(tokens, true)).map_err(failed)
     }
 
     /// Decodes token by token: characters that span tokens come whole.
@@ -111,6 +112,11 @@ impl Tokenizer {
             shown: 0,
         }
     }
+}
+
+/// Calls the tokenizers crate, which panics on some contradictory files.
+fn sound<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    caught(work).unwrap_or_else(|panic| Err(format!("it contradicts itself: {panic}").into()))
 }
 
 fn failed(error: tokenizers::Error) -> Error {
@@ -236,5 +242,55 @@ impl SpecialToken {
         match self {
             SpecialToken::Text(text) | SpecialToken::Object { content: text } => text,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// Entries that the tokenizers crate takes, or panics on when it meets a text.
+    #[test]
+    fn no_tokenizer_file_makes_a_panic() {
+        let tiny = include_bytes!("../../../models/tiny/tokenizer.json");
+        let tiny: Value = serde_json::from_slice(tiny).expect("JSON");
+        let template = |pieces: Value| json!({"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}});
+        let lies = [
+            ("normalizer", json!({"type": "Prepend", "prepend": ""})),
+            (
+                "normalizer",
+                json!({"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+            ),
+            (
+                "normalizer",
+                json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            ),
+            ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+            (
+                "post_processor",
+                template(json!([{"SpecialToken": {"id": "<none>", "type_id": 0}}])),
+            ),
+            (
+                "post_processor",
+                template(json!([{"Sequence": {"id": "B", "type_id": 0}}])),
+            ),
+        ];
+        let mut refused = 0;
+        for (entry, lie) in lies {
+            let mut file = tiny.clone();
+            file[entry] = lie.clone();
+            let bytes = serde_json::to_vec(&file).expect("JSON");
+            let tokens = Tokenizer::parse(&bytes, None, Path::new("tokenizer.json"))
+                .and_then(|tokenizer| tokenizer.encode_first("How many coins?"));
+            match tokens {
+                Ok(_) => println!("{lie}: taken"),
+                Err(error) => {
+                    println!("{lie}: {error}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!(refused >= 3, "{refused} were refused");
     }
 }

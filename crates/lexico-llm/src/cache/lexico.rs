@@ -254,7 +254,7 @@ impl LexicoCache {
     /// Hands the window's oldest positions over to be coded.
     fn begin(&mut self, layer: usize) {
         let batch = self.settings.batch;
-        let codes = (self.aside && self.due(layer) > 0).then(|| {
+        let codes = self.aside.then(|| {
             let dictionaries = Arc::clone(&self.dictionaries);
             let settings = self.settings.clone();
             let m = dictionaries.layers[layer].keys.head_dim();
@@ -326,7 +326,8 @@ impl LexicoCache {
         Ok(())
     }
 
-    /// Takes the new positions of a prompt, which is coded but for what the window holds.
+    /// Takes new positions and codes at once what the window cannot hold: those of a prompt, and where batches are
+    /// too small to wait.
     fn take_many(&mut self, layer: usize, step: &Step) -> Result<()> {
         self.finish(layer)?;
         let held = self.layers[layer].window();
@@ -374,7 +375,7 @@ impl KvCache for LexicoCache {
                 },
             ]
         })?;
-        if positions == 1 {
+        if positions == 1 && self.due(layer) > 0 {
             self.take_one(layer, &step)?;
         } else {
             self.take_many(layer, &step)?;

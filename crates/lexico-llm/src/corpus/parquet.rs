@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use parquet::basic::Type;
@@ -14,6 +13,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use super::{Texts, add_share, refused};
 use crate::error::{Error, Result, io, listed};
+use crate::panics::caught;
 
 /// Rows that are decoded at once.
 const ROWS: usize = 256;
@@ -180,7 +180,7 @@ impl Texts for ParquetFile {
 
 /// Calls what reads a file: of some damaged files the parquet crate makes a panic, which ends here.
 fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+    caught(read).unwrap_or_else(|_| {
         let reason = "its pages contradict each other".to_owned();
         Err(damaged(path)(ParquetError::General(reason)))
     })
