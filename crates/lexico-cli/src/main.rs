@@ -3,6 +3,7 @@
 mod bench;
 mod codes;
 mod eval;
+mod export;
 mod import;
 mod inspect;
 mod interrupt;
@@ -43,6 +44,8 @@ enum Command {
     Decode(codes::Decode),
     /// Convert a dictionary of the reference implementation (.pt)
     Import(import::Import),
+    /// Write a dictionary as a file of the reference implementation (.pt)
+    Export(export::Export),
     /// Show what a dictionary, code or model file holds
     Inspect(inspect::Inspect),
 }
@@ -109,6 +112,7 @@ fn work(arguments: Arguments) -> anyhow::Result<()> {
         Command::Encode(encode) => encode.run(),
         Command::Decode(decode) => decode.run(),
         Command::Import(import) => import.run(),
+        Command::Export(export) => export.run(),
         Command::Inspect(inspect) => inspect.run(),
     }
 }

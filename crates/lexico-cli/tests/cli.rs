@@ -967,3 +967,36 @@ fn import_makes_a_dictionary_file_or_says_why_not() {
     assert!(message.contains("[8, 64, N]"), "{message}");
     assert!(!out.exists());
 }
+
+#[test]
+fn export_makes_what_import_takes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pt, back) = (
+        folder.path().join("d.pt"),
+        folder.path().join("d.safetensors"),
+    );
+    let own = tiny_file("dictionary.safetensors");
+    let output = run(&["export", path(&own), "--out", path(&pt)]);
+    let message = text(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("[8, 64, 4096]"), "{message}");
+    let output = run(&["import", path(&pt), "--model", "tiny", "--out", path(&back)]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let (want, got) = (
+        TensorFile::open(&own).unwrap(),
+        TensorFile::open(&back).unwrap(),
+    );
+    for name in want.names() {
+        assert_eq!(
+            want.f32_tensor(&name, 2).unwrap(),
+            got.f32_tensor(&name, 2).unwrap(),
+            "{name}"
+        );
+    }
+    let nowhere = folder.path().join("none/d.pt");
+    assert!(fails(1, &["export", path(&own), "--out", path(&nowhere)]).contains("none"));
+    assert!(fails(1, &["export", path(&own), "--out", path(&back)]).contains(".pt"));
+    let weights = tiny_file("model.safetensors");
+    let message = fails(1, &["export", path(&weights), "--out", path(&pt)]);
+    assert!(message.contains("model.safetensors"), "{message}");
+}

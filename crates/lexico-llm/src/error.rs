@@ -72,6 +72,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Dictionaries cannot be written as a file of the reference implementation.
+    #[error("{path}: cannot export to it: {reason}", path = path.display())]
+    Export {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A chat template that does not parse, or that refuses a conversation.
     #[error("the model's chat template: {0}")]
     Chat(String),

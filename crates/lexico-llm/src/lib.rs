@@ -30,6 +30,7 @@ pub mod config;
 mod corpus;
 pub mod decoder;
 mod error;
+pub mod export;
 pub mod generate;
 pub mod gguf;
 pub mod hub;

@@ -1,13 +1,15 @@
-//! Dictionaries that PyTorch wrote, as the reference implementation saves them.
+//! Dictionaries that PyTorch wrote, as the reference implementation saves them, and those written for it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
 use std::path::{Path, PathBuf};
 
-use lexico::Dictionary;
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
 use lexico::tensor_file::TensorFile;
+use lexico::{Dictionary, DictionarySet};
+use lexico_llm::export::export_reference;
 use lexico_llm::import::import_reference;
+use lexico_llm::{Error, Model};
 
 fn fixture(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -91,4 +93,73 @@ fn damaged_files_do_not_panic() {
         std::fs::write(&path, flipped).unwrap();
         let _ = import_reference(&path, identity(2, 8));
     }
+}
+
+/// The tiny model's dictionaries.
+fn tiny() -> DictionarySet {
+    let model = Model::tiny().unwrap();
+    model.dictionaries.as_deref().unwrap().clone()
+}
+
+#[test]
+fn exported_dictionaries_come_back_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("d.pt");
+    let fixture = import_reference(&fixture("reference_dictionary.pt"), identity(2, 8)).unwrap();
+    for set in [tiny(), fixture] {
+        export_reference(&set, &path).unwrap();
+        let back = import_reference(&path, set.model.clone()).unwrap();
+        assert!(set.layers == back.layers);
+    }
+}
+
+#[test]
+fn dictionaries_that_no_tensor_holds_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("d.pt");
+    let mut uneven = tiny();
+    uneven.layers[2].values = Dictionary::new(vec![1.0; 64 * 64], 1).unwrap();
+    let error = export_reference(&uneven, &path).unwrap_err();
+    assert!(matches!(error, Error::Export { .. }), "{error}");
+    assert!(error.to_string().contains("one size"), "{error}");
+    let mut empty = tiny();
+    empty.layers.clear();
+    assert!(export_reference(&empty, &path).is_err());
+    let nowhere = folder.path().join("none/d.pt");
+    let error = export_reference(&tiny(), &nowhere).unwrap_err().to_string();
+    assert!(error.contains("none"), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// Where `LEXICO_PYTHON` names a Python that has torch and safetensors.
+#[test]
+fn torch_reads_what_is_exported() {
+    let Ok(python) = std::env::var("LEXICO_PYTHON") else {
+        println!("SKIPPED: LEXICO_PYTHON names no Python with torch");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let set = tiny();
+    export_reference(&set, &folder.path().join("d.pt")).unwrap();
+    set.save(folder.path().join("d.safetensors")).unwrap();
+    let script = "\
+import sys, torch
+from safetensors.torch import load_file
+folder = sys.argv[1]
+rows = load_file(folder + '/d.safetensors')
+for mapped in [False, True]:
+    tensor = torch.load(folder + '/d.pt', weights_only=True, mmap=mapped)
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert list(tensor.shape) == [len(rows), *rows['layers.0.keys'].T.shape], tensor.shape
+    for name, want in rows.items():
+        _, layer, part = name.split('.')
+        assert torch.equal(tensor[2 * int(layer) + (part == 'values')], want.T.float()), name
+";
+    let output = std::process::Command::new(python)
+        .args(["-c", script])
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{message}");
 }

@@ -312,6 +312,17 @@ pub fn write(
 /// # Errors
 /// [`Error::Io`], naming `path`.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomically_with(path, |file| file.write_all(bytes))
+}
+
+/// As [`write_atomically`], for what need not be in memory as a whole: `write` fills the file.
+///
+/// # Errors
+/// [`Error::Io`], naming `path`.
+pub fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> std::io::Result<()>,
+) -> Result<()> {
     let (path, folder) = &target(path)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(".lexico-").suffix(".partial");
@@ -322,7 +333,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     let mut file = builder.tempfile_in(folder).map_err(Error::io(path))?;
-    file.write_all(bytes)
+    write(file.as_file_mut())
         .and_then(|()| file.as_file().sync_all())
         .map_err(Error::io(path))?;
     file.persist(path)

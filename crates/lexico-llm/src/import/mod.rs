@@ -12,12 +12,15 @@ use lexico::{Dictionary, DictionarySet};
 
 use crate::error::{Error, Result, io};
 use pickle::SavedTensor;
+#[cfg(test)]
+pub(crate) use pickle::read_tensor;
 
 /// The pickle of a saved tensor takes a few hundred bytes.
 const MOST_PICKLE_BYTES: u64 = 1 << 20;
 
 /// Reads a dictionary file of the reference implementation for a model of this identity: keys and
-/// values interleaved layer by layer, one atom a column. Atoms are scaled to unit length.
+/// values interleaved layer by layer, one atom a column. Atoms are scaled to unit length, those of a
+/// matrix that already are of it as nearly as a dictionary file's stay bit for bit as they are.
 ///
 /// # Errors
 /// [`Error::Io`], and [`Error::Import`] where it is no PyTorch file of one such tensor.
@@ -65,8 +68,9 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
     let dictionary = |matrix: usize| {
         let first = offset + matrix * matrix_stride;
         let at = |j: usize, n: usize| numbers[first + j * row_stride + n * column_stride];
-        let by_rows = (0..atoms).flat_map(|n| (0..m).map(move |j| at(j, n)));
-        Dictionary::normalised(by_rows.collect(), m)
+        let by_rows = || (0..atoms).flat_map(|n| (0..m).map(move |j| at(j, n)));
+        Dictionary::new(by_rows().collect(), m)
+            .or_else(|_| Dictionary::normalised(by_rows().collect(), m))
             .map_err(|e| error(format!("matrix {matrix}: {e}")))
     };
     let layers = (0..model.layers)

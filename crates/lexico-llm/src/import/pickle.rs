@@ -8,16 +8,16 @@ use std::rc::Rc;
 
 /// A tensor's place in a PyTorch file.
 #[derive(Debug, PartialEq)]
-pub(super) struct SavedTensor {
+pub(crate) struct SavedTensor {
     /// Name of the storage's class: `FloatStorage`, `HalfStorage`, …
-    pub(super) storage: String,
+    pub(crate) storage: String,
     /// The file in the archive's `data` folder.
-    pub(super) key: String,
+    pub(crate) key: String,
     /// First element, counted in elements.
-    pub(super) offset: usize,
-    pub(super) shape: Vec<usize>,
+    pub(crate) offset: usize,
+    pub(crate) shape: Vec<usize>,
     /// In elements.
-    pub(super) strides: Vec<usize>,
+    pub(crate) strides: Vec<usize>,
 }
 
 /// Instructions of a file with one tensor; torch writes about 40.
@@ -41,7 +41,7 @@ enum Value {
 }
 
 /// Reads the one tensor of a pickle, or the only entry of a dict.
-pub(super) fn read_tensor(bytes: &[u8]) -> Result<SavedTensor, String> {
+pub(crate) fn read_tensor(bytes: &[u8]) -> Result<SavedTensor, String> {
     let value = Machine::default().run(bytes)?;
     let mut value = value.as_ref();
     if let Value::Dict(entries) = value {
