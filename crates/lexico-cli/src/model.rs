@@ -48,14 +48,20 @@ impl ModelArguments {
     }
 
     fn read(&self, model: &mut Model, path: &Path) -> anyhow::Result<()> {
-        let dictionaries = if path.extension().is_some_and(|e| e == "pt") {
-            import_reference(path, model.identity())?
-        } else {
-            DictionarySet::load(path)?
-        };
+        let dictionaries = read_dictionaries(model, path)?;
         let set = model.set_dictionaries(dictionaries);
         set.with_context(|| path.display().to_string())
     }
+}
+
+/// Dictionaries in a file of `lexico train`, whichever model they are for, or in a .pt file of the reference
+/// implementation, which does not say for which model it is.
+pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<DictionarySet> {
+    Ok(if path.extension().is_some_and(|e| e == "pt") {
+        import_reference(path, model.identity())?
+    } else {
+        DictionarySet::load(path)?
+    })
 }
 
 pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {

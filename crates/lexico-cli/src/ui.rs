@@ -38,11 +38,11 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 /// A table whose first column is text and whose others are numbers.
-pub(crate) fn table<R>(header: impl IntoIterator<Item = &'static str>, rows: Vec<R>) -> String
+pub(crate) fn table<R>(header: impl IntoIterator<Item = impl Into<String>>, rows: Vec<R>) -> String
 where
     R: IntoIterator<Item = String>,
 {
-    let header: Vec<&str> = header.into_iter().collect();
+    let header: Vec<String> = header.into_iter().map(Into::into).collect();
     let rows = rows
         .into_iter()
         .map(|row| row.into_iter().collect::<Vec<_>>());

@@ -1000,3 +1000,115 @@ fn export_makes_what_import_takes_back() {
     let message = fails(1, &["export", path(&weights), "--out", path(&pt)]);
     assert!(message.contains("model.safetensors"), "{message}");
 }
+
+#[test]
+fn eval_dictionary_prints_a_matrix_and_plots_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, line: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, line.repeat(60)).unwrap();
+        path
+    };
+    let sums = write("sums.txt", "12 + 7 = 19. 19 + 3 = 22. 5 + 8 = 13.\n");
+    let coins = write(
+        "coins.txt",
+        "Ana has 12 coins at home. Ben gives her 7 more.\n",
+    );
+    let other = folder.path().join("small.safetensors");
+    let settings = ["--tokens", "600", "--context", "64", "--vectors", "200"];
+    let train = [
+        &["train", "--corpus", path(&sums), "--out", path(&other)][..],
+        &["--atoms", "32", "--epochs", "1", "--sparsity", "4"],
+        &settings,
+    ];
+    let output = run(&train.concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let own = tiny_file("dictionary.safetensors");
+    let coins = format!("coins={}", path(&coins));
+    let plot = folder.path().join("p.svg");
+    let with = |more: &[&str]| {
+        let first = [&["eval", "dictionary", "--text", path(&sums), &coins][..]];
+        let all = [&first.concat()[..], &settings, more].concat();
+        all.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>()
+    };
+    let given = |more: &[&str]| {
+        let coins = format!("coins={}", path(&own));
+        with(&[&["--dictionary", &coins, path(&other)][..], more].concat())
+    };
+    fn borrowed(arguments: &[String]) -> Vec<&str> {
+        arguments.iter().map(String::as_str).collect()
+    }
+    let arguments = given(&["--json", "--sparsity", "8,4", "--plot", path(&plot)]);
+    let report = json(&borrowed(&arguments));
+    let cells = report["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 2 * 2 * 2);
+    let error = |dictionary: &str, text: &str, sparsity: usize, field: &str| {
+        let cell = cells.iter().find(|c| {
+            c["dictionary"] == dictionary && c["text"] == text && c["sparsity"] == sparsity
+        });
+        assert_eq!(cell.unwrap()["layers"].as_array().unwrap().len(), 4);
+        cell.unwrap()["keys"][field].as_f64().unwrap()
+    };
+    for (text, own, rival) in [("sums.txt", "small", "coins"), ("coins", "coins", "small")] {
+        // The own dictionary is known by its corpus or by its name.
+        assert_eq!(error(own, text, 4, "over_own"), 1.0);
+        let ratio = error(rival, text, 4, "relative_error") / error(own, text, 4, "relative_error");
+        assert!((error(rival, text, 4, "over_own") - ratio).abs() < 1e-4);
+        assert!(error(own, text, 8, "relative_error") < error(own, text, 4, "relative_error"));
+    }
+    let drawn = std::fs::read_to_string(&plot).unwrap();
+    assert_eq!(drawn.matches("sparsity s").count(), 2 * 2 * 2);
+    let output = run(&borrowed(&given(&["--per-layer"])));
+    let table = text(&output.stdout);
+    for word in ["keys, s = 8", "values, s = 16", "small, layer 3", "(1.00)*"] {
+        assert!(table.contains(word), "{word:?} is not in {table}");
+    }
+    for (option, value, word) in [
+        ("--sparsity", "33", "33"),
+        ("--sparsity", "0", "0"),
+        ("--vectors", "0", "vector"),
+        ("--context", "100000", "100000"),
+        ("--plot", "p.png", "svg"),
+        ("--text", path(&sums), "sums.txt"),
+        ("--text", "x=none.txt", "none.txt"),
+        ("--dictionary", "none.safetensors", "none.safetensors"),
+    ] {
+        let mut arguments = given(&[]);
+        let place = arguments.iter().position(|a| a == option);
+        match place.filter(|_| settings.contains(&option)) {
+            Some(place) => value.clone_into(&mut arguments[place + 1]),
+            None => arguments.extend([option.to_owned(), value.to_owned()]),
+        }
+        let message = fails(1, &borrowed(&arguments));
+        assert!(message.contains(word), "{message:?} does not name {word:?}");
+    }
+}
+
+#[test]
+fn eval_dictionary_takes_another_models_where_told_to() {
+    let folder = tiny_folder();
+    let config = std::fs::read_to_string(tiny_file("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["rope_parameters"]["rope_theta"] = 777.0.into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let sums = folder.path().join("sums.txt");
+    std::fs::write(&sums, "12 + 7 = 19. 19 + 3 = 22.\n".repeat(60)).unwrap();
+    let dictionary = tiny_file("dictionary.safetensors");
+    let mut arguments = vec!["eval", "dictionary", "--model", path(folder.path())];
+    arguments.extend(["--dictionary", path(&dictionary), "--text", path(&sums)]);
+    arguments.extend([
+        "--tokens",
+        "600",
+        "--context",
+        "64",
+        "--vectors",
+        "50",
+        "--json",
+    ]);
+    let message = fails(1, &arguments);
+    assert!(message.contains("rotary"), "{message}");
+    assert!(message.contains("--any-model"), "{message}");
+    arguments.push("--any-model");
+    let report = json(&arguments);
+    assert_eq!(report["dictionaries"][0]["other_model"], "tiny");
+}

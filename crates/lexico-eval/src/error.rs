@@ -18,6 +18,9 @@ pub enum Error {
     /// The model failed.
     #[error(transparent)]
     Model(#[from] lexico_llm::Error),
+    /// A dictionary cannot do what is asked of it.
+    #[error(transparent)]
+    Codec(#[from] lexico::Error),
     /// The caller asked for the work to stop.
     #[error("interrupted")]
     Interrupted,

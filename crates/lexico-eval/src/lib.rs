@@ -1,4 +1,5 @@
-//! Tasks that compare KV cache methods on the same model and the same prompts.
+//! Tasks that compare KV cache methods on the same model and the same prompts, and what dictionaries are
+//! worth on text that they have not seen.
 //!
 //! ```
 //! use std::ops::ControlFlow;
@@ -14,7 +15,9 @@
 //! # Ok::<(), lexico_eval::Error>(())
 //! ```
 
+pub mod dictionary;
 mod error;
+pub mod plot;
 pub mod tasks;
 
 pub use error::{Error, Result};

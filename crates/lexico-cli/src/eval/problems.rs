@@ -1,4 +1,4 @@
-use clap::{Args, Subcommand};
+use clap::Args;
 use lexico_eval::tasks::problems::{ProblemOptions, Problems, kept};
 use lexico_llm::cache::CacheSpec;
 use serde_json::json;
@@ -7,19 +7,7 @@ use crate::model::ModelArguments;
 use crate::{interrupt, ui};
 
 #[derive(Args)]
-pub(crate) struct Eval {
-    #[command(subcommand)]
-    task: Task,
-}
-
-#[derive(Subcommand)]
-enum Task {
-    /// Word problems in GSM8K's format, made for the tiny model
-    Problems(ProblemArguments),
-}
-
-#[derive(Args)]
-struct ProblemArguments {
+pub(crate) struct ProblemArguments {
     #[command(flatten)]
     model: ModelArguments,
     /// A cache method to measure; may be given several times (`full` always runs first)
@@ -36,16 +24,8 @@ struct ProblemArguments {
     json: bool,
 }
 
-impl Eval {
-    pub(crate) fn run(self) -> anyhow::Result<()> {
-        match self.task {
-            Task::Problems(problems) => problems.run(),
-        }
-    }
-}
-
 impl ProblemArguments {
-    fn run(self) -> anyhow::Result<()> {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
         let mut caches: Vec<CacheSpec> = vec!["full".parse()?];
         caches.extend(
             self.cache
