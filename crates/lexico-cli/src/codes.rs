@@ -27,7 +27,7 @@ pub(crate) struct Encode {
     #[arg(long, value_name = "D", default_value_t = 0.0)]
     tolerance: f32,
     /// How coefficients are stored
-    #[arg(long, value_enum, default_value_t = Coefficients::F8)]
+    #[arg(long, value_enum, default_value_t = Coefficients::I8)]
     coefficients: Coefficients,
     /// The code file to write
     #[arg(short, long, value_name = "FILE")]
@@ -39,6 +39,7 @@ pub(crate) struct Encode {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Coefficients {
+    I8,
     F8,
     F32,
 }
@@ -62,6 +63,7 @@ impl Encode {
             sparsity: self.sparsity,
             variable: self.tolerance > 0.0,
             coefficients: match self.coefficients {
+                Coefficients::I8 => CoefficientFormat::I8,
                 Coefficients::F8 => CoefficientFormat::F8,
                 Coefficients::F32 => CoefficientFormat::F32,
             },

@@ -130,6 +130,7 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
     let numbers = (codes.len() * file.head_dim).max(1);
     let bits = 8.0 * codes.bytes_used() as f64 / numbers as f64;
     let coefficients = match format.coefficients {
+        lexico::CoefficientFormat::I8 => "i8",
         lexico::CoefficientFormat::F8 => "f8",
         lexico::CoefficientFormat::F32 => "f32",
     };

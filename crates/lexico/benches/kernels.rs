@@ -35,16 +35,16 @@ fn pursuit(bencher: Bencher<'_, '_>, sparsity: usize) {
 }
 
 #[divan::bench(args = [8, 16])]
-fn coefficients_to_fp8(bencher: Bencher<'_, '_>, sparsity: usize) {
+fn coefficients_to_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     const VECTORS: usize = 4096;
-    let work = common::to_fp8(VECTORS, sparsity);
+    let work = common::to_bytes(VECTORS, sparsity);
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 
 #[divan::bench(args = [8, 16])]
-fn vectors_from_fp8(bencher: Bencher<'_, '_>, sparsity: usize) {
+fn vectors_from_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     const VECTORS: usize = 4096;
-    let work = common::from_fp8(VECTORS, sparsity);
+    let work = common::from_bytes(VECTORS, sparsity);
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 

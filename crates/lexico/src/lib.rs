@@ -24,7 +24,7 @@
 //! let mut codes = Codes::new(CodeFormat {
 //!     sparsity: 2,
 //!     variable: false,
-//!     coefficients: CoefficientFormat::F8,
+//!     coefficients: CoefficientFormat::I8,
 //! })?;
 //! codes.extend(&batch);
 //! assert_eq!(codes.bytes_used(), 2 * (3 * 2 + 1));

@@ -176,7 +176,7 @@ impl Attention {
         let mut codes = Codes::new(CodeFormat {
             sparsity,
             variable: false,
-            coefficients: CoefficientFormat::F8,
+            coefficients: CoefficientFormat::I8,
         })?;
         for first in (0..context).step_by(DRAWN) {
             let count = DRAWN.min(context - first);

@@ -436,7 +436,7 @@ mod tests {
             unbiased: true,
             window: 5,
             batch,
-            coefficients: CoefficientFormat::F8,
+            coefficients: CoefficientFormat::I8,
             dense: NumberType::F16,
         };
         let dictionaries = model.dictionaries.clone().expect("the embedded model's");

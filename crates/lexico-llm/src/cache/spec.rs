@@ -125,8 +125,8 @@ pub static METHODS: &[Method] = &[
             ),
             option(
                 "coefficients",
-                Values::OneOf(&["f8", "f32"]),
-                "f8",
+                Values::OneOf(&["i8", "f8", "f32"]),
+                "i8",
                 "numbers of the codes",
             ),
             option("dense", NUMBER_TYPES, "f16", "numbers of the window"),
@@ -149,7 +149,8 @@ pub static METHODS: &[Method] = &[
                 batch: spec.number("batch")?,
                 coefficients: match spec.text("coefficients") {
                     "f32" => CoefficientFormat::F32,
-                    _ => CoefficientFormat::F8,
+                    "f8" => CoefficientFormat::F8,
+                    _ => CoefficientFormat::I8,
                 },
                 dense: spec.number_type("dense"),
             };

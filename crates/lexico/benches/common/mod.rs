@@ -59,7 +59,7 @@ fn codes(sparsity: usize, batch: &SparseBatch) -> Codes {
     let mut codes = Codes::new(CodeFormat {
         sparsity,
         variable: false,
-        coefficients: CoefficientFormat::F8,
+        coefficients: CoefficientFormat::I8,
     })
     .expect("such codes there are");
     codes.extend(batch);
@@ -78,16 +78,16 @@ pub(crate) fn pursuit(vectors: usize, atoms: usize, sparsity: usize) -> impl FnM
     }
 }
 
-/// Stores codes: coefficients become FP8.
-pub(crate) fn to_fp8(vectors: usize, sparsity: usize) -> impl FnMut() {
+/// Stores codes: coefficients become 8-bit integers.
+pub(crate) fn to_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
     let batch = drawn_codes(&mut rng(), vectors, sparsity, 4096);
     move || {
         black_box(codes(sparsity, &batch));
     }
 }
 
-/// Turns codes back into vectors: FP8 becomes coefficients, and each adds an atom.
-pub(crate) fn from_fp8(vectors: usize, sparsity: usize) -> impl FnMut() {
+/// Turns codes back into vectors: integers become coefficients, and each adds an atom.
+pub(crate) fn from_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
     let mut rng = rng();
     let dictionary = dictionary(&mut rng, 4096);
     let codes = codes(

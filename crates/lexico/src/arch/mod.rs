@@ -155,7 +155,7 @@ fn check_group(block_len: usize, group: usize, per_vector: usize, table: usize) 
 
 /// Whether there is a kernel of its own for such codes on this machine.
 #[cfg(target_arch = "x86_64")]
-fn has_kernel(block: &crate::code::Block<'_, u8>, group: usize) -> bool {
+fn has_kernel<C>(block: &crate::code::Block<'_, C>, group: usize) -> bool {
     level::level() == level::Level::Avx512 && x86_64::codes::takes(block, group)
 }
 
@@ -165,10 +165,16 @@ pub(crate) fn scores(block: Blocks<'_>, p: &[f32], group: usize, out: &mut [f32]
     check_group(block.len(), group, out.len(), p.len());
     match block {
         #[cfg(target_arch = "x86_64")]
+        Blocks::I8(block) if has_kernel(&block, group) => {
+            // SAFETY: AVX-512 is there, the kernel takes such codes, and the sizes are checked.
+            unsafe { x86_64::codes::scores(block, p, out) }
+        }
+        #[cfg(target_arch = "x86_64")]
         Blocks::F8(block) if has_kernel(&block, group) => {
             // SAFETY: AVX-512 is there, the kernel takes such codes, and the sizes are checked.
             unsafe { x86_64::codes::scores(block, p, out) }
         }
+        Blocks::I8(block) => dispatch!(scores_i8(block, p, group, out)),
         Blocks::F8(block) => dispatch!(scores_f8(block, p, group, out)),
         Blocks::F32(block) => dispatch!(scores_f32(block, p, group, out)),
     }
@@ -180,10 +186,16 @@ pub(crate) fn accumulate(block: Blocks<'_>, weights: &[f32], group: usize, u: &m
     check_group(block.len(), group, weights.len(), u.len());
     match block {
         #[cfg(target_arch = "x86_64")]
+        Blocks::I8(block) if has_kernel(&block, group) => {
+            // SAFETY: as for scores.
+            unsafe { x86_64::codes::accumulate(block, weights, u) }
+        }
+        #[cfg(target_arch = "x86_64")]
         Blocks::F8(block) if has_kernel(&block, group) => {
             // SAFETY: as for scores.
             unsafe { x86_64::codes::accumulate(block, weights, u) }
         }
+        Blocks::I8(block) => dispatch!(accumulate_i8(block, weights, group, u)),
         Blocks::F8(block) => dispatch!(accumulate_f8(block, weights, group, u)),
         Blocks::F32(block) => dispatch!(accumulate_f32(block, weights, group, u)),
     }
@@ -349,7 +361,7 @@ mod tests {
 
         #[test]
         fn codes_are_gathered_and_scattered(
-            power in 0u32..6, varied in prop::collection::vec(0usize..9, 0..30), f8: bool, seed: u32,
+            power in 0u32..6, varied in prop::collection::vec(0usize..9, 0..30), kind in 0..3, seed: u32,
             fixed in prop::option::of(1usize..35),
         ) {
             let lengths: Vec<usize> = varied.iter().map(|&l| fixed.unwrap_or(l)).collect();
@@ -381,6 +393,11 @@ mod tests {
             let in_bytes = Block {
                 indices: &indices, coefficients: &bytes, scales, lengths: lengths_of, values,
             };
+            let integers: Vec<i8> = bytes.iter().map(|&b| b as i8).collect();
+            let in_integers = Block {
+                indices: &indices, coefficients: &integers, scales, lengths: lengths_of,
+                values: crate::code::i8_values(),
+            };
             let in_floats = Block {
                 indices: &indices, coefficients: &floats, scales, lengths: lengths_of, values,
             };
@@ -389,7 +406,11 @@ mod tests {
             let mut at = 0;
             for (t, &length) in lengths.iter().enumerate() {
                 for j in at..at + length {
-                    let c = if f8 { values[usize::from(bytes[j])] } else { floats[j] };
+                    let c = match kind {
+                        0 => f32::from(integers[j]),
+                        1 => values[usize::from(bytes[j])],
+                        _ => floats[j],
+                    };
                     let c = f64::from(c) * f64::from(scales.get(t));
                     for g in 0..group {
                         let (i, own) = (usize::from(indices[j]) * group + g, t * group + g);
@@ -400,22 +421,30 @@ mod tests {
                 at += length;
             }
             let size = 2.0 * 448.0 * 32.0;
-            let block = if f8 { Blocks::F8(in_bytes) } else { Blocks::F32(in_floats) };
+            let block = match kind {
+                0 => Blocks::I8(in_integers),
+                1 => Blocks::F8(in_bytes),
+                _ => Blocks::F32(in_floats),
+            };
             // And what the program itself would choose.
             let levels = Level::all().into_iter().map(Some).chain([None]);
             for level in levels {
                 let mut out = vec![f32::NAN; lengths.len() * group];
                 let mut u = vec![0.0; MOST_ATOMS * group];
-                match (level, f8) {
+                match (level, kind) {
                     (None, _) => {
                         scores(block, &p, group, &mut out);
                         accumulate(block, &weights, group, &mut u);
                     }
-                    (Some(level), true) => {
+                    (Some(level), 0) => {
+                        dispatch!(level, scores_i8(in_integers, &p, group, &mut out));
+                        dispatch!(level, accumulate_i8(in_integers, &weights, group, &mut u));
+                    }
+                    (Some(level), 1) => {
                         dispatch!(level, scores_f8(in_bytes, &p, group, &mut out));
                         dispatch!(level, accumulate_f8(in_bytes, &weights, group, &mut u));
                     }
-                    (Some(level), false) => {
+                    (Some(level), _) => {
                         dispatch!(level, scores_f32(in_floats, &p, group, &mut out));
                         dispatch!(level, accumulate_f32(in_floats, &weights, group, &mut u));
                     }

@@ -287,6 +287,14 @@ impl Coefficient for u8 {
     }
 }
 
+impl Coefficient for i8 {
+    #[inline(always)]
+    fn value(self, table: &[f32; 256]) -> f32 {
+        // One load; a conversion and its spreading over a register take three instructions.
+        table[usize::from(self as u8)]
+    }
+}
+
 impl Coefficient for f32 {
     #[inline(always)]
     fn value(self, _: &[f32; 256]) -> f32 {
@@ -418,6 +426,16 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
 }
 
 #[inline(always)]
+pub(super) fn scores_i8<const FMA: bool>(
+    block: Block<'_, i8>,
+    p: &[f32],
+    group: usize,
+    out: &mut [f32],
+) {
+    scores::<FMA, i8>(block, p, group, out);
+}
+
+#[inline(always)]
 pub(super) fn scores_f8<const FMA: bool>(
     block: Block<'_, u8>,
     p: &[f32],
@@ -435,6 +453,16 @@ pub(super) fn scores_f32<const FMA: bool>(
     out: &mut [f32],
 ) {
     scores::<FMA, f32>(block, p, group, out);
+}
+
+#[inline(always)]
+pub(super) fn accumulate_i8<const FMA: bool>(
+    block: Block<'_, i8>,
+    weights: &[f32],
+    group: usize,
+    u: &mut [f32],
+) {
+    accumulate::<FMA, i8>(block, weights, group, u);
 }
 
 #[inline(always)]

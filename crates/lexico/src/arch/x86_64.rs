@@ -40,8 +40,10 @@ kernels! {
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
     largest(scores: &[f32], largest: &mut [f32]);
     exponentials(scores: &mut [f32], largest: &[f32], sums: &mut [f32]);
+    scores_i8(block: Block<'_, i8>, p: &[f32], group: usize, out: &mut [f32]);
     scores_f8(block: Block<'_, u8>, p: &[f32], group: usize, out: &mut [f32]);
     scores_f32(block: Block<'_, f32>, p: &[f32], group: usize, out: &mut [f32]);
+    accumulate_i8(block: Block<'_, i8>, weights: &[f32], group: usize, u: &mut [f32]);
     accumulate_f8(block: Block<'_, u8>, weights: &[f32], group: usize, u: &mut [f32]);
     accumulate_f32(block: Block<'_, f32>, weights: &[f32], group: usize, u: &mut [f32]);
 }

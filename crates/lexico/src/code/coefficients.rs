@@ -7,11 +7,15 @@ use super::{Block, Blocks, Lengths};
 /// How coefficients are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CoefficientFormat {
-    /// FP8 E4M3 and one scale a vector, a power of two in one byte (E8M0, as in the OCP
-    /// Microscaling formats, 2023). The scale brings the vector's largest coefficient under 448,
-    /// FP8's largest number, so that no coefficient overflows; being a power of two it rounds
-    /// nothing itself. Coefficients below 2⁻¹⁸ of the largest become zero.
+    /// 8-bit integers and one scale a vector, a power of two in one byte (E8M0, as in the OCP
+    /// Microscaling formats, 2023), the smallest that brings the vector's largest coefficient to 127 at the most.
+    /// All coefficients of a vector are rounded to steps of one size, below 1/63 of the largest.
     #[default]
+    I8,
+    /// FP8 E4M3 and one scale a vector as above. The scale brings the vector's largest coefficient under 448,
+    /// FP8's largest number, so that no coefficient overflows; being a power of two it rounds
+    /// nothing itself. Coefficients below 2⁻¹⁸ of the largest become zero. Takes as many bytes as integers, and keeps
+    /// small coefficients better but large ones, which matter more, worse.
     F8,
     /// f32, for tests and comparison.
     F32,
@@ -19,11 +23,14 @@ pub enum CoefficientFormat {
 
 /// FP8 E4M3's largest number.
 const F8_LARGEST: f32 = 448.0;
+/// The largest integer.
+const I8_LARGEST: f32 = 127.0;
 /// E8M0's bias: byte `b` stands for `2^(b − 127)`.
 const SCALE_BIAS: i32 = 127;
 
 #[derive(Debug, Clone)]
 pub(super) enum Coefficients {
+    I8 { values: Vec<i8>, scales: Vec<u8> },
     F8 { values: Vec<u8>, scales: Vec<u8> },
     F32(Vec<f32>),
 }
@@ -31,6 +38,10 @@ pub(super) enum Coefficients {
 impl Coefficients {
     pub(super) fn new(format: CoefficientFormat) -> Self {
         match format {
+            CoefficientFormat::I8 => Self::I8 {
+                values: Vec::new(),
+                scales: Vec::new(),
+            },
             CoefficientFormat::F8 => Self::F8 {
                 values: Vec::new(),
                 scales: Vec::new(),
@@ -42,8 +53,15 @@ impl Coefficients {
     pub(super) fn push_vector(&mut self, coefficients: &[f32]) {
         match self {
             Self::F32(values) => values.extend_from_slice(coefficients),
+            Self::I8 { values, scales } => {
+                let scale = scale_of(coefficients, I8_LARGEST);
+                let inverse = 1.0 / scale_value(scale);
+                let scaled = coefficients.iter().map(|&c| f64::from(c) * inverse);
+                values.extend(scaled.map(|c| c.round_ties_even() as i8));
+                scales.push(scale);
+            }
             Self::F8 { values, scales } => {
-                let scale = scale_of(coefficients);
+                let scale = scale_of(coefficients, F8_LARGEST);
                 let inverse = 1.0 / scale_value(scale);
                 let scaled = coefficients
                     .iter()
@@ -57,6 +75,7 @@ impl Coefficients {
     pub(super) fn push_zeros(&mut self, count: usize) {
         match self {
             Self::F32(values) => values.extend(std::iter::repeat_n(0.0, count)),
+            Self::I8 { values, .. } => values.extend(std::iter::repeat_n(0, count)),
             Self::F8 { values, .. } => values.extend(std::iter::repeat_n(0, count)),
         }
     }
@@ -64,6 +83,10 @@ impl Coefficients {
     pub(super) fn reserve_exact(&mut self, vectors: usize, nonzeros: usize) {
         match self {
             Self::F32(values) => values.reserve_exact(nonzeros),
+            Self::I8 { values, scales } => {
+                values.reserve_exact(nonzeros);
+                scales.reserve_exact(vectors);
+            }
             Self::F8 { values, scales } => {
                 values.reserve_exact(nonzeros);
                 scales.reserve_exact(vectors);
@@ -74,6 +97,10 @@ impl Coefficients {
     pub(super) fn drop_front(&mut self, vectors: usize, nonzeros: usize) {
         match self {
             Self::F32(values) => drop(values.drain(..nonzeros)),
+            Self::I8 { values, scales } => {
+                values.drain(..nonzeros);
+                scales.drain(..vectors);
+            }
             Self::F8 { values, scales } => {
                 values.drain(..nonzeros);
                 scales.drain(..vectors);
@@ -85,13 +112,14 @@ impl Coefficients {
     pub(super) fn spare_vectors(&self) -> usize {
         match self {
             Self::F32(_) => usize::MAX,
-            Self::F8 { scales, .. } => scales.capacity() - scales.len(),
+            Self::I8 { scales, .. } | Self::F8 { scales, .. } => scales.capacity() - scales.len(),
         }
     }
 
     pub(super) fn bytes(&self) -> usize {
         match self {
             Self::F32(values) => values.capacity() * size_of::<f32>(),
+            Self::I8 { values, scales } => values.capacity() + scales.capacity(),
             Self::F8 { values, scales } => values.capacity() + scales.capacity(),
         }
     }
@@ -99,6 +127,7 @@ impl Coefficients {
     pub(super) fn bytes_used(&self) -> usize {
         match self {
             Self::F32(values) => values.len() * size_of::<f32>(),
+            Self::I8 { values, scales } => values.len() + scales.len(),
             Self::F8 { values, scales } => values.len() + scales.len(),
         }
     }
@@ -107,6 +136,10 @@ impl Coefficients {
     pub(super) fn prefetch(&self) {
         match self {
             Self::F32(values) => crate::arch::prefetch_first(values),
+            Self::I8 { values, scales } => {
+                crate::arch::prefetch_first(values);
+                crate::arch::prefetch_first(scales);
+            }
             Self::F8 { values, scales } => {
                 crate::arch::prefetch_first(values);
                 crate::arch::prefetch_first(scales);
@@ -124,6 +157,13 @@ impl Coefficients {
                 lengths,
                 values: &F8_VALUES,
             }),
+            Self::I8 { values, scales } => Blocks::I8(Block {
+                indices,
+                coefficients: values,
+                scales: Scales::Powers(scales),
+                lengths,
+                values: &I8_VALUES,
+            }),
             Self::F8 { values, scales } => Blocks::F8(Block {
                 indices,
                 coefficients: values,
@@ -136,14 +176,17 @@ impl Coefficients {
 
     /// Coefficient `nonzero`, of vector `v`.
     pub(super) fn get(&self, v: usize, nonzero: usize) -> f32 {
-        match self {
-            Self::F32(values) => values[nonzero],
+        let (number, scale) = match self {
+            Self::F32(values) => return values[nonzero],
+            Self::I8 { values, scales } => (f64::from(values[nonzero]), scales[v]),
             Self::F8 { values, scales } => {
-                // FP8 may round the largest f32 up past f32's range.
-                let c = f64::from(F8_VALUES[usize::from(values[nonzero])]) * scale_value(scales[v]);
-                c.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
+                let number = F8_VALUES[usize::from(values[nonzero])];
+                (f64::from(number), scales[v])
             }
-        }
+        };
+        // The largest f32 may have been rounded up past f32's range.
+        let c = number * scale_value(scale);
+        c.clamp(f64::from(f32::MIN), f64::from(f32::MAX)) as f32
     }
 }
 
@@ -180,6 +223,22 @@ impl Scales<'_> {
 static F8_VALUES: LazyLock<[f32; 256]> =
     LazyLock::new(|| std::array::from_fn(|b| F8E4M3::from_bits(b as u8).to_f32()));
 
+/// The number that each integer's byte stands for.
+static I8_VALUES: [f32; 256] = {
+    let mut values = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        values[byte] = byte as u8 as i8 as f32;
+        byte += 1;
+    }
+    values
+};
+
+#[cfg(test)]
+pub(crate) fn i8_values() -> &'static [f32; 256] {
+    &I8_VALUES
+}
+
 #[cfg(test)]
 pub(crate) fn f8_values() -> &'static [f32; 256] {
     &F8_VALUES
@@ -190,15 +249,15 @@ fn scale_value(byte: u8) -> f64 {
     2f64.powi(i32::from(byte) - SCALE_BIAS)
 }
 
-/// The smallest scale under which the largest coefficient is at most 448.
-fn scale_of(coefficients: &[f32]) -> u8 {
+/// The smallest scale under which no coefficient is larger than `most`.
+fn scale_of(coefficients: &[f32], most: f32) -> u8 {
     let largest = coefficients
         .iter()
         .fold(0f32, |largest, c| largest.max(c.abs()));
     if largest == 0.0 {
         return SCALE_BIAS as u8;
     }
-    let ratio = f64::from(largest) / f64::from(F8_LARGEST);
+    let ratio = f64::from(largest) / f64::from(most);
     // The exponent field of an f64 is the floor of its logarithm; round up unless it is exact.
     let floor = ((ratio.to_bits() >> 52) as i32) - 1023;
     let exact = ratio.to_bits() & ((1 << 52) - 1) == 0;
@@ -214,32 +273,43 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_largest_coefficient_keeps_three_bits_at_any_size(mantissa in 1f32..2.0, exponent in -110i32..127, sign: bool) {
+        fn coefficients_keep_their_bits_at_any_size(mantissa in 1f32..2.0, exponent in -110i32..127, sign: bool) {
             let c = mantissa * 2f32.powi(exponent) * if sign { 1.0 } else { -1.0 };
-            let mut stored = Coefficients::new(CoefficientFormat::F8);
-            stored.push_vector(&[c, c / 8.0]);
-            let back = [stored.get(0, 0), stored.get(0, 1)];
-            for (back, c) in back.iter().zip([c, c / 8.0]) {
-                prop_assert!((back - c).abs() <= c.abs() / 16.0, "{} came back as {}", c, back);
+            let small = c / 8.0;
+            let most = [
+                (CoefficientFormat::F8, [c / 16.0, small / 16.0]),
+                (CoefficientFormat::I8, [c / 126.0, c / 126.0]),
+            ];
+            for (format, most) in most {
+                let mut stored = Coefficients::new(format);
+                stored.push_vector(&[c, small]);
+                let back = [stored.get(0, 0), stored.get(0, 1)];
+                for ((back, c), most) in back.iter().zip([c, small]).zip(most) {
+                    prop_assert!((back - c).abs() <= most.abs() * 1.0001, "{} came back as {}", c, back);
+                }
             }
         }
     }
 
     #[test]
     fn zeros_and_nothing_are_stored() {
-        let mut stored = Coefficients::new(CoefficientFormat::F8);
-        stored.push_vector(&[0.0, -0.0]);
-        stored.push_vector(&[]);
-        assert_eq!([stored.get(0, 0), stored.get(0, 1)], [0.0, 0.0]);
+        for format in [CoefficientFormat::F8, CoefficientFormat::I8] {
+            let mut stored = Coefficients::new(format);
+            stored.push_vector(&[0.0, -0.0]);
+            stored.push_vector(&[]);
+            assert_eq!([stored.get(0, 0), stored.get(0, 1)], [0.0, 0.0]);
+        }
     }
 
     #[test]
     fn finite_extremes_come_back_finite() {
-        for c in [f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45] {
-            let mut stored = Coefficients::new(CoefficientFormat::F8);
-            stored.push_vector(&[c]);
-            let back = stored.get(0, 0);
-            assert!(back.is_finite(), "{c} came back as {back}");
+        for format in [CoefficientFormat::F8, CoefficientFormat::I8] {
+            for c in [f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45] {
+                let mut stored = Coefficients::new(format);
+                stored.push_vector(&[c]);
+                let back = stored.get(0, 0);
+                assert!(back.is_finite(), "{c} came back as {back}");
+            }
         }
     }
 }

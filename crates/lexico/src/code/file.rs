@@ -13,8 +13,8 @@ const CURE: &str = "`lexico encode` makes such a file";
 
 /// Codes in a file, and the dictionary they need.
 ///
-/// Tensors: `indices` U16 `[n, s]`; `coefficients` `[n, s]`, F32 or F8_E4M3; with FP8 `scales`
-/// F8_E8M0 `[n]`, a coefficient being its FP8 number times its vector's scale; and where they
+/// Tensors: `indices` U16 `[n, s]`; `coefficients` `[n, s]`, F32, I8 or F8_E4M3; but with F32 `scales`
+/// F8_E8M0 `[n]`, a coefficient being its number times its vector's scale; and where they
 /// vary `lengths` U8 `[n]`, the rest of a row being zero.
 #[derive(Debug, Clone)]
 pub struct CodeFile {
@@ -49,6 +49,7 @@ impl CodeFile {
         let (mut indices, mut coefficients) = (Vec::new(), Vec::new());
         let (mut scales, mut lengths) = (Vec::new(), Vec::new());
         let (dtype, width) = match codes.format.coefficients {
+            CoefficientFormat::I8 => (Dtype::I8, 1),
             CoefficientFormat::F8 => (Dtype::F8_E4M3, 1),
             CoefficientFormat::F32 => (Dtype::F32, 4),
         };
@@ -59,6 +60,14 @@ impl CodeFile {
             let own = page.indices.iter().flat_map(|i| i.to_le_bytes());
             indices.extend(padded_rows(&own.collect::<Vec<_>>(), 2, &each, s));
             match &page.coefficients {
+                Coefficients::I8 {
+                    values,
+                    scales: own,
+                } => {
+                    let values: Vec<u8> = values.iter().map(|&c| c as u8).collect();
+                    coefficients.extend(padded_rows(&values, width, &each, s));
+                    scales.extend_from_slice(own);
+                }
                 Coefficients::F8 {
                     values,
                     scales: own,
@@ -77,7 +86,7 @@ impl CodeFile {
             NewTensor::new("indices", Dtype::U16, &[n, s], indices),
             NewTensor::new("coefficients", dtype, &[n, s], coefficients),
         ];
-        if codes.format.coefficients == CoefficientFormat::F8 {
+        if codes.format.coefficients != CoefficientFormat::F32 {
             tensors.push(NewTensor::new("scales", Dtype::F8_E8M0, &[n], scales));
         }
         if codes.format.variable {
@@ -165,7 +174,16 @@ impl CodeFile {
             .collect();
         let not_finite =
             || Error::tensor(file.path(), "coefficients", "it holds a NaN or an infinity");
-        let coefficients = if file.info("coefficients")?.0 == Dtype::F32 {
+        // E8M0 has one NaN.
+        let scales = || {
+            let scales = read("scales", Dtype::F8_E8M0, &[n])?;
+            if scales.contains(&0xff) {
+                return Err(Error::tensor(file.path(), "scales", "it holds a NaN"));
+            }
+            Ok(scales)
+        };
+        let dtype = file.info("coefficients")?.0;
+        let coefficients = if dtype == Dtype::F32 {
             let bytes = used_rows(&read("coefficients", Dtype::F32, &[n, s])?, 4, &each, s);
             let values = bytes
                 .as_chunks::<4>()
@@ -177,19 +195,28 @@ impl CodeFile {
                 return Err(not_finite());
             }
             Coefficients::F32(values)
+        } else if dtype == Dtype::I8 {
+            let values = used_rows(&read("coefficients", Dtype::I8, &[n, s])?, 1, &each, s);
+            Coefficients::I8 {
+                values: values.into_iter().map(|c| c as i8).collect(),
+                scales: scales()?,
+            }
         } else {
             let values = used_rows(&read("coefficients", Dtype::F8_E4M3, &[n, s])?, 1, &each, s);
-            let scales = read("scales", Dtype::F8_E8M0, &[n])?;
-            // E4M3 has one NaN a sign, E8M0 one in all.
-            if values.iter().any(|b| b & 0x7f == 0x7f) || scales.contains(&0xff) {
+            // E4M3 has one NaN a sign.
+            if values.iter().any(|b| b & 0x7f == 0x7f) {
                 return Err(not_finite());
             }
-            Coefficients::F8 { values, scales }
+            Coefficients::F8 {
+                values,
+                scales: scales()?,
+            }
         };
         let format = CodeFormat {
             sparsity: s,
             variable,
             coefficients: match coefficients {
+                Coefficients::I8 { .. } => CoefficientFormat::I8,
                 Coefficients::F8 { .. } => CoefficientFormat::F8,
                 Coefficients::F32(_) => CoefficientFormat::F32,
             },

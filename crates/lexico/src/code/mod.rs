@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use coefficients::Coefficients;
 pub(crate) use coefficients::Scales;
 #[cfg(test)]
-pub(crate) use coefficients::f8_values;
+pub(crate) use coefficients::{f8_values, i8_values};
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 16;
@@ -33,7 +33,7 @@ pub struct CodeFormat {
 
 /// Sparse codes of a growing list of vectors.
 ///
-/// A vector with `k` nonzeros takes `3k + 1` bytes with FP8 coefficients (2 for the index and 1
+/// A vector with `k` nonzeros takes `3k + 1` bytes with coefficients of a byte (2 for the index and 1
 /// for the coefficient of each nonzero, 1 for the vector's scale), `6k` with f32, and one more
 /// where lengths vary. With fixed sparsity `k = s` always.
 #[derive(Debug, Clone)]
@@ -330,6 +330,7 @@ impl Runs<'_> {
 /// Some vectors' codes as they are stored, by how their coefficients are.
 #[derive(Clone, Copy)]
 pub(crate) enum Blocks<'a> {
+    I8(Block<'a, i8>),
     F8(Block<'a, u8>),
     F32(Block<'a, f32>),
 }
@@ -360,7 +361,9 @@ pub(crate) enum Lengths<'a> {
 impl Blocks<'_> {
     /// Vectors.
     pub(crate) fn len(&self) -> usize {
-        let (Blocks::F8(Block { lengths, .. }) | Blocks::F32(Block { lengths, .. })) = self;
+        let (Blocks::I8(Block { lengths, .. })
+        | Blocks::F8(Block { lengths, .. })
+        | Blocks::F32(Block { lengths, .. })) = self;
         match lengths {
             Lengths::Fixed(_, count) => *count,
             Lengths::Variable(lengths) => lengths.len(),
@@ -370,6 +373,10 @@ impl Blocks<'_> {
     /// The first `count` vectors, which must be there, and the others.
     fn split_at(self, count: usize) -> (Self, Self) {
         match self {
+            Blocks::I8(block) => {
+                let (first, rest) = block.split_at(count);
+                (Blocks::I8(first), Blocks::I8(rest))
+            }
             Blocks::F8(block) => {
                 let (first, rest) = block.split_at(count);
                 (Blocks::F8(first), Blocks::F8(rest))

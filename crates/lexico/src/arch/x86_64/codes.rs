@@ -1,5 +1,5 @@
-//! Scores of codes and sums of weighted codes on AVX-512, for groups of four queries and FP8
-//! coefficients: what is unpacked stays in registers, four nonzeros side by side.
+//! Scores of codes and sums of weighted codes on AVX-512, for groups of four queries and
+//! coefficients of a byte: what is unpacked stays in registers, four nonzeros side by side.
 
 use core::arch::asm;
 use core::arch::x86_64::*;
@@ -12,20 +12,20 @@ const ROW_SHIFT: u32 = 4;
 const AHEAD: usize = 2048;
 
 /// Whether there is a kernel for codes of this kind.
-pub(in super::super) fn takes(block: &Block<'_, u8>, group: usize) -> bool {
+pub(in super::super) fn takes<C>(block: &Block<'_, C>, group: usize) -> bool {
     let usual = matches!(block.lengths, Lengths::Fixed(1..=32, _));
     group == 4 && usual && matches!(block.scales, Scales::Powers(_))
 }
 
 /// The nonzeros of some vectors, `S` each.
-struct Vectors<'a, const S: usize> {
+struct Vectors<'a, C, const S: usize> {
     indices: &'a [[u16; S]],
-    coefficients: &'a [[u8; S]],
+    coefficients: &'a [[C; S]],
     exponents: &'a [u8],
 }
 
-impl<'a, const S: usize> Vectors<'a, S> {
-    fn of(block: Block<'a, u8>) -> Self {
+impl<'a, C, const S: usize> Vectors<'a, C, S> {
+    fn of(block: Block<'a, C>) -> Self {
         let exponents = match block.scales {
             Scales::Powers(exponents) => exponents,
             Scales::One => &[],
@@ -37,7 +37,7 @@ impl<'a, const S: usize> Vectors<'a, S> {
         }
     }
 
-    fn iter(&self) -> impl Iterator<Item = ((&'a [u16; S], &'a [u8; S]), f32)> {
+    fn iter(&self) -> impl Iterator<Item = ((&'a [u16; S], &'a [C; S]), f32)> {
         let codes = self.indices.iter().zip(self.coefficients);
         codes.zip(
             self.exponents
@@ -47,13 +47,53 @@ impl<'a, const S: usize> Vectors<'a, S> {
     }
 }
 
+/// A coefficient of a byte.
+pub(in super::super) trait InByte: Copy {
+    /// What 16 of them stand for.
+    ///
+    /// # Safety
+    /// Needs AVX-512.
+    unsafe fn numbers(bytes: __m128i) -> __m512;
+}
+
+impl InByte for i8 {
+    #[inline(always)]
+    unsafe fn numbers(bytes: __m128i) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { integers(bytes) }
+    }
+}
+
+impl InByte for u8 {
+    #[inline(always)]
+    unsafe fn numbers(bytes: __m128i) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { floats(bytes) }
+    }
+}
+
 /// The coefficients of up to 16 nonzeros from `first` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn unpack<const S: usize>(coefficients: &[u8; S], first: usize) -> __m512 {
+fn unpack<C: InByte, const S: usize>(coefficients: &[C; S], first: usize) -> __m512 {
     let mask = ((1u32 << (S - first).min(16)) - 1) as __mmask16;
-    // SAFETY: the mask ends with the coefficients.
-    let bytes = unsafe { _mm_maskz_loadu_epi8(mask, coefficients.as_ptr().add(first).cast()) };
+    // SAFETY: the mask ends with the coefficients; AVX-512 is there.
+    unsafe {
+        let bytes = _mm_maskz_loadu_epi8(mask, coefficients.as_ptr().add(first).cast());
+        C::numbers(bytes)
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn integers(bytes: __m128i) -> __m512 {
+    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+}
+
+/// Numbers of FP8 E4M3.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn floats(bytes: __m128i) -> __m512 {
     let bytes = _mm512_cvtepu8_epi32(bytes);
     let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(bytes, _mm512_set1_epi32(0x80)));
     let rest = _mm512_slli_epi32::<20>(_mm512_and_si512(bytes, _mm512_set1_epi32(0x7f)));
@@ -111,7 +151,7 @@ macro_rules! by_sparsity {
         match $block.lengths {
             // SAFETY: the caller's.
             $(Lengths::Fixed($sparsity, _) => unsafe {
-                $kernel::<$sparsity>(Vectors::of($block), $from, $to);
+                $kernel::<_, $sparsity>(Vectors::of($block), $from, $to);
             },)*
             _ => unreachable!("callers ask whether there is a kernel"),
         }
@@ -121,7 +161,7 @@ macro_rules! by_sparsity {
 /// # Safety
 /// Needs AVX-512. `p` holds `MOST_ATOMS` rows of four, `out` one for each vector; [`takes`] must say yes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in super::super) unsafe fn scores(block: Block<'_, u8>, p: &[f32], out: &mut [f32]) {
+pub(in super::super) unsafe fn scores<C: InByte>(block: Block<'_, C>, p: &[f32], out: &mut [f32]) {
     by_sparsity!(block, scores_of(p, out));
 }
 
@@ -129,7 +169,11 @@ pub(in super::super) unsafe fn scores(block: Block<'_, u8>, p: &[f32], out: &mut
 /// As [`scores`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn scores_of<const S: usize>(vectors: Vectors<'_, S>, p: &[f32], out: &mut [f32]) {
+unsafe fn scores_of<C: InByte, const S: usize>(
+    vectors: Vectors<'_, C, S>,
+    p: &[f32],
+    out: &mut [f32],
+) {
     let spreads = [spread(0), spread(4), spread(8), spread(12)];
     let p = p.as_ptr();
     for (((indices, coefficients), scale), out) in vectors.iter().zip(out.as_chunks_mut::<4>().0) {
@@ -171,7 +215,11 @@ unsafe fn scores_of<const S: usize>(vectors: Vectors<'_, S>, p: &[f32], out: &mu
 /// # Safety
 /// Needs AVX-512. `u` holds `MOST_ATOMS` rows of four, `weights` one for each vector; [`takes`] must say yes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in super::super) unsafe fn accumulate(block: Block<'_, u8>, weights: &[f32], u: &mut [f32]) {
+pub(in super::super) unsafe fn accumulate<C: InByte>(
+    block: Block<'_, C>,
+    weights: &[f32],
+    u: &mut [f32],
+) {
     by_sparsity!(block, accumulate_of(weights, u));
 }
 
@@ -179,7 +227,11 @@ pub(in super::super) unsafe fn accumulate(block: Block<'_, u8>, weights: &[f32],
 /// As [`accumulate`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn accumulate_of<const S: usize>(vectors: Vectors<'_, S>, weights: &[f32], u: &mut [f32]) {
+unsafe fn accumulate_of<C: InByte, const S: usize>(
+    vectors: Vectors<'_, C, S>,
+    weights: &[f32],
+    u: &mut [f32],
+) {
     let spreads = [spread(0), spread(4), spread(8), spread(12)];
     let u = u.as_mut_ptr();
     for (((indices, coefficients), scale), weights) in
