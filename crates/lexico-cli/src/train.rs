@@ -1,12 +1,14 @@
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use lexico::dictionary::LayerErrors;
 use lexico::learn::LearnOptions;
-use lexico_llm::train::{TrainOptions, TrainProgress, train};
+use lexico_llm::train::{
+    Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
+};
 use lexico_llm::{Corpus, Quantize};
 use serde_json::json;
 
@@ -45,21 +47,46 @@ pub(crate) struct Train {
     /// Vectors that each dictionary learns from at the most
     #[arg(long, default_value_t = TrainOptions::default().vectors, value_name = "N")]
     vectors: usize,
+    /// Where the settings below come from where they are not given: lexico's own, or the reference
+    /// implementation's (20 epochs, batch 64, rate 1e-4, random initial atoms, no re-seeding, no early stop)
+    #[arg(long, default_value = "lexico", value_name = "lexico|paper")]
+    recipe: Recipe,
     /// Passes over the vectors
-    #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
-    epochs: usize,
+    #[arg(long, value_name = "N")]
+    epochs: Option<usize>,
     /// Vectors in a step
-    #[arg(long, default_value_t = LearnOptions::default().batch, value_name = "N")]
-    batch: usize,
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
     /// Adam's step size at the start
-    #[arg(long, default_value_t = LearnOptions::default().learning_rate, value_name = "X")]
-    learning_rate: f32,
+    #[arg(long, value_name = "X")]
+    learning_rate: Option<f32>,
+    /// Stop a dictionary after so many epochs in a row that did not lower its held-out error; 0: never
+    #[arg(long, value_name = "N")]
+    patience: Option<usize>,
     /// Seed of every random choice
     #[arg(short, long, default_value_t = 0)]
     seed: u64,
+    /// Go on with the training that was broken off, or begin where there is none
+    #[arg(long)]
+    resume: bool,
+    /// The folder for what was done so far and for the sampled vectors [default: the folder of --out]
+    #[arg(long, value_name = "FOLDER")]
+    work_dir: Option<PathBuf>,
+    /// Seconds between two savings of what was done so far
+    #[arg(long, default_value_t = StateOptions::default().every.as_secs_f64(), value_name = "X")]
+    save_every: f64,
+    /// A safetensors file to write the sampled vectors to, layers.0.keys and so on
+    #[arg(long, value_name = "FILE")]
+    keep_vectors: Option<PathBuf>,
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Recipe {
+    Lexico,
+    Paper,
 }
 
 impl Train {
@@ -73,6 +100,9 @@ impl Train {
             std::io::stderr().is_terminal(),
         )?;
         ui::check_out(&self.out, &corpus.files())?;
+        if let Some(vectors) = &self.keep_vectors {
+            ui::check_out(vectors, &corpus.files())?;
+        }
         note_skipped(corpus.skipped());
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;
@@ -82,45 +112,104 @@ impl Train {
             self.out.display(),
             model.name
         ));
-        let head_dim = model.decoder.config().head_dim;
-        let options = TrainOptions {
+        let state = self.state_folder()?;
+        let options = self.options(model.decoder.config().head_dim, &state)?;
+        if self.resume && !state.exists() {
+            ui::note(&format!(
+                "{}: nothing to go on with, begins",
+                state.display()
+            ));
+        }
+        let mut progress = Progress::new(model.decoder.config().layers);
+        let trained = train(&model, &corpus, &options, &mut |step| {
+            progress.show(step);
+            interrupt::flow()
+        });
+        progress.finish();
+        let trained = trained.with_context(|| {
+            let kept = if interrupt::happened() && state.exists() {
+                format!(", --resume goes on from {}", state.display())
+            } else {
+                String::new()
+            };
+            format!("nothing was written to {}{kept}", self.out.display())
+        })?;
+        trained.dictionaries.save(&self.out)?;
+        remove_state(&state)?;
+        // Whatever came while the file was written came too late.
+        interrupt::forget();
+        self.report(&trained, started.elapsed().as_secs_f64())
+    }
+
+    /// Where the state is kept: beside the dictionary file or in the folder for such things, under its name.
+    fn state_folder(&self) -> anyhow::Result<PathBuf> {
+        let name = self.out.file_name().context("--out names no file")?;
+        let mut name = name.to_owned();
+        name.push(".state");
+        match &self.work_dir {
+            Some(folder) => {
+                std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+                Ok(folder.join(name))
+            }
+            None => Ok(self.out.with_file_name(name)),
+        }
+    }
+
+    fn options(&self, head_dim: usize, state: &Path) -> anyhow::Result<TrainOptions> {
+        let recipe = match self.recipe {
+            Recipe::Lexico => LearnOptions::default(),
+            Recipe::Paper => LearnOptions::paper(),
+        };
+        let every = Duration::try_from_secs_f64(self.save_every);
+        Ok(TrainOptions {
             tokens: self.tokens,
             context: self.context,
             vectors: self.vectors,
             learn: LearnOptions {
                 atoms: self.atoms,
                 sparsity: self.sparsity.unwrap_or((head_dim / 8).max(1)),
-                epochs: self.epochs,
-                batch: self.batch,
-                learning_rate: self.learning_rate,
+                epochs: self.epochs.unwrap_or(recipe.epochs),
+                batch: self.batch.unwrap_or(recipe.batch),
+                learning_rate: self.learning_rate.unwrap_or(recipe.learning_rate),
+                patience: self.patience.unwrap_or(recipe.patience),
                 seed: self.seed,
+                ..recipe
             },
-        };
-        let mut progress = Progress {
-            layers: model.decoder.config().layers,
-            bar: None,
-        };
-        let trained = train(&model, &corpus, &options, &mut |step| {
-            progress.show(step);
-            interrupt::flow()
-        });
-        progress.finish();
-        let trained =
-            trained.with_context(|| format!("nothing was written to {}", self.out.display()))?;
-        trained.dictionaries.save(&self.out)?;
-        // Whatever came while the file was written came too late.
-        interrupt::forget();
-        let seconds = started.elapsed().as_secs_f64();
+            state: Some(StateOptions {
+                folder: state.to_owned(),
+                resume: self.resume,
+                every: every.with_context(|| format!("--save-every {}", self.save_every))?,
+            }),
+            keep_vectors: self.keep_vectors.clone(),
+        })
+    }
+
+    fn report(&self, trained: &Trained, seconds: f64) -> anyhow::Result<()> {
         let training = &trained.dictionaries.training;
-        let errors = training.relative_error.iter().enumerate();
+        let errors = training.relative_error.iter().zip(&trained.attention);
         if self.json {
-            let layer = |(layer, e): (usize, &LayerErrors)| {
+            let course = |epochs: &[Epoch]| {
+                let epochs = epochs.iter();
+                epochs
+                    .map(|e| json!({"seconds": e.seconds, "relative_error": e.held_out_error}))
+                    .collect::<Vec<_>>()
+            };
+            let layers = errors.zip(&trained.courses).enumerate();
+            let layers = layers.map(|(layer, ((held_out, attention), [keys, values]))| {
                 json!({
                     "layer": layer,
-                    "keys": {"relative_error": e.keys},
-                    "values": {"relative_error": e.values},
+                    "keys": {
+                        "relative_error": held_out.keys,
+                        "score_error": attention.score,
+                        "epochs": course(keys),
+                    },
+                    "values": {
+                        "relative_error": held_out.values,
+                        "output_error": attention.output,
+                        "epochs": course(values),
+                    },
                 })
-            };
+            });
             return ui::json(&json!({
                 "out": self.out.display().to_string(),
                 "seconds": seconds,
@@ -128,19 +217,24 @@ impl Train {
                 "vectors": trained.vectors,
                 "atoms": self.atoms,
                 "sparsity": training.sparsity,
-                "layers": errors.map(layer).collect::<Vec<_>>(),
+                "layers": layers.collect::<Vec<_>>(),
             }));
         }
-        let row = |(layer, e): (usize, &LayerErrors)| {
+        let rows = errors.enumerate().map(|(layer, (held_out, attention))| {
             [
                 layer.to_string(),
-                format!("{:.4}", e.keys),
-                format!("{:.4}", e.values),
+                format!("{:.4}", held_out.keys),
+                format!("{:.4}", held_out.values),
+                format!("{:.4}", attention.score),
+                format!("{:.4}", attention.output),
             ]
-        };
-        let header = ["layer", "keys", "values"];
-        ui::line("Held-out mean relative error:")?;
-        ui::line(&ui::table(header, errors.map(row).collect()))?;
+        });
+        let header = ["layer", "keys", "values", "scores", "output"];
+        ui::line(
+            "Held-out mean relative error; what coded keys change a score by (root mean square), coded values the \
+             output (relative):",
+        )?;
+        ui::line(&ui::table(header, rows.collect()))?;
         ui::line(&format!(
             "{}: {} atoms, sparsity {}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
             self.out.display(),
@@ -166,13 +260,25 @@ fn note_skipped(files: &[String]) {
     ));
 }
 
-/// One bar for the reading, one for each dictionary.
+/// One bar for the reading, one for all dictionaries.
 struct Progress {
-    layers: usize,
+    dictionaries: usize,
+    /// Steps done of each dictionary.
+    steps: BTreeMap<(usize, &'static str), usize>,
+    learned: usize,
     bar: Option<indicatif::ProgressBar>,
 }
 
 impl Progress {
+    fn new(layers: usize) -> Self {
+        Self {
+            dictionaries: 2 * layers,
+            steps: BTreeMap::new(),
+            learned: 0,
+            bar: None,
+        }
+    }
+
     fn show(&mut self, step: TrainProgress) {
         match step {
             TrainProgress::Reading { tokens, total } => {
@@ -192,14 +298,18 @@ impl Progress {
                 part,
                 progress,
             } => {
+                self.steps.insert((layer, part), progress.step);
+                let done: usize = self.steps.values().sum();
+                let dictionaries = self.dictionaries;
                 let bar = self.bar.get_or_insert_with(|| {
-                    let bar = ui::progress(progress.steps as u64, "steps");
-                    bar.set_message(format!("layer {}/{} {part}", layer + 1, self.layers));
+                    let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
+                    bar.reset_eta();
                     bar
                 });
-                bar.set_position(progress.step as u64);
+                bar.set_message(format!("learned {}/{dictionaries}", self.learned));
+                bar.set_position(done as u64);
             }
-            TrainProgress::Learned { .. } => self.finish(),
+            TrainProgress::Learned { .. } => self.learned += 1,
         }
     }
 

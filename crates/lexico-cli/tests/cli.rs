@@ -879,7 +879,8 @@ fn ctrl_c_in_train_leaves_what_was_there() {
             "--atoms",
             "64",
         ])
-        .args(["--epochs", "100000000", "--batch", "64", "--context", "128"])
+        .args(["--epochs", "100000000", "--patience", "0"])
+        .args(["--batch", "64", "--context", "128"])
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
@@ -892,8 +893,8 @@ fn ctrl_c_in_train_leaves_what_was_there() {
     assert_eq!(std::fs::read(&out).unwrap(), before);
     assert_eq!(
         std::fs::read_dir(folder.path()).unwrap().count(),
-        2,
-        "no temporary file is left"
+        3,
+        "no temporary file is left, but the state to go on from"
     );
 }
 

@@ -168,6 +168,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// What a training left behind cannot be used, or not be written.
+    #[error("{path}: {reason}", path = path.display())]
+    State {
+        /// The folder of the state, or a file in it.
+        path: PathBuf,
+        /// What is wrong with it, and what helps.
+        reason: String,
+    },
     /// An error of the codec.
     #[error(transparent)]
     Codec(#[from] lexico::Error),

@@ -36,6 +36,7 @@ fn options() -> TrainOptions {
             batch: 128,
             ..LearnOptions::default()
         },
+        ..TrainOptions::default()
     }
 }
 
@@ -93,7 +94,7 @@ fn stops_when_asked() {
     let mut calls = 0;
     let stopped = train(&model, &corpus(), &options(), &mut |_| {
         calls += 1;
-        if calls == 20 {
+        if calls >= 20 {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
@@ -103,7 +104,8 @@ fn stops_when_asked() {
         stopped,
         Err(Error::Codec(lexico::Error::Interrupted))
     ));
-    assert_eq!(calls, 20);
+    // Every dictionary that was at work has asked once more.
+    assert!((20..40).contains(&calls), "{calls}");
 }
 
 #[test]

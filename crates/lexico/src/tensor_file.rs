@@ -307,6 +307,45 @@ pub fn write(
     write_atomically(path, &bytes)
 }
 
+/// Writes a safetensors file whose tensors are made one after the other, so that memory holds one at a time;
+/// whole, or not at all. `tensors` are names, number types and shapes; `make` gives the bytes of each by its number,
+/// or `None` to give up.
+///
+/// # Errors
+/// [`Error::Io`], also where `make` gave up or what it gave does not fill the shape.
+pub fn write_in_turn(
+    path: &Path,
+    tensors: &[(&str, Dtype, Vec<usize>)],
+    mut make: impl FnMut(usize) -> Option<Vec<u8>>,
+) -> Result<()> {
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    let mut lengths = Vec::with_capacity(tensors.len());
+    for (name, dtype, shape) in tensors {
+        let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let place = serde_json::json!({
+            "dtype": dtype, "shape": shape, "data_offsets": [end, end + length],
+        });
+        header.insert((*name).to_owned(), place);
+        end += length;
+        lengths.push(length);
+    }
+    let mut header = serde_json::Value::Object(header).to_string();
+    // As the safetensors crate does: tensors begin at multiples of eight bytes.
+    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    write_atomically_with(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        for (number, length) in lengths.into_iter().enumerate() {
+            match make(number) {
+                Some(bytes) if bytes.len() == length => file.write_all(&bytes)?,
+                _ => return Err(std::io::Error::other("a tensor could not be made")),
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Writes `bytes` beside `path` and renames the result, so that `path` is never half written.
 ///
 /// # Errors
@@ -336,9 +375,11 @@ pub fn write_atomically_with(
     write(file.as_file_mut())
         .and_then(|()| file.as_file().sync_all())
         .map_err(Error::io(path))?;
-    file.persist(path)
-        .map_err(|e| Error::io(path)(e.error))
-        .map(drop)
+    file.persist(path).map_err(|e| Error::io(path)(e.error))?;
+    // The new name too is to outlast a power cut; where a folder cannot be synced, nothing is lost but that.
+    #[cfg(unix)]
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
 }
 
 /// Fails early where [`write_atomically`] would fail late: after an hour of training, say.

@@ -1,10 +1,15 @@
+use super::state::{Reader, Writer};
+use crate::Result;
+
 /// Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
+///
+/// Only atoms that a step's codes use are moved, and only their moments fade: the others have no gradient.
 pub(super) struct Adam {
     head_dim: usize,
     first: Vec<f32>,
     second: Vec<f32>,
     /// Steps of each atom since it started.
-    steps: Vec<i32>,
+    steps: Vec<u32>,
 }
 
 const FIRST_DECAY: f32 = 0.9;
@@ -21,24 +26,20 @@ impl Adam {
         }
     }
 
-    /// Moves all atoms, `[N, m]`, against their gradient.
-    pub(super) fn step(&mut self, atoms: &mut [f32], gradient: &[f32], rate: f32) {
-        let m = self.head_dim;
-        let moments = self
-            .first
-            .chunks_exact_mut(m)
-            .zip(self.second.chunks_exact_mut(m));
-        let atoms = atoms.chunks_exact_mut(m).zip(gradient.chunks_exact(m));
-        for (((atom, gradient), (first, second)), steps) in atoms.zip(moments).zip(&mut self.steps)
-        {
-            *steps += 1;
-            let first_bias = 1.0 - FIRST_DECAY.powi(*steps);
-            let second_bias = 1.0 - SECOND_DECAY.powi(*steps);
-            for (((x, &g), first), second) in atom.iter_mut().zip(gradient).zip(first).zip(second) {
-                *first = FIRST_DECAY * *first + (1.0 - FIRST_DECAY) * g;
-                *second = SECOND_DECAY * *second + (1.0 - SECOND_DECAY) * g * g;
-                *x -= rate * (*first / first_bias) / ((*second / second_bias).sqrt() + EPSILON);
-            }
+    /// Moves atom `i`, `x` `[m]`, against its gradient.
+    pub(super) fn step(&mut self, i: usize, x: &mut [f32], gradient: &[f32], rate: f32) {
+        let entries = i * self.head_dim..(i + 1) * self.head_dim;
+        let moments = self.first[entries.clone()]
+            .iter_mut()
+            .zip(&mut self.second[entries]);
+        self.steps[i] = self.steps[i].saturating_add(1);
+        let steps = self.steps[i].min(i32::MAX as u32) as i32;
+        let first_bias = 1.0 - FIRST_DECAY.powi(steps);
+        let second_bias = 1.0 - SECOND_DECAY.powi(steps);
+        for ((x, &g), (first, second)) in x.iter_mut().zip(gradient).zip(moments) {
+            *first = FIRST_DECAY * *first + (1.0 - FIRST_DECAY) * g;
+            *second = SECOND_DECAY * *second + (1.0 - SECOND_DECAY) * g * g;
+            *x -= rate * (*first / first_bias) / ((*second / second_bias).sqrt() + EPSILON);
         }
     }
 
@@ -48,5 +49,18 @@ impl Adam {
         self.first[entries.clone()].fill(0.0);
         self.second[entries].fill(0.0);
         self.steps[atom] = 0;
+    }
+
+    pub(super) fn save(&self, out: &mut Writer) {
+        out.floats(&self.first);
+        out.floats(&self.second);
+        out.counts(&self.steps);
+    }
+
+    pub(super) fn load(&mut self, saved: &mut Reader<'_>) -> Result<()> {
+        self.first = saved.floats(self.first.len())?;
+        self.second = saved.floats(self.second.len())?;
+        self.steps = saved.counts(self.steps.len())?;
+        Ok(())
     }
 }

@@ -1,22 +1,28 @@
 //! Dictionary learning: pursuit on minibatches, Adam on the sphere.
 
 mod adam;
+mod learner;
+mod reseed;
+mod state;
+mod vectors;
 
 use std::ops::ControlFlow;
 
-use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-
-use crate::dictionary::{Dictionary, MOST_ATOMS, check_sparsity, norm};
-use crate::pursuit::{Pursuit, SparseBatch};
+use crate::dictionary::{Dictionary, MOST_ATOMS, check_sparsity};
+use crate::threads::Rayon;
 use crate::{Error, Result};
-use adam::Adam;
 
-/// Steps between two looks for unused atoms.
-const RESEED_STEPS: usize = 50;
-/// Share of the run after which no atom is re-seeded: a new atom needs time to settle.
-const RESEED_UNTIL: f32 = 0.8;
+pub use learner::Learner;
+pub use vectors::{InMemory, Vectors};
+
+/// What atoms are before the first step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InitialAtoms {
+    /// Drawn vectors.
+    Vectors,
+    /// Directions drawn evenly from the sphere.
+    Random,
+}
 
 /// Settings of [`learn`].
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +37,13 @@ pub struct LearnOptions {
     pub batch: usize,
     /// Adam's step size at the start; it falls to 0 along a half cosine.
     pub learning_rate: f32,
-    /// Seed of every random choice: the same seed and thread count give the same dictionary.
+    /// What atoms begin as.
+    pub initial: InitialAtoms,
+    /// Whether atoms that nothing uses, and those that are nearly another, become the vectors coded worst.
+    pub reseed: bool,
+    /// Learning stops after so many epochs in a row without a lower held-out error; 0 never stops early.
+    pub patience: usize,
+    /// Seed of every random choice: the same seed gives the same dictionary on any number of threads.
     pub seed: u64,
 }
 
@@ -43,7 +55,27 @@ impl Default for LearnOptions {
             epochs: 6,
             batch: 512,
             learning_rate: 1e-2,
+            initial: InitialAtoms::Vectors,
+            reseed: true,
+            patience: 3,
             seed: 0,
+        }
+    }
+}
+
+impl LearnOptions {
+    /// The recipe of the reference implementation (Kim et al. 2025): 20 epochs of minibatches of 64 at a rate
+    /// of 1e-4, random initial atoms, no re-seeding, no early stop.
+    #[must_use]
+    pub fn paper() -> Self {
+        Self {
+            epochs: 20,
+            batch: 64,
+            learning_rate: 1e-4,
+            initial: InitialAtoms::Random,
+            reseed: false,
+            patience: 0,
+            ..Self::default()
         }
     }
 }
@@ -57,6 +89,8 @@ pub struct LearnProgress {
     pub steps: usize,
     /// Mean relative error of the step's minibatch before the step.
     pub relative_error: f32,
+    /// Mean relative error of the held-out vectors, after an epoch's last step.
+    pub held_out_error: Option<f32>,
     /// Atoms re-seeded so far.
     pub reseeded: usize,
 }
@@ -76,12 +110,13 @@ pub struct Learned {
 /// Learns a dictionary for `vectors` `[n, m]`, judged on `held_out` `[n', m]`.
 ///
 /// Every vector is scaled to unit length first, so that the loss `‖x − x̂‖²` is the squared
-/// relative error. A step codes a minibatch by [`Pursuit`] with the dictionary fixed, then moves
-/// the dictionary against the loss's gradient with the codes fixed; the gradient is made tangent
+/// relative error. A step codes a minibatch by [`Pursuit`](crate::Pursuit) with the dictionary fixed, then
+/// moves the dictionary against the loss's gradient with the codes fixed; the gradient is made tangent
 /// to the sphere and every atom scaled back to unit length (METHOD.md, "Universal dictionary").
-/// Atoms start as drawn vectors; those that nothing uses become the vectors coded worst.
+/// Atoms start as drawn vectors; those that nothing uses, and those that are nearly another, become the
+/// vectors coded worst. Of the dictionaries after each epoch the one with the lowest held-out error is kept.
 ///
-/// `progress` is called after every step and may break off.
+/// `progress` is called after every step and may break off. [`Learner`] takes the steps one by one.
 ///
 /// # Errors
 /// [`Error::Learn`] where there are fewer vectors than atoms or a setting is 0,
@@ -93,69 +128,14 @@ pub fn learn(
     options: &LearnOptions,
     progress: &mut dyn FnMut(LearnProgress) -> ControlFlow<()>,
 ) -> Result<Learned> {
-    let vectors = unit_vectors(vectors, head_dim)?;
-    let n = vectors.len() / head_dim;
-    options.check(head_dim)?;
-    if options.atoms > n {
-        return Err(Error::Learn(format!(
-            "{} atoms need at least as many vectors, there are {n}; give more text or fewer atoms",
-            options.atoms
-        )));
-    }
-    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let mut dictionary = initial(&vectors, head_dim, options.atoms, &mut rng)?;
-
-    let batch_size = options.batch.min(n);
-    let steps = options.epochs.saturating_mul(n.div_ceil(batch_size));
-    let mut adam = Adam::new(options.atoms, head_dim);
-    let mut gradient = vec![0.0; dictionary.atoms().len()];
-    let mut uses = vec![0u32; options.atoms];
-    let mut order: Vec<usize> = (0..n).collect();
-    let mut batch = Vec::with_capacity(batch_size * head_dim);
-    let mut step = 0;
-    let mut reseeded = 0;
-    for _ in 0..options.epochs {
-        order.shuffle(&mut rng);
-        for chosen in order.chunks(batch_size) {
-            batch.clear();
-            for &v in chosen {
-                batch.extend_from_slice(&vectors[v * head_dim..(v + 1) * head_dim]);
-            }
-            let codes = Pursuit::new(&dictionary, options.sparsity)?.encode(&batch)?;
-            tangent_gradient(&dictionary, &batch, &codes, &mut gradient, &mut uses);
-            let done = step as f32 / steps as f32;
-            let rate = options.learning_rate * 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
-            adam.step(dictionary.atoms_mut(), &gradient, rate);
-            renormalise(&mut dictionary, options.learning_rate)?;
-            step += 1;
-            if step % RESEED_STEPS == 0 {
-                if done < RESEED_UNTIL {
-                    reseeded += reseed(&mut dictionary, &mut adam, &batch, &codes, &uses);
-                }
-                uses.fill(0);
-            }
-            let report = LearnProgress {
-                step,
-                steps,
-                relative_error: codes.mean_relative_error(),
-                reseeded,
-            };
-            if progress(report).is_break() {
-                return Err(Error::Interrupted);
-            }
+    let vectors = InMemory::new(vectors, head_dim)?;
+    let mut learner = Learner::new(&vectors, held_out, head_dim, options)?;
+    while !learner.is_done() {
+        if progress(learner.step(&Rayon)?).is_break() {
+            return Err(Error::Interrupted);
         }
     }
-    let held_out_error = if held_out.is_empty() {
-        None
-    } else {
-        let codes = Pursuit::new(&dictionary, options.sparsity)?.encode(held_out)?;
-        Some(codes.mean_relative_error())
-    };
-    Ok(Learned {
-        dictionary,
-        held_out_error,
-        reseeded,
-    })
+    Ok(learner.finish())
 }
 
 impl LearnOptions {
@@ -184,115 +164,11 @@ impl LearnOptions {
     }
 }
 
-/// The vectors scaled to unit length, without those that are zero.
-fn unit_vectors(vectors: &[f32], head_dim: usize) -> Result<Vec<f32>> {
-    if head_dim == 0 || !vectors.len().is_multiple_of(head_dim) {
-        return Err(Error::VectorLength {
-            found: vectors.len(),
-            head_dim,
-        });
-    }
-    let mut units = Vec::with_capacity(vectors.len());
-    for (row, x) in vectors.chunks_exact(head_dim).enumerate() {
-        let length = norm(x);
-        if !length.is_finite() {
-            return Err(Error::NotFinite { row });
-        }
-        if length > 0.0 {
-            units.extend(x.iter().map(|&v| (f64::from(v) / length) as f32));
-        }
-    }
-    Ok(units)
-}
-
-/// Drawn vectors as atoms, moved a little so that no two are alike.
-fn initial(
-    vectors: &[f32],
-    head_dim: usize,
-    atoms: usize,
-    rng: &mut ChaCha8Rng,
-) -> Result<Dictionary> {
-    let n = vectors.len() / head_dim;
-    let chosen = rand::seq::index::sample(rng, n, atoms);
-    let noise = 0.01 / (head_dim as f32).sqrt();
-    let mut rows = Vec::with_capacity(atoms * head_dim);
-    for v in chosen {
-        let x = &vectors[v * head_dim..(v + 1) * head_dim];
-        rows.extend(x.iter().map(|x| x + noise * rng.random_range(-1f32..1.0)));
-    }
-    Dictionary::normalised(rows, head_dim)
-}
-
-/// Gradient of the minibatch's mean squared error, tangent to the sphere at every atom.
-fn tangent_gradient(
-    dictionary: &Dictionary,
-    batch: &[f32],
-    codes: &SparseBatch,
-    gradient: &mut [f32],
-    uses: &mut [u32],
-) {
-    let m = dictionary.head_dim();
-    gradient.fill(0.0);
-    let scale = -2.0 / codes.len() as f32;
-    let mut residual = vec![0.0; m];
-    for (v, x) in batch.chunks_exact(m).enumerate() {
-        residual.copy_from_slice(x);
-        let (indices, coefficients) = codes.row(v);
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            crate::arch::add_scaled(&mut residual, -c, dictionary.atom(usize::from(i)));
-        }
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            let i = usize::from(i);
-            crate::arch::add_scaled(&mut gradient[i * m..(i + 1) * m], scale * c, &residual);
-            uses[i] += 1;
-        }
-    }
-    for (i, g) in gradient.chunks_exact_mut(m).enumerate() {
-        let atom = dictionary.atom(i);
-        let along = crate::arch::dot(g, atom);
-        crate::arch::add_scaled(g, -along, atom);
-    }
-}
-
-/// Scales every atom back to unit length.
-fn renormalise(dictionary: &mut Dictionary, learning_rate: f32) -> Result<()> {
-    let m = dictionary.head_dim();
-    for atom in dictionary.atoms_mut().chunks_exact_mut(m) {
-        let length = norm(atom);
-        if !(length.is_normal()) {
-            let reason = format!("it diverged; a learning rate of {learning_rate} is too high");
-            return Err(Error::Learn(reason));
-        }
-        for x in atom {
-            *x = (f64::from(*x) / length) as f32;
-        }
-    }
-    Ok(())
-}
-
-/// Replaces unused atoms by the worst coded vectors of the batch; returns how many.
-fn reseed(
-    dictionary: &mut Dictionary,
-    adam: &mut Adam,
-    batch: &[f32],
-    codes: &SparseBatch,
-    uses: &[u32],
-) -> usize {
-    let m = dictionary.head_dim();
-    let mut worst: Vec<usize> = (0..codes.len()).collect();
-    worst.sort_by(|&a, &b| codes.relative_errors[b].total_cmp(&codes.relative_errors[a]));
-    let unused = (0..uses.len()).filter(|&i| uses[i] == 0);
-    let mut count = 0;
-    for (i, v) in unused.zip(worst) {
-        dictionary.atoms_mut()[i * m..(i + 1) * m].copy_from_slice(&batch[v * m..(v + 1) * m]);
-        adam.forget(i);
-        count += 1;
-    }
-    count
-}
-
 #[cfg(test)]
 mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
     use super::*;
 
     /// Vectors made of two atoms each of a hidden dictionary.
@@ -321,6 +197,7 @@ mod tests {
             batch: 128,
             learning_rate: 2e-2,
             seed: 1,
+            ..LearnOptions::default()
         }
     }
 

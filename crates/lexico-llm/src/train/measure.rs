@@ -1,0 +1,166 @@
+//! What codes do to attention, on windows that no dictionary learned from.
+
+use ::lexico::attention::NumberType;
+use ::lexico::dictionary::LayerDictionaries;
+use ::lexico::{Dictionary, Pursuit};
+use candle_core::Tensor;
+
+use super::check_finite;
+use crate::cache::{Footprint, FullCache, KvCache};
+use crate::decoder::{Logits, Sequence};
+use crate::error::Result;
+use crate::model::Model;
+
+/// Queries of a head and window that are looked at.
+const QUERIES: usize = 64;
+
+/// How far codes at the training sparsity, f32 coefficients, lead attention astray in one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct AttentionErrors {
+    /// Root mean square of what coded keys change a score by, `q·(k − k̂)/√m`, over queries and the positions
+    /// that they see.
+    pub score: f64,
+    /// Mean over queries of `‖o − ô‖ / ‖o‖`: what coded values change attention's output by, its weights as
+    /// they are without codes.
+    pub output: f64,
+}
+
+/// Runs `windows` through the model once more, coding every key and value.
+pub(super) fn attention_errors(
+    model: &Model,
+    layers: &[LayerDictionaries],
+    sparsity: usize,
+    windows: &[Vec<u32>],
+) -> Result<Vec<AttentionErrors>> {
+    let config = model.decoder.config();
+    let mut sums = vec![Sums::default(); layers.len()];
+    for window in windows {
+        let mut cache = Measured {
+            cache: FullCache::new(config, NumberType::F32),
+            layers,
+            sparsity,
+            sliding: config.window.unwrap_or(usize::MAX),
+            sums: &mut sums,
+        };
+        let mut sequences = [Sequence {
+            tokens: window,
+            cache: &mut cache,
+        }];
+        model.decoder.forward(&mut sequences, Logits::Last)?;
+    }
+    Ok(sums.iter().map(Sums::errors).collect())
+}
+
+#[derive(Clone, Default)]
+struct Sums {
+    squares: f64,
+    scores: usize,
+    outputs: f64,
+    queries: usize,
+}
+
+impl Sums {
+    fn errors(&self) -> AttentionErrors {
+        AttentionErrors {
+            score: (self.squares / self.scores.max(1) as f64).sqrt(),
+            output: self.outputs / self.queries.max(1) as f64,
+        }
+    }
+
+    /// Adds one head's `query` at the last of the positions, which it sees all of.
+    fn add(&mut self, query: &[f32], keys: [&[f32]; 2], values: [&[f32]; 2]) {
+        let m = query.len();
+        let scores = keys.map(|keys| {
+            let scores = keys.chunks_exact(m).map(|k| dot(query, k));
+            scores.map(|s| s / (m as f64).sqrt()).collect::<Vec<f64>>()
+        });
+        let pairs = scores[0].iter().zip(&scores[1]);
+        self.squares += pairs.map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+        self.scores += scores[0].len();
+        let largest = scores[0].iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
+        let weights = scores[0].iter().map(|s| (s - largest).exp());
+        let (mut output, mut error) = (vec![0.0; m], vec![0.0; m]);
+        let values = values[0].chunks_exact(m).zip(values[1].chunks_exact(m));
+        for (weight, (value, coded)) in weights.zip(values) {
+            for (((o, e), &v), &c) in output.iter_mut().zip(&mut error).zip(value).zip(coded) {
+                *o += weight * f64::from(v);
+                *e += weight * (f64::from(v) - f64::from(c));
+            }
+        }
+        let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+        if norm(&output) > 0.0 {
+            self.outputs += norm(&error) / norm(&output);
+            self.queries += 1;
+        }
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter()
+        .zip(b)
+        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+        .sum()
+}
+
+/// A cache for one window that attends without codes and looks at what they would change.
+struct Measured<'a> {
+    cache: FullCache,
+    layers: &'a [LayerDictionaries],
+    sparsity: usize,
+    /// Positions that a query sees, itself included.
+    sliding: usize,
+    sums: &'a mut [Sums],
+}
+
+impl Measured<'_> {
+    /// The vectors as their codes have them.
+    fn coded(&self, dictionary: &Dictionary, vectors: &[f32]) -> Result<Vec<f32>> {
+        let codes = Pursuit::new(dictionary, self.sparsity)?.encode(vectors)?;
+        let mut coded = vec![0.0; vectors.len()];
+        for (v, x) in coded.chunks_exact_mut(dictionary.head_dim()).enumerate() {
+            let (indices, coefficients) = codes.row(v);
+            for (&i, &c) in indices.iter().zip(coefficients) {
+                for (x, &atom) in x.iter_mut().zip(dictionary.atom(usize::from(i))) {
+                    *x += c * atom;
+                }
+            }
+        }
+        Ok(coded)
+    }
+}
+
+impl KvCache for Measured<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (heads, t, m) = q.dims3()?;
+        let group = heads / k.dim(0)?;
+        let numbers = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.flatten_all()?.to_vec1()?) };
+        let (queries, keys, values) = (numbers(q)?, numbers(k)?, numbers(v)?);
+        check_finite(layer, "key", &keys, m)?;
+        check_finite(layer, "value", &values, m)?;
+        let coded_keys = self.coded(&self.layers[layer].keys, &keys)?;
+        let coded_values = self.coded(&self.layers[layer].values, &values)?;
+        let step = t.div_ceil(QUERIES).max(1);
+        for head in 0..heads {
+            let first = head / group * t * m;
+            // From the last position back: the first few see next to nothing.
+            for position in (0..t).rev().step_by(step) {
+                let from = (position + 1).saturating_sub(self.sliding);
+                let seen = first + from * m..first + (position + 1) * m;
+                self.sums[layer].add(
+                    &queries[(head * t + position) * m..][..m],
+                    [&keys[seen.clone()], &coded_keys[seen.clone()]],
+                    [&values[seen.clone()], &coded_values[seen]],
+                );
+            }
+        }
+        self.cache.attend(layer, q, k, v)
+    }
+
+    fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    fn footprint(&self) -> Footprint {
+        self.cache.footprint()
+    }
+}

@@ -1,0 +1,308 @@
+//! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
+
+mod learning;
+mod measure;
+mod reading;
+mod rows;
+mod state;
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use lexico::DictionarySet;
+use lexico::dictionary::{LayerDictionaries, LayerErrors, Training};
+use lexico::learn::{LearnOptions, LearnProgress};
+use serde_json::{Map, Value, json};
+
+use crate::cache::FullCache;
+use crate::config::Config;
+use crate::corpus::Corpus;
+use crate::decoder::{Logits, Sequence};
+use crate::error::{Error, Result, io};
+use crate::model::Model;
+use reading::read;
+use state::State;
+
+pub use measure::AttentionErrors;
+pub use state::{StateOptions, remove_state};
+
+/// Settings of [`train`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainOptions {
+    /// Most tokens to read, in windows drawn evenly from all texts.
+    pub tokens: usize,
+    /// Tokens that the model sees at once.
+    pub context: usize,
+    /// Vectors that each dictionary learns from at the most, an unbiased sample of all.
+    pub vectors: usize,
+    /// How each dictionary is learned.
+    pub learn: LearnOptions,
+    /// Where what was done is kept, so that training can go on after whatever ended the program. Without it
+    /// nothing is kept, and sampled vectors lie among the system's temporary files.
+    pub state: Option<StateOptions>,
+    /// A safetensors file to write the sampled vectors to, `layers.{l}.keys` and `layers.{l}.values`, `[n, m]`.
+    pub keep_vectors: Option<PathBuf>,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            tokens: 1_000_000,
+            context: 1024,
+            vectors: 200_000,
+            learn: LearnOptions::default(),
+            state: None,
+            keep_vectors: None,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// Checks all that can be checked before the text is read.
+    ///
+    /// # Errors
+    /// Those of [`LearnOptions::check`], and [`lexico::Error::Learn`] where the settings
+    /// contradict each other.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        self.learn.check(config.head_dim)?;
+        let most_context = config.context;
+        let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
+        if self.learn.atoms > self.vectors {
+            let (atoms, vectors) = (self.learn.atoms, self.vectors);
+            return refuse(format!(
+                "{atoms} atoms cannot be learned from {vectors} vectors"
+            ));
+        }
+        if self.context > most_context {
+            let context = self.context;
+            return refuse(format!(
+                "the model's context is {most_context}, not {context} tokens"
+            ));
+        }
+        if self.context < 2 || self.tokens / 2 < self.context {
+            let (tokens, context) = (self.tokens, self.context);
+            return refuse(format!(
+                "{tokens} tokens in windows of {context} are too few: one window is to learn \
+                 from, one to judge by, and a window has at least 2 tokens"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// How far training has come.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum TrainProgress {
+    /// The model is reading.
+    Reading {
+        /// Tokens read.
+        tokens: usize,
+        /// Tokens to read in all: at first an estimate, in the end exact.
+        total: usize,
+    },
+    /// A dictionary is being learned; several are at the same time.
+    Learning {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// How far it has come.
+        progress: LearnProgress,
+    },
+    /// A dictionary is learned.
+    Learned {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// Held-out mean relative error.
+        held_out_error: f32,
+    },
+}
+
+/// What is told of training's progress, from whichever thread is at work; it may break off.
+pub type OnProgress<'a> = dyn FnMut(TrainProgress) -> ControlFlow<()> + Send + 'a;
+
+/// Dictionaries and what they came of.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// The dictionaries, with their held-out errors.
+    pub dictionaries: DictionarySet,
+    /// Vectors that each dictionary learned from.
+    pub vectors: usize,
+    /// What the codes do to attention in every layer, on held-out windows.
+    pub attention: Vec<AttentionErrors>,
+    /// How the keys' and the values' dictionary of every layer came about.
+    pub courses: Vec<[Vec<Epoch>; 2]>,
+}
+
+/// A pass over the vectors of one dictionary.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Epoch {
+    /// Seconds spent on the dictionary up to its end.
+    pub seconds: f64,
+    /// Held-out mean relative error after it.
+    pub held_out_error: f32,
+}
+
+/// Names of what each layer has a dictionary of.
+const PARTS: [&str; 2] = ["keys", "values"];
+/// The state's file of what was read.
+const READING: &str = "reading";
+
+/// Learns every layer's two dictionaries of `model` from `corpus`.
+///
+/// The dictionaries are learned side by side, one a core where there are as many; the same settings and seed
+/// give the same ones whatever the number of threads, as far as the model's own keys and values are the same, and
+/// whether or not training was broken off and resumed.
+///
+/// `progress` is called throughout and may break off. A state that is kept stays in its folder when all is done,
+/// until [`remove_state`].
+///
+/// # Errors
+/// Those of [`Corpus::windows`], [`Error::Coding`] where the model gives what is no number,
+/// [`lexico::Error::Learn`] where there are fewer vectors than atoms, [`Error::State`],
+/// [`lexico::Error::Interrupted`] where `progress` broke off.
+pub fn train(
+    model: &Model,
+    corpus: &Corpus,
+    options: &TrainOptions,
+    progress: &mut OnProgress<'_>,
+) -> Result<Trained> {
+    options.check(model.decoder.config())?;
+    let settings = settings(model, corpus, options)?;
+    // Dropped, and so removed, in the end.
+    let temporary = tempfile::tempdir().map_err(io(&std::env::temp_dir()))?;
+    let state = match &options.state {
+        Some(state) => State::open(state, &settings)?,
+        None => {
+            let state = StateOptions {
+                folder: temporary.path().to_owned(),
+                ..StateOptions::default()
+            };
+            State::open(&state, &settings)?
+        }
+    };
+    let reading = read(model, corpus, options, &state, progress).or_else(|error| {
+        state.remove_if_nothing_saved()?;
+        Err(error)
+    })?;
+    if let Some(path) = &options.keep_vectors {
+        reading.keep(path)?;
+    }
+    let learned = learning::learn_all(&reading, options, &state, progress)?;
+    let mut layers = Vec::with_capacity(learned.len());
+    let mut errors = Vec::with_capacity(learned.len());
+    let mut courses = Vec::with_capacity(learned.len());
+    for [keys, values] in learned {
+        errors.push(LayerErrors {
+            keys: keys.held_out_error,
+            values: values.held_out_error,
+        });
+        courses.push([keys.course, values.course]);
+        layers.push(LayerDictionaries {
+            keys: keys.dictionary,
+            values: values.dictionary,
+        });
+    }
+    let sparsity = options.learn.sparsity;
+    let attention = measure::attention_errors(model, &layers, sparsity, reading.judged())?;
+    let dictionaries = DictionarySet {
+        layers,
+        model: model.identity(),
+        training: Training {
+            sparsity,
+            corpus: corpus.names().to_vec(),
+            tokens: reading.tokens(),
+            relative_error: errors,
+            tool: program(),
+        },
+    };
+    Ok(Trained {
+        dictionaries,
+        vectors: reading.count(options.vectors),
+        attention,
+        courses,
+    })
+}
+
+fn program() -> String {
+    format!("lexico {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// All that a training's outcome depends on, by names that people understand.
+fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Map<String, Value>> {
+    let learn = &options.learn;
+    let files = corpus.files().into_iter();
+    // A list of JSON is read as it is opened, and may be gone.
+    let bytes: u64 = files.flat_map(std::fs::metadata).map(|m| m.len()).sum();
+    let identity = model.identity();
+    let rotary = format!(
+        "{} theta {} {:?}",
+        identity.rotary.kind, identity.rotary.theta, identity.rotary.parameters
+    );
+    let settings = json!({
+        "model": identity.name,
+        "architecture": identity.architecture,
+        "layers": identity.layers,
+        "KV heads": identity.kv_heads,
+        "head dim": identity.head_dim,
+        "rotary embedding": rotary,
+        "the model's output": fingerprint(model)?,
+        "corpus": corpus.names(),
+        "bytes of the corpus": bytes,
+        "tokens": options.tokens,
+        "context": options.context,
+        "vectors": options.vectors,
+        "atoms": learn.atoms,
+        "sparsity": learn.sparsity,
+        "epochs": learn.epochs,
+        "batch": learn.batch,
+        "learning rate": learn.learning_rate,
+        "initial atoms": format!("{:?}", learn.initial),
+        "re-seeding": learn.reseed,
+        "patience": learn.patience,
+        "seed": learn.seed,
+        "program": program(),
+    });
+    match settings {
+        Value::Object(settings) => Ok(settings),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// A checksum of what the model says after a few tokens: models of one name and shape differ in it.
+fn fingerprint(model: &Model) -> Result<String> {
+    let config = model.decoder.config();
+    let tokens: Vec<u32> = (0..config.vocabulary.min(8) as u32).collect();
+    let mut cache = FullCache::new(config, lexico::attention::NumberType::F32);
+    let mut sequences = [Sequence {
+        tokens: &tokens[..tokens.len().min(config.context)],
+        cache: &mut cache,
+    }];
+    let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
+    let mut hasher = crc32fast::Hasher::new();
+    for logit in logits.flatten_all()?.to_vec1::<f32>()? {
+        hasher.update(&logit.to_le_bytes());
+    }
+    Ok(format!("{:08x}", hasher.finalize()))
+}
+
+fn go_on(flow: ControlFlow<()>) -> Result<()> {
+    match flow {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(lexico::Error::Interrupted.into()),
+    }
+}
+
+/// Refuses numbers of a layer that are none.
+fn check_finite(layer: usize, part: &'static str, numbers: &[f32], head_dim: usize) -> Result<()> {
+    match numbers.iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(Error::Coding {
+            layer,
+            part,
+            reason: lexico::Error::NotFinite { row: at / head_dim },
+        }),
+    }
+}

@@ -1,0 +1,399 @@
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::adam::Adam;
+use super::reseed::{near_duplicates, worst_first};
+use super::state::{Reader, Writer, damaged};
+use super::vectors::{Vectors, read_units};
+use super::{InitialAtoms, LearnOptions, LearnProgress, Learned};
+use crate::dictionary::{Dictionary, norm};
+use crate::pursuit::{Pursuit, SparseBatch};
+use crate::threads::Threads;
+use crate::{Error, Result};
+
+/// Steps between two looks for unused atoms.
+const RESEED_STEPS: usize = 50;
+/// Share of the run after which no atom is re-seeded: a new atom needs time to settle.
+const RESEED_UNTIL: f32 = 0.8;
+
+/// A dictionary that is being learned, a step at a time; see [`learn`](super::learn).
+///
+/// What it holds can be saved after any step, and a learner that goes on from there ends with the same
+/// dictionary, bit for bit, on any number of threads.
+pub struct Learner<'v> {
+    vectors: &'v dyn Vectors,
+    held_out: &'v [f32],
+    options: LearnOptions,
+    dictionary: Dictionary,
+    adam: Adam,
+    /// How often the codes of the steps since the last look used each atom.
+    uses: Vec<u32>,
+    step: usize,
+    reseeded: usize,
+    best: Option<(Dictionary, f32)>,
+    /// Epochs that ended without a better dictionary, since the best.
+    without_gain: usize,
+    scratch: Scratch,
+}
+
+/// What a step needs and the next one makes anew.
+#[derive(Default)]
+struct Scratch {
+    /// The vectors of an epoch in the order of its steps, and which epoch that is.
+    order: Vec<u32>,
+    epoch: Option<usize>,
+    batch: Vec<f32>,
+    /// `[N, m]`; only what belongs to `used` atoms is of meaning.
+    gradient: Vec<f32>,
+    /// The atoms that the batch's codes use.
+    used: Vec<usize>,
+    is_used: Vec<bool>,
+}
+
+impl<'v> Learner<'v> {
+    /// Begins to learn from `vectors`, to be judged on `held_out` `[n', m]`, which may be empty.
+    ///
+    /// # Errors
+    /// Those of [`LearnOptions::check`], [`Error::Learn`] where there are fewer vectors than atoms,
+    /// [`Error::NotFinite`], and those of the vectors.
+    pub fn new(
+        vectors: &'v dyn Vectors,
+        held_out: &'v [f32],
+        head_dim: usize,
+        options: &LearnOptions,
+    ) -> Result<Self> {
+        options.check(head_dim)?;
+        let n = vectors.count();
+        if options.atoms > n || n > u32::MAX as usize {
+            return Err(Error::Learn(format!(
+                "{} atoms need at least as many vectors, and at most {} can be counted; there are {n}; give \
+                 more text or fewer atoms",
+                options.atoms,
+                u32::MAX
+            )));
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+        let dictionary = match options.initial {
+            InitialAtoms::Vectors => drawn_vectors(vectors, head_dim, options.atoms, &mut rng)?,
+            InitialAtoms::Random => random_atoms(head_dim, options.atoms, &mut rng)?,
+        };
+        Ok(Self::with_dictionary(
+            vectors, held_out, dictionary, options,
+        ))
+    }
+
+    fn with_dictionary(
+        vectors: &'v dyn Vectors,
+        held_out: &'v [f32],
+        dictionary: Dictionary,
+        options: &LearnOptions,
+    ) -> Self {
+        Self {
+            vectors,
+            held_out,
+            options: options.clone(),
+            adam: Adam::new(options.atoms, dictionary.head_dim()),
+            uses: vec![0; options.atoms],
+            step: 0,
+            reseeded: 0,
+            best: None,
+            without_gain: 0,
+            scratch: Scratch::default(),
+            dictionary,
+        }
+    }
+
+    /// Goes on from what [`Learner::save`] gave, with the same vectors and settings.
+    ///
+    /// # Errors
+    /// [`Error::Learn`] where the bytes are none of these settings.
+    pub fn resume(
+        vectors: &'v dyn Vectors,
+        held_out: &'v [f32],
+        head_dim: usize,
+        options: &LearnOptions,
+        saved: &[u8],
+    ) -> Result<Self> {
+        options.check(head_dim)?;
+        let mut saved = Reader(saved);
+        let count = options.atoms * head_dim;
+        let dictionary = |saved: &mut Reader<'_>| {
+            let atoms = saved.floats(count)?;
+            Dictionary::new(atoms, head_dim).map_err(|_| damaged())
+        };
+        let current = dictionary(&mut saved)?;
+        let mut learner = Self::with_dictionary(vectors, held_out, current, options);
+        learner.adam.load(&mut saved)?;
+        learner.uses = saved.counts(options.atoms)?;
+        let mut number = || saved.number().map(|n| n as usize);
+        learner.step = number()?;
+        learner.reseeded = number()?;
+        learner.without_gain = number()?;
+        if number()? == 1 {
+            let error = saved.floats(1)?[0];
+            learner.best = Some((dictionary(&mut saved)?, error));
+        }
+        if !saved.0.is_empty() {
+            return Err(damaged());
+        }
+        Ok(learner)
+    }
+
+    /// Everything that [`Learner::resume`] needs, in some 20 bytes a number of the dictionary.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.floats(self.dictionary.atoms());
+        self.adam.save(&mut out);
+        out.counts(&self.uses);
+        for number in [self.step, self.reseeded, self.without_gain] {
+            out.number(number as u64);
+        }
+        out.number(u64::from(self.best.is_some()));
+        if let Some((dictionary, error)) = &self.best {
+            out.floats(&[*error]);
+            out.floats(dictionary.atoms());
+        }
+        out.0
+    }
+
+    /// Steps in all, as far as no early stop shortens them.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.options.epochs.saturating_mul(self.steps_an_epoch())
+    }
+
+    fn steps_an_epoch(&self) -> usize {
+        self.vectors.count().div_ceil(self.options.batch)
+    }
+
+    /// Whether there is nothing more to do.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        let patience = self.options.patience;
+        self.step >= self.steps() || (patience > 0 && self.without_gain >= patience)
+    }
+
+    /// One step: codes a minibatch, moves the dictionary, and after an epoch's last judges it.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`], [`Error::Learn`] where learning diverges, and those of the vectors.
+    pub fn step(&mut self, threads: &dyn Threads) -> Result<LearnProgress> {
+        let head_dim = self.dictionary.head_dim();
+        let (steps, an_epoch) = (self.steps(), self.steps_an_epoch());
+        let (epoch, within) = (self.step / an_epoch, self.step % an_epoch);
+        self.shuffle(epoch);
+        let chosen = self.scratch.order[within * self.options.batch..].iter();
+        let chosen: Vec<u32> = chosen.take(self.options.batch).copied().collect();
+        let mut batch = std::mem::take(&mut self.scratch.batch);
+        read_units(self.vectors, &chosen, head_dim, &mut batch)?;
+        let codes =
+            Pursuit::new(&self.dictionary, self.options.sparsity)?.encode_on(&batch, threads)?;
+        self.gradient(&batch, &codes);
+        let done = self.step as f32 / steps as f32;
+        let rate = self.options.learning_rate * 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
+        self.descend(rate)?;
+        self.step += 1;
+        let ends_epoch = self.step.is_multiple_of(an_epoch);
+        if self.step.is_multiple_of(RESEED_STEPS) || ends_epoch {
+            if self.options.reseed && done < RESEED_UNTIL {
+                self.reseed(&batch, &codes, ends_epoch, threads);
+            }
+            self.uses.fill(0);
+        }
+        self.scratch.batch = batch;
+        let held_out_error = if ends_epoch {
+            self.judge(threads)?
+        } else {
+            None
+        };
+        Ok(LearnProgress {
+            step: self.step,
+            steps,
+            relative_error: codes.mean_relative_error(),
+            held_out_error,
+            reseeded: self.reseeded,
+        })
+    }
+
+    /// The dictionary that did best on the held-out vectors; without those, as it is now.
+    #[must_use]
+    pub fn finish(self) -> Learned {
+        let (dictionary, held_out_error) = match self.best {
+            Some((dictionary, error)) => (dictionary, Some(error)),
+            None => (self.dictionary, None),
+        };
+        Learned {
+            dictionary,
+            held_out_error,
+            reseeded: self.reseeded,
+        }
+    }
+
+    /// Every epoch has an order of its own, which only the seed and the epoch's number decide.
+    fn shuffle(&mut self, epoch: usize) {
+        if self.scratch.epoch == Some(epoch) {
+            return;
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
+        rng.set_stream(epoch as u64 + 1);
+        self.scratch.order.clear();
+        self.scratch.order.extend(0..self.vectors.count() as u32);
+        self.scratch.order.shuffle(&mut rng);
+        self.scratch.epoch = Some(epoch);
+    }
+
+    /// Gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
+    fn gradient(&mut self, batch: &[f32], codes: &SparseBatch) {
+        let m = self.dictionary.head_dim();
+        let Scratch {
+            gradient,
+            used,
+            is_used,
+            ..
+        } = &mut self.scratch;
+        gradient.resize(self.dictionary.atoms().len(), 0.0);
+        is_used.resize(self.dictionary.len(), false);
+        for &i in used.iter() {
+            is_used[i] = false;
+        }
+        used.clear();
+        let scale = -2.0 / codes.len() as f32;
+        let mut residual = vec![0.0; m];
+        for (v, x) in batch.chunks_exact(m).enumerate() {
+            residual.copy_from_slice(x);
+            let (indices, coefficients) = codes.row(v);
+            for (&i, &c) in indices.iter().zip(coefficients) {
+                crate::arch::add_scaled(&mut residual, -c, self.dictionary.atom(usize::from(i)));
+            }
+            for (&i, &c) in indices.iter().zip(coefficients) {
+                let i = usize::from(i);
+                let gradient = &mut gradient[i * m..(i + 1) * m];
+                if !is_used[i] {
+                    is_used[i] = true;
+                    used.push(i);
+                    gradient.fill(0.0);
+                }
+                crate::arch::add_scaled(gradient, scale * c, &residual);
+                self.uses[i] += 1;
+            }
+        }
+        for &i in used.iter() {
+            let (atom, gradient) = (self.dictionary.atom(i), &mut gradient[i * m..(i + 1) * m]);
+            let along = crate::arch::dot(gradient, atom);
+            crate::arch::add_scaled(gradient, -along, atom);
+        }
+    }
+
+    /// Moves every used atom against its gradient, and scales it back to unit length.
+    fn descend(&mut self, rate: f32) -> Result<()> {
+        let m = self.dictionary.head_dim();
+        let atoms = self.dictionary.atoms_mut();
+        for &i in &self.scratch.used {
+            let atom = &mut atoms[i * m..(i + 1) * m];
+            self.adam
+                .step(i, atom, &self.scratch.gradient[i * m..(i + 1) * m], rate);
+            let length = norm(atom);
+            if !length.is_normal() {
+                let reason = format!(
+                    "it diverged; a learning rate of {} is too high",
+                    self.options.learning_rate
+                );
+                return Err(Error::Learn(reason));
+            }
+            let scale = (1.0 / length) as f32;
+            atom.iter_mut().for_each(|x| *x *= scale);
+        }
+        Ok(())
+    }
+
+    /// Replaces unused atoms, and after an epoch those that are nearly another, by the vectors of the batch
+    /// that were coded worst.
+    fn reseed(
+        &mut self,
+        batch: &[f32],
+        codes: &SparseBatch,
+        duplicates_too: bool,
+        threads: &dyn Threads,
+    ) {
+        let m = self.dictionary.head_dim();
+        let mut useless: Vec<usize> = (0..self.uses.len())
+            .filter(|&i| self.uses[i] == 0)
+            .collect();
+        if duplicates_too {
+            useless.extend(near_duplicates(&self.dictionary, threads));
+            useless.sort_unstable();
+            useless.dedup();
+        }
+        // What is coded already has nothing to add, and zero is no direction.
+        let worst = worst_first(codes).into_iter();
+        let worst = worst.take_while(|&v| codes.relative_errors[v] > 0.0);
+        for (i, v) in useless.into_iter().zip(worst) {
+            let atom = &mut self.dictionary.atoms_mut()[i * m..(i + 1) * m];
+            atom.copy_from_slice(&batch[v * m..(v + 1) * m]);
+            self.adam.forget(i);
+            self.reseeded += 1;
+        }
+    }
+
+    /// Held-out error of the dictionary, which is kept where it is the best so far.
+    fn judge(&mut self, threads: &dyn Threads) -> Result<Option<f32>> {
+        if self.held_out.is_empty() {
+            return Ok(None);
+        }
+        let pursuit = Pursuit::new(&self.dictionary, self.options.sparsity)?;
+        let error = pursuit
+            .encode_on(self.held_out, threads)?
+            .mean_relative_error();
+        if self.best.as_ref().is_none_or(|(_, best)| error < *best) {
+            self.best = Some((self.dictionary.clone(), error));
+            self.without_gain = 0;
+        } else {
+            self.without_gain += 1;
+        }
+        Ok(Some(error))
+    }
+}
+
+/// Drawn vectors as atoms, moved a little so that no two are alike.
+fn drawn_vectors(
+    vectors: &dyn Vectors,
+    head_dim: usize,
+    atoms: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<Dictionary> {
+    let n = vectors.count();
+    let noise = 0.01 / (head_dim as f32).sqrt();
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    let mut undrawn = order.as_mut_slice();
+    let mut rows = Vec::with_capacity(atoms * head_dim);
+    let mut drawn = Vec::new();
+    while rows.len() < atoms * head_dim {
+        let missing = atoms - rows.len() / head_dim;
+        if undrawn.is_empty() {
+            let reason = format!(
+                "{atoms} atoms need as many vectors that are not zero, {missing} more than there are; give more \
+                 text or fewer atoms"
+            );
+            return Err(Error::Learn(reason));
+        }
+        let (chosen, rest) = undrawn.partial_shuffle(rng, missing);
+        read_units(vectors, chosen, head_dim, &mut drawn)?;
+        for x in drawn.chunks_exact(head_dim) {
+            if x.iter().any(|&x| x != 0.0) {
+                rows.extend(x.iter().map(|x| x + noise * rng.random_range(-1f32..1.0)));
+            }
+        }
+        undrawn = rest;
+    }
+    Dictionary::normalised(rows, head_dim)
+}
+
+/// Directions drawn evenly from the sphere.
+fn random_atoms(head_dim: usize, atoms: usize, rng: &mut ChaCha8Rng) -> Result<Dictionary> {
+    // Sums of twelve even draws are normal enough for a direction (Box, Muller 1958 would be exact).
+    let normal = |rng: &mut ChaCha8Rng| (0..12).map(|_| rng.random_range(-0.5f32..0.5)).sum();
+    let rows = (0..atoms * head_dim).map(|_| normal(rng)).collect();
+    Dictionary::normalised(rows, head_dim)
+}
