@@ -263,7 +263,7 @@ fn note_skipped(files: &[String]) {
 /// One bar for the reading, one for all dictionaries.
 struct Progress {
     dictionaries: usize,
-    /// Steps done of each dictionary.
+    /// Steps done of each dictionary at work.
     steps: BTreeMap<(usize, &'static str), usize>,
     learned: usize,
     bar: Option<indicatif::ProgressBar>,
@@ -299,7 +299,8 @@ impl Progress {
                 progress,
             } => {
                 self.steps.insert((layer, part), progress.step);
-                let done: usize = self.steps.values().sum();
+                // One that stopped early, or before this run, counts as whole.
+                let done = self.learned * progress.steps + self.steps.values().sum::<usize>();
                 let dictionaries = self.dictionaries;
                 let bar = self.bar.get_or_insert_with(|| {
                     let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
@@ -309,7 +310,10 @@ impl Progress {
                 bar.set_message(format!("learned {}/{dictionaries}", self.learned));
                 bar.set_position(done as u64);
             }
-            TrainProgress::Learned { .. } => self.learned += 1,
+            TrainProgress::Learned { layer, part, .. } => {
+                self.steps.remove(&(layer, part));
+                self.learned += 1;
+            }
         }
     }
 

@@ -92,6 +92,23 @@ impl Training {
         names.iter().map(|name| file.bytes(name).unwrap()).collect()
     }
 
+    /// How far the state has come.
+    fn stage(&self) -> String {
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            let name = entry.unwrap().file_name();
+            name.to_string_lossy().into_owned()
+        };
+        let Ok(files) = std::fs::read_dir(self.state()) else {
+            return "no state".to_owned();
+        };
+        let files: Vec<String> = files.map(name).collect();
+        match files.iter().filter(|f| f.ends_with(".learning")).count() {
+            0 if !files.iter().any(|f| f == "reading") => "nothing read is saved".to_owned(),
+            0 => "reading".to_owned(),
+            begun => format!("{begun} dictionaries begun or learned"),
+        }
+    }
+
     /// Begins and kills the program as soon as `there` says so.
     fn begin(&self, there: impl Fn(&Path) -> bool) {
         let mut child = self.command(&["--save-every", "0.05"]).spawn().unwrap();
@@ -138,22 +155,22 @@ fn killed_at_ten_drawn_moments_it_ends_with_the_same_tensors() {
     let tensors = training.tensors();
     std::fs::remove_file(training.out()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
-    let mut kills = 0;
-    while kills < 10 {
+    for number in 1..=10 {
         let resume = ["--resume", "--save-every", "0.02"];
         let mut child = training.command(&resume).spawn().unwrap();
-        std::thread::sleep(whole.mul_f64(rng.random_range(0.05..0.5)));
+        let moment = whole.mul_f64(rng.random_range(0.05..0.5));
+        std::thread::sleep(moment);
         let ended = child.try_wait().unwrap().is_some();
         kill(&mut child);
-        kills += 1;
+        println!("kill {number} after {moment:.2?}: {}", training.stage());
         if ended {
-            assert_eq!(training.tensors(), tensors, "after {kills} kills");
+            assert_eq!(training.tensors(), tensors, "after {number} kills");
             let _ = std::fs::remove_file(training.out());
         }
     }
     training.finish(&["--resume"]);
     assert_eq!(training.tensors(), tensors);
-    // What other number of threads: the same.
+    // On another number of threads: the same.
     training.finish(&["--resume", "--threads", "3"]);
     assert_eq!(training.tensors(), tensors);
 }
@@ -236,9 +253,8 @@ fn a_full_disk_leaves_the_state_whole() {
     training.finish(&[]);
     let tensors = training.tensors();
     std::fs::remove_file(training.out()).unwrap();
-    // No file may outgrow 160 blocks of 512 bytes: the state of a learner does.
     training.begin(|state| state.join("layers.0.keys.learning").exists());
-    // Nothing that a learner saves fits in 20 blocks.
+    // A file may have 20 blocks of 512 bytes: the state of a learner has more.
     let limited = training.command(&["--resume", "--save-every", "0"]);
     let mut shell = Command::new("sh");
     shell.args([

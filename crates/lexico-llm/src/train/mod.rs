@@ -172,10 +172,11 @@ pub fn train(
     options.check(model.decoder.config())?;
     let settings = settings(model, corpus, options)?;
     // Dropped, and so removed, in the end.
-    let temporary = tempfile::tempdir().map_err(io(&std::env::temp_dir()))?;
+    let temporary;
     let state = match &options.state {
         Some(state) => State::open(state, &settings)?,
         None => {
+            temporary = tempfile::tempdir().map_err(io(&std::env::temp_dir()))?;
             let state = StateOptions {
                 folder: temporary.path().to_owned(),
                 ..StateOptions::default()

@@ -158,6 +158,12 @@ impl<'v> Learner<'v> {
         out.0
     }
 
+    /// The dictionary as it is now.
+    #[must_use]
+    pub fn dictionary(&self) -> &Dictionary {
+        &self.dictionary
+    }
+
     /// Steps in all, as far as no early stop shortens them.
     #[must_use]
     pub fn steps(&self) -> usize {

@@ -244,6 +244,98 @@ mod tests {
     }
 
     #[test]
+    fn near_duplicates_are_found_and_reseeded() {
+        let atoms = [
+            [1.0, 0.0, 0.0],
+            [0.6, 0.8, 0.0],
+            [-0.999, 0.001, 0.0],
+            [0.6, 0.8, 0.001],
+            [0.0, 0.0, 1.0],
+        ];
+        let dictionary = Dictionary::normalised(atoms.concat(), 3).unwrap();
+        assert_eq!(reseed::near_duplicates(&dictionary, &Rayon), [2, 3]);
+
+        // Five vectors, each many times over: those drawn as atoms are mostly alike.
+        let few = planted(4, 5, 16, 12);
+        let many = planted(5, 300, 16, 12);
+        let vectors: Vec<f32> = few
+            .iter()
+            .cycle()
+            .take(12 * 600)
+            .chain(&many)
+            .copied()
+            .collect();
+        let options = LearnOptions {
+            epochs: 3,
+            ..options()
+        };
+        let vectors = InMemory::new(&vectors, 12).unwrap();
+        let mut learner = Learner::new(&vectors, &[], 12, &options).unwrap();
+        let before = reseed::near_duplicates(learner.dictionary(), &Rayon).len();
+        while !learner.is_done() {
+            learner.step(&Rayon).unwrap();
+        }
+        let learned = learner.finish();
+        let after = reseed::near_duplicates(&learned.dictionary, &Rayon).len();
+        assert!(before >= 10 && after < before / 2, "{before}, then {after}");
+    }
+
+    #[test]
+    fn learning_stops_early_and_keeps_the_best() {
+        let vectors = planted(1, 64, 16, 12);
+        // Nothing like what is learned from: what is learned soon does not help.
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let held_out: Vec<f32> = (0..1200).map(|_| rng.random_range(-1f32..1.0)).collect();
+        let options = LearnOptions {
+            epochs: 10_000,
+            patience: 4,
+            ..options()
+        };
+        let mut errors = Vec::new();
+        let mut steps = (0, 0);
+        let learned = learn(&vectors, &held_out, 12, &options, &mut |p| {
+            errors.extend(p.held_out_error);
+            steps = (p.step, p.steps);
+            ControlFlow::Continue(())
+        });
+        let learned = learned.unwrap();
+        assert!(steps.0 < steps.1, "{steps:?}");
+        let best = errors.iter().copied().fold(f32::INFINITY, f32::min);
+        assert_eq!(learned.held_out_error, Some(best));
+        let first = errors.iter().position(|&e| e == best).unwrap();
+        assert_eq!(errors.len(), first + 1 + options.patience);
+    }
+
+    #[test]
+    fn a_saved_learner_goes_on_bit_for_bit() {
+        let vectors = planted(1, 700, 16, 12);
+        let held_out = planted(2, 100, 16, 12);
+        let options = LearnOptions {
+            batch: 64,
+            epochs: 6,
+            ..options()
+        };
+        let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
+        let vectors = InMemory::new(&vectors, 12).unwrap();
+        let mut learner = Learner::new(&vectors, &held_out, 12, &options).unwrap();
+        while !learner.is_done() {
+            learner.step(&crate::threads::Alone).unwrap();
+            let saved = learner.save();
+            learner = Learner::resume(&vectors, &held_out, 12, &options, &saved).unwrap();
+        }
+        let saved = learner.save();
+        assert_eq!(learner.finish(), whole.unwrap());
+        for length in (0..saved.len()).step_by(37) {
+            let cut = Learner::resume(&vectors, &held_out, 12, &options, &saved[..length]);
+            assert!(matches!(cut, Err(Error::Learn(_))), "{length} bytes");
+        }
+        let more = [&saved[..], &[0]].concat();
+        assert!(Learner::resume(&vectors, &held_out, 12, &options, &more).is_err());
+    }
+
+    #[test]
     fn impossible_settings_are_refused() {
         let vectors = planted(1, 40, 16, 12);
         let run = |vectors: &[f32], options: &LearnOptions| {
