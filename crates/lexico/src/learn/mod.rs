@@ -52,7 +52,7 @@ impl Default for LearnOptions {
         Self {
             atoms: 4096,
             sparsity: 8,
-            epochs: 6,
+            epochs: 24,
             batch: 512,
             learning_rate: 1e-2,
             initial: InitialAtoms::Vectors,
@@ -312,7 +312,7 @@ mod tests {
         let held_out = planted(2, 100, 16, 12);
         let options = LearnOptions {
             batch: 64,
-            epochs: 6,
+            epochs: 24,
             ..options()
         };
         let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
