@@ -313,6 +313,20 @@ impl Progress {
             TrainProgress::Learned { layer, part, .. } => {
                 self.steps.remove(&(layer, part));
                 self.learned += 1;
+                if self.learned == self.dictionaries {
+                    self.finish();
+                }
+            }
+            TrainProgress::Measuring { done, total } => {
+                let bar = self.bar.get_or_insert_with(|| {
+                    let bar = ui::progress(total as u64, "cases");
+                    bar.set_message("measuring losses");
+                    bar
+                });
+                bar.set_position(done as u64);
+                if done == total {
+                    self.finish();
+                }
             }
         }
     }

@@ -44,18 +44,20 @@ fn options() -> TrainOptions {
 fn learns_saves_and_serves() {
     let mut model = Model::tiny().unwrap();
     let mut learned = 0;
-    let mut read = (0, 0);
+    let (mut read, mut measured) = ((0, 0), (0, 0));
     let trained = train(&model, &corpus(), &options(), &mut |progress| {
         match progress {
             TrainProgress::Reading { tokens, total } => read = (tokens, total),
             TrainProgress::Learned { .. } => learned += 1,
             TrainProgress::Learning { .. } => {}
+            TrainProgress::Measuring { done, total } => measured = (done, total),
         }
         ControlFlow::Continue(())
     })
     .unwrap();
     assert_eq!(learned, 8);
     assert_eq!(read.0, read.1);
+    assert!(measured.0 > 0 && measured.0 == measured.1);
     let training = &trained.dictionaries.training;
     assert_eq!((training.sparsity, training.tokens), (4, read.0));
     for (l, errors) in training.relative_error.iter().enumerate() {
@@ -69,6 +71,14 @@ fn learns_saves_and_serves() {
             "layer {l}: values {}",
             errors.values
         );
+    }
+    let losses = training.losses.as_ref().unwrap();
+    assert_eq!(losses.layers.len(), 4);
+    for layer in &losses.layers {
+        for head in layer.keys.iter().chain(&layer.values) {
+            // One atom hurts, sixteen hardly.
+            assert!(head[0] > 0.0 && head[5] < 0.2 * head[0], "{losses:?}");
+        }
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.safetensors");

@@ -51,6 +51,7 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
                 layers
             ],
             tool: "a test".to_owned(),
+            losses: None,
         },
     }
 }

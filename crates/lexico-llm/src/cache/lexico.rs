@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::{Dictionary, LayerDictionaries};
+use ::lexico::dictionary::{Dictionary, LayerDictionaries, LayerSparsities};
 use ::lexico::pursuit::SparseBatch;
 use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
@@ -16,10 +16,8 @@ use crate::threads::{CandleThreads, cores_to_spare};
 /// Settings of [`LexicoCache`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct LexicoSettings {
-    /// Most nonzeros of a key.
-    pub key_sparsity: usize,
-    /// Most nonzeros of a value.
-    pub value_sparsity: usize,
+    /// Most nonzeros of each head's keys and values, layer by layer.
+    pub sparsities: Vec<LayerSparsities>,
     /// `δ`: relative error at which the pursuit stops early; 0 never does.
     pub tolerance: f32,
     /// Whether coefficients are [scaled up](SparseBatch::unbias) so that no score is shrunk, instead of
@@ -69,10 +67,10 @@ struct Leaving {
     codes: Option<Receiver<Result<Batch>>>,
 }
 
-/// Codes of some positions, `[kv_heads, positions]`.
+/// Codes of some positions, head by head.
 struct Batch {
-    keys: SparseBatch,
-    values: SparseBatch,
+    keys: Vec<SparseBatch>,
+    values: Vec<SparseBatch>,
 }
 
 struct Head {
@@ -122,12 +120,12 @@ impl LexicoCache {
             })
         };
         let mut layers = Vec::with_capacity(config.layers);
-        for layer in &dictionaries.layers {
+        for (layer, sparsities) in dictionaries.layers.iter().zip(&settings.sparsities) {
             let mut heads = Vec::with_capacity(config.kv_heads);
-            for _ in 0..config.kv_heads {
+            for (&key, &value) in sparsities.keys.iter().zip(&sparsities.values) {
                 heads.push(Head {
-                    keys: part(settings.key_sparsity, &layer.keys)?,
-                    values: part(settings.value_sparsity, &layer.values)?,
+                    keys: part(key, &layer.keys)?,
+                    values: part(value, &layer.values)?,
                 });
             }
             layers.push(Layer {
@@ -171,15 +169,16 @@ fn code(
     values: &[f32],
     threads: &dyn Threads,
 ) -> Result<Batch> {
-    let code = |dictionary: &Dictionary, sparsity: usize, vectors: &[f32], part| {
-        Pursuit::new(dictionary, sparsity)
+    let code = |dictionary: &Dictionary, sparsities: &[usize], vectors: &[f32], part| {
+        let most = sparsities.iter().copied().max().unwrap_or(1);
+        Pursuit::new(dictionary, most)
             .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
-            .and_then(|pursuit| pursuit.encode_on(vectors, threads))
-            .map(|mut batch| {
+            .and_then(|pursuit| pursuit.encode_heads_on(vectors, sparsities, threads))
+            .map(|mut heads| {
                 if settings.unbiased {
-                    batch.unbias();
+                    heads.iter_mut().for_each(SparseBatch::unbias);
                 }
-                batch
+                heads
             })
             .map_err(|reason| Error::Coding {
                 layer,
@@ -187,14 +186,13 @@ fn code(
                 reason,
             })
     };
+    let LayerSparsities {
+        keys: key_sparsities,
+        values: value_sparsities,
+    } = &settings.sparsities[layer];
     Ok(Batch {
-        keys: code(&dictionaries.keys, settings.key_sparsity, keys, "key")?,
-        values: code(
-            &dictionaries.values,
-            settings.value_sparsity,
-            values,
-            "value",
-        )?,
+        keys: code(&dictionaries.keys, key_sparsities, keys, "key")?,
+        values: code(&dictionaries.values, value_sparsities, values, "value")?,
     })
 }
 
@@ -224,14 +222,10 @@ impl Layer {
 
     /// Appends codes.
     fn extend(&mut self, batch: &Batch) {
-        let each = batch.keys.len() / self.heads.len();
-        for (number, head) in self.heads.iter_mut().enumerate() {
-            head.keys
-                .codes
-                .extend(&batch.keys.part(number * each, each));
-            head.values
-                .codes
-                .extend(&batch.values.part(number * each, each));
+        let codes = batch.keys.iter().zip(&batch.values);
+        for (head, (keys, values)) in self.heads.iter_mut().zip(codes) {
+            head.keys.codes.extend(keys);
+            head.values.codes.extend(values);
         }
     }
 
@@ -430,8 +424,13 @@ mod tests {
     /// Reads a prompt and then token after token; the logits of every step, and positions in the window.
     fn logits(model: &Model, batch: usize, aside: bool) -> Result<Vec<(Vec<f32>, usize)>> {
         let settings = LexicoSettings {
-            key_sparsity: 6,
-            value_sparsity: 4,
+            sparsities: vec![
+                LayerSparsities {
+                    keys: vec![6, 3],
+                    values: vec![2, 4],
+                };
+                4
+            ],
             tolerance: 0.0,
             unbiased: true,
             window: 5,

@@ -63,7 +63,7 @@ fn outside_window(window: Option<usize>, held: usize) -> Option<usize> {
 }
 
 /// What a layer is given in a step, in f32.
-struct Step {
+pub(crate) struct Step {
     /// `[kv_heads, G, t, m]`
     queries: Vec<f32>,
     /// `[kv_heads, t, m]`
@@ -74,7 +74,7 @@ struct Step {
 }
 
 impl Step {
-    fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+    pub(crate) fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         let numbers = |x: &Tensor| -> Result<Vec<f32>> {
             Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
         };
@@ -87,14 +87,14 @@ impl Step {
     }
 
     /// The new keys and values of every KV head, `[t, m]`.
-    fn heads(&self) -> impl Iterator<Item = (&[f32], &[f32])> {
+    pub(crate) fn heads(&self) -> impl Iterator<Item = (&[f32], &[f32])> {
         let (_, t, m) = self.shape;
         let keys = self.keys.chunks_exact(t * m);
         keys.zip(self.values.chunks_exact(t * m))
     }
 
     /// Attention of every KV head over its `past` and the step's own positions.
-    fn attend<'a, H>(
+    pub(crate) fn attend<'a, H>(
         &'a self,
         heads: &'a [H],
         window: Option<usize>,

@@ -3,6 +3,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ::lexico::attention::NumberType;
+use ::lexico::dictionary::LayerSparsities;
 use ::lexico::{CoefficientFormat, DictionarySet};
 
 use super::{FullCache, KvCache, LexicoCache, LexicoSettings};
@@ -83,9 +84,9 @@ pub static METHODS: &[Method] = &[
         options: &[
             option(
                 "sparsity",
-                Values::Count,
+                Values::Number,
                 "as trained",
-                "nonzeros of a key and of a value",
+                "nonzeros of keys and values, on average",
             ),
             option(
                 "key-sparsity",
@@ -98,6 +99,12 @@ pub static METHODS: &[Method] = &[
                 Values::Count,
                 "sparsity",
                 "nonzeros of a value",
+            ),
+            option(
+                "allocation",
+                Values::OneOf(&["measured", "same"]),
+                "measured, where it was",
+                "which heads get the nonzeros",
             ),
             option(
                 "tolerance",
@@ -138,11 +145,8 @@ pub static METHODS: &[Method] = &[
                     model: context.model.to_owned(),
                 });
             };
-            let given = |option| spec.given(option).map(|_| spec.number(option)).transpose();
-            let sparsity = given("sparsity")?.unwrap_or(dictionaries.training.sparsity);
             let settings = LexicoSettings {
-                key_sparsity: given("key-sparsity")?.unwrap_or(sparsity),
-                value_sparsity: given("value-sparsity")?.unwrap_or(sparsity),
+                sparsities: sparsities(spec, context, dictionaries)?,
                 tolerance: spec.number("tolerance")?,
                 unbiased: spec.text("fit") == "unbiased",
                 window: spec.number("window")?,
@@ -169,6 +173,62 @@ pub static METHODS: &[Method] = &[
         },
     },
 ];
+
+/// The sparsities of every layer and head that the options ask for.
+fn sparsities(
+    spec: &CacheSpec,
+    context: &CacheContext<'_>,
+    dictionaries: &DictionarySet,
+) -> Result<Vec<LayerSparsities>> {
+    let refused = |option: &'static str, reason: &str| Error::OptionValue {
+        method: "lexico",
+        option,
+        value: spec.text(option).to_owned(),
+        reason: reason.to_owned(),
+    };
+    let mean: f64 = match spec.given("sparsity") {
+        Some(_) => spec.number("sparsity")?,
+        None => dictionaries.training.sparsity as f64,
+    };
+    let most = context.config.head_dim as f64;
+    if !(1.0..=most).contains(&mean) {
+        let reason = format!("it must be from 1 to the head dim, {most}");
+        return Err(refused("sparsity", &reason));
+    }
+    let part = |option| match spec.given(option) {
+        Some(_) => spec.number(option).map(Some),
+        None => Ok(None),
+    };
+    let (keys, values) = (part("key-sparsity")?, part("value-sparsity")?);
+    let by_part = keys.is_some() || values.is_some();
+    let losses = dictionaries.training.losses.as_ref();
+    let losses = match spec.given("allocation") {
+        Some("measured") if by_part => {
+            let reason =
+                "the measured losses decide between keys and values too; give sparsity alone";
+            return Err(refused("allocation", reason));
+        }
+        Some("measured") if losses.is_none() => {
+            let reason = "these dictionaries were made without measuring losses; `lexico train` measures them";
+            return Err(refused("allocation", reason));
+        }
+        Some("same") => None,
+        _ => losses.filter(|_| !by_part),
+    };
+    if let Some(losses) = losses {
+        /// More atoms a vector are slower to attend to, and other heads gain more.
+        const MOST: usize = 32;
+        return Ok(losses.allocate(mean, MOST.min(context.config.head_dim)));
+    }
+    if mean.fract() != 0.0 {
+        let reason = "sparsities that are the same for all heads are whole numbers";
+        return Err(refused("sparsity", reason));
+    }
+    let mean = mean as usize;
+    let (keys, values) = (keys.unwrap_or(mean), values.unwrap_or(mean));
+    let each = LayerSparsities::same(context.config.kv_heads, keys, values);
+    Ok(vec![each; context.config.layers])
+}
 
 /// A cache method and its options, as `NAME[:key=value,…]` gives them.
 #[derive(Debug, Clone)]
@@ -311,7 +371,8 @@ mod tests {
     #[test]
     fn defaults_are_values_or_words() {
         for option in METHODS.iter().flat_map(|m| m.options) {
-            let words = ["as trained", "sparsity"].contains(&option.default);
+            let words =
+                ["as trained", "sparsity", "measured, where it was"].contains(&option.default);
             assert!(
                 words || option.values.refuse(option.default).is_none(),
                 "{option:?}"

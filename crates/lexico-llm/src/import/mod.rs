@@ -90,6 +90,7 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             sparsity: (model.head_dim / 8).max(1),
             corpus: vec![format!("imported from {file}")],
             tool: format!("lexico {} (import)", env!("CARGO_PKG_VERSION")),
+            losses: None,
             ..Training::default()
         },
         model,

@@ -1,6 +1,7 @@
 //! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
 
 mod learning;
+mod losses;
 mod measure;
 mod reading;
 mod rows;
@@ -118,6 +119,13 @@ pub enum TrainProgress {
         /// Held-out mean relative error.
         held_out_error: f32,
     },
+    /// The model predicts with the keys or the values of one head coded, and of another.
+    Measuring {
+        /// Cases measured.
+        done: usize,
+        /// Cases in all.
+        total: usize,
+    },
 }
 
 /// What is told of training's progress, from whichever thread is at work; it may break off.
@@ -207,6 +215,8 @@ pub fn train(
         });
     }
     let sparsity = options.learn.sparsity;
+    let (windows, tokens) = (reading.judged(), reading.tokens());
+    let losses = losses::coding_losses(model, &layers, windows, tokens, &state, progress)?;
     let attention = measure::attention_errors(model, &layers, sparsity, reading.judged())?;
     let dictionaries = DictionarySet {
         layers,
@@ -217,6 +227,7 @@ pub fn train(
             tokens: reading.tokens(),
             relative_error: errors,
             tool: program(),
+            losses: Some(losses),
         },
     };
     Ok(Trained {

@@ -1,7 +1,9 @@
 //! Dictionaries: unit-norm atoms, one matrix for keys and one for values in every layer.
 
+mod allocation;
 mod set;
 
+pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use set::{
     DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
 };

@@ -4,7 +4,7 @@ use std::path::Path;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::Dictionary;
+use super::{CodingLosses, Dictionary};
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
@@ -54,6 +54,9 @@ pub struct Training {
     pub relative_error: Vec<LayerErrors>,
     /// The program and version that learned it.
     pub tool: String,
+    /// What coding one head alone costs, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub losses: Option<CodingLosses>,
 }
 
 /// Held-out mean relative error of one layer at the training sparsity, f32 coefficients.
@@ -115,6 +118,14 @@ impl DictionarySet {
             return Err(Error::Metadata {
                 path: file.path().to_owned(),
                 key: "model",
+                reason,
+            });
+        }
+        let losses = training.losses.as_ref();
+        if let Some(reason) = losses.and_then(|l| l.refuse(model.layers, model.kv_heads)) {
+            return Err(Error::Metadata {
+                path: file.path().to_owned(),
+                key: "training",
                 reason,
             });
         }

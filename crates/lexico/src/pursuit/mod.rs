@@ -58,21 +58,24 @@ impl SparseBatch {
         (&self.indices[start..end], &self.coefficients[start..end])
     }
 
-    /// The codes of `count` vectors from `first` on.
-    ///
-    /// # Panics
-    /// Where there are fewer.
-    pub fn part(&self, first: usize, count: usize) -> Self {
-        let (vectors, nonzeros) = (
-            first..first + count,
-            first * self.sparsity..(first + count) * self.sparsity,
-        );
+    /// The codes of `count` vectors from `first` on, none of which has more than `sparsity` nonzeros.
+    fn part(&self, first: usize, count: usize, sparsity: usize) -> Self {
+        let rows = first..first + count;
+        let narrow = |v: usize| v * self.sparsity..v * self.sparsity + sparsity;
         Self {
-            sparsity: self.sparsity,
-            lengths: self.lengths[vectors.clone()].to_vec(),
-            indices: self.indices[nonzeros.clone()].to_vec(),
-            coefficients: self.coefficients[nonzeros].to_vec(),
-            relative_errors: self.relative_errors[vectors].to_vec(),
+            sparsity,
+            lengths: self.lengths[rows.clone()].to_vec(),
+            indices: rows
+                .clone()
+                .flat_map(|v| &self.indices[narrow(v)])
+                .copied()
+                .collect(),
+            coefficients: rows
+                .clone()
+                .flat_map(|v| &self.coefficients[narrow(v)])
+                .copied()
+                .collect(),
+            relative_errors: self.relative_errors[rows].to_vec(),
         }
     }
 
@@ -164,6 +167,42 @@ impl<'d> Pursuit<'d> {
     /// # Errors
     /// As [`Pursuit::encode`].
     pub fn encode_on(&self, vectors: &[f32], threads: &dyn Threads) -> Result<SparseBatch> {
+        self.encode_limited(vectors, &|_| self.sparsity, threads)
+    }
+
+    /// Codes the vectors of several heads, `[heads, n, m]`, those of each with at most its own of `sparsities`, and
+    /// gives a batch a head. Each reading of the dictionary serves vectors of all heads.
+    ///
+    /// # Errors
+    /// As [`Pursuit::encode`].
+    ///
+    /// # Panics
+    /// Where a sparsity is 0 or above the pursuit's, or the vectors are not as many for each head.
+    pub fn encode_heads_on(
+        &self,
+        vectors: &[f32],
+        sparsities: &[usize],
+        threads: &dyn Threads,
+    ) -> Result<Vec<SparseBatch>> {
+        let possible = sparsities.iter().all(|s| (1..=self.sparsity).contains(s));
+        assert!(possible, "sparsities that the pursuit allows");
+        let n = vectors.len() / self.dictionary.head_dim();
+        let each = n / sparsities.len().max(1);
+        assert_eq!(each * sparsities.len(), n, "as many vectors for each head");
+        let all = self.encode_limited(vectors, &|v| sparsities[v / each], threads)?;
+        let heads = sparsities.iter().enumerate();
+        Ok(heads
+            .map(|(head, &sparsity)| all.part(head * each, each, sparsity))
+            .collect())
+    }
+
+    /// Codes every vector with at most the atoms that `limit` says for its number.
+    fn encode_limited(
+        &self,
+        vectors: &[f32],
+        limit: &(dyn Fn(usize) -> usize + Sync),
+        threads: &dyn Threads,
+    ) -> Result<SparseBatch> {
         let (m, s) = (self.dictionary.head_dim(), self.sparsity);
         if !vectors.len().is_multiple_of(m) {
             return Err(Error::VectorLength {
@@ -199,11 +238,12 @@ impl<'d> Pursuit<'d> {
             );
         for_each(
             threads,
-            vectors.chunks(BLOCK * m).zip(found),
-            |(vectors, found)| {
+            vectors.chunks(BLOCK * m).zip(found).enumerate(),
+            |(block, (vectors, found))| {
                 WORKSPACE.with_borrow_mut(|workspace| {
                     workspace.make_room(self, vectors.len() / m);
-                    self.encode_block(vectors, workspace, found);
+                    let limit = |v| limit(block * BLOCK + v);
+                    self.encode_block(vectors, &limit, workspace, found);
                 });
             },
         );
@@ -211,7 +251,13 @@ impl<'d> Pursuit<'d> {
     }
 
     /// Codes a block of finite vectors in lockstep: step `k` chooses atom `k` of each.
-    fn encode_block(&self, vectors: &[f32], workspace: &mut Workspace, found: Found<'_>) {
+    fn encode_block(
+        &self,
+        vectors: &[f32],
+        limit: &dyn Fn(usize) -> usize,
+        workspace: &mut Workspace,
+        found: Found<'_>,
+    ) {
         let (m, s) = (self.dictionary.head_dim(), self.sparsity);
         let rounded_atoms = self.dictionary.rounded();
         let room = rounded_atoms.room();
@@ -237,6 +283,7 @@ impl<'d> Pursuit<'d> {
             let whole = square(residual).sqrt() as f32;
             states.push(State {
                 exponent,
+                limit: limit(v),
                 whole,
                 rest: whole,
             });
@@ -245,7 +292,10 @@ impl<'d> Pursuit<'d> {
         active.clear();
         active.extend((0..states.len()).filter(|&v| states[v].whole > 0.0));
         for step in 0..s {
-            active.retain(|&v| states[v].rest > self.tolerance.max(EXACT) * states[v].whole);
+            active.retain(|&v| {
+                let state = &states[v];
+                step < state.limit && state.rest > self.tolerance.max(EXACT) * state.whole
+            });
             if active.is_empty() {
                 break;
             }
@@ -379,6 +429,8 @@ struct Found<'a> {
 struct State {
     /// The vector was scaled by `2^-exponent`.
     exponent: i32,
+    /// The most atoms that it may have.
+    limit: usize,
     /// Norm of the scaled vector.
     whole: f32,
     /// Norm of its residual.

@@ -1,0 +1,231 @@
+//! What coding the keys or the values of one KV head costs the model's predictions.
+
+use ::lexico::attention::{DenseRows, NumberType, Source};
+use ::lexico::dictionary::{CodingLosses, LayerDictionaries, LayerLosses};
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::state::State;
+use super::{OnProgress, TrainProgress, go_on};
+use crate::cache::{Footprint, KvCache, Step};
+use crate::config::Config;
+use crate::decoder::{Logits, Sequence};
+use crate::error::Result;
+use crate::model::Model;
+use crate::threads::CandleThreads;
+
+/// Sparsities that losses are measured at, as far as the head dim allows: those in between are interpolated.
+const SPARSITIES: [usize; 6] = [1, 2, 4, 8, 12, 16];
+/// Tokens of a window whose predictions are looked at, at the most; all before them is coded.
+const PREDICTED: usize = 128;
+/// Losses may take the model as many tokens as this share of those it learned from.
+const SHARE: usize = 4;
+/// The state's file of what was measured.
+pub(super) const FILE: &str = "losses";
+
+/// Sums over the windows that were looked at so far.
+#[derive(Default, Serialize, Deserialize)]
+struct Measured {
+    windows: usize,
+    predictions: usize,
+    /// Of every layer, part, head and sparsity in turn.
+    sums: Vec<f64>,
+}
+
+/// Measures on `windows`, one after another, as many as the `tokens` that the model learned from make worth it.
+pub(super) fn coding_losses(
+    model: &Model,
+    layers: &[LayerDictionaries],
+    windows: &[Vec<u32>],
+    tokens: usize,
+    state: &State,
+    progress: &mut OnProgress<'_>,
+) -> Result<CodingLosses> {
+    let config = model.decoder.config();
+    let possible = |s: &usize| layers.iter().all(|l| most(l) >= *s);
+    let sparsities: Vec<usize> = SPARSITIES.into_iter().filter(possible).collect();
+    let cases = layers.len() * 2 * config.kv_heads * sparsities.len();
+    let worth = tokens / SHARE / (cases * PREDICTED);
+    let windows = &windows[..windows.len().min(worth.max(2))];
+    let mut measured: Measured = state.load_json(FILE)?.unwrap_or_default();
+    measured.sums.resize(cases, 0.0);
+    let total = windows.len() * cases;
+    for window in windows.iter().skip(measured.windows) {
+        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(PREDICTED));
+        let mut past = Past::new(config);
+        let mut sequences = [Sequence {
+            tokens: before,
+            cache: &mut past,
+        }];
+        model.decoder.forward(&mut sequences, Logits::Last)?;
+        past.reading = false;
+        let reference = log_probabilities(model, &mut past, predicted)?;
+        let mut sums = measured.sums.iter_mut();
+        let mut done = measured.windows * cases;
+        for (layer, dictionaries) in layers.iter().enumerate() {
+            for (part, dictionary) in [&dictionaries.keys, &dictionaries.values]
+                .into_iter()
+                .enumerate()
+            {
+                for head in 0..config.kv_heads {
+                    for &sparsity in &sparsities {
+                        let rows = past.coded(layer, head, part, dictionary, sparsity)?;
+                        past.changed = Some((layer, head, part, rows));
+                        let coded = log_probabilities(model, &mut past, predicted)?;
+                        past.changed = None;
+                        if let Some(sum) = sums.next() {
+                            *sum += divergence(&reference, &coded);
+                        }
+                        done += 1;
+                        go_on(progress(TrainProgress::Measuring { done, total }))?;
+                    }
+                }
+            }
+        }
+        measured.windows += 1;
+        measured.predictions += predicted.len();
+        state.save_json(FILE, &measured)?;
+    }
+    let count = measured.predictions.max(1) as f64;
+    let losses: Vec<f32> = measured.sums.iter().map(|s| (s / count) as f32).collect();
+    let mut heads = losses.chunks_exact(sparsities.len()).map(<[f32]>::to_vec);
+    let mut take = || heads.by_ref().take(config.kv_heads).collect();
+    let layers = layers.iter().map(|_| LayerLosses {
+        keys: take(),
+        values: take(),
+    });
+    Ok(CodingLosses {
+        layers: layers.collect(),
+        sparsities,
+    })
+}
+
+/// The largest sparsity that a layer's dictionaries allow.
+fn most(layer: &LayerDictionaries) -> usize {
+    layer
+        .keys
+        .head_dim()
+        .min(layer.keys.len())
+        .min(layer.values.len())
+}
+
+/// What the model says after each of `tokens`, `[tokens][vocabulary]`.
+fn log_probabilities(model: &Model, past: &mut Past, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    let mut sequences = [Sequence {
+        tokens,
+        cache: past,
+    }];
+    let logits = model.decoder.forward(&mut sequences, Logits::All)?;
+    let logits = candle_nn::ops::log_softmax(&logits, candle_core::D::Minus1)?;
+    let vocabulary = logits.dim(candle_core::D::Minus1)?;
+    Ok(logits.reshape(((), vocabulary))?.to_vec2()?)
+}
+
+/// Sum over the predictions of the KL divergence from `reference` to `coded`, in nats.
+fn divergence(reference: &[Vec<f32>], coded: &[Vec<f32>]) -> f64 {
+    let of_one = |(p, q): (&Vec<f32>, &Vec<f32>)| {
+        let terms = p.iter().zip(q).map(|(&p, &q)| {
+            let (p, q) = (f64::from(p), f64::from(q));
+            p.exp() * (p - q)
+        });
+        // Rounding may bring it below zero.
+        terms.sum::<f64>().max(0.0)
+    };
+    reference.iter().zip(coded).map(of_one).sum()
+}
+
+/// Keys and values of a window's beginning, which what follows attends to again and again.
+struct Past {
+    /// `[layers][kv_heads]`, keys and values.
+    layers: Vec<Vec<[DenseRows; 2]>>,
+    sliding: Option<usize>,
+    head_dim: usize,
+    positions: usize,
+    /// Whether new positions are kept.
+    reading: bool,
+    /// Rows that stand for those of a layer, head and part.
+    changed: Option<(usize, usize, usize, DenseRows)>,
+}
+
+impl Past {
+    fn new(config: &Config) -> Self {
+        let rows = || DenseRows::new(config.head_dim, NumberType::F32);
+        let head = |_| [rows(), rows()];
+        Self {
+            layers: (0..config.layers)
+                .map(|_| (0..config.kv_heads).map(head).collect())
+                .collect(),
+            sliding: config.window,
+            head_dim: config.head_dim,
+            positions: 0,
+            reading: true,
+            changed: None,
+        }
+    }
+
+    /// The rows as codes of this sparsity have them, with the cache's usual coefficients.
+    fn coded(
+        &self,
+        layer: usize,
+        head: usize,
+        part: usize,
+        dictionary: &Dictionary,
+        sparsity: usize,
+    ) -> Result<DenseRows> {
+        let rows = &self.layers[layer][head][part];
+        let mut vectors = Vec::with_capacity(rows.len() * self.head_dim);
+        rows.read(0, rows.len(), &mut vectors);
+        let mut batch = Pursuit::new(dictionary, sparsity)?.encode_on(&vectors, &CandleThreads)?;
+        batch.unbias();
+        let mut codes = Codes::new(CodeFormat {
+            sparsity,
+            variable: false,
+            coefficients: CoefficientFormat::default(),
+        })?;
+        codes.extend(&batch);
+        let mut coded = DenseRows::new(self.head_dim, NumberType::F32);
+        coded.extend(&codes.decode(dictionary)?);
+        Ok(coded)
+    }
+}
+
+impl KvCache for Past {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let step = Step::new(q, k, v)?;
+        let numbered: Vec<(usize, &[DenseRows; 2])> =
+            self.layers[layer].iter().enumerate().collect();
+        let changed = self.changed.as_ref();
+        let out = step.attend(&numbered, self.sliding, |(head, own)| {
+            let rows = |part: usize| match changed {
+                Some((l, h, p, rows)) if (*l, *h, *p) == (layer, *head, part) => rows,
+                _ => &own[part],
+            };
+            vec![Source::Dense {
+                keys: rows(0),
+                values: rows(1),
+            }]
+        })?;
+        if self.reading {
+            for (own, (keys, values)) in self.layers[layer].iter_mut().zip(step.heads()) {
+                own[0].extend(keys);
+                own[1].extend(values);
+            }
+            if layer + 1 == self.layers.len() {
+                self.positions += k.dim(1)?;
+            }
+        }
+        Ok(out)
+    }
+
+    fn len(&self) -> usize {
+        self.positions
+    }
+
+    fn footprint(&self) -> Footprint {
+        let rows = self.layers.iter().flatten().flatten();
+        Footprint {
+            parts: vec![("dense", rows.map(DenseRows::bytes).sum())],
+        }
+    }
+}

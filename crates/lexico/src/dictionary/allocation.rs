@@ -1,0 +1,232 @@
+//! How many atoms each head's keys and values get, for one total.
+
+use serde::{Deserialize, Serialize};
+
+/// What it costs a model's predictions to code the keys, or the values, of one KV head and nothing else.
+///
+/// A loss is the mean KL divergence of the next token's distribution, in nats, from that of the same
+/// model without codes, on text that no dictionary learned from. Heads differ by orders of magnitude in it,
+/// and small losses of several heads add up as if each came alone: so [`CodingLosses::allocate`] can give atoms
+/// to where they count.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CodingLosses {
+    /// The sparsities that losses were measured at, rising.
+    pub sparsities: Vec<usize>,
+    /// Layer by layer.
+    pub layers: Vec<LayerLosses>,
+}
+
+/// Losses of one layer, `[kv_heads][sparsities]`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct LayerLosses {
+    /// Of coding a head's keys.
+    pub keys: Vec<Vec<f32>>,
+    /// Of coding a head's values.
+    pub values: Vec<Vec<f32>>,
+}
+
+/// Sparsities of one layer, `[kv_heads]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerSparsities {
+    /// Of each head's keys.
+    pub keys: Vec<usize>,
+    /// Of each head's values.
+    pub values: Vec<usize>,
+}
+
+impl LayerSparsities {
+    /// The same sparsity for all heads' keys, and for all heads' values.
+    #[must_use]
+    pub fn same(kv_heads: usize, keys: usize, values: usize) -> Self {
+        Self {
+            keys: vec![keys; kv_heads],
+            values: vec![values; kv_heads],
+        }
+    }
+}
+
+/// The least loss that is told apart from none.
+const NEGLIGIBLE: f64 = 1e-9;
+
+impl CodingLosses {
+    /// What is wrong with them for a model of this shape, if anything is.
+    pub(super) fn refuse(&self, layers: usize, kv_heads: usize) -> Option<String> {
+        let rising = self.sparsities.is_sorted_by(|a, b| a < b);
+        if self.sparsities.len() < 2 || self.sparsities[0] == 0 || !rising {
+            let found = &self.sparsities;
+            return Some(format!(
+                "the sparsities of its losses are {found:?}, but two or more are needed, above 0 and rising"
+            ));
+        }
+        if self.layers.len() != layers {
+            let found = self.layers.len();
+            return Some(format!("it has losses of {found} layers, not {layers}"));
+        }
+        for (number, layer) in self.layers.iter().enumerate() {
+            for (part, heads) in [("keys", &layer.keys), ("values", &layer.values)] {
+                let whole = |losses: &Vec<f32>| losses.len() == self.sparsities.len();
+                if heads.len() != kv_heads || !heads.iter().all(whole) {
+                    let count = self.sparsities.len();
+                    return Some(format!(
+                        "the losses of layer {number}'s {part} are not {count} for each of {kv_heads} KV heads"
+                    ));
+                }
+                if heads.iter().flatten().any(|l| !l.is_finite() || *l < 0.0) {
+                    return Some(format!(
+                        "a loss of layer {number}'s {part} is no number above or at 0"
+                    ));
+                }
+            }
+        }
+        None
+    }
+
+    /// The sparsities from 1 to `most` whose mean over all heads' keys and values is at most `mean`, and whose
+    /// summed loss is the least.
+    ///
+    /// Losses in between are interpolated, their logarithms linearly in the sparsity. Atoms go one
+    /// after another to where the loss falls most, which is the best there is for convex losses (Fox, 1966); others are
+    /// replaced by their convex hulls. `O(heads · most²)`, and the number of heads for each atom.
+    #[must_use]
+    pub fn allocate(&self, mean: f64, most: usize) -> Vec<LayerSparsities> {
+        let heads = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.keys.iter().chain(&layer.values));
+        let curves: Vec<Vec<f64>> = heads.map(|losses| self.curve(losses, most)).collect();
+        let gains: Vec<Vec<f64>> = curves.iter().map(|curve| gains(curve)).collect();
+        let mut sparsities = vec![1; gains.len()];
+        let total = (mean * gains.len() as f64 + 1e-6) as usize;
+        for _ in gains.len()..total {
+            let gain = |i: usize| gains[i].get(sparsities[i] - 1).copied();
+            let open = (0..gains.len()).filter(|&i| gain(i).is_some());
+            let value = |i: usize| gain(i).unwrap_or_default();
+            let Some(best) = open.max_by(|&a, &b| value(a).total_cmp(&value(b))) else {
+                break;
+            };
+            sparsities[best] += 1;
+        }
+        let mut rest = sparsities.into_iter();
+        let mut take = |count: usize| rest.by_ref().take(count).collect();
+        self.layers
+            .iter()
+            .map(|layer| LayerSparsities {
+                keys: take(layer.keys.len()),
+                values: take(layer.values.len()),
+            })
+            .collect()
+    }
+
+    /// The losses at 1 to `most` atoms.
+    fn curve(&self, losses: &[f32], most: usize) -> Vec<f64> {
+        let logarithm = |i: usize| f64::from(losses[i]).max(NEGLIGIBLE).ln();
+        let at = |s: usize| {
+            let above = self.sparsities.partition_point(|&measured| measured < s);
+            // Beyond what was measured, as between the nearest two.
+            let above = above.clamp(1, self.sparsities.len() - 1);
+            let (low, high) = (self.sparsities[above - 1], self.sparsities[above]);
+            let along = (s as f64 - low as f64) / (high - low) as f64;
+            let (a, b) = (logarithm(above - 1), logarithm(above));
+            (a + along * (b - a)).exp()
+        };
+        (1..=most).map(at).collect()
+    }
+}
+
+/// What each next atom takes off a loss `[s - 1]`, by the loss's convex hull.
+fn gains(curve: &[f64]) -> Vec<f64> {
+    let mut gains = Vec::with_capacity(curve.len());
+    while gains.len() + 1 < curve.len() {
+        let from = gains.len();
+        let slope = |to: usize| (curve[from] - curve[to]) / (to - from) as f64;
+        let steepest = (from + 1..curve.len()).max_by(|&a, &b| slope(a).total_cmp(&slope(b)));
+        let Some(to) = steepest else { break };
+        gains.resize(to, slope(to));
+    }
+    gains
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn losses(of_heads: Vec<Vec<f32>>) -> CodingLosses {
+        let (keys, values) = of_heads.split_at(of_heads.len() / 2);
+        CodingLosses {
+            sparsities: vec![1, 3, 4],
+            layers: vec![LayerLosses {
+                keys: keys.to_vec(),
+                values: values.to_vec(),
+            }],
+        }
+    }
+
+    fn summed(losses: &CodingLosses, sparsities: &[usize], most: usize) -> f64 {
+        let layer = &losses.layers[0];
+        let heads = layer.keys.iter().chain(&layer.values);
+        let curves = heads.map(|l| losses.curve(l, most));
+        curves.zip(sparsities).map(|(c, s)| c[s - 1]).sum()
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_of_the_same_mean_loses_less(
+            // Falling fast enough to be convex.
+            first in prop::collection::vec((-8f32..0.0, 0.1f32..1.0), 4), mean in 1f64..4.0,
+        ) {
+            let curve = |&(log, rate): &(f32, f32)| [1., 3., 4.].map(|s: f32| (log - rate * s).exp()).to_vec();
+            let losses = losses(first.iter().map(curve).collect());
+            let chosen = losses.allocate(mean, 4);
+            let chosen = [&chosen[0].keys[..], &chosen[0].values].concat();
+            let total: usize = chosen.iter().sum();
+            prop_assert_eq!(total, ((4.0 * mean + 1e-6) as usize).max(4));
+            let own = summed(&losses, &chosen, 4);
+            for code in 0..256usize {
+                let other: Vec<usize> = (0..4).map(|i| 1 + (code >> (2 * i)) % 4).collect();
+                if other.iter().sum::<usize>() == total {
+                    prop_assert!(own <= summed(&losses, &other, 4) * 1.000_001, "{:?} for {:?}", chosen, other);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn losses_that_rise_take_nothing_from_others() {
+        let losses = losses(vec![
+            vec![0.1, 0.2, 0.0],
+            vec![0.1, 0.1, 0.1],
+            vec![0.0, 0.0, 0.0],
+            vec![1.0, 0.01, 0.0],
+        ]);
+        let sparsities = losses.allocate(2.25, 4);
+        assert_eq!(sparsities[0].keys, [4, 1]);
+        assert_eq!(sparsities[0].values, [1, 3]);
+        // More than there is room for.
+        assert_eq!(losses.allocate(99.0, 4)[0], LayerSparsities::same(2, 4, 4));
+        assert_eq!(losses.allocate(0.0, 4)[0], LayerSparsities::same(2, 1, 1));
+    }
+
+    #[test]
+    fn impossible_losses_are_refused() {
+        let right = losses(vec![vec![0.1, 0.2, 0.0]; 4]);
+        assert_eq!(right.refuse(1, 2), None);
+        let with = |change: fn(&mut CodingLosses)| {
+            let mut wrong = right.clone();
+            change(&mut wrong);
+            wrong.refuse(1, 2)
+        };
+        for wrong in [
+            right.refuse(2, 2),
+            right.refuse(1, 3),
+            with(|l| l.sparsities[0] = 0),
+            with(|l| l.sparsities[1] = 4),
+            with(|l| l.sparsities.truncate(1)),
+            with(|l| l.layers[0].keys[1].truncate(1)),
+            with(|l| l.layers[0].values[1][0] = f32::NAN),
+            with(|l| l.layers[0].values[0][2] = -1.0),
+        ] {
+            assert!(wrong.is_some());
+        }
+    }
+}
