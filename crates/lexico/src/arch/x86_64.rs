@@ -1,16 +1,14 @@
 //! The portable kernels compiled for AVX2 and AVX-512, one of them chosen at run time.
 
 pub(super) mod codes;
-pub(super) mod dense_avx2;
-pub(super) mod dense_avx512;
-mod half;
+pub(super) mod dense;
 pub(super) mod scan;
 
 macro_rules! kernels {
     ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         pub(super) mod avx512 {
             use crate::code::Block;
-            pub(in super::super) use super::half::dot_f16_avx512 as dot_f16;
+            pub(in super::super) use super::dense::avx512::dot_f16;
             pub(in super::super) use super::scan::at_least_avx512 as at_least;
             $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {
@@ -19,7 +17,7 @@ macro_rules! kernels {
         }
         pub(super) mod avx2 {
             use crate::code::Block;
-            pub(in super::super) use super::half::dot_f16_avx2 as dot_f16;
+            pub(in super::super) use super::dense::avx2::dot_f16;
             pub(in super::super) use super::scan::at_least_avx2 as at_least;
             $(#[target_feature(enable = "avx2,fma,f16c")]
             pub(in super::super) fn $name($($argument: $type),*) $(-> $result)? {

@@ -1,25 +1,21 @@
 //! Products of dense rows with the queries of a group, and sums of weighted rows.
 
+pub(super) mod kernels;
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::level::{Level, level};
 use super::portable;
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::{dense_avx2, dense_avx512};
+use super::x86_64::dense::{avx2, avx512};
 
-/// Bytes between what is read and what is fetched for later: enough for memory to answer.
-#[cfg(target_arch = "x86_64")]
-pub(super) const AHEAD: usize = 4096;
-/// Bytes of rows that are gone over column by column before the next: what was fetched stays in the first
-/// cache for all columns and queries.
-#[cfg(target_arch = "x86_64")]
-pub(super) const STRETCH: usize = 8 * 1024;
 /// Rows that are widened at a time where there are no kernels for half precision.
 const BLOCK: usize = 16;
 /// The largest group that there are kernels for.
 pub(crate) const MOST_GROUP: usize = 8;
 
+use kernels::WIDEST;
 /// Rows of numbers, `[n, m]`.
 #[derive(Clone, Copy)]
 pub(crate) enum Rows<'a> {
@@ -61,6 +57,11 @@ impl Rows<'_> {
     }
 }
 
+/// Registers take no rows shorter than themselves.
+fn level_for(level: Level, m: usize) -> Level {
+    if m < WIDEST { Level::Portable } else { level }
+}
+
 /// `out[t][g] = ⟨rows_t, queries_g⟩`: `queries` `[group, m]`, `out` `[n, group]`, `group` a power of two up to
 /// [`MOST_GROUP`].
 pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
@@ -69,7 +70,7 @@ pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out:
 
 fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
     rows.check(m, group, out.len(), queries.len());
-    match (level, rows) {
+    match (level_for(level, m), rows) {
         (Level::Portable, _) => rows.widened(m, |first, rows| {
             let out = &mut out[first * group..][..rows.len() / m * group];
             portable::dots_f32(rows, queries, m, group, out);
@@ -78,16 +79,16 @@ fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize
         #[cfg(target_arch = "x86_64")]
         (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense_avx2::dots(rows, queries, m, group, out),
-                Rows::F16(rows) => dense_avx2::dots(rows, queries, m, group, out),
+                Rows::F32(rows) => avx2::dots(rows, queries, m, group, out),
+                Rows::F16(rows) => avx2::dots(rows, queries, m, group, out),
             }
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         (Level::Avx512, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense_avx512::dots(rows, queries, m, group, out),
-                Rows::F16(rows) => dense_avx512::dots(rows, queries, m, group, out),
+                Rows::F32(rows) => avx512::dots(rows, queries, m, group, out),
+                Rows::F16(rows) => avx512::dots(rows, queries, m, group, out),
             }
         },
     }
@@ -108,7 +109,7 @@ fn combine_at(
     out: &mut [f32],
 ) {
     rows.check(m, group, weights.len(), out.len());
-    match (level, rows) {
+    match (level_for(level, m), rows) {
         (Level::Portable, _) => rows.widened(m, |first, rows| {
             let weights = &weights[first * group..][..rows.len() / m * group];
             portable::combine_f32(weights, rows, m, group, out);
@@ -117,16 +118,16 @@ fn combine_at(
         #[cfg(target_arch = "x86_64")]
         (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense_avx2::combine(weights, rows, m, group, out),
-                Rows::F16(rows) => dense_avx2::combine(weights, rows, m, group, out),
+                Rows::F32(rows) => avx2::combine(weights, rows, m, group, out),
+                Rows::F16(rows) => avx2::combine(weights, rows, m, group, out),
             }
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         (Level::Avx512, rows) => unsafe {
             match rows {
-                Rows::F32(rows) => dense_avx512::combine(weights, rows, m, group, out),
-                Rows::F16(rows) => dense_avx512::combine(weights, rows, m, group, out),
+                Rows::F32(rows) => avx512::combine(weights, rows, m, group, out),
+                Rows::F16(rows) => avx512::combine(weights, rows, m, group, out),
             }
         },
     }
