@@ -16,6 +16,12 @@ pub(super) enum Level {
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// And products of 8-bit integers.
+    #[cfg(target_arch = "aarch64")]
+    DotProduct,
 }
 
 impl Level {
@@ -41,6 +47,13 @@ impl Level {
                 all.push(Self::Avx512);
             }
         }
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            all.push(Self::Neon);
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                all.push(Self::DotProduct);
+            }
+        }
         all
     }
 
@@ -54,6 +67,10 @@ impl Level {
             Self::AvxVnni => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::DotProduct => "dotprod",
         }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! `portable` holds every kernel as plain Rust that vectorises by itself; `x86_64` compiles the
 //! same code for AVX2 and AVX-512 and picks one when the program first needs it, in the manner of
-//! the memchr crate. On aarch64 the portable code already is NEON, which that target always has.
+//! the memchr crate; `aarch64` adds to plain code, which already is NEON there, what that leaves unused.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 pub(crate) mod dense;
 mod level;
 pub(crate) mod matmul;
@@ -16,10 +18,12 @@ use half::{bf16, f16};
 
 use crate::code::Blocks;
 use crate::dictionary::MOST_ATOMS;
+#[cfg(target_arch = "aarch64")]
+use aarch64::dispatch;
 #[cfg(target_arch = "x86_64")]
 use x86_64::dispatch;
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 macro_rules! dispatch {
     ($name:ident($($argument:expr),*)) => { portable::$name::<false>($($argument),*) };
     ($level:expr, $name:ident($($argument:expr),*)) => {
@@ -40,7 +44,13 @@ fn prefetch<T>(from: *const T, ahead: usize) {
         // SAFETY: every x86-64 processor has the instruction, and it never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: the instruction never faults.
+    unsafe {
+        use core::arch::asm;
+        asm!("prfm pldl1keep, [{0}]", in(reg) line, options(readonly, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = line;
 }
 
@@ -365,7 +375,9 @@ mod tests {
             fixed in prop::option::of(1usize..35),
         ) {
             let lengths: Vec<usize> = varied.iter().map(|&l| fixed.unwrap_or(l)).collect();
+            // Indices from the first to nearly the last that there can be.
             const ATOMS: usize = 23;
+            const STRIDE: usize = (MOST_ATOMS - 1) / (ATOMS - 1);
             let group = 1usize << power;
             let mut state = seed;
             let mut draw = || {
@@ -373,7 +385,7 @@ mod tests {
                 state >> 8
             };
             let nonzeros: usize = lengths.iter().sum();
-            let indices: Vec<u16> = (0..nonzeros).map(|_| (draw() % ATOMS as u32) as u16).collect();
+            let indices: Vec<u16> = (0..nonzeros).map(|_| (draw() as usize % ATOMS * STRIDE) as u16).collect();
             let bytes: Vec<u8> = (0..nonzeros).map(|_| (draw() % 256) as u8).collect();
             let exponents: Vec<u8> = lengths.iter().map(|_| 126 + (draw() % 3) as u8).collect();
             let scales = Scales::Powers(&exponents);
@@ -383,7 +395,9 @@ mod tests {
             let bytes: Vec<u8> = bytes.into_iter().map(|b| if b & 0x7f == 0x7f { b - 1 } else { b }).collect();
             let floats: Vec<f32> = (0..nonzeros).map(|_| number()).collect();
             let mut p = vec![0.0; MOST_ATOMS * group];
-            p[..ATOMS * group].iter_mut().for_each(|p| *p = number());
+            for row in p.chunks_exact_mut(group).step_by(STRIDE) {
+                row.iter_mut().for_each(|p| *p = number());
+            }
             let weights: Vec<f32> = (0..lengths.len() * group).map(|_| number()).collect();
             let short: Vec<u8> = lengths.iter().map(|&l| l as u8).collect();
             let lengths_of = match fixed {
@@ -413,9 +427,9 @@ mod tests {
                     };
                     let c = f64::from(c) * f64::from(scales.get(t));
                     for g in 0..group {
-                        let (i, own) = (usize::from(indices[j]) * group + g, t * group + g);
-                        expected_scores[own] += c * f64::from(p[i]);
-                        expected_u[i] += c * f64::from(weights[own]);
+                        let (i, own) = (usize::from(indices[j]), t * group + g);
+                        expected_scores[own] += c * f64::from(p[i * group + g]);
+                        expected_u[i / STRIDE * group + g] += c * f64::from(weights[own]);
                     }
                 }
                 at += length;
@@ -452,7 +466,8 @@ mod tests {
                 for (&got, &want) in out.iter().zip(&expected_scores) {
                     prop_assert!(close(got, want, size), "{:?}: {} for {}", level, got, want);
                 }
-                for (&got, &want) in u.iter().zip(&expected_u) {
+                let rows = u.chunks_exact(group).step_by(STRIDE);
+                for (&got, &want) in rows.flatten().zip(&expected_u) {
                     prop_assert!(close(got, want, size * lengths.len() as f64), "{:?}: {} for {}", level, got, want);
                 }
             }

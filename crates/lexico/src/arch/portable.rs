@@ -317,6 +317,14 @@ fn table_mut<const G: usize>(rows: &mut [f32]) -> &mut [[f32; G]; MOST_ATOMS] {
     }
 }
 
+/// `sums += c · row`.
+#[inline(always)]
+fn add_row<const FMA: bool, const G: usize>(sums: &mut [f32; G], c: f32, row: &[f32; G]) {
+    for g in 0..G {
+        sums[g] = multiply_add::<FMA>(c, row[g], sums[g]);
+    }
+}
+
 #[inline(always)]
 fn scores<const FMA: bool, C: Coefficient>(
     block: Block<'_, C>,
@@ -354,17 +362,12 @@ fn scores_of_group<const FMA: bool, C: Coefficient, const G: usize>(
             let (fours, rest) = coefficients.as_chunks::<4>();
             for (indices, coefficients) in index_fours.iter().zip(fours) {
                 for j in 0..4 {
-                    let (c, p) = (coefficients[j].value(values), &p[usize::from(indices[j])]);
-                    for g in 0..G {
-                        sums[j % 2][g] = multiply_add::<FMA>(c, p[g], sums[j % 2][g]);
-                    }
+                    let c = coefficients[j].value(values);
+                    add_row::<FMA, G>(&mut sums[j % 2], c, &p[usize::from(indices[j])]);
                 }
             }
             for (&i, &c) in index_rest.iter().zip(rest) {
-                let (c, p) = (c.value(values), &p[usize::from(i)]);
-                for g in 0..G {
-                    sums[0][g] = multiply_add::<FMA>(c, p[g], sums[0][g]);
-                }
+                add_row::<FMA, G>(&mut sums[0], c.value(values), &p[usize::from(i)]);
             }
             for g in 0..G {
                 out[g] = (sums[0][g] + sums[1][g]) * scale;
@@ -405,21 +408,16 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
             prefetch(indices.as_ptr(), AHEAD);
             prefetch(coefficients.as_ptr(), AHEAD);
             let scaled = weights.map(|weight| weight * scale);
-            let mut add = |i: u16, c: C| {
-                let (c, u) = (c.value(values), &mut u[usize::from(i)]);
-                for g in 0..G {
-                    u[g] = multiply_add::<FMA>(c, scaled[g], u[g]);
-                }
-            };
             let (index_fours, index_rest) = indices.as_chunks::<4>();
             let (fours, rest) = coefficients.as_chunks::<4>();
             for (indices, coefficients) in index_fours.iter().zip(fours) {
                 for j in 0..4 {
-                    add(indices[j], coefficients[j]);
+                    let c = coefficients[j].value(values);
+                    add_row::<FMA, G>(&mut u[usize::from(indices[j])], c, &scaled);
                 }
             }
             for (&i, &c) in index_rest.iter().zip(rest) {
-                add(i, c);
+                add_row::<FMA, G>(&mut u[usize::from(i)], c.value(values), &scaled);
             }
         },
     );

@@ -1,5 +1,7 @@
 //! Correlations of many atoms with some vectors in 8-bit integers: the widest products there are.
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64;
 use super::level::{Level, level};
 #[cfg(target_arch = "x86_64")]
 use super::x86_64;
@@ -105,6 +107,12 @@ fn scan_at(
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { x86_64::scan::avx512(operands, out, largest) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => unsafe { aarch64::scan::neon(operands, out, largest) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::DotProduct => unsafe { aarch64::scan::dot_product(operands, out, largest) },
     }
 }
 

@@ -9,7 +9,7 @@ use crate::arch::prefetch_lines;
 ///
 /// # Safety
 /// All functions need the register's instructions; they are inlined into functions compiled for them.
-pub(in super::super) trait Register: Copy {
+pub(in crate::arch) trait Register: Copy {
     /// Numbers that it holds.
     const WIDTH: usize;
     /// Whether a processor has 32 of them, not 16.
@@ -37,7 +37,7 @@ pub(in super::super) trait Register: Copy {
 pub(super) const WIDEST: usize = 16;
 
 /// Numbers that registers are loaded from.
-pub(in super::super) trait Number: Copy + Into<f32> {
+pub(in crate::arch) trait Number: Copy + Into<f32> {
     /// # Safety
     /// As of [`Register`]; as many numbers as it has places must lie at `from`.
     unsafe fn load<R: Register>(from: *const Self) -> R;
@@ -66,7 +66,7 @@ const AHEAD: usize = 16 * 1024;
 /// As of [`Register`]. `rows` `[n, m]`, `queries` `[group, m]`, `out` `[n, group]`, `group` a power of two up to
 /// 8; `m` at least a register's places.
 #[inline(always)]
-pub(in super::super) unsafe fn dots<R: Register, N: Number>(
+pub(in crate::arch) unsafe fn dots<R: Register, N: Number>(
     rows: &[N],
     queries: &[f32],
     m: usize,
@@ -200,7 +200,7 @@ const STRETCH: usize = 8 * 1024;
 /// As of [`Register`]. `weights` `[n, group]`, `rows` `[n, m]`, `out` `[group, m]`, `group` a power of two up to
 /// 8; `m` at least a register's places.
 #[inline(always)]
-pub(in super::super) unsafe fn combine<R: Register, N: Number>(
+pub(in crate::arch) unsafe fn combine<R: Register, N: Number>(
     weights: &[f32],
     rows: &[N],
     m: usize,
@@ -318,7 +318,7 @@ impl<N: Number> Columns<N> {
 /// # Safety
 /// As of [`Register`].
 #[inline(always)]
-pub(in super::super) unsafe fn dot<R: Register, N: Number>(a: &[N], b: &[f32]) -> f32 {
+pub(in crate::arch) unsafe fn dot<R: Register, N: Number>(a: &[N], b: &[f32]) -> f32 {
     /// Registers that the loop carries, so that sums do not wait for each other.
     const AT_ONCE: usize = 4;
     let n = a.len().min(b.len());
@@ -348,3 +348,57 @@ pub(in super::super) unsafe fn dot<R: Register, N: Number>(a: &[N], b: &[f32]) -
         sum + rest
     }
 }
+
+/// The kernels for a kind of register, compiled for its instructions.
+macro_rules! compiled {
+    ($register:ty, $features:literal) => {
+        /// # Safety
+        /// As [`kernels::dots`].
+        #[target_feature(enable = $features)]
+        pub(in crate::arch) unsafe fn dots(
+            rows: Rows<'_>,
+            queries: &[f32],
+            m: usize,
+            group: usize,
+            out: &mut [f32],
+        ) {
+            // SAFETY: the caller's, and the register's instructions are there.
+            unsafe {
+                match rows {
+                    Rows::F32(rows) => kernels::dots::<$register, _>(rows, queries, m, group, out),
+                    Rows::F16(rows) => kernels::dots::<$register, _>(rows, queries, m, group, out),
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`kernels::combine`].
+        #[target_feature(enable = $features)]
+        pub(in crate::arch) unsafe fn combine(
+            weights: &[f32],
+            rows: Rows<'_>,
+            m: usize,
+            group: usize,
+            out: &mut [f32],
+        ) {
+            // SAFETY: the caller's, and the register's instructions are there.
+            unsafe {
+                match rows {
+                    Rows::F32(rows) => {
+                        kernels::combine::<$register, _>(weights, rows, m, group, out)
+                    }
+                    Rows::F16(rows) => {
+                        kernels::combine::<$register, _>(weights, rows, m, group, out)
+                    }
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::arch) fn dot_f16(a: &[f16], b: &[f32]) -> f32 {
+            // SAFETY: the register's instructions are there.
+            unsafe { kernels::dot::<$register, f16>(a, b) }
+        }
+    };
+}
+pub(in crate::arch) use compiled;

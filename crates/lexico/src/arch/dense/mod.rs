@@ -4,7 +4,10 @@ pub(super) mod kernels;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use kernels::WIDEST;
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::dense as neon;
 use super::level::{Level, level};
 use super::portable;
 #[cfg(target_arch = "x86_64")]
@@ -15,7 +18,6 @@ const BLOCK: usize = 16;
 /// The largest group that there are kernels for.
 pub(crate) const MOST_GROUP: usize = 8;
 
-use kernels::WIDEST;
 /// Rows of numbers, `[n, m]`.
 #[derive(Clone, Copy)]
 pub(crate) enum Rows<'a> {
@@ -70,27 +72,20 @@ pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out:
 
 fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
     rows.check(m, group, out.len(), queries.len());
-    match (level_for(level, m), rows) {
-        (Level::Portable, _) => rows.widened(m, |first, rows| {
+    match level_for(level, m) {
+        Level::Portable => rows.widened(m, |first, rows| {
             let out = &mut out[first * group..][..rows.len() / m * group];
             portable::dots_f32(rows, queries, m, group, out);
         }),
         // SAFETY: such levels are only where their instructions are; the sizes are checked.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
-            match rows {
-                Rows::F32(rows) => avx2::dots(rows, queries, m, group, out),
-                Rows::F16(rows) => avx2::dots(rows, queries, m, group, out),
-            }
-        },
+        Level::Avx2 | Level::AvxVnni => unsafe { avx2::dots(rows, queries, m, group, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, rows) => unsafe {
-            match rows {
-                Rows::F32(rows) => avx512::dots(rows, queries, m, group, out),
-                Rows::F16(rows) => avx512::dots(rows, queries, m, group, out),
-            }
-        },
+        Level::Avx512 => unsafe { avx512::dots(rows, queries, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::DotProduct => unsafe { neon::dots(rows, queries, m, group, out) },
     }
 }
 
@@ -109,27 +104,20 @@ fn combine_at(
     out: &mut [f32],
 ) {
     rows.check(m, group, weights.len(), out.len());
-    match (level_for(level, m), rows) {
-        (Level::Portable, _) => rows.widened(m, |first, rows| {
+    match level_for(level, m) {
+        Level::Portable => rows.widened(m, |first, rows| {
             let weights = &weights[first * group..][..rows.len() / m * group];
             portable::combine_f32(weights, rows, m, group, out);
         }),
         // SAFETY: such levels are only where their instructions are; the sizes are checked.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx2 | Level::AvxVnni, rows) => unsafe {
-            match rows {
-                Rows::F32(rows) => avx2::combine(weights, rows, m, group, out),
-                Rows::F16(rows) => avx2::combine(weights, rows, m, group, out),
-            }
-        },
+        Level::Avx2 | Level::AvxVnni => unsafe { avx2::combine(weights, rows, m, group, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, rows) => unsafe {
-            match rows {
-                Rows::F32(rows) => avx512::combine(weights, rows, m, group, out),
-                Rows::F16(rows) => avx512::combine(weights, rows, m, group, out),
-            }
-        },
+        Level::Avx512 => unsafe { avx512::combine(weights, rows, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::DotProduct => unsafe { neon::combine(weights, rows, m, group, out) },
     }
 }
 

@@ -4,7 +4,8 @@ use core::arch::x86_64::*;
 
 use half::f16;
 
-use crate::arch::dense::kernels::{self, Number, Register};
+use crate::arch::dense::Rows;
+use crate::arch::dense::kernels::{self, Register};
 
 impl Register for __m256 {
     const WIDTH: usize = 8;
@@ -162,52 +163,15 @@ fn sums_of_sixteens<const N: usize>(a: &[__m512; N]) -> [f32; N] {
     core::array::from_fn(|i| sums[i])
 }
 
-/// The kernels for a kind of register, compiled for some instructions.
-macro_rules! kernels_of {
-    ($name:ident, $register:ty, $features:literal) => {
-        pub(in super::super) mod $name {
-            use super::*;
-
-            /// # Safety
-            /// As [`kernels::dots`].
-            #[target_feature(enable = $features)]
-            pub(in super::super::super) unsafe fn dots<N: Number>(
-                rows: &[N],
-                queries: &[f32],
-                m: usize,
-                group: usize,
-                out: &mut [f32],
-            ) {
-                // SAFETY: the caller's, and the register's instructions are there.
-                unsafe { kernels::dots::<$register, N>(rows, queries, m, group, out) }
-            }
-
-            /// # Safety
-            /// As [`kernels::combine`].
-            #[target_feature(enable = $features)]
-            pub(in super::super::super) unsafe fn combine<N: Number>(
-                weights: &[f32],
-                rows: &[N],
-                m: usize,
-                group: usize,
-                out: &mut [f32],
-            ) {
-                // SAFETY: the caller's, and the register's instructions are there.
-                unsafe { kernels::combine::<$register, N>(weights, rows, m, group, out) }
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super::super) fn dot_f16(a: &[f16], b: &[f32]) -> f32 {
-                // SAFETY: the register's instructions are there.
-                unsafe { kernels::dot::<$register, f16>(a, b) }
-            }
-        }
-    };
+pub(in super::super) mod avx2 {
+    use super::*;
+    kernels::compiled!(__m256, "avx2,fma,f16c");
 }
 
-kernels_of!(avx2, __m256, "avx2,fma,f16c");
-kernels_of!(
-    avx512,
-    __m512,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
-);
+pub(in super::super) mod avx512 {
+    use super::*;
+    kernels::compiled!(
+        __m512,
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+    );
+}
