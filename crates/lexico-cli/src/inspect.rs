@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use lexico::DictionarySet;
 use lexico::code::{self, CodeFile};
-use lexico::dictionary;
+use lexico::dictionary::{self, LayerSparsities, MOST_ALLOCATED};
 use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
 use lexico_llm::config::Config;
@@ -65,6 +65,17 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let (model, training) = (&set.model, &set.training);
     let errors = |l: usize| training.relative_error.get(l);
     let number = |e: Option<f32>| e.map_or("-".to_owned(), |e| format!("{e:.4}"));
+    let losses = training.losses.as_ref();
+    let most = MOST_ALLOCATED.min(model.head_dim);
+    let allocation = losses.map(|losses| losses.allocate(training.sparsity as f64, most));
+    let own = |l: usize, part: fn(&LayerSparsities) -> &Vec<usize>| {
+        let layer = allocation.as_ref().map(|layers| part(&layers[l]));
+        let text = |heads: &Vec<usize>| {
+            let heads: Vec<String> = heads.iter().map(usize::to_string).collect();
+            heads.join(" ")
+        };
+        layer.map_or("same for all".to_owned(), text)
+    };
     let rows = set.layers.iter().enumerate().map(|(l, layer)| {
         [
             l.to_string(),
@@ -72,6 +83,8 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             layer.values.len().to_string(),
             number(errors(l).map(|e| e.keys)),
             number(errors(l).map(|e| e.values)),
+            own(l, |layer| &layer.keys),
+            own(l, |layer| &layer.values),
         ]
     });
     let header = [
@@ -80,6 +93,8 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         "value atoms",
         "key error",
         "value error",
+        "key nonzeros by head",
+        "value nonzeros by head",
     ];
     let table = ui::table(header, rows.collect());
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
@@ -90,7 +105,10 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         ("KV heads", model.kv_heads.to_string()),
         ("head dim", model.head_dim.to_string()),
         ("rotary", rotary),
-        ("sparsity", format!("{} by default", training.sparsity)),
+        (
+            "sparsity",
+            format!("{} on average by default", training.sparsity),
+        ),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
         ("made by", training.tool.clone()),
@@ -104,8 +122,14 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         .map(|(l, layer)| {
             json!({
                 "layer": l,
-                "keys": {"atoms": layer.keys.len(), "relative_error": errors(l).map(|e| e.keys)},
-                "values": {"atoms": layer.values.len(), "relative_error": errors(l).map(|e| e.values)},
+                "keys": {
+                    "atoms": layer.keys.len(), "relative_error": errors(l).map(|e| e.keys),
+                    "sparsities": allocation.as_ref().map(|layers| &layers[l].keys),
+                },
+                "values": {
+                    "atoms": layer.values.len(), "relative_error": errors(l).map(|e| e.values),
+                    "sparsities": allocation.as_ref().map(|layers| &layers[l].values),
+                },
             })
         })
         .collect();

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use common::{drawn_vectors, random_dictionary};
 use lexico::code::CodeFile;
 use lexico::dictionary::{
-    FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
+    CodingLosses, FORMAT, LayerDictionaries, LayerErrors, LayerLosses, ModelIdentity,
+    RotaryIdentity, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, DictionarySet, Error, Pursuit};
@@ -198,6 +199,25 @@ fn a_set_whose_metadata_lies_is_refused() {
             "{layers}: {result:?}"
         );
     }
+    let layer = LayerLosses {
+        keys: vec![vec![0.1, 0.0]; good.model.kv_heads],
+        values: vec![vec![0.1, 0.0]; good.model.kv_heads],
+    };
+    for layers in [1, 2, 3] {
+        let mut set = good.clone();
+        set.training.losses = Some(CodingLosses {
+            sparsities: vec![1, 4],
+            layers: vec![layer.clone(); layers],
+        });
+        set.save(&path).unwrap();
+        match DictionarySet::load(&path) {
+            Ok(back) => assert!(layers == 2 && back.training == set.training),
+            Err(Error::Metadata {
+                key: "training", ..
+            }) => assert_ne!(layers, 2),
+            Err(other) => panic!("{other}"),
+        }
+    }
     tensor_file::write(&path, &[], metadata()).unwrap();
     assert!(matches!(
         DictionarySet::load(&path),
@@ -344,14 +364,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn codes_come_back_bit_for_bit(n in 0usize..50, s in 1usize..7, variable: bool, f32_coefficients: bool) {
+    fn codes_come_back_bit_for_bit(n in 0usize..50, s in 1usize..7, variable: bool, kind in 0usize..3) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("codes.safetensors");
         let dictionary = random_dictionary(3, 20, 6);
         let format = CodeFormat {
             sparsity: s.min(6),
             variable,
-            coefficients: if f32_coefficients { CoefficientFormat::F32 } else { CoefficientFormat::F8 },
+            coefficients: [CoefficientFormat::I8, CoefficientFormat::F8, CoefficientFormat::F32][kind],
         };
         let codes = drawn_codes(&dictionary, n, format, if variable { 0.4 } else { 0.0 });
         let nonzeros = codes.bytes_used();
@@ -368,6 +388,7 @@ proptest! {
 fn sizes_are_what_the_format_says() {
     let dictionary = random_dictionary(3, 20, 6);
     for (variable, coefficients, bytes) in [
+        (false, CoefficientFormat::I8, 10 * (3 * 4 + 1)),
         (false, CoefficientFormat::F8, 10 * (3 * 4 + 1)),
         (false, CoefficientFormat::F32, 10 * 6 * 4),
         (true, CoefficientFormat::F8, 10 * (3 * 4 + 2)),

@@ -7,6 +7,7 @@ mod common;
 use common::{drawn_vectors, mean_relative_error, random_dictionary, shared};
 use lexico::pursuit::oracle;
 use lexico::tensor_file::TensorFile;
+use lexico::threads::Rayon;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Error, Pursuit, SparseBatch};
 use proptest::prelude::*;
 
@@ -111,6 +112,25 @@ proptest! {
                 let spanned = indices.len() == m.min(atoms);
                 prop_assert!(got <= f64::from(tolerance) * whole * 1.001 || spanned);
             }
+        }
+    }
+
+    /// Heads coded side by side get the codes that each would get alone.
+    #[test]
+    fn heads_have_sparsities_of_their_own(
+        m in 2usize..24, atoms in 8usize..100, n in 0usize..20, sparsities in prop::collection::vec(1usize..9, 1..5),
+        tolerance in prop_oneof![Just(0f32), 0.05f32..0.6], seed: u64,
+    ) {
+        let dictionary = random_dictionary(seed, atoms, m);
+        let sparsities: Vec<usize> = sparsities.into_iter().map(|s| s.min(m)).collect();
+        let vectors = drawn_vectors(seed ^ 1, n * sparsities.len(), m);
+        let with = |s: usize| Pursuit::new(&dictionary, s).unwrap().with_tolerance(tolerance).unwrap();
+        let most = sparsities.iter().copied().max().unwrap();
+        let heads = with(most).encode_heads_on(&vectors, &sparsities, &Rayon).unwrap();
+        prop_assert_eq!(heads.len(), sparsities.len());
+        for (head, (found, &s)) in heads.iter().zip(&sparsities).enumerate() {
+            let own = &vectors[head * n * m..(head + 1) * n * m];
+            prop_assert_eq!(found, &with(s).encode(own).unwrap());
         }
     }
 

@@ -3,7 +3,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ::lexico::attention::NumberType;
-use ::lexico::dictionary::LayerSparsities;
+use ::lexico::dictionary::{LayerSparsities, MOST_ALLOCATED};
 use ::lexico::{CoefficientFormat, DictionarySet};
 
 use super::{FullCache, KvCache, LexicoCache, LexicoSettings};
@@ -216,9 +216,8 @@ fn sparsities(
         _ => losses.filter(|_| !by_part),
     };
     if let Some(losses) = losses {
-        /// More atoms a vector are slower to attend to, and other heads gain more.
-        const MOST: usize = 32;
-        return Ok(losses.allocate(mean, MOST.min(context.config.head_dim)));
+        let most = MOST_ALLOCATED.min(context.config.head_dim);
+        return Ok(losses.allocate(mean, most));
     }
     if mean.fract() != 0.0 {
         let reason = "sparsities that are the same for all heads are whole numbers";
@@ -358,6 +357,8 @@ impl fmt::Display for CacheSpec {
 
 #[cfg(test)]
 mod tests {
+    use ::lexico::dictionary::{CodingLosses, LayerLosses};
+
     use super::*;
 
     #[test]
@@ -380,6 +381,66 @@ mod tests {
         }
     }
 
+    /// The mean sparsity of all heads that a spec asks for, or what it is refused with.
+    fn mean(text: &str, losses: Option<&CodingLosses>) -> std::result::Result<f64, String> {
+        let model = crate::Model::tiny().unwrap();
+        let config = model.decoder.config();
+        let mut dictionaries = (**model.dictionaries.as_ref().unwrap()).clone();
+        dictionaries.training.losses = losses.cloned();
+        dictionaries.training.sparsity = 6;
+        let dictionaries = Arc::new(dictionaries);
+        let context = CacheContext {
+            model: "tiny",
+            config,
+            dictionaries: Some(&dictionaries),
+        };
+        let spec: CacheSpec = text.parse().unwrap();
+        spec.build(&context).map_err(|e| e.to_string())?;
+        let layers = sparsities(&spec, &context, &dictionaries).unwrap();
+        let heads = layers.iter().flat_map(|l| l.keys.iter().chain(&l.values));
+        let count = 2 * config.layers * config.kv_heads;
+        Ok(heads.sum::<usize>() as f64 / count as f64)
+    }
+
+    #[test]
+    fn sparsities_follow_the_losses_where_there_are_any() {
+        let layer = LayerLosses {
+            keys: vec![vec![1.0, 0.1], vec![0.1, 0.01]],
+            values: vec![vec![0.1, 0.001], vec![0.001, 0.0001]],
+        };
+        let losses = CodingLosses {
+            sparsities: vec![2, 8],
+            layers: vec![layer; 4],
+        };
+        let some = Some(&losses);
+        for (text, losses, expected) in [
+            ("lexico", None, 6.0),
+            ("lexico", some, 6.0),
+            ("lexico:sparsity=7.25", some, 7.25),
+            ("lexico:sparsity=7,allocation=measured", some, 7.0),
+            ("lexico:sparsity=7,allocation=same", some, 7.0),
+            ("lexico:key-sparsity=9,value-sparsity=4", some, 6.5),
+            ("lexico:value-sparsity=4", some, 5.0),
+            // As many as the heads can have.
+            ("lexico:sparsity=64", some, 32.0),
+        ] {
+            assert_eq!(mean(text, losses), Ok(expected), "{text}");
+        }
+        for (text, losses, words) in [
+            ("lexico:sparsity=7.25", None, "whole"),
+            ("lexico:sparsity=7.25,allocation=same", some, "whole"),
+            ("lexico:allocation=measured", None, "lexico train"),
+            ("lexico:allocation=measured,key-sparsity=3", some, "alone"),
+            ("lexico:sparsity=0.5", some, "from 1"),
+            ("lexico:sparsity=NaN", some, "from 1"),
+            ("lexico:sparsity=65", some, "64"),
+            ("lexico:key-sparsity=0", some, "sparsity"),
+        ] {
+            let refused = mean(text, losses).unwrap_err();
+            assert!(refused.contains(words), "{text}: {refused}");
+        }
+    }
+
     #[test]
     fn what_is_unknown_is_named_with_what_there_is() {
         let refused = |text: &str| text.parse::<CacheSpec>().unwrap_err().to_string();
@@ -390,10 +451,7 @@ mod tests {
             ("full:dense", vec!["key=value"]),
             ("full:dense=f16,dense=f32", vec!["twice"]),
             ("full:dense=f64", vec!["dense=f64", "f16, f32"]),
-            (
-                "lexico:sparsity=many",
-                vec!["sparsity=many", "whole number"],
-            ),
+            ("lexico:sparsity=many", vec!["sparsity=many", "number"]),
             ("lexico:window=-1", vec!["window=-1", "whole number"]),
             ("lexico:tolerance=x", vec!["tolerance=x", "number"]),
         ] {

@@ -8,7 +8,7 @@ use crate::arch::matmul::{Matrix, multiply};
 /// Positions that are scored at a time.
 const BLOCK: usize = 256;
 /// Rows by which storage grows at the least.
-const GROWTH: usize = 16;
+const GROWTH: usize = 4;
 
 /// How dense keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -15,7 +15,7 @@ pub(crate) use coefficients::Scales;
 pub(crate) use coefficients::{f8_values, i8_values};
 
 /// Vectors by which storage grows at the least.
-const GROWTH: usize = 16;
+const GROWTH: usize = 4;
 /// Vectors of a page: growth never copies more, and every page's beginning is read more slowly than the rest.
 const PAGE: usize = 8192;
 
@@ -65,16 +65,17 @@ impl Page {
         }
     }
 
-    /// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
+    /// Grows by a 64th rather than by doubling: what is allocated is what the cache weighs, and pages bound what
+    /// is copied.
     fn reserve(&mut self, format: CodeFormat, vectors: usize, nonzeros: usize) {
         if self.indices.capacity() - self.indices.len() < nonzeros
             || self.coefficients.spare_vectors() < vectors
             || (format.variable && self.lengths.capacity() - self.lengths.len() < vectors)
         {
-            let growth = GROWTH.max(self.len / 16).min(PAGE.saturating_sub(self.len));
+            let growth = GROWTH.max(self.len / 64).min(PAGE.saturating_sub(self.len));
             let vectors = vectors.max(growth);
             let nonzeros = nonzeros
-                .max(self.indices.len() / 16)
+                .max(self.indices.len() / 64)
                 .max(if format.variable {
                     GROWTH
                 } else {

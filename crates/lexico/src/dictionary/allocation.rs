@@ -45,6 +45,9 @@ impl LayerSparsities {
     }
 }
 
+/// The most atoms that a head is usually given: more are slower to attend to, and other heads gain more.
+pub const MOST_ALLOCATED: usize = 32;
+
 /// The least loss that is told apart from none.
 const NEGLIGIBLE: f64 = 1e-9;
 

@@ -3,7 +3,7 @@
 mod allocation;
 mod set;
 
-pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
+pub use allocation::{CodingLosses, LayerLosses, LayerSparsities, MOST_ALLOCATED};
 pub use set::{
     DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
 };
