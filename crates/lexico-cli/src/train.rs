@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use lexico::learn::LearnOptions;
+use lexico::learn::{LearnMethod, LearnOptions};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
@@ -51,10 +51,19 @@ pub(crate) struct Train {
     /// implementation's (20 epochs, batch 64, rate 1e-4, random initial atoms, no re-seeding, no early stop)
     #[arg(long, default_value = "lexico", value_name = "lexico|paper")]
     recipe: Recipe,
+    /// What moves the atoms: adam, a minibatch at a time, or ksvd or mod (the method of optimal directions),
+    /// all vectors at a time and in memory
+    #[arg(
+        long,
+        default_value = "adam",
+        conflicts_with = "recipe",
+        value_name = "adam|ksvd|mod"
+    )]
+    learner: Method,
     /// Passes over the vectors
     #[arg(long, value_name = "N")]
     epochs: Option<usize>,
-    /// Vectors in a step
+    /// Vectors in a step [default: 512 for adam, else all]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Adam's step size at the start
@@ -87,6 +96,23 @@ pub(crate) struct Train {
 enum Recipe {
     Lexico,
     Paper,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Method {
+    Adam,
+    Ksvd,
+    Mod,
+}
+
+impl From<Method> for LearnMethod {
+    fn from(method: Method) -> Self {
+        match method {
+            Method::Adam => Self::Adam,
+            Method::Ksvd => Self::Ksvd,
+            Method::Mod => Self::OptimalDirections,
+        }
+    }
 }
 
 impl Train {
@@ -157,7 +183,7 @@ impl Train {
 
     fn options(&self, head_dim: usize, state: &Path) -> anyhow::Result<TrainOptions> {
         let recipe = match self.recipe {
-            Recipe::Lexico => LearnOptions::default(),
+            Recipe::Lexico => LearnOptions::of(self.learner.into()),
             Recipe::Paper => LearnOptions::paper(),
         };
         let every = Duration::try_from_secs_f64(self.save_every);
@@ -213,6 +239,8 @@ impl Train {
             return ui::json(&json!({
                 "out": self.out.display().to_string(),
                 "seconds": seconds,
+                "reading_seconds": trained.reading.as_secs_f64(),
+                "learning_seconds": trained.learning.as_secs_f64(),
                 "tokens": training.tokens,
                 "vectors": trained.vectors,
                 "atoms": self.atoms,

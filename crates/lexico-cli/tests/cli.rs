@@ -709,6 +709,59 @@ fn train_writes_a_dictionary_that_run_takes() {
 }
 
 #[test]
+fn every_learner_and_recipe_trains_and_is_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    let out = folder.path().join("d.safetensors");
+    write_corpus(&corpus);
+    let train = [
+        &["train", "--json", "--corpus", path(&corpus)][..],
+        &["--out", path(&out), "--atoms", "64", "--sparsity", "4"],
+        &["--context", "128", "--vectors", "500"],
+    ]
+    .concat();
+    let mut reports = Vec::new();
+    for (name, settings, epochs) in [
+        ("adam", &["--epochs", "3"][..], 3),
+        ("ksvd", &["--learner", "ksvd", "--epochs", "3"], 3),
+        ("mod", &["--learner", "mod", "--epochs", "3"], 3),
+        ("paper", &["--recipe", "paper"], 20),
+    ] {
+        let report = json(&[&train[..], settings].concat());
+        let there = report["layers"][3]["values"]["epochs"].as_array().unwrap();
+        assert_eq!(there.len(), epochs, "{name}");
+        let file = folder.path().join(format!("{name}.json"));
+        std::fs::write(&file, report.to_string()).unwrap();
+        reports.push(file);
+    }
+    let plot = folder.path().join("p.svg");
+    let mut compare = vec!["eval", "learning", "--plot", path(&plot)];
+    compare.extend(reports.iter().map(|file| path(file)));
+    let output = run(&compare);
+    let table = text(&output.stdout);
+    assert!(
+        output.status.success() && table.contains("| ksvd"),
+        "{table}"
+    );
+    let drawn = std::fs::read_to_string(&plot).unwrap();
+    assert_eq!(drawn.matches("<circle").count(), 8 * (3 + 3 + 3 + 20));
+    compare.push("--json");
+    assert_eq!(json(&compare).as_array().unwrap().len(), 4);
+    for (arguments, code, word) in [
+        (
+            [&train[..], &["--recipe", "paper", "--learner", "mod"]].concat(),
+            2,
+            "--recipe",
+        ),
+        ([&train[..], &["--learner", "sgd"]].concat(), 2, "ksvd"),
+        (vec!["eval", "learning", path(&corpus)], 1, "corpus.txt"),
+    ] {
+        let message = fails(code, &arguments);
+        assert!(message.contains(word), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
 fn train_says_what_it_cannot_use() {
     let folder = tempfile::tempdir().unwrap();
     let corpus = folder.path().join("corpus.txt");

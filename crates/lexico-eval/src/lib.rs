@@ -17,6 +17,7 @@
 
 pub mod dictionary;
 mod error;
+pub mod learning;
 pub mod plot;
 pub mod tasks;
 

@@ -1,18 +1,17 @@
-use std::convert::Infallible;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
 use lexico::DictionarySet;
-use lexico::tensor_file::{check_writable, write_atomically};
+use lexico::tensor_file::write_atomically;
 use lexico_eval::dictionary::{
     Cell, CellError, Universality, UniversalityOptions, UniversalityProgress,
 };
 use lexico_llm::{Corpus, Quantize};
 
+use super::{Named, check_plot};
 use crate::{interrupt, model, ui};
 
 #[derive(Args)]
@@ -65,36 +64,10 @@ pub(crate) struct DictionaryArguments {
     json: bool,
 }
 
-/// A path, and what it is called in the output.
-#[derive(Clone)]
-struct Named {
-    name: Option<String>,
-    path: PathBuf,
-}
-
-impl FromStr for Named {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        let split = text.split_once('=').filter(|(name, path)| {
-            // A path may have the sign in it.
-            !name.is_empty() && !path.is_empty() && !Path::new(text).exists()
-        });
-        let (name, path) = split.map_or((None, text), |(name, path)| (Some(name.into()), path));
-        Ok(Self {
-            name,
-            path: path.into(),
-        })
-    }
-}
-
 impl DictionaryArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         if let Some(plot) = &self.plot {
-            if plot.extension().is_none_or(|e| e != "svg") {
-                anyhow::bail!("{}: plots are written as .svg", plot.display());
-            }
-            check_writable(plot)?;
+            check_plot(plot)?;
         }
         let mut texts = Vec::with_capacity(self.text.len());
         for text in &self.text {
@@ -111,11 +84,7 @@ impl DictionaryArguments {
         let mut dictionaries: Vec<(String, DictionarySet)> = Vec::new();
         for dictionary in &self.dictionary {
             let set = model::read_dictionaries(&model, &dictionary.path)?;
-            let name = dictionary.name.clone().or_else(|| {
-                let stem = dictionary.path.file_stem()?;
-                Some(stem.to_string_lossy().into_owned())
-            });
-            dictionaries.push((name.unwrap_or_default(), set));
+            dictionaries.push((dictionary.name_or_stem(), set));
         }
         interrupt::listen()?;
         let options = UniversalityOptions {

@@ -1,9 +1,15 @@
 //! `lexico eval`: one file a task.
 
 mod dictionary;
+mod learning;
 mod problems;
 
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
 use clap::{Args, Subcommand};
+use lexico::tensor_file::check_writable;
 
 #[derive(Args)]
 pub(crate) struct Eval {
@@ -17,6 +23,8 @@ enum Task {
     Problems(problems::ProblemArguments),
     /// How well dictionaries code what the model reads: texts that they were learned on, and others
     Dictionary(dictionary::DictionaryArguments),
+    /// How fast trainings learned, from what `lexico train --json` printed
+    Learning(learning::LearningArguments),
 }
 
 impl Eval {
@@ -24,6 +32,44 @@ impl Eval {
         match self.task {
             Task::Problems(problems) => problems.run(),
             Task::Dictionary(dictionary) => dictionary.run(),
+            Task::Learning(learning) => learning.run(),
         }
     }
+}
+
+/// A path, and what it is called in the output.
+#[derive(Clone)]
+struct Named {
+    name: Option<String>,
+    path: PathBuf,
+}
+
+impl Named {
+    fn name_or_stem(&self) -> String {
+        let stem = || Some(self.path.file_stem()?.to_string_lossy().into_owned());
+        self.name.clone().or_else(stem).unwrap_or_default()
+    }
+}
+
+impl FromStr for Named {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let split = text.split_once('=').filter(|(name, path)| {
+            // A path may have the sign in it.
+            !name.is_empty() && !path.is_empty() && !Path::new(text).exists()
+        });
+        let (name, path) = split.map_or((None, text), |(name, path)| (Some(name.into()), path));
+        Ok(Self {
+            name,
+            path: path.into(),
+        })
+    }
+}
+
+fn check_plot(plot: &Path) -> anyhow::Result<()> {
+    if plot.extension().is_none_or(|e| e != "svg") {
+        anyhow::bail!("{}: plots are written as .svg", plot.display());
+    }
+    Ok(check_writable(plot)?)
 }

@@ -9,6 +9,7 @@ mod state;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use lexico::DictionarySet;
 use lexico::dictionary::{LayerDictionaries, LayerErrors, Training};
@@ -142,6 +143,10 @@ pub struct Trained {
     pub attention: Vec<AttentionErrors>,
     /// How the keys' and the values' dictionary of every layer came about.
     pub courses: Vec<[Vec<Epoch>; 2]>,
+    /// Time that reading took in this run; what was read before training was broken off does not count.
+    pub reading: Duration,
+    /// Time that learning took in this run.
+    pub learning: Duration,
 }
 
 /// A pass over the vectors of one dictionary.
@@ -192,14 +197,18 @@ pub fn train(
             State::open(&state, &settings)?
         }
     };
+    let began = Instant::now();
     let reading = read(model, corpus, options, &state, progress).or_else(|error| {
         state.remove_if_nothing_saved()?;
         Err(error)
     })?;
+    let reading_took = began.elapsed();
     if let Some(path) = &options.keep_vectors {
         reading.keep(path)?;
     }
+    let began = Instant::now();
     let learned = learning::learn_all(&reading, options, &state, progress)?;
+    let learning_took = began.elapsed();
     let mut layers = Vec::with_capacity(learned.len());
     let mut errors = Vec::with_capacity(learned.len());
     let mut courses = Vec::with_capacity(learned.len());
@@ -235,6 +244,8 @@ pub fn train(
         vectors: reading.count(options.vectors),
         attention,
         courses,
+        reading: reading_took,
+        learning: learning_took,
     })
 }
 
@@ -266,10 +277,11 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "tokens": options.tokens,
         "context": options.context,
         "vectors": options.vectors,
+        "learner": format!("{:?}", learn.method),
         "atoms": learn.atoms,
         "sparsity": learn.sparsity,
         "epochs": learn.epochs,
-        "batch": learn.batch,
+        "batch": learn.batch.min(options.vectors),
         "learning rate": learn.learning_rate,
         "initial atoms": format!("{:?}", learn.initial),
         "re-seeding": learn.reseed,

@@ -1,5 +1,10 @@
+//! Adam on the sphere.
+
 use super::state::{Reader, Writer};
-use crate::Result;
+use super::subtract_code;
+use crate::dictionary::{Dictionary, norm};
+use crate::pursuit::SparseBatch;
+use crate::{Error, Result};
 
 /// Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
 ///
@@ -10,6 +15,11 @@ pub(super) struct Adam {
     second: Vec<f32>,
     /// Steps of each atom since it started.
     steps: Vec<u32>,
+    /// `[N, m]`; only what belongs to `used` atoms is of meaning. Made anew by every step.
+    gradient: Vec<f32>,
+    /// The atoms that the batch's codes use.
+    used: Vec<usize>,
+    is_used: Vec<bool>,
 }
 
 const FIRST_DECAY: f32 = 0.9;
@@ -23,19 +33,79 @@ impl Adam {
             first: vec![0.0; atoms * head_dim],
             second: vec![0.0; atoms * head_dim],
             steps: vec![0; atoms],
+            gradient: vec![0.0; atoms * head_dim],
+            used: Vec::new(),
+            is_used: vec![false; atoms],
+        }
+    }
+
+    /// Moves every atom that the codes use against its gradient, and scales it back to unit length.
+    pub(super) fn step(
+        &mut self,
+        dictionary: &mut Dictionary,
+        batch: &[f32],
+        codes: &SparseBatch,
+        rate: f32,
+    ) -> Result<()> {
+        self.find_gradient(dictionary, batch, codes);
+        let m = self.head_dim;
+        let atoms = dictionary.atoms_mut();
+        for number in 0..self.used.len() {
+            let i = self.used[number];
+            let atom = &mut atoms[i * m..(i + 1) * m];
+            self.move_atom(i, atom, rate);
+            let length = norm(atom);
+            if !length.is_normal() {
+                let reason = format!("it diverged at a learning rate of {rate}: give a lower one");
+                return Err(Error::Learn(reason));
+            }
+            let scale = (1.0 / length) as f32;
+            atom.iter_mut().for_each(|x| *x *= scale);
+        }
+        Ok(())
+    }
+
+    /// Gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
+    fn find_gradient(&mut self, dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) {
+        let m = self.head_dim;
+        for i in self.used.drain(..) {
+            self.is_used[i] = false;
+        }
+        let scale = -2.0 / codes.len() as f32;
+        let mut residual = vec![0.0; m];
+        for (v, x) in batch.chunks_exact(m).enumerate() {
+            residual.copy_from_slice(x);
+            subtract_code(&mut residual, dictionary, codes, v);
+            let (indices, coefficients) = codes.row(v);
+            for (&i, &c) in indices.iter().zip(coefficients) {
+                let i = usize::from(i);
+                let gradient = &mut self.gradient[i * m..(i + 1) * m];
+                if !self.is_used[i] {
+                    self.is_used[i] = true;
+                    self.used.push(i);
+                    gradient.fill(0.0);
+                }
+                crate::arch::add_scaled(gradient, scale * c, &residual);
+            }
+        }
+        for &i in &self.used {
+            let (atom, gradient) = (dictionary.atom(i), &mut self.gradient[i * m..(i + 1) * m]);
+            let along = crate::arch::dot(gradient, atom);
+            crate::arch::add_scaled(gradient, -along, atom);
         }
     }
 
     /// Moves atom `i`, `x` `[m]`, against its gradient.
-    pub(super) fn step(&mut self, i: usize, x: &mut [f32], gradient: &[f32], rate: f32) {
+    fn move_atom(&mut self, i: usize, x: &mut [f32], rate: f32) {
         let entries = i * self.head_dim..(i + 1) * self.head_dim;
         let moments = self.first[entries.clone()]
             .iter_mut()
-            .zip(&mut self.second[entries]);
+            .zip(&mut self.second[entries.clone()]);
         self.steps[i] = self.steps[i].saturating_add(1);
         let steps = self.steps[i].min(i32::MAX as u32) as i32;
         let first_bias = 1.0 - FIRST_DECAY.powi(steps);
         let second_bias = 1.0 - SECOND_DECAY.powi(steps);
+        let gradient = &self.gradient[entries];
         for ((x, &g), (first, second)) in x.iter_mut().zip(gradient).zip(moments) {
             *first = FIRST_DECAY * *first + (1.0 - FIRST_DECAY) * g;
             *second = SECOND_DECAY * *second + (1.0 - SECOND_DECAY) * g * g;

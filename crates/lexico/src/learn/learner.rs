@@ -6,8 +6,10 @@ use super::adam::Adam;
 use super::reseed::{near_duplicates, worst_first};
 use super::state::{Reader, Writer, damaged};
 use super::vectors::{Vectors, read_units};
-use super::{InitialAtoms, LearnOptions, LearnProgress, Learned};
-use crate::dictionary::{Dictionary, norm};
+use super::{
+    InitialAtoms, LearnMethod, LearnOptions, LearnProgress, Learned, ksvd, optimal_directions,
+};
+use crate::dictionary::Dictionary;
 use crate::pursuit::{Pursuit, SparseBatch};
 use crate::threads::Threads;
 use crate::{Error, Result};
@@ -26,7 +28,7 @@ pub struct Learner<'v> {
     held_out: &'v [f32],
     options: LearnOptions,
     dictionary: Dictionary,
-    adam: Adam,
+    update: Update,
     /// How often the codes of the steps since the last look used each atom.
     uses: Vec<u32>,
     step: usize,
@@ -37,6 +39,23 @@ pub struct Learner<'v> {
     scratch: Scratch,
 }
 
+/// What moves the atoms, with what it remembers.
+enum Update {
+    Adam(Adam),
+    Ksvd,
+    OptimalDirections,
+}
+
+impl Update {
+    fn new(options: &LearnOptions, head_dim: usize) -> Self {
+        match options.method {
+            LearnMethod::Adam => Self::Adam(Adam::new(options.atoms, head_dim)),
+            LearnMethod::Ksvd => Self::Ksvd,
+            LearnMethod::OptimalDirections => Self::OptimalDirections,
+        }
+    }
+}
+
 /// What a step needs and the next one makes anew.
 #[derive(Default)]
 struct Scratch {
@@ -44,11 +63,6 @@ struct Scratch {
     order: Vec<u32>,
     epoch: Option<usize>,
     batch: Vec<f32>,
-    /// `[N, m]`; only what belongs to `used` atoms is of meaning.
-    gradient: Vec<f32>,
-    /// The atoms that the batch's codes use.
-    used: Vec<usize>,
-    is_used: Vec<bool>,
 }
 
 impl<'v> Learner<'v> {
@@ -93,7 +107,7 @@ impl<'v> Learner<'v> {
             vectors,
             held_out,
             options: options.clone(),
-            adam: Adam::new(options.atoms, dictionary.head_dim()),
+            update: Update::new(options, dictionary.head_dim()),
             uses: vec![0; options.atoms],
             step: 0,
             reseeded: 0,
@@ -124,7 +138,9 @@ impl<'v> Learner<'v> {
         };
         let current = dictionary(&mut saved)?;
         let mut learner = Self::with_dictionary(vectors, held_out, current, options);
-        learner.adam.load(&mut saved)?;
+        if let Update::Adam(adam) = &mut learner.update {
+            adam.load(&mut saved)?;
+        }
         learner.uses = saved.counts(options.atoms)?;
         let mut number = || saved.number().map(|n| n as usize);
         learner.step = number()?;
@@ -140,12 +156,14 @@ impl<'v> Learner<'v> {
         Ok(learner)
     }
 
-    /// Everything that [`Learner::resume`] needs, in some 20 bytes a number of the dictionary.
+    /// Everything that [`Learner::resume`] needs, in 16 bytes or less a number of the dictionary.
     #[must_use]
     pub fn save(&self) -> Vec<u8> {
         let mut out = Writer::default();
         out.floats(self.dictionary.atoms());
-        self.adam.save(&mut out);
+        if let Update::Adam(adam) = &self.update {
+            adam.save(&mut out);
+        }
         out.counts(&self.uses);
         for number in [self.step, self.reseeded, self.without_gain] {
             out.number(number as u64);
@@ -196,10 +214,20 @@ impl<'v> Learner<'v> {
         read_units(self.vectors, &chosen, head_dim, &mut batch)?;
         let codes =
             Pursuit::new(&self.dictionary, self.options.sparsity)?.encode_on(&batch, threads)?;
-        self.gradient(&batch, &codes);
+        for v in 0..codes.len() {
+            for &i in codes.row(v).0 {
+                self.uses[usize::from(i)] += 1;
+            }
+        }
         let done = self.step as f32 / steps as f32;
-        let rate = self.options.learning_rate * 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
-        self.descend(rate)?;
+        let falling = 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
+        let rate = self.options.learning_rate * falling;
+        let dictionary = &mut self.dictionary;
+        match &mut self.update {
+            Update::Adam(adam) => adam.step(dictionary, &batch, &codes, rate)?,
+            Update::Ksvd => ksvd::step(dictionary, &batch, &codes),
+            Update::OptimalDirections => optimal_directions::step(dictionary, &batch, &codes),
+        }
         self.step += 1;
         let ends_epoch = self.step.is_multiple_of(an_epoch);
         if self.step.is_multiple_of(RESEED_STEPS) || ends_epoch {
@@ -250,70 +278,6 @@ impl<'v> Learner<'v> {
         self.scratch.epoch = Some(epoch);
     }
 
-    /// Gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
-    fn gradient(&mut self, batch: &[f32], codes: &SparseBatch) {
-        let m = self.dictionary.head_dim();
-        let Scratch {
-            gradient,
-            used,
-            is_used,
-            ..
-        } = &mut self.scratch;
-        gradient.resize(self.dictionary.atoms().len(), 0.0);
-        is_used.resize(self.dictionary.len(), false);
-        for &i in used.iter() {
-            is_used[i] = false;
-        }
-        used.clear();
-        let scale = -2.0 / codes.len() as f32;
-        let mut residual = vec![0.0; m];
-        for (v, x) in batch.chunks_exact(m).enumerate() {
-            residual.copy_from_slice(x);
-            let (indices, coefficients) = codes.row(v);
-            for (&i, &c) in indices.iter().zip(coefficients) {
-                crate::arch::add_scaled(&mut residual, -c, self.dictionary.atom(usize::from(i)));
-            }
-            for (&i, &c) in indices.iter().zip(coefficients) {
-                let i = usize::from(i);
-                let gradient = &mut gradient[i * m..(i + 1) * m];
-                if !is_used[i] {
-                    is_used[i] = true;
-                    used.push(i);
-                    gradient.fill(0.0);
-                }
-                crate::arch::add_scaled(gradient, scale * c, &residual);
-                self.uses[i] += 1;
-            }
-        }
-        for &i in used.iter() {
-            let (atom, gradient) = (self.dictionary.atom(i), &mut gradient[i * m..(i + 1) * m]);
-            let along = crate::arch::dot(gradient, atom);
-            crate::arch::add_scaled(gradient, -along, atom);
-        }
-    }
-
-    /// Moves every used atom against its gradient, and scales it back to unit length.
-    fn descend(&mut self, rate: f32) -> Result<()> {
-        let m = self.dictionary.head_dim();
-        let atoms = self.dictionary.atoms_mut();
-        for &i in &self.scratch.used {
-            let atom = &mut atoms[i * m..(i + 1) * m];
-            self.adam
-                .step(i, atom, &self.scratch.gradient[i * m..(i + 1) * m], rate);
-            let length = norm(atom);
-            if !length.is_normal() {
-                let reason = format!(
-                    "it diverged; a learning rate of {} is too high",
-                    self.options.learning_rate
-                );
-                return Err(Error::Learn(reason));
-            }
-            let scale = (1.0 / length) as f32;
-            atom.iter_mut().for_each(|x| *x *= scale);
-        }
-        Ok(())
-    }
-
     /// Replaces unused atoms, and after an epoch those that are nearly another, by the vectors of the batch
     /// that were coded worst.
     fn reseed(
@@ -338,7 +302,9 @@ impl<'v> Learner<'v> {
         for (i, v) in useless.into_iter().zip(worst) {
             let atom = &mut self.dictionary.atoms_mut()[i * m..(i + 1) * m];
             atom.copy_from_slice(&batch[v * m..(v + 1) * m]);
-            self.adam.forget(i);
+            if let Update::Adam(adam) = &mut self.update {
+                adam.forget(i);
+            }
             self.reseeded += 1;
         }
     }

@@ -1,7 +1,9 @@
-//! Dictionary learning: pursuit on minibatches, Adam on the sphere.
+//! Dictionary learning: pursuit with the dictionary fixed, and in turn the dictionary with the codes fixed.
 
 mod adam;
+mod ksvd;
 mod learner;
+mod optimal_directions;
 mod reseed;
 mod state;
 mod vectors;
@@ -9,11 +11,23 @@ mod vectors;
 use std::ops::ControlFlow;
 
 use crate::dictionary::{Dictionary, MOST_ATOMS, check_sparsity};
+use crate::pursuit::SparseBatch;
 use crate::threads::Rayon;
 use crate::{Error, Result};
 
 pub use learner::Learner;
 pub use vectors::{InMemory, Vectors};
+
+/// How atoms are moved while the codes stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LearnMethod {
+    /// One step of Adam (Kingma & Ba 2015) on the sphere, for minibatches.
+    Adam,
+    /// K-SVD (Aharon et al. 2006; approximate, Rubinstein et al. 2008): atom after atom, for all vectors at once.
+    Ksvd,
+    /// The method of optimal directions, MOD (Engan et al. 1999): least squares, for all vectors at once.
+    OptimalDirections,
+}
 
 /// What atoms are before the first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,13 +41,15 @@ pub enum InitialAtoms {
 /// Settings of [`learn`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct LearnOptions {
+    /// What moves the atoms.
+    pub method: LearnMethod,
     /// `N`.
     pub atoms: usize,
     /// `s` during learning.
     pub sparsity: usize,
     /// Passes over the vectors.
     pub epochs: usize,
-    /// Vectors a step.
+    /// Vectors a step, which memory holds; where there are fewer, all.
     pub batch: usize,
     /// Adam's step size at the start; it falls to 0 along a half cosine.
     pub learning_rate: f32,
@@ -50,6 +66,7 @@ pub struct LearnOptions {
 impl Default for LearnOptions {
     fn default() -> Self {
         Self {
+            method: LearnMethod::Adam,
             atoms: 4096,
             sparsity: 8,
             epochs: 24,
@@ -64,6 +81,21 @@ impl Default for LearnOptions {
 }
 
 impl LearnOptions {
+    /// Settings that suit a method: Adam's are the default, the others take all vectors in each step.
+    #[must_use]
+    pub fn of(method: LearnMethod) -> Self {
+        let adam = Self::default();
+        let batch = match method {
+            LearnMethod::Adam => adam.batch,
+            LearnMethod::Ksvd | LearnMethod::OptimalDirections => usize::MAX,
+        };
+        Self {
+            method,
+            batch,
+            ..adam
+        }
+    }
+
     /// The recipe of the reference implementation (Kim et al. 2025): 20 epochs of minibatches of 64 at a rate
     /// of 1e-4, random initial atoms, no re-seeding, no early stop.
     #[must_use]
@@ -111,8 +143,9 @@ pub struct Learned {
 ///
 /// Every vector is scaled to unit length first, so that the loss `‖x − x̂‖²` is the squared
 /// relative error. A step codes a minibatch by [`Pursuit`](crate::Pursuit) with the dictionary fixed, then
-/// moves the dictionary against the loss's gradient with the codes fixed; the gradient is made tangent
-/// to the sphere and every atom scaled back to unit length (METHOD.md, "Universal dictionary").
+/// moves the dictionary with the codes fixed: [`LearnMethod::Adam`] against the loss's gradient, made tangent
+/// to the sphere (METHOD.md, "Universal dictionary"), the others to the least loss. Every atom is scaled back to
+/// unit length.
 /// Atoms start as drawn vectors; those that nothing uses, and those that are nearly another, become the
 /// vectors coded worst. Of the dictionaries after each epoch the one with the lowest held-out error is kept.
 ///
@@ -164,6 +197,36 @@ impl LearnOptions {
     }
 }
 
+/// Takes what the code of vector `v` of the batch stands for off `x` `[m]`.
+fn subtract_code(x: &mut [f32], dictionary: &Dictionary, codes: &SparseBatch, v: usize) {
+    let (indices, coefficients) = codes.row(v);
+    for (&i, &c) in indices.iter().zip(coefficients) {
+        crate::arch::add_scaled(x, -c, dictionary.atom(usize::from(i)));
+    }
+}
+
+/// What the codes leave of every vector, `[n, m]`.
+fn residuals(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32> {
+    let mut residuals = batch.to_vec();
+    let rows = residuals.chunks_exact_mut(dictionary.head_dim());
+    for (v, residual) in rows.enumerate() {
+        subtract_code(residual, dictionary, codes, v);
+    }
+    residuals
+}
+
+/// For every atom, the vectors that use it, with their coefficients.
+fn users(codes: &SparseBatch, atoms: usize) -> Vec<Vec<(u32, f32)>> {
+    let mut users = vec![Vec::new(); atoms];
+    for v in 0..codes.len() {
+        let (indices, coefficients) = codes.row(v);
+        for (&i, &c) in indices.iter().zip(coefficients) {
+            users[usize::from(i)].push((v as u32, c));
+        }
+    }
+    users
+}
+
 #[cfg(test)]
 mod tests {
     use rand::{RngExt, SeedableRng};
@@ -189,6 +252,35 @@ mod tests {
         vectors
     }
 
+    /// Drawn vectors, more than there are atoms or fewer, and their codes over drawn atoms.
+    pub(super) fn drawn_codes(seed: u64) -> (Dictionary, Vec<f32>, SparseBatch) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let m = rng.random_range(1..20);
+        let (atoms, count) = (rng.random_range(1..24), rng.random_range(1..100));
+        let mut draw = |count: usize| (0..count).map(|_| rng.random_range(-1f32..1.0)).collect();
+        let dictionary = Dictionary::normalised(draw(atoms * m), m).unwrap();
+        let batch: Vec<f32> = draw(count * m);
+        let sparsity = m.min(atoms).min(3);
+        let codes = crate::Pursuit::new(&dictionary, sparsity).unwrap();
+        let codes = codes.encode(&batch).unwrap();
+        (dictionary, batch, codes)
+    }
+
+    const METHODS: [LearnMethod; 3] = [
+        LearnMethod::Adam,
+        LearnMethod::Ksvd,
+        LearnMethod::OptimalDirections,
+    ];
+
+    fn options_of(method: LearnMethod) -> LearnOptions {
+        let batch = LearnOptions::of(method).batch.max(options().batch);
+        LearnOptions {
+            method,
+            batch,
+            ..options()
+        }
+    }
+
     fn options() -> LearnOptions {
         LearnOptions {
             atoms: 32,
@@ -205,22 +297,21 @@ mod tests {
     fn finds_a_planted_dictionary_and_repeats_itself() {
         let vectors = planted(1, 4000, 16, 12);
         let held_out = planted(2, 500, 16, 12);
-        let mut first_error = None;
-        let run = |first: &mut Option<f32>| {
-            learn(&vectors, &held_out, 12, &options(), &mut |p| {
-                first.get_or_insert(p.relative_error);
-                ControlFlow::Continue(())
-            })
-            .unwrap()
-        };
-        let learned = run(&mut first_error);
-        assert!(
-            learned.held_out_error.unwrap() < 0.1,
-            "error {:?}",
-            learned.held_out_error
-        );
-        assert!(learned.held_out_error.unwrap() < 0.5 * first_error.unwrap());
-        assert_eq!(learned, run(&mut None));
+        for method in METHODS {
+            let mut first_error = None;
+            let run = |first: &mut Option<f32>| {
+                learn(&vectors, &held_out, 12, &options_of(method), &mut |p| {
+                    first.get_or_insert(p.relative_error);
+                    ControlFlow::Continue(())
+                })
+                .unwrap()
+            };
+            let learned = run(&mut first_error);
+            let error = learned.held_out_error.unwrap();
+            assert!(error < 0.1, "{method:?}: {error}");
+            assert!(error < 0.5 * first_error.unwrap(), "{method:?}: {error}");
+            assert_eq!(learned, run(&mut None), "{method:?}");
+        }
     }
 
     #[test]
@@ -310,29 +401,32 @@ mod tests {
     fn a_saved_learner_goes_on_bit_for_bit() {
         let vectors = planted(1, 700, 16, 12);
         let held_out = planted(2, 100, 16, 12);
-        let options = LearnOptions {
-            batch: 64,
-            epochs: 24,
-            ..options()
-        };
-        let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
-            ControlFlow::Continue(())
-        });
-        let vectors = InMemory::new(&vectors, 12).unwrap();
-        let mut learner = Learner::new(&vectors, &held_out, 12, &options).unwrap();
-        while !learner.is_done() {
-            learner.step(&crate::threads::Alone).unwrap();
+        for method in METHODS {
+            let of_method = options_of(method);
+            let options = LearnOptions {
+                batch: of_method.batch.min(64),
+                epochs: 6,
+                ..of_method
+            };
+            let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
+                ControlFlow::Continue(())
+            });
+            let vectors = InMemory::new(&vectors, 12).unwrap();
+            let mut learner = Learner::new(&vectors, &held_out, 12, &options).unwrap();
+            while !learner.is_done() {
+                learner.step(&crate::threads::Alone).unwrap();
+                let saved = learner.save();
+                learner = Learner::resume(&vectors, &held_out, 12, &options, &saved).unwrap();
+            }
             let saved = learner.save();
-            learner = Learner::resume(&vectors, &held_out, 12, &options, &saved).unwrap();
+            assert_eq!(learner.finish(), whole.unwrap());
+            for length in (0..saved.len()).step_by(37) {
+                let cut = Learner::resume(&vectors, &held_out, 12, &options, &saved[..length]);
+                assert!(matches!(cut, Err(Error::Learn(_))), "{length} bytes");
+            }
+            let more = [&saved[..], &[0]].concat();
+            assert!(Learner::resume(&vectors, &held_out, 12, &options, &more).is_err());
         }
-        let saved = learner.save();
-        assert_eq!(learner.finish(), whole.unwrap());
-        for length in (0..saved.len()).step_by(37) {
-            let cut = Learner::resume(&vectors, &held_out, 12, &options, &saved[..length]);
-            assert!(matches!(cut, Err(Error::Learn(_))), "{length} bytes");
-        }
-        let more = [&saved[..], &[0]].concat();
-        assert!(Learner::resume(&vectors, &held_out, 12, &options, &more).is_err());
     }
 
     #[test]
