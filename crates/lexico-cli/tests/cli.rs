@@ -764,66 +764,113 @@ fn every_learner_and_recipe_trains_and_is_compared() {
 #[test]
 fn train_says_what_it_cannot_use() {
     let folder = tempfile::tempdir().unwrap();
+    let text = |name: &str, content: &[u8]| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, content).unwrap();
+        file
+    };
     let corpus = folder.path().join("corpus.txt");
-    let out = folder.path().join("d.safetensors");
     write_corpus(&corpus);
     let nowhere = folder.path().join("no/folder/d");
-    for (code, arguments, word) in [
-        (2, vec!["train", "--out", path(&out)], "--corpus"),
+    let empty = text("empty.txt", b"\n  \n");
+    let line = text("line.txt", b"A single line.\n");
+    let broken = text("broken.txt", b"Sound, and then \xff\xfe.\n");
+    let out = folder.path().join("d.safetensors");
+    let with = |corpus: &Path, more: &[&'static str]| {
+        let train = ["train", "--corpus", path(corpus), "--out", path(&out)];
+        [&train[..], more].concat().join("\n")
+    };
+    let cases = [
+        (2, format!("train\n--out\n{}", path(&out)), "--corpus"),
+        (1, with(&nowhere, &[]), "no/folder/d"),
         (
             1,
-            vec!["train", "--corpus", path(&nowhere), "--out", path(&out)],
+            format!(
+                "train\n--corpus\n{}\n--out\n{}",
+                path(&corpus),
+                path(&nowhere)
+            ),
             "no/folder/d",
         ),
+        (1, with(&empty, &[]), "empty.txt: it holds no text"),
+        (1, with(&line, &[]), "line.txt: too little text"),
         (
             1,
-            vec!["train", "--corpus", path(&corpus), "--out", path(&nowhere)],
-            "no/folder/d",
+            with(&broken, &[]),
+            "broken.txt: it is not UTF-8 text (byte 16)",
+        ),
+        (1, with(&corpus, &["--atoms", "100000"]), "100000 atoms"),
+        (1, with(&corpus, &["--atoms", "7"]), "sparsity 8"),
+        (
+            1,
+            with(&corpus, &["--context", "128", "--atoms", "30000"]),
+            "30000 atoms need",
         ),
         (
             1,
-            vec![
-                "train",
-                "--corpus",
-                path(&corpus),
-                "--out",
-                path(&out),
-                "--atoms",
-                "100000",
-            ],
-            "atoms",
+            with(&corpus, &["--vectors", "5000000000"]),
+            "5000000000 vectors",
         ),
+        (1, with(&corpus, &["--sparsity", "0"]), "sparsity 0"),
+        (1, with(&corpus, &["--sparsity", "65"]), "sparsity 65"),
         (
             1,
-            vec![
-                "train",
-                "--corpus",
-                path(&corpus),
-                "--out",
-                path(&out),
-                "--sparsity",
-                "0",
-            ],
-            "sparsity 0",
+            with(&corpus, &["--learning-rate", "NaN"]),
+            "learning rate of NaN",
         ),
-        (
-            1,
-            vec![
-                "train",
-                "--corpus",
-                path(&corpus),
-                "--out",
-                path(&out),
-                "--sparsity",
-                "65",
-            ],
-            "sparsity 65",
-        ),
-    ] {
+        (1, with(&corpus, &["--save-every", "NaN"]), "--save-every"),
+    ];
+    for (code, arguments, word) in cases {
+        let arguments: Vec<&str> = arguments.split('\n').collect();
         let message = fails(code, &arguments);
         assert!(message.contains(word), "{arguments:?}: {message:?}");
-        assert!(!out.exists());
+        let there = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(there, 4, "{arguments:?} left something");
     }
+}
+
+#[test]
+fn train_names_the_layer_of_a_model_that_computes_no_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        std::fs::copy(tiny_file(name), model.join(name)).unwrap();
+    }
+    let file = tensor_file::TensorFile::open(tiny_file("model.safetensors")).unwrap();
+    let tensors = file.names().into_iter().map(|name| {
+        let (dtype, shape) = file.info(&name).unwrap();
+        let mut bytes = file.bytes(&name).unwrap();
+        if name == "model.layers.1.mlp.up_proj.weight" {
+            // A NaN of bf16.
+            bytes[600..602].copy_from_slice(&[0xc0, 0x7f]);
+        }
+        NewTensor::new(&name, dtype, shape, bytes)
+    });
+    let tensors: Vec<NewTensor> = tensors.collect();
+    tensor_file::write(model.join("model.safetensors"), &tensors, HashMap::new()).unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    write_corpus(&corpus);
+    let out = folder.path().join("d.safetensors");
+    let message = fails(
+        1,
+        &[
+            "train",
+            "--model",
+            path(&model),
+            "--corpus",
+            path(&corpus),
+            "--out",
+            path(&out),
+            "--context",
+            "128",
+        ],
+    );
+    assert!(
+        message.contains("layer 2") && message.contains("NaN"),
+        "{message}"
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
 }
 
 #[cfg(unix)]

@@ -124,5 +124,5 @@ fn more_atoms_than_vectors_are_refused() {
     let mut many = options();
     many.learn.atoms = 4000;
     let error = train(&model, &corpus(), &many, &mut |_| ControlFlow::Continue(())).unwrap_err();
-    assert!(error.to_string().contains("4000 atoms"), "{error}");
+    assert!(error.to_string().contains("4000 atoms need"), "{error}");
 }

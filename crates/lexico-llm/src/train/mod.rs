@@ -75,6 +75,13 @@ impl TrainOptions {
                 "{atoms} atoms cannot be learned from {vectors} vectors"
             ));
         }
+        if u32::try_from(self.vectors).is_err() {
+            let vectors = self.vectors;
+            return refuse(format!(
+                "{vectors} vectors a dictionary: at most {} are possible",
+                u32::MAX
+            ));
+        }
         if self.context > most_context {
             let context = self.context;
             return refuse(format!(
@@ -203,6 +210,15 @@ pub fn train(
         Err(error)
     })?;
     let reading_took = began.elapsed();
+    let (atoms, vectors) = (options.learn.atoms, reading.count(options.vectors));
+    if atoms > vectors {
+        // With these settings there is nothing to go on with.
+        state.remove()?;
+        let reason = format!(
+            "{atoms} atoms need at least as many vectors, and the text gave {vectors}; give more text or fewer atoms"
+        );
+        return Err(lexico::Error::Learn(reason).into());
+    }
     if let Some(path) = &options.keep_vectors {
         reading.keep(path)?;
     }

@@ -118,6 +118,11 @@ impl State {
         if self.path(super::READING).exists() {
             return Ok(());
         }
+        self.remove()
+    }
+
+    /// Removes a state that cannot lead anywhere.
+    pub(super) fn remove(&self) -> Result<()> {
         remove_state(&self.folder)
     }
 

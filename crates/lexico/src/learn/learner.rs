@@ -79,13 +79,16 @@ impl<'v> Learner<'v> {
     ) -> Result<Self> {
         options.check(head_dim)?;
         let n = vectors.count();
-        if options.atoms > n || n > u32::MAX as usize {
-            return Err(Error::Learn(format!(
-                "{} atoms need at least as many vectors, and at most {} can be counted; there are {n}; give \
-                 more text or fewer atoms",
-                options.atoms,
-                u32::MAX
-            )));
+        if n > u32::MAX as usize {
+            let reason = format!("{n} vectors; at most {} are possible", u32::MAX);
+            return Err(Error::Learn(reason));
+        }
+        if options.atoms > n {
+            let reason = format!(
+                "{} atoms need at least as many vectors, and there are {n}; give more vectors or fewer atoms",
+                options.atoms
+            );
+            return Err(Error::Learn(reason));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         let dictionary = match options.initial {
