@@ -5,7 +5,7 @@
 use std::ops::ControlFlow;
 
 use lexico::learn::LearnOptions;
-use lexico_llm::train::{TrainOptions, TrainProgress, train};
+use lexico_llm::train::{StateOptions, TrainOptions, TrainProgress, train};
 use lexico_llm::{Corpus, Error, Model};
 
 fn corpus() -> Corpus {
@@ -121,8 +121,20 @@ fn stops_when_asked() {
 #[test]
 fn more_atoms_than_vectors_are_refused() {
     let model = Model::tiny().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let state = StateOptions {
+        folder: folder.path().join("state"),
+        ..StateOptions::default()
+    };
     let mut many = options();
     many.learn.atoms = 4000;
-    let error = train(&model, &corpus(), &many, &mut |_| ControlFlow::Continue(())).unwrap_err();
-    assert!(error.to_string().contains("4000 atoms need"), "{error}");
+    many.state = Some(state.clone());
+    // As the settings show, and as the text shows.
+    for (vectors, word) in [(3999, "from 3999 vectors"), (5000, "4000 atoms need")] {
+        many.vectors = vectors;
+        let error = train(&model, &corpus(), &many, &mut |_| ControlFlow::Continue(()));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+        assert!(!state.folder.exists());
+    }
 }
