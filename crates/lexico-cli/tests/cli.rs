@@ -369,12 +369,12 @@ fn bad_prompts_models_and_caches_fail_clearly() {
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=0", "x"],
-            "between 1 and 64",
+            "to the head dim, 64",
         ),
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=65", "x"],
-            "between 1 and 64",
+            "to the head dim, 64",
         ),
         (
             2,
@@ -522,7 +522,7 @@ fn vectors_that_cannot_be_coded_fail_clearly() {
     let good = ["--tensor", "layers.0.keys", "--out", path(&out)];
     for (more, word) in [
         (vec!["--sparsity", "0"], "between 1 and 64"),
-        (vec!["--sparsity", "65"], "between 1 and 64"),
+        (vec!["--sparsity", "65"], "to the head dim, 64"),
         (vec!["--sparsity", "some"], "some"),
         (vec!["--sparsity", "4", "--tolerance", "2"], "tolerance 2"),
     ] {

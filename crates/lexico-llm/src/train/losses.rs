@@ -17,8 +17,10 @@ use crate::threads::CandleThreads;
 
 /// Sparsities that losses are measured at, as far as the head dim allows: those in between are interpolated.
 const SPARSITIES: [usize; 6] = [1, 2, 4, 8, 12, 16];
-/// Tokens of a window whose predictions are looked at, at the most; all before them is coded.
-const PREDICTED: usize = 128;
+/// Fewest and most tokens of a window whose predictions are looked at; all before them is coded.
+const PREDICTED: (usize, usize) = (16, 128);
+/// Fewest windows to look at.
+const WINDOWS: usize = 2;
 /// Losses may take the model as many tokens as this share of those it learned from.
 const SHARE: usize = 4;
 /// The state's file of what was measured.
@@ -43,16 +45,17 @@ pub(super) fn coding_losses(
     progress: &mut OnProgress<'_>,
 ) -> Result<CodingLosses> {
     let config = model.decoder.config();
-    let possible = |s: &usize| layers.iter().all(|l| most(l) >= *s);
+    let possible = |s: &usize| layers.iter().all(|layer| most_nonzeros(layer) >= *s);
     let sparsities: Vec<usize> = SPARSITIES.into_iter().filter(possible).collect();
     let cases = layers.len() * 2 * config.kv_heads * sparsities.len();
-    let worth = tokens / SHARE / (cases * PREDICTED);
-    let windows = &windows[..windows.len().min(worth.max(2))];
+    let worth = tokens / SHARE / cases;
+    let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
+    let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
     let mut measured: Measured = state.load_json(FILE)?.unwrap_or_default();
     measured.sums.resize(cases, 0.0);
     let total = windows.len() * cases;
     for window in windows.iter().skip(measured.windows) {
-        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(PREDICTED));
+        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(most));
         let mut past = Past::new(config);
         let mut sequences = [Sequence {
             tokens: before,
@@ -102,7 +105,7 @@ pub(super) fn coding_losses(
 }
 
 /// The largest sparsity that a layer's dictionaries allow.
-fn most(layer: &LayerDictionaries) -> usize {
+fn most_nonzeros(layer: &LayerDictionaries) -> usize {
     layer
         .keys
         .head_dim()
