@@ -5,7 +5,8 @@
 mod common;
 
 use common::{drawn_vectors, random_dictionary};
-use lexico::attention::{DenseRows, NumberType, Source, attend};
+use lexico::attention::{DenseRows, Head, NumberType, Source, attend, attend_heads};
+use lexico::threads::{Rayon, Threads};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use proptest::prelude::*;
 
@@ -101,6 +102,88 @@ proptest! {
         let expected = dense_attention(&queries, m, t, sliding, &all_keys, &all_values);
         for (got, want) in out.iter().zip(expected) {
             prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);
+        }
+    }
+}
+
+/// A pool of any size.
+struct Count(usize);
+
+impl Threads for Count {
+    fn count(&self) -> usize {
+        self.0
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        Rayon.run(tasks, task);
+    }
+}
+
+#[test]
+fn long_contexts_are_split_among_more_threads_than_heads() {
+    let (m, group, past, held) = (16, 3, 40_000, 9_000);
+    let dictionary = random_dictionary(1, 60, m);
+    let format = CodeFormat {
+        sparsity: 3,
+        variable: false,
+        coefficients: CoefficientFormat::I8,
+    };
+    let codes = |seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0);
+    let rows = |seed| {
+        let mut rows = DenseRows::new(m, NumberType::F16);
+        rows.extend(&drawn_vectors(seed, held, m));
+        rows
+    };
+    let layer = [0, 10].map(|seed| {
+        let coded = (codes(seed + 2), codes(seed + 3));
+        (coded, (rows(seed + 4), rows(seed + 5)))
+    });
+    let own = drawn_vectors(20, 1, m);
+    let queries = drawn_vectors(21, 2 * group, m);
+    for window in [None, Some(30_000), Some(5)] {
+        let attend_on = |threads: usize| {
+            let sources: Vec<Vec<Source<'_>>> = layer
+                .iter()
+                .map(|((keys, values), (dense_keys, dense_values))| {
+                    vec![
+                        Source::Codes {
+                            keys,
+                            values,
+                            key_dictionary: &dictionary,
+                            value_dictionary: &dictionary,
+                        },
+                        Source::Dense {
+                            keys: dense_keys,
+                            values: dense_values,
+                        },
+                        Source::Causal {
+                            keys: &own,
+                            values: &own,
+                        },
+                    ]
+                })
+                .collect();
+            let mut out = vec![f32::NAN; queries.len()];
+            let parts = queries
+                .chunks(group * m)
+                .zip(out.chunks_mut(group * m))
+                .zip(&sources);
+            let mut heads: Vec<Head<'_>> = parts
+                .map(|((queries, out), sources)| Head {
+                    queries,
+                    sources,
+                    out,
+                })
+                .collect();
+            attend_heads(&mut heads, m, 1, window, &Count(threads));
+            out
+        };
+        let whole = attend_on(1);
+        assert_eq!(whole, attend_on(2));
+        for threads in [4, 5, 8, 1000] {
+            for (split, whole) in attend_on(threads).iter().zip(&whole) {
+                assert!((split - whole).abs() <= 1e-5, "{split} for {whole}");
+            }
         }
     }
 }

@@ -20,8 +20,10 @@ const BLOCK: usize = 8192;
 pub(super) struct Coded<'a> {
     pub(super) keys: &'a Codes,
     pub(super) values: &'a Codes,
-    /// Positions from which on they are seen.
+    /// The first position that is seen.
     pub(super) first: usize,
+    /// The position after the last that is seen.
+    pub(super) end: usize,
 }
 
 /// Tables with a row for every index that a code can hold, so that none needs a check; only the rows
@@ -57,7 +59,7 @@ pub(super) fn add_heads(
     value_dictionary: &Dictionary,
 ) {
     let (m, group) = (key_dictionary.head_dim(), softmaxes[0].rows());
-    if codes.iter().all(|codes| codes.keys.is_empty()) {
+    if codes.iter().all(|codes| codes.first >= codes.end) {
         return;
     }
     SCRATCH.with_borrow_mut(|scratch| {
@@ -156,8 +158,8 @@ fn sum_codes(
     let group = softmax.rows();
     let mut keys = codes.keys.runs_from(codes.first);
     let mut values = codes.values.runs_from(codes.first);
-    for first in (codes.first..codes.keys.len()).step_by(BLOCK) {
-        let count = BLOCK.min(codes.keys.len() - first);
+    for first in (codes.first..codes.end).step_by(BLOCK) {
+        let count = BLOCK.min(codes.end - first);
         weights.resize(count * group, 0.0);
         keys.next(count, |run, at| {
             let out = &mut weights[at * group..][..run.len() * group];

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -128,18 +130,17 @@ fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
     }
 }
 
-/// Adds dense positions from `first` on for the few queries of one position; `queries` `[group, m]` are
-/// scaled already.
+/// Adds some dense positions for the few queries of one position; `queries` `[group, m]` are scaled already.
 pub(super) fn add_few(
     softmax: &mut RunningSoftmax,
     queries: &[f32],
-    first: usize,
+    positions: Range<usize>,
     keys: &DenseRows,
     values: &DenseRows,
 ) {
     assert_eq!(keys.len(), values.len(), "one value a key");
-    for first in (first..keys.len()).step_by(BLOCK) {
-        let count = BLOCK.min(keys.len() - first);
+    for first in positions.clone().step_by(BLOCK) {
+        let count = BLOCK.min(positions.end - first);
         add_rows(
             softmax,
             queries,

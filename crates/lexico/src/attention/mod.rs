@@ -8,6 +8,8 @@ mod dense;
 
 pub use dense::{DenseRows, NumberType};
 
+use std::ops::Range;
+
 use crate::arch::dense::MOST_GROUP;
 use crate::arch::{MOST_QUERIES, softmax};
 use crate::code::Codes;
@@ -95,7 +97,8 @@ pub fn attend(
 /// them. With a sliding window of `window` positions a query sees its own and the `window − 1`
 /// before it. Outputs are zero where there is nothing to attend to. Codes are never turned back
 /// into vectors: scores come from `p = Dₖq`, values from the accumulator `u` (METHOD: `O(N·m)` a
-/// query plus `O(s)` a position). Results do not depend on the number of threads.
+/// query plus `O(s)` a position). In decoding the context of each head is split where there are more threads than
+/// heads; but for the order of those sums, results do not depend on the number of threads.
 ///
 /// A NaN in a query, key or value makes the outputs it reaches NaN.
 ///
@@ -119,10 +122,7 @@ pub fn attend_heads(
         assert_eq!(head.out.len(), queries, "one output a query");
     }
     if t == 1 && queries / head_dim <= MOST_GROUP {
-        let share = heads.len().div_ceil(threads.count().max(1));
-        for_each(threads, heads.chunks_mut(share), |heads| {
-            attend_one(heads, head_dim, window);
-        });
+        attend_one(heads, head_dim, window, threads);
         return;
     }
     let chunk = ROWS * head_dim;
@@ -148,8 +148,54 @@ fn scaled(queries: &[f32], head_dim: usize) -> Vec<f32> {
     scaled
 }
 
-/// Decoding: the queries of one new position, of some heads.
-fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>) {
+/// Fewest positions that a part of a context has: each part computes `p` and sums up its `u` for itself.
+const PART: usize = 8192;
+
+/// Decoding: the queries of one new position.
+fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>, threads: &dyn Threads) {
+    let count = threads.count().max(1);
+    let past = |head: &Head<'_>| head.sources.iter().map(|s| s.len(m)).sum::<usize>();
+    let seen = window
+        .unwrap_or(usize::MAX)
+        .min(heads.iter().map(past).max().unwrap_or(0));
+    let parts = (count / heads.len()).min(seen / PART).max(1);
+    if parts == 1 {
+        let share = heads.len().div_ceil(count);
+        for_each(threads, heads.chunks_mut(share), |heads| {
+            let softmaxes = attend_part(heads, m, window, 0, 1);
+            for (head, softmax) in heads.iter_mut().zip(softmaxes) {
+                softmax.finish(head.out);
+            }
+        });
+        return;
+    }
+    let mut softmaxes: Vec<Option<RunningSoftmax>> =
+        (0..heads.len() * parts).map(|_| None).collect();
+    for_each(
+        threads,
+        softmaxes.iter_mut().enumerate(),
+        |(task, softmax)| {
+            let head = task / parts;
+            *softmax = attend_part(&heads[head..=head], m, window, task % parts, parts).pop();
+        },
+    );
+    for (head, parts) in heads.iter_mut().zip(softmaxes.chunks_exact_mut(parts)) {
+        let mut parts = parts.iter_mut().filter_map(Option::take);
+        if let Some(mut softmax) = parts.next() {
+            parts.for_each(|part| softmax.merge(&part));
+            softmax.finish(head.out);
+        }
+    }
+}
+
+/// Attention of some heads' queries of one new position to part `part` of `parts` of what they see.
+fn attend_part(
+    heads: &[Head<'_>],
+    m: usize,
+    window: Option<usize>,
+    part: usize,
+    parts: usize,
+) -> Vec<RunningSoftmax> {
     let queries: Vec<f32> = heads
         .iter()
         .flat_map(|head| scaled(head.queries, m))
@@ -159,15 +205,30 @@ fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>) {
         .iter()
         .map(|_| RunningSoftmax::new(each / m, m))
         .collect();
-    // How many of a head's oldest positions are outside its sliding window and still to come.
-    let mut hidden: Vec<usize> = heads
+    let seen: Vec<Range<usize>> = heads
         .iter()
         .map(|head| {
             let positions: usize = head.sources.iter().map(|source| source.len(m)).sum();
-            window.map_or(0, |w| positions.saturating_sub(w))
+            let hidden = window.map_or(0, |w| positions.saturating_sub(w));
+            let bound = |part: usize| hidden + (positions - hidden) * part / parts;
+            bound(part)..bound(part + 1)
         })
         .collect();
+    let mut before = vec![0; heads.len()];
     for number in 0..heads[0].sources.len() {
+        // Of every head's source, the positions that are seen.
+        let ranges: Vec<Range<usize>> = heads
+            .iter()
+            .zip(&seen)
+            .zip(&mut before)
+            .map(|((head, seen), before)| {
+                let len = head.sources[number].len(m);
+                let own = |position: usize| position.saturating_sub(*before).min(len);
+                let range = own(seen.start)..own(seen.end);
+                *before += len;
+                range
+            })
+            .collect();
         if let Source::Codes {
             key_dictionary,
             value_dictionary,
@@ -176,9 +237,9 @@ fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>) {
         {
             let codes: Vec<Coded<'_>> = heads
                 .iter()
-                .zip(&hidden)
-                .filter_map(|(head, &hidden)| {
-                    head.sources[number].codes(hidden, key_dictionary, value_dictionary)
+                .zip(&ranges)
+                .filter_map(|(head, range)| {
+                    head.sources[number].codes(range, key_dictionary, value_dictionary)
                 })
                 .collect();
             assert_eq!(
@@ -197,24 +258,23 @@ fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>) {
         let each_head = softmaxes
             .iter_mut()
             .zip(queries.chunks_exact(each))
-            .zip(&mut hidden);
-        for (head, ((softmax, queries), hidden)) in heads.iter().zip(each_head) {
+            .zip(ranges);
+        for (head, ((softmax, queries), range)) in heads.iter().zip(each_head) {
             match head.sources[number] {
                 Source::Codes { .. } => {}
                 Source::Dense { keys, values } => {
-                    dense::add_few(softmax, queries, (*hidden).min(keys.len()), keys, values);
+                    dense::add_few(softmax, queries, range, keys, values);
                 }
                 Source::Causal { keys, values } => {
                     assert_eq!(keys.len(), m, "one new position");
-                    dense::add_own(softmax, queries, keys, values);
+                    if !range.is_empty() {
+                        dense::add_own(softmax, queries, keys, values);
+                    }
                 }
             }
-            *hidden = hidden.saturating_sub(head.sources[number].len(m));
         }
     }
-    for (head, softmax) in heads.iter_mut().zip(softmaxes) {
-        softmax.finish(head.out);
-    }
+    softmaxes
 }
 
 /// Prefill: some queries of one head, at the new positions `own`.
@@ -252,6 +312,7 @@ fn attend_many(
                     keys,
                     values,
                     first: 0,
+                    end: keys.len(),
                 };
                 codes.check(key_dictionary, value_dictionary);
                 coded::add_many(
@@ -275,11 +336,10 @@ fn attend_many(
 }
 
 impl<'a> Source<'a> {
-    /// The codes of this source but for the first `hidden`; `None` where it is no codes or over other
-    /// dictionaries than these.
+    /// Some codes of this source; `None` where it is no codes or over other dictionaries than these.
     fn codes(
         &self,
-        hidden: usize,
+        range: &Range<usize>,
         wanted_keys: &Dictionary,
         wanted_values: &Dictionary,
     ) -> Option<Coded<'a>> {
@@ -295,7 +355,8 @@ impl<'a> Source<'a> {
                 let codes = Coded {
                     keys,
                     values,
-                    first: hidden.min(keys.len()),
+                    first: range.start,
+                    end: range.end,
                 };
                 codes.check(key_dictionary, value_dictionary);
                 Some(codes)
@@ -366,6 +427,27 @@ impl RunningSoftmax {
             output.iter_mut().for_each(|x| *x *= kept);
         }
         kept
+    }
+
+    /// Adds what another has summed over other positions.
+    fn merge(&mut self, other: &Self) {
+        let m = self.head_dim;
+        for row in 0..self.rows() {
+            let before = self.references[row];
+            let reference = other.references[row];
+            self.references[row] = before.max(reference);
+            self.carry(row, before, 0.0);
+            let kept = if reference == self.references[row] {
+                1.0
+            } else {
+                (reference - self.references[row]).exp()
+            };
+            self.sums[row] += other.sums[row] * kept;
+            let output = &mut self.output[row * m..(row + 1) * m];
+            for (x, &more) in output.iter_mut().zip(&other.output[row * m..]) {
+                *x += more * kept;
+            }
+        }
     }
 
     /// Writes the outputs of the queries, without those that filled up the group.
