@@ -48,6 +48,9 @@ impl LayerSparsities {
 /// The most atoms that a head is usually given: more are slower to attend to, and other heads gain more.
 pub const MOST_ALLOCATED: usize = 32;
 
+/// The mean sparsity over the least that a head is given.
+const LEAST: f64 = 3.0;
+
 /// The least loss that is told apart from none.
 const NEGLIGIBLE: f64 = 1e-9;
 
@@ -84,8 +87,9 @@ impl CodingLosses {
         None
     }
 
-    /// The sparsities from 1 to `most` whose mean over all heads' keys and values is at most `mean`, and whose
-    /// summed loss is the least.
+    /// The sparsities up to `most` whose mean over all heads' keys and values is at most `mean`, and whose
+    /// summed loss is the least, but none below a third of the mean: losses were measured on some text, and on
+    /// another a head that hardly needs atoms there may need them.
     ///
     /// Losses in between are interpolated, their logarithms linearly in the sparsity. Atoms go one
     /// after another to where the loss falls most, which is the best there is for convex losses (Fox, 1966); others are
@@ -98,9 +102,10 @@ impl CodingLosses {
             .flat_map(|layer| layer.keys.iter().chain(&layer.values));
         let curves: Vec<Vec<f64>> = heads.map(|losses| self.curve(losses, most)).collect();
         let gains: Vec<Vec<f64>> = curves.iter().map(|curve| gains(curve)).collect();
-        let mut sparsities = vec![1; gains.len()];
+        let least = ((mean / LEAST).ceil() as usize).clamp(1, most);
+        let mut sparsities = vec![least; gains.len()];
         let total = (mean * gains.len() as f64 + 1e-6) as usize;
-        for _ in gains.len()..total {
+        for _ in least * gains.len()..total {
             let gain = |i: usize| gains[i].get(sparsities[i] - 1).copied();
             let open = (0..gains.len()).filter(|&i| gain(i).is_some());
             let value = |i: usize| gain(i).unwrap_or_default();
@@ -184,10 +189,12 @@ mod tests {
             let chosen = [&chosen[0].keys[..], &chosen[0].values].concat();
             let total: usize = chosen.iter().sum();
             prop_assert_eq!(total, ((4.0 * mean + 1e-6) as usize).max(4));
+            let least = if mean > 3.0 { 2 } else { 1 };
+            prop_assert!(chosen.iter().all(|&s| s >= least));
             let own = summed(&losses, &chosen, 4);
             for code in 0..256usize {
                 let other: Vec<usize> = (0..4).map(|i| 1 + (code >> (2 * i)) % 4).collect();
-                if other.iter().sum::<usize>() == total {
+                if other.iter().sum::<usize>() == total && other.iter().all(|&s| s >= least) {
                     prop_assert!(own <= summed(&losses, &other, 4) * 1.000_001, "{:?} for {:?}", chosen, other);
                 }
             }
