@@ -298,11 +298,13 @@ fn the_context_is_a_limit_and_not_a_crash() {
 fn impossible_cache_settings_are_refused() {
     let model = Model::tiny().unwrap();
     for (spec, word) in [
-        ("lexico:sparsity=0", "sparsity 0"),
-        ("lexico:sparsity=65", "between 1 and 64"),
+        ("lexico:sparsity=0", "sparsity=0"),
+        ("lexico:sparsity=65", "from 1 to the head dim, 64"),
         ("lexico:tolerance=1", "tolerance 1"),
         ("lexico:tolerance=nan", "tolerance"),
         ("lexico:batch=0", "batch"),
+        ("lexico:adaptive=8", "tolerance"),
+        ("lexico:tolerance=0.2,adaptive=61441", "65536"),
     ] {
         let message = model
             .cache(&spec.parse().unwrap())

@@ -62,6 +62,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// No such atoms can be added to a dictionary.
+    #[error("adaptive atoms: {0}")]
+    Adaptive(String),
     /// A matrix cannot serve as a dictionary.
     #[error("not a dictionary: {0}")]
     Dictionary(String),

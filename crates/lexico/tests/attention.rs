@@ -6,6 +6,8 @@ mod common;
 
 use common::{drawn_vectors, random_dictionary};
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend, attend_heads};
+use lexico::dictionary::{Atoms, Extension};
+use lexico::pursuit::AdaptivePursuit;
 use lexico::threads::{Rayon, Threads};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use proptest::prelude::*;
@@ -46,17 +48,24 @@ fn dense_attention(
     out
 }
 
-fn coded(dictionary: &Dictionary, vectors: &[f32], format: CodeFormat, tolerance: f32) -> Codes {
-    let pursuit = Pursuit::new(dictionary, format.sparsity)
-        .unwrap()
-        .with_tolerance(tolerance)
-        .unwrap();
+/// Codes over a dictionary and what is added to it, up to `most` atoms.
+fn coded(
+    dictionary: &Dictionary,
+    vectors: &[f32],
+    format: CodeFormat,
+    tolerance: f32,
+    most: usize,
+) -> (Codes, Extension) {
+    let pursuit = Pursuit::new(dictionary, format.sparsity).unwrap();
+    let pursuit = AdaptivePursuit::new(pursuit.with_tolerance(tolerance).unwrap(), most).unwrap();
     let mut codes = Codes::new(format).unwrap();
+    let mut extension = Extension::new(dictionary.head_dim());
     // In pieces, as a cache grows.
     for piece in vectors.chunks(7 * dictionary.head_dim()) {
-        codes.extend(&pursuit.encode(piece).unwrap());
+        let batches = pursuit.encode_heads_on(&mut extension, piece, &[format.sparsity], &Rayon);
+        codes.extend(&batches.unwrap()[0]);
     }
-    codes
+    (codes, extension)
 }
 
 proptest! {
@@ -67,7 +76,7 @@ proptest! {
         m in prop_oneof![Just(1usize), Just(7), Just(16), Just(33), Just(64)],
         group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![Just(1usize), 2usize..40],
         past in prop_oneof![Just(0usize), 1usize..40, Just(300)], window in prop_oneof![Just(0usize), 1usize..20, Just(270)],
-        s in 1usize..12, variable: bool, sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some)], f32_coefficients: bool, f16_window: bool, seed: u64,
+        s in 1usize..12, variable: bool, sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some)], f32_coefficients: bool, f16_window: bool, most in prop_oneof![Just(0usize), 1usize..90], seed: u64,
     ) {
         let s = s.min(m);
         let key_dictionary = random_dictionary(seed, 60, m);
@@ -79,8 +88,12 @@ proptest! {
             coefficients: if f32_coefficients { CoefficientFormat::F32 } else { CoefficientFormat::F8 },
         };
         let tolerance = if variable { 0.3 } else { 0.0 };
-        let keys = coded(&key_dictionary, &drawn_vectors(seed ^ 2, past, m), format, tolerance);
-        let values = coded(&value_dictionary, &drawn_vectors(seed ^ 3, past, m), format, tolerance);
+        let most = if variable { most } else { 0 };
+        let (keys, key_extension) = coded(&key_dictionary, &drawn_vectors(seed ^ 2, past, m), format, tolerance, most);
+        let (values, value_extension) =
+            coded(&value_dictionary, &drawn_vectors(seed ^ 3, past, m), format, tolerance, most / 2);
+        let key_atoms = Atoms::extended(&key_dictionary, &key_extension);
+        let value_atoms = Atoms::extended(&value_dictionary, &value_extension);
         let number_type = if f16_window { NumberType::F16 } else { NumberType::F32 };
         let mut window_keys = DenseRows::new(m, number_type);
         let mut window_values = DenseRows::new(m, number_type);
@@ -92,13 +105,13 @@ proptest! {
 
         let mut out = vec![f32::NAN; queries.len()];
         attend(&queries, m, t, sliding, &[
-            Source::Codes { keys: &keys, values: &values, key_dictionary: &key_dictionary, value_dictionary: &value_dictionary },
+            Source::Codes { keys: &keys, values: &values, key_atoms, value_atoms },
             Source::Dense { keys: &window_keys, values: &window_values },
             Source::Causal { keys: &new_keys, values: &new_values },
         ], &mut out);
 
-        let all_keys = [keys.decode(&key_dictionary).unwrap(), window_keys.to_f32(), new_keys].concat();
-        let all_values = [values.decode(&value_dictionary).unwrap(), window_values.to_f32(), new_values].concat();
+        let all_keys = [keys.decode(key_atoms).unwrap(), window_keys.to_f32(), new_keys].concat();
+        let all_values = [values.decode(value_atoms).unwrap(), window_values.to_f32(), new_values].concat();
         let expected = dense_attention(&queries, m, t, sliding, &all_keys, &all_values);
         for (got, want) in out.iter().zip(expected) {
             prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);
@@ -128,7 +141,7 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
         variable: false,
         coefficients: CoefficientFormat::I8,
     };
-    let codes = |seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0);
+    let codes = |seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0, 0).0;
     let rows = |seed| {
         let mut rows = DenseRows::new(m, NumberType::F16);
         rows.extend(&drawn_vectors(seed, held, m));
@@ -149,8 +162,8 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
                         Source::Codes {
                             keys,
                             values,
-                            key_dictionary: &dictionary,
-                            value_dictionary: &dictionary,
+                            key_atoms: (&dictionary).into(),
+                            value_atoms: (&dictionary).into(),
                         },
                         Source::Dense {
                             keys: dense_keys,
@@ -237,7 +250,7 @@ fn a_nan_stays_a_nan() {
         variable: false,
         coefficients: CoefficientFormat::F8,
     };
-    let codes = coded(&dictionary, &drawn_vectors(2, 30, m), format, 0.0);
+    let codes = coded(&dictionary, &drawn_vectors(2, 30, m), format, 0.0, 0).0;
     let finite = drawn_vectors(3, 1, m);
     let nan = vec![f32::NAN; m];
     let infinite = vec![f32::INFINITY; m];
@@ -247,8 +260,8 @@ fn a_nan_stays_a_nan() {
             Source::Codes {
                 keys: &codes,
                 values: &codes,
-                key_dictionary: &dictionary,
-                value_dictionary: &dictionary,
+                key_atoms: (&dictionary).into(),
+                value_atoms: (&dictionary).into(),
             },
             Source::Causal {
                 keys,
@@ -283,8 +296,15 @@ fn codes_of_many_pages_with_ever_larger_scores() {
             key.iter_mut()
                 .for_each(|x| *x *= (1 + position / 5_000) as f32);
         }
-        let mut keys = coded(&dictionary, &keys, format, tolerance);
-        let mut values = coded(&dictionary, &drawn_vectors(13, past, m), format, tolerance);
+        let mut keys = coded(&dictionary, &keys, format, tolerance, 0).0;
+        let mut values = coded(
+            &dictionary,
+            &drawn_vectors(13, past, m),
+            format,
+            tolerance,
+            0,
+        )
+        .0;
         keys.drop_front(gone);
         values.drop_front(gone);
         assert_eq!(keys.len(), past - gone);
@@ -298,8 +318,8 @@ fn codes_of_many_pages_with_ever_larger_scores() {
             Source::Codes {
                 keys: &keys,
                 values: &values,
-                key_dictionary: &dictionary,
-                value_dictionary: &dictionary,
+                key_atoms: (&dictionary).into(),
+                value_atoms: (&dictionary).into(),
             },
             Source::Causal {
                 keys: &own,

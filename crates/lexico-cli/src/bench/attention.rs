@@ -269,8 +269,8 @@ impl Layer {
             Kind::Lexico => Source::Codes {
                 keys: &self.coded[head].0,
                 values: &self.coded[head].1,
-                key_dictionary: &self.keys,
-                value_dictionary: &self.values,
+                key_atoms: (&self.keys).into(),
+                value_atoms: (&self.values).into(),
             },
         };
         let own = self.own_keys.chunks(m).zip(self.own_values.chunks(m));

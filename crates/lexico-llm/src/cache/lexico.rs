@@ -2,8 +2,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::{Dictionary, LayerDictionaries, LayerSparsities};
-use ::lexico::pursuit::SparseBatch;
+use ::lexico::dictionary::{Atoms, Dictionary, Extension, LayerDictionaries, LayerSparsities};
+use ::lexico::pursuit::{AdaptivePursuit, SparseBatch};
 use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
@@ -23,6 +23,8 @@ pub struct LexicoSettings {
     /// Whether coefficients are [scaled up](SparseBatch::unbias) so that no score is shrunk, instead of
     /// those of least squares.
     pub unbiased: bool,
+    /// Most atoms that the session adds to each dictionary, from vectors that miss the tolerance.
+    pub adaptive: usize,
     /// `n_b`: the newest positions, kept dense.
     pub window: usize,
     /// `n_a`: how many positions leave the window at once.
@@ -43,6 +45,11 @@ pub struct LexicoSettings {
 /// layers. A batch is coded while the next tokens are decoded where there are cores that decoding does not use,
 /// and in between where there are none; until a step that only the layer decides it is attended to as dense. Results
 /// depend neither on timing nor on the number of threads.
+///
+/// With `adaptive` atoms the session adds vectors that miss the tolerance to its own extension of each
+/// dictionary, shared by a layer's heads, until that is full; see [`AdaptivePursuit`] for the order. What a
+/// prompt adds so depends on the parts that it is coded in, 1,024 positions each, and in decode on `batch`. The
+/// extension lives and ends with the cache, like its codes: a session that reads its text anew adds atoms anew.
 pub struct LexicoCache {
     dictionaries: Arc<DictionarySet>,
     settings: LexicoSettings,
@@ -56,6 +63,7 @@ pub struct LexicoCache {
 
 struct Layer {
     heads: Vec<Head>,
+    added: Added,
     leaving: Option<Leaving>,
 }
 
@@ -67,10 +75,18 @@ struct Leaving {
     codes: Option<Receiver<Result<Batch>>>,
 }
 
-/// Codes of some positions, head by head.
+/// Atoms that the session has added to a layer's dictionaries.
+#[derive(Clone)]
+struct Added {
+    keys: Extension,
+    values: Extension,
+}
+
+/// Codes of some positions, head by head, and all that is added by then.
 struct Batch {
     keys: Vec<SparseBatch>,
     values: Vec<SparseBatch>,
+    added: Added,
 }
 
 struct Head {
@@ -109,7 +125,7 @@ impl LexicoCache {
         }
         let part = |sparsity: usize, dictionary: &Dictionary| -> Result<Part> {
             // Refuses impossible settings now rather than at the first full window.
-            Pursuit::new(dictionary, sparsity)?.with_tolerance(settings.tolerance)?;
+            settings.pursuit(dictionary, sparsity)?;
             Ok(Part {
                 codes: Codes::new(CodeFormat {
                     sparsity,
@@ -130,6 +146,10 @@ impl LexicoCache {
             }
             layers.push(Layer {
                 heads,
+                added: Added {
+                    keys: Extension::new(config.head_dim),
+                    values: Extension::new(config.head_dim),
+                },
                 leaving: None,
             });
         }
@@ -159,40 +179,54 @@ impl Part {
     }
 }
 
-/// Codes keys and values `[kv_heads, positions, m]`. All heads at once: every reading of a dictionary serves as
-/// many vectors as there are.
+impl LexicoSettings {
+    fn pursuit<'d>(
+        &self,
+        dictionary: &'d Dictionary,
+        sparsity: usize,
+    ) -> ::lexico::Result<AdaptivePursuit<'d>> {
+        let pursuit = Pursuit::new(dictionary, sparsity)?.with_tolerance(self.tolerance)?;
+        AdaptivePursuit::new(pursuit, self.adaptive)
+    }
+}
+
+/// Codes keys and values `[kv_heads, positions, m]` over the dictionaries and what is `added` to them. All heads at
+/// once: every reading of a dictionary serves as many vectors as there are.
 fn code(
     dictionaries: &LayerDictionaries,
+    mut added: Added,
     settings: &LexicoSettings,
     layer: usize,
     keys: &[f32],
     values: &[f32],
     threads: &dyn Threads,
 ) -> Result<Batch> {
-    let code = |dictionary: &Dictionary, sparsities: &[usize], vectors: &[f32], part| {
+    let code = |dictionary, added: &mut Extension, sparsities: &[usize], vectors, part| {
         let most = sparsities.iter().copied().max().unwrap_or(1);
-        Pursuit::new(dictionary, most)
-            .and_then(|pursuit| pursuit.with_tolerance(settings.tolerance))
-            .and_then(|pursuit| pursuit.encode_heads_on(vectors, sparsities, threads))
-            .map(|mut heads| {
-                if settings.unbiased {
-                    heads.iter_mut().for_each(SparseBatch::unbias);
-                }
-                heads
-            })
+        let mut heads = settings
+            .pursuit(dictionary, most)
+            .and_then(|pursuit| pursuit.encode_heads_on(added, vectors, sparsities, threads))
             .map_err(|reason| Error::Coding {
                 layer,
                 part,
                 reason,
-            })
+            })?;
+        if settings.unbiased {
+            heads.iter_mut().for_each(SparseBatch::unbias);
+        }
+        Ok::<_, Error>(heads)
     };
-    let LayerSparsities {
-        keys: key_sparsities,
-        values: value_sparsities,
-    } = &settings.sparsities[layer];
+    let own = &settings.sparsities[layer];
     Ok(Batch {
-        keys: code(&dictionaries.keys, key_sparsities, keys, "key")?,
-        values: code(&dictionaries.values, value_sparsities, values, "value")?,
+        keys: code(&dictionaries.keys, &mut added.keys, &own.keys, keys, "key")?,
+        values: code(
+            &dictionaries.values,
+            &mut added.values,
+            &own.values,
+            values,
+            "value",
+        )?,
+        added,
     })
 }
 
@@ -221,7 +255,8 @@ impl Layer {
     }
 
     /// Appends codes.
-    fn extend(&mut self, batch: &Batch) {
+    fn extend(&mut self, batch: Batch) {
+        self.added = batch.added;
         let codes = batch.keys.iter().zip(&batch.values);
         for (head, (keys, values)) in self.heads.iter_mut().zip(codes) {
             head.keys.codes.extend(keys);
@@ -253,11 +288,12 @@ impl LexicoCache {
             let settings = self.settings.clone();
             let m = dictionaries.layers[layer].keys.head_dim();
             let (keys, values) = self.layers[layer].read(0, batch, None, m);
+            let added = self.layers[layer].added.clone();
             let (sender, receiver) = channel();
             rayon::spawn(move || {
                 let own = &dictionaries.layers[layer];
                 // Where the cache is gone nobody waits for them.
-                let _ = sender.send(code(own, &settings, layer, &keys, &values, &Alone));
+                let _ = sender.send(code(own, added, &settings, layer, &keys, &values, &Alone));
             });
             receiver
         });
@@ -276,7 +312,7 @@ impl LexicoCache {
             Some(batch) => batch?,
             None => self.code_oldest(layer, 0, count, None)?,
         };
-        self.layers[layer].extend(&batch);
+        self.layers[layer].extend(batch);
         self.layers[layer].drop_from_window(count);
         Ok(())
     }
@@ -293,6 +329,7 @@ impl LexicoCache {
         let (keys, values) = self.layers[layer].read(first, count, step, m);
         code(
             dictionaries,
+            self.layers[layer].added.clone(),
             &self.settings,
             layer,
             &keys,
@@ -333,7 +370,7 @@ impl LexicoCache {
         for first in (0..surplus).step_by(AT_ONCE) {
             let count = AT_ONCE.min(surplus - first);
             let batch = self.code_oldest(layer, first, count, Some(step))?;
-            self.layers[layer].extend(&batch);
+            self.layers[layer].extend(batch);
         }
         let layer = &mut self.layers[layer];
         layer.drop_from_window(surplus.min(held));
@@ -355,13 +392,16 @@ impl KvCache for LexicoCache {
             self.positions += positions;
         }
         let step = Step::new(q, k, v)?;
+        let added = &self.layers[layer].added;
+        let key_atoms = Atoms::extended(&dictionaries.keys, &added.keys);
+        let value_atoms = Atoms::extended(&dictionaries.values, &added.values);
         let out = step.attend(&self.layers[layer].heads, sliding, |head| {
             vec![
                 Source::Codes {
                     keys: &head.keys.codes,
                     values: &head.values.codes,
-                    key_dictionary: &dictionaries.keys,
-                    value_dictionary: &dictionaries.values,
+                    key_atoms,
+                    value_atoms,
                 },
                 Source::Dense {
                     keys: &head.keys.window,
@@ -400,15 +440,23 @@ impl KvCache for LexicoCache {
             .map(|l| l.heads.len())
             .sum();
         let head_dim = self.dictionaries.layers[0].keys.head_dim();
+        let added = self
+            .layers
+            .iter()
+            .map(|layer| layer.added.keys.bytes() + layer.added.values.bytes());
+        // Extensions count their owners beside their atoms.
+        let layer = size_of::<Layer>() + size_of::<LayerSparsities>() + 2 * 2 * size_of::<usize>();
+        let head = size_of::<Head>() + 2 * size_of::<usize>();
         let leaving = 2 * heads_leaving * self.settings.batch * head_dim * size_of::<f32>();
         Footprint {
             parts: vec![
                 ("codes", parts().map(|part| part.codes.bytes()).sum()),
+                ("adaptive atoms", added.sum()),
                 ("window", parts().map(|part| part.window.bytes()).sum()),
                 ("leaving", leaving),
                 (
                     "bookkeeping",
-                    self.layers.len() * size_of::<Layer>() + heads().count() * size_of::<Head>(),
+                    self.layers.len() * layer + heads().count() * head,
                 ),
             ],
         }
@@ -422,7 +470,12 @@ mod tests {
     use crate::model::Model;
 
     /// Reads a prompt and then token after token; the logits of every step, and positions in the window.
-    fn logits(model: &Model, batch: usize, aside: bool) -> Result<Vec<(Vec<f32>, usize)>> {
+    fn logits(
+        model: &Model,
+        batch: usize,
+        adaptive: usize,
+        aside: bool,
+    ) -> Result<Vec<(Vec<f32>, usize)>> {
         let settings = LexicoSettings {
             sparsities: vec![
                 LayerSparsities {
@@ -431,8 +484,9 @@ mod tests {
                 };
                 4
             ],
-            tolerance: 0.0,
+            tolerance: if adaptive > 0 { 0.2 } else { 0.0 },
             unbiased: true,
+            adaptive,
             window: 5,
             batch,
             coefficients: CoefficientFormat::I8,
@@ -461,13 +515,16 @@ mod tests {
     fn coding_beside_the_decoding_changes_nothing() -> Result<()> {
         let model = Model::tiny()?;
         for batch in [1, 2, 5, 16] {
-            let (aside, between) = (logits(&model, batch, true)?, logits(&model, batch, false)?);
-            assert_eq!(aside, between, "batches of {batch}");
-            let window = aside.iter().map(|(_, window)| *window).max();
-            assert!(
-                window < Some(5 + 2 * batch),
-                "{window:?} positions for batches of {batch}"
-            );
+            for adaptive in [0, 20] {
+                let aside = logits(&model, batch, adaptive, true)?;
+                let between = logits(&model, batch, adaptive, false)?;
+                assert_eq!(aside, between, "batches of {batch}, {adaptive} added");
+                let window = aside.iter().map(|(_, window)| *window).max();
+                assert!(
+                    window < Some(5 + 2 * batch),
+                    "{window:?} positions for batches of {batch}"
+                );
+            }
         }
         Ok(())
     }

@@ -119,6 +119,12 @@ pub static METHODS: &[Method] = &[
                 "coefficients that keep scores, or vectors, nearest",
             ),
             option(
+                "adaptive",
+                Values::Count,
+                "0",
+                "atoms that a session may add to each dictionary for vectors that miss the tolerance",
+            ),
+            option(
                 "window",
                 Values::Count,
                 "128",
@@ -149,6 +155,7 @@ pub static METHODS: &[Method] = &[
                 sparsities: sparsities(spec, context, dictionaries)?,
                 tolerance: spec.number("tolerance")?,
                 unbiased: spec.text("fit") == "unbiased",
+                adaptive: spec.number("adaptive")?,
                 window: spec.number("window")?,
                 batch: spec.number("batch")?,
                 coefficients: match spec.text("coefficients") {

@@ -116,8 +116,8 @@ pub(crate) fn coded(positions: usize, sparsity: usize, group: usize) -> impl FnM
         attend(&[Source::Codes {
             keys: &key_codes,
             values: &value_codes,
-            key_dictionary: &keys,
-            value_dictionary: &values,
+            key_atoms: (&keys).into(),
+            value_atoms: (&values).into(),
         }]);
     }
 }

@@ -7,7 +7,7 @@ use crate::arch::dense::{combine, dots};
 use crate::arch::matmul::{Matrix, multiply};
 use crate::arch::{accumulate, scores};
 use crate::code::Codes;
-use crate::dictionary::{Dictionary, MOST_ATOMS};
+use crate::dictionary::{Atoms, MOST_ATOMS};
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
 const ATOM_BLOCK: usize = 64;
@@ -55,10 +55,10 @@ pub(super) fn add_heads(
     softmaxes: &mut [RunningSoftmax],
     queries: &[f32],
     codes: &[Coded<'_>],
-    key_dictionary: &Dictionary,
-    value_dictionary: &Dictionary,
+    key_atoms: Atoms<'_>,
+    value_atoms: Atoms<'_>,
 ) {
-    let (m, group) = (key_dictionary.head_dim(), softmaxes[0].rows());
+    let (m, group) = (key_atoms.head_dim(), softmaxes[0].rows());
     if codes.iter().all(|codes| codes.first >= codes.end) {
         return;
     }
@@ -67,9 +67,7 @@ pub(super) fn add_heads(
         grow(&mut scratch.p, codes.len() * table);
         grow(&mut scratch.u, codes.len() * table);
         let p = &mut scratch.p[..codes.len() * table];
-        for first in (0..key_dictionary.len()).step_by(ATOM_BLOCK) {
-            let count = ATOM_BLOCK.min(key_dictionary.len() - first);
-            let atoms = key_dictionary.rows(first, count);
+        for (first, count, atoms) in key_atoms.blocks(ATOM_BLOCK) {
             let heads = p
                 .chunks_exact_mut(table)
                 .zip(queries.chunks_exact(group * m));
@@ -90,14 +88,12 @@ pub(super) fn add_heads(
             .zip(p.chunks_exact(table))
             .zip(u.chunks_exact_mut(table))
         {
-            let atoms = value_dictionary.len();
+            let atoms = value_atoms.len();
             u[..atoms * group].fill(0.0);
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, atoms, p, u, weights, |_, _| ());
         }
-        for first in (0..value_dictionary.len()).step_by(ATOM_BLOCK) {
-            let count = ATOM_BLOCK.min(value_dictionary.len() - first);
-            let atoms = value_dictionary.rows(first, count);
+        for (first, count, atoms) in value_atoms.blocks(ATOM_BLOCK) {
             for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
                 let u = &u[first * group..][..count * group];
                 combine(u, atoms, m, group, &mut softmax.output);
@@ -113,23 +109,26 @@ pub(super) fn add_many(
     queries: &[f32],
     hidden: &[usize],
     codes: Coded<'_>,
-    key_dictionary: &Dictionary,
-    value_dictionary: &Dictionary,
+    key_atoms: Atoms<'_>,
+    value_atoms: Atoms<'_>,
 ) {
     if codes.keys.is_empty() {
         return;
     }
-    let (m, group) = (key_dictionary.head_dim(), softmax.rows());
+    let (m, group) = (key_atoms.head_dim(), softmax.rows());
     let queries = Matrix::by_rows(queries, group, m);
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MOST_ATOMS * group;
         grow(&mut scratch.p, table);
         grow(&mut scratch.u, table);
         let (p, u) = (&mut scratch.p[..table], &mut scratch.u[..table]);
-        let n = key_dictionary.len();
-        let atoms = Matrix::by_rows(key_dictionary.atoms(), n, m);
-        multiply(&mut p[..n * group], false, atoms, queries.transposed());
-        let n = value_dictionary.len();
+        for (first, atoms) in key_atoms.matrices() {
+            let n = atoms.len() / m;
+            let p = &mut p[first * group..][..n * group];
+            let atoms = Matrix::by_rows(&atoms, n, m);
+            multiply(p, false, atoms, queries.transposed());
+        }
+        let n = value_atoms.len();
         u[..n * group].fill(0.0);
         let hide = |first: usize, scores: &mut [f32]| {
             for (query, &hidden) in hidden.iter().enumerate() {
@@ -139,9 +138,11 @@ pub(super) fn add_many(
             }
         };
         sum_codes(softmax, &codes, n, p, u, &mut scratch.weights, hide);
-        let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
-        let atoms = Matrix::by_rows(value_dictionary.atoms(), n, m);
-        multiply(&mut softmax.output, true, u, atoms);
+        for (first, atoms) in value_atoms.matrices() {
+            let n = atoms.len() / m;
+            let u = Matrix::by_rows(&u[first * group..][..n * group], n, group).transposed();
+            multiply(&mut softmax.output, true, u, Matrix::by_rows(&atoms, n, m));
+        }
     });
 }
 
@@ -179,12 +180,12 @@ fn sum_codes(
 
 impl Coded<'_> {
     /// Checks that there are as many values as keys, and that all atoms are there.
-    pub(super) fn check(&self, key_dictionary: &Dictionary, value_dictionary: &Dictionary) {
+    pub(super) fn check(&self, key_atoms: Atoms<'_>, value_atoms: Atoms<'_>) {
         assert_eq!(self.keys.len(), self.values.len(), "one value a key");
-        for (codes, dictionary) in [(self.keys, key_dictionary), (self.values, value_dictionary)] {
+        for (codes, atoms) in [(self.keys, key_atoms), (self.values, value_atoms)] {
             assert!(
-                codes.is_empty() || usize::from(codes.largest_index()) < dictionary.len(),
-                "codes name atoms of their dictionary"
+                codes.is_empty() || usize::from(codes.largest_index()) < atoms.len(),
+                "codes name atoms that there are"
             );
         }
     }

@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::arch::dense::MOST_GROUP;
 use crate::arch::{MOST_QUERIES, softmax};
 use crate::code::Codes;
-use crate::dictionary::Dictionary;
+use crate::dictionary::Atoms;
 use crate::threads::{Rayon, Threads, for_each};
 use coded::Coded;
 
@@ -27,9 +27,9 @@ pub enum Source<'a> {
         /// Codes of the values.
         values: &'a Codes,
         /// What the keys are coded over.
-        key_dictionary: &'a Dictionary,
+        key_atoms: Atoms<'a>,
         /// What the values are coded over.
-        value_dictionary: &'a Dictionary,
+        value_atoms: Atoms<'a>,
     },
     /// Dense positions, all of them before every query.
     Dense {
@@ -104,7 +104,7 @@ pub fn attend(
 ///
 /// # Panics
 /// Where the slices' lengths do not agree, there are not as many keys as values, `head_dim` or `t`
-/// is 0, codes name atoms that their dictionary does not have, or heads differ in the shape of their
+/// is 0, codes name atoms that they are not over, or heads differ in the shape of their
 /// queries, in the kinds of their sources or in dictionaries.
 pub fn attend_heads(
     heads: &mut [Head<'_>],
@@ -230,8 +230,8 @@ fn attend_part(
             })
             .collect();
         if let Source::Codes {
-            key_dictionary,
-            value_dictionary,
+            key_atoms,
+            value_atoms,
             ..
         } = heads[0].sources[number]
         {
@@ -239,7 +239,7 @@ fn attend_part(
                 .iter()
                 .zip(&ranges)
                 .filter_map(|(head, range)| {
-                    head.sources[number].codes(range, key_dictionary, value_dictionary)
+                    head.sources[number].codes(range, key_atoms, value_atoms)
                 })
                 .collect();
             assert_eq!(
@@ -247,13 +247,7 @@ fn attend_part(
                 heads.len(),
                 "heads of a layer share dictionaries"
             );
-            coded::add_heads(
-                &mut softmaxes,
-                &queries,
-                &codes,
-                key_dictionary,
-                value_dictionary,
-            );
+            coded::add_heads(&mut softmaxes, &queries, &codes, key_atoms, value_atoms);
         }
         let each_head = softmaxes
             .iter_mut()
@@ -305,8 +299,8 @@ fn attend_many(
             Source::Codes {
                 keys,
                 values,
-                key_dictionary,
-                value_dictionary,
+                key_atoms,
+                value_atoms,
             } => {
                 let codes = Coded {
                     keys,
@@ -314,14 +308,14 @@ fn attend_many(
                     first: 0,
                     end: keys.len(),
                 };
-                codes.check(key_dictionary, value_dictionary);
+                codes.check(key_atoms, value_atoms);
                 coded::add_many(
                     &mut softmax,
                     &queries,
                     &hidden,
                     codes,
-                    key_dictionary,
-                    value_dictionary,
+                    key_atoms,
+                    value_atoms,
                 );
             }
             Source::Dense { keys, values } => {
@@ -336,29 +330,27 @@ fn attend_many(
 }
 
 impl<'a> Source<'a> {
-    /// Some codes of this source; `None` where it is no codes or over other dictionaries than these.
+    /// Some codes of this source; `None` where it is no codes or over other atoms than these.
     fn codes(
         &self,
         range: &Range<usize>,
-        wanted_keys: &Dictionary,
-        wanted_values: &Dictionary,
+        wanted_keys: Atoms<'_>,
+        wanted_values: Atoms<'_>,
     ) -> Option<Coded<'a>> {
         match *self {
             Source::Codes {
                 keys,
                 values,
-                key_dictionary,
-                value_dictionary,
-            } if std::ptr::eq(key_dictionary, wanted_keys)
-                && std::ptr::eq(value_dictionary, wanted_values) =>
-            {
+                key_atoms,
+                value_atoms,
+            } if key_atoms.are(wanted_keys) && value_atoms.are(wanted_values) => {
                 let codes = Coded {
                     keys,
                     values,
                     first: range.start,
                     end: range.end,
                 };
-                codes.check(key_dictionary, value_dictionary);
+                codes.check(key_atoms, value_atoms);
                 Some(codes)
             }
             _ => None,

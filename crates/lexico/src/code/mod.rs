@@ -6,7 +6,7 @@ mod file;
 pub use coefficients::CoefficientFormat;
 pub use file::{CodeFile, FORMAT};
 
-use crate::dictionary::Dictionary;
+use crate::dictionary::Atoms;
 use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 use coefficients::Coefficients;
@@ -270,16 +270,18 @@ impl Codes {
     ///
     /// # Errors
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
-    pub fn decode(&self, dictionary: &Dictionary) -> Result<Vec<f32>> {
-        let atoms = dictionary.len();
-        if usize::from(self.largest_index) >= atoms
+    pub fn decode<'a>(&self, atoms: impl Into<Atoms<'a>>) -> Result<Vec<f32>> {
+        let atoms = atoms.into();
+        let count = atoms.len();
+        if usize::from(self.largest_index) >= count
             && self.pages.iter().any(|p| !p.indices.is_empty())
         {
             let index = self.largest_index;
-            let reason = format!("the codes name atom {index}, the dictionary has {atoms}");
+            let reason = format!("the codes name atom {index}, the dictionary has {count}");
             return Err(Error::Dictionary(reason));
         }
-        let m = dictionary.head_dim();
+        let m = atoms.head_dim();
+        let mut widened = Vec::new();
         let mut vectors = vec![0.0; self.len * m];
         let mut rows = vectors.chunks_exact_mut(m);
         for page in &self.pages {
@@ -287,7 +289,7 @@ impl Codes {
             for (v, out) in (0..page.len).zip(&mut rows) {
                 let length = page.length(self.format, v);
                 for j in nonzero..nonzero + length {
-                    let atom = dictionary.atom(usize::from(page.indices[j]));
+                    let atom = atoms.atom(usize::from(page.indices[j]), &mut widened);
                     crate::arch::add_scaled(out, page.coefficients.get(v, j), atom);
                 }
                 nonzero += length;

@@ -1,9 +1,11 @@
 //! Dictionaries: unit-norm atoms, one matrix for keys and one for values in every layer.
 
 mod allocation;
+mod extension;
 mod set;
 
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities, MOST_ALLOCATED};
+pub use extension::{Atoms, Extension};
 pub use set::{
     DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
 };

@@ -1,5 +1,6 @@
 //! Orthogonal matching pursuit: a few atoms and their least-squares coefficients for each vector.
 
+mod adaptive;
 pub mod oracle;
 pub(crate) mod scan;
 
@@ -7,9 +8,10 @@ use std::cell::RefCell;
 
 use crate::arch::dense::{Rows, combine, dots};
 use crate::arch::{add_scaled, at_least, dot, dot_mixed, square, subtract_scaled};
-use crate::dictionary::Dictionary;
+use crate::dictionary::{Atoms, Dictionary, Extension};
 use crate::threads::{Rayon, Threads, for_each};
 use crate::{Error, Result};
+pub use adaptive::AdaptivePursuit;
 use scan::{RoundedAtoms, RoundedVectors};
 
 /// Relative residual below which f32 arithmetic has nothing more to find.
@@ -58,6 +60,15 @@ impl SparseBatch {
         (&self.indices[start..end], &self.coefficients[start..end])
     }
 
+    /// Takes the codes of vectors `[heads, n]` apart, those of each head having at most its own of `sparsities`.
+    fn by_head(&self, sparsities: &[usize]) -> Vec<Self> {
+        let each = self.len() / sparsities.len().max(1);
+        let heads = sparsities.iter().enumerate();
+        heads
+            .map(|(head, &sparsity)| self.part(head * each, each, sparsity))
+            .collect()
+    }
+
     /// The codes of `count` vectors from `first` on, none of which has more than `sparsity` nonzeros.
     fn part(&self, first: usize, count: usize, sparsity: usize) -> Self {
         let rows = first..first + count;
@@ -101,6 +112,16 @@ impl SparseBatch {
         }
     }
 
+    /// Puts the code of vector `from` of another batch of this sparsity in the place of that of vector `v`.
+    fn replace(&mut self, v: usize, other: &Self, from: usize) {
+        let s = self.sparsity;
+        let (to, own) = (v * s..(v + 1) * s, from * s..(from + 1) * s);
+        self.indices[to.clone()].copy_from_slice(&other.indices[own.clone()]);
+        self.coefficients[to].copy_from_slice(&other.coefficients[own]);
+        self.lengths[v] = other.lengths[from];
+        self.relative_errors[v] = other.relative_errors[from];
+    }
+
     /// Mean of the relative errors, 0 for no vectors.
     pub fn mean_relative_error(&self) -> f32 {
         mean(&self.relative_errors)
@@ -113,15 +134,17 @@ pub(crate) fn mean(numbers: &[f32]) -> f32 {
     (sum / numbers.len().max(1) as f64 + 0.0) as f32
 }
 
-/// Orthogonal matching pursuit over one dictionary (Pati, Rezaiifar, Krishnaprasad 1993).
+/// Orthogonal matching pursuit over one dictionary, and what a session may have added to it (Pati, Rezaiifar,
+/// Krishnaprasad 1993).
 ///
 /// Each step picks the atom of largest correlation with the residual and orthonormalises it
 /// against the support. Correlations are looked over in 8-bit integers and the few that may be the
 /// largest computed exactly, so that the choice is that of exact arithmetic and no Gram matrix of
-/// `N²` numbers is needed: `O(s·N·m)` a vector, on the widest integer products that the processor has.
+/// `N²` numbers is needed: `O(s·N·m)` a vector, on the widest integer products that the processor has. Added
+/// atoms are few and kept in f16 only: all their correlations are computed.
 #[derive(Debug)]
 pub struct Pursuit<'d> {
-    dictionary: &'d Dictionary,
+    atoms: Atoms<'d>,
     sparsity: usize,
     tolerance: f32,
 }
@@ -134,7 +157,7 @@ impl<'d> Pursuit<'d> {
     pub fn new(dictionary: &'d Dictionary, sparsity: usize) -> Result<Self> {
         dictionary.check_sparsity(sparsity)?;
         Ok(Self {
-            dictionary,
+            atoms: dictionary.into(),
             sparsity,
             tolerance: 0.0,
         })
@@ -151,6 +174,17 @@ impl<'d> Pursuit<'d> {
         }
         self.tolerance = tolerance;
         Ok(self)
+    }
+
+    /// The same over the dictionary and what a session has added to it.
+    ///
+    /// # Panics
+    /// As [`Atoms::extended`].
+    pub fn over<'a>(&'a self, extension: &'a Extension) -> Pursuit<'a> {
+        Pursuit {
+            atoms: Atoms::extended(self.atoms.dictionary(), extension),
+            ..*self
+        }
     }
 
     /// Codes `vectors` `[n, m]`, spread over the current rayon pool.
@@ -184,16 +218,19 @@ impl<'d> Pursuit<'d> {
         sparsities: &[usize],
         threads: &dyn Threads,
     ) -> Result<Vec<SparseBatch>> {
+        let each = self.vectors_a_head(vectors, sparsities);
+        let all = self.encode_limited(vectors, &|v| sparsities[v / each], threads)?;
+        Ok(all.by_head(sparsities))
+    }
+
+    /// How many vectors each head has. Panics as [`Pursuit::encode_heads_on`] says.
+    fn vectors_a_head(&self, vectors: &[f32], sparsities: &[usize]) -> usize {
         let possible = sparsities.iter().all(|s| (1..=self.sparsity).contains(s));
         assert!(possible, "sparsities that the pursuit allows");
-        let n = vectors.len() / self.dictionary.head_dim();
+        let n = vectors.len() / self.atoms.head_dim();
         let each = n / sparsities.len().max(1);
         assert_eq!(each * sparsities.len(), n, "as many vectors for each head");
-        let all = self.encode_limited(vectors, &|v| sparsities[v / each], threads)?;
-        let heads = sparsities.iter().enumerate();
-        Ok(heads
-            .map(|(head, &sparsity)| all.part(head * each, each, sparsity))
-            .collect())
+        each
     }
 
     /// Codes every vector with at most the atoms that `limit` says for its number.
@@ -203,7 +240,7 @@ impl<'d> Pursuit<'d> {
         limit: &(dyn Fn(usize) -> usize + Sync),
         threads: &dyn Threads,
     ) -> Result<SparseBatch> {
-        let (m, s) = (self.dictionary.head_dim(), self.sparsity);
+        let (m, s) = (self.atoms.head_dim(), self.sparsity);
         if !vectors.len().is_multiple_of(m) {
             return Err(Error::VectorLength {
                 found: vectors.len(),
@@ -258,8 +295,8 @@ impl<'d> Pursuit<'d> {
         workspace: &mut Workspace,
         found: Found<'_>,
     ) {
-        let (m, s) = (self.dictionary.head_dim(), self.sparsity);
-        let rounded_atoms = self.dictionary.rounded();
+        let (m, s) = (self.atoms.head_dim(), self.sparsity);
+        let rounded_atoms = self.atoms.dictionary().rounded();
         let room = rounded_atoms.room();
         let Workspace {
             residuals,
@@ -274,6 +311,8 @@ impl<'d> Pursuit<'d> {
             active,
             candidates,
             along,
+            added,
+            widened,
         } = workspace;
         states.clear();
         for (v, (x, residual)) in vectors.chunks(m).zip(residuals.chunks_mut(m)).enumerate() {
@@ -312,15 +351,15 @@ impl<'d> Pursuit<'d> {
                 let residual = &mut residuals[v * m..(v + 1) * m];
                 let chosen = &found.indices[v * s..v * s + step];
                 let scanned = (&*rounded, slot);
-                let (atom, correlation) =
-                    self.choose(candidates, looked_over, scanned, residual, chosen);
+                let best = self.choose(candidates, looked_over, scanned, residual, chosen);
+                let (atom, correlation) = self.choose_added(best, residual, chosen, added);
                 slot += 1;
                 if correlation <= EXACT * state.whole {
                     return false;
                 }
                 let (earlier, rest) = directions[v * s * m..].split_at_mut(step * m);
                 let direction = &mut rest[..m];
-                direction.copy_from_slice(self.dictionary.atom(atom));
+                direction.copy_from_slice(self.atoms.atom(atom, widened));
                 let row = &mut triangles[(v * s + step) * s..][..step + 1];
                 let outside = orthonormalise(direction, earlier, row, along);
                 if outside <= DEPENDENT {
@@ -348,7 +387,7 @@ impl<'d> Pursuit<'d> {
             // else magnify the rounding of its directions.
             let x = &mut residuals[v * m..(v + 1) * m];
             scale_by_power(&vectors[v * m..(v + 1) * m], -state.exponent, x);
-            self.residual(x, indices, coefficients, exact);
+            self.residual(x, indices, coefficients, exact, widened);
             for (weight, direction) in weights.iter_mut().zip(directions.chunks_exact(m)) {
                 *weight = dot_mixed(direction, exact) as f32;
             }
@@ -357,7 +396,7 @@ impl<'d> Pursuit<'d> {
             for (c, correction) in coefficients.iter_mut().zip(corrections) {
                 *c += *correction;
             }
-            self.residual(x, indices, coefficients, exact);
+            self.residual(x, indices, coefficients, exact, widened);
             let rest = exact.iter().map(|r| r * r).sum::<f64>().sqrt() as f32;
             found.relative_errors[v] = rest / state.whole.max(f32::MIN_POSITIVE);
             for c in coefficients {
@@ -367,12 +406,19 @@ impl<'d> Pursuit<'d> {
     }
 
     /// `x − Σ c_j · D[i_j]`, in f64.
-    fn residual(&self, x: &[f32], indices: &[u16], coefficients: &[f32], out: &mut [f64]) {
+    fn residual(
+        &self,
+        x: &[f32],
+        indices: &[u16],
+        coefficients: &[f32],
+        out: &mut [f64],
+        widened: &mut Vec<f32>,
+    ) {
         for (out, &x) in out.iter_mut().zip(x) {
             *out = f64::from(x);
         }
         for (&i, &c) in indices.iter().zip(coefficients) {
-            let atom = self.dictionary.atom(usize::from(i));
+            let atom = self.atoms.atom(usize::from(i), widened);
             subtract_scaled(out, c, atom);
         }
     }
@@ -397,6 +443,7 @@ impl<'d> Pursuit<'d> {
         if let Some(likeliest) = likeliest {
             candidates.swap(0, likeliest);
         }
+        let dictionary = self.atoms.dictionary();
         let mut best = (0, 0.0);
         for &candidate in candidates.iter() {
             if rounded.at_most(slot, likeliness(candidate)) < best.1 {
@@ -404,13 +451,43 @@ impl<'d> Pursuit<'d> {
             }
             for atom in RoundedAtoms::atoms_of(candidate) {
                 // Rounding must not bring a chosen atom back.
-                if atom >= self.dictionary.len() || chosen.contains(&(atom as u16)) {
+                if atom >= dictionary.len() || chosen.contains(&(atom as u16)) {
                     continue;
                 }
-                let exact = dot(self.dictionary.atom(atom), residual).abs();
+                let exact = dot(dictionary.atom(atom), residual).abs();
                 if exact > best.1 || (exact == best.1 && atom < best.0) {
                     best = (atom, exact);
                 }
+            }
+        }
+        best
+    }
+
+    /// `best`, or the added atom not `chosen` already that correlates more with a residual.
+    fn choose_added(
+        &self,
+        mut best: (usize, f32),
+        residual: &[f32],
+        chosen: &[u16],
+        correlations: &mut Vec<f32>,
+    ) -> (usize, f32) {
+        let first = self.atoms.dictionary().len();
+        let count = self.atoms.len() - first;
+        if count == 0 {
+            return best;
+        }
+        correlations.resize(count, 0.0);
+        dots(
+            self.atoms.added(),
+            residual,
+            residual.len(),
+            1,
+            correlations,
+        );
+        for (i, correlation) in correlations.iter().enumerate() {
+            let (atom, magnitude) = (first + i, correlation.abs());
+            if magnitude > best.1 && !chosen.contains(&(atom as u16)) {
+                best = (atom, magnitude);
             }
         }
         best
@@ -463,6 +540,10 @@ struct Workspace {
     candidates: Vec<u32>,
     /// Parts of one atom along the directions before it.
     along: Vec<f32>,
+    /// Correlations of the added atoms with one residual.
+    added: Vec<f32>,
+    /// One added atom, `[m]`.
+    widened: Vec<f32>,
 }
 
 thread_local! {
@@ -472,7 +553,7 @@ thread_local! {
 impl Workspace {
     /// Room for a block of `b` vectors; what is there is of no meaning.
     fn make_room(&mut self, pursuit: &Pursuit<'_>, b: usize) {
-        let m = pursuit.dictionary.head_dim();
+        let m = pursuit.atoms.head_dim();
         let s = pursuit.sparsity;
         let room = |numbers: &mut Vec<f32>, count: usize| {
             numbers.resize(numbers.len().max(count), 0.0);
@@ -480,7 +561,7 @@ impl Workspace {
         room(&mut self.residuals, b * m);
         room(
             &mut self.correlations,
-            b * pursuit.dictionary.rounded().room(),
+            b * pursuit.atoms.dictionary().rounded().room(),
         );
         room(&mut self.directions, b * s * m);
         room(&mut self.triangles, b * s * s);
