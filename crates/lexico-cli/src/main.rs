@@ -7,6 +7,7 @@ mod export;
 mod import;
 mod inspect;
 mod interrupt;
+mod measure;
 mod memory;
 mod model;
 mod run;
@@ -34,6 +35,8 @@ enum Command {
     Run(run::Run),
     /// Learn a model's dictionaries from text
     Train(train::Train),
+    /// Measure what coding each head costs with dictionaries made without it, as imported ones
+    Measure(measure::Measure),
     /// Compare cache methods on a task
     Eval(eval::Eval),
     /// Measure speed
@@ -111,6 +114,7 @@ fn work(arguments: Arguments) -> anyhow::Result<()> {
         Command::Bench(bench) => bench.run(),
         Command::Encode(encode) => encode.run(),
         Command::Decode(decode) => decode.run(),
+        Command::Measure(measure) => measure.run(),
         Command::Import(import) => import.run(),
         Command::Export(export) => export.run(),
         Command::Inspect(inspect) => inspect.run(),

@@ -275,7 +275,7 @@ impl Train {
 }
 
 /// Says which files of folders and data sets are not read.
-fn note_skipped(files: &[String]) {
+pub(crate) fn note_skipped(files: &[String]) {
     const MOST: usize = 8;
     if files.is_empty() {
         return;
@@ -289,7 +289,7 @@ fn note_skipped(files: &[String]) {
 }
 
 /// One bar for the reading, one for all dictionaries.
-struct Progress {
+pub(crate) struct Progress {
     dictionaries: usize,
     /// Steps done of each dictionary at work.
     steps: BTreeMap<(usize, &'static str), usize>,
@@ -298,7 +298,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(layers: usize) -> Self {
+    pub(crate) fn new(layers: usize) -> Self {
         Self {
             dictionaries: 2 * layers,
             steps: BTreeMap::new(),
@@ -307,7 +307,7 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, step: TrainProgress) {
+    pub(crate) fn show(&mut self, step: TrainProgress) {
         match step {
             TrainProgress::Reading { tokens, total } => {
                 let bar = self.bar.get_or_insert_with(|| {
@@ -359,7 +359,7 @@ impl Progress {
         }
     }
 
-    fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.abandon();
         }

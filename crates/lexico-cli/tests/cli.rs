@@ -709,6 +709,65 @@ fn train_writes_a_dictionary_that_run_takes() {
 }
 
 #[test]
+fn measure_adds_losses_to_imported_dictionaries() {
+    let folder = tempfile::tempdir().unwrap();
+    let [pt, plain, out, corpus] = ["d.pt", "plain.safetensors", "d.safetensors", "corpus.txt"]
+        .map(|name| folder.path().join(name));
+    write_corpus(&corpus);
+    let own = tiny_file("dictionary.safetensors");
+    for arguments in [
+        ["export", path(&own), "--out", path(&pt)],
+        ["import", path(&pt), "--out", path(&plain)],
+    ] {
+        let output = run(&arguments);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    let measured = "lexico:allocation=measured,sparsity=6";
+    let refused = fails(
+        1,
+        &[
+            "run",
+            "--dictionary",
+            path(&plain),
+            "--cache",
+            measured,
+            "x",
+        ],
+    );
+    assert!(refused.contains("lexico measure"), "{refused}");
+    let limits = ["--context", "96", "--tokens", "4000"];
+    for from in [&plain, &pt] {
+        let corpus = ["--corpus", path(&corpus), "--out", path(&out)];
+        let output = run(&[&["measure", path(from)], &corpus[..], &limits].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let layers = &json(&["inspect", path(&out), "--json"])["layers"];
+        let sparsities = |layer: &Value, part: &str| -> Vec<u64> {
+            let heads = layer[part]["sparsities"].as_array().unwrap();
+            heads.iter().map(|s| s.as_u64().unwrap()).collect()
+        };
+        let mut all = Vec::new();
+        for layer in layers.as_array().unwrap() {
+            all.extend(sparsities(layer, "keys"));
+            all.extend(sparsities(layer, "values"));
+        }
+        assert_eq!((all.len(), all.iter().sum::<u64>()), (16, 16 * 8));
+        assert!(all.iter().any(|&s| s != 8), "{all:?}");
+    }
+    run(&["run", "--dictionary", path(&out), "--cache", measured, "x"]);
+    let one = ["measure", path(&out), "--corpus", path(&corpus)];
+    let same = fails(1, &[&one[..], &["--out", path(&out)]].concat());
+    assert!(same.contains("d.safetensors"), "{same}");
+    let short = fails(
+        1,
+        &[&one[..], &["--context", "1", "--out", path(&pt)]].concat(),
+    );
+    assert!(
+        short.contains("--context 1") || short.contains("d.pt"),
+        "{short}"
+    );
+}
+
+#[test]
 fn every_learner_and_recipe_trains_and_is_compared() {
     let folder = tempfile::tempdir().unwrap();
     let corpus = folder.path().join("corpus.txt");

@@ -52,7 +52,7 @@ pub struct LexicoSettings {
 /// extension lives and ends with the cache, like its codes: a session that reads its text anew adds atoms anew.
 pub struct LexicoCache {
     dictionaries: Arc<DictionarySet>,
-    settings: LexicoSettings,
+    settings: Arc<LexicoSettings>,
     layers: Vec<Layer>,
     /// The model's sliding window.
     sliding_window: Option<usize>,
@@ -155,7 +155,7 @@ impl LexicoCache {
         }
         Ok(Self {
             dictionaries,
-            settings,
+            settings: Arc::new(settings),
             layers,
             sliding_window: config.window,
             positions: 0,
@@ -285,7 +285,7 @@ impl LexicoCache {
         let batch = self.settings.batch;
         let codes = self.aside.then(|| {
             let dictionaries = Arc::clone(&self.dictionaries);
-            let settings = self.settings.clone();
+            let settings = Arc::clone(&self.settings);
             let m = dictionaries.layers[layer].keys.head_dim();
             let (keys, values) = self.layers[layer].read(0, batch, None, m);
             let added = self.layers[layer].added.clone();

@@ -216,7 +216,8 @@ fn sparsities(
             return Err(refused("allocation", reason));
         }
         Some("measured") if losses.is_none() => {
-            let reason = "these dictionaries were made without measuring losses; `lexico train` measures them";
+            let reason =
+                "these dictionaries were made without measuring losses; `lexico measure` adds them";
             return Err(refused("allocation", reason));
         }
         Some("same") => None,
@@ -436,7 +437,7 @@ mod tests {
         for (text, losses, words) in [
             ("lexico:sparsity=7.25", None, "whole"),
             ("lexico:sparsity=7.25,allocation=same", some, "whole"),
-            ("lexico:allocation=measured", None, "lexico train"),
+            ("lexico:allocation=measured", None, "lexico measure"),
             ("lexico:allocation=measured,key-sparsity=3", some, "alone"),
             ("lexico:sparsity=0.5", some, "from 1"),
             ("lexico:sparsity=NaN", some, "from 1"),

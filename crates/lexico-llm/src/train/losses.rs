@@ -2,14 +2,16 @@
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::{CodingLosses, LayerDictionaries, LayerLosses};
-use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, DictionarySet, Pursuit};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::reading::JUDGED_WINDOWS;
 use super::state::State;
 use super::{OnProgress, TrainProgress, go_on};
 use crate::cache::{Footprint, KvCache, Step};
 use crate::config::Config;
+use crate::corpus::Corpus;
 use crate::decoder::{Logits, Sequence};
 use crate::error::Result;
 use crate::model::Model;
@@ -41,7 +43,7 @@ pub(super) fn coding_losses(
     layers: &[LayerDictionaries],
     windows: &[Vec<u32>],
     tokens: usize,
-    state: &State,
+    state: Option<&State>,
     progress: &mut OnProgress<'_>,
 ) -> Result<CodingLosses> {
     let config = model.decoder.config();
@@ -51,11 +53,16 @@ pub(super) fn coding_losses(
     let worth = tokens / SHARE / cases;
     let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
     let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
-    let mut measured: Measured = state.load_json(FILE)?.unwrap_or_default();
+    let before = state.map(|state| state.load_json(FILE)).transpose()?;
+    let mut measured: Measured = before.flatten().unwrap_or_default();
     measured.sums.resize(cases, 0.0);
     let total = windows.len() * cases;
-    for window in windows.iter().skip(measured.windows) {
-        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(most));
+    for (number, window) in windows.iter().enumerate().skip(measured.windows) {
+        // Contexts of all lengths: heads matter more in some than in others.
+        let length = window.len() * (number + 1) / windows.len();
+        let window = &window[..length.max(2)];
+        let predicted = (window.len() / 4).clamp(1, most);
+        let (before, predicted) = window.split_at(window.len() - predicted);
         let mut past = Past::new(config);
         let mut sequences = [Sequence {
             tokens: before,
@@ -88,7 +95,9 @@ pub(super) fn coding_losses(
         }
         measured.windows += 1;
         measured.predictions += predicted.len();
-        state.save_json(FILE, &measured)?;
+        if let Some(state) = state {
+            state.save_json(FILE, &measured)?;
+        }
     }
     let count = measured.predictions.max(1) as f64;
     let losses: Vec<f32> = measured.sums.iter().map(|s| (s / count) as f32).collect();
@@ -102,6 +111,28 @@ pub(super) fn coding_losses(
         layers: layers.collect(),
         sparsities,
     })
+}
+
+/// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`,
+/// and puts it into them. `tokens` are about as many as the model takes, `context` of them in a window.
+///
+/// # Errors
+/// [`lexico::Error::OtherModel`](::lexico::Error::OtherModel), those of [`Corpus::windows`], and
+/// [`lexico::Error::Interrupted`](::lexico::Error::Interrupted) where `progress` broke off.
+pub fn measure_losses(
+    model: &Model,
+    corpus: &Corpus,
+    dictionaries: &mut DictionarySet,
+    (tokens, context): (usize, usize),
+    progress: &mut OnProgress<'_>,
+) -> Result<()> {
+    dictionaries.check_fits(&model.identity())?;
+    let windows = corpus.windows(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
+    let windows = windows.collect::<Result<Vec<_>>>()?;
+    let layers = &dictionaries.layers;
+    let losses = coding_losses(model, layers, &windows, tokens * SHARE, None, progress)?;
+    dictionaries.training.losses = Some(losses);
+    Ok(())
 }
 
 /// The largest sparsity that a layer's dictionaries allow.

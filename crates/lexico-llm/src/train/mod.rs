@@ -25,6 +25,7 @@ use crate::model::Model;
 use reading::read;
 use state::State;
 
+pub use losses::measure_losses;
 pub use measure::AttentionErrors;
 pub use state::{StateOptions, remove_state};
 
@@ -241,7 +242,7 @@ pub fn train(
     }
     let sparsity = options.learn.sparsity;
     let (windows, tokens) = (reading.judged(), reading.tokens());
-    let losses = losses::coding_losses(model, &layers, windows, tokens, &state, progress)?;
+    let losses = losses::coding_losses(model, &layers, windows, tokens, Some(&state), progress)?;
     let attention = measure::attention_errors(model, &layers, sparsity, reading.judged())?;
     let dictionaries = DictionarySet {
         layers,

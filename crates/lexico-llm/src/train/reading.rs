@@ -25,7 +25,7 @@ const HELD_OUT: usize = 20;
 /// Vectors that a dictionary is judged on at the most.
 const HELD_OUT_VECTORS: usize = 4096;
 /// Held-out windows that the model reads again in the end, its keys and values coded.
-const JUDGED_WINDOWS: usize = 16;
+pub(super) const JUDGED_WINDOWS: usize = 16;
 
 /// How far reading has come.
 #[derive(Default, Serialize, Deserialize)]
