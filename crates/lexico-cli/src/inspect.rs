@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use lexico::DictionarySet;
 use lexico::code::{self, CodeFile};
-use lexico::dictionary::{self, LayerSparsities, MOST_ALLOCATED};
+use lexico::dictionary::{self, LayerSparsities};
 use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
 use lexico_llm::config::Config;
@@ -65,9 +65,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let (model, training) = (&set.model, &set.training);
     let errors = |l: usize| training.relative_error.get(l);
     let number = |e: Option<f32>| e.map_or("-".to_owned(), |e| format!("{e:.4}"));
-    let losses = training.losses.as_ref();
-    let most = MOST_ALLOCATED.min(model.head_dim);
-    let allocation = losses.map(|losses| losses.allocate(training.sparsity as f64, most));
+    let allocation = set.allocate(training.sparsity as f64);
     let own = |l: usize, part: fn(&LayerSparsities) -> &Vec<usize>| {
         let layer = allocation.as_ref().map(|layers| part(&layers[l]));
         let text = |heads: &Vec<usize>| {

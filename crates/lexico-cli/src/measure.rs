@@ -27,7 +27,7 @@ pub(crate) struct Measure {
     /// The dictionary file to write: the same dictionaries, with the losses
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Tokens that the model may take in all, about
+    /// Tokens that the model may take in all, about; at least 32 for each head and sparsity
     #[arg(long, default_value_t = TrainOptions::default().tokens / 4, value_name = "N")]
     tokens: usize,
     /// Most tokens that the model sees at once
@@ -38,6 +38,7 @@ pub(crate) struct Measure {
 impl Measure {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
+        model::make_own_folder(&self.out)?;
         ui::check_dictionary_out(&self.out, &inputs)?;
         ui::check_out(&self.out, &[&self.file])?;
         let corpus = Corpus::open(
@@ -65,6 +66,8 @@ impl Measure {
         progress.finish();
         measured.with_context(|| format!("nothing was written to {}", self.out.display()))?;
         dictionaries.save(&self.out)?;
+        // Whatever came while the file was written came too late.
+        interrupt::forget();
         ui::note(&format!(
             "{}: the dictionaries of {} and what coding each head costs; `lexico inspect` shows which get how many atoms",
             self.out.display(),

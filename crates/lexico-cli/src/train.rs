@@ -127,7 +127,7 @@ impl Train {
         )?;
         ui::check_out(&self.out, &corpus.files())?;
         if let Some(vectors) = &self.keep_vectors {
-            ui::check_out(vectors, &corpus.files())?;
+            ui::check_vectors_out(vectors, &self.out, &corpus.files())?;
         }
         note_skipped(corpus.skipped());
         let started = Instant::now();

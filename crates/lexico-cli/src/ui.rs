@@ -107,6 +107,29 @@ pub(crate) fn check_dictionary_out(out: &Path, inputs: &[&Path]) -> anyhow::Resu
     Ok(())
 }
 
+/// As [`check_out`], for the vectors of a training whose dictionaries go to `dictionary`: of files with tensors only
+/// earlier vectors are replaced.
+pub(crate) fn check_vectors_out(
+    out: &Path,
+    dictionary: &Path,
+    inputs: &[&Path],
+) -> anyhow::Result<()> {
+    check_out(out, inputs)?;
+    if out == dictionary {
+        bail!("--keep-vectors and --out are both {}", out.display());
+    }
+    if let Ok(there) = TensorFile::open(out) {
+        let vectors = there.names().iter().all(|name| name.starts_with("layers."));
+        if !vectors || there.metadata().contains_key("format") {
+            bail!(
+                "{} is there and holds no vectors of a training; name another --keep-vectors",
+                out.display()
+            );
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn bytes(count: usize) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     let mut value = count as f64;

@@ -369,12 +369,12 @@ fn bad_prompts_models_and_caches_fail_clearly() {
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=0", "x"],
-            "to the head dim, 64",
+            "from 1 to 64",
         ),
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=65", "x"],
-            "to the head dim, 64",
+            "from 1 to 64",
         ),
         (
             2,
@@ -522,7 +522,7 @@ fn vectors_that_cannot_be_coded_fail_clearly() {
     let good = ["--tensor", "layers.0.keys", "--out", path(&out)];
     for (more, word) in [
         (vec!["--sparsity", "0"], "between 1 and 64"),
-        (vec!["--sparsity", "65"], "to the head dim, 64"),
+        (vec!["--sparsity", "65"], "from 1 to 64"),
         (vec!["--sparsity", "some"], "some"),
         (vec!["--sparsity", "4", "--tolerance", "2"], "tolerance 2"),
     ] {
@@ -716,10 +716,17 @@ fn measure_adds_losses_to_imported_dictionaries() {
     write_corpus(&corpus);
     let own = tiny_file("dictionary.safetensors");
     for arguments in [
-        ["export", path(&own), "--out", path(&pt)],
-        ["import", path(&pt), "--out", path(&plain)],
+        &["export", path(&own), "--out", path(&pt)][..],
+        &[
+            "import",
+            path(&pt),
+            "--model",
+            "tiny",
+            "--out",
+            path(&plain),
+        ],
     ] {
-        let output = run(&arguments);
+        let output = run(arguments);
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
     let measured = "lexico:allocation=measured,sparsity=6";

@@ -44,7 +44,7 @@ pub struct LexicoSettings {
 /// In decode positions leave the window in batches, each layer at its own steps, so that no token pays for all
 /// layers. A batch is coded while the next tokens are decoded where there are cores that decoding does not use,
 /// and in between where there are none; until a step that only the layer decides it is attended to as dense. Results
-/// depend neither on timing nor on the number of threads.
+/// depend neither on timing nor, but for the order of sums over long contexts, on the number of threads.
 ///
 /// With `adaptive` atoms the session adds vectors that miss the tolerance to its own extension of each
 /// dictionary, shared by a layer's heads, until that is full; see [`AdaptivePursuit`] for the order. What a
@@ -121,6 +121,18 @@ impl LexicoCache {
                 option: "batch",
                 value: "0".to_owned(),
                 reason: "at least one position leaves the window at once".to_owned(),
+            });
+        }
+        let of_shape = |layer: &LayerSparsities| {
+            layer.keys.len() == config.kv_heads && layer.values.len() == config.kv_heads
+        };
+        let sparsities = &settings.sparsities;
+        if sparsities.len() != config.layers || !sparsities.iter().all(of_shape) {
+            return Err(Error::OptionValue {
+                method: "lexico",
+                option: "sparsity",
+                value: format!("{sparsities:?}"),
+                reason: "one for every head of every layer is needed".to_owned(),
             });
         }
         let part = |sparsity: usize, dictionary: &Dictionary| -> Result<Part> {
@@ -277,7 +289,7 @@ impl LexicoCache {
     /// layer at its own: a token then waits for few.
     fn due(&self, layer: usize) -> usize {
         let batch = self.settings.batch;
-        batch / 4 + layer * (batch / 2) / self.layers.len()
+        batch / 4 + layer.saturating_mul(batch / 2) / self.layers.len()
     }
 
     /// Hands the window's oldest positions over to be coded.
@@ -344,7 +356,7 @@ impl LexicoCache {
             head.keys.window.extend(keys);
             head.values.window.extend(values);
         }
-        let full = self.settings.window + self.settings.batch;
+        let full = self.settings.window.saturating_add(self.settings.batch);
         if self.layers[layer].leaving.is_none() && self.layers[layer].window() >= full {
             self.begin(layer);
         }

@@ -3,7 +3,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ::lexico::attention::NumberType;
-use ::lexico::dictionary::{LayerSparsities, MOST_ALLOCATED};
+use ::lexico::dictionary::LayerSparsities;
 use ::lexico::{CoefficientFormat, DictionarySet};
 
 use super::{FullCache, KvCache, LexicoCache, LexicoSettings};
@@ -197,9 +197,10 @@ fn sparsities(
         Some(_) => spec.number("sparsity")?,
         None => dictionaries.training.sparsity as f64,
     };
-    let most = context.config.head_dim as f64;
-    if !(1.0..=most).contains(&mean) {
-        let reason = format!("it must be from 1 to the head dim, {most}");
+    let most = dictionaries.most_nonzeros();
+    if !(1.0..=most as f64).contains(&mean) {
+        let reason =
+            format!("it must be from 1 to {most}, the head dim or the atoms of a dictionary");
         return Err(refused("sparsity", &reason));
     }
     let part = |option| match spec.given(option) {
@@ -209,7 +210,7 @@ fn sparsities(
     let (keys, values) = (part("key-sparsity")?, part("value-sparsity")?);
     let by_part = keys.is_some() || values.is_some();
     let losses = dictionaries.training.losses.as_ref();
-    let losses = match spec.given("allocation") {
+    let allocated = match spec.given("allocation") {
         Some("measured") if by_part => {
             let reason =
                 "the measured losses decide between keys and values too; give sparsity alone";
@@ -221,11 +222,11 @@ fn sparsities(
             return Err(refused("allocation", reason));
         }
         Some("same") => None,
-        _ => losses.filter(|_| !by_part),
+        _ if by_part => None,
+        _ => dictionaries.allocate(mean),
     };
-    if let Some(losses) = losses {
-        let most = MOST_ALLOCATED.min(context.config.head_dim);
-        return Ok(losses.allocate(mean, most));
+    if let Some(allocated) = allocated {
+        return Ok(allocated);
     }
     if mean.fract() != 0.0 {
         let reason = "sparsities that are the same for all heads are whole numbers";
@@ -429,8 +430,8 @@ mod tests {
             ("lexico:sparsity=7,allocation=same", some, 7.0),
             ("lexico:key-sparsity=9,value-sparsity=4", some, 6.5),
             ("lexico:value-sparsity=4", some, 5.0),
-            // As many as the heads can have.
-            ("lexico:sparsity=64", some, 32.0),
+            ("lexico:sparsity=40.5", some, 40.5),
+            ("lexico:sparsity=64", some, 64.0),
         ] {
             assert_eq!(mean(text, losses), Ok(expected), "{text}");
         }

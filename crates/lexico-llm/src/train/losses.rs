@@ -1,5 +1,8 @@
 //! What coding the keys or the values of one KV head costs the model's predictions.
 
+use std::ops::ControlFlow;
+use std::time::Instant;
+
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::{CodingLosses, LayerDictionaries, LayerLosses};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, DictionarySet, Pursuit};
@@ -8,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::reading::JUDGED_WINDOWS;
 use super::state::State;
-use super::{OnProgress, TrainProgress, go_on};
+use super::{OnProgress, PARTS, TrainProgress, go_on};
 use crate::cache::{Footprint, KvCache, Step};
 use crate::config::Config;
 use crate::corpus::Corpus;
@@ -21,10 +24,10 @@ use crate::threads::CandleThreads;
 const SPARSITIES: [usize; 6] = [1, 2, 4, 8, 12, 16];
 /// Fewest and most tokens of a window whose predictions are looked at; all before them is coded.
 const PREDICTED: (usize, usize) = (16, 128);
-/// Fewest windows to look at.
+/// Fewest windows to look at, where there are so many.
 const WINDOWS: usize = 2;
-/// Losses may take the model as many tokens as this share of those it learned from.
-const SHARE: usize = 4;
+/// Shorter windows say nothing.
+const SHORTEST: usize = 8;
 /// The state's file of what was measured.
 pub(super) const FILE: &str = "losses";
 
@@ -33,11 +36,14 @@ pub(super) const FILE: &str = "losses";
 struct Measured {
     windows: usize,
     predictions: usize,
+    /// Cases of the next window that were looked at.
+    cases: usize,
     /// Of every layer, part, head and sparsity in turn.
     sums: Vec<f64>,
 }
 
-/// Measures on `windows`, one after another, as many as the `tokens` that the model learned from make worth it.
+/// Measures on `windows`, one after another, as far as `tokens` for the model to take go, but on two of 16 predictions
+/// at the least. `None` where the dictionaries are too small for several sparsities, or the windows too short.
 pub(super) fn coding_losses(
     model: &Model,
     layers: &[LayerDictionaries],
@@ -45,24 +51,28 @@ pub(super) fn coding_losses(
     tokens: usize,
     state: Option<&State>,
     progress: &mut OnProgress<'_>,
-) -> Result<CodingLosses> {
+) -> Result<Option<CodingLosses>> {
     let config = model.decoder.config();
     let possible = |s: &usize| layers.iter().all(|layer| most_nonzeros(layer) >= *s);
     let sparsities: Vec<usize> = SPARSITIES.into_iter().filter(possible).collect();
-    let cases = layers.len() * 2 * config.kv_heads * sparsities.len();
-    let worth = tokens / SHARE / cases;
+    let windows: Vec<&Vec<u32>> = windows.iter().filter(|w| w.len() >= SHORTEST).collect();
+    if sparsities.len() < 2 || windows.is_empty() {
+        return Ok(None);
+    }
+    let count = layers.len() * 2 * config.kv_heads * sparsities.len();
+    let worth = tokens / count;
     let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
     let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
-    let before = state.map(|state| state.load_json(FILE)).transpose()?;
-    let mut measured: Measured = before.flatten().unwrap_or_default();
-    measured.sums.resize(cases, 0.0);
-    let total = windows.len() * cases;
+    let saved = state.map(|state| state.load_json(FILE)).transpose()?;
+    let mut measured: Measured = saved.flatten().unwrap_or_default();
+    measured.sums.resize(count, 0.0);
+    let save = |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(FILE, measured));
+    let mut last_saved = Instant::now();
     for (number, window) in windows.iter().enumerate().skip(measured.windows) {
         // Contexts of all lengths: heads matter more in some than in others.
         let length = window.len() * (number + 1) / windows.len();
-        let window = &window[..length.max(2)];
-        let predicted = (window.len() / 4).clamp(1, most);
-        let (before, predicted) = window.split_at(window.len() - predicted);
+        let window = &window[..length.max(SHORTEST)];
+        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(most));
         let mut past = Past::new(config);
         let mut sequences = [Sequence {
             tokens: before,
@@ -71,52 +81,62 @@ pub(super) fn coding_losses(
         model.decoder.forward(&mut sequences, Logits::Last)?;
         past.reading = false;
         let reference = log_probabilities(model, &mut past, predicted)?;
-        let mut sums = measured.sums.iter_mut();
-        let mut done = measured.windows * cases;
-        for (layer, dictionaries) in layers.iter().enumerate() {
-            for (part, dictionary) in [&dictionaries.keys, &dictionaries.values]
-                .into_iter()
-                .enumerate()
-            {
-                for head in 0..config.kv_heads {
-                    for &sparsity in &sparsities {
-                        let rows = past.coded(layer, head, part, dictionary, sparsity)?;
-                        past.changed = Some((layer, head, part, rows));
-                        let coded = log_probabilities(model, &mut past, predicted)?;
-                        past.changed = None;
-                        if let Some(sum) = sums.next() {
-                            *sum += divergence(&reference, &coded);
-                        }
-                        done += 1;
-                        go_on(progress(TrainProgress::Measuring { done, total }))?;
-                    }
-                }
+        for case in measured.cases..count {
+            let (place, sparsity) = (case / sparsities.len(), sparsities[case % sparsities.len()]);
+            let (head, part) = (place % config.kv_heads, place / config.kv_heads % 2);
+            let layer = place / config.kv_heads / 2;
+            let own = &layers[layer];
+            let dictionary = [&own.keys, &own.values][part];
+            let rows = past.coded(layer, head, part, dictionary, sparsity)?;
+            past.changed = Some((layer, head, part, rows));
+            let coded = log_probabilities(model, &mut past, predicted)?;
+            past.changed = None;
+            let sum = divergence(&reference, &coded);
+            if !sum.is_finite() {
+                let part = PARTS[part];
+                let reason =
+                    format!("with the {part} of layer {layer} coded the model predicts no numbers");
+                return Err(::lexico::Error::Learn(reason).into());
             }
+            measured.sums[case] += sum;
+            measured.cases += 1;
+            let flow = progress(TrainProgress::Measuring {
+                done: number * count + measured.cases,
+                total: windows.len() * count,
+            });
+            let due = state.is_some_and(|state| last_saved.elapsed() >= state.every());
+            if due || flow == ControlFlow::Break(()) {
+                save(&measured)?;
+                last_saved = Instant::now();
+            }
+            go_on(flow)?;
         }
         measured.windows += 1;
+        measured.cases = 0;
         measured.predictions += predicted.len();
-        if let Some(state) = state {
-            state.save_json(FILE, &measured)?;
-        }
+        save(&measured)?;
     }
-    let count = measured.predictions.max(1) as f64;
-    let losses: Vec<f32> = measured.sums.iter().map(|s| (s / count) as f32).collect();
+    let predictions = measured.predictions.max(1) as f64;
+    let losses = measured.sums.iter().map(|s| (s / predictions) as f32);
+    let losses: Vec<f32> = losses.collect();
     let mut heads = losses.chunks_exact(sparsities.len()).map(<[f32]>::to_vec);
     let mut take = || heads.by_ref().take(config.kv_heads).collect();
     let layers = layers.iter().map(|_| LayerLosses {
         keys: take(),
         values: take(),
     });
-    Ok(CodingLosses {
+    Ok(Some(CodingLosses {
         layers: layers.collect(),
         sparsities,
-    })
+    }))
 }
 
 /// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`,
-/// and puts it into them. `tokens` are about as many as the model takes, `context` of them in a window.
+/// and puts it into them. `tokens` are about as many as the model takes, but at least 32 for each head's keys and
+/// values at each of up to six sparsities; a window has `context`.
 ///
 /// # Errors
+/// [`lexico::Error::Learn`](::lexico::Error::Learn) where there is too little text, or the model predicts no numbers,
 /// [`lexico::Error::OtherModel`](::lexico::Error::OtherModel), those of [`Corpus::windows`], and
 /// [`lexico::Error::Interrupted`](::lexico::Error::Interrupted) where `progress` broke off.
 pub fn measure_losses(
@@ -130,8 +150,13 @@ pub fn measure_losses(
     let windows = corpus.windows(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
     let windows = windows.collect::<Result<Vec<_>>>()?;
     let layers = &dictionaries.layers;
-    let losses = coding_losses(model, layers, &windows, tokens * SHARE, None, progress)?;
-    dictionaries.training.losses = Some(losses);
+    let losses = coding_losses(model, layers, &windows, tokens, None, progress)?;
+    let too_small = || {
+        ::lexico::Error::Learn(format!(
+            "there is nothing to measure: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed"
+        ))
+    };
+    dictionaries.training.losses = Some(losses.ok_or_else(too_small)?);
     Ok(())
 }
 
@@ -163,10 +188,11 @@ fn divergence(reference: &[Vec<f32>], coded: &[Vec<f32>]) -> f64 {
             let (p, q) = (f64::from(p), f64::from(q));
             p.exp() * (p - q)
         });
-        // Rounding may bring it below zero.
-        terms.sum::<f64>().max(0.0)
+        terms.sum::<f64>()
     };
-    reference.iter().zip(coded).map(of_one).sum()
+    // Rounding may bring it below zero; what is no number stays none.
+    let sum: f64 = reference.iter().zip(coded).map(of_one).sum();
+    if sum < 0.0 { 0.0 } else { sum }
 }
 
 /// Keys and values of a window's beginning, which what follows attends to again and again.

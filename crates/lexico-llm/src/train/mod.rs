@@ -241,9 +241,12 @@ pub fn train(
         });
     }
     let sparsity = options.learn.sparsity;
-    let (windows, tokens) = (reading.judged(), reading.tokens());
+    // Measuring may take the model as many tokens as this share of those that it read.
+    let tokens = reading.tokens() / 4;
+    let windows = reading.judged();
     let losses = losses::coding_losses(model, &layers, windows, tokens, Some(&state), progress)?;
-    let attention = measure::attention_errors(model, &layers, sparsity, reading.judged())?;
+    let attention =
+        measure::attention_errors(model, &layers, sparsity, &windows[..windows.len().min(2)])?;
     let dictionaries = DictionarySet {
         layers,
         model: model.identity(),
@@ -253,7 +256,7 @@ pub fn train(
             tokens: reading.tokens(),
             relative_error: errors,
             tool: program(),
-            losses: Some(losses),
+            losses,
         },
     };
     Ok(Trained {

@@ -266,3 +266,28 @@ pub(super) fn damaged(path: &Path) -> Error {
     let reason = "it is damaged or cut short; remove the folder of the state and train anew";
     refused(path, reason.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_come_back_as_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = StateOptions {
+            folder: folder.path().join("state"),
+            ..StateOptions::default()
+        };
+        let settings: Map<String, Value> = (1..200)
+            .map(|i| {
+                (
+                    format!("rate {i}"),
+                    Value::from(f64::from(i as f32 / 1000.0)),
+                )
+            })
+            .collect();
+        let state = State::open(&options, &settings).unwrap();
+        let there: Map<String, Value> = state.load_json(SETTINGS).unwrap().unwrap();
+        assert_eq!(differences(&there, &settings), Vec::<String>::new());
+    }
+}

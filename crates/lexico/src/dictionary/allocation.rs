@@ -45,8 +45,9 @@ impl LayerSparsities {
     }
 }
 
-/// The most atoms that a head is usually given: more are slower to attend to, and other heads gain more.
-pub const MOST_ALLOCATED: usize = 32;
+/// The most atoms that a head is given where the mean is below: more are slower to attend to, and other heads gain
+/// more.
+pub(super) const MOST_ALLOCATED: usize = 32;
 
 /// The mean sparsity over the least that a head is given.
 const LEAST: f64 = 3.0;
@@ -93,9 +94,8 @@ impl CodingLosses {
     ///
     /// Losses in between are interpolated, their logarithms linearly in the sparsity. Atoms go one
     /// after another to where the loss falls most, which is the best there is for convex losses (Fox, 1966); others are
-    /// replaced by their convex hulls. `O(heads · most²)`, and the number of heads for each atom.
-    #[must_use]
-    pub fn allocate(&self, mean: f64, most: usize) -> Vec<LayerSparsities> {
+    /// replaced by their convex hulls. `O(heads · (most² + most · log heads))`.
+    pub(super) fn allocate(&self, mean: f64, most: usize) -> Vec<LayerSparsities> {
         let heads = self
             .layers
             .iter()
@@ -105,14 +105,18 @@ impl CodingLosses {
         let least = ((mean / LEAST).ceil() as usize).clamp(1, most);
         let mut sparsities = vec![least; gains.len()];
         let total = (mean * gains.len() as f64 + 1e-6) as usize;
-        for _ in least * gains.len()..total {
-            let gain = |i: usize| gains[i].get(sparsities[i] - 1).copied();
-            let open = (0..gains.len()).filter(|&i| gain(i).is_some());
-            let value = |i: usize| gain(i).unwrap_or_default();
-            let Some(best) = open.max_by(|&a, &b| value(a).total_cmp(&value(b))) else {
-                break;
-            };
-            sparsities[best] += 1;
+        // All gains that can be had, the largest first: a head's own fall, so that they come in order.
+        let open = gains.iter().enumerate().flat_map(|(head, gains)| {
+            let more = gains.iter().skip(least - 1);
+            more.map(move |&gain| (gain, head))
+        });
+        let mut open: Vec<(f64, usize)> = open.collect();
+        open.sort_by(|a, b| b.0.total_cmp(&a.0));
+        for (_, head) in open
+            .into_iter()
+            .take(total.saturating_sub(least * gains.len()))
+        {
+            sparsities[head] += 1;
         }
         let mut rest = sparsities.into_iter();
         let mut take = |count: usize| rest.by_ref().take(count).collect();

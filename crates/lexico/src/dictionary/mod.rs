@@ -4,7 +4,7 @@ mod allocation;
 mod extension;
 mod set;
 
-pub use allocation::{CodingLosses, LayerLosses, LayerSparsities, MOST_ALLOCATED};
+pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use extension::{Atoms, Extension};
 pub use set::{
     DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,

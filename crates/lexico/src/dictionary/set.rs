@@ -4,7 +4,8 @@ use std::path::Path;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::{CodingLosses, Dictionary};
+use super::allocation::MOST_ALLOCATED;
+use super::{CodingLosses, Dictionary, LayerSparsities};
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
@@ -222,6 +223,23 @@ impl DictionarySet {
             return differ("rotary embedding", &text(&own.rotary), &text(&model.rotary));
         }
         Ok(())
+    }
+
+    /// The largest sparsity that all dictionaries allow.
+    pub fn most_nonzeros(&self) -> usize {
+        let atoms = self
+            .layers
+            .iter()
+            .flat_map(|layer| [layer.keys.len(), layer.values.len()]);
+        atoms.min().unwrap_or(0).min(self.model.head_dim)
+    }
+
+    /// Sparsities of all heads' keys and values whose mean is at most `mean`, by what coding each of them costs;
+    /// `None` where that was not measured.
+    pub fn allocate(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
+        let most = MOST_ALLOCATED.max(mean.ceil() as usize);
+        let losses = self.training.losses.as_ref()?;
+        Some(losses.allocate(mean, most.min(self.most_nonzeros())))
     }
 
     /// Bytes held by all dictionaries.
