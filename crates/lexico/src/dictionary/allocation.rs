@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// A loss is the mean KL divergence of the next token's distribution, in nats, from that of the same
 /// model without codes, on text that no dictionary learned from. Heads differ by orders of magnitude in it,
-/// and small losses of several heads add up as if each came alone: so [`CodingLosses::allocate`] can give atoms
+/// and small losses of several heads add up as if each came alone: so [`DictionarySet::allocate`](super::DictionarySet::allocate) can give atoms
 /// to where they count.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CodingLosses {
