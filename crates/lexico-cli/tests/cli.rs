@@ -522,7 +522,7 @@ fn vectors_that_cannot_be_coded_fail_clearly() {
     let good = ["--tensor", "layers.0.keys", "--out", path(&out)];
     for (more, word) in [
         (vec!["--sparsity", "0"], "between 1 and 64"),
-        (vec!["--sparsity", "65"], "from 1 to 64"),
+        (vec!["--sparsity", "65"], "between 1 and 64"),
         (vec!["--sparsity", "some"], "some"),
         (vec!["--sparsity", "4", "--tolerance", "2"], "tolerance 2"),
     ] {
