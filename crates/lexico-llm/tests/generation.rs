@@ -299,7 +299,7 @@ fn impossible_cache_settings_are_refused() {
     let model = Model::tiny().unwrap();
     for (spec, word) in [
         ("lexico:sparsity=0", "sparsity=0"),
-        ("lexico:sparsity=65", "from 1 from 1 to 64"),
+        ("lexico:sparsity=65", "from 1 to 64"),
         ("lexico:tolerance=1", "tolerance 1"),
         ("lexico:tolerance=nan", "tolerance"),
         ("lexico:batch=0", "batch"),
