@@ -2,6 +2,7 @@
 
 mod bench;
 mod codes;
+mod corpus;
 mod eval;
 mod export;
 mod import;
@@ -36,6 +37,8 @@ enum Command {
     /// Learn a model's dictionaries from text
     Train(train::Train),
     /// Measure what coding each head costs with dictionaries made without it, as imported ones
+    ///
+    /// Best on texts that the dictionaries have not seen.
     Measure(measure::Measure),
     /// Compare cache methods on a task
     Eval(eval::Eval),

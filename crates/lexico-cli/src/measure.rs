@@ -1,12 +1,12 @@
-use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use lexico_llm::Quantize;
 use lexico_llm::train::{TrainOptions, measure_losses};
-use lexico_llm::{Corpus, Quantize};
 
-use crate::train::{Progress, note_skipped};
+use crate::corpus::CorpusArguments;
+use crate::train::Progress;
 use crate::{interrupt, model, ui};
 
 #[derive(Args)]
@@ -17,13 +17,8 @@ pub(crate) struct Measure {
     /// org/name[@revision][/file.gguf] on the hub
     #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     model: String,
-    /// Texts to measure on, best such that the dictionaries have not seen: as for `lexico train`
-    #[arg(long, required = true, num_args = 1.., value_name = "PATH|hf://SET|-")]
-    corpus: Vec<PathBuf>,
-    /// The field of an object in .jsonl and .json, or the column in .parquet, that holds the text
-    /// [default: text]; where it is named, stdin is read as .jsonl
-    #[arg(long, value_name = "NAME")]
-    field: Option<String>,
+    #[command(flatten)]
+    corpus: CorpusArguments,
     /// The dictionary file to write: the same dictionaries, with the losses
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
@@ -37,17 +32,8 @@ pub(crate) struct Measure {
 
 impl Measure {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
-        model::make_own_folder(&self.out)?;
-        ui::check_dictionary_out(&self.out, &inputs)?;
         ui::check_out(&self.out, &[&self.file])?;
-        let corpus = Corpus::open(
-            &self.corpus,
-            self.field.as_deref(),
-            std::io::stderr().is_terminal(),
-        )?;
-        ui::check_out(&self.out, &corpus.files())?;
-        note_skipped(corpus.skipped());
+        let corpus = self.corpus.open_for(&self.out)?;
         let model = model::load_model(&self.model, Quantize::None)?;
         let config = model.decoder.config();
         let context = self.context.min(config.context);

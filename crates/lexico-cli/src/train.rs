@@ -1,17 +1,17 @@
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
 use lexico::learn::{LearnMethod, LearnOptions};
+use lexico_llm::Quantize;
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
-use lexico_llm::{Corpus, Quantize};
 use serde_json::json;
 
+use crate::corpus::CorpusArguments;
 use crate::{interrupt, model, ui};
 
 #[derive(Args)]
@@ -20,15 +20,8 @@ pub(crate) struct Train {
     /// org/name[@revision][/file.gguf] on the hub
     #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     model: String,
-    /// Texts to learn from: plain text, .jsonl, .json or .parquet, a folder of such files,
-    /// hf://datasets/ORG/NAME[@REVISION][/PATH] on the hub, or - for stdin; `*` in PATH stands for
-    /// any characters, as in train-*.parquet
-    #[arg(long, required = true, num_args = 1.., value_name = "PATH|hf://SET|-")]
-    corpus: Vec<PathBuf>,
-    /// The field of an object in .jsonl and .json, or the column in .parquet, that holds the text
-    /// [default: text]; where it is named, stdin is read as .jsonl
-    #[arg(long, value_name = "NAME")]
-    field: Option<String>,
+    #[command(flatten)]
+    corpus: CorpusArguments,
     /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
     atoms: usize,
@@ -117,19 +110,10 @@ impl From<Method> for LearnMethod {
 
 impl Train {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
-        model::make_own_folder(&self.out)?;
-        ui::check_dictionary_out(&self.out, &inputs)?;
-        let corpus = Corpus::open(
-            &self.corpus,
-            self.field.as_deref(),
-            std::io::stderr().is_terminal(),
-        )?;
-        ui::check_out(&self.out, &corpus.files())?;
+        let corpus = self.corpus.open_for(&self.out)?;
         if let Some(vectors) = &self.keep_vectors {
             ui::check_vectors_out(vectors, &self.out, &corpus.files())?;
         }
-        note_skipped(corpus.skipped());
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;
         interrupt::listen()?;
@@ -272,20 +256,6 @@ impl Train {
             trained.vectors
         ))
     }
-}
-
-/// Says which files of folders and data sets are not read.
-pub(crate) fn note_skipped(files: &[String]) {
-    const MOST: usize = 8;
-    if files.is_empty() {
-        return;
-    }
-    let named = files[..files.len().min(MOST)].join(", ");
-    let more = if files.len() > MOST { " and more" } else { "" };
-    ui::note(&format!(
-        "skipped, as their names are of no text ({}): {named}{more}",
-        files.len()
-    ));
 }
 
 /// One bar for the reading, one for all dictionaries.

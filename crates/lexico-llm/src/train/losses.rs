@@ -53,7 +53,7 @@ pub(super) fn coding_losses(
     progress: &mut OnProgress<'_>,
 ) -> Result<Option<CodingLosses>> {
     let config = model.decoder.config();
-    let possible = |s: &usize| layers.iter().all(|layer| most_nonzeros(layer) >= *s);
+    let possible = |s: &usize| layers.iter().all(|layer| layer.most_nonzeros() >= *s);
     let sparsities: Vec<usize> = SPARSITIES.into_iter().filter(possible).collect();
     let windows: Vec<&Vec<u32>> = windows.iter().filter(|w| w.len() >= SHORTEST).collect();
     if sparsities.len() < 2 || windows.is_empty() {
@@ -158,15 +158,6 @@ pub fn measure_losses(
     };
     dictionaries.training.losses = Some(losses.ok_or_else(too_small)?);
     Ok(())
-}
-
-/// The largest sparsity that a layer's dictionaries allow.
-fn most_nonzeros(layer: &LayerDictionaries) -> usize {
-    layer
-        .keys
-        .head_dim()
-        .min(layer.keys.len())
-        .min(layer.values.len())
 }
 
 /// What the model says after each of `tokens`, `[tokens][vocabulary]`.

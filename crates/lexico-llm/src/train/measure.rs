@@ -2,7 +2,7 @@
 
 use ::lexico::attention::NumberType;
 use ::lexico::dictionary::LayerDictionaries;
-use ::lexico::{Dictionary, Pursuit};
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use candle_core::Tensor;
 
 use super::check_finite;
@@ -11,6 +11,8 @@ use crate::decoder::{Logits, Sequence};
 use crate::error::Result;
 use crate::model::Model;
 
+/// Windows that are looked at, at the most.
+const WINDOWS: usize = 2;
 /// Queries of a head and window that are looked at.
 const QUERIES: usize = 64;
 
@@ -25,7 +27,7 @@ pub struct AttentionErrors {
     pub output: f64,
 }
 
-/// Runs `windows` through the model once more, coding every key and value.
+/// Runs the first of `windows` through the model once more, coding every key and value.
 pub(super) fn attention_errors(
     model: &Model,
     layers: &[LayerDictionaries],
@@ -34,7 +36,7 @@ pub(super) fn attention_errors(
 ) -> Result<Vec<AttentionErrors>> {
     let config = model.decoder.config();
     let mut sums = vec![Sums::default(); layers.len()];
-    for window in windows {
+    for window in windows.iter().take(WINDOWS) {
         let mut cache = Measured {
             cache: FullCache::new(config, NumberType::F32),
             layers,
@@ -115,17 +117,13 @@ struct Measured<'a> {
 impl Measured<'_> {
     /// The vectors as their codes have them.
     fn coded(&self, dictionary: &Dictionary, vectors: &[f32]) -> Result<Vec<f32>> {
-        let codes = Pursuit::new(dictionary, self.sparsity)?.encode(vectors)?;
-        let mut coded = vec![0.0; vectors.len()];
-        for (v, x) in coded.chunks_exact_mut(dictionary.head_dim()).enumerate() {
-            let (indices, coefficients) = codes.row(v);
-            for (&i, &c) in indices.iter().zip(coefficients) {
-                for (x, &atom) in x.iter_mut().zip(dictionary.atom(usize::from(i))) {
-                    *x += c * atom;
-                }
-            }
-        }
-        Ok(coded)
+        let mut codes = Codes::new(CodeFormat {
+            sparsity: self.sparsity,
+            variable: false,
+            coefficients: CoefficientFormat::F32,
+        })?;
+        codes.extend(&Pursuit::new(dictionary, self.sparsity)?.encode(vectors)?);
+        Ok(codes.decode(dictionary)?)
     }
 }
 

@@ -245,8 +245,7 @@ pub fn train(
     let tokens = reading.tokens() / 4;
     let windows = reading.judged();
     let losses = losses::coding_losses(model, &layers, windows, tokens, Some(&state), progress)?;
-    let attention =
-        measure::attention_errors(model, &layers, sparsity, &windows[..windows.len().min(2)])?;
+    let attention = measure::attention_errors(model, &layers, sparsity, windows)?;
     let dictionaries = DictionarySet {
         layers,
         model: model.identity(),

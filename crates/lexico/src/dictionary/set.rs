@@ -78,6 +78,14 @@ pub struct LayerDictionaries {
     pub values: Dictionary,
 }
 
+impl LayerDictionaries {
+    /// The largest sparsity that both dictionaries allow.
+    pub fn most_nonzeros(&self) -> usize {
+        let most = |dictionary: &Dictionary| dictionary.head_dim().min(dictionary.len());
+        most(&self.keys).min(most(&self.values))
+    }
+}
+
 /// The dictionaries of every layer of one model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DictionarySet {
@@ -227,11 +235,8 @@ impl DictionarySet {
 
     /// The largest sparsity that all dictionaries allow.
     pub fn most_nonzeros(&self) -> usize {
-        let atoms = self
-            .layers
-            .iter()
-            .flat_map(|layer| [layer.keys.len(), layer.values.len()]);
-        atoms.min().unwrap_or(0).min(self.model.head_dim)
+        let layers = self.layers.iter().map(LayerDictionaries::most_nonzeros);
+        layers.min().unwrap_or(0)
     }
 
     /// Sparsities of all heads' keys and values whose mean is at most `mean`, by what coding each of them costs;
