@@ -5,7 +5,7 @@
 mod common;
 
 use common::{drawn_vectors, random_dictionary};
-use lexico::attention::{DenseRows, Head, NumberType, Source, attend, attend_heads};
+use lexico::attention::{DenseRows, Head, NumberType, Positions, Source, attend, attend_heads};
 use lexico::dictionary::{Atoms, Extension};
 use lexico::pursuit::AdaptivePursuit;
 use lexico::threads::{Rayon, Threads};
@@ -197,6 +197,45 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
             for (split, whole) in attend_on(threads).iter().zip(&whole) {
                 assert!((split - whole).abs() <= 1e-5, "{split} for {whole}");
             }
+        }
+    }
+}
+
+/// Positions that are turned back into vectors: held as f32 and halved, to see that they are read.
+struct Halved<'a>(&'a [f32], &'a [f32], usize);
+
+impl Positions for Halved<'_> {
+    fn len(&self) -> usize {
+        self.0.len() / self.2
+    }
+
+    fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        let range = first * self.2..(first + count) * self.2;
+        keys.extend(self.0[range.clone()].iter().map(|x| x / 2.0));
+        values.extend(self.1[range].iter().map(|x| x / 2.0));
+    }
+}
+
+proptest! {
+    #[test]
+    fn decoded_positions_are_attended_to_like_dense_ones(
+        m in 1usize..40, group in 1usize..9, past in 0usize..700, t in 1usize..5,
+        sliding in proptest::option::of(1usize..900), seed: u64,
+    ) {
+        let drawn = |salt, n: usize| drawn_vectors(seed ^ salt, n, m);
+        let (queries, keys, values) = (drawn(1, group * t), drawn(2, past + t), drawn(3, past + t));
+        let halved = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| x * 2.0).collect() };
+        let (past_keys, past_values) = (halved(&keys[..past * m]), halved(&values[..past * m]));
+        let positions = Halved(&past_keys, &past_values, m);
+        let sources = [
+            Source::Decoded(&positions),
+            Source::Causal { keys: &keys[past * m..], values: &values[past * m..] },
+        ];
+        let mut out = vec![0.0; queries.len()];
+        attend(&queries, m, t, sliding, &sources, &mut out);
+        let expected = dense_attention(&queries, m, t, sliding, &keys, &values);
+        for (a, b) in out.iter().zip(expected) {
+            prop_assert!((f64::from(*a) - b).abs() <= 1e-4 * (1.0 + b.abs()), "{a} for {b}");
         }
     }
 }

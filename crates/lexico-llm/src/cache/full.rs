@@ -1,9 +1,30 @@
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use candle_core::Tensor;
 
+use super::method::{Method, NUMBER_TYPES, option};
 use super::{Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::Result;
+
+pub(super) static METHOD: Method = Method {
+    name: "full",
+    summary: "every key and value dense",
+    needs_dictionaries: false,
+    options: &[option("dense", NUMBER_TYPES, "f16", "numbers")],
+    build: |spec, context| {
+        let number_type = spec.number_type("dense");
+        Ok(Box::new(FullCache::new(context.config, number_type)))
+    },
+    bytes: |spec, context, lengths| {
+        let bytes = context.config.fp16_cache_bytes(lengths.end) as f64;
+        Ok(match spec.number_type("dense") {
+            NumberType::F16 => bytes,
+            NumberType::F32 => 2.0 * bytes,
+        })
+    },
+    // What all others are compared with.
+    settings: |_, _| Vec::new(),
+};
 
 /// The uncompressed cache: every key and value dense, in f16 unless asked otherwise.
 pub struct FullCache {

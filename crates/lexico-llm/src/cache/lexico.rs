@@ -8,10 +8,195 @@ use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
-use super::{Footprint, KvCache, Step, outside_window};
+use super::method::{CacheContext, Method, NUMBER_TYPES, Values, option};
+use super::{CacheSpec, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::threads::{CandleThreads, cores_to_spare};
+
+pub(super) static METHOD: Method = Method {
+    name: "lexico",
+    summary: "sparse codes over the model's dictionaries, the newest positions dense",
+    needs_dictionaries: true,
+    options: &[
+        option(
+            "sparsity",
+            Values::Number,
+            "as trained",
+            "nonzeros of keys and values, on average",
+        ),
+        option(
+            "key-sparsity",
+            Values::Count,
+            "sparsity",
+            "nonzeros of a key",
+        ),
+        option(
+            "value-sparsity",
+            Values::Count,
+            "sparsity",
+            "nonzeros of a value",
+        ),
+        option(
+            "allocation",
+            Values::OneOf(&["measured", "same"]),
+            "measured, where it was",
+            "which heads get the nonzeros",
+        ),
+        option(
+            "tolerance",
+            Values::Number,
+            "0",
+            "relative error that needs no more nonzeros",
+        ),
+        option(
+            "fit",
+            Values::OneOf(&["unbiased", "least-squares"]),
+            "unbiased",
+            "coefficients that keep scores, or vectors, nearest",
+        ),
+        option(
+            "adaptive",
+            Values::Count,
+            "0",
+            "atoms that a session may add to each dictionary for vectors that miss the tolerance",
+        ),
+        option(
+            "window",
+            Values::Count,
+            "128",
+            "newest positions, kept dense",
+        ),
+        option(
+            "batch",
+            Values::Count,
+            "16",
+            "positions that leave the window at once",
+        ),
+        option(
+            "coefficients",
+            Values::OneOf(&["i8", "f8", "f32"]),
+            "i8",
+            "numbers of the codes",
+        ),
+        option("dense", NUMBER_TYPES, "f16", "numbers of the window"),
+    ],
+    build: |spec, context| {
+        let dictionaries = needed(context)?;
+        let settings = settings(spec, context, dictionaries)?;
+        let cache = LexicoCache::new(context.config, dictionaries.clone(), settings)?;
+        Ok(Box::new(cache))
+    },
+    bytes: |spec, context, lengths| {
+        let dictionaries = needed(context)?;
+        let settings = settings(spec, context, dictionaries)?;
+        Ok(settings.bytes(context.config, lengths.end))
+    },
+    settings: |context, budget| {
+        let Some(dictionaries) = context.dictionaries else {
+            return Vec::new();
+        };
+        let window = budget.window(context.config);
+        let measured = dictionaries.training.losses.is_some();
+        let steps = if measured { 4 } else { 1 };
+        let most = dictionaries.most_nonzeros() * steps;
+        let sparsities = (steps..=most).rev().map(|step| step as f64 / steps as f64);
+        sparsities
+            .map(|sparsity| {
+                vec![
+                    ("window", window.to_string()),
+                    ("batch", (window / 16).to_string()),
+                    ("sparsity", sparsity.to_string()),
+                ]
+            })
+            .collect()
+    },
+};
+
+fn needed<'a>(context: &CacheContext<'a>) -> Result<&'a Arc<DictionarySet>> {
+    context.dictionaries.ok_or_else(|| Error::NoDictionary {
+        method: "lexico",
+        model: context.model.to_owned(),
+    })
+}
+
+fn settings(
+    spec: &CacheSpec,
+    context: &CacheContext<'_>,
+    dictionaries: &DictionarySet,
+) -> Result<LexicoSettings> {
+    Ok(LexicoSettings {
+        sparsities: sparsities(spec, context, dictionaries)?,
+        tolerance: spec.number("tolerance")?,
+        unbiased: spec.text("fit") == "unbiased",
+        adaptive: spec.number("adaptive")?,
+        window: spec.number("window")?,
+        batch: spec.number("batch")?,
+        coefficients: match spec.text("coefficients") {
+            "f32" => CoefficientFormat::F32,
+            "f8" => CoefficientFormat::F8,
+            _ => CoefficientFormat::I8,
+        },
+        dense: spec.number_type("dense"),
+    })
+}
+
+/// The sparsities of every layer and head that the options ask for.
+fn sparsities(
+    spec: &CacheSpec,
+    context: &CacheContext<'_>,
+    dictionaries: &DictionarySet,
+) -> Result<Vec<LayerSparsities>> {
+    let refused = |option: &'static str, reason: &str| Error::OptionValue {
+        method: "lexico",
+        option,
+        value: spec.text(option).to_owned(),
+        reason: reason.to_owned(),
+    };
+    let mean: f64 = match spec.given("sparsity") {
+        Some(_) => spec.number("sparsity")?,
+        None => dictionaries.training.sparsity as f64,
+    };
+    let most = dictionaries.most_nonzeros();
+    if !(1.0..=most as f64).contains(&mean) {
+        let reason =
+            format!("it must be from 1 to {most}, the head dim or the atoms of a dictionary");
+        return Err(refused("sparsity", &reason));
+    }
+    let part = |option| match spec.given(option) {
+        Some(_) => spec.number(option).map(Some),
+        None => Ok(None),
+    };
+    let (keys, values) = (part("key-sparsity")?, part("value-sparsity")?);
+    let by_part = keys.is_some() || values.is_some();
+    let losses = dictionaries.training.losses.as_ref();
+    let allocated = match spec.given("allocation") {
+        Some("measured") if by_part => {
+            let reason =
+                "the measured losses decide between keys and values too; give sparsity alone";
+            return Err(refused("allocation", reason));
+        }
+        Some("measured") if losses.is_none() => {
+            let reason =
+                "these dictionaries were made without measuring losses; `lexico measure` adds them";
+            return Err(refused("allocation", reason));
+        }
+        Some("same") => None,
+        _ if by_part => None,
+        _ => dictionaries.allocate(mean),
+    };
+    if let Some(allocated) = allocated {
+        return Ok(allocated);
+    }
+    if mean.fract() != 0.0 {
+        let reason = "sparsities that are the same for all heads are whole numbers";
+        return Err(refused("sparsity", reason));
+    }
+    let mean = mean as usize;
+    let (keys, values) = (keys.unwrap_or(mean), values.unwrap_or(mean));
+    let each = LayerSparsities::same(context.config.kv_heads, keys, values);
+    Ok(vec![each; context.config.layers])
+}
 
 /// Settings of [`LexicoCache`].
 #[derive(Debug, Clone, PartialEq)]
@@ -192,6 +377,28 @@ impl Part {
 }
 
 impl LexicoSettings {
+    /// Bytes of a cache of `positions`, about: sessions that add atoms are counted as if they added none.
+    fn bytes(&self, config: &Config, positions: usize) -> f64 {
+        // Batches leave whole, and each layer at its own step.
+        let dense = positions.min(self.window + self.batch / 2) as f64;
+        let coded = positions as f64 - dense;
+        let coefficient = match self.coefficients {
+            CoefficientFormat::F32 => 4,
+            CoefficientFormat::F8 | CoefficientFormat::I8 => 1,
+        };
+        let heads = self
+            .sparsities
+            .iter()
+            .flat_map(|l| l.keys.iter().chain(&l.values));
+        let code: usize = heads.map(|s| s * (2 + coefficient) + 1).sum();
+        let number = match self.dense {
+            NumberType::F16 => 2,
+            NumberType::F32 => 4,
+        };
+        let row = 2 * config.layers * config.kv_heads * config.head_dim * number;
+        coded * code as f64 + dense * row as f64
+    }
+
     fn pursuit<'d>(
         &self,
         dictionary: &'d Dictionary,
@@ -477,6 +684,8 @@ impl KvCache for LexicoCache {
 
 #[cfg(test)]
 mod tests {
+    use ::lexico::dictionary::{CodingLosses, LayerLosses};
+
     use super::*;
     use crate::decoder::{Logits, Sequence};
     use crate::model::Model;
@@ -539,5 +748,87 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    /// The mean sparsity of all heads that a spec asks for, or what it is refused with.
+    fn mean(text: &str, losses: Option<&CodingLosses>) -> std::result::Result<f64, String> {
+        let model = crate::Model::tiny().unwrap();
+        let config = model.decoder.config();
+        let mut dictionaries = (**model.dictionaries.as_ref().unwrap()).clone();
+        dictionaries.training.losses = losses.cloned();
+        dictionaries.training.sparsity = 6;
+        let dictionaries = Arc::new(dictionaries);
+        let context = CacheContext {
+            model: "tiny",
+            config,
+            dictionaries: Some(&dictionaries),
+        };
+        let spec: CacheSpec = text.parse().unwrap();
+        spec.build(&context).map_err(|e| e.to_string())?;
+        let layers = sparsities(&spec, &context, &dictionaries).unwrap();
+        let heads = layers.iter().flat_map(|l| l.keys.iter().chain(&l.values));
+        let count = 2 * config.layers * config.kv_heads;
+        Ok(heads.sum::<usize>() as f64 / count as f64)
+    }
+
+    #[test]
+    fn sparsities_follow_the_losses_where_there_are_any() {
+        let layer = LayerLosses {
+            keys: vec![vec![1.0, 0.1], vec![0.1, 0.01]],
+            values: vec![vec![0.1, 0.001], vec![0.001, 0.0001]],
+        };
+        let losses = CodingLosses {
+            sparsities: vec![2, 8],
+            layers: vec![layer; 4],
+        };
+        let some = Some(&losses);
+        for (text, losses, expected) in [
+            ("lexico", None, 6.0),
+            ("lexico", some, 6.0),
+            ("lexico:sparsity=7.25", some, 7.25),
+            ("lexico:sparsity=7,allocation=measured", some, 7.0),
+            ("lexico:sparsity=7,allocation=same", some, 7.0),
+            ("lexico:key-sparsity=9,value-sparsity=4", some, 6.5),
+            ("lexico:value-sparsity=4", some, 5.0),
+            ("lexico:sparsity=40.5", some, 40.5),
+            ("lexico:sparsity=64", some, 64.0),
+        ] {
+            assert_eq!(mean(text, losses), Ok(expected), "{text}");
+        }
+        for (text, losses, words) in [
+            ("lexico:sparsity=7.25", None, "whole"),
+            ("lexico:sparsity=7.25,allocation=same", some, "whole"),
+            ("lexico:allocation=measured", None, "lexico measure"),
+            ("lexico:allocation=measured,key-sparsity=3", some, "alone"),
+            ("lexico:sparsity=0.5", some, "from 1"),
+            ("lexico:sparsity=NaN", some, "from 1"),
+            ("lexico:sparsity=65", some, "64"),
+            ("lexico:key-sparsity=0", some, "sparsity"),
+        ] {
+            let refused = mean(text, losses).unwrap_err();
+            assert!(refused.contains(words), "{text}: {refused}");
+        }
+    }
+
+    #[test]
+    fn what_is_unknown_is_named_with_what_there_is() {
+        let refused = |text: &str| text.parse::<CacheSpec>().unwrap_err().to_string();
+        for (text, words) in [
+            ("kivvy", vec!["kivvy", "lexico", "full"]),
+            ("", vec!["\"\"", "lexico"]),
+            ("lexico:sparsty=3", vec!["sparsty", "sparsity", "window"]),
+            ("full:dense", vec!["key=value"]),
+            ("full:dense=f16,dense=f32", vec!["twice"]),
+            ("full:dense=f64", vec!["dense=f64", "f16, f32"]),
+            ("lexico:sparsity=many", vec!["sparsity=many", "number"]),
+            ("lexico:window=-1", vec!["window=-1", "whole number"]),
+            ("lexico:tolerance=x", vec!["tolerance=x", "number"]),
+        ] {
+            let message = refused(text);
+            assert!(
+                words.iter().all(|w| message.contains(w)),
+                "{text}: {message}"
+            );
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod full;
 mod lexico;
+mod method;
 mod spec;
 
 use ::lexico::attention::{Head, Source, attend_heads};
@@ -9,7 +10,8 @@ use candle_core::{DType, Device, Tensor};
 
 pub use full::FullCache;
 pub use lexico::{LexicoCache, LexicoSettings};
-pub use spec::{CacheContext, CacheSpec, METHODS, Method, MethodOption, Values};
+pub use method::{Budget, CacheContext, Lengths, Method, MethodOption, Values};
+pub use spec::{CacheSpec, METHODS};
 
 use crate::error::Result;
 use crate::threads::CandleThreads;

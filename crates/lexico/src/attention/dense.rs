@@ -3,7 +3,7 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::RunningSoftmax;
+use super::{Positions, RunningSoftmax};
 use crate::arch::dense::{MOST_GROUP, Rows, combine, dots};
 use crate::arch::matmul::{Matrix, multiply};
 
@@ -151,6 +151,29 @@ pub(super) fn add_few(
     }
 }
 
+/// As [`add_few`], of positions that are turned back into vectors.
+pub(super) fn add_few_decoded(
+    softmax: &mut RunningSoftmax,
+    queries: &[f32],
+    positions: Range<usize>,
+    decoded: &dyn Positions,
+) {
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for first in positions.clone().step_by(BLOCK) {
+        let count = BLOCK.min(positions.end - first);
+        keys.clear();
+        values.clear();
+        decoded.read(first, count, &mut keys, &mut values);
+        add_rows(
+            softmax,
+            queries,
+            Rows::F32(&keys),
+            Rows::F32(&values),
+            count,
+        );
+    }
+}
+
 /// Adds the one position that the queries themselves are at.
 pub(super) fn add_own(softmax: &mut RunningSoftmax, queries: &[f32], key: &[f32], value: &[f32]) {
     assert_eq!(key.len(), value.len(), "one value a key");
@@ -172,24 +195,22 @@ fn add_rows(
     combine(weights, values, m, group, &mut softmax.output);
 }
 
-/// Adds dense positions; `queries` `[rows, m]` are scaled already and do not see the first
-/// `hidden[row]` positions.
+/// Adds `len` positions, which `read` appends as vectors; `queries` `[rows, m]` are scaled already and do not see the
+/// first `hidden[row]` of them.
 pub(super) fn add(
     softmax: &mut RunningSoftmax,
     queries: &[f32],
     hidden: &[usize],
-    keys: &DenseRows,
-    values: &DenseRows,
+    len: usize,
+    read: impl Fn(usize, usize, &mut Vec<f32>, &mut Vec<f32>),
 ) {
-    assert_eq!(keys.len(), values.len(), "one value a key");
     let (mut key_block, mut value_block) = (Vec::new(), Vec::new());
     let unseen = hidden.iter().min().copied().unwrap_or(0);
-    for first in (unseen..keys.len()).step_by(BLOCK) {
-        let count = BLOCK.min(keys.len() - first);
+    for first in (unseen..len).step_by(BLOCK) {
+        let count = BLOCK.min(len - first);
         key_block.clear();
         value_block.clear();
-        keys.read(first, count, &mut key_block);
-        values.read(first, count, &mut value_block);
+        read(first, count, &mut key_block, &mut value_block);
         let sees = |row: usize, i: usize| first + i >= hidden[row];
         add_block(softmax, queries, &key_block, &value_block, sees);
     }

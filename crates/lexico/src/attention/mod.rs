@@ -38,6 +38,9 @@ pub enum Source<'a> {
         /// Values.
         values: &'a DenseRows,
     },
+    /// Positions in a form of their own, all of them before every query; turned back into vectors, some at a time,
+    /// as they are attended to.
+    Decoded(&'a dyn Positions),
     /// The queries' own positions, `[t, m]`: query `i` of `t` sees the first `i + 1`.
     Causal {
         /// Keys.
@@ -47,12 +50,27 @@ pub enum Source<'a> {
     },
 }
 
+/// Keys and values in a form that is turned back into vectors to attend to them.
+pub trait Positions: Sync {
+    /// Positions held.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Appends the keys and the values, `[count, m]` each, of `count` positions from `first` on.
+    fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>);
+}
+
 impl Source<'_> {
     /// Positions.
     fn len(&self, head_dim: usize) -> usize {
         match self {
             Source::Codes { keys, .. } => keys.len(),
             Source::Dense { keys, .. } => keys.len(),
+            Source::Decoded(positions) => positions.len(),
             Source::Causal { keys, .. } => keys.len() / head_dim,
         }
     }
@@ -259,6 +277,9 @@ fn attend_part(
                 Source::Dense { keys, values } => {
                     dense::add_few(softmax, queries, range, keys, values);
                 }
+                Source::Decoded(positions) => {
+                    dense::add_few_decoded(softmax, queries, range, positions);
+                }
                 Source::Causal { keys, values } => {
                     assert_eq!(keys.len(), m, "one new position");
                     if !range.is_empty() {
@@ -319,7 +340,18 @@ fn attend_many(
                 );
             }
             Source::Dense { keys, values } => {
-                dense::add(&mut softmax, &queries, &hidden, keys, values);
+                assert_eq!(keys.len(), values.len(), "one value a key");
+                let read = |first, count, key_block: &mut _, value_block: &mut _| {
+                    keys.read(first, count, key_block);
+                    values.read(first, count, value_block);
+                };
+                dense::add(&mut softmax, &queries, &hidden, keys.len(), read);
+            }
+            Source::Decoded(positions) => {
+                let read = |first, count, keys: &mut _, values: &mut _| {
+                    positions.read(first, count, keys, values);
+                };
+                dense::add(&mut softmax, &queries, &hidden, positions.len(), read);
             }
             Source::Causal { keys, values } => {
                 dense::add_causal(&mut softmax, &queries, &hidden, &own, keys, values);
