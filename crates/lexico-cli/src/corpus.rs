@@ -27,9 +27,15 @@ impl CorpusArguments {
         let inputs: Vec<&Path> = self.corpus.iter().map(PathBuf::as_path).collect();
         model::make_own_folder(out)?;
         ui::check_dictionary_out(out, &inputs)?;
+        let corpus = self.open()?;
+        ui::check_out(out, &corpus.files())?;
+        Ok(corpus)
+    }
+
+    /// Opens the texts, and says which files are not read.
+    pub(crate) fn open(&self) -> anyhow::Result<Corpus> {
         let terminal = std::io::stderr().is_terminal();
         let corpus = Corpus::open(&self.corpus, self.field.as_deref(), terminal)?;
-        ui::check_out(out, &corpus.files())?;
         note_skipped(corpus.skipped());
         Ok(corpus)
     }

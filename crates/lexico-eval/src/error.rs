@@ -1,3 +1,5 @@
+use std::path::PathBuf;
+
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -10,6 +12,14 @@ pub enum Error {
         /// The line, from 1.
         line: usize,
         /// What is wrong with it.
+        reason: String,
+    },
+    /// A report's folder, or a file in it, cannot be used.
+    #[error("{path}: {reason}", path = path.display())]
+    Report {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is wrong with it, and what helps.
         reason: String,
     },
     /// Settings that no run can meet.

@@ -3,22 +3,30 @@
 //!
 //! ```
 //! use std::ops::ControlFlow;
-//! use lexico_eval::tasks::problems::{ProblemOptions, Problems};
+//! use lexico_eval::evaluation::{EvaluateOptions, evaluate};
+//! use lexico_eval::questions::{AskOptions, Asked};
+//! use lexico_eval::tasks::problems::Problems;
 //! use lexico_llm::Model;
 //!
 //! let model = Model::tiny()?;
-//! let problems = Problems::tiny()?;
-//! let options = ProblemOptions { items: 1, ..Default::default() };
-//! let run = problems.run(&model, &"full".parse()?, &options, &mut |_| ControlFlow::Continue(()))?;
-//! assert_eq!(run.items.len(), 1);
-//! assert!((0.9..1.2).contains(&run.share));
+//! let task = Asked::new(&model, Problems::new(1)?, AskOptions::default())?;
+//! let caches = ["lexico:sparsity=16,window=16".parse()?];
+//! let options = EvaluateOptions { items: 1, ..Default::default() };
+//! let results = evaluate(&task, &model, &caches, &options, None, &mut |_| ControlFlow::Continue(()))?;
+//! assert_eq!(results.runs[0].cache, "full");
+//! assert!(results.runs[1].share < 0.6);
 //! # Ok::<(), lexico_eval::Error>(())
 //! ```
 
 pub mod dictionary;
 mod error;
+pub mod evaluation;
 pub mod learning;
 pub mod plot;
+pub mod questions;
+pub mod report;
+pub mod statistics;
+pub mod task;
 pub mod tasks;
 
 pub use error::{Error, Result};

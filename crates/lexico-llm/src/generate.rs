@@ -1,13 +1,14 @@
 //! Generation: prefill, then token after token.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
 use crate::cache::KvCache;
 use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::sample::Sampler;
+use crate::sample::{Sampler, Sampling};
+use crate::tokenizer::TextStream;
 
 /// Settings of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
@@ -93,75 +94,194 @@ pub fn generate(
     options: &GenerateOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let context = model.decoder.config().context.min(options.context);
-    let mut stop = StopFilter::new(&options.stop);
-    let mut stream = model.tokenizer.stream();
-    let mut generated = Generated {
-        text: String::new(),
-        tokens: Vec::new(),
-        finish: Finish::MaxTokens,
-        prefill: Duration::ZERO,
-        decode: Duration::ZERO,
-    };
-    if cache.len() + prompt.len() > context {
-        return Err(Error::ContextFull {
-            wanted: cache.len() + prompt.len(),
-            context,
-        });
-    }
-    if prompt.is_empty() {
-        return Err(Error::EmptyPrompt);
-    }
+    let mut writing = Writing::new(model, cache.len(), prompt, options)?;
     sampler.see(prompt);
-    let started = Instant::now();
-    let mut next = prompt.to_vec();
-    while generated.tokens.len() < options.max_tokens {
-        if cache.len() + next.len() > context {
-            generated.finish = Finish::ContextFull;
-            break;
-        }
+    while writing.goes_on(cache.len()) {
         let mut sequences = [Sequence {
-            tokens: &next,
+            tokens: &writing.next,
             cache: &mut *cache,
         }];
         let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
         let token = sampler.draw(logits.squeeze(0)?.to_vec1()?)?;
-        if generated.tokens.is_empty() {
-            generated.prefill = started.elapsed();
-        }
-        generated.tokens.push(token);
-        next = vec![token];
-        let ended = !options.ignore_end && model.end_tokens.contains(&token);
-        let piece = if ended {
-            String::new()
-        } else {
-            stream.push(token)?
-        };
-        let sure = stop.push(&piece);
-        generated.text.push_str(&sure);
+        let sure = writing.take(token)?;
         let flow = on_text(&sure);
-        if ended {
-            generated.finish = Finish::End;
-            break;
-        }
-        if stop.found {
-            generated.finish = Finish::Stop;
-            break;
-        }
-        if flow.is_break() {
-            generated.finish = Finish::Interrupted;
-            break;
+        if writing.finish.is_none() && flow.is_break() {
+            writing.finish = Some(Finish::Interrupted);
         }
     }
-    generated.decode = started.elapsed() - generated.prefill;
-    let mut rest = stop.push(&stream.finish()?);
-    rest.push_str(&stop.finish());
+    let (generated, rest) = writing.end()?;
     if !rest.is_empty() {
-        generated.text.push_str(&rest);
         // Nothing follows that could be broken off.
         let _ = on_text(&rest);
     }
     Ok(generated)
+}
+
+/// A prompt of [`generate_batch`], and what holds its keys and values.
+pub struct Prompt<'a> {
+    /// What is added to what the cache holds.
+    pub tokens: &'a [u32],
+    /// As of [`generate`].
+    pub cache: &'a mut dyn KvCache,
+    /// When to end.
+    pub options: &'a GenerateOptions,
+}
+
+/// Generates greedily from several prompts: each is read alone, then all are decoded together, so that every reading
+/// of the weights serves all that still go on.
+///
+/// `on_step` is called after every prompt and every step, and may break off: `None` then.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_batch(
+    model: &Model,
+    prompts: &mut [Prompt<'_>],
+    on_step: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<Option<Vec<Generated>>> {
+    let mut writings = Vec::with_capacity(prompts.len());
+    for prompt in prompts.iter() {
+        writings.push(Writing::new(
+            model,
+            prompt.cache.len(),
+            prompt.tokens,
+            prompt.options,
+        )?);
+    }
+    let mut greedy = Sampler::new(Sampling::default())?;
+    let alone = (0..prompts.len()).map(|i| i..i + 1);
+    let mut readings: Vec<Range<usize>> = alone.rev().collect();
+    loop {
+        let range = readings.pop().unwrap_or(0..prompts.len());
+        let mut at_work = Vec::new();
+        let mut sequences = Vec::new();
+        let pairs = writings[range.clone()].iter_mut().zip(&mut prompts[range]);
+        for (writing, prompt) in pairs {
+            if !writing.goes_on(prompt.cache.len()) {
+                continue;
+            }
+            at_work.push(writing);
+            sequences.push(&mut *prompt.cache);
+        }
+        if at_work.is_empty() {
+            break;
+        }
+        let mut sequences: Vec<Sequence<'_>> = sequences
+            .into_iter()
+            .zip(&at_work)
+            .map(|(cache, writing)| Sequence {
+                tokens: &writing.next,
+                cache,
+            })
+            .collect();
+        let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
+        for (writing, logits) in at_work.into_iter().zip(logits.to_vec2()?) {
+            writing.take(greedy.draw(logits)?)?;
+        }
+        if on_step().is_break() {
+            return Ok(None);
+        }
+    }
+    let ended = writings.into_iter().map(|writing| Ok(writing.end()?.0));
+    ended.collect::<Result<_>>().map(Some)
+}
+
+/// A generation under way.
+struct Writing<'a> {
+    model: &'a Model,
+    options: &'a GenerateOptions,
+    context: usize,
+    stop: StopFilter<'a>,
+    stream: TextStream<'a>,
+    text: String,
+    tokens: Vec<u32>,
+    /// What the model is to read next.
+    next: Vec<u32>,
+    finish: Option<Finish>,
+    started: Instant,
+    prefill: Duration,
+}
+
+impl<'a> Writing<'a> {
+    fn new(
+        model: &'a Model,
+        held: usize,
+        prompt: &[u32],
+        options: &'a GenerateOptions,
+    ) -> Result<Self> {
+        let context = model.decoder.config().context.min(options.context);
+        if held + prompt.len() > context {
+            return Err(Error::ContextFull {
+                wanted: held + prompt.len(),
+                context,
+            });
+        }
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        Ok(Self {
+            model,
+            options,
+            context,
+            stop: StopFilter::new(&options.stop),
+            stream: model.tokenizer.stream(),
+            text: String::new(),
+            tokens: Vec::new(),
+            next: prompt.to_vec(),
+            finish: None,
+            started: Instant::now(),
+            prefill: Duration::ZERO,
+        })
+    }
+
+    /// Whether there is a next token to come, where the cache holds `held`.
+    fn goes_on(&mut self, held: usize) -> bool {
+        if self.finish.is_none() && self.tokens.len() >= self.options.max_tokens {
+            self.finish = Some(Finish::MaxTokens);
+        }
+        if self.finish.is_none() && held + self.next.len() > self.context {
+            self.finish = Some(Finish::ContextFull);
+        }
+        self.finish.is_none()
+    }
+
+    /// Takes the next token; returns the text that became certain.
+    fn take(&mut self, token: u32) -> Result<String> {
+        if self.tokens.is_empty() {
+            self.prefill = self.started.elapsed();
+        }
+        self.tokens.push(token);
+        self.next = vec![token];
+        let ended = !self.options.ignore_end && self.model.end_tokens.contains(&token);
+        let piece = if ended {
+            String::new()
+        } else {
+            self.stream.push(token)?
+        };
+        let sure = self.stop.push(&piece);
+        self.text.push_str(&sure);
+        if ended {
+            self.finish = Some(Finish::End);
+        } else if self.stop.found {
+            self.finish = Some(Finish::Stop);
+        }
+        Ok(sure)
+    }
+
+    /// What was generated, and the end of its text, which was held back until now.
+    fn end(mut self) -> Result<(Generated, String)> {
+        let decode = self.started.elapsed() - self.prefill;
+        let mut rest = self.stop.push(&self.stream.finish()?);
+        rest.push_str(&self.stop.finish());
+        let generated = Generated {
+            text: self.text + &rest,
+            tokens: self.tokens,
+            finish: self.finish.unwrap_or(Finish::MaxTokens),
+            prefill: self.prefill,
+            decode,
+        };
+        Ok((generated, rest))
+    }
 }
 
 /// Holds text back while it may be the beginning of a stop text.

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lexico::DictionarySet;
+use lexico::attention::NumberType;
 use lexico::dictionary::ModelIdentity;
 use lexico::tensor_file::TensorFile;
 
-use crate::cache::{CacheContext, CacheSpec, KvCache};
+use crate::cache::{CacheContext, CacheSpec, FullCache, KvCache};
 use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, read_required};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Logits, Sequence};
 use crate::error::{Result, io};
 use crate::gguf::GgufModel;
 use crate::tokenizer::Tokenizer;
@@ -192,6 +193,26 @@ impl Model {
         dictionaries.check_fits(&self.identity())?;
         self.dictionaries = Some(Arc::new(dictionaries));
         Ok(())
+    }
+
+    /// A checksum of what the model says after a few tokens: models of one name and shape differ in it.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::forward`].
+    pub fn fingerprint(&self) -> Result<String> {
+        let config = self.decoder.config();
+        let tokens: Vec<u32> = (0..config.vocabulary.min(8) as u32).collect();
+        let mut cache = FullCache::new(config, NumberType::F32);
+        let mut sequences = [Sequence {
+            tokens: &tokens[..tokens.len().min(config.context)],
+            cache: &mut cache,
+        }];
+        let logits = self.decoder.forward(&mut sequences, Logits::Last)?;
+        let mut hasher = crc32fast::Hasher::new();
+        for logit in logits.flatten_all()?.to_vec1::<f32>()? {
+            hasher.update(&logit.to_le_bytes());
+        }
+        Ok(format!("{:08x}", hasher.finalize()))
     }
 
     /// What a dictionary must agree with to serve this model.

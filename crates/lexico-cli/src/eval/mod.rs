@@ -1,8 +1,10 @@
 //! `lexico eval`: one file a task.
 
+mod comparison;
 mod dictionary;
 mod learning;
 mod problems;
+mod text;
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -10,6 +12,7 @@ use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use lexico::tensor_file::check_writable;
+use lexico_eval::tasks::text::TextMeasure;
 
 #[derive(Args)]
 pub(crate) struct Eval {
@@ -21,6 +24,10 @@ pub(crate) struct Eval {
 enum Task {
     /// Word problems in GSM8K's format, made for the tiny model
     Problems(problems::ProblemArguments),
+    /// How well the model predicts a text
+    Perplexity(text::TextArguments),
+    /// How far the model's predictions of a text are from those with the full cache: the sensitive measure
+    Divergence(text::TextArguments),
     /// How well dictionaries code what the model reads: texts that they were learned on, and others
     Dictionary(dictionary::DictionaryArguments),
     /// How fast trainings learned, from what `lexico train --json` printed
@@ -31,6 +38,8 @@ impl Eval {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self.task {
             Task::Problems(problems) => problems.run(),
+            Task::Perplexity(text) => text.run(TextMeasure::Perplexity),
+            Task::Divergence(text) => text.run(TextMeasure::Divergence),
             Task::Dictionary(dictionary) => dictionary.run(),
             Task::Learning(learning) => learning.run(),
         }

@@ -1,3 +1,4 @@
 //! One file a task.
 
 pub mod problems;
+pub mod text;

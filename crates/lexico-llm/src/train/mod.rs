@@ -16,10 +16,8 @@ use lexico::dictionary::{LayerDictionaries, LayerErrors, Training};
 use lexico::learn::{LearnOptions, LearnProgress};
 use serde_json::{Map, Value, json};
 
-use crate::cache::FullCache;
 use crate::config::Config;
 use crate::corpus::Corpus;
-use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result, io};
 use crate::model::Model;
 use reading::read;
@@ -290,7 +288,7 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "KV heads": identity.kv_heads,
         "head dim": identity.head_dim,
         "rotary embedding": rotary,
-        "the model's output": fingerprint(model)?,
+        "the model's output": model.fingerprint()?,
         "corpus": corpus.names(),
         "bytes of the corpus": bytes,
         "tokens": options.tokens,
@@ -312,23 +310,6 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         Value::Object(settings) => Ok(settings),
         _ => Ok(Map::new()),
     }
-}
-
-/// A checksum of what the model says after a few tokens: models of one name and shape differ in it.
-fn fingerprint(model: &Model) -> Result<String> {
-    let config = model.decoder.config();
-    let tokens: Vec<u32> = (0..config.vocabulary.min(8) as u32).collect();
-    let mut cache = FullCache::new(config, lexico::attention::NumberType::F32);
-    let mut sequences = [Sequence {
-        tokens: &tokens[..tokens.len().min(config.context)],
-        cache: &mut cache,
-    }];
-    let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
-    let mut hasher = crc32fast::Hasher::new();
-    for logit in logits.flatten_all()?.to_vec1::<f32>()? {
-        hasher.update(&logit.to_le_bytes());
-    }
-    Ok(format!("{:08x}", hasher.finalize()))
 }
 
 fn go_on(flow: ControlFlow<()>) -> Result<()> {

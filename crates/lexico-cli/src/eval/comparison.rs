@@ -1,0 +1,227 @@
+//! What all tasks that compare caches have in common: their arguments, tables and reports.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::Context;
+use clap::Args;
+use lexico_eval::evaluation::{CacheBudget, EvaluateOptions, Evaluation, Run, evaluate};
+use lexico_eval::report::folder::{PAGE, RESULTS, ReportFolder};
+use lexico_eval::task::{Measure, Task, groups};
+use lexico_llm::Model;
+use lexico_llm::cache::{CacheSpec, METHODS};
+
+use crate::model::ModelArguments;
+use crate::{interrupt, ui};
+
+#[derive(Args)]
+pub(super) struct ComparisonArguments {
+    #[command(flatten)]
+    pub(super) model: ModelArguments,
+    /// A cache method to measure, or "all" of them; may be given several times (`full` always runs first)
+    #[arg(
+        long,
+        value_name = "NAME[:key=value,...]|all",
+        default_value = "lexico"
+    )]
+    cache: Vec<CacheArgument>,
+    /// Run each cache at this size, a share of FP16 (20%) or bytes (64MiB), with the best settings that fit of those
+    /// that --cache leaves open; may be given several times
+    #[arg(long, value_name = "SHARE|SIZE")]
+    budget: Vec<CacheBudget>,
+    /// Items to run, from the first on
+    #[arg(long, value_name = "K")]
+    items: Option<usize>,
+    /// Put the items in a random order first
+    #[arg(long, value_name = "SEED")]
+    seed: Option<u64>,
+    /// Items to run together
+    #[arg(long, value_name = "K", default_value_t = EvaluateOptions::default().batch)]
+    batch_size: usize,
+    /// Write results.json and report.html to this folder; what is done is saved there on the way
+    #[arg(long, value_name = "FOLDER")]
+    report: Option<PathBuf>,
+    /// Go on with an interrupted run in the folder of --report
+    #[arg(long, requires = "report")]
+    resume: bool,
+    /// Print one JSON document instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// A cache, or all there are.
+#[derive(Clone)]
+enum CacheArgument {
+    All,
+    One(CacheSpec),
+}
+
+impl FromStr for CacheArgument {
+    type Err = lexico_llm::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        text.parse().map(Self::One)
+    }
+}
+
+impl ComparisonArguments {
+    /// Items that the user wants, else so many.
+    pub(super) fn items_or(&self, items: usize) -> usize {
+        self.items.unwrap_or(items)
+    }
+
+    /// Runs the task that `make` prepares for the model; `items` of it unless the user says how many.
+    pub(super) fn run(
+        self,
+        items: usize,
+        make: impl FnOnce(&Model) -> anyhow::Result<Box<dyn Task>>,
+    ) -> anyhow::Result<()> {
+        let wanted = self.items_or(items);
+        let mut caches = Vec::new();
+        for cache in self.cache {
+            match cache {
+                CacheArgument::One(spec) => caches.push(spec),
+                CacheArgument::All => {
+                    for method in METHODS {
+                        caches.push(method.name.parse()?);
+                    }
+                }
+            }
+        }
+        // Before anything is loaded: a folder that cannot be used is soon found.
+        let report = self.report.as_deref();
+        let mut folder = report
+            .map(|r| ReportFolder::open(r, self.resume))
+            .transpose()?;
+        let model = self.model.load(&caches)?;
+        let task = make(&model)?;
+        interrupt::listen()?;
+        let options = EvaluateOptions {
+            items: wanted,
+            seed: self.seed,
+            batch: self.batch_size,
+            budgets: self.budget,
+        };
+        let bar = ui::progress(0, "items");
+        let evaluated = evaluate(
+            task.as_ref(),
+            &model,
+            &caches,
+            &options,
+            folder.as_mut(),
+            &mut |progress| {
+                if bar.length() != Some(progress.of as u64) {
+                    bar.set_length(progress.of as u64);
+                }
+                if bar.message() != progress.cache {
+                    bar.set_message(progress.cache.to_owned());
+                }
+                bar.set_position(progress.done as u64);
+                interrupt::flow()
+            },
+        );
+        bar.finish_and_clear();
+        let evaluation = match (evaluated, report) {
+            (Err(lexico_eval::Error::Interrupted), Some(report)) => anyhow::bail!(
+                "interrupted; the same command with --resume goes on from what is in {}",
+                report.display()
+            ),
+            (evaluated, _) => evaluated?,
+        };
+        if let Some(folder) = folder {
+            folder.finish(&evaluation)?;
+        }
+        if self.json {
+            ui::json(&serde_json::to_value(&evaluation)?)?;
+        } else {
+            print(&evaluation)?;
+        }
+        if let Some(report) = report {
+            let (page, results) = (report.join(PAGE), report.join(RESULTS));
+            ui::note(&format!(
+                "wrote {} and {}",
+                page.display(),
+                results.display()
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
+    let measure = evaluation.measure;
+    let mut header = vec!["cache", "of FP16", measure.name(), "95 % interval"];
+    let first = evaluation.runs.first().context("no run")?;
+    if first.kept.is_some() {
+        header.extend(["of full's right", "kept"]);
+    }
+    if first.distributions.is_some() {
+        header.extend(["99th percentile", "same token"]);
+    }
+    let rows = evaluation.runs.iter().map(|run| {
+        let mut row = vec![
+            run.cache.clone(),
+            ui::percent(run.share),
+            number(measure, run.score),
+            format!(
+                "{} to {}",
+                number(measure, run.low),
+                number(measure, run.high)
+            ),
+        ];
+        if let Some(kept) = run.kept {
+            row.push(format!("{} of {}", kept.right, kept.of));
+            row.push(ui::percent(kept.right as f64 / kept.of.max(1) as f64));
+        }
+        if let Some(distributions) = run.distributions {
+            row.push(number(measure, f64::from(distributions.percentile_99)));
+            row.push(ui::percent(distributions.agreement));
+        }
+        row
+    });
+    ui::line(&ui::table(header, rows.collect()))?;
+    for skipped in &evaluation.skipped {
+        ui::note(&format!(
+            "left out at {}: {}",
+            skipped.budget, skipped.reason
+        ));
+    }
+    by_group(measure, &evaluation.runs)
+}
+
+/// A table of each group's scores, where there are groups.
+fn by_group(measure: Measure, runs: &[Run]) -> anyhow::Result<()> {
+    let names: Vec<&str> = runs
+        .first()
+        .map_or(Vec::new(), |run| groups(&run.items).into_keys().collect());
+    if names.is_empty() {
+        return Ok(());
+    }
+    let header = ["cache"].into_iter().chain(names.iter().copied());
+    let rows = runs.iter().map(|run| {
+        let groups = groups(&run.items);
+        let scores = names.iter().map(|name| {
+            let items: Vec<_> = groups[name].iter().map(|&item| item.clone()).collect();
+            number(measure, measure.of(&items).value)
+        });
+        [run.cache.clone()]
+            .into_iter()
+            .chain(scores)
+            .collect::<Vec<_>>()
+    });
+    ui::line(&format!("\n{}", ui::table(header, rows.collect())))
+}
+
+/// A score as people read it.
+fn number(measure: Measure, score: f64) -> String {
+    if measure.is_share() {
+        ui::percent(score)
+    } else if measure == Measure::Perplexity {
+        format!("{score:.3}")
+    } else {
+        format!("{score:.5}")
+    }
+}

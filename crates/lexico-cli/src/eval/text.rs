@@ -1,0 +1,42 @@
+use clap::Args;
+use lexico_eval::tasks::text::{TextMeasure, TextOptions, TextTask};
+
+use super::comparison::ComparisonArguments;
+use crate::corpus::CorpusArguments;
+
+/// Windows unless the user says how many.
+const WINDOWS: usize = 16;
+/// Tokens of a window, where the model's context holds as many.
+const CONTEXT: usize = 1024;
+
+#[derive(Args)]
+pub(crate) struct TextArguments {
+    #[command(flatten)]
+    comparison: ComparisonArguments,
+    #[command(flatten)]
+    corpus: CorpusArguments,
+    /// Tokens of a window, which is an item [default: 1024, or the model's context]
+    #[arg(long, value_name = "K")]
+    context: Option<usize>,
+    /// Tokens of a window that are read at once; the rest is read and predicted one by one, from what the cache holds
+    /// [default: half of the window]
+    #[arg(long, value_name = "K")]
+    prompt: Option<usize>,
+}
+
+impl TextArguments {
+    pub(crate) fn run(self, measure: TextMeasure) -> anyhow::Result<()> {
+        let corpus = self.corpus.open()?;
+        let windows = self.comparison.items_or(WINDOWS);
+        self.comparison.run(WINDOWS, |model| {
+            let most = model.decoder.config().context;
+            let context = self.context.unwrap_or(CONTEXT.min(most));
+            let options = TextOptions {
+                context,
+                prompt: self.prompt.unwrap_or(context / 2),
+                windows,
+            };
+            Ok(Box::new(TextTask::new(model, &corpus, measure, options)?))
+        })
+    }
+}

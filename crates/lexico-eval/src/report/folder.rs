@@ -1,0 +1,208 @@
+//! The folder of a report, and what an interrupted run leaves in it.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Seek, Write};
+use std::path::{Path, PathBuf};
+
+use lexico::tensor_file::write_atomically;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::page;
+use crate::error::{Error, Result};
+use crate::evaluation::Evaluation;
+use crate::task::Outcome;
+
+/// Results, as one JSON document.
+pub const RESULTS: &str = "results.json";
+/// The same for people, in one file.
+pub const PAGE: &str = "report.html";
+/// What is done so far: the settings in its first line, and a batch in every other.
+const PROGRESS: &str = "progress.jsonl";
+
+/// A folder that a report is to be written to. While it is open no other program can open it.
+pub struct ReportFolder {
+    folder: PathBuf,
+    progress: File,
+    /// The settings of what was done before, and where their line ends.
+    before: Option<Map<String, Value>>,
+    saved: Vec<Batch>,
+}
+
+/// Some items that were run together.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Batch {
+    cache: String,
+    /// Items of the cache that were run before.
+    first: usize,
+    pub(crate) seconds: f64,
+    pub(crate) outcomes: Vec<Outcome>,
+}
+
+impl ReportFolder {
+    /// Opens `folder`, which is made where it is not there; else it must be empty or, to `resume`, hold an
+    /// interrupted run.
+    ///
+    /// # Errors
+    /// [`Error::Report`].
+    pub fn open(folder: &Path, resume: bool) -> Result<Self> {
+        let refuse = |reason: &str| Err(refused(folder, reason));
+        let failed = |error: std::io::Error| refused(folder, &error.to_string());
+        if let Err(error) = std::fs::create_dir(folder)
+            && !folder.is_dir()
+        {
+            return Err(failed(error));
+        }
+        let path = folder.join(PROGRESS);
+        let there = path.exists();
+        if folder.join(RESULTS).exists() {
+            return refuse("it holds a report already; name another folder, or remove it");
+        }
+        let mut entries = std::fs::read_dir(folder).map_err(failed)?;
+        if !there && entries.next().is_some() {
+            return refuse("it is there and not empty; name another folder");
+        }
+        if there && !resume {
+            return refuse(
+                "it holds a run that was interrupted: --resume goes on with it, and removing the folder gives it up",
+            );
+        }
+        let mut open = OpenOptions::new();
+        let open = open.read(true).write(true).create(true).truncate(false);
+        let progress = open.open(&path).map_err(failed)?;
+        match progress.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return refuse("another run is at work in it"),
+            // Some file systems know no locks.
+            Err(TryLockError::Error(_)) => {}
+        }
+        let mut opened = Self {
+            folder: folder.to_owned(),
+            progress,
+            before: None,
+            saved: Vec::new(),
+        };
+        opened.read()?;
+        Ok(opened)
+    }
+
+    /// Reads what was done. A line that was not written to its end is cut off.
+    fn read(&mut self) -> Result<()> {
+        let path = self.folder.join(PROGRESS);
+        let failed = |error: std::io::Error| refused(&path, &error.to_string());
+        let text = std::fs::read(&path).map_err(failed)?;
+        let whole = text
+            .iter()
+            .rposition(|&b| b == b'\n')
+            .map_or(0, |end| end + 1);
+        let damaged = |line: usize, error: serde_json::Error| {
+            let reason =
+                format!("line {line} is damaged ({error}); remove the folder and run anew");
+            refused(&path, &reason)
+        };
+        let mut lines = text[..whole].split(|&b| b == b'\n').enumerate();
+        if let Some((_, first)) = lines.next()
+            && !first.is_empty()
+        {
+            self.before = Some(serde_json::from_slice(first).map_err(|e| damaged(1, e))?);
+        }
+        for (number, line) in lines.filter(|(_, line)| !line.is_empty()) {
+            let batch = serde_json::from_slice(line).map_err(|e| damaged(number + 1, e))?;
+            self.saved.push(batch);
+        }
+        self.progress.set_len(whole as u64).map_err(failed)?;
+        self.progress
+            .seek(std::io::SeekFrom::End(0))
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    /// Begins a run with these settings, or goes on with one that was begun with the same.
+    pub(crate) fn begin(&mut self, settings: &Map<String, Value>) -> Result<()> {
+        let Some(before) = &self.before else {
+            return self.append(settings);
+        };
+        let text = |settings: &Map<String, Value>, name: &str| {
+            settings
+                .get(name)
+                .map_or("none".to_owned(), Value::to_string)
+        };
+        let names = before.keys();
+        let names = names.chain(settings.keys().filter(|&name| !before.contains_key(name)));
+        let differ: Vec<String> = names
+            .filter(|&name| before.get(name) != settings.get(name))
+            .map(|name| {
+                format!(
+                    "{name} ({} then, {} now)",
+                    text(before, name),
+                    text(settings, name)
+                )
+            })
+            .collect();
+        if differ.is_empty() {
+            return Ok(());
+        }
+        let reason = format!(
+            "the run that was interrupted had other settings: {}; give the same to go on with it, or remove the folder",
+            differ.join(", ")
+        );
+        Err(refused(&self.folder, &reason))
+    }
+
+    /// The batch of a cache that begins after `first` items, where it was done before.
+    pub(crate) fn saved(&self, cache: &str, first: usize) -> Option<&Batch> {
+        self.saved
+            .iter()
+            .find(|batch| batch.cache == cache && batch.first == first)
+    }
+
+    pub(crate) fn save(
+        &mut self,
+        cache: &str,
+        first: usize,
+        outcomes: &[Outcome],
+        seconds: f64,
+    ) -> Result<()> {
+        self.append(&Batch {
+            cache: cache.to_owned(),
+            first,
+            seconds,
+            outcomes: outcomes.to_vec(),
+        })
+    }
+
+    fn append(&mut self, line: &impl Serialize) -> Result<()> {
+        let failed = |reason: String| {
+            let reason = format!(
+                "what was done last could not be saved ({reason}); all before is whole: make room and go on with \
+                 --resume"
+            );
+            refused(&self.folder, &reason)
+        };
+        let mut bytes = serde_json::to_vec(line).map_err(|e| failed(e.to_string()))?;
+        bytes.push(b'\n');
+        let written = self.progress.write_all(&bytes);
+        let written = written.and_then(|()| self.progress.sync_data());
+        written.map_err(|e| failed(e.to_string()))
+    }
+
+    /// Writes the report, in place of what an interrupted run would go on with.
+    ///
+    /// # Errors
+    /// [`Error::Report`].
+    pub fn finish(self, evaluation: &Evaluation) -> Result<()> {
+        let failed = |error: &dyn std::fmt::Display| refused(&self.folder, &error.to_string());
+        let results = serde_json::to_vec_pretty(evaluation).map_err(|e| failed(&e))?;
+        let page = page::html(evaluation);
+        write_atomically(&self.folder.join(PAGE), page.as_bytes()).map_err(|e| failed(&e))?;
+        write_atomically(&self.folder.join(RESULTS), &results).map_err(|e| failed(&e))?;
+        std::fs::remove_file(self.folder.join(PROGRESS)).map_err(|e| failed(&e))
+    }
+}
+
+fn refused(path: &Path, reason: &str) -> Error {
+    Error::Report {
+        path: path.to_owned(),
+        reason: reason.to_owned(),
+    }
+}

@@ -1,0 +1,247 @@
+//! What a task is: some items, each run with a cache and given a score.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use lexico_llm::Model;
+use lexico_llm::cache::CacheSpec;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::Result;
+use crate::statistics::{self, Estimate};
+
+/// A text for the model to go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// Its name in the results.
+    pub id: String,
+    /// The text.
+    pub prompt: String,
+    /// Most tokens that the model may add.
+    pub max_tokens: usize,
+    /// Texts that end what it adds.
+    pub stop: Vec<String>,
+}
+
+/// What a task makes of the text that the model added.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// From 0 to 1.
+    pub score: f64,
+    /// The answer in it, where there is one.
+    pub answer: Option<String>,
+    /// What was asked for.
+    pub expected: String,
+}
+
+/// Items that are run with each cache and scored.
+pub trait Task {
+    /// Its name.
+    fn name(&self) -> &'static str;
+
+    /// What its scores are.
+    fn measure(&self) -> Measure;
+
+    /// All that decides what its items are, for the results and so that an interrupted run goes on with the same.
+    fn settings(&self) -> Map<String, Value>;
+
+    /// Number of items.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The prompt of an item, where it has one, for people to read.
+    fn prompt(&self, item: usize) -> Option<&str>;
+
+    /// Runs some items together with their caches held as `cache`, in the order given. `on_step` is called at every
+    /// step and may break off: `None` then.
+    ///
+    /// # Errors
+    /// Those of the model.
+    fn run(
+        &self,
+        model: &Model,
+        cache: &CacheSpec,
+        items: &[usize],
+        on_step: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Option<Vec<Outcome>>>;
+}
+
+/// What the scores of a task are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// Items are right (1) or wrong (0).
+    Accuracy,
+    /// Items score from 0 to 1; the score is the mean of the groups' means.
+    GroupMean,
+    /// Items score from 0 to 1; the score is their mean.
+    Mean,
+    /// An item's score is its mean negative log likelihood a token; of all, the exponential of the mean.
+    Perplexity,
+    /// An item's score is its mean Kullback–Leibler divergence a token, in nats; of all, the mean.
+    Divergence,
+}
+
+impl Measure {
+    /// What the score is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Measure::Accuracy => "accuracy",
+            Measure::GroupMean | Measure::Mean => "score",
+            Measure::Perplexity => "perplexity",
+            Measure::Divergence => "KL divergence",
+        }
+    }
+
+    /// Whether scores are shares, printed in per cent.
+    pub fn is_share(self) -> bool {
+        matches!(self, Measure::Accuracy | Measure::GroupMean | Measure::Mean)
+    }
+
+    /// The score of some items, with its 95 % confidence interval: Wilson's for right and wrong items, else from the
+    /// standard error.
+    pub fn of(self, outcomes: &[Outcome]) -> Estimate {
+        let scores: Vec<f64> = outcomes.iter().map(|outcome| outcome.score).collect();
+        match self {
+            Measure::Accuracy => statistics::share(
+                scores.iter().filter(|&&score| score >= 1.0).count(),
+                scores.len(),
+            ),
+            Measure::Mean | Measure::Divergence => statistics::mean(&scores),
+            Measure::Perplexity => statistics::mean(&scores).map(f64::exp),
+            Measure::GroupMean => {
+                let groups = groups(outcomes).into_values().map(|of_group| {
+                    let scores: Vec<f64> = of_group.iter().map(|outcome| outcome.score).collect();
+                    statistics::mean(&scores)
+                });
+                statistics::mean_of(&groups.collect::<Vec<_>>())
+            }
+        }
+    }
+}
+
+/// The outcomes of each group, by its name; those of none are not among them.
+pub fn groups(outcomes: &[Outcome]) -> BTreeMap<&str, Vec<&Outcome>> {
+    let mut groups: BTreeMap<&str, Vec<&Outcome>> = BTreeMap::new();
+    for outcome in outcomes {
+        if let Some(group) = &outcome.group {
+            groups.entry(group).or_default().push(outcome);
+        }
+    }
+    groups
+}
+
+/// What became of an item.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The item.
+    pub id: String,
+    /// The part of the task that it belongs to: a data set, a subject, a depth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// As the task's [`Measure`] says.
+    pub score: f64,
+    /// Bytes of the cache at the end over FP16's.
+    pub share: f64,
+    /// Positions of the prompt.
+    pub prompt_positions: usize,
+    /// Positions in the cache at the end.
+    pub positions: usize,
+    /// What the score comes from.
+    #[serde(flatten)]
+    pub detail: Detail,
+}
+
+/// What the score of an item comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Detail {
+    /// A text that answers a question.
+    Answer {
+        /// What the model wrote.
+        text: String,
+        /// The answer in it, where there is one.
+        answer: Option<String>,
+        /// What was asked for.
+        expected: String,
+    },
+    /// Distributions of the next token, beside those with the full cache.
+    Distributions {
+        /// Kullback–Leibler divergence from the full cache's, token by token, in nats.
+        divergences: Vec<f32>,
+        /// Share of tokens of which both find the same one most likely.
+        agreement: f64,
+    },
+    /// Likelihoods of a text's tokens.
+    Likelihood {
+        /// Tokens that were predicted.
+        tokens: usize,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(group: Option<&str>, score: f64) -> Outcome {
+        Outcome {
+            id: "1".to_owned(),
+            group: group.map(str::to_owned),
+            score,
+            share: 0.1,
+            prompt_positions: 3,
+            positions: 5,
+            detail: Detail::Likelihood { tokens: 2 },
+        }
+    }
+
+    #[test]
+    fn groups_count_alike_whatever_their_size() {
+        let outcomes = [
+            outcome(Some("a"), 1.0),
+            outcome(Some("b"), 0.0),
+            outcome(Some("b"), 0.5),
+            outcome(Some("b"), 0.1),
+        ];
+        assert!((Measure::GroupMean.of(&outcomes).value - 0.6).abs() < 1e-12);
+        assert!((Measure::Mean.of(&outcomes).value - 0.4).abs() < 1e-12);
+    }
+
+    #[test]
+    fn perplexity_is_the_exponential_of_the_mean() {
+        let outcomes = [outcome(None, 1.0), outcome(None, 3.0)];
+        let perplexity = Measure::Perplexity.of(&outcomes);
+        assert!((perplexity.value - 2f64.exp()).abs() < 1e-9);
+        assert!(perplexity.low < perplexity.value && perplexity.value < perplexity.high);
+    }
+
+    #[test]
+    fn outcomes_come_back_from_json_as_they_were() {
+        let details = [
+            Detail::Answer {
+                text: "4.\n#### 4".to_owned(),
+                answer: None,
+                expected: "4".to_owned(),
+            },
+            Detail::Distributions {
+                divergences: vec![0.1, 1e-7, 3.4e-5],
+                agreement: 2.0 / 3.0,
+            },
+            Detail::Likelihood { tokens: 7 },
+        ];
+        for detail in details {
+            let outcome = Outcome {
+                detail,
+                share: 1.0 / 3.0,
+                ..outcome(Some("b"), 0.1 + 0.2)
+            };
+            let text = serde_json::to_string(&outcome).unwrap();
+            assert_eq!(serde_json::from_str::<Outcome>(&text).unwrap(), outcome);
+        }
+    }
+}
