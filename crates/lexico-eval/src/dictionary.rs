@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::plot::{Line, Panel, svg};
+use crate::plot::{Axis, Layout, Line, Panel, Scale, svg};
 
 /// Settings of [`Universality::measure`].
 #[derive(Debug, Clone, PartialEq)]
@@ -320,7 +320,7 @@ impl Universality {
                 }
             }
         }
-        svg(&rows)
+        svg(&rows, Layout::default())
     }
 
     /// Dictionaries that were learned on the same texts and differ in `N`, by `N`.
@@ -358,12 +358,23 @@ fn keys_and_values(
                 .iter()
                 .map(|(x, cell)| (*x, f64::from(error(&cell.layers[layer]).relative_error)))
                 .collect(),
+            bars: Vec::new(),
         };
         Panel {
             title: format!("{part}: {title}"),
-            x_label: x_label.to_owned(),
-            logarithmic,
-            y_label: "mean relative error".to_owned(),
+            x: Axis {
+                label: x_label.to_owned(),
+                scale: if logarithmic {
+                    Scale::LogarithmicPlaces
+                } else {
+                    Scale::Places
+                },
+            },
+            y: Axis {
+                label: "mean relative error".to_owned(),
+                scale: Scale::FromZero,
+            },
+            level: None,
             lines: (0..layers).map(line).collect(),
         }
     };

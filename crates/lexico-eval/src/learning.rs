@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plot::{Line, Panel, svg};
+use crate::plot::{Axis, Layout, Line, Panel, Scale, svg};
 use crate::{Error, Result};
 
 /// How the dictionaries of one training were learned.
@@ -160,18 +160,25 @@ impl Comparison {
                         let points = epochs.map(|e| (tenths(e.seconds), e.relative_error));
                         points.collect()
                     }),
+                    bars: Vec::new(),
                 };
                 Panel {
                     title: format!("{name} of layer {layer}"),
-                    x_label: "seconds of learning".to_owned(),
-                    logarithmic: true,
-                    y_label: "held-out mean relative error".to_owned(),
+                    x: Axis {
+                        label: "seconds of learning".to_owned(),
+                        scale: Scale::LogarithmicPlaces,
+                    },
+                    y: Axis {
+                        label: "held-out mean relative error".to_owned(),
+                        scale: Scale::FromZero,
+                    },
+                    level: None,
                     lines: self.0.iter().map(line).collect(),
                 }
             };
             vec![panel(0, "keys"), panel(1, "values")]
         });
-        svg(&rows.collect::<Vec<_>>())
+        svg(&rows.collect::<Vec<_>>(), Layout::default())
     }
 }
 

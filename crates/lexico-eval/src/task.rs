@@ -103,9 +103,21 @@ impl Measure {
         matches!(self, Measure::Accuracy | Measure::GroupMean | Measure::Mean)
     }
 
+    /// A score as people read it.
+    pub fn print(self, score: f64) -> String {
+        match self {
+            Measure::Accuracy | Measure::GroupMean | Measure::Mean => {
+                format!("{:.1} %", 100.0 * score)
+            }
+            Measure::Perplexity => format!("{score:.3}"),
+            Measure::Divergence => format!("{score:.5}"),
+        }
+    }
+
     /// The score of some items, with its 95 % confidence interval: Wilson's for right and wrong items, else from the
     /// standard error.
-    pub fn of(self, outcomes: &[Outcome]) -> Estimate {
+    pub fn of<'a>(self, outcomes: impl IntoIterator<Item = &'a Outcome>) -> Estimate {
+        let outcomes: Vec<&Outcome> = outcomes.into_iter().collect();
         let scores: Vec<f64> = outcomes.iter().map(|outcome| outcome.score).collect();
         match self {
             Measure::Accuracy => statistics::share(
@@ -126,7 +138,9 @@ impl Measure {
 }
 
 /// The outcomes of each group, by its name; those of none are not among them.
-pub fn groups(outcomes: &[Outcome]) -> BTreeMap<&str, Vec<&Outcome>> {
+pub fn groups<'a>(
+    outcomes: impl IntoIterator<Item = &'a Outcome>,
+) -> BTreeMap<&'a str, Vec<&'a Outcome>> {
     let mut groups: BTreeMap<&str, Vec<&Outcome>> = BTreeMap::new();
     for outcome in outcomes {
         if let Some(group) = &outcome.group {

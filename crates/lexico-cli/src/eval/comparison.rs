@@ -6,6 +6,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use clap::Args;
 use lexico_eval::evaluation::{CacheBudget, EvaluateOptions, Evaluation, Run, evaluate};
+use lexico_eval::questions::{AskOptions, Truncate};
 use lexico_eval::report::folder::{PAGE, RESULTS, ReportFolder};
 use lexico_eval::task::{Measure, Task, groups};
 use lexico_llm::Model;
@@ -13,6 +14,30 @@ use lexico_llm::cache::{CacheSpec, METHODS};
 
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
+
+/// How questions are put to the model.
+#[derive(Args)]
+pub(super) struct AskArguments {
+    /// Put each prompt as a message in the model's chat template, not as a text to go on from
+    #[arg(long)]
+    chat: bool,
+    /// Drop the oldest tokens of prompts that do not fit the context with their answers, instead of refusing them
+    #[arg(long)]
+    truncate: bool,
+}
+
+impl AskArguments {
+    pub(super) fn options(&self) -> AskOptions {
+        AskOptions {
+            chat: self.chat,
+            truncate: if self.truncate {
+                Truncate::Left
+            } else {
+                Truncate::Never
+            },
+        }
+    }
+}
 
 #[derive(Args)]
 pub(super) struct ComparisonArguments {
@@ -68,18 +93,17 @@ impl FromStr for CacheArgument {
 }
 
 impl ComparisonArguments {
-    /// Items that the user wants, else so many.
+    /// Items that the user wants, else this many.
     pub(super) fn items_or(&self, items: usize) -> usize {
         self.items.unwrap_or(items)
     }
 
-    /// Runs the task that `make` prepares for the model; `items` of it unless the user says how many.
+    /// Runs `items` of the task that `make` prepares for the model.
     pub(super) fn run(
         self,
         items: usize,
         make: impl FnOnce(&Model) -> anyhow::Result<Box<dyn Task>>,
     ) -> anyhow::Result<()> {
-        let wanted = self.items_or(items);
         let mut caches = Vec::new();
         for cache in self.cache {
             match cache {
@@ -100,7 +124,7 @@ impl ComparisonArguments {
         let task = make(&model)?;
         interrupt::listen()?;
         let options = EvaluateOptions {
-            items: wanted,
+            items,
             seed: self.seed,
             batch: self.batch_size,
             budgets: self.budget,
@@ -165,19 +189,15 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
         let mut row = vec![
             run.cache.clone(),
             ui::percent(run.share),
-            number(measure, run.score),
-            format!(
-                "{} to {}",
-                number(measure, run.low),
-                number(measure, run.high)
-            ),
+            measure.print(run.score),
+            format!("{} to {}", measure.print(run.low), measure.print(run.high)),
         ];
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));
             row.push(ui::percent(kept.right as f64 / kept.of.max(1) as f64));
         }
         if let Some(distributions) = run.distributions {
-            row.push(number(measure, f64::from(distributions.percentile_99)));
+            row.push(measure.print(f64::from(distributions.percentile_99)));
             row.push(ui::percent(distributions.agreement));
         }
         row
@@ -204,8 +224,8 @@ fn by_group(measure: Measure, runs: &[Run]) -> anyhow::Result<()> {
     let rows = runs.iter().map(|run| {
         let groups = groups(&run.items);
         let scores = names.iter().map(|name| {
-            let items: Vec<_> = groups[name].iter().map(|&item| item.clone()).collect();
-            number(measure, measure.of(&items).value)
+            let items = groups.get(name).map_or(&[][..], Vec::as_slice);
+            measure.print(measure.of(items.iter().copied()).value)
         });
         [run.cache.clone()]
             .into_iter()
@@ -213,15 +233,4 @@ fn by_group(measure: Measure, runs: &[Run]) -> anyhow::Result<()> {
             .collect::<Vec<_>>()
     });
     ui::line(&format!("\n{}", ui::table(header, rows.collect())))
-}
-
-/// A score as people read it.
-fn number(measure: Measure, score: f64) -> String {
-    if measure.is_share() {
-        ui::percent(score)
-    } else if measure == Measure::Perplexity {
-        format!("{score:.3}")
-    } else {
-        format!("{score:.5}")
-    }
 }

@@ -2,8 +2,13 @@
 
 mod comparison;
 mod dictionary;
+mod gsm8k;
 mod learning;
+mod longbench;
+mod mmlu_pro;
+mod needle;
 mod problems;
+mod recall;
 mod text;
 
 use std::convert::Infallible;
@@ -24,6 +29,17 @@ pub(crate) struct Eval {
 enum Task {
     /// Word problems in GSM8K's format, made for the tiny model
     Problems(problems::ProblemArguments),
+    /// GSM8K: grade-school mathematics, 5-shot, prompts and answers as in EleutherAI's harness
+    Gsm8k(gsm8k::Gsm8kArguments),
+    /// LongBench: the 16 English data sets, prompted and scored as published
+    #[command(name = "longbench")]
+    LongBench(longbench::LongBenchArguments),
+    /// MMLU-Pro: ten-way questions, zero-shot, with reasoning
+    MmluPro(mmlu_pro::MmluProArguments),
+    /// A fact at some depth of a long text
+    Needle(needle::NeedleArguments),
+    /// Many keys with their values, and a question for one
+    Recall(recall::RecallArguments),
     /// How well the model predicts a text
     Perplexity(text::TextArguments),
     /// How far the model's predictions of a text are from those with the full cache: the sensitive measure
@@ -38,6 +54,11 @@ impl Eval {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self.task {
             Task::Problems(problems) => problems.run(),
+            Task::Gsm8k(gsm8k) => gsm8k.run(),
+            Task::LongBench(longbench) => longbench.run(),
+            Task::MmluPro(mmlu_pro) => mmlu_pro.run(),
+            Task::Needle(needle) => needle.run(),
+            Task::Recall(recall) => recall.run(),
             Task::Perplexity(text) => text.run(TextMeasure::Perplexity),
             Task::Divergence(text) => text.run(TextMeasure::Divergence),
             Task::Dictionary(dictionary) => dictionary.run(),

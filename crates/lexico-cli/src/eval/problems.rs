@@ -19,7 +19,8 @@ pub(crate) struct ProblemArguments {
 impl ProblemArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let shots = self.shots;
-        self.comparison.run(ITEMS, |model| {
+        let items = self.comparison.items_or(ITEMS);
+        self.comparison.run(items, |model| {
             let problems = Problems::new(shots)?;
             Ok(Box::new(Asked::new(
                 model,

@@ -28,7 +28,7 @@ impl TextArguments {
     pub(crate) fn run(self, measure: TextMeasure) -> anyhow::Result<()> {
         let corpus = self.corpus.open()?;
         let windows = self.comparison.items_or(WINDOWS);
-        self.comparison.run(WINDOWS, |model| {
+        self.comparison.run(windows, |model| {
             let most = model.decoder.config().context;
             let context = self.context.unwrap_or(CONTEXT.min(most));
             let options = TextOptions {

@@ -1,5 +1,298 @@
-use crate::evaluation::Evaluation;
+//! A page without outside resources: plot, tables, prompts.
 
-pub(super) fn html(_evaluation: &Evaluation) -> String {
-    String::new()
+use std::fmt::Write;
+
+use serde_json::{Map, Value};
+
+use crate::evaluation::{Evaluation, Run};
+use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, escape, svg};
+use crate::task::{Detail, Measure, Outcome, groups};
+
+/// Items that are shown with their prompts and answers.
+const SHOWN: usize = 20;
+/// Characters of a prompt or answer that are shown.
+const CHARACTERS: usize = 6000;
+
+const STYLE: &str = "
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.lead { color: #555; margin: 0 0 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: #f5f5f5; }
+svg { max-width: 100%; height: auto; display: block; }
+.narrow { display: none; }
+@media (max-width: 640px) { .wide { display: none; } .narrow { display: block; } body { padding: .6rem; } }
+details { border: 1px solid #ddd; border-radius: .3rem; margin: .4rem 0; padding: .3rem .6rem; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .5rem; margin: .3rem 0; font-size: .82rem; }
+.right { color: #00704a; } .wrong { color: #b30000; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
+dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
+";
+
+/// The page of an evaluation.
+pub(super) fn html(evaluation: &Evaluation) -> String {
+    let mut out = String::new();
+    let title = format!("{} with {}", evaluation.task, evaluation.model);
+    let title = escape(&title);
+    let items = evaluation.runs.first().map_or(0, |run| run.items.len());
+    let _ = writeln!(
+        out,
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n\
+         <p class=\"lead\">{items} items, the same for every cache. Sizes are bytes as allocated at the end of an item \
+         over those of FP16, mean over the items; dictionaries are not among them. Bars and intervals: 95 %.</p>"
+    );
+    plots(&mut out, evaluation);
+    heading(&mut out, "Caches");
+    runs(&mut out, evaluation);
+    for skipped in &evaluation.skipped {
+        let text = format!("Left out at {}: {}.", skipped.budget, skipped.reason);
+        let _ = writeln!(out, "<p>{}</p>", escape(&text));
+    }
+    by_group(&mut out, evaluation);
+    answers(&mut out, evaluation);
+    heading(&mut out, "Settings");
+    let _ = writeln!(out, "<dl>");
+    for settings in [
+        &evaluation.settings,
+        &evaluation.seeds,
+        &evaluation.versions,
+    ] {
+        describe(&mut out, settings);
+    }
+    let _ = writeln!(out, "</dl>");
+    out + "</body>\n</html>\n"
+}
+
+fn heading(out: &mut String, text: &str) {
+    let _ = writeln!(out, "<h2>{}</h2>", escape(text));
+}
+
+/// The score against the size, drawn for screens and for phones.
+fn plots(out: &mut String, evaluation: &Evaluation) {
+    let panel = panel(evaluation);
+    for (class, frame, legend) in [
+        ("wide", (640.0, 360.0), Legend::Beside),
+        ("narrow", (270.0, 240.0), Legend::Below),
+    ] {
+        let layout = Layout {
+            frame,
+            legend,
+            colours: Colours::Distinct,
+        };
+        let drawn = svg(&[vec![panel.clone()]], layout);
+        let _ = writeln!(out, "<div class=\"{class}\">{drawn}</div>");
+    }
+}
+
+fn panel(evaluation: &Evaluation) -> Panel {
+    let measure = evaluation.measure;
+    let factor = if measure.is_share() { 100.0 } else { 1.0 };
+    let others = || evaluation.runs.iter().skip(1);
+    let mut methods: Vec<&str> = Vec::new();
+    for run in others() {
+        if !methods.contains(&run.method) {
+            methods.push(run.method);
+        }
+    }
+    let line = |method: &&str| {
+        let mut runs: Vec<&Run> = others().filter(|run| run.method == *method).collect();
+        runs.sort_by(|a, b| a.share.total_cmp(&b.share));
+        let points = runs
+            .iter()
+            .map(|run| (100.0 * run.share, factor * run.score));
+        let bars = runs.iter().map(|run| (factor * run.low, factor * run.high));
+        Line {
+            name: (*method).to_owned(),
+            points: points.collect(),
+            bars: bars.collect(),
+        }
+    };
+    let unit = if measure.is_share() { ", %" } else { "" };
+    let full = evaluation.runs.first();
+    Panel {
+        title: format!("{} against memory", measure.name()),
+        x: Axis {
+            label: "bytes over FP16's, %".to_owned(),
+            scale: Scale::FromZero,
+        },
+        y: Axis {
+            label: match measure {
+                Measure::Divergence => "KL divergence from full, nats".to_owned(),
+                _ => format!("{}{unit}", measure.name()),
+            },
+            scale: match measure {
+                Measure::Divergence => Scale::Logarithmic,
+                Measure::Perplexity => Scale::Linear,
+                _ => Scale::FromZero,
+            },
+        },
+        level: full
+            .filter(|_| measure != Measure::Divergence)
+            .map(|run| ("full".to_owned(), factor * run.score)),
+        lines: methods.iter().map(line).collect(),
+    }
+}
+
+fn runs(out: &mut String, evaluation: &Evaluation) {
+    let measure = evaluation.measure;
+    let mut header = vec!["cache", "of FP16", measure.name(), "from", "to"];
+    let first = evaluation.runs.first();
+    if first.is_some_and(|run| run.kept.is_some()) {
+        header.push("kept of full's");
+    }
+    if first.is_some_and(|run| run.distributions.is_some()) {
+        header.extend(["99th percentile", "same token"]);
+    }
+    header.extend(["budget", "seconds"]);
+    let rows = evaluation.runs.iter().map(|run| {
+        let mut row = vec![
+            run.cache.clone(),
+            percent(run.share),
+            measure.print(run.score),
+            measure.print(run.low),
+            measure.print(run.high),
+        ];
+        if let Some(kept) = run.kept {
+            row.push(format!("{} of {}", kept.right, kept.of));
+        }
+        if let Some(distributions) = run.distributions {
+            row.push(measure.print(f64::from(distributions.percentile_99)));
+            row.push(percent(distributions.agreement));
+        }
+        row.extend([run.budgets.join(", "), format!("{:.1}", run.seconds)]);
+        row
+    });
+    table(out, &header, rows.collect());
+}
+
+fn by_group(out: &mut String, evaluation: &Evaluation) {
+    let measure = evaluation.measure;
+    let names: Vec<&str> = match evaluation.runs.first() {
+        Some(run) => groups(&run.items).into_keys().collect(),
+        None => return,
+    };
+    if names.is_empty() {
+        return;
+    }
+    heading(out, "By group");
+    let mut header = vec!["cache"];
+    header.extend(&names);
+    let rows = evaluation.runs.iter().map(|run| {
+        let mut row = vec![run.cache.clone()];
+        for of_group in groups(&run.items).into_values() {
+            row.push(measure.print(measure.of(of_group).value));
+        }
+        row
+    });
+    table(out, &header, rows.collect());
+}
+
+fn table(out: &mut String, header: &[&str], rows: Vec<Vec<String>>) {
+    let cells = |cells: &mut dyn Iterator<Item = &str>, tag: &str| -> String {
+        cells
+            .map(|text| format!("<{tag}>{}</{tag}>", escape(text)))
+            .collect()
+    };
+    let head = cells(&mut header.iter().copied(), "th");
+    let _ = writeln!(
+        out,
+        "<div class=\"scroll\"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>"
+    );
+    for row in &rows {
+        let row = cells(&mut row.iter().map(String::as_str), "td");
+        let _ = writeln!(out, "<tr>{row}</tr>");
+    }
+    let _ = writeln!(out, "</tbody></table></div>");
+}
+
+/// The first items' prompts and what each cache made of them.
+fn answers(out: &mut String, evaluation: &Evaluation) {
+    if evaluation.prompts.is_empty() {
+        return;
+    }
+    heading(out, "Prompts and answers");
+    let items = evaluation.prompts.len();
+    if items > SHOWN {
+        let _ = writeln!(
+            out,
+            "<p>The first {SHOWN} of {items}; results.json has the answers to all.</p>"
+        );
+    }
+    for (number, prompt) in evaluation.prompts.iter().take(SHOWN).enumerate() {
+        let of = |run: &Run| -> Option<Outcome> { run.items.get(number).cloned() };
+        let Some(first) = evaluation.runs.first().and_then(of) else {
+            continue;
+        };
+        let Detail::Answer { expected, .. } = &first.detail else {
+            continue;
+        };
+        let _ = writeln!(
+            out,
+            "<details><summary>{}, expected {}</summary>\n<pre>{}</pre>",
+            escape(&first.id),
+            escape(&clipped(expected)),
+            escape(&clipped(prompt))
+        );
+        for run in &evaluation.runs {
+            let Some(outcome) = of(run) else { continue };
+            let Detail::Answer { text, .. } = &outcome.detail else {
+                continue;
+            };
+            let class = if outcome.score >= 1.0 {
+                "right"
+            } else {
+                "wrong"
+            };
+            let _ = writeln!(
+                out,
+                "<div class=\"{class}\">{}: {}</div><pre>{}</pre>",
+                escape(&run.cache),
+                evaluation.measure.print(outcome.score),
+                escape(&clipped(text))
+            );
+        }
+        let _ = writeln!(out, "</details>");
+    }
+}
+
+/// Its beginning and its end, where a text is long.
+fn clipped(text: &str) -> String {
+    let count = text.chars().count();
+    if count <= CHARACTERS {
+        return text.to_owned();
+    }
+    let half = CHARACTERS / 2;
+    let begin: String = text.chars().take(half).collect();
+    let end: String = text.chars().skip(count - half).collect();
+    format!("{begin}\n[… {} characters …]\n{end}", count - 2 * half)
+}
+
+fn describe(out: &mut String, settings: &Map<String, Value>) {
+    for (name, value) in settings {
+        let text = match value {
+            Value::String(text) => text.clone(),
+            Value::Array(values) => {
+                let texts = values.iter().map(|value| match value {
+                    Value::String(text) => text.clone(),
+                    value => value.to_string(),
+                });
+                texts.collect::<Vec<_>>().join(", ")
+            }
+            Value::Null => continue,
+            value => value.to_string(),
+        };
+        let _ = writeln!(out, "<dt>{}</dt><dd>{}</dd>", escape(name), escape(&text));
+    }
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }

@@ -1,0 +1,49 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use lexico_eval::questions::Asked;
+use lexico_eval::tasks::needle::{Needle, NeedleOptions};
+
+use super::comparison::{AskArguments, ComparisonArguments};
+
+#[derive(Args)]
+pub(crate) struct NeedleArguments {
+    #[command(flatten)]
+    comparison: ComparisonArguments,
+    #[command(flatten)]
+    ask: AskArguments,
+    /// Tokens of the prompts
+    #[arg(long, value_name = "K,...", value_delimiter = ',', default_value = "1024,2048")]
+    length: Vec<usize>,
+    /// Where in the text the fact is: 0 is its beginning and 1 its end
+    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = "0,0.25,0.5,0.75,1")]
+    depth: Vec<f64>,
+    /// Facts for each length and depth
+    #[arg(long, value_name = "K", default_value_t = 4)]
+    repeats: usize,
+    /// A text to hide the fact in [default: simple sentences]
+    #[arg(long, value_name = "FILE")]
+    haystack: Option<PathBuf>,
+    /// What the facts are drawn with
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    draw: u64,
+}
+
+impl NeedleArguments {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        let haystack = self.haystack.as_deref().map(Needle::read_haystack).transpose()?;
+        let options = NeedleOptions {
+            lengths: self.length,
+            depths: self.depth,
+            repeats: self.repeats,
+            haystack,
+            seed: self.draw,
+        };
+        let items = self.comparison.items_or(usize::MAX);
+        let ask = self.ask.options();
+        self.comparison.run(items, |model| {
+            let count = |text: &str| Ok(model.tokenizer.encode_first(text)?.len());
+            Ok(Box::new(Asked::new(model, Needle::new(&options, &count)?, ask)?))
+        })
+    }
+}

@@ -1,0 +1,238 @@
+//! Evaluations: sizes asked for, settings refused, interruption at any step.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use lexico_eval::Error;
+use lexico_eval::evaluation::{EvaluateOptions, Evaluation, evaluate};
+use lexico_eval::questions::{AskOptions, Asked, Questions, Truncate};
+use lexico_eval::report::folder::ReportFolder;
+use lexico_eval::task::{Item, Task, Verdict};
+use lexico_eval::tasks::problems::Problems;
+use lexico_llm::Model;
+use lexico_llm::cache::CacheSpec;
+use serde_json::{Map, Value};
+
+fn caches(texts: &[&str]) -> Vec<CacheSpec> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn problems(model: &Model) -> Asked<Problems> {
+    Asked::new(model, Problems::new(0).unwrap(), AskOptions::default()).unwrap()
+}
+
+fn options(items: usize) -> EvaluateOptions {
+    EvaluateOptions {
+        items,
+        batch: 2,
+        ..EvaluateOptions::default()
+    }
+}
+
+/// All but the time it took.
+fn document(evaluation: &Evaluation) -> Value {
+    let mut document = serde_json::to_value(evaluation).unwrap();
+    for run in document["runs"].as_array_mut().unwrap() {
+        assert!(run["seconds"].take().as_f64().unwrap() > 0.0);
+    }
+    document
+}
+
+fn on(_: lexico_eval::evaluation::Progress<'_>) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+#[test]
+fn an_interrupted_run_goes_on_with_the_same_results() {
+    let model = Model::tiny().unwrap();
+    let task = problems(&model);
+    let specs = caches(&["lexico:sparsity=8,window=4", "lexico"]);
+    let mut options = options(5);
+    options.seed = Some(3);
+    options.budgets = vec!["40%".parse().unwrap(), "60%".parse().unwrap()];
+    let whole = evaluate(&task, &model, &specs, &options, None, &mut on).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("report");
+    // Ever later, once in the middle of writing.
+    for (round, steps) in [3, 60, 0, 130, 400].into_iter().enumerate() {
+        let mut left = steps;
+        let mut report = ReportFolder::open(&folder, round > 0).unwrap();
+        let broken = evaluate(&task, &model, &specs, &options, Some(&mut report), &mut |_| {
+            left -= 1;
+            if left < 0 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        assert!(matches!(broken, Err(Error::Interrupted)), "after {steps} steps");
+        drop(report);
+        if round == 1 {
+            let path = folder.join("progress.jsonl");
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes.extend_from_slice(b"{\"cache\":\"full\",\"first\":4,\"sec");
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+    let mut report = ReportFolder::open(&folder, true).unwrap();
+    let resumed = evaluate(&task, &model, &specs, &options, Some(&mut report), &mut on).unwrap();
+    assert_eq!(document(&resumed), document(&whole));
+    report.finish(&resumed).unwrap();
+    let results = std::fs::read(folder.join("results.json")).unwrap();
+    let results: Value = serde_json::from_slice(&results).unwrap();
+    assert_eq!(results["runs"].as_array().unwrap().len(), whole.runs.len());
+    assert!(!folder.join("progress.jsonl").exists());
+    let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    // Nothing is loaded from elsewhere; the one address is the name of SVG's namespace.
+    let outside = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
+    assert!(!outside.contains("http") && !outside.contains("src="), "{page}");
+    assert!(page.contains("<svg") && page.contains("lexico:sparsity=8,window=4"));
+    // A finished report is never written over.
+    for resume in [false, true] {
+        let error = ReportFolder::open(&folder, resume).err().unwrap().to_string();
+        assert!(error.contains("holds a report already"), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_is_refused() {
+    let model = Model::tiny().unwrap();
+    let task = problems(&model);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let refusal = |path: &Path, resume| ReportFolder::open(path, resume).err().unwrap().to_string();
+    std::fs::write(path.join("thesis.tex"), "text").unwrap();
+    assert!(refusal(path, false).contains("not empty"));
+    assert!(refusal(&path.join("thesis.tex"), false).contains("thesis.tex"));
+    assert!(refusal(&path.join("a/b"), false).contains("a/b"));
+    let own = path.join("own");
+    let mut report = ReportFolder::open(&own, false).unwrap();
+    assert!(refusal(&own, true).contains("another run is at work"));
+    let all = caches(&["lexico:sparsity=4"]);
+    evaluate(&task, &model, &all, &options(1), Some(&mut report), &mut on).unwrap();
+    drop(report);
+    assert!(refusal(&own, false).contains("--resume"));
+    // Other settings are named.
+    let mut report = ReportFolder::open(&own, true).unwrap();
+    let others = caches(&["lexico:sparsity=5"]);
+    let error = evaluate(&task, &model, &others, &options(2), Some(&mut report), &mut on);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("lexico:sparsity=5") && error.contains("items (1 then, 2 now)"), "{error}");
+    drop(report);
+    // A line in the middle that is none.
+    let progress = own.join("progress.jsonl");
+    let text = std::fs::read_to_string(&progress).unwrap();
+    std::fs::write(&progress, text.replacen("\"outcomes\"", "\"outcome\"", 1)).unwrap();
+    let error = refusal(&own, true);
+    assert!(error.contains("progress.jsonl: line 2 is damaged"), "{error}");
+}
+
+#[test]
+fn impossible_settings_are_refused() {
+    let model = Model::tiny().unwrap();
+    let task = problems(&model);
+    let refusal = |specs: &[&str], options: &EvaluateOptions| {
+        let specs = caches(specs);
+        let error = evaluate(&task, &model, &specs, options, None, &mut on);
+        error.unwrap_err().to_string()
+    };
+    let twice = refusal(&["lexico:sparsity=4", "lexico:sparsity=4"], &options(1));
+    assert!(twice.contains("lexico:sparsity=4 is given twice"), "{twice}");
+    assert!(refusal(&[], &options(0)).contains("0 items"));
+    let none = EvaluateOptions {
+        batch: 0,
+        ..options(1)
+    };
+    assert!(refusal(&[], &none).contains("batch of 0"));
+    for text in ["20", "-3%", "120%", "x", "%", "0MiB", "nan%", "infB"] {
+        let budget = text.parse::<lexico_eval::evaluation::CacheBudget>();
+        assert!(budget.is_err(), "{text}: {budget:?}");
+    }
+}
+
+#[test]
+fn budgets_are_kept_to_and_what_cannot_be_is_left_out() {
+    let model = Model::tiny().unwrap();
+    let task = problems(&model);
+    let mut options = options(4);
+    options.budgets = ["1%", "35%", "100000B", "100%"].map(|b| b.parse().unwrap()).to_vec();
+    let specs = caches(&["lexico", "lexico:sparsity=8,window=16,batch=1"]);
+    let evaluation = evaluate(&task, &model, &specs, &options, None, &mut on).unwrap();
+    assert_eq!(evaluation.skipped.len(), 1);
+    assert_eq!(evaluation.skipped[0].budget, "1%");
+    let runs = &evaluation.runs;
+    // All options given: run once, for no budget.
+    let fixed = runs.iter().filter(|run| run.budgets.is_empty()).count();
+    assert_eq!(fixed, 2, "full, and the one that leaves nothing open");
+    let of = |budget: &str| runs.iter().find(|run| run.budgets.iter().any(|b| b == budget)).unwrap();
+    assert!((0.30..=0.36).contains(&of("35%").share), "{}", of("35%").share);
+    let bytes = of("97.65625KiB").items.iter().map(|item| {
+        item.share * model.decoder.config().fp16_cache_bytes(item.positions) as f64
+    });
+    let mean = bytes.sum::<f64>() / 4.0;
+    assert!(mean <= 104_000.0, "{mean}");
+}
+
+/// One prompt of a given length.
+struct Long(Vec<Item>);
+
+impl Questions for Long {
+    fn name(&self) -> &'static str {
+        "long"
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        Map::new()
+    }
+
+    fn items(&self) -> &[Item] {
+        &self.0
+    }
+
+    fn judge(&self, _: usize, text: &str) -> Verdict {
+        Verdict {
+            score: 0.5,
+            answer: Some(text.to_owned()),
+            expected: String::new(),
+        }
+    }
+}
+
+#[test]
+fn a_prompt_beyond_the_context_is_refused_or_cut() {
+    let model = Model::tiny().unwrap();
+    let context = model.decoder.config().context;
+    let long = |max_tokens| {
+        Long(vec![Item {
+            id: "the long one".to_owned(),
+            prompt: "Ana has 3 coins. ".repeat(1000),
+            max_tokens,
+            stop: Vec::new(),
+        }])
+    };
+    let ask = |max_tokens, truncate| {
+        let options = AskOptions {
+            truncate,
+            ..AskOptions::default()
+        };
+        Asked::new(&model, long(max_tokens), options)
+    };
+    let error = ask(4, Truncate::Never).err().unwrap().to_string();
+    assert!(error.contains("the long one") && error.contains("--truncate"), "{error}");
+    assert!(ask(context, Truncate::Left).is_err());
+    assert!(Asked::new(&model, Long(vec![]), AskOptions::default()).is_err());
+    let cut = ask(4, Truncate::Left).unwrap();
+    let full = "full".parse().unwrap();
+    let outcomes = cut.run(&model, &full, &[0], &mut || ControlFlow::Continue(()));
+    let outcomes = outcomes.unwrap().unwrap();
+    assert_eq!(outcomes[0].prompt_positions, context - 4);
+    assert_eq!(outcomes[0].score, 0.5);
+    // A model without a chat template cannot be asked in chat.
+    let chat = AskOptions {
+        chat: true,
+        truncate: Truncate::Left,
+    };
+    assert!(Asked::new(&model, long(4), chat).is_err());
+}
