@@ -158,7 +158,9 @@ pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
             };
             let style = Style::of(layout.colours, i, lines(row));
             stroke(&mut out, &[(x, y), (x + 18.0, y)], &style.colour, 2.0, "");
-            style.mark(&mut out, x + 9.0, y);
+            if layout.colours == Colours::Distinct {
+                style.mark(&mut out, x + 9.0, y);
+            }
             text(&mut out, x + 23.0, y + 4.0, "start", &line.name);
         }
         top += panel.1 + legend(row);
@@ -288,7 +290,7 @@ impl Ticks {
             Scale::Logarithmic => {
                 let (first, last) = (low.log10().floor(), high.log10().ceil());
                 let last = last.max(first + 1.0);
-                let digits: &[u8] = if (last - first) * 3.0 <= most {
+                let digits: &[u8] = if (high / low).log10() * 3.0 <= most {
                     &[1, 2, 5]
                 } else {
                     &[1]
@@ -549,8 +551,7 @@ mod tests {
                 ..Layout::default()
             };
             let drawn = svg(&rows, layout);
-            // Eight points, and two marks in the legend.
-            assert_eq!(drawn.matches("<circle").count(), 10);
+            assert_eq!(drawn.matches("<circle").count(), 8);
             assert_eq!(drawn.matches("layer 1").count(), 1);
             assert!(drawn.contains("keys &lt; &amp; \u{fffd}"));
             assert!(!drawn.contains("NaN") && !drawn.contains("inf"));

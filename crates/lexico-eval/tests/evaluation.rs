@@ -59,15 +59,25 @@ fn an_interrupted_run_goes_on_with_the_same_results() {
     for (round, steps) in [3, 60, 0, 130, 400].into_iter().enumerate() {
         let mut left = steps;
         let mut report = ReportFolder::open(&folder, round > 0).unwrap();
-        let broken = evaluate(&task, &model, &specs, &options, Some(&mut report), &mut |_| {
-            left -= 1;
-            if left < 0 {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        });
-        assert!(matches!(broken, Err(Error::Interrupted)), "after {steps} steps");
+        let broken = evaluate(
+            &task,
+            &model,
+            &specs,
+            &options,
+            Some(&mut report),
+            &mut |_| {
+                left -= 1;
+                if left < 0 {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            },
+        );
+        assert!(
+            matches!(broken, Err(Error::Interrupted)),
+            "after {steps} steps"
+        );
         drop(report);
         if round == 1 {
             let path = folder.join("progress.jsonl");
@@ -87,11 +97,17 @@ fn an_interrupted_run_goes_on_with_the_same_results() {
     let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
     // Nothing is loaded from elsewhere; the one address is the name of SVG's namespace.
     let outside = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
-    assert!(!outside.contains("http") && !outside.contains("src="), "{page}");
+    assert!(
+        !outside.contains("http") && !outside.contains("src="),
+        "{page}"
+    );
     assert!(page.contains("<svg") && page.contains("lexico:sparsity=8,window=4"));
     // A finished report is never written over.
     for resume in [false, true] {
-        let error = ReportFolder::open(&folder, resume).err().unwrap().to_string();
+        let error = ReportFolder::open(&folder, resume)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("holds a report already"), "{error}");
     }
 }
@@ -117,16 +133,29 @@ fn a_folder_that_cannot_be_used_is_refused() {
     // Other settings are named.
     let mut report = ReportFolder::open(&own, true).unwrap();
     let others = caches(&["lexico:sparsity=5"]);
-    let error = evaluate(&task, &model, &others, &options(2), Some(&mut report), &mut on);
+    let error = evaluate(
+        &task,
+        &model,
+        &others,
+        &options(2),
+        Some(&mut report),
+        &mut on,
+    );
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("lexico:sparsity=5") && error.contains("items (1 then, 2 now)"), "{error}");
+    assert!(
+        error.contains("lexico:sparsity=5") && error.contains("items (1 then, 2 now)"),
+        "{error}"
+    );
     drop(report);
     // A line in the middle that is none.
     let progress = own.join("progress.jsonl");
     let text = std::fs::read_to_string(&progress).unwrap();
     std::fs::write(&progress, text.replacen("\"outcomes\"", "\"outcome\"", 1)).unwrap();
     let error = refusal(&own, true);
-    assert!(error.contains("progress.jsonl: line 2 is damaged"), "{error}");
+    assert!(
+        error.contains("progress.jsonl: line 2 is damaged"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -139,7 +168,10 @@ fn impossible_settings_are_refused() {
         error.unwrap_err().to_string()
     };
     let twice = refusal(&["lexico:sparsity=4", "lexico:sparsity=4"], &options(1));
-    assert!(twice.contains("lexico:sparsity=4 is given twice"), "{twice}");
+    assert!(
+        twice.contains("lexico:sparsity=4 is given twice"),
+        "{twice}"
+    );
     assert!(refusal(&[], &options(0)).contains("0 items"));
     let none = EvaluateOptions {
         batch: 0,
@@ -157,7 +189,9 @@ fn budgets_are_kept_to_and_what_cannot_be_is_left_out() {
     let model = Model::tiny().unwrap();
     let task = problems(&model);
     let mut options = options(4);
-    options.budgets = ["1%", "35%", "100000B", "100%"].map(|b| b.parse().unwrap()).to_vec();
+    options.budgets = ["1%", "35%", "100000B", "100%"]
+        .map(|b| b.parse().unwrap())
+        .to_vec();
     let specs = caches(&["lexico", "lexico:sparsity=8,window=16,batch=1"]);
     let evaluation = evaluate(&task, &model, &specs, &options, None, &mut on).unwrap();
     assert_eq!(evaluation.skipped.len(), 1);
@@ -166,11 +200,20 @@ fn budgets_are_kept_to_and_what_cannot_be_is_left_out() {
     // All options given: run once, for no budget.
     let fixed = runs.iter().filter(|run| run.budgets.is_empty()).count();
     assert_eq!(fixed, 2, "full, and the one that leaves nothing open");
-    let of = |budget: &str| runs.iter().find(|run| run.budgets.iter().any(|b| b == budget)).unwrap();
-    assert!((0.30..=0.36).contains(&of("35%").share), "{}", of("35%").share);
-    let bytes = of("97.65625KiB").items.iter().map(|item| {
-        item.share * model.decoder.config().fp16_cache_bytes(item.positions) as f64
-    });
+    let of = |budget: &str| {
+        runs.iter()
+            .find(|run| run.budgets.iter().any(|b| b == budget))
+            .unwrap()
+    };
+    assert!(
+        (0.30..=0.36).contains(&of("35%").share),
+        "{}",
+        of("35%").share
+    );
+    let bytes = of("97.65625KiB")
+        .items
+        .iter()
+        .map(|item| item.share * model.decoder.config().fp16_cache_bytes(item.positions) as f64);
     let mean = bytes.sum::<f64>() / 4.0;
     assert!(mean <= 104_000.0, "{mean}");
 }
@@ -220,7 +263,10 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
         Asked::new(&model, long(max_tokens), options)
     };
     let error = ask(4, Truncate::Never).err().unwrap().to_string();
-    assert!(error.contains("the long one") && error.contains("--truncate"), "{error}");
+    assert!(
+        error.contains("the long one") && error.contains("--truncate"),
+        "{error}"
+    );
     assert!(ask(context, Truncate::Left).is_err());
     assert!(Asked::new(&model, Long(vec![]), AskOptions::default()).is_err());
     let cut = ask(4, Truncate::Left).unwrap();

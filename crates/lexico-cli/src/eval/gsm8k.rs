@@ -36,6 +36,8 @@ impl Gsm8kArguments {
         let problems = Gsm8k::read(&data, &examples, self.shots, self.extraction)?;
         let items = self.comparison.items_or(usize::MAX);
         let options = self.ask.options();
-        self.comparison.run(items, |model| Ok(Box::new(Asked::new(model, problems, options)?)))
+        self.comparison.run(items, |model| {
+            Ok(Box::new(Asked::new(model, problems, options)?))
+        })
     }
 }

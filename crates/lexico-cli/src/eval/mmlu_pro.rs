@@ -30,6 +30,8 @@ impl MmluProArguments {
         let questions = MmluPro::read(&data, &self.subject)?;
         let items = self.comparison.items_or(usize::MAX);
         let options = self.ask.options();
-        self.comparison.run(items, |model| Ok(Box::new(Asked::new(model, questions, options)?)))
+        self.comparison.run(items, |model| {
+            Ok(Box::new(Asked::new(model, questions, options)?))
+        })
     }
 }

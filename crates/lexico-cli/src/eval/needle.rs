@@ -13,10 +13,20 @@ pub(crate) struct NeedleArguments {
     #[command(flatten)]
     ask: AskArguments,
     /// Tokens of the prompts
-    #[arg(long, value_name = "K,...", value_delimiter = ',', default_value = "1024,2048")]
+    #[arg(
+        long,
+        value_name = "K,...",
+        value_delimiter = ',',
+        default_value = "1024,2048"
+    )]
     length: Vec<usize>,
     /// Where in the text the fact is: 0 is its beginning and 1 its end
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = "0,0.25,0.5,0.75,1")]
+    #[arg(
+        long,
+        value_name = "SHARE,...",
+        value_delimiter = ',',
+        default_value = "0,0.25,0.5,0.75,1"
+    )]
     depth: Vec<f64>,
     /// Facts for each length and depth
     #[arg(long, value_name = "K", default_value_t = 4)]
@@ -31,7 +41,11 @@ pub(crate) struct NeedleArguments {
 
 impl NeedleArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let haystack = self.haystack.as_deref().map(Needle::read_haystack).transpose()?;
+        let haystack = self
+            .haystack
+            .as_deref()
+            .map(Needle::read_haystack)
+            .transpose()?;
         let options = NeedleOptions {
             lengths: self.length,
             depths: self.depth,
@@ -43,7 +57,11 @@ impl NeedleArguments {
         let ask = self.ask.options();
         self.comparison.run(items, |model| {
             let count = |text: &str| Ok(model.tokenizer.encode_first(text)?.len());
-            Ok(Box::new(Asked::new(model, Needle::new(&options, &count)?, ask)?))
+            Ok(Box::new(Asked::new(
+                model,
+                Needle::new(&options, &count)?,
+                ask,
+            )?))
         })
     }
 }

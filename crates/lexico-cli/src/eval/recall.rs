@@ -11,7 +11,12 @@ pub(crate) struct RecallArguments {
     #[command(flatten)]
     ask: AskArguments,
     /// Tokens of the prompts
-    #[arg(long, value_name = "K,...", value_delimiter = ',', default_value = "256,512")]
+    #[arg(
+        long,
+        value_name = "K,...",
+        value_delimiter = ',',
+        default_value = "256,512"
+    )]
     length: Vec<usize>,
     /// Prompts of each length
     #[arg(long, value_name = "K", default_value_t = 20)]
@@ -32,7 +37,11 @@ impl RecallArguments {
         let ask = self.ask.options();
         self.comparison.run(items, |model| {
             let count = |text: &str| Ok(model.tokenizer.encode_first(text)?.len());
-            Ok(Box::new(Asked::new(model, Recall::new(&options, &count)?, ask)?))
+            Ok(Box::new(Asked::new(
+                model,
+                Recall::new(&options, &count)?,
+                ask,
+            )?))
         })
     }
 }
