@@ -1,3 +1,5 @@
+use std::path::PathBuf;
+
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -10,6 +12,14 @@ pub enum Error {
         /// The line, from 1.
         line: usize,
         /// What is wrong with it.
+        reason: String,
+    },
+    /// A file cannot serve as a data set, or as a part of one.
+    #[error("{path}: {reason}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where: the row of a table, the entry of an archive.
         reason: String,
     },
     /// Settings that no run can meet.

@@ -15,10 +15,13 @@
 //! # Ok::<(), lexico_eval::Error>(())
 //! ```
 
+mod data;
 pub mod dictionary;
 mod error;
 pub mod learning;
+pub mod metrics;
 pub mod plot;
+pub mod task;
 pub mod tasks;
 
 pub use error::{Error, Result};
