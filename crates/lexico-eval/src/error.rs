@@ -22,6 +22,14 @@ pub enum Error {
         /// What is wrong with it, and what helps.
         reason: String,
     },
+    /// A file cannot serve as a data set, or as a part of one.
+    #[error("{path}: {reason}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where: the row of a table, the entry of an archive.
+        reason: String,
+    },
     /// Settings that no run can meet.
     #[error("{0}")]
     Options(String),

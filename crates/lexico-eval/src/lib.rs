@@ -18,10 +18,12 @@
 //! # Ok::<(), lexico_eval::Error>(())
 //! ```
 
+mod data;
 pub mod dictionary;
 mod error;
 pub mod evaluation;
 pub mod learning;
+pub mod metrics;
 pub mod plot;
 pub mod questions;
 pub mod report;

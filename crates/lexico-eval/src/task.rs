@@ -1,6 +1,5 @@
 //! What a task is: some items, each run with a cache and given a score.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use lexico_llm::Model;
@@ -127,7 +126,7 @@ impl Measure {
             Measure::Mean | Measure::Divergence => statistics::mean(&scores),
             Measure::Perplexity => statistics::mean(&scores).map(f64::exp),
             Measure::GroupMean => {
-                let groups = groups(outcomes).into_values().map(|of_group| {
+                let groups = groups(outcomes).into_iter().map(|(_, of_group)| {
                     let scores: Vec<f64> = of_group.iter().map(|outcome| outcome.score).collect();
                     statistics::mean(&scores)
                 });
@@ -137,14 +136,18 @@ impl Measure {
     }
 }
 
-/// The outcomes of each group, by its name; those of none are not among them.
+/// The outcomes of each group, in the order in which groups come up; those of none are not among them.
 pub fn groups<'a>(
     outcomes: impl IntoIterator<Item = &'a Outcome>,
-) -> BTreeMap<&'a str, Vec<&'a Outcome>> {
-    let mut groups: BTreeMap<&str, Vec<&Outcome>> = BTreeMap::new();
+) -> Vec<(&'a str, Vec<&'a Outcome>)> {
+    let mut groups: Vec<(&str, Vec<&Outcome>)> = Vec::new();
     for outcome in outcomes {
-        if let Some(group) = &outcome.group {
-            groups.entry(group).or_default().push(outcome);
+        let Some(name) = outcome.group.as_deref() else {
+            continue;
+        };
+        match groups.iter_mut().find(|(there, _)| *there == name) {
+            Some((_, group)) => group.push(outcome),
+            None => groups.push((name, vec![outcome])),
         }
     }
     groups

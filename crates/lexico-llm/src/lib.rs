@@ -48,6 +48,6 @@ pub use corpus::{Corpus, Windows};
 pub use error::{Error, Result};
 
 pub use model::{DICTIONARY_FILE, Model};
-pub use panics::hide_caught_panics;
+pub use panics::{caught, hide_caught_panics};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Quantize;

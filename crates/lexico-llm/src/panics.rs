@@ -7,8 +7,11 @@ thread_local! {
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `work`, which may panic; the error is what the panic said.
-pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+/// Calls `work`, in which a library may panic; the error is what the panic said. See [`hide_caught_panics`].
+///
+/// # Errors
+/// Where it panics.
+pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let before = CAUGHT.replace(true);
     let result = catch_unwind(AssertUnwindSafe(work));
     CAUGHT.set(before);

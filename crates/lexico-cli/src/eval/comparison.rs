@@ -214,19 +214,20 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
 
 /// A table of each group's scores, where there are groups.
 fn by_group(measure: Measure, runs: &[Run]) -> anyhow::Result<()> {
-    let names: Vec<&str> = runs
-        .first()
-        .map_or(Vec::new(), |run| groups(&run.items).into_keys().collect());
+    let Some(first) = runs.first() else {
+        return Ok(());
+    };
+    let names: Vec<&str> = groups(&first.items)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
     if names.is_empty() {
         return Ok(());
     }
     let header = ["cache"].into_iter().chain(names.iter().copied());
     let rows = runs.iter().map(|run| {
-        let groups = groups(&run.items);
-        let scores = names.iter().map(|name| {
-            let items = groups.get(name).map_or(&[][..], Vec::as_slice);
-            measure.print(measure.of(items.iter().copied()).value)
-        });
+        let groups = groups(&run.items).into_iter();
+        let scores = groups.map(|(_, items)| measure.print(measure.of(items).value));
         [run.cache.clone()]
             .into_iter()
             .chain(scores)

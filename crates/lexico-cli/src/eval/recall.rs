@@ -15,7 +15,7 @@ pub(crate) struct RecallArguments {
         long,
         value_name = "K,...",
         value_delimiter = ',',
-        default_value = "256,512"
+        default_value = "128,256"
     )]
     length: Vec<usize>,
     /// Prompts of each length

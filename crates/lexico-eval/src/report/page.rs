@@ -176,7 +176,10 @@ fn runs(out: &mut String, evaluation: &Evaluation) {
 fn by_group(out: &mut String, evaluation: &Evaluation) {
     let measure = evaluation.measure;
     let names: Vec<&str> = match evaluation.runs.first() {
-        Some(run) => groups(&run.items).into_keys().collect(),
+        Some(run) => groups(&run.items)
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect(),
         None => return,
     };
     if names.is_empty() {
@@ -187,7 +190,7 @@ fn by_group(out: &mut String, evaluation: &Evaluation) {
     header.extend(&names);
     let rows = evaluation.runs.iter().map(|run| {
         let mut row = vec![run.cache.clone()];
-        for of_group in groups(&run.items).into_values() {
+        for (_, of_group) in groups(&run.items) {
             row.push(measure.print(measure.of(of_group).value));
         }
         row

@@ -1,0 +1,597 @@
+//! LongBench (Bai et al., 2024): long texts to answer questions on, to summarise and to go on from, the sixteen data
+//! sets in English and of code.
+//!
+//! Prompts and the lengths of answers are read from the benchmark's published files. What becomes of a prompt that
+//! is too long, and the scores, are as in its published scripts, `pred.py` and `eval.py`; there and here the chat
+//! template is for some data sets only.
+
+use std::path::{Path, PathBuf};
+
+use lexico_llm::Tokenizer;
+use serde_json::{Map, Value, json};
+
+use crate::data::{self, Record, refused};
+use crate::error::{Error, Result};
+use crate::metrics::{
+    classification, code_line, code_similarity, count, paragraph, qa_f1, retrieval, rouge_l,
+};
+use crate::questions::Questions;
+use crate::task::{Item, Measure, Verdict};
+
+/// How predictions of a data set are scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Metric {
+    /// [`qa_f1`]
+    QaF1,
+    /// [`rouge_l`]
+    RougeL,
+    /// [`classification`]
+    Classification,
+    /// [`retrieval`]
+    Retrieval,
+    /// [`count`]
+    Count,
+    /// [`code_similarity`]
+    CodeSimilarity,
+}
+
+/// A data set of the benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dataset {
+    /// Its name, also of its file.
+    pub name: &'static str,
+    /// How predictions are scored.
+    pub metric: Metric,
+    /// Whether its prompts may be put as a message to a model that chats; the others are always plain text.
+    pub is_message: bool,
+    /// Whether only the first line of a prediction counts, line ends before it left out.
+    pub first_line: bool,
+}
+
+/// The data sets.
+pub const DATASETS: [Dataset; 16] = [
+    asked("narrativeqa", Metric::QaF1),
+    asked("qasper", Metric::QaF1),
+    asked("multifieldqa_en", Metric::QaF1),
+    asked("hotpotqa", Metric::QaF1),
+    asked("2wikimqa", Metric::QaF1),
+    asked("musique", Metric::QaF1),
+    asked("gov_report", Metric::RougeL),
+    asked("qmsum", Metric::RougeL),
+    asked("multi_news", Metric::RougeL),
+    shown("trec", Metric::Classification),
+    shown("triviaqa", Metric::QaF1),
+    shown("samsum", Metric::RougeL),
+    asked("passage_count", Metric::Count),
+    asked("passage_retrieval_en", Metric::Retrieval),
+    code("lcc"),
+    code("repobench-p"),
+];
+
+const fn asked(name: &'static str, metric: Metric) -> Dataset {
+    Dataset {
+        name,
+        metric,
+        is_message: true,
+        first_line: false,
+    }
+}
+
+/// Examples, which the model goes on from.
+const fn shown(name: &'static str, metric: Metric) -> Dataset {
+    Dataset {
+        name,
+        metric,
+        is_message: false,
+        first_line: true,
+    }
+}
+
+const fn code(name: &'static str) -> Dataset {
+    Dataset {
+        name,
+        metric: Metric::CodeSimilarity,
+        is_message: false,
+        first_line: false,
+    }
+}
+
+impl Dataset {
+    /// The data set of that name.
+    ///
+    /// # Errors
+    /// [`Error::Options`] where there is none.
+    pub fn named(name: &str) -> Result<Self> {
+        let found = DATASETS.into_iter().find(|dataset| dataset.name == name);
+        found.ok_or_else(|| {
+            let names: Vec<&str> = DATASETS.iter().map(|dataset| dataset.name).collect();
+            Error::Options(format!(
+                "no data set {name:?} of LongBench in English; there are {}",
+                names.join(", ")
+            ))
+        })
+    }
+
+    fn score(&self, prediction: &str, answer: &str, classes: &[String]) -> f64 {
+        match self.metric {
+            Metric::QaF1 => qa_f1(prediction, answer),
+            Metric::RougeL => rouge_l(prediction, answer),
+            Metric::Classification => classification(prediction, answer, classes),
+            Metric::Retrieval => retrieval(prediction, answer),
+            Metric::Count => count(prediction, answer),
+            Metric::CodeSimilarity => code_similarity(prediction, answer),
+        }
+    }
+}
+
+/// The published prompts, and the most tokens of answers.
+#[derive(Debug, Clone)]
+pub struct Prompts {
+    path: PathBuf,
+    prompts: Map<String, Value>,
+    lengths: Map<String, Value>,
+}
+
+impl Prompts {
+    /// The file of the prompts in the benchmark's folder `config`.
+    pub const FILE: &str = "dataset2prompt.json";
+    /// The file of the answers' lengths.
+    pub const LENGTHS: &str = "dataset2maxlen.json";
+
+    /// Reads both files of a folder: `LongBench/config` of the repository `THUDM/LongBench`. They are not in the
+    /// data set on the hub.
+    ///
+    /// # Errors
+    /// [`Error::File`] where one is not there or not a JSON object.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let object = |file: &str| {
+            let path = folder.join(file);
+            let text = data::read_text(&path)?;
+            serde_json::from_str(&text)
+                .map_err(|e| refused(&path, format!("not a JSON object of data sets: {e}")))
+        };
+        Ok(Self {
+            path: folder.to_owned(),
+            prompts: object(Self::FILE)?,
+            lengths: object(Self::LENGTHS)?,
+        })
+    }
+
+    /// A data set's template, and the most tokens of its answers.
+    fn of(&self, dataset: &Dataset) -> Result<(&str, usize)> {
+        let name = dataset.name;
+        let wrong = |file: &str, reason: String| refused(&self.path.join(file), reason);
+        let prompt = self.prompts.get(name).and_then(Value::as_str);
+        let prompt =
+            prompt.ok_or_else(|| wrong(Self::FILE, format!("it has no prompt of {name}")))?;
+        let length = self.lengths.get(name).and_then(Value::as_u64);
+        let length = length.and_then(|length| usize::try_from(length).ok());
+        match length.filter(|&length| length > 0) {
+            Some(length) => Ok((prompt, length)),
+            None => Err(wrong(
+                Self::LENGTHS,
+                format!("it has no number of tokens above 0 of {name}"),
+            )),
+        }
+    }
+
+    /// A template with a record's fields in place of `{their names}`, as Python's `str.format` has it.
+    fn filled(&self, template: &str, record: &Record) -> Result<String> {
+        let refused = |reason: String| refused(&self.path.join(Self::FILE), reason);
+        let mut prompt = String::with_capacity(template.len());
+        let mut rest = template;
+        while let Some(at) = rest.find(['{', '}']) {
+            prompt += &rest[..at];
+            rest = &rest[at..];
+            if let Some(after) = rest.strip_prefix("{{") {
+                prompt.push('{');
+                rest = after;
+            } else if let Some(after) = rest.strip_prefix("}}") {
+                prompt.push('}');
+                rest = after;
+            } else if let Some((name, after)) =
+                rest.strip_prefix('{').and_then(|rest| rest.split_once('}'))
+            {
+                match record.value(name) {
+                    Ok(Value::String(text)) => prompt += text,
+                    Ok(Value::Number(number)) => prompt += &number.to_string(),
+                    Ok(_) => return Err(record.refused(format!("field {name:?} holds no text"))),
+                    Err(error) => {
+                        return Err(refused(format!(
+                            "a prompt has the placeholder {{{name}}}: {error}"
+                        )));
+                    }
+                }
+                rest = after;
+            } else {
+                return Err(refused(format!(
+                    "a prompt has a single brace: {template:?}"
+                )));
+            }
+        }
+        Ok(prompt + rest)
+    }
+}
+
+/// A prompt of no more than `most` tokens: of a longer one the first and the last half, each decoded without
+/// special tokens.
+///
+/// # Errors
+/// Those of the tokenizer.
+pub fn without_middle(prompt: String, tokenizer: &Tokenizer, most: usize) -> Result<String> {
+    let tokens = tokenizer.encode_first(&prompt)?;
+    if tokens.len() <= most {
+        return Ok(prompt);
+    }
+    let half = most / 2;
+    let start = tokenizer.decode(&tokens[..half])?;
+    Ok(start + &tokenizer.decode(&tokens[tokens.len() - half..])?)
+}
+
+/// What to take of the benchmark.
+#[derive(Debug, Clone)]
+pub struct LongBenchOptions {
+    /// The data sets.
+    pub datasets: Vec<Dataset>,
+    /// Items of each data set, from the first on; all where there are fewer.
+    pub items: usize,
+    /// Most tokens of a prompt, the chat template's not counted.
+    pub context: usize,
+}
+
+/// Prompts of some data sets, with the answers that count as right.
+#[derive(Debug, Clone)]
+pub struct LongBench {
+    items: Vec<Item>,
+    keys: Vec<Key>,
+}
+
+/// What a prediction is scored against.
+#[derive(Debug, Clone)]
+struct Key {
+    dataset: Dataset,
+    answers: Vec<String>,
+    classes: Vec<String>,
+}
+
+impl LongBench {
+    /// Takes the data sets from `source`: a folder that holds `NAME.jsonl` of each, or the benchmark's `data.zip`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] and [`Error::File`] where a file cannot be read or lacks what a prompt needs, and those of the
+    /// tokenizer.
+    pub fn read(
+        source: &Path,
+        prompts: &Prompts,
+        tokenizer: &Tokenizer,
+        options: &LongBenchOptions,
+    ) -> Result<Self> {
+        let mut set = Self {
+            items: Vec::new(),
+            keys: Vec::new(),
+        };
+        for dataset in &options.datasets {
+            let (template, max_tokens) = prompts.of(dataset)?;
+            let file = format!("{}.jsonl", dataset.name);
+            let records = if source.is_dir() {
+                data::read(&source.join(file))?
+            } else {
+                data::read_zipped(source, &file)?
+            };
+            for (number, record) in records.iter().enumerate().take(options.items) {
+                let prompt = prompts.filled(template, record)?;
+                set.keys.push(key(*dataset, record)?);
+                set.items.push(Item {
+                    id: match record.text("_id") {
+                        Ok(id) => format!("{}/{id}", dataset.name),
+                        Err(_) => format!("{}/{number}", dataset.name),
+                    },
+                    prompt: without_middle(prompt, tokenizer, options.context)?,
+                    max_tokens,
+                    // pred.py ends samsum's at a line end, but for the first token: its first line is what counts.
+                    stop: Vec::new(),
+                });
+            }
+        }
+        Ok(set)
+    }
+
+    /// The benchmark's `data.zip` in `THUDM/LongBench` on the hub, downloaded where its cache lacks it. With
+    /// `progress`, bars are drawn on stderr.
+    ///
+    /// # Errors
+    /// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
+    pub fn fetch(progress: bool) -> Result<PathBuf> {
+        super::fetch_one("THUDM/LongBench", "data.zip", progress)
+    }
+
+    /// The data set that an item is of.
+    ///
+    /// # Panics
+    /// Where there is no such item.
+    pub fn dataset(&self, item: usize) -> Dataset {
+        self.keys[item].dataset
+    }
+}
+
+impl Questions for LongBench {
+    fn name(&self) -> &'static str {
+        "longbench"
+    }
+
+    fn measure(&self) -> Measure {
+        Measure::GroupMean
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        let mut names: Vec<&str> = self.keys.iter().map(|key| key.dataset.name).collect();
+        names.dedup();
+        Map::from_iter([("datasets".to_owned(), json!(names))])
+    }
+
+    fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    fn group(&self, item: usize) -> Option<&str> {
+        Some(self.dataset(item).name)
+    }
+
+    fn is_message(&self, item: usize) -> bool {
+        self.dataset(item).is_message
+    }
+
+    fn judge(&self, item: usize, text: &str) -> Verdict {
+        let Key {
+            dataset,
+            answers,
+            classes,
+        } = &self.keys[item];
+        let prediction = if dataset.first_line {
+            let line = text.trim_start_matches('\n').split('\n').next();
+            line.unwrap_or_default()
+        } else {
+            text
+        };
+        let scores = answers
+            .iter()
+            .map(|answer| dataset.score(prediction, answer, classes));
+        let answer = match dataset.metric {
+            Metric::CodeSimilarity => code_line(prediction),
+            _ => prediction.trim(),
+        };
+        Verdict {
+            score: scores.fold(0.0, f64::max),
+            answer: (!answer.is_empty()).then(|| answer.to_owned()),
+            expected: answers.join(" | "),
+        }
+    }
+}
+
+fn key(dataset: Dataset, record: &Record) -> Result<Key> {
+    let answers = record.texts("answers")?;
+    if answers.is_empty() {
+        return Err(record.refused("field \"answers\" is empty".to_owned()));
+    }
+    if dataset.metric == Metric::Retrieval
+        && let Some(answer) = answers.iter().find(|answer| paragraph(answer).is_none())
+    {
+        let reason = format!("field \"answers\" has {answer:?}, which is no \"Paragraph NUMBER\"");
+        return Err(record.refused(reason));
+    }
+    let classes = match dataset.metric {
+        Metric::Classification => record.texts("all_classes")?,
+        _ => Vec::new(),
+    };
+    let owned = |texts: Vec<&str>| texts.into_iter().map(str::to_owned).collect();
+    Ok(Key {
+        dataset,
+        answers: owned(answers),
+        classes: owned(classes),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use lexico_llm::Model;
+
+    use super::*;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    /// Templates and lengths of two data sets.
+    fn prompts(template: &str) -> tempfile::TempDir {
+        let templates = serde_json::json!({"trec": template, "qasper": "{context}? {input}", "samsum": "{{{input}}}"});
+        folder(&[
+            (Prompts::FILE, &templates.to_string()),
+            (
+                Prompts::LENGTHS,
+                r#"{"trec": 64, "qasper": 128, "samsum": 0, "lcc": 64}"#,
+            ),
+        ])
+    }
+
+    fn options(datasets: &[&str], context: usize) -> LongBenchOptions {
+        LongBenchOptions {
+            datasets: datasets
+                .iter()
+                .map(|name| Dataset::named(name).unwrap())
+                .collect(),
+            items: 2,
+            context,
+        }
+    }
+
+    const TREC: &str = concat!(
+        r#"{"input": "Q: ü?", "context": "{x}", "answers": ["Date", "City"], "all_classes": ["Date", "City"], "#,
+        r#""length": 7, "_id": "ab"}"#,
+        "\n",
+        r#"{"input": "i", "context": "c", "answers": ["City"], "all_classes": ["City"], "length": 8}"#,
+        "\n",
+        r#"{"input": "none reads this one"}"#,
+    );
+
+    fn read(prompts: &Path, source: &Path, options: &LongBenchOptions) -> Result<LongBench> {
+        let model = Model::tiny().unwrap();
+        LongBench::read(source, &Prompts::read(prompts)?, &model.tokenizer, options)
+    }
+
+    #[test]
+    fn prompts_are_filled_and_predictions_judged() {
+        let prompts = prompts("{{T}} {context}\n{input} {length}");
+        let source = folder(&[("trec.jsonl", TREC)]);
+        let set = read(prompts.path(), source.path(), &options(&["trec"], 1000)).unwrap();
+        let items = set.items();
+        assert_eq!(items.len(), 2);
+        assert_eq!(items[0].prompt, "{T} {x}\nQ: ü? 7");
+        assert_eq!(
+            (items[0].id.as_str(), items[1].id.as_str()),
+            ("trec/ab", "trec/1")
+        );
+        assert_eq!(items[0].max_tokens, 64);
+        assert!(!set.dataset(0).is_message);
+
+        let verdict = set.judge(0, "\n\nit is a City\nDate");
+        assert_eq!(verdict.score, 1.0);
+        assert_eq!(verdict.answer.as_deref(), Some("it is a City"));
+        assert_eq!(verdict.expected, "Date | City");
+        assert_eq!(set.judge(0, "\n").answer, None);
+        assert_eq!(set.judge(1, "Date").score, 0.0);
+    }
+
+    #[test]
+    fn archives_hold_the_same_as_folders() {
+        let prompts = prompts("{context}\n{input}");
+        let source = folder(&[("trec.jsonl", TREC)]);
+        let archive = source.path().join("data.zip");
+        let mut zip = zip::ZipWriter::new(std::fs::File::create(&archive).unwrap());
+        let deflated = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Deflated);
+        zip.start_file("data/trec.jsonl", deflated).unwrap();
+        std::io::Write::write_all(&mut zip, TREC.as_bytes()).unwrap();
+        zip.finish().unwrap();
+        let options = options(&["trec"], 1000);
+        let (a, b) = (
+            read(prompts.path(), source.path(), &options).unwrap(),
+            read(prompts.path(), &archive, &options).unwrap(),
+        );
+        assert_eq!(a.items(), b.items());
+    }
+
+    #[test]
+    fn the_middle_of_long_prompts_is_left_out() {
+        let tokenizer = Model::tiny().unwrap().tokenizer;
+        let words: Vec<String> = (0..400).map(|n| format!("coin{n}")).collect();
+        let prompt = words.join(" ");
+        let tokens = tokenizer.encode_first(&prompt).unwrap();
+        assert_eq!(
+            without_middle(prompt.clone(), &tokenizer, tokens.len()).unwrap(),
+            prompt
+        );
+        for most in [0, 1, 2, 100, 101, tokens.len() - 1] {
+            let short = without_middle(prompt.clone(), &tokenizer, most).unwrap();
+            let half = most / 2;
+            let start = tokenizer.decode(&tokens[..half]).unwrap();
+            let end = tokenizer.decode(&tokens[tokens.len() - half..]).unwrap();
+            assert_eq!(short, format!("{start}{end}"));
+            assert!(prompt.starts_with(&start) && prompt.ends_with(&end));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused() {
+        let good = prompts("{context}");
+        let error = |prompts: &Path, name: &str, text: &str| {
+            let source = folder(&[(&format!("{name}.jsonl"), text)]);
+            let set = read(prompts, source.path(), &options(&[name], 1000));
+            set.map(|_| ()).unwrap_err().to_string()
+        };
+        for (template, expected) in [
+            (
+                "{foo}",
+                "dataset2prompt.json: a prompt has the placeholder {foo}: ",
+            ),
+            ("{foo}", "no field \"foo\"; there are "),
+            ("{}", "placeholder {}: "),
+            ("{input!r}", "no field \"input!r\""),
+            ("a { b", "a prompt has a single brace: \"a { b\""),
+            ("a } b", "a prompt has a single brace"),
+            ("{answers}", "line 1: field \"answers\" holds no text"),
+        ] {
+            let error = error(prompts(template).path(), "trec", TREC);
+            assert!(error.contains(expected), "{template}: {error}");
+        }
+        for (name, text, expected) in [
+            (
+                "qasper",
+                "{\"input\": \"\", \"context\": \"\"}",
+                "line 1: no field \"answers\"",
+            ),
+            (
+                "qasper",
+                r#"{"input": "", "context": "", "answers": "x"}"#,
+                "holds no list of texts",
+            ),
+            (
+                "qasper",
+                r#"{"input": "", "context": "", "answers": []}"#,
+                "\"answers\" is empty",
+            ),
+            (
+                "trec",
+                r#"{"input": "", "context": "", "answers": ["x"], "all_classes": null}"#,
+                "\"all_classes\" holds no list",
+            ),
+            (
+                "narrativeqa",
+                "{}",
+                "dataset2prompt.json: it has no prompt of narrativeqa",
+            ),
+            ("lcc", "{}", "dataset2prompt.json: it has no prompt of lcc"),
+            (
+                "samsum",
+                "{}",
+                "dataset2maxlen.json: it has no number of tokens above 0 of samsum",
+            ),
+        ] {
+            let error = error(good.path(), name, text);
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+        let nothing = folder(&[]);
+        let source = read(good.path(), nothing.path(), &options(&["trec"], 9)).unwrap_err();
+        assert!(source.to_string().contains("trec.jsonl: "), "{source}");
+        let source = read(
+            good.path(),
+            &nothing.path().join("data.zip"),
+            &options(&["trec"], 9),
+        );
+        assert!(source.unwrap_err().to_string().contains("data.zip: "));
+        let prompts = Prompts::read(nothing.path()).unwrap_err().to_string();
+        assert!(prompts.contains("dataset2prompt.json: "), "{prompts}");
+        let list = folder(&[(Prompts::FILE, "[]"), (Prompts::LENGTHS, "{}")]);
+        let prompts = Prompts::read(list.path()).unwrap_err().to_string();
+        assert!(prompts.contains("not a JSON object"), "{prompts}");
+        let name = Dataset::named("dureader").unwrap_err().to_string();
+        assert!(name.contains("there are narrativeqa, qasper,"), "{name}");
+    }
+
+    #[test]
+    fn answers_of_retrieval_name_a_paragraph() {
+        let record = |answer: &str| {
+            let folder = folder(&[("d.jsonl", &format!(r#"{{"answers": ["{answer}"]}}"#))]);
+            data::read(&folder.path().join("d.jsonl"))
+                .unwrap()
+                .remove(0)
+        };
+        let dataset = Dataset::named("passage_retrieval_en").unwrap();
+        assert!(key(dataset, &record("Paragraph 7")).is_ok());
+        let error = key(dataset, &record("7")).unwrap_err().to_string();
+        assert!(error.contains("has \"7\", which is no"), "{error}");
+    }
+}
