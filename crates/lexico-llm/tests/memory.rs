@@ -62,6 +62,10 @@ fn footprints_equal_what_is_allocated() {
         "lexico:sparsity=16,tolerance=0.3,window=16",
         "lexico:sparsity=8,tolerance=0.05,adaptive=40,window=16",
         "lexico:key-sparsity=12,value-sparsity=4,window=32",
+        "streaming-llm:window=60",
+        "snapkv:capacity=80",
+        "pyramidkv:capacity=80",
+        "h2o:capacity=80",
     ] {
         for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
             let (reported, allocated) = run(spec, prompt, steps);

@@ -5,10 +5,12 @@
 mod common;
 
 use common::{drawn_vectors, random_dictionary};
-use lexico::attention::{DenseRows, Head, NumberType, Positions, Source, attend, attend_heads};
+use lexico::attention::{
+    DenseRows, Head, NumberType, Positions, Source, attend, attend_heads, received,
+};
 use lexico::dictionary::{Atoms, Extension};
 use lexico::pursuit::AdaptivePursuit;
-use lexico::threads::{Rayon, Threads};
+use lexico::threads::{Alone, Rayon, Threads};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use proptest::prelude::*;
 
@@ -373,5 +375,59 @@ fn codes_of_many_pages_with_ever_larger_scores() {
             let close = (f64::from(*got) - want).abs() <= 3e-4 * want.abs().max(1.0);
             assert!(close, "{got} for {want}");
         }
+    }
+}
+
+proptest! {
+    /// A position's value is a unit vector of its own, so that attention's output is its weights.
+    #[test]
+    fn received_attention_is_the_sum_of_the_weights(
+        m in prop_oneof![Just(1usize), Just(7), Just(64)], group in 1usize..5, t in 1usize..80,
+        past in 0usize..40, part in 0f64..=1.0, scale in prop_oneof![Just(1f32), Just(12.0)], seed: u64,
+    ) {
+        let n = past + t;
+        let newest = (part * t as f64) as usize;
+        let draw = |seed: u64, count: usize| -> Vec<f32> {
+            drawn_vectors(seed, count, m).iter().map(|x| scale * x).collect()
+        };
+        let (queries, keys) = (draw(seed, group * t), draw(seed ^ 1, n));
+        let mut expected = vec![0.0; n];
+        for (position, expected) in expected.iter_mut().enumerate() {
+            let mut values = vec![0.0; n * m];
+            values[position * m] = 1.0;
+            let weights = dense_attention(&queries, m, t, None, &keys, &values);
+            *expected = weights
+                .chunks(m)
+                .enumerate()
+                .filter(|(row, _)| row % t >= t - newest)
+                .map(|(_, out)| out[0])
+                .sum::<f64>();
+        }
+        let sums = received(&queries, m, t, newest, &keys, &Rayon);
+        prop_assert_eq!(&sums, &received(&queries, m, t, newest, &keys, &Alone));
+        for (got, want) in sums.iter().zip(expected) {
+            prop_assert!((f64::from(*got) - want).abs() < 2e-4 * want.max(1.0), "{got} for {want}");
+        }
+    }
+
+    #[test]
+    fn rows_that_are_kept_are_those_that_were(
+        m in 1usize..9, count in 0usize..200, f16: bool, more in 0usize..5, seed: u64,
+    ) {
+        let number_type = if f16 { NumberType::F16 } else { NumberType::F32 };
+        let mut rows = DenseRows::new(m, number_type);
+        rows.extend(&drawn_vectors(seed, count, m));
+        let before = rows.to_f32();
+        let kept: Vec<usize> = (0..count).filter(|i| (seed >> (i % 64)) & 1 == 1).collect();
+        rows.keep(&kept);
+        let mut expected: Vec<f32> = kept.iter().flat_map(|i| &before[i * m..(i + 1) * m]).copied().collect();
+        prop_assert_eq!(&rows.to_f32(), &expected);
+        let number = if f16 { 2 } else { 4 };
+        let needed = kept.len() * m + (kept.len() * m / 16).max(4 * m);
+        prop_assert!(rows.bytes() <= needed * number, "{} for {needed}", rows.bytes());
+        let added = vec![1.0; more * m];
+        rows.extend(&added);
+        expected.extend(added);
+        prop_assert_eq!(rows.to_f32(), expected);
     }
 }

@@ -1,9 +1,14 @@
 //! KV caches: the trait, and one file a method. A method is named `NAME[:key=value,…]`.
 
+mod evict;
 mod full;
+mod h2o;
 mod lexico;
 mod method;
+mod pyramidkv;
+mod snapkv;
 mod spec;
+mod streaming_llm;
 
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
@@ -93,6 +98,13 @@ impl Step {
         let (_, t, m) = self.shape;
         let keys = self.keys.chunks_exact(t * m);
         keys.zip(self.values.chunks_exact(t * m))
+    }
+
+    /// The queries of every KV head's group, `[G, t, m]`.
+    pub(crate) fn queries(&self) -> impl Iterator<Item = &[f32]> {
+        let (_, t, m) = self.shape;
+        let heads = self.keys.len() / (t * m);
+        self.queries.chunks_exact(self.queries.len() / heads)
     }
 
     /// Attention of every KV head over its `past` and the step's own positions.

@@ -3,11 +3,21 @@ use std::str::FromStr;
 
 use ::lexico::attention::NumberType;
 
-use super::{Budget, CacheContext, KvCache, Lengths, Method, full, lexico};
+use super::{
+    Budget, CacheContext, KvCache, Lengths, Method, full, h2o, lexico, pyramidkv, snapkv,
+    streaming_llm,
+};
 use crate::error::{Error, Result};
 
 /// Every cache method there is.
-pub static METHODS: &[&Method] = &[&lexico::METHOD, &full::METHOD];
+pub static METHODS: &[&Method] = &[
+    &lexico::METHOD,
+    &full::METHOD,
+    &streaming_llm::METHOD,
+    &snapkv::METHOD,
+    &pyramidkv::METHOD,
+    &h2o::METHOD,
+];
 
 /// A cache method and its options, as `NAME[:key=value,…]` gives them.
 #[derive(Debug, Clone)]

@@ -45,6 +45,11 @@ impl DenseRows {
         Self { head_dim, numbers }
     }
 
+    /// Length of each vector, `m`.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
     /// Appends vectors, `[n, m]`.
     pub fn extend(&mut self, vectors: &[f32]) {
         match &mut self.numbers {
@@ -94,6 +99,18 @@ impl DenseRows {
         }
     }
 
+    /// Keeps the vectors at `rows`, which ascend, and drops all others. Memory is given back beyond what the next
+    /// vectors would have it grow by again.
+    ///
+    /// # Panics
+    /// Where there is no such vector.
+    pub fn keep(&mut self, rows: &[usize]) {
+        match &mut self.numbers {
+            Numbers::F16(numbers) => keep(numbers, rows, self.head_dim),
+            Numbers::F32(numbers) => keep(numbers, rows, self.head_dim),
+        }
+    }
+
     /// All vectors in f32, `[n, m]`: for tests.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = Vec::new();
@@ -128,6 +145,17 @@ fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
     if numbers.capacity() - numbers.len() < more {
         numbers.reserve_exact(more.max(GROWTH * head_dim).max(numbers.len() / 16));
     }
+}
+
+fn keep<T: Copy>(numbers: &mut Vec<T>, rows: &[usize], head_dim: usize) {
+    for (to, &from) in rows.iter().enumerate() {
+        if to != from {
+            let from = from * head_dim;
+            numbers.copy_within(from..from + head_dim, to * head_dim);
+        }
+    }
+    numbers.truncate(rows.len() * head_dim);
+    numbers.shrink_to(numbers.len() + (GROWTH * head_dim).max(numbers.len() / 16));
 }
 
 /// Adds some dense positions for the few queries of one position; `queries` `[group, m]` are scaled already.

@@ -5,8 +5,10 @@
 
 mod coded;
 mod dense;
+mod received;
 
 pub use dense::{DenseRows, NumberType};
+pub use received::received;
 
 use std::ops::Range;
 
