@@ -56,19 +56,25 @@ impl CacheSpec {
     /// [`Error::Budget`] where the method cannot be made as small; those of [`CacheSpec::build`].
     pub fn within(&self, budget: Budget, context: &CacheContext<'_>) -> Result<Self> {
         let mut smallest: Option<(f64, Self)> = None;
+        let mut refused = None;
         for setting in (self.method.settings)(context, budget) {
-            let given = |&&(name, _): &&(&'static str, String)| self.given(name).is_some();
-            if setting
-                .iter()
-                .filter(given)
-                .any(|(name, value)| self.given(name) != Some(value))
-            {
-                continue;
+            let open = setting
+                .into_iter()
+                .filter(|(name, _)| self.given(name).is_none());
+            let open: Vec<_> = open.collect();
+            if open.is_empty() {
+                return Ok(self.clone());
             }
             let mut spec = self.clone();
-            spec.options
-                .extend(setting.iter().filter(|o| !given(o)).cloned());
-            let bytes = spec.expected_bytes(context, budget.lengths)?;
+            spec.options.extend(open);
+            let bytes = match spec.expected_bytes(context, budget.lengths) {
+                Ok(bytes) => bytes,
+                // What is given may not go with every setting.
+                Err(error) => {
+                    refused.get_or_insert(error);
+                    continue;
+                }
+            };
             if bytes <= budget.bytes {
                 return Ok(spec);
             }
@@ -77,7 +83,7 @@ impl CacheSpec {
             }
         }
         let Some((bytes, spec)) = smallest else {
-            return Ok(self.clone());
+            return refused.map_or_else(|| Ok(self.clone()), Err);
         };
         let share =
             |bytes: f64| 100.0 * bytes / context.config.fp16_cache_bytes(budget.lengths.end) as f64;
