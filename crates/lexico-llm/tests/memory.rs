@@ -62,6 +62,14 @@ fn footprints_equal_what_is_allocated() {
         "lexico:sparsity=16,tolerance=0.3,window=16",
         "lexico:sparsity=8,tolerance=0.05,adaptive=40,window=16",
         "lexico:key-sparsity=12,value-sparsity=4,window=32",
+        "per-token",
+        "per-token:bits=3,group=24,window=0",
+        "kivi",
+        "kivi:bits=4,group=16,residual=32",
+        "zipcache",
+        "zipcache:salient=0.25,gap=25",
+        "turboquant",
+        "turboquant:bits=4,window=16,norm=corrected",
     ] {
         for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
             let (reported, allocated) = run(spec, prompt, steps);

@@ -1,9 +1,16 @@
 //! KV caches: the trait, and one file a method. A method is named `NAME[:key=value,…]`.
 
+mod bits;
 mod full;
+mod kivi;
 mod lexico;
 mod method;
+mod per_token;
 mod spec;
+mod turboquant;
+mod uniform;
+mod window;
+mod zipcache;
 
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
@@ -13,7 +20,7 @@ pub use lexico::{LexicoCache, LexicoSettings};
 pub use method::{Budget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::threads::CandleThreads;
 
 /// Keys and values of one sequence, in every layer, however they are stored.
@@ -93,6 +100,21 @@ impl Step {
         let (_, t, m) = self.shape;
         let keys = self.keys.chunks_exact(t * m);
         keys.zip(self.values.chunks_exact(t * m))
+    }
+
+    /// Refuses keys and values of `layer` that are not finite; quantisation would make something else of them.
+    pub(crate) fn check_finite(&self, layer: usize) -> Result<()> {
+        let (_, t, m) = self.shape;
+        for (part, numbers) in [("key", &self.keys), ("value", &self.values)] {
+            if let Some(at) = numbers.iter().position(|x| !x.is_finite()) {
+                return Err(Error::Coding {
+                    layer,
+                    part,
+                    reason: ::lexico::Error::NotFinite { row: at / m % t },
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Attention of every KV head over its `past` and the step's own positions.

@@ -3,11 +3,21 @@ use std::str::FromStr;
 
 use ::lexico::attention::NumberType;
 
-use super::{Budget, CacheContext, KvCache, Lengths, Method, full, lexico};
+use super::{
+    Budget, CacheContext, KvCache, Lengths, Method, full, kivi, lexico, per_token, turboquant,
+    zipcache,
+};
 use crate::error::{Error, Result};
 
 /// Every cache method there is.
-pub static METHODS: &[&Method] = &[&lexico::METHOD, &full::METHOD];
+pub static METHODS: &[&Method] = &[
+    &lexico::METHOD,
+    &full::METHOD,
+    &per_token::METHOD,
+    &kivi::METHOD,
+    &zipcache::METHOD,
+    &turboquant::METHOD,
+];
 
 /// A cache method and its options, as `NAME[:key=value,…]` gives them.
 #[derive(Debug, Clone)]
@@ -94,12 +104,27 @@ impl CacheSpec {
 
     pub(super) fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str) -> Result<T> {
         let value = self.text(option);
-        value.parse().map_err(|e: T::Err| Error::OptionValue {
+        value
+            .parse()
+            .map_err(|e: T::Err| self.refused(option, e.to_string()))
+    }
+
+    /// A whole number that is 1 at least.
+    pub(super) fn positive(&self, option: &'static str) -> Result<usize> {
+        match self.number(option)? {
+            0 => Err(self.refused(option, "it must be 1 or more")),
+            number => Ok(number),
+        }
+    }
+
+    /// The error that an option's value cannot be used.
+    pub(super) fn refused(&self, option: &'static str, reason: impl Into<String>) -> Error {
+        Error::OptionValue {
             method: self.method.name,
             option,
-            value: value.to_owned(),
-            reason: e.to_string(),
-        })
+            value: self.text(option).to_owned(),
+            reason: reason.into(),
+        }
     }
 
     pub(super) fn number_type(&self, option: &str) -> NumberType {
