@@ -84,8 +84,8 @@ impl Settings {
         let positions = lengths.end.min(config.window.unwrap_or(usize::MAX));
         let dense_keys = lengths.end % residual;
         let dense_values = positions.min(residual);
-        let key_groups = positions.saturating_sub(dense_keys) / group;
-        let coded = key_groups * ByChannel::bytes_each(bits, m, group)
+        let coded_keys = positions.saturating_sub(dense_keys);
+        let coded = ByChannel::bytes_of(coded_keys, bits, m, group)
             + (positions - dense_values) * ByToken::bytes_each(bits, m, group);
         let head = size_of::<Head>() + coded + (dense_keys + dense_values) * 2 * m;
         (config.layers * config.kv_heads * head) as f64

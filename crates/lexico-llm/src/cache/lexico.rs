@@ -379,8 +379,9 @@ impl Part {
 impl LexicoSettings {
     /// Bytes of a cache of `positions`, about: sessions that add atoms are counted as if they added none.
     fn bytes(&self, config: &Config, positions: usize) -> f64 {
-        // Batches leave whole, and each layer at its own step.
-        let dense = positions.min(self.window + self.batch / 2) as f64;
+        // Batches leave whole, each layer's at its own step, and the window keeps the room that it needed for them.
+        let leaving = self.batch.saturating_mul(3) / 2;
+        let dense = positions.min(self.window.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
         let coefficient = match self.coefficients {
             CoefficientFormat::F32 => 4,

@@ -191,9 +191,9 @@ impl ByChannel {
         self.codes.bytes() + self.grids.capacity() * size_of::<Grid>()
     }
 
-    /// Bytes of a group.
-    pub(super) fn bytes_each(bits: u32, head_dim: usize, group: usize) -> usize {
-        group * row_bytes(bits, head_dim) + head_dim * size_of::<Grid>()
+    /// Bytes of so many vectors, in whole groups.
+    pub(super) fn bytes_of(positions: usize, bits: u32, head_dim: usize, group: usize) -> usize {
+        positions * row_bytes(bits, head_dim) + positions / group * head_dim * size_of::<Grid>()
     }
 }
 

@@ -35,3 +35,27 @@ impl Window {
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_oldest_leave_in_order(m in 1usize..5, most in 0usize..9, steps in vec(0usize..20, 1..9)) {
+            let mut window = Window::new(m, most);
+            let (mut given, mut left) = (Vec::new(), Vec::new());
+            for t in steps {
+                let new: Vec<f32> = (given.len()..given.len() + t * m).map(|i| i as f32).collect();
+                given.extend_from_slice(&new);
+                left.extend(window.take(&new));
+                prop_assert_eq!(window.rows().len(), most.min(given.len() / m));
+                let all = [left.clone(), window.rows().to_f32()].concat();
+                prop_assert_eq!(&all, &given);
+            }
+        }
+    }
+}

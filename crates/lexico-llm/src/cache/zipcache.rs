@@ -390,7 +390,7 @@ impl ZipCache {
     fn draw_probes(&mut self, t: usize, recent: usize) -> Vec<usize> {
         if t == 1 {
             let gap = self.settings.gap;
-            let last = (recent + 1) * 20 > gap * 19 || recent + 1 == gap;
+            let last = recent + 1 > gap - gap / 20;
             return if last || self.rng.random_bool(0.05) {
                 vec![0]
             } else {
