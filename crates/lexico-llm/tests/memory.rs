@@ -66,6 +66,14 @@ fn footprints_equal_what_is_allocated() {
         "snapkv:capacity=80",
         "pyramidkv:capacity=80",
         "h2o:capacity=80",
+        "per-token",
+        "per-token:bits=3,group=24,window=0",
+        "kivi",
+        "kivi:bits=4,group=16,residual=32",
+        "zipcache",
+        "zipcache:salient=0.25,gap=25",
+        "turboquant",
+        "turboquant:bits=4,window=16,norm=corrected",
     ] {
         for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
             let (reported, allocated) = run(spec, prompt, steps);

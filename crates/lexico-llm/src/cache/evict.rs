@@ -3,10 +3,10 @@
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::threads::Threads;
 
+use super::CacheSpec;
 use super::method::CacheContext;
-use super::{CacheSpec, Step};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The positions held of one KV head, in order, in f16. Keys are rotated already, so that neither their place among
 /// the rows nor what is gone between them matters to attention.
@@ -79,21 +79,6 @@ impl Held {
     }
 }
 
-/// Refuses keys and values that are not finite.
-pub(super) fn check_finite(step: &Step, layer: usize) -> Result<()> {
-    let (_, _, m) = step.shape;
-    for (part, numbers) in [("key", &step.keys), ("value", &step.values)] {
-        if let Some(at) = numbers.iter().position(|x| !x.is_finite()) {
-            return Err(Error::Coding {
-                layer,
-                part,
-                reason: ::lexico::Error::NotFinite { row: at / m },
-            });
-        }
-    }
-    Ok(())
-}
-
 /// Attention that the positions held and then the new ones of a KV head receive from the `newest` last of the step's
 /// positions, summed over the queries of the group; `queries` `[G, t, m]`, `keys` `[t, m]`.
 pub(super) fn received(
@@ -121,16 +106,6 @@ pub(super) fn largest(scores: &[f32], count: usize) -> Vec<usize> {
     places
 }
 
-/// What is wrong with an option's value.
-pub(super) fn refused(spec: &CacheSpec, option: &'static str, reason: String) -> Error {
-    Error::OptionValue {
-        method: spec.method().name,
-        option,
-        value: spec.text(option).to_owned(),
-        reason,
-    }
-}
-
 /// Refuses a model with a sliding window: what it hides follows from positions, which are not kept, and differs from
 /// one new position to the next.
 pub(super) fn refuse_sliding_window(
@@ -146,7 +121,7 @@ pub(super) fn refuse_sliding_window(
          full, lexico and streaming-llm do",
         context.model
     );
-    Err(refused(spec, option, reason))
+    Err(spec.refused(option, reason))
 }
 
 /// Numbers of positions from `most` down to `least`, for a budget to choose from: close enough that little of it is
@@ -164,6 +139,7 @@ pub(super) mod testing {
     use super::*;
     use crate::cache::KvCache;
     use crate::config::{Rotary, RotaryScaling};
+    use crate::error::Error;
 
     pub(crate) fn config(layers: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Config {
         let mut config = crate::shape::config("mistral-7b").unwrap();

@@ -2,7 +2,7 @@ use ::lexico::attention::{DenseRows, NumberType, Source};
 use candle_core::Tensor;
 
 use super::method::{Method, NUMBER_TYPES, option};
-use super::{Footprint, KvCache, Step, outside_window};
+use super::{Decoded, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -82,6 +82,17 @@ impl KvCache for FullCache {
 
     fn len(&self) -> usize {
         self.positions
+    }
+
+    fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
+        let mut decoded = Decoded::default();
+        for head in &self.layers[layer] {
+            decoded.keys.extend(head.keys.to_f32());
+            decoded.values.extend(head.values.to_f32());
+            decoded.bytes[0] += head.keys.bytes();
+            decoded.bytes[1] += head.values.bytes();
+        }
+        Ok(Some(decoded))
     }
 
     fn footprint(&self) -> Footprint {

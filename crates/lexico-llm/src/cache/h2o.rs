@@ -1,8 +1,6 @@
 use candle_core::Tensor;
 
-use super::evict::{
-    Held, check_finite, descending, largest, received, refuse_sliding_window, refused,
-};
+use super::evict::{Held, descending, largest, received, refuse_sliding_window};
 use super::method::{Method, Values, option};
 use super::{CacheContext, CacheSpec, Footprint, KvCache, Step};
 use crate::config::Config;
@@ -40,7 +38,7 @@ fn capacity(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<usize> {
     if capacity < 2 {
         let reason =
             "half of it is for the newest positions and half for others: it must be at least 2";
-        return Err(refused(spec, "capacity", reason.to_owned()));
+        return Err(spec.refused("capacity", reason.to_owned()));
     }
     refuse_sliding_window(spec, context, "capacity")?;
     Ok(capacity)
@@ -108,7 +106,7 @@ impl Head {
 impl KvCache for H2oCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let step = Step::new(q, k, v)?;
-        check_finite(&step, layer)?;
+        step.check_finite(layer)?;
         let heads = &mut self.layers[layer];
         let out = step.attend(heads, None, |head| vec![head.held.source()])?;
         let (_, t, _) = step.shape;

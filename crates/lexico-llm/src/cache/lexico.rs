@@ -9,7 +9,7 @@ use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
 use super::method::{CacheContext, Method, NUMBER_TYPES, Values, option};
-use super::{CacheSpec, Footprint, KvCache, Step, outside_window};
+use super::{CacheSpec, Decoded, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::threads::{CandleThreads, cores_to_spare};
@@ -379,8 +379,9 @@ impl Part {
 impl LexicoSettings {
     /// Bytes of a cache of `positions`, about: sessions that add atoms are counted as if they added none.
     fn bytes(&self, config: &Config, positions: usize) -> f64 {
-        // Batches leave whole, and each layer at its own step.
-        let dense = positions.min(self.window + self.batch / 2) as f64;
+        // Batches leave whole, each layer's at its own step, and the window keeps the room that it needed for them.
+        let leaving = self.batch.saturating_mul(3) / 2;
+        let dense = positions.min(self.window.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
         let coefficient = match self.coefficients {
             CoefficientFormat::F32 => 4,
@@ -645,6 +646,29 @@ impl KvCache for LexicoCache {
 
     fn len(&self) -> usize {
         self.positions
+    }
+
+    fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
+        let dictionaries = &self.dictionaries.layers[layer];
+        let Layer { heads, added, .. } = &self.layers[layer];
+        let key_atoms = Atoms::extended(&dictionaries.keys, &added.keys);
+        let value_atoms = Atoms::extended(&dictionaries.values, &added.values);
+        let mut decoded = Decoded {
+            bytes: [added.keys.bytes(), added.values.bytes()],
+            ..Decoded::default()
+        };
+        for head in heads {
+            decoded.keys.extend(head.keys.codes.decode(key_atoms)?);
+            decoded.keys.extend(head.keys.window.to_f32());
+            decoded
+                .values
+                .extend(head.values.codes.decode(value_atoms)?);
+            decoded.values.extend(head.values.window.to_f32());
+            for (bytes, part) in decoded.bytes.iter_mut().zip([&head.keys, &head.values]) {
+                *bytes += part.codes.bytes() + part.window.bytes();
+            }
+        }
+        Ok(Some(decoded))
     }
 
     fn footprint(&self) -> Footprint {

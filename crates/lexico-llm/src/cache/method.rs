@@ -83,6 +83,12 @@ impl Budget {
         let quarter = (self.fp16_positions(config) / 4).max(1);
         (1 << quarter.ilog2()).clamp(16, 128)
     }
+
+    /// That window and its halves, down to 16.
+    pub(super) fn windows(&self, config: &Config) -> impl Iterator<Item = usize> + use<> {
+        std::iter::successors(Some(self.window(config)), |window| Some(window / 2))
+            .take_while(|&window| window >= 16)
+    }
 }
 
 /// What a cache is made for.

@@ -1,14 +1,21 @@
 //! KV caches: the trait, and one file a method. A method is named `NAME[:key=value,…]`.
 
+mod bits;
 mod evict;
 mod full;
 mod h2o;
+mod kivi;
 mod lexico;
 mod method;
+mod per_token;
 mod pyramidkv;
 mod snapkv;
 mod spec;
 mod streaming_llm;
+mod turboquant;
+mod uniform;
+mod window;
+mod zipcache;
 
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
@@ -18,7 +25,7 @@ pub use lexico::{LexicoCache, LexicoSettings};
 pub use method::{Budget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::threads::CandleThreads;
 
 /// Keys and values of one sequence, in every layer, however they are stored.
@@ -45,6 +52,25 @@ pub trait KvCache: Send {
 
     /// Bytes allocated now, by part.
     fn footprint(&self) -> Footprint;
+
+    /// All keys and values of `layer` as attention takes them; `None` of a method that gives positions up.
+    ///
+    /// # Errors
+    /// Those of turning them back into vectors.
+    fn decoded(&self, _layer: usize) -> Result<Option<Decoded>> {
+        Ok(None)
+    }
+}
+
+/// A layer's keys and values as attention takes them, and what they weigh.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Decoded {
+    /// `[kv_heads, positions, m]`
+    pub keys: Vec<f32>,
+    /// `[kv_heads, positions, m]`
+    pub values: Vec<f32>,
+    /// Bytes allocated for the keys, and for the values.
+    pub bytes: [usize; 2],
 }
 
 /// Bytes that a cache holds, by part. Dictionaries belong to the model and are not among them.
@@ -105,6 +131,21 @@ impl Step {
         let (_, t, m) = self.shape;
         let heads = self.keys.len() / (t * m);
         self.queries.chunks_exact(self.queries.len() / heads)
+    }
+
+    /// Refuses keys and values of `layer` that are not finite; quantisation would make something else of them.
+    pub(crate) fn check_finite(&self, layer: usize) -> Result<()> {
+        let (_, t, m) = self.shape;
+        for (part, numbers) in [("key", &self.keys), ("value", &self.values)] {
+            if let Some(at) = numbers.iter().position(|x| !x.is_finite()) {
+                return Err(Error::Coding {
+                    layer,
+                    part,
+                    reason: ::lexico::Error::NotFinite { row: at / m % t },
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Attention of every KV head over its `past` and the step's own positions.

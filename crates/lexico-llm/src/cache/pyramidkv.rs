@@ -1,4 +1,3 @@
-use super::evict::refused;
 use super::method::{Method, Values, option};
 use super::snapkv::{POOLING, SnapKvCache, SnapKvSettings, settings_within};
 use super::{CacheContext, CacheSpec, snapkv};
@@ -49,7 +48,7 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<SnapKvSettin
     if beta == 0 {
         let reason =
             "it divides the mean; 1 lets all layers keep the same, more makes the pyramid steeper";
-        return Err(refused(spec, "beta", reason.to_owned()));
+        return Err(spec.refused("beta", reason.to_owned()));
     }
     snapkv::settings(spec, context, Some(beta))
 }

@@ -1,8 +1,6 @@
 use candle_core::Tensor;
 
-use super::evict::{
-    Held, check_finite, descending, largest, received, refuse_sliding_window, refused,
-};
+use super::evict::{Held, descending, largest, received, refuse_sliding_window};
 use super::method::{Budget, Method, Setting, Values, option};
 use super::{CacheContext, CacheSpec, Footprint, KvCache, Lengths, Step, pyramidkv};
 use crate::config::Config;
@@ -64,20 +62,20 @@ pub(super) fn settings(
     };
     if settings.window == 0 {
         let reason = "the attention of at least the prompt's last position is needed";
-        return Err(refused(spec, "window", reason.to_owned()));
+        return Err(spec.refused("window", reason.to_owned()));
     }
     if settings.capacity <= settings.window {
         let reason = format!(
             "the window's {} positions are among these; a larger capacity or a smaller window leaves room for others",
             settings.window
         );
-        return Err(refused(spec, "capacity", reason));
+        return Err(spec.refused("capacity", reason));
     }
     if settings.kernel.is_multiple_of(2) || settings.kernel > MOST_KERNEL {
         let reason = format!(
             "it must be odd, so that a position is in the middle, and at most {MOST_KERNEL}"
         );
-        return Err(refused(spec, "kernel", reason));
+        return Err(spec.refused("kernel", reason));
     }
     refuse_sliding_window(spec, context, "capacity")?;
     Ok(settings)
@@ -199,7 +197,7 @@ impl SnapKvCache {
 impl KvCache for SnapKvCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let step = Step::new(q, k, v)?;
-        check_finite(&step, layer)?;
+        step.check_finite(layer)?;
         let out = step.attend(&self.layers[layer], None, |held| vec![held.source()])?;
         let (_, t, _) = step.shape;
         let layers = self.layers.len();

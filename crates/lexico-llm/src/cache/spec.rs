@@ -4,8 +4,8 @@ use std::str::FromStr;
 use ::lexico::attention::NumberType;
 
 use super::{
-    Budget, CacheContext, KvCache, Lengths, Method, full, h2o, lexico, pyramidkv, snapkv,
-    streaming_llm,
+    Budget, CacheContext, KvCache, Lengths, Method, full, h2o, kivi, lexico, per_token, pyramidkv,
+    snapkv, streaming_llm, turboquant, zipcache,
 };
 use crate::error::{Error, Result};
 
@@ -13,6 +13,10 @@ use crate::error::{Error, Result};
 pub static METHODS: &[&Method] = &[
     &lexico::METHOD,
     &full::METHOD,
+    &per_token::METHOD,
+    &kivi::METHOD,
+    &zipcache::METHOD,
+    &turboquant::METHOD,
     &streaming_llm::METHOD,
     &snapkv::METHOD,
     &pyramidkv::METHOD,
@@ -110,12 +114,27 @@ impl CacheSpec {
 
     pub(super) fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str) -> Result<T> {
         let value = self.text(option);
-        value.parse().map_err(|e: T::Err| Error::OptionValue {
+        value
+            .parse()
+            .map_err(|e: T::Err| self.refused(option, e.to_string()))
+    }
+
+    /// A whole number that is 1 at least.
+    pub(super) fn positive(&self, option: &'static str) -> Result<usize> {
+        match self.number(option)? {
+            0 => Err(self.refused(option, "it must be 1 or more")),
+            number => Ok(number),
+        }
+    }
+
+    /// The error that an option's value cannot be used.
+    pub(super) fn refused(&self, option: &'static str, reason: impl Into<String>) -> Error {
+        Error::OptionValue {
             method: self.method.name,
             option,
-            value: value.to_owned(),
-            reason: e.to_string(),
-        })
+            value: self.text(option).to_owned(),
+            reason: reason.into(),
+        }
     }
 
     pub(super) fn number_type(&self, option: &str) -> NumberType {

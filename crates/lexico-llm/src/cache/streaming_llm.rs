@@ -1,7 +1,7 @@
 use ::lexico::attention::{Positions, Source};
 use candle_core::Tensor;
 
-use super::evict::{Held, check_finite, descending, refused};
+use super::evict::{Held, descending};
 use super::method::{Method, Values, option};
 use super::{CacheContext, CacheSpec, Footprint, KvCache, Step};
 use crate::config::Config;
@@ -42,7 +42,7 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<StreamingLlm
     };
     if settings.window == 0 {
         let reason = "at least the newest position is kept";
-        return Err(refused(spec, "window", reason.to_owned()));
+        return Err(spec.refused("window", reason.to_owned()));
     }
     let model_window = context.config.window.unwrap_or(usize::MAX);
     if settings.capacity() >= model_window {
@@ -51,7 +51,7 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<StreamingLlm
              together must be fewer",
             context.model
         );
-        return Err(refused(spec, "window", reason));
+        return Err(spec.refused("window", reason));
     }
     Ok(settings)
 }
@@ -155,7 +155,7 @@ impl StreamingLlmCache {
 impl KvCache for StreamingLlmCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let step = Step::new(q, k, v)?;
-        check_finite(&step, layer)?;
+        step.check_finite(layer)?;
         let StreamingLlmSettings { sinks, window } = self.settings;
         let held = self.layers[layer].first().map_or(0, Held::len);
         let turns = self.turns(self.positions.saturating_sub(held));

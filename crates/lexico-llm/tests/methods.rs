@@ -1,0 +1,293 @@
+//! What holds of every cache method.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use candle_core::{Device, Tensor};
+use lexico_llm::cache::{Budget, CacheContext, CacheSpec, KvCache, Lengths, METHODS};
+use lexico_llm::config::Config;
+use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::{Error, Model};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How far what a method expects to hold may be from what it holds: storage grows by up to a sixteenth.
+const TOLERANCE: f64 = 0.07;
+
+/// Those that hold all positions, each coded by itself or with others.
+const QUANTISED: [&str; 8] = [
+    "per-token:bits=8",
+    "per-token:bits=3,group=24,window=0",
+    "per-token:bits=2,window=16",
+    "kivi:bits=4",
+    "kivi:bits=2,residual=32",
+    "zipcache",
+    "turboquant:bits=2.5",
+    "turboquant:bits=4,window=16",
+];
+
+fn context(model: &Model) -> CacheContext<'_> {
+    CacheContext {
+        model: "tiny",
+        config: model.decoder.config(),
+        dictionaries: model.dictionaries.as_ref(),
+    }
+}
+
+fn text(model: &Model, length: usize) -> Vec<u32> {
+    let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. ".repeat(length / 12);
+    let mut tokens = model.tokenizer.encode_first(&text).unwrap();
+    assert!(tokens.len() >= length);
+    tokens.truncate(length);
+    tokens
+}
+
+/// Logits of every step: a prompt, and then one token after the other.
+fn run(model: &Model, cache: &mut dyn KvCache, prompt: usize, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let steps = [&tokens[..prompt]]
+        .into_iter()
+        .chain(tokens[prompt..].chunks(1));
+    steps
+        .map(|tokens| {
+            let mut sequences = [Sequence {
+                tokens,
+                cache: &mut *cache,
+            }];
+            let logits = model.decoder.forward(&mut sequences, Logits::Last).unwrap();
+            logits.squeeze(0).unwrap().to_vec1().unwrap()
+        })
+        .collect()
+}
+
+#[test]
+fn caches_hold_the_bytes_that_they_expect_to() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let tokens = text(&model, 360);
+    let lengths = Lengths {
+        prompt: 300,
+        end: 360,
+    };
+    let check = |spec: &CacheSpec| {
+        let expected = spec.expected_bytes(&context, lengths).unwrap();
+        let mut cache = spec.build(&context).unwrap();
+        run(&model, cache.as_mut(), lengths.prompt, &tokens);
+        let held = cache.footprint().total() as f64;
+        let ratio = expected / held;
+        println!("{spec}: {expected} expected, {held} held, {ratio:.4}");
+        assert!((ratio - 1.0).abs() < TOLERANCE, "{spec}: {ratio}");
+    };
+    for method in METHODS {
+        check(&method.name.parse().unwrap());
+        // What budgets choose, from one that most methods cannot keep to one that any can.
+        let all = context.config.fp16_cache_bytes(lengths.end) as f64;
+        for share in [0.12, 0.2, 0.3, 0.45] {
+            let bytes = share * all;
+            let budget = Budget { bytes, lengths };
+            let spec: CacheSpec = method.name.parse().unwrap();
+            match spec.within(budget, &context) {
+                Ok(spec) => check(&spec),
+                Err(Error::Budget { smallest, .. }) => check(&smallest.parse().unwrap()),
+                Err(e) => panic!("{}: {e}", method.name),
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_are_nearly_all() {
+    let model = Model::tiny().unwrap();
+    let tokens = text(&model, 200);
+    let logits = |spec: &str| {
+        let spec: CacheSpec = spec.parse().unwrap();
+        run(
+            &model,
+            spec.build(&context(&model)).unwrap().as_mut(),
+            150,
+            &tokens,
+        )
+    };
+    let full = logits("full");
+    let eight = logits("per-token:bits=8,window=0");
+    for (step, (full, eight)) in full.iter().zip(&eight).enumerate() {
+        let worst = full.iter().zip(eight).map(|(a, b)| (a - b).abs());
+        let worst = worst.fold(0.0, f32::max);
+        assert!(worst < 0.15, "step {step}: {worst}");
+    }
+}
+
+/// Queries, keys and values of `t` positions; channels differ in their spread.
+fn draw(rng: &mut ChaCha8Rng, config: &Config, t: usize) -> [Tensor; 3] {
+    let m = config.head_dim;
+    [config.heads, config.kv_heads, config.kv_heads].map(|heads| {
+        let numbers: Vec<f32> = (0..heads * t * m)
+            .map(|i| rng.random_range(-1f32..1.0) * (1.0 + (i % m % 3) as f32))
+            .collect();
+        Tensor::from_vec(numbers, (heads, t, m), &Device::Cpu).unwrap()
+    })
+}
+
+/// Attention under a sliding window is near that of the full cache, and what is outside is let go.
+#[test]
+fn sliding_windows_are_kept() {
+    let model = Model::tiny().unwrap();
+    for head_dim in [64, 26] {
+        let config = Config {
+            head_dim,
+            window: Some(300),
+            layers: 1,
+            ..model.decoder.config().clone()
+        };
+        let context = CacheContext {
+            model: "drawn",
+            config: &config,
+            dictionaries: None,
+        };
+        for spec in QUANTISED {
+            let mut full = "full"
+                .parse::<CacheSpec>()
+                .unwrap()
+                .build(&context)
+                .unwrap();
+            let spec: CacheSpec = spec.parse().unwrap();
+            let mut cache = spec.build(&context).unwrap();
+            let mut rng = ChaCha8Rng::seed_from_u64(7);
+            let mut sizes = Vec::new();
+            let (mut off, mut all) = (0.0, 0.0);
+            for t in [1, 500, 150]
+                .into_iter()
+                .chain([1; 300])
+                .chain([350])
+                .chain([1; 350])
+            {
+                let [q, k, v] = draw(&mut rng, &config, t);
+                let numbers = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let expected = numbers(full.attend(0, &q, &k, &v).unwrap());
+                let got = numbers(cache.attend(0, &q, &k, &v).unwrap());
+                for (a, b) in expected.iter().zip(&got) {
+                    off += f64::from((a - b) * (a - b));
+                    all += f64::from(a * a);
+                }
+                sizes.push(cache.footprint().total());
+            }
+            assert_eq!(cache.len(), full.len());
+            let error = (off / all).sqrt();
+            println!(
+                "{spec}, m = {head_dim}: {error:.3}, {} bytes",
+                sizes[sizes.len() - 1]
+            );
+            assert!(error < 0.6, "{spec}, m = {head_dim}: {error}");
+            let most = |sizes: &[usize]| *sizes.iter().max().unwrap() as f64;
+            let (early, late) = sizes.split_at(sizes.len() / 2);
+            assert!(most(late) < 1.3 * most(early), "{spec}: {sizes:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_refused() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let config = context.config;
+    for spec in QUANTISED {
+        for (part, bad) in [
+            ("key", f32::NAN),
+            ("value", f32::INFINITY),
+            ("value", f32::NAN),
+        ] {
+            let mut cache = spec.parse::<CacheSpec>().unwrap().build(&context).unwrap();
+            let [q, k, v] = draw(&mut ChaCha8Rng::seed_from_u64(1), config, 3);
+            let spoil = |x: &Tensor, when: bool| {
+                let mut numbers: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+                if when {
+                    numbers[config.head_dim + 5] = bad;
+                }
+                Tensor::from_vec(numbers, x.shape(), &Device::Cpu).unwrap()
+            };
+            let (k, v) = (spoil(&k, part == "key"), spoil(&v, part == "value"));
+            let refused = cache.attend(0, &q, &k, &v).unwrap_err();
+            let told = matches!(&refused, Error::Coding { layer: 0, part: p, .. } if *p == part);
+            assert!(told, "{spec}: {refused}");
+        }
+    }
+}
+
+/// Windows, groups and gaps of any size are taken; they are never full.
+#[test]
+fn large_options_are_taken() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let most = usize::MAX;
+    let lengths = Lengths { prompt: 3, end: 4 };
+    for spec in [
+        format!("per-token:group={most},window={most}"),
+        format!("per-token:group={most},window=0"),
+        format!("kivi:group={most},residual={most}"),
+        format!("zipcache:gap={most}"),
+        format!("turboquant:window={most}"),
+        format!("lexico:window={most},batch={most}"),
+    ] {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let mut cache = spec.build(&context).unwrap();
+        let [q, k, v] = draw(&mut ChaCha8Rng::seed_from_u64(1), context.config, 3);
+        cache.attend(0, &q, &k, &v).unwrap();
+        let [q, k, v] = draw(&mut ChaCha8Rng::seed_from_u64(2), context.config, 1);
+        cache.attend(0, &q, &k, &v).unwrap();
+        assert!(spec.expected_bytes(&context, lengths).unwrap() > 0.0);
+    }
+}
+
+/// Zeros, and numbers that f16 cannot hold, are coded; what comes out is finite.
+#[test]
+fn extremes_are_coded() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let config = context.config;
+    for spec in QUANTISED {
+        for size in [0.0, 1e-30, 1e6, 1e36] {
+            let mut cache = spec.parse::<CacheSpec>().unwrap().build(&context).unwrap();
+            for t in [40, 1, 1, 1] {
+                let [q, k, v] = draw(&mut ChaCha8Rng::seed_from_u64(1), config, t);
+                let scaled = |x: &Tensor| (x.clamp(-1f32, 1f32).unwrap() * size).unwrap();
+                let q = (q * 0.0).unwrap();
+                let out = cache.attend(0, &q, &scaled(&k), &scaled(&v)).unwrap();
+                let out: Vec<f32> = out.flatten_all().unwrap().to_vec1().unwrap();
+                assert!(out.iter().all(|x| x.is_finite()), "{spec}, {size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn impossible_options_are_refused() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    for (spec, words) in [
+        ("per-token:group=0", "1 or more"),
+        ("kivi:group=0", "1 or more"),
+        ("kivi:residual=0", "1 or more"),
+        ("kivi:group=48", "multiple of the group, 48"),
+        ("zipcache:gap=0", "1 or more"),
+        ("zipcache:salient=1.5", "from 0 to 1"),
+        ("zipcache:salient=NaN", "from 0 to 1"),
+        ("turboquant:bits=0.5", "from 1 to 4"),
+        ("turboquant:bits=5", "from 1 to 4"),
+        ("turboquant:bits=NaN", "from 1 to 4"),
+        ("turboquant:bits=2.01", "channels"),
+    ] {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let built = spec.build(&context).map(|_| ()).unwrap_err().to_string();
+        assert!(built.contains(words), "{built}");
+        let lengths = Lengths { prompt: 1, end: 2 };
+        let told = spec.expected_bytes(&context, lengths).unwrap_err();
+        assert_eq!(told.to_string(), built);
+    }
+    for spec in [
+        "per-token:bits=5",
+        "kivi:bits=3",
+        "zipcache:bits=3",
+        "turboquant:norm=x",
+    ] {
+        let refused = spec.parse::<CacheSpec>().unwrap_err().to_string();
+        assert!(refused.contains("must be one of"), "{refused}");
+    }
+}
