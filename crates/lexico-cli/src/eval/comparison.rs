@@ -194,7 +194,10 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
         ];
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));
-            row.push(ui::percent(kept.right as f64 / kept.of.max(1) as f64));
+            row.push(match kept.of {
+                0 => "-".to_owned(),
+                of => ui::percent(kept.right as f64 / of as f64),
+            });
         }
         if let Some(distributions) = run.distributions {
             row.push(measure.print(f64::from(distributions.percentile_99)));

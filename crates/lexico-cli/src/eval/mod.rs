@@ -9,6 +9,7 @@ mod mmlu_pro;
 mod needle;
 mod problems;
 mod recall;
+mod reconstruction;
 mod text;
 
 use std::convert::Infallible;
@@ -44,6 +45,8 @@ enum Task {
     Perplexity(text::TextArguments),
     /// How far the model's predictions of a text are from those with the full cache: the sensitive measure
     Divergence(text::TextArguments),
+    /// How far what caches hold is from the model's keys and values, against its bytes
+    Reconstruction(reconstruction::ReconstructionArguments),
     /// How well dictionaries code what the model reads: texts that they were learned on, and others
     Dictionary(dictionary::DictionaryArguments),
     /// How fast trainings learned, from what `lexico train --json` printed
@@ -61,6 +64,7 @@ impl Eval {
             Task::Recall(recall) => recall.run(),
             Task::Perplexity(text) => text.run(TextMeasure::Perplexity),
             Task::Divergence(text) => text.run(TextMeasure::Divergence),
+            Task::Reconstruction(reconstruction) => reconstruction.run(),
             Task::Dictionary(dictionary) => dictionary.run(),
             Task::Learning(learning) => learning.run(),
         }

@@ -23,6 +23,8 @@ const PROGRESS: &str = "progress.jsonl";
 /// A folder that a report is to be written to. While it is open no other program can open it.
 pub struct ReportFolder {
     folder: PathBuf,
+    /// Whether it was not there before.
+    made: bool,
     progress: File,
     /// The settings of what was done before, and where their line ends.
     before: Option<Map<String, Value>>,
@@ -48,18 +50,22 @@ impl ReportFolder {
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let refuse = |reason: &str| Err(refused(folder, reason));
         let failed = |error: std::io::Error| refused(folder, &error.to_string());
-        if let Err(error) = std::fs::create_dir(folder)
-            && !folder.is_dir()
-        {
-            return Err(failed(error));
-        }
+        let made = match std::fs::create_dir(folder) {
+            Ok(()) => true,
+            Err(_) if folder.is_dir() => false,
+            Err(error) => return Err(failed(error)),
+        };
         let path = folder.join(PROGRESS);
-        let there = path.exists();
+        // Where nothing was saved there is nothing to go on with.
+        let there = path.metadata().is_ok_and(|file| file.len() > 0);
         if folder.join(RESULTS).exists() {
             return refuse("it holds a report already; name another folder, or remove it");
         }
         let mut entries = std::fs::read_dir(folder).map_err(failed)?;
-        if !there && entries.next().is_some() {
+        let foreign = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.map_or(true, |entry| entry.file_name() != PROGRESS)
+        };
+        if !there && entries.any(foreign) {
             return refuse("it is there and not empty; name another folder");
         }
         if there && !resume {
@@ -78,6 +84,7 @@ impl ReportFolder {
         }
         let mut opened = Self {
             folder: folder.to_owned(),
+            made,
             progress,
             before: None,
             saved: Vec::new(),
@@ -197,6 +204,19 @@ impl ReportFolder {
         write_atomically(&self.folder.join(PAGE), page.as_bytes()).map_err(|e| failed(&e))?;
         write_atomically(&self.folder.join(RESULTS), &results).map_err(|e| failed(&e))?;
         std::fs::remove_file(self.folder.join(PROGRESS)).map_err(|e| failed(&e))
+    }
+}
+
+impl Drop for ReportFolder {
+    /// A run that saved nothing leaves nothing.
+    fn drop(&mut self) {
+        if self.progress.metadata().is_ok_and(|file| file.len() == 0) {
+            // What cannot be removed does no harm, and a folder with something in it stays.
+            let _ = std::fs::remove_file(self.folder.join(PROGRESS));
+            if self.made {
+                let _ = std::fs::remove_dir(&self.folder);
+            }
+        }
     }
 }
 

@@ -16,12 +16,12 @@ const CHARACTERS: usize = 6000;
 const STYLE: &str = "
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .lead { color: #555; margin: 0 0 1rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tbody tr:hover { background: #f5f5f5; }
 svg { max-width: 100%; height: auto; display: block; }
@@ -282,6 +282,7 @@ fn describe(out: &mut String, settings: &Map<String, Value>) {
     for (name, value) in settings {
         let text = match value {
             Value::String(text) => text.clone(),
+            Value::Array(values) if values.is_empty() => continue,
             Value::Array(values) => {
                 let texts = values.iter().map(|value| match value {
                     Value::String(text) => text.clone(),

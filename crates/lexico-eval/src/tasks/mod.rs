@@ -7,6 +7,7 @@ pub mod needle;
 pub mod problems;
 mod python_random;
 pub mod recall;
+pub mod reconstruction;
 mod size;
 pub mod text;
 

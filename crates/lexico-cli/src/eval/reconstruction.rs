@@ -1,0 +1,143 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use lexico::tensor_file::write_atomically;
+use lexico_eval::tasks::reconstruction::{BOUND, Reconstruction};
+use lexico_llm::cache::CacheSpec;
+
+use crate::model::ModelArguments;
+use crate::{interrupt, ui};
+
+/// What is compared unless caches are named: formats alone, without dense windows.
+const FORMATS: &[&str] = &[
+    "lexico:sparsity=4,window=0,batch=1,allocation=same,fit=least-squares",
+    "lexico:sparsity=6,window=0,batch=1,allocation=same,fit=least-squares",
+    "lexico:sparsity=8,window=0,batch=1,allocation=same,fit=least-squares",
+    "lexico:sparsity=12,window=0,batch=1,allocation=same,fit=least-squares",
+    "lexico:sparsity=16,window=0,batch=1,allocation=same,fit=least-squares",
+    "lexico:sparsity=24,window=0,batch=1,allocation=same,fit=least-squares",
+    "per-token:bits=2,window=0",
+    "per-token:bits=3,window=0",
+    "per-token:bits=4,window=0",
+    "kivi:bits=2,residual=32",
+    "kivi:bits=4,residual=32",
+    "turboquant:bits=1",
+    "turboquant:bits=2",
+    "turboquant:bits=3",
+    "turboquant:bits=4",
+];
+
+#[derive(Args)]
+pub(crate) struct ReconstructionArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// A cache to measure; may be given several times [default: formats of lexico, per-token, kivi and turboquant at
+    /// several sizes, without dense windows]
+    #[arg(long, value_name = "NAME[:key=value,...]")]
+    cache: Vec<CacheSpec>,
+    /// A text whose keys and values are taken [default: what the model itself writes]
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens to read, the text's first ones
+    #[arg(long, value_name = "K", default_value_t = 1024)]
+    tokens: usize,
+    /// What the model's own text is drawn with
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    seed: u64,
+    /// Write curves of error against bits, of every layer, as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Print one JSON document, layer by layer, instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+impl ReconstructionArguments {
+    pub(crate) fn run(self) -> anyhow::Result<()> {
+        if let Some(plot) = &self.plot {
+            super::check_plot(plot)?;
+        }
+        let caches = if self.cache.is_empty() {
+            let formats = FORMATS.iter().map(|format| format.parse());
+            formats.collect::<lexico_llm::Result<Vec<CacheSpec>>>()?
+        } else {
+            self.cache
+        };
+        let model = self.model.load(&caches)?;
+        interrupt::listen()?;
+        let most = model.decoder.config().context;
+        anyhow::ensure!(
+            (2..=most).contains(&self.tokens),
+            "--tokens {} is impossible: from 2 to the model's context, {most}",
+            self.tokens
+        );
+        let tokens = match &self.text {
+            Some(path) => {
+                let text = std::fs::read_to_string(path);
+                let text = text.map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?;
+                let mut tokens = model.tokenizer.encode_first(&text)?;
+                anyhow::ensure!(
+                    tokens.len() >= 2,
+                    "{}: it holds less than two tokens",
+                    path.display()
+                );
+                tokens.truncate(self.tokens);
+                tokens
+            }
+            None => {
+                let bar = ui::progress(self.tokens as u64, "tokens");
+                bar.set_message("writing");
+                let tokens = Reconstruction::own_text(&model, self.tokens, self.seed, &mut || {
+                    bar.inc(1);
+                    interrupt::flow()
+                });
+                bar.finish_and_clear();
+                tokens?
+            }
+        };
+        let mut found = Reconstruction::new(&model, tokens)?;
+        let bar = ui::progress(caches.len() as u64, "caches");
+        for spec in &caches {
+            bar.set_message(spec.to_string());
+            found.add(&model, spec)?;
+            bar.inc(1);
+            if interrupt::happened() {
+                return Err(lexico_eval::Error::Interrupted.into());
+            }
+        }
+        bar.finish_and_clear();
+        found.add_gaussian_bound();
+        if let Some(plot) = &self.plot {
+            write_atomically(plot, found.plot().as_bytes())?;
+        }
+        if self.json {
+            return ui::json(&serde_json::to_value(&found)?);
+        }
+        let formats = found
+            .formats()
+            .into_iter()
+            .filter(|format| *format != BOUND);
+        let rows = formats.map(|format| {
+            let [keys, values] = ["keys", "values"].map(|part| found.mean(format, part));
+            let mut row = vec![format.to_owned()];
+            for [bits, relative, distortion] in [keys, values] {
+                row.extend([
+                    format!("{bits:.2}"),
+                    format!("{relative:.4}"),
+                    format!("{distortion:.5}"),
+                ]);
+            }
+            row
+        });
+        let header = [
+            "mean of the layers",
+            "keys: bits",
+            "relative",
+            "squared",
+            "values: bits",
+            "relative",
+            "squared",
+        ];
+        ui::line(&ui::table(header, rows.collect()))
+    }
+}

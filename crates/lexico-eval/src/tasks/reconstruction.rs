@@ -1,0 +1,417 @@
+//! How far what caches hold is from a model's keys and values, against its bytes: no task, and no text needed.
+
+use std::ops::ControlFlow;
+
+use lexico_llm::Model;
+use lexico_llm::cache::{CacheSpec, Decoded};
+use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::generate::{GenerateOptions, generate};
+use lexico_llm::sample::{Sampler, Sampling};
+use nalgebra::{DMatrix, SymmetricEigen};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::plot::{Axis, Colours, Layout, Line, Panel, Scale, svg};
+
+/// What [`Reconstruction::gaussian_bound`] calls its rows.
+pub const BOUND: &str = "gaussian-bound";
+
+/// Keys, then values.
+const PARTS: [&str; 2] = ["keys", "values"];
+
+/// A model's keys and values, and how near caches come to them.
+#[derive(Debug, Clone, Serialize)]
+pub struct Reconstruction {
+    /// The model's name.
+    pub model: String,
+    /// Positions.
+    pub positions: usize,
+    /// Every cache, layer by layer.
+    pub rows: Vec<Row>,
+    #[serde(skip)]
+    layers: Vec<Decoded>,
+    #[serde(skip)]
+    tokens: Vec<u32>,
+    #[serde(skip)]
+    head_dim: usize,
+}
+
+/// A layer's keys or values in a cache.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// The cache, as the command line names it.
+    pub format: String,
+    /// Its method's name.
+    pub method: String,
+    /// The layer.
+    pub layer: usize,
+    /// `keys` or `values`.
+    pub part: &'static str,
+    /// Bits as allocated, over the numbers.
+    pub bits_per_number: f64,
+    /// `‖x − x̂‖ / ‖x‖`, mean over the vectors; none of the bound, which is of the squares.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relative_error: Option<f64>,
+    /// `(x − x̂)²`, mean over the numbers.
+    pub mean_squared_error: f64,
+    /// That over the mean of `x²`.
+    pub distortion: f64,
+}
+
+impl Reconstruction {
+    /// Has the model read `tokens` with the full cache in f32.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub fn new(model: &Model, tokens: Vec<u32>) -> Result<Self> {
+        let config = model.decoder.config();
+        let exact: CacheSpec = "full:dense=f32".parse()?;
+        let mut new = Self {
+            model: model.name.clone(),
+            positions: tokens.len(),
+            rows: Vec::new(),
+            layers: Vec::new(),
+            tokens,
+            head_dim: config.head_dim,
+        };
+        let layers = new.read(model, &exact)?.into_iter().flatten();
+        new.layers = layers.collect();
+        Ok(new)
+    }
+
+    /// Tokens that the model draws, from the beginning of a text on, where there is none to read.
+    ///
+    /// # Errors
+    /// Those of the model; [`Error::Interrupted`].
+    pub fn own_text(
+        model: &Model,
+        tokens: usize,
+        seed: u64,
+        on_token: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        let mut prompt = model.tokenizer.encode_first("")?;
+        if prompt.is_empty() {
+            prompt = model.tokenizer.encode_first("\n")?;
+        }
+        let mut cache = model.cache(&"full".parse()?)?;
+        let mut sampler = Sampler::new(Sampling {
+            temperature: 1.0,
+            seed,
+            ..Sampling::default()
+        })?;
+        let options = GenerateOptions {
+            max_tokens: tokens.saturating_sub(prompt.len()),
+            ignore_end: true,
+            ..GenerateOptions::default()
+        };
+        let mut interrupted = false;
+        let on_text = &mut |_: &str| {
+            let flow = on_token();
+            interrupted |= flow.is_break();
+            flow
+        };
+        let cache = cache.as_mut();
+        let generated = generate(model, cache, &prompt, &mut sampler, &options, on_text)?;
+        if interrupted {
+            return Err(Error::Interrupted);
+        }
+        prompt.extend(generated.tokens);
+        Ok(prompt)
+    }
+
+    /// What a cache holds of the same tokens, layer by layer; none of a layer whose positions it gives up.
+    fn read(&self, model: &Model, spec: &CacheSpec) -> Result<Vec<Option<Decoded>>> {
+        let mut cache = model.cache(spec)?;
+        let mut sequences = [Sequence {
+            tokens: &self.tokens,
+            cache: cache.as_mut(),
+        }];
+        model.decoder.forward(&mut sequences, Logits::Last)?;
+        let layers = 0..model.decoder.config().layers;
+        Ok(layers
+            .map(|layer| cache.decoded(layer))
+            .collect::<lexico_llm::Result<_>>()?)
+    }
+
+    /// Adds a cache. A prompt attends at full precision, so that all caches are given the same keys and values.
+    ///
+    /// # Errors
+    /// [`Error::Options`] where the cache gives positions up; those of the model.
+    pub fn add(&mut self, model: &Model, spec: &CacheSpec) -> Result<()> {
+        let read = self.read(model, spec)?;
+        for (layer, (exact, held)) in self.layers.iter().zip(read).enumerate() {
+            let of_all = |held: &Decoded| held.keys.len() == exact.keys.len();
+            let Some(held) = held.filter(of_all) else {
+                return Err(Error::Options(format!(
+                    "{spec} gives positions up, so that there is nothing to compare them with; leave it out"
+                )));
+            };
+            let parts = [(&exact.keys, &held.keys), (&exact.values, &held.values)];
+            for ((part, bytes), (exact, held)) in PARTS.into_iter().zip(held.bytes).zip(parts) {
+                let squares = |f: &dyn Fn(usize) -> f32, range: std::ops::Range<usize>| -> f64 {
+                    range.map(|i| f64::from(f(i)).powi(2)).sum()
+                };
+                let m = self.head_dim;
+                let (mut errors, mut all, mut signal) = (0.0, 0.0, 0.0);
+                for vector in 0..exact.len() / m {
+                    let range = vector * m..(vector + 1) * m;
+                    let error = squares(&|i| exact[i] - held[i], range.clone());
+                    let norm = squares(&|i| exact[i], range);
+                    errors += if norm > 0.0 {
+                        (error / norm).sqrt()
+                    } else {
+                        0.0
+                    };
+                    all += error;
+                    signal += norm;
+                }
+                let numbers = exact.len().max(1) as f64;
+                self.rows.push(Row {
+                    format: spec.to_string(),
+                    method: spec.method().name.to_owned(),
+                    layer,
+                    part,
+                    bits_per_number: 8.0 * bytes as f64 / numbers,
+                    relative_error: Some(errors / (numbers / m as f64)),
+                    mean_squared_error: all / numbers,
+                    distortion: all / signal.max(f64::MIN_POSITIVE),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the least error with which vectors of the same mean and covariance, each head's its own, could be coded at
+    /// several sizes if they were Gaussian: reverse water-filling (Shannon 1959; Cover & Thomas, ch. 10). The numbers of a
+    /// layer share the bits where they do most.
+    pub fn add_gaussian_bound(&mut self) {
+        for layer in 0..self.layers.len() {
+            let exact = &self.layers[layer];
+            let heads = exact.keys.len() / (self.positions * self.head_dim).max(1);
+            for (part, numbers) in PARTS.into_iter().zip([&exact.keys, &exact.values]) {
+                let of_head = numbers.len() / heads.max(1);
+                let variances: Vec<f64> = numbers
+                    .chunks_exact(of_head.max(1))
+                    .flat_map(|vectors| variances(vectors, self.head_dim))
+                    .collect();
+                let squares: f64 = numbers.iter().map(|&x| f64::from(x).powi(2)).sum();
+                let signal = squares / numbers.len().max(1) as f64;
+                for half_bits in 1..=12 {
+                    let bits = f64::from(half_bits) / 2.0;
+                    let error = water_filling(&variances, bits);
+                    self.rows.push(Row {
+                        format: BOUND.to_owned(),
+                        method: BOUND.to_owned(),
+                        layer,
+                        part,
+                        bits_per_number: bits,
+                        relative_error: None,
+                        mean_squared_error: error,
+                        distortion: error / signal.max(f64::MIN_POSITIVE),
+                    });
+                }
+            }
+        }
+    }
+
+    /// The formats, in the order in which they were added.
+    pub fn formats(&self) -> Vec<&str> {
+        let mut formats: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !formats.contains(&row.format.as_str()) {
+                formats.push(&row.format);
+            }
+        }
+        formats
+    }
+
+    /// Bits a number, relative error and distortion of a format, mean over the layers.
+    pub fn mean(&self, format: &str, part: &str) -> [f64; 3] {
+        let rows = || {
+            self.rows
+                .iter()
+                .filter(|r| r.format == format && r.part == part)
+        };
+        let count = rows().count().max(1) as f64;
+        let mean = |f: fn(&Row) -> f64| rows().map(f).sum::<f64>() / count;
+        [
+            mean(|row| row.bits_per_number),
+            mean(|row| row.relative_error.unwrap_or(f64::NAN)),
+            mean(|row| row.distortion),
+        ]
+    }
+
+    /// Distortion against bits, keys beside values: mean over the layers first, then every layer.
+    pub fn plot(&self) -> String {
+        let mut rows = vec![self.panels(None)];
+        rows.extend((0..self.layers.len()).map(|layer| self.panels(Some(layer))));
+        let layout = Layout {
+            colours: Colours::Distinct,
+            ..Layout::default()
+        };
+        svg(&rows, layout)
+    }
+
+    fn panels(&self, layer: Option<usize>) -> Vec<Panel> {
+        let mut methods: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !methods.contains(&row.method.as_str()) {
+                methods.push(&row.method);
+            }
+        }
+        let line = |method: &str, part: &str| {
+            let of_method = |r: &&Row| r.method == method && r.part == part;
+            let own = |r: &&Row| layer.is_none_or(|layer| layer == r.layer);
+            // The bound has one name for all sizes.
+            let mut points: Vec<(f64, f64)> = Vec::new();
+            let rows: Vec<&Row> = self.rows.iter().filter(of_method).filter(own).collect();
+            let layers = if layer.is_some() {
+                1
+            } else {
+                self.layers.len().max(1)
+            };
+            let sizes = rows.len() / layers;
+            for size in 0..sizes {
+                // Of a format, or of a size of the bound, one row a layer.
+                let of_size: Vec<&&Row> = match method {
+                    BOUND => rows.iter().skip(size).step_by(sizes).collect(),
+                    _ => rows.iter().skip(size * layers).take(layers).collect(),
+                };
+                let count = of_size.len() as f64;
+                let mean = |f: fn(&Row) -> f64| of_size.iter().map(|r| f(r)).sum::<f64>() / count;
+                points.push((mean(|r| r.bits_per_number), mean(|r| r.distortion)));
+            }
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            Line {
+                name: method.to_owned(),
+                points,
+                bars: Vec::new(),
+            }
+        };
+        let name = layer.map_or("mean of the layers".to_owned(), |layer| {
+            format!("layer {layer}")
+        });
+        let panel = |part: &str| Panel {
+            title: format!("{part}, {name}"),
+            x: Axis {
+                label: "bits a number".to_owned(),
+                scale: Scale::FromZero,
+            },
+            y: Axis {
+                label: "squared error over the signal's".to_owned(),
+                scale: Scale::Logarithmic,
+            },
+            level: None,
+            lines: methods.iter().map(|method| line(method, part)).collect(),
+        };
+        PARTS.map(panel).into()
+    }
+}
+
+/// The variances of vectors `[n, m]` along their principal axes.
+fn variances(vectors: &[f32], head_dim: usize) -> Vec<f64> {
+    let rows = vectors.len() / head_dim;
+    let numbers = vectors.iter().map(|&x| f64::from(x));
+    let mut matrix = DMatrix::from_row_iterator(rows, head_dim, numbers);
+    for mut column in matrix.column_iter_mut() {
+        let mean = column.mean();
+        column.add_scalar_mut(-mean);
+    }
+    let covariance = matrix.transpose() * &matrix / rows.max(1) as f64;
+    let eigenvalues = SymmetricEigen::new(covariance).eigenvalues;
+    // Rounding may leave a zero a little below.
+    eigenvalues.iter().map(|&v| v.max(0.0)).collect()
+}
+
+/// The least mean squared error with which independent Gaussian numbers of these variances are coded in `bits` each,
+/// on average.
+fn water_filling(variances: &[f64], bits: f64) -> f64 {
+    let count = variances.len().max(1) as f64;
+    let rate = |level: f64| {
+        let above = variances.iter().filter(|&&v| v > level);
+        above.map(|v| 0.5 * (v / level).log2()).sum::<f64>() / count
+    };
+    let most = variances.iter().copied().fold(0.0, f64::max);
+    if most <= 0.0 {
+        return 0.0;
+    }
+    // The rate falls as the level rises; bisection of its logarithm.
+    let (mut low, mut high) = (most.ln() - 200.0, most.ln());
+    for _ in 0..200 {
+        let middle = f64::midpoint(low, high);
+        if rate(middle.exp()) > bits {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    let level = high.exp();
+    variances.iter().map(|v| v.min(level)).sum::<f64>() / count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn water_filling_gives_bits_where_they_do_most() {
+        // One number: σ² 4^−bits.
+        assert!((water_filling(&[3.0], 2.0) - 3.0 / 16.0).abs() < 1e-9);
+        // 16 and 1 at half a bit each: one bit in all, to the larger alone, 16 / 4 = 4 > 1.
+        assert!((water_filling(&[16.0, 1.0], 0.5) - 2.5).abs() < 1e-9);
+        // At 2 bits each, 4 in all: 3 and 1, both down to 1/4.
+        assert!((water_filling(&[16.0, 1.0], 2.0) - 0.25).abs() < 1e-9);
+        assert_eq!(water_filling(&[0.0, 0.0], 1.0), 0.0);
+    }
+
+    #[test]
+    fn variances_are_along_principal_axes() {
+        // (±3, ±3) and (±1, ∓1) around a mean of (10, 0).
+        let vectors = [13.0, 3.0, 7.0, -3.0, 11.0, -1.0, 9.0, 1.0];
+        let mut found = variances(&vectors, 2);
+        found.sort_by(f64::total_cmp);
+        assert!(
+            (found[0] - 1.0).abs() < 1e-9 && (found[1] - 9.0).abs() < 1e-9,
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn more_bits_are_nearer_and_the_bound_is_below() -> Result<()> {
+        let model = Model::tiny()?;
+        let mut on = || ControlFlow::Continue(());
+        let tokens = Reconstruction::own_text(&model, 200, 1, &mut on)?;
+        assert_eq!(tokens.len(), 200);
+        let mut found = Reconstruction::new(&model, tokens)?;
+        let formats = [
+            "per-token:bits=2,window=0",
+            "per-token:bits=4,window=0",
+            "turboquant:bits=2",
+            "turboquant:bits=4",
+            "lexico:sparsity=4,window=0,batch=1,allocation=same,fit=least-squares",
+            "lexico:sparsity=16,window=0,batch=1,allocation=same,fit=least-squares",
+        ];
+        for format in formats {
+            found.add(&model, &format.parse()?)?;
+        }
+        let full = "full".parse()?;
+        found.add(&model, &full)?;
+        for part in PARTS {
+            for pair in formats.chunks(2) {
+                let [few, many] = [pair[0], pair[1]].map(|format| found.mean(format, part));
+                assert!(
+                    few[0] < many[0] && few[1] > many[1] && few[2] > many[2],
+                    "{pair:?}"
+                );
+            }
+            let [bits, error, _] = found.mean("full", part);
+            assert!((16.0..18.0).contains(&bits) && error < 1e-3);
+        }
+        assert!(found.add(&model, &"snapkv:capacity=50".parse()?).is_err());
+        found.add_gaussian_bound();
+        assert_eq!(found.formats().len(), 8);
+        let plot = found.plot();
+        assert!(!plot.contains("NaN") && plot.contains(BOUND));
+        Ok(())
+    }
+}
