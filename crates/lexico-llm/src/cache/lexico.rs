@@ -397,7 +397,11 @@ impl LexicoSettings {
             NumberType::F32 => 4,
         };
         let row = 2 * config.layers * config.kv_heads * config.head_dim * number;
-        coded * code as f64 + dense * row as f64
+        // Codes grow by a 64th, at least by four vectors; half of that is empty.
+        let grown = coded + (coded / 128.0).max(2.0).min(coded);
+        let heads = config.layers * config.kv_heads;
+        let bookkeeping = bookkeeping(config.layers, heads) as f64;
+        grown * code as f64 + dense * row as f64 + bookkeeping
     }
 
     fn pursuit<'d>(
@@ -490,6 +494,14 @@ impl Layer {
             head.values.window.drop_front(count);
         }
     }
+}
+
+/// Bytes that some layers and heads take beside what they hold.
+fn bookkeeping(layers: usize, heads: usize) -> usize {
+    // Extensions count their owners beside their atoms.
+    let layer = size_of::<Layer>() + size_of::<LayerSparsities>() + 2 * 2 * size_of::<usize>();
+    let head = size_of::<Head>() + 2 * size_of::<usize>();
+    layers * layer + heads * head
 }
 
 impl LexicoCache {
@@ -687,9 +699,6 @@ impl KvCache for LexicoCache {
             .layers
             .iter()
             .map(|layer| layer.added.keys.bytes() + layer.added.values.bytes());
-        // Extensions count their owners beside their atoms.
-        let layer = size_of::<Layer>() + size_of::<LayerSparsities>() + 2 * 2 * size_of::<usize>();
-        let head = size_of::<Head>() + 2 * size_of::<usize>();
         let leaving = 2 * heads_leaving * self.settings.batch * head_dim * size_of::<f32>();
         Footprint {
             parts: vec![
@@ -699,7 +708,7 @@ impl KvCache for LexicoCache {
                 ("leaving", leaving),
                 (
                     "bookkeeping",
-                    self.layers.len() * layer + heads().count() * head,
+                    bookkeeping(self.layers.len(), heads().count()),
                 ),
             ],
         }
