@@ -1098,31 +1098,6 @@ fn ctrl_c_in_run_ends_the_answer_and_still_reports() {
 }
 
 #[test]
-fn eval_problems_compares_caches() {
-    let report = json(&[
-        "eval",
-        "problems",
-        "--items",
-        "2",
-        "--shots",
-        "1",
-        "--cache",
-        "lexico:sparsity=16",
-        "--json",
-    ]);
-    let runs = report["runs"].as_array().unwrap();
-    assert_eq!(runs.len(), 2);
-    assert_eq!(
-        (&runs[0]["cache"], &runs[1]["cache"]),
-        (&"full".into(), &"lexico:sparsity=16".into())
-    );
-    assert_eq!(runs[0]["items"].as_array().unwrap().len(), 2);
-    assert!(runs[1]["share"].as_f64().unwrap() < runs[0]["share"].as_f64().unwrap());
-    assert!(fails(1, &["eval", "problems", "--items", "0"]).contains("problems"));
-    assert!(fails(1, &["eval", "problems", "--shots", "9999"]).contains("examples"));
-}
-
-#[test]
 fn import_makes_a_dictionary_file_or_says_why_not() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("d.safetensors");

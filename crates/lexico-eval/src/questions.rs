@@ -9,7 +9,7 @@ use lexico_llm::generate::{GenerateOptions, Prompt, generate_batch};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Item, Measure, Outcome, Task, Verdict};
+use crate::task::{Detail, Item, Judgement, Measure, Outcome, Task, Verdict};
 
 /// Prompts, and how what the model writes is judged.
 pub trait Questions {
@@ -197,6 +197,7 @@ impl<Q: Questions> Task for Asked<Q> {
                     text: generated.text,
                     answer: verdict.answer,
                     expected: verdict.expected,
+                    verdict: Judgement::of(verdict.score),
                 },
             }
         });

@@ -174,6 +174,31 @@ pub struct Outcome {
     pub detail: Detail,
 }
 
+/// What the score of an answer means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judgement {
+    /// It is 1.
+    Right,
+    /// It is in between.
+    Partial,
+    /// It is 0.
+    Wrong,
+}
+
+impl Judgement {
+    /// Of a score from 0 to 1.
+    pub fn of(score: f64) -> Self {
+        if score >= 1.0 {
+            Self::Right
+        } else if score > 0.0 {
+            Self::Partial
+        } else {
+            Self::Wrong
+        }
+    }
+}
+
 /// What the score of an item comes from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -186,6 +211,8 @@ pub enum Detail {
         answer: Option<String>,
         /// What was asked for.
         expected: String,
+        /// What the score means.
+        verdict: Judgement,
     },
     /// Distributions of the next token, beside those with the full cache.
     Distributions {
@@ -244,6 +271,7 @@ mod tests {
                 text: "4.\n#### 4".to_owned(),
                 answer: None,
                 expected: "4".to_owned(),
+                verdict: Judgement::of(0.5),
             },
             Detail::Distributions {
                 divergences: vec![0.1, 1e-7, 3.4e-5],

@@ -63,7 +63,7 @@ pub(super) struct ComparisonArguments {
     /// Items to run together
     #[arg(long, value_name = "K", default_value_t = EvaluateOptions::default().batch)]
     batch_size: usize,
-    /// Write results.json and report.html to this folder; what is done is saved there on the way
+    /// Write results.json, report.html and plot.svg to this folder; what is done is saved there on the way
     #[arg(long, value_name = "FOLDER")]
     report: Option<PathBuf>,
     /// Go on with an interrupted run in the folder of --report

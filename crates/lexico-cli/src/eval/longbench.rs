@@ -1,6 +1,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 use lexico_eval::questions::Asked;
 use lexico_eval::tasks::longbench::{DATASETS, Dataset, LongBench, LongBenchOptions, Prompts};
@@ -16,9 +17,10 @@ pub(crate) struct LongBenchArguments {
     /// A folder with NAME.jsonl of each data set, or the benchmark's data.zip [default: THUDM/LongBench on the hub]
     #[arg(long, value_name = "FOLDER|ZIP")]
     data: Option<PathBuf>,
-    /// A folder with the benchmark's dataset2prompt.json and dataset2maxlen.json
+    /// A folder with the benchmark's dataset2prompt.json and dataset2maxlen.json [default: downloaded once, as
+    /// published]
     #[arg(long, value_name = "FOLDER")]
-    prompts: PathBuf,
+    prompts: Option<PathBuf>,
     /// Most tokens of a prompt, the chat template's not counted; of longer ones the middle is left out [default: the
     /// context less 596, as published for a context of 4,096]
     #[arg(long, value_name = "K")]
@@ -37,7 +39,14 @@ impl LongBenchArguments {
                 .map(|name| Dataset::named(name))
                 .collect::<Result<_, _>>()?,
         };
-        let prompts = Prompts::read(&self.prompts)?;
+        let prompts = match &self.prompts {
+            Some(folder) => Prompts::read(folder)?,
+            None => {
+                let data =
+                    dirs::data_dir().context("there is no folder for data; name --prompts")?;
+                Prompts::fetch(Prompts::PUBLISHED, &data.join("lexico").join("longbench"))?
+            }
+        };
         let data = match self.data {
             Some(data) => data,
             None => LongBench::fetch(std::io::stderr().is_terminal())?,

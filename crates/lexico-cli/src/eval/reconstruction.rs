@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lexico::tensor_file::write_atomically;
+use lexico_eval::report::folder::ReportFolder;
 use lexico_eval::tasks::reconstruction::{BOUND, Reconstruction};
 use lexico_llm::cache::CacheSpec;
 
@@ -44,9 +44,9 @@ pub(crate) struct ReconstructionArguments {
     /// What the model's own text is drawn with
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
-    /// Write curves of error against bits, of every layer, as SVG
-    #[arg(long, value_name = "FILE.svg")]
-    plot: Option<PathBuf>,
+    /// Write results.json, report.html and plot.svg, with curves of every layer, to this folder
+    #[arg(long, value_name = "FOLDER")]
+    report: Option<PathBuf>,
     /// Print one JSON document, layer by layer, instead of a table
     #[arg(long)]
     json: bool,
@@ -54,9 +54,8 @@ pub(crate) struct ReconstructionArguments {
 
 impl ReconstructionArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        if let Some(plot) = &self.plot {
-            super::check_plot(plot)?;
-        }
+        let report = self.report.as_deref();
+        let folder = report.map(|r| ReportFolder::open(r, false)).transpose()?;
         let caches = if self.cache.is_empty() {
             let formats = FORMATS.iter().map(|format| format.parse());
             formats.collect::<lexico_llm::Result<Vec<CacheSpec>>>()?
@@ -107,8 +106,8 @@ impl ReconstructionArguments {
         }
         bar.finish_and_clear();
         found.add_gaussian_bound();
-        if let Some(plot) = &self.plot {
-            write_atomically(plot, found.plot().as_bytes())?;
+        if let Some(folder) = folder {
+            folder.finish(&found)?;
         }
         if self.json {
             return ui::json(&serde_json::to_value(&found)?);

@@ -8,15 +8,16 @@ use lexico::tensor_file::write_atomically;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::page;
+use super::Report;
 use crate::error::{Error, Result};
-use crate::evaluation::Evaluation;
 use crate::task::Outcome;
 
 /// Results, as one JSON document.
 pub const RESULTS: &str = "results.json";
 /// The same for people, in one file.
 pub const PAGE: &str = "report.html";
+/// The page's plot.
+pub const PLOT: &str = "plot.svg";
 /// What is done so far: the settings in its first line, and a batch in every other.
 const PROGRESS: &str = "progress.jsonl";
 
@@ -197,12 +198,18 @@ impl ReportFolder {
     ///
     /// # Errors
     /// [`Error::Report`].
-    pub fn finish(self, evaluation: &Evaluation) -> Result<()> {
+    pub fn finish(self, report: &impl Report) -> Result<()> {
         let failed = |error: &dyn std::fmt::Display| refused(&self.folder, &error.to_string());
-        let results = serde_json::to_vec_pretty(evaluation).map_err(|e| failed(&e))?;
-        let page = page::html(evaluation);
-        write_atomically(&self.folder.join(PAGE), page.as_bytes()).map_err(|e| failed(&e))?;
-        write_atomically(&self.folder.join(RESULTS), &results).map_err(|e| failed(&e))?;
+        let results = serde_json::to_vec_pretty(report).map_err(|e| failed(&e))?;
+        let (page, plot) = (report.page(), report.plot());
+        // The results last: with them a folder is whole.
+        for (name, content) in [
+            (PAGE, page.as_bytes()),
+            (PLOT, plot.as_bytes()),
+            (RESULTS, &results),
+        ] {
+            write_atomically(&self.folder.join(name), content).map_err(|e| failed(&e))?;
+        }
         std::fs::remove_file(self.folder.join(PROGRESS)).map_err(|e| failed(&e))
     }
 }

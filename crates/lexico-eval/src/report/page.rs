@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use crate::evaluation::{Evaluation, Run};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, escape, svg};
 use crate::task::{Detail, Measure, Outcome, groups};
+use crate::tasks::reconstruction::{BOUND, Reconstruction};
 
 /// Items that are shown with their prompts and answers.
 const SHOWN: usize = 20;
@@ -36,18 +37,15 @@ dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 ";
 
 /// The page of an evaluation.
-pub(super) fn html(evaluation: &Evaluation) -> String {
-    let mut out = String::new();
-    let title = format!("{} with {}", evaluation.task, evaluation.model);
-    let title = escape(&title);
+pub(super) fn of_evaluation(evaluation: &Evaluation) -> String {
     let items = evaluation.runs.first().map_or(0, |run| run.items.len());
-    let _ = writeln!(
-        out,
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n\
-         <p class=\"lead\">{items} items, the same for every cache. Sizes are bytes as allocated at the end of an item \
-         over those of FP16, mean over the items; dictionaries are not among them. Bars and intervals: 95 %.</p>"
+    let lead = format!(
+        "{items} items, the same for every cache. Sizes are bytes as allocated at the end of an item over those of FP16, \
+         mean over the items; dictionaries are not among them. Bars and intervals: 95 %."
+    );
+    let mut out = begin(
+        &format!("{} with {}", evaluation.task, evaluation.model),
+        &lead,
     );
     plots(&mut out, evaluation);
     heading(&mut out, "Caches");
@@ -68,7 +66,59 @@ pub(super) fn html(evaluation: &Evaluation) -> String {
         describe(&mut out, settings);
     }
     let _ = writeln!(out, "</dl>");
-    out + "</body>\n</html>\n"
+    out + END
+}
+
+/// The page of a reconstruction.
+pub(super) fn of_reconstruction(found: &Reconstruction) -> String {
+    let lead = format!(
+        "What each cache holds of {} positions of the model's keys and values, as attention takes them, against the bits \
+         that it allocates. The bound is for Gaussian vectors of the same covariance.",
+        found.positions
+    );
+    let mut out = begin(&format!("reconstruction with {}", found.model), &lead);
+    for (class, beside) in [("wide", true), ("narrow", false)] {
+        let _ = writeln!(out, "<div class=\"{class}\">{}</div>", found.curves(beside));
+    }
+    heading(&mut out, "Caches, mean of the layers");
+    let header = [
+        "cache",
+        "keys: bits",
+        "relative error",
+        "squared error",
+        "values: bits",
+        "relative error",
+        "squared error",
+    ];
+    let formats = found
+        .formats()
+        .into_iter()
+        .filter(|format| *format != BOUND);
+    let rows = formats.map(|format| {
+        let mut row = vec![format.to_owned()];
+        for part in ["keys", "values"] {
+            let [bits, relative, squared] = found.mean(format, part);
+            row.extend([
+                format!("{bits:.2}"),
+                format!("{relative:.4}"),
+                format!("{squared:.5}"),
+            ]);
+        }
+        row
+    });
+    table(&mut out, &header, rows.collect());
+    out + END
+}
+
+const END: &str = "</body>\n</html>\n";
+
+fn begin(title: &str, lead: &str) -> String {
+    let (title, lead) = (escape(title), escape(lead));
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p class=\"lead\">{lead}</p>\n"
+    )
 }
 
 fn heading(out: &mut String, text: &str) {
@@ -77,19 +127,25 @@ fn heading(out: &mut String, text: &str) {
 
 /// The score against the size, drawn for screens and for phones.
 fn plots(out: &mut String, evaluation: &Evaluation) {
-    let panel = panel(evaluation);
-    for (class, frame, legend) in [
-        ("wide", (640.0, 360.0), Legend::Beside),
-        ("narrow", (270.0, 240.0), Legend::Below),
-    ] {
-        let layout = Layout {
-            frame,
-            legend,
-            colours: Colours::Distinct,
-        };
-        let drawn = svg(&[vec![panel.clone()]], layout);
+    let narrow = Layout {
+        frame: (270.0, 240.0),
+        legend: Legend::Below,
+        colours: Colours::Distinct,
+    };
+    let narrow = svg(&[vec![panel(evaluation)]], narrow);
+    for (class, drawn) in [("wide", plot(evaluation)), ("narrow", narrow)] {
         let _ = writeln!(out, "<div class=\"{class}\">{drawn}</div>");
     }
+}
+
+/// The score against the size.
+pub(super) fn plot(evaluation: &Evaluation) -> String {
+    let layout = Layout {
+        frame: (640.0, 360.0),
+        legend: Legend::Beside,
+        colours: Colours::Distinct,
+    };
+    svg(&[vec![panel(evaluation)]], layout)
 }
 
 fn panel(evaluation: &Evaluation) -> Panel {

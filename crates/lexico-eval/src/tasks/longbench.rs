@@ -6,9 +6,12 @@
 //! template is for some data sets only.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use lexico::tensor_file::write_atomically;
 use lexico_llm::Tokenizer;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::data::{self, Record, refused};
 use crate::error::{Error, Result};
@@ -138,6 +141,48 @@ impl Prompts {
     /// The file of the answers' lengths.
     pub const LENGTHS: &str = "dataset2maxlen.json";
 
+    /// Where the published files are: a folder of one commit of the repository `THUDM/LongBench`.
+    pub const PUBLISHED: &str = "https://raw.githubusercontent.com/THUDM/LongBench/\
+                                 2e00731f8d0bff23dc4325161044d0ed8af94c1e/LongBench/config";
+    /// The SHA-256 of the published files.
+    const CHECKSUMS: [(&str, &str); 2] = [
+        (
+            Self::FILE,
+            "56d22ad4f382169c2b8a11ff4c982a4a1bea096c8152b0f0b85b64686b157c30",
+        ),
+        (
+            Self::LENGTHS,
+            "72966b3c0933e214591637fb085798c5e687ebff4ddaab5d99bbc31120532022",
+        ),
+    ];
+
+    /// Reads the published files from `folder`, after downloading those that it lacks from `address`,
+    /// [`Prompts::PUBLISHED`] or a mirror.
+    ///
+    /// # Errors
+    /// [`Error::File`] where one cannot be downloaded or saved, or is not what was published.
+    pub fn fetch(address: &str, folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(|e| refused(folder, e.to_string()))?;
+        for (file, checksum) in Self::CHECKSUMS {
+            let path = folder.join(file);
+            let is_published = |bytes: &[u8]| format!("{:x}", Sha256::digest(bytes)) == checksum;
+            if std::fs::read(&path).is_ok_and(|bytes| is_published(&bytes)) {
+                continue;
+            }
+            let url = format!("{address}/{file}");
+            let help =
+                "download it from the benchmark's repository and name its folder with --prompts";
+            let bytes =
+                download(&url).map_err(|e| refused(&path, format!("{url}: {e}; {help}")))?;
+            if !is_published(&bytes) {
+                let reason = format!("{url} is not the file that was published; {help}");
+                return Err(refused(&path, reason));
+            }
+            write_atomically(&path, &bytes).map_err(|e| refused(&path, e.to_string()))?;
+        }
+        Self::read(folder)
+    }
+
     /// Reads both files of a folder: `LongBench/config` of the repository `THUDM/LongBench`. They are not in the
     /// data set on the hub.
     ///
@@ -226,6 +271,12 @@ pub fn without_middle(prompt: String, tokenizer: &Tokenizer, most: usize) -> Res
     let half = most / 2;
     let start = tokenizer.decode(&tokens[..half])?;
     Ok(start + &tokenizer.decode(&tokens[tokens.len() - half..])?)
+}
+
+fn download(url: &str) -> std::result::Result<Vec<u8>, ureq::Error> {
+    let config = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(60)));
+    let mut response = ureq::Agent::from(config.build()).get(url).call()?;
+    response.body_mut().read_to_vec()
 }
 
 /// What to take of the benchmark.
@@ -395,6 +446,9 @@ fn key(dataset: Dataset, record: &Record) -> Result<Key> {
 mod tests {
     use lexico_llm::Model;
 
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
     use super::*;
 
     fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -463,6 +517,61 @@ mod tests {
         assert_eq!(verdict.expected, "Date | City");
         assert_eq!(set.judge(0, "\n").answer, None);
         assert_eq!(set.judge(1, "Date").score, 0.0);
+    }
+
+    /// A server that answers each request with the next of these bodies.
+    fn server(bodies: Vec<Vec<u8>>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}/config", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for body in bodies {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).unwrap();
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    body.len()
+                );
+                stream.write_all(head.as_bytes()).unwrap();
+                stream.write_all(&body).unwrap();
+            }
+        });
+        address
+    }
+
+    #[test]
+    fn only_the_published_prompts_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().join("a/b");
+        let error = Prompts::fetch(&server(vec![b"{}".to_vec()]), &own).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("not the file that was published") && error.contains("--prompts"),
+            "{error}"
+        );
+        assert!(!own.join(Prompts::FILE).exists());
+        let error = Prompts::fetch("http://127.0.0.1:9/none", &own)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("http://127.0.0.1:9/none/dataset2prompt.json"),
+            "{error}"
+        );
+        let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/longbench");
+        if !shared.exists() {
+            eprintln!("SKIPPED: {} is not there", shared.display());
+            return;
+        }
+        let files =
+            [Prompts::FILE, Prompts::LENGTHS].map(|f| std::fs::read(shared.join(f)).unwrap());
+        let address = server(files.to_vec());
+        let fetched = Prompts::fetch(&address, &own).unwrap();
+        assert_eq!(
+            fetched.prompts.len(),
+            Prompts::read(&shared).unwrap().prompts.len()
+        );
+        // The server has ended: what is there is not asked for again.
+        Prompts::fetch(&address, &own).unwrap();
     }
 
     #[test]

@@ -11,7 +11,7 @@ use nalgebra::{DMatrix, SymmetricEigen};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::plot::{Axis, Colours, Layout, Line, Panel, Scale, svg};
+use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, svg};
 
 /// What [`Reconstruction::gaussian_bound`] calls its rows.
 pub const BOUND: &str = "gaussian-bound";
@@ -241,14 +241,24 @@ impl Reconstruction {
         ]
     }
 
-    /// Distortion against bits, keys beside values: mean over the layers first, then every layer.
-    pub fn plot(&self) -> String {
+    /// Distortion against bits, the mean over the layers first, then every layer: keys beside values, or below them.
+    #[must_use]
+    pub fn curves(&self, beside: bool) -> String {
         let mut rows = vec![self.panels(None)];
         rows.extend((0..self.layers.len()).map(|layer| self.panels(Some(layer))));
-        let layout = Layout {
+        let mut layout = Layout {
             colours: Colours::Distinct,
             ..Layout::default()
         };
+        if !beside {
+            layout.legend = Legend::Below;
+            layout.frame.0 = 270.0;
+            rows = rows
+                .into_iter()
+                .flatten()
+                .map(|panel| vec![panel])
+                .collect();
+        }
         svg(&rows, layout)
     }
 
@@ -410,7 +420,7 @@ mod tests {
         assert!(found.add(&model, &"snapkv:capacity=50".parse()?).is_err());
         found.add_gaussian_bound();
         assert_eq!(found.formats().len(), 8);
-        let plot = found.plot();
+        let plot = found.curves(true);
         assert!(!plot.contains("NaN") && plot.contains(BOUND));
         Ok(())
     }

@@ -1,0 +1,479 @@
+//! Evaluations as a user meets them: every task, reports, interruption, bad input.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("lexico"));
+    command.args(["--threads", "1", "eval"]).args(arguments);
+    command.stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// What a call prints.
+fn printed(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        stderr(&output)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let arguments = [arguments, &["--json"]].concat();
+    serde_json::from_str(&printed(&arguments)).unwrap()
+}
+
+/// The message of a call that must fail with `code`, without a trace of a panic.
+fn fails(code: i32, arguments: &[&str]) -> String {
+    let output = run(arguments);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+    assert!(!message.contains("panicked"), "{arguments:?}: {message}");
+    message
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A folder with small data sets in the published formats.
+struct Data(tempfile::TempDir);
+
+impl Data {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Writes a file and returns its path as text.
+    fn file(&self, name: &str, content: &str) -> String {
+        std::fs::write(self.path(name), content).unwrap();
+        path(&self.path(name)).to_owned()
+    }
+
+    fn problems(&self, name: &str, count: usize) -> String {
+        let line = |i: usize| {
+            let question = format!(
+                "Ana has {i} coins at home. Ben gives Ana 7 more. How many coins does Ana have now?"
+            );
+            let answer = format!(
+                "Ana starts with {i} coins. {i} + 7 = {}.\n#### {}",
+                i + 7,
+                i + 7
+            );
+            json!({"question": question, "answer": answer}).to_string() + "\n"
+        };
+        self.file(name, &(10..10 + count).map(line).collect::<String>())
+    }
+
+    fn longbench(&self) -> (String, String) {
+        let record = json!({
+            "input": "Who fed the lobster?", "context": "Ana fed the lobster. ".repeat(20), "answers": ["Ana"],
+            "length": 80, "dataset": "qasper", "language": "en", "all_classes": null, "_id": "x1",
+        });
+        self.file("qasper.jsonl", &format!("{record}\n"));
+        let prompts = json!({"qasper": "{context}\nQuestion: {input}\nAnswer:"}).to_string();
+        self.file("dataset2prompt.json", &prompts);
+        self.file("dataset2maxlen.json", &json!({"qasper": 8}).to_string());
+        let folder = path(self.0.path()).to_owned();
+        (folder.clone(), folder)
+    }
+
+    fn questions(&self) -> String {
+        let record = json!({
+            "question_id": 7, "question": "How many legs has a lobster?", "options": ["ten", "two"], "answer": "A",
+            "answer_index": 0, "cot_content": "", "category": "biology", "src": "made",
+        });
+        self.file("questions.jsonl", &format!("{record}\n"))
+    }
+}
+
+#[test]
+fn every_task_runs_and_names_what_it_measured() {
+    let data = Data::new();
+    let (test, train) = (
+        data.problems("test.jsonl", 3),
+        data.problems("train.jsonl", 6),
+    );
+    let (folder, prompts) = data.longbench();
+    let questions = data.questions();
+    let prose = "The lobster lives in the north. It has ten legs and no neighbours. ".repeat(60);
+    let prose = data.file("prose.txt", &prose);
+    let tasks: [(&str, &[&str], &[&str]); 8] = [
+        (
+            "problems",
+            &["--shots", "1", "--items", "3", "--seed", "5"],
+            &["kept"],
+        ),
+        (
+            "gsm8k",
+            &[
+                "--data",
+                &test,
+                "--examples",
+                &train,
+                "--shots",
+                "2",
+                "--items",
+                "2",
+            ],
+            &["kept"],
+        ),
+        (
+            "longbench",
+            &[
+                "--data",
+                &folder,
+                "--prompts",
+                &prompts,
+                "--dataset",
+                "qasper",
+            ],
+            &[],
+        ),
+        (
+            "mmlu-pro",
+            &["--data", &questions, "--subject", "biology"],
+            &["kept"],
+        ),
+        (
+            "needle",
+            &["--length", "128", "--depth", "0.5", "--repeats", "1"],
+            &["kept"],
+        ),
+        ("recall", &["--length", "96", "--repeats", "2"], &["kept"]),
+        (
+            "perplexity",
+            &["--corpus", &prose, "--context", "48", "--items", "2"],
+            &[],
+        ),
+        (
+            "divergence",
+            &["--corpus", &prose, "--context", "48", "--items", "2"],
+            &["percentile_99", "agreement"],
+        ),
+    ];
+    for (task, arguments, fields) in tasks {
+        let caches = [
+            "--cache",
+            "lexico:sparsity=8,window=4,batch=1",
+            "--cache",
+            "kivi:bits=4,residual=32",
+        ];
+        let found = json(&[&[task], arguments, &caches].concat());
+        assert_eq!(found["task"], task);
+        assert_eq!(found["model"], "tiny");
+        assert!(found["settings"].is_object() && found["versions"]["lexico"].is_string());
+        assert!(
+            found["seeds"].is_object() && found["measure"].is_string(),
+            "{found}"
+        );
+        let runs = found["runs"].as_array().unwrap();
+        let names: Vec<&str> = runs
+            .iter()
+            .map(|run| run["cache"].as_str().unwrap())
+            .collect();
+        assert_eq!(names, ["full", caches[1], caches[3]]);
+        for run in runs {
+            for field in fields {
+                assert!(!run[*field].is_null(), "{task}: {field} of {run}");
+            }
+            let (score, low, high) = (&run["score"], &run["low"], &run["high"]);
+            let [score, low, high] = [score, low, high].map(|x| x.as_f64().unwrap());
+            assert!(
+                low <= score && score <= high,
+                "{task}: {low} {score} {high}"
+            );
+            let items = run["items"].as_array().unwrap();
+            let shares = items.iter().map(|item| item["share"].as_f64().unwrap());
+            let mean = shares.sum::<f64>() / items.len() as f64;
+            assert!((run["share"].as_f64().unwrap() - mean).abs() < 1e-12);
+            for item in items {
+                assert!(
+                    item["id"].is_string() && item["score"].is_number(),
+                    "{item}"
+                );
+            }
+        }
+        if task == "divergence" {
+            assert_eq!(runs[0]["score"], 0.0);
+            assert!(runs[1]["score"].as_f64().unwrap() > 0.0);
+        }
+    }
+    let found = json(&[
+        "reconstruction",
+        "--tokens",
+        "64",
+        "--cache",
+        "turboquant:bits=3",
+    ]);
+    let rows = found["rows"].as_array().unwrap();
+    let formats = rows
+        .iter()
+        .filter(|row| row["format"] == "turboquant:bits=3");
+    // Four layers, keys and values.
+    assert_eq!(formats.count(), 8);
+    assert!(
+        rows.iter()
+            .all(|row| row["bits_per_number"].as_f64().unwrap() > 0.0)
+    );
+}
+
+#[test]
+fn tables_align_and_reports_are_whole() {
+    let data = Data::new();
+    let report = data.path("report");
+    let arguments = [
+        "problems",
+        "--shots",
+        "0",
+        "--items",
+        "2",
+        "--cache",
+        "all",
+        "--budget",
+        "30%",
+        "--report",
+        path(&report),
+    ];
+    let table = printed(&arguments);
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(
+        lines
+            .iter()
+            .all(|line| line.chars().count() == lines[0].chars().count()),
+        "{table}"
+    );
+    for name in ["full", "lexico:", "turboquant:", "snapkv:"] {
+        assert!(table.contains(&format!("| {name}")), "{table}");
+    }
+    let results = std::fs::read_to_string(report.join("results.json")).unwrap();
+    let results: Value = serde_json::from_str(&results).unwrap();
+    assert_eq!(results["settings"]["budgets"], json!(["30%"]));
+    for run in results["runs"].as_array().unwrap().iter().skip(1) {
+        let share = run["share"].as_f64().unwrap();
+        assert!(share < 0.335, "{}: {share}", run["cache"]);
+    }
+    let page = std::fs::read_to_string(report.join("report.html")).unwrap();
+    assert!(page.contains("Prompts and answers") && page.ends_with("</html>\n"));
+    let again = fails(1, &arguments);
+    assert!(again.contains("holds a report already"), "{again}");
+}
+
+/// The results but for the time that they took.
+fn results(report: &Path) -> Value {
+    let text = std::fs::read_to_string(report.join("results.json")).unwrap();
+    let mut results: Value = serde_json::from_str(&text).unwrap();
+    for run in results["runs"].as_array_mut().unwrap() {
+        run["seconds"].take();
+    }
+    results
+}
+
+#[test]
+fn a_killed_run_goes_on_with_the_same_results() {
+    let data = Data::new();
+    let (whole, broken) = (data.path("whole"), data.path("broken"));
+    let arguments = |report: &str| {
+        let fixed = [
+            "problems",
+            "--shots",
+            "0",
+            "--items",
+            "6",
+            "--batch-size",
+            "2",
+            "--seed",
+            "1",
+        ];
+        let caches = [
+            "--cache",
+            "lexico:sparsity=6,window=16",
+            "--cache",
+            "h2o:capacity=60",
+        ];
+        let arguments = [&fixed[..], &caches, &["--report", report]].concat();
+        arguments.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let own = arguments(path(&whole));
+    printed(&own.iter().map(String::as_str).collect::<Vec<_>>());
+    let own = arguments(path(&broken));
+    let own: Vec<&str> = own.iter().map(String::as_str).collect();
+    let progress = broken.join("progress.jsonl");
+    let lines = || {
+        std::fs::read(&progress).map_or(0, |bytes| bytes.iter().filter(|&&b| b == b'\n').count())
+    };
+    for wanted in [2, 5] {
+        let mut arguments = own.clone();
+        if wanted > 2 {
+            arguments.push("--resume");
+        }
+        let mut child = command(&arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        while lines() < wanted {
+            assert!(started.elapsed() < Duration::from_secs(300), "no progress");
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it ended before {wanted} lines"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let refused = fails(1, &own);
+    assert!(refused.contains("--resume"), "{refused}");
+    printed(&[&own[..], &["--resume"]].concat());
+    let (mut whole, mut broken) = (results(&whole), results(&broken));
+    assert_eq!(whole["runs"].take(), broken["runs"].take());
+}
+
+#[test]
+fn bad_input_is_named() {
+    let data = Data::new();
+    let good = data.problems("good.jsonl", 6);
+    let no_field = data.file(
+        "fields.jsonl",
+        "{\"question\": \"a\", \"answer\": \"#### 1\"}\n{\"question\": \"b\"}\n",
+    );
+    let no_json = data.file("lines.jsonl", "not JSON\n");
+    let empty = data.file("empty.jsonl", "\n");
+    let (folder, prompts) = data.longbench();
+    let gsm8k = |test: &str| fails(1, &["gsm8k", "--data", test, "--examples", &good]);
+    for (message, parts) in [
+        (gsm8k(&no_field), &["fields.jsonl, line 2", "answer"][..]),
+        (gsm8k(&no_json), &["lines.jsonl, line 1"]),
+        (gsm8k(&empty), &["empty.jsonl"]),
+        (gsm8k("nowhere.jsonl"), &["nowhere.jsonl"]),
+        (
+            fails(
+                1,
+                &[
+                    "gsm8k",
+                    "--data",
+                    &good,
+                    "--examples",
+                    &good,
+                    "--shots",
+                    "7",
+                ],
+            ),
+            &["7 examples", "6"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "longbench",
+                    "--data",
+                    &folder,
+                    "--prompts",
+                    &prompts,
+                    "--dataset",
+                    "trec",
+                ],
+            ),
+            &["trec"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "longbench",
+                    "--data",
+                    &folder,
+                    "--prompts",
+                    &prompts,
+                    "--dataset",
+                    "nonsense",
+                ],
+            ),
+            &["nonsense", "qasper"],
+        ),
+        (fails(1, &["problems", "--items", "0"]), &["0 items"]),
+        (
+            fails(1, &["problems", "--shots", "501"]),
+            &["501 examples", "500"],
+        ),
+        (
+            fails(1, &["problems", "--shots", "100", "--items", "1"]),
+            &["context of 4096"],
+        ),
+        (
+            fails(1, &["problems", "--batch-size", "0"]),
+            &["batch of 0"],
+        ),
+        (
+            fails(1, &["problems", "--cache", "kivi", "--cache", "kivi"]),
+            &["kivi is given twice"],
+        ),
+        (
+            fails(2, &["problems", "--cache", "kivy"]),
+            &["kivy", "turboquant"],
+        ),
+        (fails(2, &["problems", "--budget", "20"]), &["20%"]),
+        (fails(2, &["problems", "--resume"]), &["--report"]),
+        (fails(1, &["needle", "--depth", "2"]), &["depth of 2"]),
+        (fails(1, &["recall", "--length", "3"]), &["3 tokens"]),
+        (fails(1, &["needle", "--chat"]), &["chat template"]),
+        (
+            fails(
+                1,
+                &[
+                    "perplexity",
+                    "--corpus",
+                    &good,
+                    "--field",
+                    "question",
+                    "--context",
+                    "9999",
+                ],
+            ),
+            &["4096"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "reconstruction",
+                    "--cache",
+                    "h2o:capacity=20",
+                    "--tokens",
+                    "64",
+                ],
+            ),
+            &["gives positions up"],
+        ),
+        (
+            fails(1, &["reconstruction", "--tokens", "1"]),
+            &["--tokens 1"],
+        ),
+    ] {
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message}");
+        }
+    }
+}
