@@ -351,6 +351,58 @@ fn a_killed_run_goes_on_with_the_same_results() {
     assert_eq!(whole["runs"].take(), broken["runs"].take());
 }
 
+/// A method that a budget cannot be asked of does not keep the others from running.
+#[test]
+fn what_does_not_go_with_a_budget_is_left_out() {
+    let found = json(&[
+        "problems",
+        "--shots",
+        "0",
+        "--items",
+        "2",
+        "--cache",
+        "snapkv:window=400",
+        "--cache",
+        "kivi:group=48",
+        "--cache",
+        "lexico:key-sparsity=4,value-sparsity=3",
+        "--budget",
+        "50%",
+    ]);
+    let skipped = found["skipped"].as_array().unwrap();
+    assert_eq!(skipped.len(), 1, "{skipped:?}");
+    assert_eq!(skipped[0]["cache"], "snapkv:window=400");
+    let runs = found["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 3);
+    assert!(runs[1]["cache"].as_str().unwrap().contains("group=48"));
+    assert!(!runs[2]["cache"].as_str().unwrap().contains(",sparsity="));
+}
+
+#[test]
+fn a_seed_decides_which_items_are_run() {
+    let data = Data::new();
+    let prose: String = (0..400)
+        .map(|i| format!("The lobster number {i} lives in the north. "))
+        .collect();
+    let prose = data.file("prose.txt", &prose);
+    let scores = |seed: &str| {
+        let found = json(&[
+            "perplexity",
+            "--corpus",
+            &prose,
+            "--context",
+            "48",
+            "--items",
+            "2",
+            "--seed",
+            seed,
+        ]);
+        found["runs"][0]["score"].as_f64().unwrap()
+    };
+    assert_eq!(scores("1"), scores("1"));
+    assert_ne!(scores("1"), scores("2"));
+}
+
 #[test]
 fn bad_input_is_named() {
     let data = Data::new();
@@ -361,6 +413,10 @@ fn bad_input_is_named() {
     );
     let no_json = data.file("lines.jsonl", "not JSON\n");
     let empty = data.file("empty.jsonl", "\n");
+    let no_number = data.file(
+        "unmarked.jsonl",
+        "{\"question\": \"a\", \"answer\": \"1\"}\n",
+    );
     let (folder, prompts) = data.longbench();
     let gsm8k = |test: &str| fails(1, &["gsm8k", "--data", test, "--examples", &good]);
     for (message, parts) in [

@@ -1,12 +1,11 @@
 //! Runs a task with each of several caches: `full` first, then every other at the sizes asked for.
 
-use std::fmt;
 use std::ops::ControlFlow;
 use std::str::FromStr;
 use std::time::Instant;
 
 use lexico_llm::Model;
-use lexico_llm::cache::{Budget, CacheContext, CacheSpec, Lengths};
+use lexico_llm::cache::{CacheBudget, CacheContext, CacheSpec, Lengths};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -38,53 +37,6 @@ impl Default for EvaluateOptions {
             seed: None,
             batch: 8,
             budgets: Vec::new(),
-        }
-    }
-}
-
-/// How large a cache may be at the end of an item of mean length.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum CacheBudget {
-    /// A share of FP16's bytes.
-    Share(f64),
-    /// Bytes.
-    Bytes(f64),
-}
-
-impl fmt::Display for CacheBudget {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            CacheBudget::Share(share) => write!(f, "{}%", round(100.0 * share)),
-            CacheBudget::Bytes(bytes) => write!(f, "{}KiB", round(bytes / 1024.0)),
-        }
-    }
-}
-
-/// Without what only rounding has added.
-fn round(x: f64) -> f64 {
-    (x * 1e6).round() / 1e6
-}
-
-impl FromStr for CacheBudget {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        const UNITS: [(&str, f64); 5] = [
-            ("%", 0.01),
-            ("KiB", 1024.0),
-            ("MiB", 1024.0 * 1024.0),
-            ("GiB", 1024.0 * 1024.0 * 1024.0),
-            ("B", 1.0),
-        ];
-        let parsed = UNITS.iter().find_map(|(unit, factor)| {
-            let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
-            let value = number * factor;
-            (value.is_finite() && value > 0.0).then_some((*unit, value))
-        });
-        match parsed {
-            Some(("%", share)) if share <= 1.0 => Ok(CacheBudget::Share(share)),
-            Some((unit, bytes)) if unit != "%" => Ok(CacheBudget::Bytes(bytes)),
-            _ => Err("a budget is a share of FP16, as 20%, or a size, as 64MiB".to_owned()),
         }
     }
 }
@@ -125,10 +77,10 @@ pub struct Run {
     pub budgets: Vec<String>,
     /// As the task's [`Measure`] says.
     pub score: f64,
-    /// The lower end of the score's 95 % confidence interval.
-    pub low: f64,
+    /// The lower end of the score's 95 % confidence interval; none of a single item.
+    pub low: Option<f64>,
     /// The upper end.
-    pub high: f64,
+    pub high: Option<f64>,
     /// Bytes of the cache over FP16's, mean over the items.
     pub share: f64,
     /// Of the items that `full` gets right, how many are still right, where items are right or wrong.
@@ -204,6 +156,18 @@ pub fn evaluate(
 ) -> Result<Evaluation> {
     let order = order(task, options)?;
     let others = others(caches)?;
+    let context = CacheContext {
+        model: &model.name,
+        config: model.decoder.config(),
+        dictionaries: model.dictionaries.as_ref(),
+    };
+    // Before anything is run: what a method refuses is soon found.
+    if options.budgets.is_empty() {
+        for spec in &others {
+            spec.build(&context)?;
+        }
+    }
+    task.check(model, &order)?;
     let settings = settings(task, model, caches, options)?;
     if let Some(report) = &mut report {
         report.begin(&settings)?;
@@ -242,11 +206,6 @@ pub fn evaluate(
     let full = CacheSpec::from_str("full")?;
     let mut runs = vec![run(&full, Vec::new(), of)?];
     let mut skipped = Vec::new();
-    let context = CacheContext {
-        model: &model.name,
-        config: model.decoder.config(),
-        dictionaries: model.dictionaries.as_ref(),
-    };
     for spec in others {
         let budgets: Vec<Option<CacheBudget>> = match options.budgets.as_slice() {
             [] => vec![None],
@@ -255,25 +214,28 @@ pub fn evaluate(
         for budget in budgets {
             let named = budget.map(|b| b.to_string());
             let chosen = match budget {
-                None => Ok(spec.clone()),
-                Some(budget) => spec.within(budget.of(&runs[0], &context), &context),
-            };
-            let chosen = match chosen {
-                Err(error @ lexico_llm::Error::Budget { .. }) => {
-                    skipped.push(Skipped {
-                        cache: spec.to_string(),
-                        budget: named.unwrap_or_default(),
-                        reason: error.to_string(),
-                    });
-                    of -= order.len();
-                    continue;
+                None => spec.clone(),
+                Some(budget) => {
+                    let chosen = spec.within(budget, &lengths(&runs[0]), &context);
+                    // Settings that a method refuses are found here, not in the middle of the run.
+                    let chosen = chosen.and_then(|spec| spec.build(&context).map(|_| spec));
+                    match chosen {
+                        Ok(chosen) => chosen,
+                        Err(error) => {
+                            skipped.push(Skipped {
+                                cache: spec.to_string(),
+                                budget: budget.to_string(),
+                                reason: error.to_string(),
+                            });
+                            of -= order.len();
+                            continue;
+                        }
+                    }
                 }
-                chosen => chosen?,
             };
-            let chosen_name = chosen.to_string();
             // Settings that leave nothing open are for no budget.
-            let named = named.filter(|_| chosen_name != spec.to_string());
-            if let Some(same) = runs.iter_mut().find(|run| run.cache == chosen_name) {
+            let named = named.filter(|_| chosen.to_string() != spec.to_string());
+            if let Some(same) = runs.iter_mut().find(|run| run.cache == chosen.to_string()) {
                 same.budgets.extend(named);
                 of -= order.len();
                 continue;
@@ -325,21 +287,18 @@ fn order(task: &dyn Task, options: &EvaluateOptions) -> Result<Vec<usize>> {
 
 /// The caches to run beside `full`.
 fn others(caches: &[CacheSpec]) -> Result<Vec<&CacheSpec>> {
-    let mut names: Vec<String> = Vec::new();
-    let mut others = Vec::new();
-    for spec in caches {
-        let name = spec.to_string();
-        if names.contains(&name) {
-            return Err(Error::Options(format!(
-                "the cache {name} is given twice; name each once"
-            )));
+    for (number, spec) in caches.iter().enumerate() {
+        if let Some(same) = caches[..number].iter().find(|other| other.same_as(spec)) {
+            let reason = if same.to_string() == spec.to_string() {
+                format!("the cache {spec} is given twice; name each once")
+            } else {
+                format!("{same} and {spec} are the same cache; name it once")
+            };
+            return Err(Error::Options(reason));
         }
-        if name != "full" {
-            others.push(spec);
-        }
-        names.push(name);
     }
-    Ok(others)
+    let full = CacheSpec::from_str("full")?;
+    Ok(caches.iter().filter(|spec| !spec.same_as(&full)).collect())
 }
 
 fn settings(
@@ -362,6 +321,9 @@ fn settings(
     });
     let texts = |texts: &mut dyn Iterator<Item = String>| Value::from_iter(texts);
     let own = [
+        ("program", json!(env!("CARGO_PKG_VERSION"))),
+        // A cache that codes beside the decoding takes more where there are cores to spare.
+        ("threads", json!(lexico_llm::threads_in_use())),
         ("task", json!(task.name())),
         ("model", json!(model.name)),
         ("fingerprint", json!(model.fingerprint()?)),
@@ -385,25 +347,13 @@ fn versions() -> Map<String, Value> {
     Map::from_iter([own, ("target".to_owned(), json!(target))])
 }
 
-impl CacheBudget {
-    /// For items of the lengths that they had in a run.
-    fn of(self, run: &Run, context: &CacheContext<'_>) -> Budget {
-        let mean = |f: &dyn Fn(&Outcome) -> usize| {
-            let sum: usize = run.items.iter().map(f).sum();
-            (sum as f64 / run.items.len().max(1) as f64).round() as usize
-        };
-        let lengths = Lengths {
-            prompt: mean(&|item| item.prompt_positions),
-            end: mean(&|item| item.positions),
-        };
-        let bytes = match self {
-            CacheBudget::Share(share) => {
-                share * context.config.fp16_cache_bytes(lengths.end) as f64
-            }
-            CacheBudget::Bytes(bytes) => bytes,
-        };
-        Budget { bytes, lengths }
-    }
+/// The lengths that the items of a run had.
+fn lengths(run: &Run) -> Vec<Lengths> {
+    let lengths = run.items.iter().map(|item| Lengths {
+        prompt: item.prompt_positions,
+        end: item.positions,
+    });
+    lengths.collect()
 }
 
 impl Run {
@@ -414,7 +364,7 @@ impl Run {
         seconds: f64,
         items: Vec<Outcome>,
     ) -> Self {
-        let Estimate { value, low, high } = measure.of(&items);
+        let Estimate { value, interval } = measure.of(&items);
         let shares: f64 = items.iter().map(|item| item.share).sum();
         let (mut all, mut agreements) = (Vec::new(), 0.0);
         for item in &items {
@@ -436,8 +386,8 @@ impl Run {
             method: spec.method().name,
             budgets,
             score: value,
-            low,
-            high,
+            low: interval.map(|(low, _)| low),
+            high: interval.map(|(_, high)| high),
             share: shares / items.len().max(1) as f64,
             kept: None,
             distributions,

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use lexico_llm::Model;
 use lexico_llm::cache::{CacheSpec, KvCache};
-use lexico_llm::chat::Message;
+use lexico_llm::chat::{ChatTemplate, Message};
 use lexico_llm::generate::{GenerateOptions, Prompt, generate_batch};
 use serde_json::{Map, Value};
 
@@ -60,20 +60,18 @@ pub enum Truncate {
     Left,
 }
 
-/// Questions as a task for one model.
+/// Questions as a task.
 pub struct Asked<Q> {
     questions: Q,
     options: AskOptions,
-    prompts: Vec<Vec<u32>>,
-    limits: Vec<GenerateOptions>,
+    template: Option<ChatTemplate>,
 }
 
 impl<Q: Questions> Asked<Q> {
-    /// Prepares the prompts for the model.
+    /// Prepares to ask the model.
     ///
     /// # Errors
-    /// [`Error::Options`] where there are none, one does not fit the model's context, or the model has no chat
-    /// template and is to chat; those of the tokenizer.
+    /// [`Error::Options`] where there are no questions, or the model has no chat template and is to chat.
     pub fn new(model: &Model, questions: Q, options: AskOptions) -> Result<Self> {
         let refuse = |reason: String| Err(Error::Options(reason));
         if questions.items().is_empty() {
@@ -86,43 +84,41 @@ impl<Q: Questions> Asked<Q> {
                 model.name
             ));
         }
-        let context = model.decoder.config().context;
-        let mut prompts = Vec::with_capacity(questions.items().len());
-        let mut limits = Vec::with_capacity(prompts.capacity());
-        for (number, item) in questions.items().iter().enumerate() {
-            let mut tokens = match &template {
-                Some(template) if questions.is_message(number) => {
-                    let message = Message::new("user", &item.prompt);
-                    let text = template.render(&[message], true)?;
-                    model.tokenizer.encode_more(&text)?
-                }
-                _ => model.tokenizer.encode_first(&item.prompt)?,
-            };
-            let room = context.saturating_sub(item.max_tokens);
-            if tokens.len() > room {
-                let (id, length, most) = (&item.id, tokens.len(), item.max_tokens);
-                if options.truncate == Truncate::Never || room < 2 {
-                    return refuse(format!(
-                        "item {id}: its prompt of {length} tokens and {most} tokens of an answer do not fit the \
-                         model's context of {context}; ask for shorter prompts or answers, or drop the oldest tokens \
-                         of prompts that are too long with --truncate"
-                    ));
-                }
-                tokens.drain(1..=length - room);
-            }
-            prompts.push(tokens);
-            limits.push(GenerateOptions {
-                max_tokens: item.max_tokens,
-                stop: item.stop.clone(),
-                ..GenerateOptions::default()
-            });
-        }
         Ok(Self {
             questions,
             options,
-            prompts,
-            limits,
+            template,
         })
+    }
+
+    /// The tokens of an item's prompt.
+    fn tokens(&self, model: &Model, number: usize) -> Result<Vec<u32>> {
+        let item = &self.questions.items()[number];
+        let mut tokens = match &self.template {
+            Some(template) if self.questions.is_message(number) => {
+                let message = Message::new("user", &item.prompt);
+                let text = template.render(&[message], true)?;
+                model.tokenizer.encode_more(&text)?
+            }
+            _ => model.tokenizer.encode_first(&item.prompt)?,
+        };
+        let (id, length, most) = (&item.id, tokens.len(), item.max_tokens);
+        let context = model.decoder.config().context;
+        let room = context.saturating_sub(most);
+        if length == 0 {
+            return Err(Error::Options(format!("item {id}: its prompt is empty")));
+        }
+        if length > room {
+            if self.options.truncate == Truncate::Never || room < 2 {
+                return Err(Error::Options(format!(
+                    "item {id}: its prompt of {length} tokens and {most} tokens of an answer do not fit the model's \
+                     context of {context}; ask for shorter prompts or answers, or drop the oldest tokens of prompts \
+                     that are too long with --truncate"
+                )));
+            }
+            tokens.drain(1..=length - room);
+        }
+        Ok(tokens)
     }
 }
 
@@ -141,19 +137,29 @@ impl<Q: Questions> Task for Asked<Q> {
         let truncate = self.options.truncate == Truncate::Left;
         settings.insert("truncate".to_owned(), truncate.into());
         let mut checksum = crc32fast::Hasher::new();
-        for tokens in &self.prompts {
-            tokens
-                .iter()
-                .for_each(|token| checksum.update(&token.to_le_bytes()));
-            checksum.update(&[0xff; 4]);
+        for (number, item) in self.questions.items().iter().enumerate() {
+            for text in [
+                &item.id,
+                &item.prompt,
+                &self.questions.judge(number, "").expected,
+            ] {
+                checksum.update(text.as_bytes());
+                checksum.update(&[0xff]);
+            }
         }
         let checksum = format!("{:08x}", checksum.finalize());
-        settings.insert("prompts_crc32".to_owned(), checksum.into());
+        settings.insert("items_crc32".to_owned(), checksum.into());
         settings
     }
 
     fn len(&self) -> usize {
-        self.prompts.len()
+        self.questions.items().len()
+    }
+
+    fn check(&self, model: &Model, items: &[usize]) -> Result<()> {
+        items
+            .iter()
+            .try_for_each(|&item| self.tokens(model, item).map(drop))
     }
 
     fn prompt(&self, item: usize) -> Option<&str> {
@@ -169,21 +175,35 @@ impl<Q: Questions> Task for Asked<Q> {
     ) -> Result<Option<Vec<Outcome>>> {
         let caches = items.iter().map(|_| model.cache(cache));
         let mut caches: Vec<Box<dyn KvCache>> = caches.collect::<lexico_llm::Result<_>>()?;
-        let mut prompts: Vec<Prompt<'_>> = items
+        let tokens = items.iter().map(|&item| self.tokens(model, item));
+        let tokens: Vec<Vec<u32>> = tokens.collect::<Result<_>>()?;
+        let limits: Vec<GenerateOptions> = items
             .iter()
+            .map(|&item| {
+                let item = &self.questions.items()[item];
+                GenerateOptions {
+                    max_tokens: item.max_tokens,
+                    stop: item.stop.clone(),
+                    ..GenerateOptions::default()
+                }
+            })
+            .collect();
+        let mut prompts: Vec<Prompt<'_>> = tokens
+            .iter()
+            .zip(&limits)
             .zip(&mut caches)
-            .map(|(&item, cache)| Prompt {
-                tokens: &self.prompts[item],
+            .map(|((tokens, options), cache)| Prompt {
+                tokens,
                 cache: cache.as_mut(),
-                options: &self.limits[item],
+                options,
             })
             .collect();
         let Some(generated) = generate_batch(model, &mut prompts, on_step)? else {
             return Ok(None);
         };
         let config = model.decoder.config();
-        let outcomes = items.iter().zip(generated).zip(&caches);
-        let outcomes = outcomes.map(|((&item, generated), cache)| {
+        let outcomes = items.iter().zip(generated).zip(caches.iter().zip(&tokens));
+        let outcomes = outcomes.map(|((&item, generated), (cache, tokens))| {
             let verdict = self.questions.judge(item, &generated.text);
             let positions = cache.len();
             Outcome {
@@ -191,7 +211,7 @@ impl<Q: Questions> Task for Asked<Q> {
                 group: self.questions.group(item).map(str::to_owned),
                 score: verdict.score,
                 share: cache.footprint().total() as f64 / config.fp16_cache_bytes(positions) as f64,
-                prompt_positions: self.prompts[item].len(),
+                prompt_positions: tokens.len(),
                 positions,
                 detail: Detail::Answer {
                     text: generated.text,

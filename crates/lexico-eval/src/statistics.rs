@@ -1,47 +1,50 @@
 //! Estimates with confidence intervals.
 
-use serde::{Deserialize, Serialize};
-
 /// Half the width of a 95 % interval, in standard errors.
 const Z: f64 = 1.959_963_984_540_054;
+/// The same where the error is estimated with 1, 2, … degrees of freedom (Student 1908).
+const T: [f64; 30] = [
+    12.706_2, 4.302_65, 3.182_45, 2.776_45, 2.570_58, 2.446_91, 2.364_62, 2.306_00, 2.262_16,
+    2.228_14, 2.200_99, 2.178_81, 2.160_37, 2.144_79, 2.131_45, 2.119_91, 2.109_82, 2.100_92,
+    2.093_02, 2.085_96, 2.079_61, 2.073_87, 2.068_66, 2.063_90, 2.059_54, 2.055_53, 2.051_83,
+    2.048_41, 2.045_23, 2.042_27,
+];
 
 /// A figure and its 95 % confidence interval.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
     /// The figure.
     pub value: f64,
-    /// The interval's lower end.
-    pub low: f64,
-    /// The interval's upper end.
-    pub high: f64,
+    /// From where to where; none where there is too little to tell.
+    pub interval: Option<(f64, f64)>,
 }
 
 impl Estimate {
     /// The same estimate on another scale; `f` rises.
+    #[must_use]
     pub fn map(self, f: fn(f64) -> f64) -> Self {
         Self {
             value: f(self.value),
-            low: f(self.low),
-            high: f(self.high),
+            interval: self.interval.map(|(low, high)| (f(low), f(high))),
         }
     }
 
-    fn around(value: f64, error: f64) -> Self {
-        Self {
-            value,
-            low: value - Z * error,
-            high: value + Z * error,
-        }
+    /// The same, knowing that it cannot lie outside.
+    #[must_use]
+    pub fn clamped(self, least: f64, most: f64) -> Self {
+        let interval = self
+            .interval
+            .map(|(low, high)| (low.max(least), high.min(most)));
+        Self { interval, ..self }
     }
 }
 
-/// `right` of `of` (Wilson 1927); with none, all is possible.
+/// `right` of `of` (Wilson 1927); with none, nothing is known.
 pub fn share(right: usize, of: usize) -> Estimate {
     if of == 0 {
         return Estimate {
             value: 0.0,
-            low: 0.0,
-            high: 1.0,
+            interval: None,
         };
     }
     let (p, n) = (right as f64 / of as f64, of as f64);
@@ -50,26 +53,69 @@ pub fn share(right: usize, of: usize) -> Estimate {
     let half = Z / denominator * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
     Estimate {
         value: p,
-        low: (middle - half).max(0.0),
-        high: (middle + half).min(1.0),
+        interval: Some(((middle - half).max(0.0), (middle + half).min(1.0))),
     }
 }
 
-/// The mean of some numbers, by its standard error; of a single one the interval is itself.
+/// The mean of some numbers, by its standard error and Student's distribution.
 pub fn mean(numbers: &[f64]) -> Estimate {
-    let n = numbers.len().max(1) as f64;
-    let mean = numbers.iter().sum::<f64>() / n;
-    let squares: f64 = numbers.iter().map(|x| (x - mean).powi(2)).sum();
-    Estimate::around(mean, (squares / (n - 1.0).max(1.0) / n).sqrt())
+    let (value, variance) = moments(numbers);
+    let error = variance.map(|v| (v / numbers.len() as f64).sqrt() * quantile(numbers.len() - 1));
+    Estimate {
+        value,
+        interval: error.map(|error| (value - error, value + error)),
+    }
 }
 
-/// The mean of independent estimates, each counting alike.
-pub fn mean_of(estimates: &[Estimate]) -> Estimate {
-    let n = estimates.len().max(1) as f64;
-    let mean = estimates.iter().map(|e| e.value).sum::<f64>() / n;
-    let error = |e: &Estimate| (e.high - e.low) / (2.0 * Z);
-    let variance: f64 = estimates.iter().map(|e| error(e).powi(2)).sum();
-    Estimate::around(mean, variance.sqrt() / n)
+/// The mean of groups' means, each counting alike; the interval needs two numbers of each.
+pub fn mean_of_groups(groups: &[Vec<f64>]) -> Estimate {
+    let n = groups.len().max(1) as f64;
+    let value = groups.iter().map(|group| moments(group).0).sum::<f64>() / n;
+    // Welch and Satterthwaite's degrees of freedom.
+    let (mut sum, mut squares) = (0.0, 0.0);
+    for group in groups {
+        let Some(variance) = moments(group).1 else {
+            return Estimate {
+                value,
+                interval: None,
+            };
+        };
+        let own = variance / group.len() as f64;
+        sum += own;
+        squares += own * own / (group.len() - 1) as f64;
+    }
+    let freedom = if squares > 0.0 {
+        sum * sum / squares
+    } else {
+        1.0
+    };
+    let error = sum.sqrt() / n * quantile(freedom as usize);
+    Estimate {
+        value,
+        interval: (!groups.is_empty()).then_some((value - error, value + error)),
+    }
+}
+
+/// Mean and variance of some numbers; no variance of less than two.
+fn moments(numbers: &[f64]) -> (f64, Option<f64>) {
+    let n = numbers.len() as f64;
+    let mean = numbers.iter().sum::<f64>() / n.max(1.0);
+    let squares: f64 = numbers.iter().map(|x| (x - mean).powi(2)).sum();
+    (mean, (numbers.len() > 1).then(|| squares / (n - 1.0)))
+}
+
+/// Half the width of a 95 % interval with so many degrees of freedom.
+fn quantile(freedom: usize) -> f64 {
+    let n = freedom as f64;
+    match freedom {
+        0 => T[0],
+        1..=30 => T[freedom - 1],
+        // Cornish and Fisher's expansion: right to five digits from here on.
+        _ => {
+            Z + (Z.powi(3) + Z) / (4.0 * n)
+                + (5.0 * Z.powi(5) + 16.0 * Z.powi(3) + 3.0 * Z) / (96.0 * n * n)
+        }
+    }
 }
 
 /// The value that a share `p` of the numbers does not exceed: the nearest rank. 0 where there are none.
@@ -88,8 +134,8 @@ mod tests {
     use super::*;
 
     fn close(estimate: Estimate, expected: [f64; 3]) {
-        let got = [estimate.value, estimate.low, estimate.high];
-        for (got, expected) in got.iter().zip(expected) {
+        let (low, high) = estimate.interval.unwrap();
+        for (got, expected) in [estimate.value, low, high].iter().zip(expected) {
             assert!((got - expected).abs() < 5e-5, "{estimate:?}");
         }
     }
@@ -100,24 +146,39 @@ mod tests {
         close(share(8, 10), [0.8, 0.490_16, 0.943_32]);
         close(share(0, 20), [0.0, 0.0, 0.161_13]);
         close(share(300, 300), [1.0, 0.987_36, 1.0]);
-        close(share(0, 0), [0.0, 0.0, 1.0]);
+        assert_eq!(share(0, 0).interval, None);
     }
 
     #[test]
-    fn intervals_of_means_come_from_the_standard_error() {
-        // Standard deviation 1, error 1/√3.
-        close(mean(&[1.0, 2.0, 3.0]), [2.0, 0.868_41, 3.131_59]);
-        close(mean(&[5.0]), [5.0, 5.0, 5.0]);
-        let one = mean(&[1.0, 2.0, 3.0]);
-        let two = mean_of(&[one, one]);
-        close(
-            two,
-            [
-                2.0,
-                2.0 - 1.131_59 / 2f64.sqrt(),
-                2.0 + 1.131_59 / 2f64.sqrt(),
-            ],
-        );
+    fn intervals_of_means_are_students() {
+        // Standard deviation 1, error 1/√3, two degrees of freedom: 4.30265/√3.
+        close(mean(&[1.0, 2.0, 3.0]), [2.0, -0.484_13, 4.484_13]);
+        close(mean(&[1.0, 2.0, 3.0]).clamped(0.0, 3.0), [2.0, 0.0, 3.0]);
+        assert_eq!(mean(&[5.0]).interval, None);
+        // Both halves alike: four degrees of freedom, error √(2/3)/2.
+        let groups = [vec![1.0, 2.0, 3.0], vec![1.0, 2.0, 3.0]];
+        let half = 2.776_45 * (2.0f64 / 3.0).sqrt() / 2.0;
+        close(mean_of_groups(&groups), [2.0, 2.0 - half, 2.0 + half]);
+        let lone = mean_of_groups(&[vec![1.0], vec![0.0, 1.0]]);
+        assert_eq!((lone.value, lone.interval), (0.75, None));
+    }
+
+    /// Of R's `qt(0.975, n)`.
+    #[test]
+    fn quantiles_go_on_where_the_table_ends() {
+        for (freedom, expected) in [
+            (1, 12.7062),
+            (30, 2.042_27),
+            (31, 2.039_51),
+            (60, 2.000_30),
+            (1000, 1.962_34),
+        ] {
+            assert!(
+                (quantile(freedom) - expected).abs() < 5e-5,
+                "{freedom}: {}",
+                quantile(freedom)
+            );
+        }
     }
 
     #[test]

@@ -53,6 +53,14 @@ pub trait Task {
         self.len() == 0
     }
 
+    /// Refuses items that the model cannot be given.
+    ///
+    /// # Errors
+    /// As the task says.
+    fn check(&self, _model: &Model, _items: &[usize]) -> Result<()> {
+        Ok(())
+    }
+
     /// The prompt of an item, where it has one, for people to read.
     fn prompt(&self, item: usize) -> Option<&str>;
 
@@ -117,20 +125,21 @@ impl Measure {
     /// standard error.
     pub fn of<'a>(self, outcomes: impl IntoIterator<Item = &'a Outcome>) -> Estimate {
         let outcomes: Vec<&Outcome> = outcomes.into_iter().collect();
-        let scores: Vec<f64> = outcomes.iter().map(|outcome| outcome.score).collect();
+        let scores = |outcomes: &[&Outcome]| -> Vec<f64> {
+            outcomes.iter().map(|outcome| outcome.score).collect()
+        };
         match self {
-            Measure::Accuracy => statistics::share(
-                scores.iter().filter(|&&score| score >= 1.0).count(),
-                scores.len(),
-            ),
-            Measure::Mean | Measure::Divergence => statistics::mean(&scores),
-            Measure::Perplexity => statistics::mean(&scores).map(f64::exp),
+            Measure::Accuracy => {
+                let right = outcomes.iter().filter(|outcome| outcome.score >= 1.0);
+                statistics::share(right.count(), outcomes.len())
+            }
+            Measure::Mean => statistics::mean(&scores(&outcomes)).clamped(0.0, 1.0),
+            Measure::Divergence => statistics::mean(&scores(&outcomes)).clamped(0.0, f64::INFINITY),
+            Measure::Perplexity => statistics::mean(&scores(&outcomes)).map(f64::exp),
             Measure::GroupMean => {
-                let groups = groups(outcomes).into_iter().map(|(_, of_group)| {
-                    let scores: Vec<f64> = of_group.iter().map(|outcome| outcome.score).collect();
-                    statistics::mean(&scores)
-                });
-                statistics::mean_of(&groups.collect::<Vec<_>>())
+                let groups = groups(outcomes).into_iter();
+                let groups: Vec<_> = groups.map(|(_, of_group)| scores(&of_group)).collect();
+                statistics::mean_of_groups(&groups).clamped(0.0, 1.0)
             }
         }
     }
@@ -261,7 +270,8 @@ mod tests {
         let outcomes = [outcome(None, 1.0), outcome(None, 3.0)];
         let perplexity = Measure::Perplexity.of(&outcomes);
         assert!((perplexity.value - 2f64.exp()).abs() < 1e-9);
-        assert!(perplexity.low < perplexity.value && perplexity.value < perplexity.high);
+        let (low, high) = perplexity.interval.unwrap();
+        assert!(low < perplexity.value && perplexity.value < high);
     }
 
     #[test]

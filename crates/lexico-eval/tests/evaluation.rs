@@ -179,7 +179,7 @@ fn impossible_settings_are_refused() {
     };
     assert!(refusal(&[], &none).contains("batch of 0"));
     for text in ["20", "-3%", "120%", "x", "%", "0MiB", "nan%", "infB"] {
-        let budget = text.parse::<lexico_eval::evaluation::CacheBudget>();
+        let budget = text.parse::<lexico_llm::cache::CacheBudget>();
         assert!(budget.is_err(), "{text}: {budget:?}");
     }
 }
@@ -260,7 +260,8 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
             truncate,
             ..AskOptions::default()
         };
-        Asked::new(&model, long(max_tokens), options)
+        let asked = Asked::new(&model, long(max_tokens), options).unwrap();
+        asked.check(&model, &[0]).map(|()| asked)
     };
     let error = ask(4, Truncate::Never).err().unwrap().to_string();
     assert!(

@@ -96,6 +96,7 @@ fn longbench_prompts_are_the_published_ones() {
     let options = LongBenchOptions {
         datasets: DATASETS.to_vec(),
         items: usize::MAX,
+        seed: None,
         context: 10_000,
     };
     let set = LongBench::read(data.path(), &prompts, &model.tokenizer, &options).unwrap();

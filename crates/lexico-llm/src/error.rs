@@ -115,15 +115,13 @@ pub enum Error {
     },
     /// A cache method cannot be made as small as a budget.
     #[error(
-        "{spec} does not fit {share:.1} % of FP16 at {end} positions: the least is {smallest_share:.1} %, as {smallest}"
+        "{spec} does not fit {share:.1} % of FP16 at these lengths: the least is {smallest_share:.1} %, as {smallest}"
     )]
     Budget {
         /// The method, with the options given.
         spec: String,
         /// The budget, in per cent of FP16.
         share: f64,
-        /// Positions at the end of a sequence.
-        end: usize,
         /// The smallest setting.
         smallest: String,
         /// What that takes, in per cent of FP16.

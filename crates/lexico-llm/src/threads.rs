@@ -14,6 +14,11 @@ static COUNT: LazyLock<usize> = LazyLock::new(|| {
     told.unwrap_or_else(rayon::current_num_threads)
 });
 
+/// Threads that models and caches compute on.
+pub fn threads_in_use() -> usize {
+    *COUNT
+}
+
 /// Whether the processor has cores that [`CandleThreads`] does not use.
 pub(crate) fn cores_to_spare() -> bool {
     std::thread::available_parallelism().is_ok_and(|cores| cores.get() > *COUNT)

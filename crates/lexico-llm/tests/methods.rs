@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
 use candle_core::{Device, Tensor};
-use lexico_llm::cache::{Budget, CacheContext, CacheSpec, KvCache, Lengths, METHODS};
+use lexico_llm::cache::{CacheBudget, CacheContext, CacheSpec, KvCache, Lengths, METHODS};
 use lexico_llm::config::Config;
 use lexico_llm::decoder::{Logits, Sequence};
 use lexico_llm::{Error, Model};
@@ -79,12 +79,10 @@ fn caches_hold_the_bytes_that_they_expect_to() {
     for method in METHODS {
         check(&method.name.parse().unwrap());
         // What budgets choose, from one that most methods cannot keep to one that any can.
-        let all = context.config.fp16_cache_bytes(lengths.end) as f64;
         for share in [0.12, 0.2, 0.3, 0.45] {
-            let bytes = share * all;
-            let budget = Budget { bytes, lengths };
+            let budget = CacheBudget::Share(share);
             let spec: CacheSpec = method.name.parse().unwrap();
-            match spec.within(budget, &context) {
+            match spec.within(budget, &[lengths], &context) {
                 Ok(spec) => check(&spec),
                 Err(Error::Budget { smallest, .. }) => check(&smallest.parse().unwrap()),
                 Err(e) => panic!("{}: {e}", method.name),

@@ -5,12 +5,12 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use clap::Args;
-use lexico_eval::evaluation::{CacheBudget, EvaluateOptions, Evaluation, Run, evaluate};
+use lexico_eval::evaluation::{EvaluateOptions, Evaluation, Run, evaluate};
 use lexico_eval::questions::{AskOptions, Truncate};
 use lexico_eval::report::folder::{PAGE, RESULTS, ReportFolder};
 use lexico_eval::task::{Measure, Task, groups};
 use lexico_llm::Model;
-use lexico_llm::cache::{CacheSpec, METHODS};
+use lexico_llm::cache::{CacheBudget, CacheSpec, METHODS};
 
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
@@ -43,7 +43,8 @@ impl AskArguments {
 pub(super) struct ComparisonArguments {
     #[command(flatten)]
     pub(super) model: ModelArguments,
-    /// A cache method to measure, or "all" of them; may be given several times (`full` always runs first)
+    /// A cache method to measure, or "all" of them; may be given several times (`full` always runs first). `lexico
+    /// eval --help` lists methods and their options
     #[arg(
         long,
         value_name = "NAME[:key=value,...]|all",
@@ -60,7 +61,7 @@ pub(super) struct ComparisonArguments {
     /// Put the items in a random order first
     #[arg(long, value_name = "SEED")]
     seed: Option<u64>,
-    /// Items to run together
+    /// Items to run together; what is done is saved after each batch
     #[arg(long, value_name = "K", default_value_t = EvaluateOptions::default().batch)]
     batch_size: usize,
     /// Write results.json, report.html and plot.svg to this folder; what is done is saved there on the way
@@ -93,6 +94,11 @@ impl FromStr for CacheArgument {
 }
 
 impl ComparisonArguments {
+    /// What items are put in order with.
+    pub(super) fn seed(&self) -> Option<u64> {
+        self.seed
+    }
+
     /// Items that the user wants, else this many.
     pub(super) fn items_or(&self, items: usize) -> usize {
         self.items.unwrap_or(items)
@@ -120,6 +126,12 @@ impl ComparisonArguments {
         let mut folder = report
             .map(|r| ReportFolder::open(r, self.resume))
             .transpose()?;
+        if let Some(folder) = &folder
+            && self.resume
+            && !folder.has_progress()
+        {
+            ui::note("there is no interrupted run to resume; this one begins anew");
+        }
         let model = self.model.load(&caches)?;
         let task = make(&model)?;
         interrupt::listen()?;
@@ -185,12 +197,16 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
     if first.distributions.is_some() {
         header.extend(["99th percentile", "same token"]);
     }
+    let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
+        (Some(low), Some(high)) => format!("{} to {}", measure.print(low), measure.print(high)),
+        _ => "-".to_owned(),
+    };
     let rows = evaluation.runs.iter().map(|run| {
         let mut row = vec![
             run.cache.clone(),
             ui::percent(run.share),
             measure.print(run.score),
-            format!("{} to {}", measure.print(run.low), measure.print(run.high)),
+            interval(run.low, run.high),
         ];
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));

@@ -52,16 +52,17 @@ impl LongBenchArguments {
             None => LongBench::fetch(std::io::stderr().is_terminal())?,
         };
         let items = self.comparison.items_or(usize::MAX);
+        let seed = self.comparison.seed();
         let ask = self.ask.options();
+        // Of each data set: more than that there are not.
         self.comparison.run(usize::MAX, |model| {
             let context = model.decoder.config().context;
             // Room for the answer and a chat template; of 4,096 tokens it leaves the 3,500 of the published runs.
-            let context = self
-                .max_length
-                .unwrap_or(context.saturating_sub(596).max(2));
+            let context = self.max_length.unwrap_or(context.saturating_sub(596));
             let options = LongBenchOptions {
                 datasets,
                 items,
+                seed,
                 context,
             };
             let set = LongBench::read(&data, &prompts, &model.tokenizer, &options)?;

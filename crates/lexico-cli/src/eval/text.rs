@@ -19,7 +19,7 @@ pub(crate) struct TextArguments {
     #[arg(long, value_name = "K")]
     context: Option<usize>,
     /// Tokens of a window that are read at once; the rest is read and predicted one by one, from what the cache holds
-    /// [default: half of the window]
+    /// [default: seven eighths of the window]
     #[arg(long, value_name = "K")]
     prompt: Option<usize>,
 }
@@ -28,13 +28,15 @@ impl TextArguments {
     pub(crate) fn run(self, measure: TextMeasure) -> anyhow::Result<()> {
         let corpus = self.corpus.open()?;
         let windows = self.comparison.items_or(WINDOWS);
+        let seed = self.comparison.seed().unwrap_or(0);
         self.comparison.run(windows, |model| {
             let most = model.decoder.config().context;
             let context = self.context.unwrap_or(CONTEXT.min(most));
             let options = TextOptions {
                 context,
-                prompt: self.prompt.unwrap_or(context / 2),
+                prompt: self.prompt.unwrap_or(context - context / 8),
                 windows,
+                seed,
             };
             Ok(Box::new(TextTask::new(model, &corpus, measure, options)?))
         })

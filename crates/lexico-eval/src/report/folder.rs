@@ -54,6 +54,7 @@ impl ReportFolder {
         let made = match std::fs::create_dir(folder) {
             Ok(()) => true,
             Err(_) if folder.is_dir() => false,
+            Err(_) if folder.exists() => return refuse("it is there and no folder; name another"),
             Err(error) => return Err(failed(error)),
         };
         let path = folder.join(PROGRESS);
@@ -92,6 +93,11 @@ impl ReportFolder {
         };
         opened.read()?;
         Ok(opened)
+    }
+
+    /// Whether it holds a run that was interrupted.
+    pub fn has_progress(&self) -> bool {
+        self.before.is_some()
     }
 
     /// Reads what was done. A line that was not written to its end is cut off.

@@ -164,7 +164,11 @@ fn panel(evaluation: &Evaluation) -> Panel {
         let points = runs
             .iter()
             .map(|run| (100.0 * run.share, factor * run.score));
-        let bars = runs.iter().map(|run| (factor * run.low, factor * run.high));
+        // A bar of no length where nothing is known.
+        let bound = |run: &&Run, bound: Option<f64>| factor * bound.unwrap_or(run.score);
+        let bars = runs
+            .iter()
+            .map(|run| (bound(run, run.low), bound(run, run.high)));
         Line {
             name: (*method).to_owned(),
             points: points.collect(),
@@ -208,13 +212,14 @@ fn runs(out: &mut String, evaluation: &Evaluation) {
         header.extend(["99th percentile", "same token"]);
     }
     header.extend(["budget", "seconds"]);
+    let bound = |bound: Option<f64>| bound.map_or(String::new(), |x| measure.print(x));
     let rows = evaluation.runs.iter().map(|run| {
         let mut row = vec![
             run.cache.clone(),
             percent(run.share),
             measure.print(run.score),
-            measure.print(run.low),
-            measure.print(run.high),
+            bound(run.low),
+            bound(run.high),
         ];
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));

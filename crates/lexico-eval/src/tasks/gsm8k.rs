@@ -98,6 +98,9 @@ impl Gsm8k {
                 max_tokens: MAX_TOKENS,
                 stop: STOP.map(str::to_owned).into(),
             });
+            if !answer.contains("#### ") {
+                return Err(record.refused("field \"answer\" has no \"#### NUMBER\"".to_owned()));
+            }
             answers.push(normalised(answer));
         }
         Ok(Self {

@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use lexico::tensor_file::write_atomically;
 use lexico_llm::Tokenizer;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -279,6 +282,9 @@ fn download(url: &str) -> std::result::Result<Vec<u8>, ureq::Error> {
     response.body_mut().read_to_vec()
 }
 
+/// Fewest tokens that a prompt may be cut down to.
+const LEAST_CONTEXT: usize = 64;
+
 /// What to take of the benchmark.
 #[derive(Debug, Clone)]
 pub struct LongBenchOptions {
@@ -286,6 +292,8 @@ pub struct LongBenchOptions {
     pub datasets: Vec<Dataset>,
     /// Items of each data set, from the first on; all where there are fewer.
     pub items: usize,
+    /// Puts the items of each data set in a random order before the first are taken.
+    pub seed: Option<u64>,
     /// Most tokens of a prompt, the chat template's not counted.
     pub context: usize,
 }
@@ -321,7 +329,21 @@ impl LongBench {
             items: Vec::new(),
             keys: Vec::new(),
         };
-        for dataset in &options.datasets {
+        if options.context < LEAST_CONTEXT {
+            let most = options.context;
+            let reason = format!(
+                "prompts of {most} tokens are too short to ask anything: at least {LEAST_CONTEXT}"
+            );
+            return Err(Error::Options(reason));
+        }
+        for (number, dataset) in options.datasets.iter().enumerate() {
+            if options.datasets[..number]
+                .iter()
+                .any(|d| d.name == dataset.name)
+            {
+                let reason = format!("the data set {} is named twice", dataset.name);
+                return Err(Error::Options(reason));
+            }
             let (template, max_tokens) = prompts.of(dataset)?;
             let file = format!("{}.jsonl", dataset.name);
             let records = if source.is_dir() {
@@ -329,7 +351,12 @@ impl LongBench {
             } else {
                 data::read_zipped(source, &file)?
             };
-            for (number, record) in records.iter().enumerate().take(options.items) {
+            let mut order: Vec<usize> = (0..records.len()).collect();
+            if let Some(seed) = options.seed {
+                order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+            }
+            for number in order.into_iter().take(options.items) {
+                let record = &records[number];
                 let prompt = prompts.filled(template, record)?;
                 set.keys.push(key(*dataset, record)?);
                 set.items.push(Item {
@@ -478,6 +505,7 @@ mod tests {
                 .map(|name| Dataset::named(name).unwrap())
                 .collect(),
             items: 2,
+            seed: None,
             context,
         }
     }

@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
-use super::size::fitted;
+use super::size::{check_count, fitted};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::questions::Questions;
@@ -114,6 +114,11 @@ impl Needle {
             )));
         }
         let haystack = Haystack::new(options)?;
+        check_count(
+            &options.lengths,
+            options.lengths.len() * options.depths.len(),
+            options.repeats,
+        )?;
         let mut set = Self {
             items: Vec::new(),
             groups: Vec::new(),

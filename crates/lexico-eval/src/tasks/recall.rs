@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
-use super::size::fitted;
+use super::size::{check_count, fitted};
 use crate::error::Result;
 use crate::questions::Questions;
 use crate::task::{Item, Verdict};
@@ -54,6 +54,7 @@ impl Recall {
     /// # Errors
     /// [`Error::Options`](crate::Error::Options) where a length is too short for a pair, and those of `count`.
     pub fn new(options: &RecallOptions, count: &dyn Fn(&str) -> Result<usize>) -> Result<Self> {
+        check_count(&options.lengths, options.lengths.len(), options.repeats)?;
         let mut set = Self {
             items: Vec::new(),
             groups: Vec::new(),

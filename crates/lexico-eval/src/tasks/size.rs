@@ -7,6 +7,25 @@ const MOST: usize = 1 << 24;
 /// How many sizes are tried.
 const TRIES: usize = 12;
 
+/// Most prompts that are made.
+const MOST_PROMPTS: usize = 10_000;
+
+/// Refuses grids of too many prompts, each of whose `cells` has so many repeats, and lengths that are named twice.
+pub(super) fn check_count(lengths: &[usize], cells: usize, repeats: usize) -> Result<()> {
+    if cells.saturating_mul(repeats) > MOST_PROMPTS {
+        return Err(Error::Options(format!(
+            "{repeats} repeats of {cells} kinds of prompts are too many: at most {MOST_PROMPTS} in all"
+        )));
+    }
+    let twice = |(number, length): &(usize, &usize)| lengths[..*number].contains(length);
+    match lengths.iter().enumerate().find(twice) {
+        Some((_, length)) => Err(Error::Options(format!(
+            "a length of {length} is named twice"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// The prompt that `build` makes of as many pieces as fit `length` tokens, or of one or a few less where pieces are
 /// of uneven length. `count` counts tokens.
 ///

@@ -19,6 +19,8 @@ pub struct TextOptions {
     pub prompt: usize,
     /// Most windows.
     pub windows: usize,
+    /// Which windows are taken of a text that has more.
+    pub seed: u64,
 }
 
 /// What is made of the predictions.
@@ -40,7 +42,7 @@ pub struct TextTask {
 }
 
 impl TextTask {
-    /// The first windows of a corpus.
+    /// Some windows of a corpus.
     ///
     /// # Errors
     /// [`Error::Options`] for windows without predictions or beyond the model's context; those of the corpus.
@@ -61,7 +63,7 @@ impl TextTask {
             )));
         }
         let tokens = options.windows.saturating_mul(context);
-        let windows = corpus.windows(&model.tokenizer, context, tokens, 0)?;
+        let windows = corpus.windows(&model.tokenizer, context, tokens, options.seed)?;
         let windows = windows.collect::<lexico_llm::Result<Vec<_>>>()?;
         let whole = windows.into_iter().filter(|window| window.len() == context);
         Ok(Self {

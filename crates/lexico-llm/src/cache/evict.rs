@@ -285,8 +285,8 @@ pub(super) mod testing {
         let spec: CacheSpec = text.parse().unwrap();
         for share in [0.2, 0.3, 0.5] {
             let bytes = share * config.fp16_cache_bytes(lengths.end) as f64;
-            let budget = crate::cache::Budget { bytes, lengths };
-            let spec = spec.within(budget, &context(config)).unwrap();
+            let budget = crate::cache::CacheBudget::Bytes(bytes);
+            let spec = spec.within(budget, &[lengths], &context(config)).unwrap();
             let mut cache = spec.build(&context(config)).unwrap();
             feed(cache.as_mut(), config, lengths.prompt);
             (lengths.prompt..lengths.end).for_each(|_| drop(feed(cache.as_mut(), config, 1)));

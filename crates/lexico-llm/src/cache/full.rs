@@ -23,7 +23,7 @@ pub(super) static METHOD: Method = Method {
         })
     },
     // What all others are compared with.
-    settings: |_, _| Vec::new(),
+    settings: |_, _, _| Vec::new(),
 };
 
 /// The uncompressed cache: every key and value dense, in f16 unless asked otherwise.

@@ -24,7 +24,7 @@ pub(super) static METHOD: Method = Method {
         let head = held + end * size_of::<f32>() + size_of::<Head>();
         Ok((context.config.layers * context.config.kv_heads * head) as f64)
     },
-    settings: |context, budget| {
+    settings: |_, context, budget| {
         let most = budget.fp16_positions(context.config);
         let capacities = descending(most.max(2), 2);
         capacities

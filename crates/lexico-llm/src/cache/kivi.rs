@@ -33,16 +33,23 @@ pub(super) static METHOD: Method = Method {
         Ok(Box::new(KiviCache::new(context.config, settings)))
     },
     bytes: |spec, context, lengths| Ok(Settings::new(spec)?.bytes(context.config, lengths)),
-    settings: |context, _| {
+    settings: |spec, context, _| {
         let mut settings = Vec::new();
+        let given = |option| spec.given(option).and_then(|value| value.parse().ok());
         for bits in ["4", "2"] {
             for group in groups(context) {
-                for residual in [128, 64, 32].into_iter().filter(|r| r % group == 0) {
-                    settings.push(vec![
+                let group: usize = given("group").unwrap_or(group).max(1);
+                // Whole groups, near the authors' 128 and less.
+                for residual in [128, 64, 32] {
+                    let residual = given("residual").unwrap_or(residual.max(group) / group * group);
+                    let setting = vec![
                         ("bits", bits.to_owned()),
                         ("group", group.to_string()),
                         ("residual", residual.to_string()),
-                    ]);
+                    ];
+                    if !settings.contains(&setting) {
+                        settings.push(setting);
+                    }
                 }
             }
         }

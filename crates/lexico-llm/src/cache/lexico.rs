@@ -92,22 +92,32 @@ pub(super) static METHOD: Method = Method {
         let settings = settings(spec, context, dictionaries)?;
         Ok(settings.bytes(context.config, lengths.end))
     },
-    settings: |context, budget| {
+    settings: |spec, context, budget| {
         let Some(dictionaries) = context.dictionaries else {
             return Vec::new();
         };
         let window = budget.window(context.config);
-        let measured = dictionaries.training.losses.is_some();
-        let steps = if measured { 4 } else { 1 };
+        let by_part = ["key-sparsity", "value-sparsity"].map(|part| spec.given(part).is_some());
+        let measured = dictionaries.training.losses.is_some() && by_part == [false, false];
+        let steps = if measured && spec.text("allocation") != "same" {
+            4
+        } else {
+            1
+        };
         let most = dictionaries.most_nonzeros() * steps;
         let sparsities = (steps..=most).rev().map(|step| step as f64 / steps as f64);
+        let window = vec![
+            ("window", window.to_string()),
+            ("batch", (window / 16).to_string()),
+        ];
+        if by_part == [true, true] {
+            return vec![window];
+        }
         sparsities
             .map(|sparsity| {
-                vec![
-                    ("window", window.to_string()),
-                    ("batch", (window / 16).to_string()),
-                    ("sparsity", sparsity.to_string()),
-                ]
+                let mut setting = window.clone();
+                setting.push(("sparsity", sparsity.to_string()));
+                setting
             })
             .collect()
     },
@@ -168,6 +178,10 @@ fn sparsities(
         None => Ok(None),
     };
     let (keys, values) = (part("key-sparsity")?, part("value-sparsity")?);
+    if keys.is_some() && values.is_some() && spec.given("sparsity").is_some() {
+        let reason = "with key-sparsity and value-sparsity it says nothing; leave it out";
+        return Err(refused("sparsity", reason));
+    }
     let by_part = keys.is_some() || values.is_some();
     let losses = dictionaries.training.losses.as_ref();
     let allocated = match spec.given("allocation") {
@@ -398,10 +412,17 @@ impl LexicoSettings {
         };
         let row = 2 * config.layers * config.kv_heads * config.head_dim * number;
         // Codes grow by a 64th, at least by four vectors; half of that is empty.
+        // A batch that is coded beside the decoding is held in f32 too, half of the time.
+        let aside = if cores_to_spare() && self.batch > 1 {
+            self.batch
+        } else {
+            0
+        };
+        let leaving = aside.min(positions) as f64 * (row as f64 / number as f64) * 2.0;
         let grown = coded + (coded / 128.0).max(2.0).min(coded);
         let heads = config.layers * config.kv_heads;
         let bookkeeping = bookkeeping(config.layers, heads) as f64;
-        grown * code as f64 + dense * row as f64 + bookkeeping
+        grown * code as f64 + dense * row as f64 + leaving + bookkeeping
     }
 
     fn pursuit<'d>(

@@ -1,3 +1,5 @@
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use ::lexico::DictionarySet;
@@ -23,7 +25,7 @@ pub struct Method {
     /// per cent.
     pub(super) bytes: fn(&CacheSpec, &CacheContext<'_>, Lengths) -> Result<f64>,
     /// The settings among which a budget chooses, the best first: the first whose bytes it allows is taken.
-    pub(super) settings: fn(&CacheContext<'_>, Budget) -> Vec<Setting>,
+    pub(super) settings: fn(&CacheSpec, &CacheContext<'_>, Budget) -> Vec<Setting>,
 }
 
 /// An option of a cache method.
@@ -62,13 +64,55 @@ pub struct Lengths {
     pub end: usize,
 }
 
-/// Bytes that a cache may hold at the end of a sequence.
+/// How large a cache may be at the end of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Budget {
-    /// The bytes.
-    pub bytes: f64,
-    /// The sequence's positions.
-    pub lengths: Lengths,
+pub enum CacheBudget {
+    /// A share of FP16's bytes.
+    Share(f64),
+    /// Bytes.
+    Bytes(f64),
+}
+
+impl fmt::Display for CacheBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without what only rounding has added.
+        let round = |x: f64| (x * 1e6).round() / 1e6;
+        match *self {
+            CacheBudget::Share(share) => write!(f, "{}%", round(100.0 * share)),
+            CacheBudget::Bytes(bytes) if bytes < 1024.0 => write!(f, "{}B", round(bytes)),
+            CacheBudget::Bytes(bytes) => write!(f, "{}KiB", round(bytes / 1024.0)),
+        }
+    }
+}
+
+impl FromStr for CacheBudget {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        const UNITS: [(&str, f64); 5] = [
+            ("%", 0.01),
+            ("KiB", 1024.0),
+            ("MiB", 1024.0 * 1024.0),
+            ("GiB", 1024.0 * 1024.0 * 1024.0),
+            ("B", 1.0),
+        ];
+        let parsed = UNITS.iter().find_map(|(unit, factor)| {
+            let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+            let value = number * factor;
+            (value.is_finite() && value > 0.0).then_some((*unit, value))
+        });
+        match parsed {
+            Some(("%", share)) if share <= 1.0 => Ok(CacheBudget::Share(share)),
+            Some((unit, bytes)) if unit != "%" => Ok(CacheBudget::Bytes(bytes)),
+            _ => Err("a budget is a share of FP16, as 20%, or a size, as 64MiB".to_owned()),
+        }
+    }
+}
+
+/// What a method may choose settings for: a sequence of mean lengths, and the bytes allowed for it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Budget {
+    pub(super) bytes: f64,
 }
 
 impl Budget {

@@ -22,7 +22,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use full::FullCache;
 pub use lexico::{LexicoCache, LexicoSettings};
-pub use method::{Budget, CacheContext, Lengths, Method, MethodOption, Values};
+pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
 
 use crate::error::{Error, Result};

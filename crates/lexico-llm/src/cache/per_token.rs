@@ -37,7 +37,7 @@ pub(super) static METHOD: Method = Method {
         Ok(Box::new(PerTokenCache::new(context.config, settings)))
     },
     bytes: |spec, context, lengths| Ok(Settings::new(spec)?.bytes(context.config, lengths)),
-    settings: |context, budget| {
+    settings: |_, context, budget| {
         let mut settings = Vec::new();
         for bits in ["8", "4", "3", "2"] {
             for group in groups(context) {

@@ -40,7 +40,7 @@ pub(super) static METHOD: Method = Method {
     bytes: |spec, context, lengths| {
         Ok(settings(spec, context, None)?.bytes(context.config, lengths))
     },
-    settings: |context, budget| settings_within(context, budget, 32),
+    settings: |_, context, budget| settings_within(context, budget),
 };
 
 /// The largest kernel: pooling takes as many steps a position.
@@ -81,28 +81,18 @@ pub(super) fn settings(
     Ok(settings)
 }
 
-/// Capacities that a budget may choose, with the default window or, where that is smaller, one of a quarter of the
-/// budget; and then without it, for a window that is given.
-pub(super) fn settings_within(
-    context: &CacheContext<'_>,
-    budget: Budget,
-    default_window: usize,
-) -> Vec<Setting> {
+/// Capacities that a budget may choose, with a window of 32 or, where that is smaller, a quarter of the budget.
+pub(super) fn settings_within(context: &CacheContext<'_>, budget: Budget) -> Vec<Setting> {
     let most = budget.fp16_positions(context.config);
-    let capacities = |window: usize| {
-        let capacities = descending(most.max(window + 1), window + 1);
-        capacities.map(|capacity| vec![("capacity", capacity.to_string())])
+    let window = (most / 4).clamp(8, 32);
+    let capacities = descending(most.max(window + 1), window + 1);
+    let setting = |capacity: usize| {
+        vec![
+            ("capacity", capacity.to_string()),
+            ("window", window.to_string()),
+        ]
     };
-    let window = (most / 4).max(8);
-    let mut settings: Vec<Setting> = Vec::new();
-    if window < default_window {
-        settings.extend(capacities(window));
-        for setting in &mut settings {
-            setting.push(("window", window.to_string()));
-        }
-    }
-    settings.extend(capacities(default_window));
-    settings
+    capacities.map(setting).collect()
 }
 
 /// Settings of [`SnapKvCache`].

@@ -3,9 +3,10 @@ use std::str::FromStr;
 
 use ::lexico::attention::NumberType;
 
+use super::method::Budget;
 use super::{
-    Budget, CacheContext, KvCache, Lengths, Method, full, h2o, kivi, lexico, per_token, pyramidkv,
-    snapkv, streaming_llm, turboquant, zipcache,
+    CacheBudget, CacheContext, KvCache, Lengths, Method, full, h2o, kivi, lexico, per_token,
+    pyramidkv, snapkv, streaming_llm, turboquant, zipcache,
 };
 use crate::error::{Error, Result};
 
@@ -53,51 +54,93 @@ impl CacheSpec {
         (self.method.bytes)(self, context, lengths)
     }
 
-    /// These options and the best others of those that the method leaves to a budget, so that a cache is expected to
-    /// keep to it; as it is where none are left open.
+    /// These options and the best others of those that the method leaves to a budget, so that caches of sequences of
+    /// these `lengths` are expected to keep to it on average; as it is where none are left open.
     ///
     /// # Errors
     /// [`Error::Budget`] where the method cannot be made as small; those of [`CacheSpec::build`].
-    pub fn within(&self, budget: Budget, context: &CacheContext<'_>) -> Result<Self> {
+    pub fn within(
+        &self,
+        budget: CacheBudget,
+        lengths: &[Lengths],
+        context: &CacheContext<'_>,
+    ) -> Result<Self> {
+        // Enough of them, evenly over all.
+        const MOST: usize = 24;
+        let count = lengths.len().clamp(1, MOST);
+        let sample: Vec<Lengths> = (0..count)
+            .filter_map(|i| lengths.get(i * lengths.len() / count).copied())
+            .collect();
+        let mean = |f: &dyn Fn(Lengths) -> f64| {
+            sample.iter().map(|&l| f(l)).sum::<f64>() / sample.len().max(1) as f64
+        };
+        let fp16 = |lengths: Lengths| context.config.fp16_cache_bytes(lengths.end) as f64;
+        let allowed = match budget {
+            CacheBudget::Share(share) => share,
+            CacheBudget::Bytes(bytes) => bytes / mean(&fp16).max(1.0),
+        };
+        let share = |spec: &Self| -> Result<f64> {
+            let mut sum = 0.0;
+            for &lengths in &sample {
+                let bytes = spec.expected_bytes(context, lengths)?;
+                sum += match budget {
+                    CacheBudget::Share(_) => bytes / fp16(lengths).max(1.0),
+                    CacheBudget::Bytes(_) => bytes / mean(&fp16).max(1.0),
+                };
+            }
+            Ok(sum / sample.len().max(1) as f64)
+        };
+        let of_mean = Budget {
+            bytes: allowed * mean(&fp16),
+        };
         let mut smallest: Option<(f64, Self)> = None;
         let mut refused = None;
-        for setting in (self.method.settings)(context, budget) {
-            let open = setting
-                .into_iter()
-                .filter(|(name, _)| self.given(name).is_none());
-            let open: Vec<_> = open.collect();
+        for setting in (self.method.settings)(self, context, of_mean) {
+            let open = setting.into_iter();
+            let open: Vec<_> = open
+                .filter(|(name, _)| self.given(name).is_none())
+                .collect();
             if open.is_empty() {
                 return Ok(self.clone());
             }
             let mut spec = self.clone();
             spec.options.extend(open);
-            let bytes = match spec.expected_bytes(context, budget.lengths) {
-                Ok(bytes) => bytes,
+            let own = match share(&spec) {
+                Ok(own) => own,
                 // What is given may not go with every setting.
                 Err(error) => {
                     refused.get_or_insert(error);
                     continue;
                 }
             };
-            if bytes <= budget.bytes {
+            if own <= allowed {
                 return Ok(spec);
             }
-            if smallest.as_ref().is_none_or(|(least, _)| bytes < *least) {
-                smallest = Some((bytes, spec));
+            if smallest.as_ref().is_none_or(|(least, _)| own < *least) {
+                smallest = Some((own, spec));
             }
         }
-        let Some((bytes, spec)) = smallest else {
+        let Some((own, spec)) = smallest else {
             return refused.map_or_else(|| Ok(self.clone()), Err);
         };
-        let share =
-            |bytes: f64| 100.0 * bytes / context.config.fp16_cache_bytes(budget.lengths.end) as f64;
         Err(Error::Budget {
             spec: self.to_string(),
-            share: share(budget.bytes),
-            end: budget.lengths.end,
+            share: 100.0 * allowed,
             smallest: spec.to_string(),
-            smallest_share: share(bytes),
+            smallest_share: 100.0 * own,
         })
+    }
+
+    /// Whether both make the same caches, whatever is left to defaults and however it is written.
+    pub fn same_as(&self, other: &Self) -> bool {
+        let text = |spec: &Self, name: &str| {
+            let text = spec.text(name);
+            text.parse::<f64>()
+                .map_or_else(|_| text.to_owned(), |number| number.to_string())
+        };
+        let mut options = self.method.options.iter();
+        self.method.name == other.method.name
+            && options.all(|o| text(self, o.name) == text(other, o.name))
     }
 
     pub(super) fn given(&self, option: &str) -> Option<&str> {

@@ -26,7 +26,7 @@ pub(super) static METHOD: Method = Method {
         let head = Held::expected_bytes(context.config, first, more) + size_of::<Held>();
         Ok((context.config.layers * context.config.kv_heads * head) as f64)
     },
-    settings: |context, budget| {
+    settings: |_, context, budget| {
         let most = budget.fp16_positions(context.config);
         let windows = descending(most.max(1), 1);
         windows
@@ -44,8 +44,9 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<StreamingLlm
         let reason = "at least the newest position is kept";
         return Err(spec.refused("window", reason.to_owned()));
     }
-    let model_window = context.config.window.unwrap_or(usize::MAX);
-    if settings.capacity() >= model_window {
+    if let Some(model_window) = context.config.window
+        && settings.capacity() >= model_window
+    {
         let reason = format!(
             "the model {} sees {model_window} positions through a sliding window of its own: sinks and window \
              together must be fewer",

@@ -39,7 +39,7 @@ pub(super) static METHOD: Method = Method {
         Ok(Box::new(TurboQuantCache::new(context.config, settings)?))
     },
     bytes: |spec, context, lengths| Ok(Settings::new(spec, context)?.bytes(context.config, lengths)),
-    settings: |context, budget| {
+    settings: |_, context, budget| {
         let mut settings = Vec::new();
         for bits in ["4", "3.5", "3", "2.5", "2", "1.5", "1"] {
             for window in budget.windows(context.config).chain([0]) {

@@ -38,7 +38,7 @@ pub(super) static METHOD: Method = Method {
         Ok(Box::new(ZipCache::new(context.config, settings)))
     },
     bytes: |spec, context, lengths| Ok(Settings::new(spec)?.bytes(context.config, lengths)),
-    settings: |_, _| {
+    settings: |_, _, _| {
         let mut settings = Vec::new();
         for (bits, others) in [("8", "4"), ("4", "2")] {
             for tenths in (0..=10).rev() {
