@@ -197,11 +197,14 @@ fn every_task_runs_and_names_what_it_measured() {
             for field in fields {
                 assert!(!run[*field].is_null(), "{task}: {field} of {run}");
             }
-            let (score, low, high) = (&run["score"], &run["low"], &run["high"]);
-            let [score, low, high] = [score, low, high].map(|x| x.as_f64().unwrap());
+            let number = |name: &str| run[name].as_f64();
+            let (score, low, high) = (number("score").unwrap(), number("low"), number("high"));
+            let within =
+                low.is_some_and(|low| low <= score) && high.is_some_and(|high| score <= high);
+            // Of the one item of a data set no interval is known.
             assert!(
-                low <= score && score <= high,
-                "{task}: {low} {score} {high}"
+                within || task == "longbench",
+                "{task}: {low:?} {score} {high:?}"
             );
             let items = run["items"].as_array().unwrap();
             let shares = items.iter().map(|item| item["share"].as_f64().unwrap());
@@ -263,15 +266,28 @@ fn tables_align_and_reports_are_whole() {
             .all(|line| line.chars().count() == lines[0].chars().count()),
         "{table}"
     );
-    for name in ["full", "lexico:", "turboquant:", "snapkv:"] {
+    for name in ["full", "lexico:", "turboquant:", "h2o:"] {
         assert!(table.contains(&format!("| {name}")), "{table}");
     }
     let results = std::fs::read_to_string(report.join("results.json")).unwrap();
     let results: Value = serde_json::from_str(&results).unwrap();
     assert_eq!(results["settings"]["budgets"], json!(["30%"]));
-    for run in results["runs"].as_array().unwrap().iter().skip(1) {
-        let share = run["share"].as_f64().unwrap();
-        assert!(share < 0.335, "{}: {share}", run["cache"]);
+    // An answer may end earlier than with the full cache, for whose lengths the sizes are chosen.
+    let held = |run: &Value| -> f64 {
+        let items = run["items"].as_array().unwrap().iter();
+        let number = |item: &Value, name: &str| item[name].as_f64().unwrap();
+        items
+            .map(|item| number(item, "share") * number(item, "positions"))
+            .sum()
+    };
+    let runs = results["runs"].as_array().unwrap();
+    for run in &runs[1..] {
+        assert!(
+            held(run) < 0.36 * held(&runs[0]),
+            "{}: {}",
+            run["cache"],
+            held(run)
+        );
     }
     let page = std::fs::read_to_string(report.join("report.html")).unwrap();
     assert!(page.contains("Prompts and answers") && page.ends_with("</html>\n"));
@@ -485,6 +501,90 @@ fn bad_input_is_named() {
         (
             fails(1, &["problems", "--cache", "kivi", "--cache", "kivi"]),
             &["kivi is given twice"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "problems",
+                    "--cache",
+                    "lexico:window=16,sparsity=8",
+                    "--cache",
+                    "lexico:sparsity=8.0,window=16",
+                ],
+            ),
+            &["lexico:window=16,sparsity=8 and lexico:sparsity=8.0,window=16 are the same"][..],
+        ),
+        // Found before anything is run.
+        (
+            fails(
+                1,
+                &[
+                    "problems",
+                    "--cache",
+                    "lexico",
+                    "--cache",
+                    "kivi:residual=0",
+                ],
+            ),
+            &["residual=0"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "problems",
+                    "--cache",
+                    "lexico:sparsity=8,key-sparsity=4,value-sparsity=4",
+                ],
+            ),
+            &["sparsity=8", "leave it out"],
+        ),
+        (
+            gsm8k(&no_number),
+            &["unmarked.jsonl, line 1", "#### NUMBER"],
+        ),
+        (
+            fails(1, &["needle", "--repeats", "9999999"]),
+            &["9999999 repeats"],
+        ),
+        (
+            fails(1, &["recall", "--length", "128,128"]),
+            &["128 is named twice"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "longbench",
+                    "--data",
+                    &folder,
+                    "--prompts",
+                    &prompts,
+                    "--dataset",
+                    "qasper,qasper",
+                ],
+            ),
+            &["qasper is named twice"],
+        ),
+        (
+            fails(
+                1,
+                &[
+                    "longbench",
+                    "--data",
+                    &folder,
+                    "--prompts",
+                    &prompts,
+                    "--max-length",
+                    "0",
+                ],
+            ),
+            &["0 tokens"],
+        ),
+        (
+            fails(1, &["problems", "--report", &good]),
+            &["good.jsonl", "no folder"],
         ),
         (
             fails(2, &["problems", "--cache", "kivy"]),

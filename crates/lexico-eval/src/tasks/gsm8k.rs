@@ -279,9 +279,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_a_set_is_refused() {
-        let (_a, good) = written(r#"{"question": "2+2?", "answer": "4"}"#);
+        let (_a, good) = written(r#"{"question": "2+2?", "answer": "#### 4"}"#);
         let (_b, bad) =
-            written("{\"question\": \"2+2?\", \"answer\": \"4\"}\n{\"question\": \"?\"}\n");
+            written("{\"question\": \"2+2?\", \"answer\": \"#### 4\"}\n{\"question\": \"?\"}\n");
         let (_c, other) = written(r#"{"question": 3, "answer": "4"}"#);
         let read = |test: &Path, train: &Path, shots| {
             let set = Gsm8k::read(test, train, shots, Extraction::Strict);

@@ -701,12 +701,12 @@ mod tests {
             assert!(error.contains(expected), "{name}: {error}");
         }
         let nothing = folder(&[]);
-        let source = read(good.path(), nothing.path(), &options(&["trec"], 9)).unwrap_err();
+        let source = read(good.path(), nothing.path(), &options(&["trec"], 99)).unwrap_err();
         assert!(source.to_string().contains("trec.jsonl: "), "{source}");
         let source = read(
             good.path(),
             &nothing.path().join("data.zip"),
-            &options(&["trec"], 9),
+            &options(&["trec"], 99),
         );
         assert!(source.unwrap_err().to_string().contains("data.zip: "));
         let prompts = Prompts::read(nothing.path()).unwrap_err().to_string();
