@@ -114,7 +114,8 @@ fn quantile(freedom: usize) -> f64 {
         _ => {
             Z + (Z.powi(3) + Z) / (4.0 * n)
                 + (5.0 * Z.powi(5) + 16.0 * Z.powi(3) + 3.0 * Z) / (96.0 * n * n)
-            + (3.0 * Z.powi(7) + 19.0 * Z.powi(5) + 17.0 * Z.powi(3) - 15.0 * Z) / (384.0 * n.powi(3))
+                + (3.0 * Z.powi(7) + 19.0 * Z.powi(5) + 17.0 * Z.powi(3) - 15.0 * Z)
+                    / (384.0 * n.powi(3))
         }
     }
 }

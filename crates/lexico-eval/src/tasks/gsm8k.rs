@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_a_set_is_refused() {
-        let (_a, good) = written(r#"{"question": "2+2?", "answer": "#### 4"}"#);
+        let (_a, good) = written(r#"{"question": "2+2?", "answer": "\n#### 4"}"#);
         let (_b, bad) =
             written("{\"question\": \"2+2?\", \"answer\": \"#### 4\"}\n{\"question\": \"?\"}\n");
         let (_c, other) = written(r#"{"question": 3, "answer": "4"}"#);
