@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, svg};
 
-/// What [`Reconstruction::gaussian_bound`] calls its rows.
+/// What [`Reconstruction::add_gaussian_bound`] calls its rows.
 pub const BOUND: &str = "gaussian-bound";
 
 /// Keys, then values.
