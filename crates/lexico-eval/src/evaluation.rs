@@ -72,6 +72,9 @@ pub struct Run {
     pub cache: String,
     /// Its method's name.
     pub method: &'static str,
+    /// What it is one of several sizes of: the cache as it was asked for where a budget chose the rest, else its
+    /// method.
+    pub family: String,
     /// The budgets that its settings were chosen for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<String>,
@@ -240,7 +243,10 @@ pub fn evaluate(
                 of -= order.len();
                 continue;
             }
-            let made = run(&chosen, named.into_iter().collect(), of)?;
+            let mut made = run(&chosen, named.into_iter().collect(), of)?;
+            if !made.budgets.is_empty() {
+                made.family = spec.to_string();
+            }
             runs.push(made);
         }
     }
@@ -384,6 +390,7 @@ impl Run {
         Self {
             cache: spec.to_string(),
             method: spec.method().name,
+            family: spec.method().name.to_owned(),
             budgets,
             score: value,
             low: interval.map(|(low, _)| low),

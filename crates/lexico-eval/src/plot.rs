@@ -96,8 +96,8 @@ const LEFT: f64 = 66.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 34.0;
 const BOTTOM: f64 = 48.0;
-/// Height of a legend's entry, and width of a column of them.
-const ENTRY: (f64, f64) = (112.0, 15.0);
+/// Height of a legend's entry.
+const ENTRY: f64 = 15.0;
 /// Distance of ticks that can be told apart.
 const TICK: f64 = 30.0;
 /// Dark to light, as viridis goes.
@@ -109,8 +109,9 @@ const ORDERED: [[f64; 3]; 5] = [
     [220.0, 190.0, 30.0],
 ];
 /// Told apart by most eyes (Okabe & Ito 2008), the yellow darker.
-const DISTINCT: [&str; 8] = [
+const DISTINCT: [&str; 10] = [
     "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#000000", "#8a5a2b",
+    "#6a3d9a", "#808080",
 ];
 
 /// Draws rows of panels. The lines of a row's panels have the same names in the same order.
@@ -119,17 +120,24 @@ pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
     let panel = (LEFT + layout.frame.0 + RIGHT, TOP + layout.frame.1 + BOTTOM);
     let lines = |row: &Vec<Panel>| row.first().map_or(0, |panel| panel.lines.len());
     let beside = layout.legend == Legend::Beside;
+    // A column of entries is as wide as the longest name.
+    let names = rows.iter().flatten().flat_map(|panel| &panel.lines);
+    let longest = names
+        .map(|line| line.name.chars().count())
+        .max()
+        .unwrap_or(0);
+    let entry = 100f64.max(32.0 + 6.0 * longest as f64);
     // Entries of a column, or columns of entries.
-    let entries = ((panel.1 - TOP) / ENTRY.1) as usize;
-    let columns = |row: &Vec<Panel>| ((row.len() as f64 * panel.0 / ENTRY.0) as usize).max(1);
+    let entries = ((panel.1 - TOP) / ENTRY) as usize;
+    let columns = |row: &Vec<Panel>| ((row.len() as f64 * panel.0 / entry) as usize).max(1);
     let width = rows.iter().map(|row| {
-        let legend = lines(row).div_ceil(entries) as f64 * ENTRY.0;
+        let legend = lines(row).div_ceil(entries) as f64 * entry;
         row.len() as f64 * panel.0 + if beside { legend } else { 0.0 }
     });
     let width = width.fold(0.0, f64::max);
     let legend = |row: &Vec<Panel>| match layout.legend {
         Legend::Beside => 0.0,
-        Legend::Below => lines(row).div_ceil(columns(row)) as f64 * ENTRY.1 + 8.0,
+        Legend::Below => lines(row).div_ceil(columns(row)) as f64 * ENTRY + 8.0,
     };
     let height: f64 = rows.iter().map(|row| panel.1 + legend(row)).sum();
     let mut out = format!(
@@ -149,12 +157,12 @@ pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
             .enumerate()
         {
             let (x, y) = if beside {
-                let x = row.len() as f64 * panel.0 + (i / entries) as f64 * ENTRY.0;
-                (x, top + TOP + ((i % entries) as f64 + 0.5) * ENTRY.1)
+                let x = row.len() as f64 * panel.0 + (i / entries) as f64 * entry;
+                (x, top + TOP + ((i % entries) as f64 + 0.5) * ENTRY)
             } else {
                 let column = (i % columns(row)) as f64;
-                let y = top + panel.1 + ((i / columns(row)) as f64 + 0.5) * ENTRY.1;
-                (12.0 + column * ENTRY.0, y)
+                let y = top + panel.1 + ((i / columns(row)) as f64 + 0.5) * ENTRY;
+                (12.0 + column * entry, y)
             };
             let style = Style::of(layout.colours, i, lines(row));
             stroke(&mut out, &[(x, y), (x + 18.0, y)], &style.colour, 2.0, "");

@@ -152,14 +152,14 @@ fn panel(evaluation: &Evaluation) -> Panel {
     let measure = evaluation.measure;
     let factor = if measure.is_share() { 100.0 } else { 1.0 };
     let others = || evaluation.runs.iter().skip(1);
-    let mut methods: Vec<&str> = Vec::new();
+    let mut families: Vec<&str> = Vec::new();
     for run in others() {
-        if !methods.contains(&run.method) {
-            methods.push(run.method);
+        if !families.contains(&run.family.as_str()) {
+            families.push(&run.family);
         }
     }
-    let line = |method: &&str| {
-        let mut runs: Vec<&Run> = others().filter(|run| run.method == *method).collect();
+    let line = |family: &&str| {
+        let mut runs: Vec<&Run> = others().filter(|run| run.family == *family).collect();
         runs.sort_by(|a, b| a.share.total_cmp(&b.share));
         let points = runs
             .iter()
@@ -170,7 +170,7 @@ fn panel(evaluation: &Evaluation) -> Panel {
             .iter()
             .map(|run| (bound(run, run.low), bound(run, run.high)));
         Line {
-            name: (*method).to_owned(),
+            name: (*family).to_owned(),
             points: points.collect(),
             bars: bars.collect(),
         }
@@ -197,7 +197,7 @@ fn panel(evaluation: &Evaluation) -> Panel {
         level: full
             .filter(|_| measure != Measure::Divergence)
             .map(|run| ("full".to_owned(), factor * run.score)),
-        lines: methods.iter().map(line).collect(),
+        lines: families.iter().map(line).collect(),
     }
 }
 
