@@ -78,6 +78,14 @@ pub trait Task {
     ) -> Result<Option<Vec<Outcome>>>;
 }
 
+/// Settings by their names.
+pub(crate) fn named<const N: usize>(settings: [(&str, Value); N]) -> Map<String, Value> {
+    settings
+        .map(|(name, value)| (name.to_owned(), value))
+        .into_iter()
+        .collect()
+}
+
 /// What the scores of a task are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::evaluation::{Evaluation, Run};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, escape, svg};
-use crate::task::{Detail, Measure, Outcome, groups};
+use crate::task::{Detail, Measure, groups};
 use crate::tasks::reconstruction::{BOUND, Reconstruction};
 
 /// Items that are shown with their prompts and answers.
@@ -291,8 +291,8 @@ fn answers(out: &mut String, evaluation: &Evaluation) {
         );
     }
     for (number, prompt) in evaluation.prompts.iter().take(SHOWN).enumerate() {
-        let of = |run: &Run| -> Option<Outcome> { run.items.get(number).cloned() };
-        let Some(first) = evaluation.runs.first().and_then(of) else {
+        let first = evaluation.runs.first();
+        let Some(first) = first.and_then(|run| run.items.get(number)) else {
             continue;
         };
         let Detail::Answer { expected, .. } = &first.detail else {
@@ -306,7 +306,9 @@ fn answers(out: &mut String, evaluation: &Evaluation) {
             escape(&clipped(prompt))
         );
         for run in &evaluation.runs {
-            let Some(outcome) = of(run) else { continue };
+            let Some(outcome) = run.items.get(number) else {
+                continue;
+            };
             let Detail::Answer { text, .. } = &outcome.detail else {
                 continue;
             };

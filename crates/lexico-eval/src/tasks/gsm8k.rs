@@ -13,7 +13,7 @@ use super::python_random::PythonRandom;
 use crate::data::{self, Record};
 use crate::error::{Error, Result};
 use crate::questions::Questions;
-use crate::task::{Item, Verdict};
+use crate::task::{Item, Verdict, named};
 
 /// What the harness seeds its examples with.
 const SEED: u64 = 1234;
@@ -130,14 +130,10 @@ impl Questions for Gsm8k {
     }
 
     fn settings(&self) -> Map<String, Value> {
-        let settings = [
+        named([
             ("shots", json!(self.shots)),
             ("extraction", json!(self.extraction.name())),
-        ];
-        settings
-            .map(|(name, value)| (name.to_owned(), value))
-            .into_iter()
-            .collect()
+        ])
     }
 
     fn items(&self) -> &[Item] {

@@ -11,7 +11,7 @@ use super::size::{check_count, fitted};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::questions::Questions;
-use crate::task::{Item, Verdict};
+use crate::task::{Item, Verdict, named};
 
 const MAX_TOKENS: usize = 32;
 const PLACES: [&str; 16] = [
@@ -182,16 +182,12 @@ impl Questions for Needle {
             seed,
             ..
         } = &self.options;
-        let settings = [
+        named([
             ("lengths", json!(lengths)),
             ("depths", json!(depths)),
             ("repeats", json!(repeats)),
             ("draw", json!(seed)),
-        ];
-        settings
-            .map(|(name, value)| (name.to_owned(), value))
-            .into_iter()
-            .collect()
+        ])
     }
 
     fn items(&self) -> &[Item] {

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::size::{check_count, fitted};
 use crate::error::Result;
 use crate::questions::Questions;
-use crate::task::{Item, Verdict};
+use crate::task::{Item, Verdict, named};
 
 const MAX_TOKENS: usize = 32;
 const NAMES: [&str; 46] = [
@@ -104,15 +104,11 @@ impl Questions for Recall {
             repeats,
             seed,
         } = &self.options;
-        let settings = [
+        named([
             ("lengths", json!(lengths)),
             ("repeats", json!(repeats)),
             ("draw", json!(seed)),
-        ];
-        settings
-            .map(|(name, value)| (name.to_owned(), value))
-            .into_iter()
-            .collect()
+        ])
     }
 
     fn items(&self) -> &[Item] {

@@ -185,8 +185,8 @@ impl Reconstruction {
     /// several sizes if they were Gaussian: reverse water-filling (Shannon 1959; Cover & Thomas, ch. 10). The numbers of a
     /// layer share the bits where they do most.
     pub fn add_gaussian_bound(&mut self) {
-        for layer in 0..self.layers.len() {
-            let exact = &self.layers[layer];
+        let mut bounded = Vec::new();
+        for (layer, exact) in self.layers.iter().enumerate() {
             let heads = exact.keys.len() / (self.positions * self.head_dim).max(1);
             for (part, numbers) in PARTS.into_iter().zip([&exact.keys, &exact.values]) {
                 let of_head = numbers.len() / heads.max(1);
@@ -196,20 +196,23 @@ impl Reconstruction {
                     .collect();
                 let squares: f64 = numbers.iter().map(|&x| f64::from(x).powi(2)).sum();
                 let signal = squares / numbers.len().max(1) as f64;
-                for half_bits in 1..=12 {
-                    let bits = f64::from(half_bits) / 2.0;
-                    let error = water_filling(&variances, bits);
-                    self.rows.push(Row {
-                        format: BOUND.to_owned(),
-                        method: BOUND.to_owned(),
-                        layer,
-                        part,
-                        bits_per_number: bits,
-                        relative_error: None,
-                        mean_squared_error: error,
-                        distortion: error / signal.max(f64::MIN_POSITIVE),
-                    });
-                }
+                bounded.push((layer, part, variances, signal));
+            }
+        }
+        for half_bits in 1..=12 {
+            let bits = f64::from(half_bits) / 2.0;
+            for (layer, part, variances, signal) in &bounded {
+                let error = water_filling(variances, bits);
+                self.rows.push(Row {
+                    format: BOUND.to_owned(),
+                    method: BOUND.to_owned(),
+                    layer: *layer,
+                    part,
+                    bits_per_number: bits,
+                    relative_error: None,
+                    mean_squared_error: error,
+                    distortion: error / signal.max(f64::MIN_POSITIVE),
+                });
             }
         }
     }
@@ -272,25 +275,15 @@ impl Reconstruction {
         let line = |method: &str, part: &str| {
             let of_method = |r: &&Row| r.method == method && r.part == part;
             let own = |r: &&Row| layer.is_none_or(|layer| layer == r.layer);
-            // The bound has one name for all sizes.
-            let mut points: Vec<(f64, f64)> = Vec::new();
             let rows: Vec<&Row> = self.rows.iter().filter(of_method).filter(own).collect();
-            let layers = if layer.is_some() {
-                1
-            } else {
-                self.layers.len().max(1)
+            // Of each size, one row a layer.
+            let layers = layer.map_or(self.layers.len().max(1), |_| 1);
+            let of_size = |rows: &[&Row]| {
+                let mean =
+                    |f: fn(&Row) -> f64| rows.iter().map(|r| f(r)).sum::<f64>() / rows.len() as f64;
+                (mean(|r| r.bits_per_number), mean(|r| r.distortion))
             };
-            let sizes = rows.len() / layers;
-            for size in 0..sizes {
-                // Of a format, or of a size of the bound, one row a layer.
-                let of_size: Vec<&&Row> = match method {
-                    BOUND => rows.iter().skip(size).step_by(sizes).collect(),
-                    _ => rows.iter().skip(size * layers).take(layers).collect(),
-                };
-                let count = of_size.len() as f64;
-                let mean = |f: fn(&Row) -> f64| of_size.iter().map(|r| f(r)).sum::<f64>() / count;
-                points.push((mean(|r| r.bits_per_number), mean(|r| r.distortion)));
-            }
+            let mut points: Vec<(f64, f64)> = rows.chunks_exact(layers).map(of_size).collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
             Line {
                 name: method.to_owned(),

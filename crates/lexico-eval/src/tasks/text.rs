@@ -4,11 +4,12 @@ use std::ops::ControlFlow;
 
 use lexico_llm::cache::{CacheSpec, KvCache};
 use lexico_llm::decoder::{Logits, Sequence};
+use lexico_llm::sample::most_likely;
 use lexico_llm::{Corpus, Model};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Measure, Outcome, Task};
+use crate::task::{Detail, Measure, Outcome, Task, named};
 
 /// Settings of [`TextTask`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,7 +174,7 @@ impl Task for TextTask {
         for token in self.windows.iter().flatten() {
             checksum.update(&token.to_le_bytes());
         }
-        let settings = [
+        named([
             ("texts", json!(self.texts)),
             ("context", json!(self.options.context)),
             ("prompt", json!(self.options.prompt)),
@@ -181,11 +182,7 @@ impl Task for TextTask {
                 "tokens_crc32",
                 json!(format!("{:08x}", checksum.finalize())),
             ),
-        ];
-        settings
-            .map(|(name, value)| (name.to_owned(), value))
-            .into_iter()
-            .collect()
+        ])
     }
 
     fn len(&self) -> usize {
@@ -233,10 +230,10 @@ impl Task for TextTask {
                 let mut divergences = vec![Vec::with_capacity(predicted); items.len()];
                 let mut agreements = vec![0usize; items.len()];
                 let mut visit = |window: usize, _: u32, logits: &[Vec<f32>]| {
-                    let [full, other] =
-                        [&logits[0], &logits[logits.len() - 1]].map(|l| log_softmax(l));
-                    divergences[window].push(divergence(&full, &other) as f32);
-                    agreements[window] += usize::from(most_likely(&full) == most_likely(&other));
+                    let [full, other] = [&logits[0], &logits[logits.len() - 1]];
+                    agreements[window] += usize::from(most_likely(full) == most_likely(other));
+                    let divergence = divergence(&log_softmax(full), &log_softmax(other));
+                    divergences[window].push(divergence as f32);
                 };
                 // The full cache need not be held against itself.
                 let caches: &[&CacheSpec] = if cache.to_string() == "full" {
@@ -293,17 +290,6 @@ fn divergence(p: &[f64], q: &[f64]) -> f64 {
         .map(|(p, q)| p.exp() * (p - q))
         .sum::<f64>()
         .max(0.0)
-}
-
-/// The first of the largest.
-fn most_likely(logarithms: &[f64]) -> usize {
-    let mut best = 0;
-    for (i, &x) in logarithms.iter().enumerate() {
-        if x > logarithms[best] {
-            best = i;
-        }
-    }
-    best
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::threads::Threads;
 
-use super::CacheSpec;
 use super::method::CacheContext;
+use super::{CacheSpec, Footprint};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -66,6 +66,17 @@ impl Held {
 
     pub(super) fn bytes(&self) -> usize {
         self.keys.bytes() + self.values.bytes()
+    }
+
+    /// Of a cache that holds nothing else.
+    pub(super) fn footprint(layers: &[Vec<Self>]) -> Footprint {
+        let heads = || layers.iter().flatten();
+        Footprint {
+            parts: vec![
+                ("kept", heads().map(Self::bytes).sum()),
+                ("bookkeeping", heads().count() * size_of::<Self>()),
+            ],
+        }
     }
 
     /// Bytes that a head is expected to allocate which takes `first` positions at once and `more` one by one.

@@ -109,7 +109,7 @@ impl FromStr for CacheBudget {
     }
 }
 
-/// What a method may choose settings for: a sequence of mean lengths, and the bytes allowed for it.
+/// What a method chooses settings for: the bytes allowed for a sequence of mean length.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Budget {
     pub(super) bytes: f64,

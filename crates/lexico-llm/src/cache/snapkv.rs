@@ -217,13 +217,7 @@ impl KvCache for SnapKvCache {
     }
 
     fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flatten();
-        Footprint {
-            parts: vec![
-                ("kept", heads().map(Held::bytes).sum()),
-                ("bookkeeping", heads().count() * size_of::<Held>()),
-            ],
-        }
+        Held::footprint(&self.layers)
     }
 }
 

@@ -71,27 +71,26 @@ impl CacheSpec {
         let sample: Vec<Lengths> = (0..count)
             .filter_map(|i| lengths.get(i * lengths.len() / count).copied())
             .collect();
-        let mean = |f: &dyn Fn(Lengths) -> f64| {
-            sample.iter().map(|&l| f(l)).sum::<f64>() / sample.len().max(1) as f64
-        };
+        let sampled = sample.len().max(1) as f64;
         let fp16 = |lengths: Lengths| context.config.fp16_cache_bytes(lengths.end) as f64;
+        let mean_fp16 = (sample.iter().map(|&l| fp16(l)).sum::<f64>() / sampled).max(1.0);
         let allowed = match budget {
             CacheBudget::Share(share) => share,
-            CacheBudget::Bytes(bytes) => bytes / mean(&fp16).max(1.0),
+            CacheBudget::Bytes(bytes) => bytes / mean_fp16,
         };
         let share = |spec: &Self| -> Result<f64> {
             let mut sum = 0.0;
             for &lengths in &sample {
-                let bytes = spec.expected_bytes(context, lengths)?;
-                sum += match budget {
-                    CacheBudget::Share(_) => bytes / fp16(lengths).max(1.0),
-                    CacheBudget::Bytes(_) => bytes / mean(&fp16).max(1.0),
+                let over = match budget {
+                    CacheBudget::Share(_) => fp16(lengths).max(1.0),
+                    CacheBudget::Bytes(_) => mean_fp16,
                 };
+                sum += spec.expected_bytes(context, lengths)? / over;
             }
-            Ok(sum / sample.len().max(1) as f64)
+            Ok(sum / sampled)
         };
         let of_mean = Budget {
-            bytes: allowed * mean(&fp16),
+            bytes: allowed * mean_fp16,
         };
         let mut smallest: Option<(f64, Self)> = None;
         let mut refused = None;
