@@ -155,6 +155,7 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
         lexico::CoefficientFormat::I8 => "i8",
         lexico::CoefficientFormat::F8 => "f8",
         lexico::CoefficientFormat::F32 => "f32",
+        lexico::CoefficientFormat::InAtoms(_) => "packed",
     };
     let lengths = if format.variable { "variable" } else { "fixed" };
     let checksum = format!("{:08x}", file.checksum);

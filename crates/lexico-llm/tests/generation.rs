@@ -67,7 +67,7 @@ fn at_full_sparsity_the_text_is_that_of_the_full_cache() {
     for (number, q) in jsonl("problems_test.jsonl").iter().take(20).enumerate() {
         let prompt = problem(q);
         let full = run(&model, "full:dense=f32", &prompt, &options);
-        let exact = "lexico:sparsity=64,coefficients=f32,dense=f32,window=16,batch=8";
+        let exact = "lexico:sparsity=64,format=f32,dense=f32,window=16,batch=8";
         let lexico = run(&model, exact, &prompt, &options);
         assert_eq!(full.tokens.len(), 200);
         let pairs = full.tokens.iter().zip(&lexico.tokens);

@@ -58,7 +58,7 @@ fn footprints_equal_what_is_allocated() {
         "full:dense=f32",
         "lexico:sparsity=8,window=16",
         "lexico:sparsity=4,window=0,batch=1",
-        "lexico:sparsity=16,window=64,coefficients=f32,dense=f32",
+        "lexico:sparsity=16,window=64,format=f32,dense=f32",
         "lexico:sparsity=16,tolerance=0.3,window=16",
         "lexico:sparsity=8,tolerance=0.05,adaptive=40,window=16",
         "lexico:key-sparsity=12,value-sparsity=4,window=32",

@@ -88,6 +88,26 @@ pub enum Error {
         /// `N`.
         atoms: usize,
     },
+    /// More atoms a vector than a grouped dictionary has groups, or none.
+    #[error(
+        "sparsity {sparsity} is impossible here: it must lie between 1 and {groups}, the groups of the dictionary"
+    )]
+    Groups {
+        /// The sparsity asked for.
+        sparsity: usize,
+        /// Groups that there are.
+        groups: usize,
+    },
+    /// Codes of one atom a group cannot be of this format.
+    #[error(
+        "codes of one atom a group have a fixed sparsity of at least 1 and over 65,536 atoms at the most; sparsity {sparsity}, variable: {variable}, is impossible"
+    )]
+    GroupedCodes {
+        /// The sparsity asked for.
+        sparsity: usize,
+        /// Whether lengths were to vary.
+        variable: bool,
+    },
     /// A tolerance outside `[0, 1)`.
     #[error("tolerance {0} is impossible: it is a relative error and must lie in [0, 1)")]
     Tolerance(f32),

@@ -34,6 +34,7 @@ fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
 
 fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
     let layer = |l: usize| LayerDictionaries {
+        grouped: None,
         keys: random_dictionary(2 * l as u64, atoms, m),
         values: random_dictionary(2 * l as u64 + 1, atoms, m),
     };
@@ -53,6 +54,7 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
             ],
             tool: "a test".to_owned(),
             losses: None,
+            grouped_losses: None,
         },
     }
 }

@@ -2,8 +2,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::{Atoms, Dictionary, Extension, LayerDictionaries, LayerSparsities};
-use ::lexico::pursuit::{AdaptivePursuit, SparseBatch};
+use ::lexico::dictionary::{
+    Atoms, CodingLosses, Dictionary, Extension, GroupedDictionary, LayerDictionaries,
+    LayerSparsities,
+};
+use ::lexico::pursuit::{AdaptivePursuit, BEAM, GroupedPursuit, SparseBatch};
 use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
@@ -23,37 +26,32 @@ pub(super) static METHOD: Method = Method {
             "sparsity",
             Values::Number,
             "as trained",
-            "nonzeros of keys and values, on average",
+            "atoms of keys and values, on average",
         ),
-        option(
-            "key-sparsity",
-            Values::Count,
-            "sparsity",
-            "nonzeros of a key",
-        ),
+        option("key-sparsity", Values::Count, "sparsity", "atoms of a key"),
         option(
             "value-sparsity",
             Values::Count,
             "sparsity",
-            "nonzeros of a value",
+            "atoms of a value",
         ),
         option(
             "allocation",
             Values::OneOf(&["measured", "same"]),
             "measured, where it was",
-            "which heads get the nonzeros",
+            "which heads get the atoms",
         ),
         option(
             "tolerance",
             Values::Number,
             "0",
-            "relative error that needs no more nonzeros",
+            "relative error that needs no more atoms; not with packed codes",
         ),
         option(
             "fit",
             Values::OneOf(&["unbiased", "least-squares"]),
             "unbiased",
-            "coefficients that keep scores, or vectors, nearest",
+            "coefficients that keep scores, or vectors, nearest; packed codes have none",
         ),
         option(
             "adaptive",
@@ -74,10 +72,16 @@ pub(super) static METHOD: Method = Method {
             "positions that leave the window at once",
         ),
         option(
-            "coefficients",
-            Values::OneOf(&["i8", "f8", "f32"]),
-            "i8",
-            "numbers of the codes",
+            "format",
+            Values::OneOf(&["packed", "i8", "f8", "f32"]),
+            "packed, where it was learned",
+            "codes of a byte an atom, or of 2 and a coefficient",
+        ),
+        option(
+            "beam",
+            Values::Count,
+            "8",
+            "sums that the search for packed codes follows",
         ),
         option("dense", NUMBER_TYPES, "f16", "numbers of the window"),
     ],
@@ -98,13 +102,14 @@ pub(super) static METHOD: Method = Method {
         };
         let window = budget.window(context.config);
         let by_part = ["key-sparsity", "value-sparsity"].map(|part| spec.given(part).is_some());
-        let measured = dictionaries.training.losses.is_some() && by_part == [false, false];
+        let format = format(spec, dictionaries);
+        let measured = format.losses(dictionaries).is_some() && by_part == [false, false];
         let steps = if measured && spec.text("allocation") != "same" {
             4
         } else {
             1
         };
-        let most = dictionaries.most_nonzeros() * steps;
+        let most = format.most(dictionaries) * steps;
         let sparsities = (steps..=most).rev().map(|step| step as f64 / steps as f64);
         let window = vec![
             ("window", window.to_string()),
@@ -135,20 +140,88 @@ fn settings(
     context: &CacheContext<'_>,
     dictionaries: &DictionarySet,
 ) -> Result<LexicoSettings> {
-    Ok(LexicoSettings {
-        sparsities: sparsities(spec, context, dictionaries)?,
+    let format = format(spec, dictionaries);
+    let settings = LexicoSettings {
+        sparsities: sparsities(spec, context, dictionaries, format)?,
+        format,
         tolerance: spec.number("tolerance")?,
         unbiased: spec.text("fit") == "unbiased",
         adaptive: spec.number("adaptive")?,
         window: spec.number("window")?,
         batch: spec.number("batch")?,
-        coefficients: match spec.text("coefficients") {
-            "f32" => CoefficientFormat::F32,
-            "f8" => CoefficientFormat::F8,
-            _ => CoefficientFormat::I8,
-        },
         dense: spec.number_type("dense"),
-    })
+    };
+    let foreign = match format {
+        Format::Packed { .. } => ["tolerance", "fit", "adaptive"].as_slice(),
+        Format::Sparse(_) => &["beam"],
+    };
+    match foreign.iter().find(|option| spec.given(option).is_some()) {
+        Some(option) => Err(Error::OptionValue {
+            method: "lexico",
+            option,
+            value: spec.text(option).to_owned(),
+            reason: match format {
+                Format::Packed { .. } => {
+                    "packed codes have neither a tolerance nor coefficients; give format=i8 too"
+                }
+                Format::Sparse(_) => "only the search for packed codes has a beam",
+            }
+            .to_owned(),
+        }),
+        None => Ok(settings),
+    }
+}
+
+/// The codes that the options ask for.
+fn format(spec: &CacheSpec, dictionaries: &DictionarySet) -> Format {
+    let packed = || Format::Packed {
+        beam: spec.number("beam").unwrap_or(BEAM),
+    };
+    match spec.given("format") {
+        Some("packed") => packed(),
+        Some("f32") => Format::Sparse(CoefficientFormat::F32),
+        Some("f8") => Format::Sparse(CoefficientFormat::F8),
+        Some(_) => Format::Sparse(CoefficientFormat::I8),
+        None if dictionaries.most_groups() > 0 => packed(),
+        None => Format::Sparse(CoefficientFormat::I8),
+    }
+}
+
+impl Format {
+    /// The largest sparsity that it can have.
+    fn most(self, dictionaries: &DictionarySet) -> usize {
+        match self {
+            Self::Packed { .. } => dictionaries.most_groups(),
+            Self::Sparse(_) => dictionaries.most_nonzeros(),
+        }
+    }
+
+    /// What coding each head so costs, where it was measured.
+    fn losses(self, dictionaries: &DictionarySet) -> Option<&CodingLosses> {
+        match self {
+            Self::Packed { .. } => dictionaries.training.grouped_losses.as_ref(),
+            Self::Sparse(_) => dictionaries.training.losses.as_ref(),
+        }
+    }
+
+    /// The mean sparsity where none is given.
+    fn usual_sparsity(self, dictionaries: &DictionarySet) -> f64 {
+        let trained = dictionaries.training.sparsity;
+        match self {
+            // About as near as the nonzeros of a pursuit that may choose any atom.
+            Self::Packed { .. } => {
+                (trained * 3 / 2).clamp(1, self.most(dictionaries).max(1)) as f64
+            }
+            Self::Sparse(_) => trained as f64,
+        }
+    }
+
+    fn allocate(self, dictionaries: &DictionarySet, mean: f64) -> Option<Vec<LayerSparsities>> {
+        match self {
+            Self::Packed { .. } => dictionaries.allocate_grouped(mean),
+            Self::Sparse(_) => dictionaries.allocate(mean),
+        }
+    }
 }
 
 /// The sparsities of every layer and head that the options ask for.
@@ -156,6 +229,7 @@ fn sparsities(
     spec: &CacheSpec,
     context: &CacheContext<'_>,
     dictionaries: &DictionarySet,
+    format: Format,
 ) -> Result<Vec<LayerSparsities>> {
     let refused = |option: &'static str, reason: &str| Error::OptionValue {
         method: "lexico",
@@ -165,12 +239,22 @@ fn sparsities(
     };
     let mean: f64 = match spec.given("sparsity") {
         Some(_) => spec.number("sparsity")?,
-        None => dictionaries.training.sparsity as f64,
+        None => format.usual_sparsity(dictionaries),
     };
-    let most = dictionaries.most_nonzeros();
+    let most = format.most(dictionaries);
+    if most == 0 {
+        let reason = "these dictionaries have no groups; `lexico train` makes some that do, or use format=i8";
+        return Err(refused("format", reason));
+    }
     if !(1.0..=most as f64).contains(&mean) {
-        let reason =
-            format!("it must be from 1 to {most}, the head dim or the atoms of a dictionary");
+        let reason = match format {
+            Format::Packed { .. } => {
+                format!("it must be from 1 to {most}, the groups of a dictionary")
+            }
+            Format::Sparse(_) => {
+                format!("it must be from 1 to {most}, the head dim or the atoms of a dictionary")
+            }
+        };
         return Err(refused("sparsity", &reason));
     }
     let part = |option| match spec.given(option) {
@@ -183,7 +267,7 @@ fn sparsities(
         return Err(refused("sparsity", reason));
     }
     let by_part = keys.is_some() || values.is_some();
-    let losses = dictionaries.training.losses.as_ref();
+    let losses = format.losses(dictionaries);
     let allocated = match spec.given("allocation") {
         Some("measured") if by_part => {
             let reason =
@@ -197,7 +281,7 @@ fn sparsities(
         }
         Some("same") => None,
         _ if by_part => None,
-        _ => dictionaries.allocate(mean),
+        _ => format.allocate(dictionaries, mean),
     };
     if let Some(allocated) = allocated {
         return Ok(allocated);
@@ -210,6 +294,18 @@ fn sparsities(
     let (keys, values) = (keys.unwrap_or(mean), values.unwrap_or(mean));
     let each = LayerSparsities::same(context.config.kv_heads, keys, values);
     Ok(vec![each; context.config.layers])
+}
+
+/// How codes are stored, and so how they are found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Format {
+    /// One atom a group, `s + 1` bytes a vector; the search follows so many sums.
+    Packed {
+        /// See [`GroupedPursuit::with_beam`].
+        beam: usize,
+    },
+    /// Any atoms, with coefficients: orthogonal matching pursuit.
+    Sparse(CoefficientFormat),
 }
 
 /// Settings of [`LexicoCache`].
@@ -228,8 +324,8 @@ pub struct LexicoSettings {
     pub window: usize,
     /// `n_a`: how many positions leave the window at once.
     pub batch: usize,
-    /// How coefficients are stored.
-    pub coefficients: CoefficientFormat,
+    /// How codes are stored.
+    pub format: Format,
     /// How the window is stored.
     pub dense: NumberType,
 }
@@ -334,14 +430,14 @@ impl LexicoCache {
                 reason: "one for every head of every layer is needed".to_owned(),
             });
         }
-        let part = |sparsity: usize, dictionary: &Dictionary| -> Result<Part> {
+        let part = |sparsity: usize, dictionary: Coding<'_>| -> Result<Part> {
             // Refuses impossible settings now rather than at the first full window.
-            settings.pursuit(dictionary, sparsity)?;
+            dictionary.check(&settings, sparsity)?;
             Ok(Part {
                 codes: Codes::new(CodeFormat {
                     sparsity,
                     variable: settings.tolerance > 0.0,
-                    coefficients: settings.coefficients,
+                    coefficients: dictionary.coefficients(),
                 })?,
                 window: DenseRows::new(config.head_dim, settings.dense),
             })
@@ -349,10 +445,11 @@ impl LexicoCache {
         let mut layers = Vec::with_capacity(config.layers);
         for (layer, sparsities) in dictionaries.layers.iter().zip(&settings.sparsities) {
             let mut heads = Vec::with_capacity(config.kv_heads);
+            let [own_keys, own_values] = settings.codings(layer)?;
             for (&key, &value) in sparsities.keys.iter().zip(&sparsities.values) {
                 heads.push(Head {
-                    keys: part(key, &layer.keys)?,
-                    values: part(value, &layer.values)?,
+                    keys: part(key, own_keys)?,
+                    values: part(value, own_values)?,
                 });
             }
             layers.push(Layer {
@@ -397,15 +494,16 @@ impl LexicoSettings {
         let leaving = self.batch.saturating_mul(3) / 2;
         let dense = positions.min(self.window.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
-        let coefficient = match self.coefficients {
-            CoefficientFormat::F32 => 4,
-            CoefficientFormat::F8 | CoefficientFormat::I8 => 1,
+        let bytes = |s: usize| match self.format {
+            Format::Packed { .. } => s + 1,
+            Format::Sparse(CoefficientFormat::F32) => 6 * s,
+            Format::Sparse(_) => 3 * s + 1,
         };
         let heads = self
             .sparsities
             .iter()
             .flat_map(|l| l.keys.iter().chain(&l.values));
-        let code: usize = heads.map(|s| s * (2 + coefficient) + 1).sum();
+        let code: usize = heads.map(|&s| bytes(s)).sum();
         let number = match self.dense {
             NumberType::F16 => 2,
             NumberType::F32 => 4,
@@ -425,6 +523,97 @@ impl LexicoSettings {
         grown * code as f64 + dense * row as f64 + leaving + bookkeeping
     }
 
+    /// What a layer's keys and values are coded over.
+    fn codings<'d>(&self, layer: &'d LayerDictionaries) -> Result<[Coding<'d>; 2]> {
+        match (self.format, &layer.grouped) {
+            (Format::Sparse(coefficients), _) => {
+                Ok([&layer.keys, &layer.values].map(|own| Coding::Sparse(own, coefficients)))
+            }
+            (Format::Packed { .. }, Some(grouped)) => {
+                Ok([&grouped.keys, &grouped.values].map(Coding::Packed))
+            }
+            (Format::Packed { .. }, None) => Err(Error::OptionValue {
+                method: "lexico",
+                option: "format",
+                value: "packed".to_owned(),
+                reason: "these dictionaries have no groups".to_owned(),
+            }),
+        }
+    }
+}
+
+/// What vectors are coded over, and how.
+#[derive(Clone, Copy)]
+enum Coding<'d> {
+    Sparse(&'d Dictionary, CoefficientFormat),
+    Packed(&'d GroupedDictionary),
+}
+
+impl<'d> Coding<'d> {
+    fn coefficients(self) -> CoefficientFormat {
+        match self {
+            Self::Sparse(_, coefficients) => coefficients,
+            Self::Packed(dictionary) => CoefficientFormat::InAtoms(dictionary.groups()),
+        }
+    }
+
+    /// What codes of the sparsities of a layer's heads are over.
+    fn atoms<'a>(self, added: &'a Extension, sparsities: &[usize]) -> Atoms<'a>
+    where
+        'd: 'a,
+    {
+        match self {
+            Self::Sparse(dictionary, _) => Atoms::extended(dictionary, added),
+            Self::Packed(dictionary) => dictionary.atoms(most(sparsities)),
+        }
+    }
+
+    fn check(self, settings: &LexicoSettings, sparsity: usize) -> ::lexico::Result<()> {
+        match self {
+            Self::Sparse(dictionary, _) => settings.pursuit(dictionary, sparsity).map(drop),
+            Self::Packed(dictionary) => dictionary.check_sparsity(sparsity),
+        }
+    }
+
+    /// Codes `vectors` `[kv_heads, positions, m]` and gives a batch a head. All heads at once: every reading of a
+    /// dictionary serves as many vectors as there are.
+    fn encode(
+        self,
+        settings: &LexicoSettings,
+        added: &mut Extension,
+        sparsities: &[usize],
+        vectors: &[f32],
+        threads: &dyn Threads,
+    ) -> ::lexico::Result<Vec<SparseBatch>> {
+        match (self, settings.format) {
+            (Self::Sparse(dictionary, _), _) => {
+                let pursuit = settings.pursuit(dictionary, most(sparsities))?;
+                let mut heads = pursuit.encode_heads_on(added, vectors, sparsities, threads)?;
+                if settings.unbiased {
+                    heads.iter_mut().for_each(SparseBatch::unbias);
+                }
+                Ok(heads)
+            }
+            (Self::Packed(dictionary), format) => {
+                let beam = match format {
+                    Format::Packed { beam } => beam,
+                    Format::Sparse(_) => BEAM,
+                };
+                let pursuit = GroupedPursuit::new(dictionary, most(sparsities))?;
+                pursuit
+                    .with_beam(beam)
+                    .encode_heads_on(vectors, sparsities, threads)
+            }
+        }
+    }
+}
+
+/// The largest sparsity of a layer's heads.
+fn most(sparsities: &[usize]) -> usize {
+    sparsities.iter().copied().max().unwrap_or(1)
+}
+
+impl LexicoSettings {
     fn pursuit<'d>(
         &self,
         dictionary: &'d Dictionary,
@@ -435,8 +624,7 @@ impl LexicoSettings {
     }
 }
 
-/// Codes keys and values `[kv_heads, positions, m]` over the dictionaries and what is `added` to them. All heads at
-/// once: every reading of a dictionary serves as many vectors as there are.
+/// Codes keys and values `[kv_heads, positions, m]` over the dictionaries and what is `added` to them.
 fn code(
     dictionaries: &LayerDictionaries,
     mut added: Added,
@@ -446,31 +634,22 @@ fn code(
     values: &[f32],
     threads: &dyn Threads,
 ) -> Result<Batch> {
-    let code = |dictionary, added: &mut Extension, sparsities: &[usize], vectors, part| {
-        let most = sparsities.iter().copied().max().unwrap_or(1);
-        let mut heads = settings
-            .pursuit(dictionary, most)
-            .and_then(|pursuit| pursuit.encode_heads_on(added, vectors, sparsities, threads))
-            .map_err(|reason| Error::Coding {
-                layer,
-                part,
-                reason,
-            })?;
-        if settings.unbiased {
-            heads.iter_mut().for_each(SparseBatch::unbias);
-        }
-        Ok::<_, Error>(heads)
-    };
     let own = &settings.sparsities[layer];
+    let [key_coding, value_coding] = settings.codings(dictionaries)?;
+    let refused = |part| {
+        move |reason| Error::Coding {
+            layer,
+            part,
+            reason,
+        }
+    };
     Ok(Batch {
-        keys: code(&dictionaries.keys, &mut added.keys, &own.keys, keys, "key")?,
-        values: code(
-            &dictionaries.values,
-            &mut added.values,
-            &own.values,
-            values,
-            "value",
-        )?,
+        keys: key_coding
+            .encode(settings, &mut added.keys, &own.keys, keys, threads)
+            .map_err(refused("key"))?,
+        values: value_coding
+            .encode(settings, &mut added.values, &own.values, values, threads)
+            .map_err(refused("value"))?,
         added,
     })
 }
@@ -531,6 +710,17 @@ impl LexicoCache {
     fn due(&self, layer: usize) -> usize {
         let batch = self.settings.batch;
         batch / 4 + layer.saturating_mul(batch / 2) / self.layers.len()
+    }
+
+    /// What a layer's keys and values are coded over, with all that was added.
+    fn atoms(&self, layer: usize) -> Result<[Atoms<'_>; 2]> {
+        let [keys, values] = self.settings.codings(&self.dictionaries.layers[layer])?;
+        let added = &self.layers[layer].added;
+        let sparsities = &self.settings.sparsities[layer];
+        Ok([
+            keys.atoms(&added.keys, &sparsities.keys),
+            values.atoms(&added.values, &sparsities.values),
+        ])
     }
 
     /// Hands the window's oldest positions over to be coded.
@@ -638,16 +828,13 @@ impl LexicoCache {
 
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let dictionaries = &self.dictionaries.layers[layer];
         let sliding = self.sliding_window;
         let positions = k.dim(1)?;
         if layer + 1 == self.layers.len() {
             self.positions += positions;
         }
         let step = Step::new(q, k, v)?;
-        let added = &self.layers[layer].added;
-        let key_atoms = Atoms::extended(&dictionaries.keys, &added.keys);
-        let value_atoms = Atoms::extended(&dictionaries.values, &added.values);
+        let [key_atoms, value_atoms] = self.atoms(layer)?;
         let out = step.attend(&self.layers[layer].heads, sliding, |head| {
             vec![
                 Source::Codes {
@@ -682,10 +869,8 @@ impl KvCache for LexicoCache {
     }
 
     fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
-        let dictionaries = &self.dictionaries.layers[layer];
         let Layer { heads, added, .. } = &self.layers[layer];
-        let key_atoms = Atoms::extended(&dictionaries.keys, &added.keys);
-        let value_atoms = Atoms::extended(&dictionaries.values, &added.values);
+        let [key_atoms, value_atoms] = self.atoms(layer)?;
         let mut decoded = Decoded {
             bytes: [added.keys.bytes(), added.values.bytes()],
             ..Decoded::default()
@@ -738,7 +923,7 @@ impl KvCache for LexicoCache {
 
 #[cfg(test)]
 mod tests {
-    use ::lexico::dictionary::{CodingLosses, LayerLosses};
+    use ::lexico::dictionary::LayerLosses;
 
     use super::*;
     use crate::decoder::{Logits, Sequence};
@@ -764,7 +949,7 @@ mod tests {
             adaptive,
             window: 5,
             batch,
-            coefficients: CoefficientFormat::I8,
+            format: Format::Sparse(CoefficientFormat::I8),
             dense: NumberType::F16,
         };
         let dictionaries = model.dictionaries.clone().expect("the embedded model's");
@@ -819,7 +1004,8 @@ mod tests {
         };
         let spec: CacheSpec = text.parse().unwrap();
         spec.build(&context).map_err(|e| e.to_string())?;
-        let layers = sparsities(&spec, &context, &dictionaries).unwrap();
+        let layers =
+            sparsities(&spec, &context, &dictionaries, format(&spec, &dictionaries)).unwrap();
         let heads = layers.iter().flat_map(|l| l.keys.iter().chain(&l.values));
         let count = 2 * config.layers * config.kv_heads;
         Ok(heads.sum::<usize>() as f64 / count as f64)

@@ -78,6 +78,7 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             Ok(LayerDictionaries {
                 keys: dictionary(2 * l)?,
                 values: dictionary(2 * l + 1)?,
+                grouped: None,
             })
         })
         .collect::<Result<_>>()?;

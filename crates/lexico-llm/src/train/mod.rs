@@ -236,6 +236,7 @@ pub fn train(
         layers.push(LayerDictionaries {
             keys: keys.dictionary,
             values: values.dictionary,
+            grouped: None,
         });
     }
     let sparsity = options.learn.sparsity;
@@ -254,6 +255,7 @@ pub fn train(
             relative_error: errors,
             tool: program(),
             losses,
+            grouped_losses: None,
         },
     };
     Ok(Trained {

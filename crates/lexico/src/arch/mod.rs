@@ -101,6 +101,11 @@ pub(crate) fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>) {
     dispatch!(at_least(a, enough, found))
 }
 
+/// `gains += by − losses`, and every entry of `largest` that one of them exceeds is raised to it.
+pub(crate) fn raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]) {
+    dispatch!(raise(gains, by, losses, largest))
+}
+
 /// `a += scale · b`.
 pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[f32]) {
     dispatch!(add_scaled(a, scale, b))
@@ -187,6 +192,7 @@ pub(crate) fn scores(block: Blocks<'_>, p: &[f32], group: usize, out: &mut [f32]
         Blocks::I8(block) => dispatch!(scores_i8(block, p, group, out)),
         Blocks::F8(block) => dispatch!(scores_f8(block, p, group, out)),
         Blocks::F32(block) => dispatch!(scores_f32(block, p, group, out)),
+        Blocks::Packed(block) => dispatch!(scores_packed(block, p, group, out)),
     }
 }
 
@@ -208,6 +214,7 @@ pub(crate) fn accumulate(block: Blocks<'_>, weights: &[f32], group: usize, u: &m
         Blocks::I8(block) => dispatch!(accumulate_i8(block, weights, group, u)),
         Blocks::F8(block) => dispatch!(accumulate_f8(block, weights, group, u)),
         Blocks::F32(block) => dispatch!(accumulate_f32(block, weights, group, u)),
+        Blocks::Packed(block) => dispatch!(accumulate_packed(block, weights, group, u)),
     }
 }
 

@@ -6,8 +6,8 @@
 use half::{bf16, f16};
 
 use crate::arch::prefetch;
-use crate::code::Block;
-use crate::dictionary::MOST_ATOMS;
+use crate::code::{Block, PackedBlock};
+use crate::dictionary::{GROUP, MOST_ATOMS};
 
 /// Independent sums that a loop carries: enough to fill the widest registers and hide latency.
 const LANES: usize = 32;
@@ -60,6 +60,19 @@ fn dot_of<const FMA: bool, T>(a: &[T], b: &[f32], widen: impl Fn(&T) -> f32) -> 
 pub(super) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) {
     for (a, &b) in a.iter_mut().zip(b) {
         *a = multiply_add::<FMA>(scale, b, *a);
+    }
+}
+
+#[inline(always)]
+pub(super) fn raise<const FMA: bool>(
+    gains: &mut [f32],
+    by: f32,
+    losses: &[f32],
+    largest: &mut [f32],
+) {
+    for ((gain, &loss), largest) in gains.iter_mut().zip(losses).zip(largest) {
+        *gain += by - loss;
+        *largest = if *gain > *largest { *gain } else { *largest };
     }
 }
 
@@ -421,6 +434,87 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
             }
         },
     );
+}
+
+#[inline(always)]
+pub(super) fn scores_packed<const FMA: bool>(
+    block: PackedBlock<'_>,
+    p: &[f32],
+    group: usize,
+    out: &mut [f32],
+) {
+    match group {
+        1 => scores_packed_of::<1>(block, table(p), out),
+        2 => scores_packed_of::<2>(block, table(p), out),
+        4 => scores_packed_of::<4>(block, table(p), out),
+        8 => scores_packed_of::<8>(block, table(p), out),
+        16 => scores_packed_of::<16>(block, table(p), out),
+        _ => scores_packed_of::<32>(block, table(p), out),
+    }
+}
+
+#[inline(always)]
+fn scores_packed_of<const G: usize>(
+    block: PackedBlock<'_>,
+    p: &[[f32; G]; MOST_ATOMS],
+    out: &mut [f32],
+) {
+    let (own, others) = (block.first_rows(p), block.other_groups(p));
+    let rows = block.first.iter().zip(block.rest_rows());
+    for ((&first, rest), out) in rows.zip(out.as_chunks_mut::<G>().0) {
+        prefetch(rest.as_ptr(), AHEAD);
+        // Two sums, so that additions wait less for each other.
+        let mut sums = [own[usize::from(first)], [0f32; G]];
+        for (j, (&atom, group)) in rest.iter().zip(others).enumerate() {
+            let row = &group[usize::from(atom)];
+            for g in 0..G {
+                sums[j % 2][g] += row[g];
+            }
+        }
+        for g in 0..G {
+            out[g] = sums[0][g] + sums[1][g];
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn accumulate_packed<const FMA: bool>(
+    block: PackedBlock<'_>,
+    weights: &[f32],
+    group: usize,
+    u: &mut [f32],
+) {
+    match group {
+        1 => accumulate_packed_of::<1>(block, weights, table_mut(u)),
+        2 => accumulate_packed_of::<2>(block, weights, table_mut(u)),
+        4 => accumulate_packed_of::<4>(block, weights, table_mut(u)),
+        8 => accumulate_packed_of::<8>(block, weights, table_mut(u)),
+        16 => accumulate_packed_of::<16>(block, weights, table_mut(u)),
+        _ => accumulate_packed_of::<32>(block, weights, table_mut(u)),
+    }
+}
+
+#[inline(always)]
+fn accumulate_packed_of<const G: usize>(
+    block: PackedBlock<'_>,
+    weights: &[f32],
+    u: &mut [[f32; G]; MOST_ATOMS],
+) {
+    let (own, others) = u.split_at_mut(block.groups.first);
+    let others = others.as_chunks_mut::<GROUP>().0;
+    let rows = block.first.iter().zip(block.rest_rows());
+    for ((&first, rest), weights) in rows.zip(weights.as_chunks::<G>().0) {
+        prefetch(rest.as_ptr(), AHEAD);
+        let add = |row: &mut [f32; G]| {
+            for g in 0..G {
+                row[g] += weights[g];
+            }
+        };
+        add(&mut own[usize::from(first)]);
+        for (&atom, group) in rest.iter().zip(others.iter_mut()) {
+            add(&mut group[usize::from(atom)]);
+        }
+    }
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ pub(super) mod scan;
 macro_rules! kernels {
     ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         pub(super) mod avx512 {
-            use crate::code::Block;
+            use crate::code::{Block, PackedBlock};
             pub(in super::super) use super::dense::avx512::dot_f16;
             pub(in super::super) use super::scan::at_least_avx512 as at_least;
             $(#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -16,7 +16,7 @@ macro_rules! kernels {
             })*
         }
         pub(super) mod avx2 {
-            use crate::code::Block;
+            use crate::code::{Block, PackedBlock};
             pub(in super::super) use super::dense::avx2::dot_f16;
             pub(in super::super) use super::scan::at_least_avx2 as at_least;
             $(#[target_feature(enable = "avx2,fma,f16c")]
@@ -34,6 +34,7 @@ kernels! {
     subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
+    raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[half::bf16], b: &[f32]) -> f32;
     largest(scores: &[f32], largest: &mut [f32]);
@@ -41,6 +42,8 @@ kernels! {
     scores_i8(block: Block<'_, i8>, p: &[f32], group: usize, out: &mut [f32]);
     scores_f8(block: Block<'_, u8>, p: &[f32], group: usize, out: &mut [f32]);
     scores_f32(block: Block<'_, f32>, p: &[f32], group: usize, out: &mut [f32]);
+    scores_packed(block: PackedBlock<'_>, p: &[f32], group: usize, out: &mut [f32]);
+    accumulate_packed(block: PackedBlock<'_>, weights: &[f32], group: usize, u: &mut [f32]);
     accumulate_i8(block: Block<'_, i8>, weights: &[f32], group: usize, u: &mut [f32]);
     accumulate_f8(block: Block<'_, u8>, weights: &[f32], group: usize, u: &mut [f32]);
     accumulate_f32(block: Block<'_, f32>, weights: &[f32], group: usize, u: &mut [f32]);

@@ -3,6 +3,7 @@ use std::sync::LazyLock;
 use float8::F8E4M3;
 
 use super::{Block, Blocks, Lengths};
+use crate::dictionary::Groups;
 
 /// How coefficients are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -19,6 +20,10 @@ pub enum CoefficientFormat {
     F8,
     /// f32, for tests and comparison.
     F32,
+    /// Not at all: codes have one atom of each group of a [`GroupedDictionary`](crate::dictionary::GroupedDictionary),
+    /// whose atoms have lengths of their own. Indices take two bytes for the first group and one for
+    /// every other.
+    InAtoms(Groups),
 }
 
 /// FP8 E4M3's largest number.
@@ -46,7 +51,8 @@ impl Coefficients {
                 values: Vec::new(),
                 scales: Vec::new(),
             },
-            CoefficientFormat::F32 => Self::F32(Vec::new()),
+            // Codes without coefficients have pages of their own.
+            CoefficientFormat::F32 | CoefficientFormat::InAtoms(_) => Self::F32(Vec::new()),
         }
     }
 

@@ -1,21 +1,25 @@
-use std::collections::HashMap;
 use std::path::Path;
 
 use super::coefficients::Coefficients;
-use super::{CodeFormat, Codes, CoefficientFormat, Page};
-use crate::dictionary::Dictionary;
+use super::packed::PackedPage;
+use super::{CodeFormat, Codes, CoefficientFormat, Page, SparsePage};
+use crate::dictionary::{Dictionary, Groups};
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
 /// The `format` entry of a code file's metadata.
 pub const FORMAT: &str = "lexico-codes/1";
+/// Metadata of codes of one atom a group: atoms of the first.
+const FIRST_GROUP: &str = "first_group";
 const CURE: &str = "`lexico encode` makes such a file";
 
 /// Codes in a file, and the dictionary they need.
 ///
 /// Tensors: `indices` U16 `[n, s]`; `coefficients` `[n, s]`, F32, I8 or F8_E4M3; but with F32 `scales`
 /// F8_E8M0 `[n]`, a coefficient being its number times its vector's scale; and where they
-/// vary `lengths` U8 `[n]`, the rest of a row being zero.
+/// vary `lengths` U8 `[n]`, the rest of a row being zero. Codes of one atom a group instead: `first` U16 `[n]`
+/// and `rest` U8 `[n, s − 1]`, numbers of atoms in their groups; `first_group` in the metadata says how many
+/// atoms the first group has.
 #[derive(Debug, Clone)]
 pub struct CodeFile {
     /// The codes.
@@ -44,6 +48,40 @@ impl CodeFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut metadata = vec![
+            ("format", FORMAT.to_owned()),
+            ("tensor", self.tensor.clone()),
+            ("dictionary_crc32", format!("{:08x}", self.checksum)),
+            ("head_dim", self.head_dim.to_string()),
+        ];
+        let tensors = match self.codes.format.coefficients {
+            CoefficientFormat::InAtoms(groups) => {
+                metadata.push((FIRST_GROUP, groups.first.to_string()));
+                self.packed_tensors()
+            }
+            _ => self.sparse_tensors(),
+        };
+        let metadata = metadata.into_iter();
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+        tensor_file::write(path, &tensors, metadata.collect())
+    }
+
+    fn packed_tensors(&self) -> Vec<NewTensor> {
+        let (n, s) = (self.codes.len(), self.codes.format.sparsity);
+        let (mut first, mut rest) = (Vec::new(), Vec::new());
+        for page in &self.codes.pages {
+            if let Page::Packed(page) = page {
+                first.extend(page.first.iter().flat_map(|i| i.to_le_bytes()));
+                rest.extend_from_slice(&page.rest);
+            }
+        }
+        vec![
+            NewTensor::new("first", Dtype::U16, &[n], first),
+            NewTensor::new("rest", Dtype::U8, &[n, s - 1], rest),
+        ]
+    }
+
+    fn sparse_tensors(&self) -> Vec<NewTensor> {
         let codes = &self.codes;
         let (n, s) = (codes.len(), codes.format.sparsity);
         let (mut indices, mut coefficients) = (Vec::new(), Vec::new());
@@ -51,9 +89,12 @@ impl CodeFile {
         let (dtype, width) = match codes.format.coefficients {
             CoefficientFormat::I8 => (Dtype::I8, 1),
             CoefficientFormat::F8 => (Dtype::F8_E4M3, 1),
-            CoefficientFormat::F32 => (Dtype::F32, 4),
+            CoefficientFormat::F32 | CoefficientFormat::InAtoms(_) => (Dtype::F32, 4),
         };
         for page in &codes.pages {
+            let Page::Sparse(page) = page else {
+                continue;
+            };
             let each: Vec<usize> = (0..page.len)
                 .map(|v| page.length(codes.format, v))
                 .collect();
@@ -92,14 +133,7 @@ impl CodeFile {
         if codes.format.variable {
             tensors.push(NewTensor::new("lengths", Dtype::U8, &[n], lengths));
         }
-        let metadata = [
-            ("format", FORMAT.to_owned()),
-            ("tensor", self.tensor.clone()),
-            ("dictionary_crc32", format!("{:08x}", self.checksum)),
-            ("head_dim", self.head_dim.to_string()),
-        ];
-        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
-        tensor_file::write(path, &tensors, HashMap::from(metadata))
+        tensors
     }
 
     /// Reads a code file and checks all of it but the indices against the dictionary, which
@@ -131,6 +165,17 @@ impl CodeFile {
 
         if !(1..=1 << 30).contains(&head_dim) {
             return Err(bad_entry("head_dim", format!("{head_dim} is impossible")));
+        }
+        if let Some(first) = metadata.get(FIRST_GROUP) {
+            let first = first
+                .parse()
+                .map_err(|e: std::num::ParseIntError| bad_entry(FIRST_GROUP, e.to_string()))?;
+            return Ok(Self {
+                codes: read_packed(&file, Groups { first })?,
+                tensor: entry("tensor")?.clone(),
+                checksum,
+                head_dim,
+            });
         }
         let (_, shape) = file.info("indices")?;
         let &[n, s] = shape else {
@@ -225,12 +270,12 @@ impl CodeFile {
             format,
             len: n,
             largest_index: indices.iter().copied().max().unwrap_or(0),
-            pages: vec![Page {
+            pages: vec![Page::Sparse(SparsePage {
                 len: n,
                 indices,
                 coefficients,
                 lengths,
-            }],
+            })],
         };
         Ok(Self {
             codes,
@@ -250,6 +295,44 @@ impl CodeFile {
         }
         self.codes.decode(dictionary)
     }
+}
+
+/// The codes of a file whose codes have one atom a group.
+fn read_packed(file: &TensorFile, groups: Groups) -> Result<Codes> {
+    let (first_dtype, first_shape) = file.info("first")?;
+    let (rest_dtype, rest_shape) = file.info("rest")?;
+    let (&[n], &[rows, others]) = (first_shape, rest_shape) else {
+        let reason =
+            format!("shapes {first_shape:?} and {rest_shape:?}, but [n] and [n, s - 1] are needed");
+        return Err(Error::tensor(file.path(), "rest", reason));
+    };
+    if rows != n || first_dtype != Dtype::U16 || rest_dtype != Dtype::U8 {
+        let reason = format!(
+            "it is {rest_dtype:?} {rest_shape:?} beside {first_dtype:?} {first_shape:?}, but U8 [n, s - 1] beside U16 [n] is needed"
+        );
+        return Err(Error::tensor(file.path(), "rest", reason));
+    }
+    let format = CodeFormat {
+        sparsity: others.saturating_add(1),
+        variable: false,
+        coefficients: CoefficientFormat::InAtoms(groups),
+    };
+    let mut codes = Codes::new(format)?;
+    let first = file.bytes("first")?;
+    let first = first.as_chunks::<2>().0.iter();
+    let first: Vec<u16> = first.map(|&bytes| u16::from_le_bytes(bytes)).collect();
+    if let Some(v) = first.iter().position(|&i| usize::from(i) >= groups.first) {
+        let reason = format!(
+            "vector {v} names atom {} of a group of {}",
+            first[v], groups.first
+        );
+        return Err(Error::tensor(file.path(), "first", reason));
+    }
+    codes.push_page(PackedPage {
+        first,
+        rest: file.bytes("rest")?,
+    });
+    Ok(codes)
 }
 
 /// Rows of `lengths[v]` elements of `width` bytes, each filled with zeros to `s` elements.

@@ -2,17 +2,20 @@
 
 mod coefficients;
 mod file;
+mod packed;
 
 pub use coefficients::CoefficientFormat;
 pub use file::{CodeFile, FORMAT};
 
-use crate::dictionary::Atoms;
+use crate::dictionary::{Atoms, GROUP, MOST_ATOMS};
 use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 use coefficients::Coefficients;
 pub(crate) use coefficients::Scales;
 #[cfg(test)]
 pub(crate) use coefficients::{f8_values, i8_values};
+pub(crate) use packed::PackedBlock;
+use packed::PackedPage;
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 4;
@@ -35,7 +38,7 @@ pub struct CodeFormat {
 ///
 /// A vector with `k` nonzeros takes `3k + 1` bytes with coefficients of a byte (2 for the index and 1
 /// for the coefficient of each nonzero, 1 for the vector's scale), `6k` with f32, and one more
-/// where lengths vary. With fixed sparsity `k = s` always.
+/// where lengths vary. With fixed sparsity `k = s` always. Codes of one atom a group take `s + 1` bytes a vector.
 #[derive(Debug, Clone)]
 pub struct Codes {
     format: CodeFormat,
@@ -47,7 +50,113 @@ pub struct Codes {
 
 /// The codes of some vectors in a row. All pages but the newest are full, or were.
 #[derive(Debug, Clone)]
-struct Page {
+enum Page {
+    Sparse(SparsePage),
+    Packed(PackedPage),
+}
+
+impl Page {
+    fn new(format: CodeFormat) -> Self {
+        match format.coefficients {
+            CoefficientFormat::InAtoms(_) => Self::Packed(PackedPage::default()),
+            _ => Self::Sparse(SparsePage::new(format)),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Sparse(page) => page.len,
+            Self::Packed(page) => page.len(),
+        }
+    }
+
+    /// Appends the codes of vectors `first` to `first + count` of a batch.
+    fn extend(&mut self, format: CodeFormat, batch: &SparseBatch, first: usize, count: usize) {
+        let rows = (first..first + count).map(|v| batch.row(v));
+        match (self, format.coefficients) {
+            (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
+                page.reserve(format.sparsity, count, PAGE);
+                rows.for_each(|(indices, _)| page.push(groups, indices));
+            }
+            (Self::Sparse(page), _) => {
+                let nonzeros = if format.variable {
+                    rows.clone().map(|(indices, _)| indices.len()).sum()
+                } else {
+                    count * format.sparsity
+                };
+                page.reserve(format, count, nonzeros);
+                rows.for_each(|(indices, coefficients)| page.push(format, indices, coefficients));
+            }
+            _ => unreachable!("pages are of their codes' format"),
+        }
+    }
+
+    fn drop_front(&mut self, format: CodeFormat, count: usize) {
+        match self {
+            Self::Sparse(page) => page.drop_front(format, count),
+            Self::Packed(page) => page.drop_front(format.sparsity, count),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Sparse(page) => page.bytes(),
+            Self::Packed(page) => page.bytes(),
+        }
+    }
+
+    fn bytes_used(&self) -> usize {
+        match self {
+            Self::Sparse(page) => page.bytes_used(),
+            Self::Packed(page) => page.bytes_used(),
+        }
+    }
+
+    /// Fetches the beginning into the caches: kernels fetch what lies ahead, but not beyond a page.
+    fn prefetch(&self) {
+        match self {
+            Self::Sparse(page) => page.prefetch(),
+            Self::Packed(page) => page.prefetch(),
+        }
+    }
+
+    fn blocks(&self, format: CodeFormat) -> Blocks<'_> {
+        match (self, format.coefficients) {
+            (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
+                Blocks::Packed(page.block(groups, format.sparsity))
+            }
+            (Self::Sparse(page), _) => page.blocks(format),
+            _ => unreachable!("pages are of their codes' format"),
+        }
+    }
+
+    /// Calls `visit` with the number of each vector, and each of its indices and coefficients.
+    fn for_each(&self, format: CodeFormat, mut visit: impl FnMut(usize, usize, f32)) {
+        match (self, format.coefficients) {
+            (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
+                let block = page.block(groups, format.sparsity);
+                for v in 0..page.len() {
+                    block.indices(v).for_each(|index| visit(v, index, 1.0));
+                }
+            }
+            (Self::Sparse(page), _) => {
+                let mut nonzero = 0;
+                for v in 0..page.len {
+                    for _ in 0..page.length(format, v) {
+                        let coefficient = page.coefficients.get(v, nonzero);
+                        visit(v, usize::from(page.indices[nonzero]), coefficient);
+                        nonzero += 1;
+                    }
+                }
+            }
+            _ => unreachable!("pages are of their codes' format"),
+        }
+    }
+}
+
+/// The codes of some vectors in a row.
+#[derive(Debug, Clone)]
+struct SparsePage {
     len: usize,
     indices: Vec<u16>,
     coefficients: Coefficients,
@@ -55,7 +164,7 @@ struct Page {
     lengths: Vec<u8>,
 }
 
-impl Page {
+impl SparsePage {
     fn new(format: CodeFormat) -> Self {
         Self {
             len: 0,
@@ -130,7 +239,6 @@ impl Page {
         self.indices.len() * size_of::<u16>() + self.coefficients.bytes_used() + self.lengths.len()
     }
 
-    /// Fetches the beginning into the caches: kernels fetch what lies ahead, but not beyond a page.
     fn prefetch(&self) {
         crate::arch::prefetch_first(&self.indices);
         self.coefficients.prefetch();
@@ -155,6 +263,18 @@ impl Codes {
         if format.variable && format.sparsity > usize::from(u8::MAX) {
             return Err(Error::VariableSparsity(format.sparsity));
         }
+        if let CoefficientFormat::InAtoms(groups) = format.coefficients
+            && (format.variable
+                || format.sparsity == 0
+                || !(1..=MOST_ATOMS).contains(&groups.first)
+                || format.sparsity > MOST_ATOMS / GROUP
+                || groups.atoms(format.sparsity) > MOST_ATOMS)
+        {
+            return Err(Error::GroupedCodes {
+                sparsity: format.sparsity,
+                variable: format.variable,
+            });
+        }
         Ok(Self {
             format,
             len: 0,
@@ -173,30 +293,32 @@ impl Codes {
         assert_eq!(batch.sparsity, format.sparsity, "codes of one sparsity");
         let mut done = 0;
         while done < batch.len() {
-            if self.pages.last().is_none_or(|page| page.len >= PAGE) {
+            if self.pages.last().is_none_or(|page| page.len() >= PAGE) {
                 self.pages.reserve_exact(1);
                 self.pages.push(Page::new(format));
             }
             let Some(page) = self.pages.last_mut() else {
                 return;
             };
-            let count = (batch.len() - done).min(PAGE - page.len);
-            let nonzeros = if format.variable {
-                let lengths = &batch.lengths[done..done + count];
-                lengths.iter().map(|&l| usize::from(l)).sum()
-            } else {
-                count * format.sparsity
-            };
-            page.reserve(format, count, nonzeros);
-            for v in done..done + count {
-                let (indices, coefficients) = batch.row(v);
-                page.push(format, indices, coefficients);
-            }
+            let count = (batch.len() - done).min(PAGE - page.len());
+            page.extend(format, batch, done, count);
             done += count;
         }
         self.len += batch.len();
         let largest = batch.indices.iter().copied().max().unwrap_or(0);
         self.largest_index = self.largest_index.max(largest);
+    }
+
+    /// Appends a page of codes of one atom a group.
+    fn push_page(&mut self, page: PackedPage) {
+        let CoefficientFormat::InAtoms(groups) = self.format.coefficients else {
+            unreachable!("callers have such codes");
+        };
+        let block = page.block(groups, self.format.sparsity);
+        let largest = (0..page.len()).flat_map(|v| block.indices(v)).max();
+        self.largest_index = self.largest_index.max(largest.unwrap_or(0) as u16);
+        self.len += page.len();
+        self.pages.push(Page::Packed(page));
     }
 
     /// Drops the `count` oldest vectors.
@@ -207,9 +329,9 @@ impl Codes {
         let mut left = count;
         let mut whole = 0;
         while let Some(page) = self.pages.get(whole)
-            && page.len <= left
+            && page.len() <= left
         {
-            left -= page.len;
+            left -= page.len();
             whole += 1;
         }
         self.pages.drain(..whole);
@@ -248,8 +370,8 @@ impl Codes {
     /// The codes of the vectors from `first` on.
     pub(crate) fn runs_from(&self, first: usize) -> Runs<'_> {
         let (mut page, mut before) = (0, 0);
-        while page < self.pages.len() && before + self.pages[page].len <= first {
-            before += self.pages[page].len;
+        while page < self.pages.len() && before + self.pages[page].len() <= first {
+            before += self.pages[page].len();
             page += 1;
         }
         let mut runs = Runs {
@@ -273,9 +395,7 @@ impl Codes {
     pub fn decode<'a>(&self, atoms: impl Into<Atoms<'a>>) -> Result<Vec<f32>> {
         let atoms = atoms.into();
         let count = atoms.len();
-        if usize::from(self.largest_index) >= count
-            && self.pages.iter().any(|p| !p.indices.is_empty())
-        {
+        if usize::from(self.largest_index) >= count && self.bytes_used() > 0 {
             let index = self.largest_index;
             let reason = format!("the codes name atom {index}, the dictionary has {count}");
             return Err(Error::Dictionary(reason));
@@ -283,17 +403,14 @@ impl Codes {
         let m = atoms.head_dim();
         let mut widened = Vec::new();
         let mut vectors = vec![0.0; self.len * m];
-        let mut rows = vectors.chunks_exact_mut(m);
+        let mut rest = &mut vectors[..];
         for page in &self.pages {
-            let mut nonzero = 0;
-            for (v, out) in (0..page.len).zip(&mut rows) {
-                let length = page.length(self.format, v);
-                for j in nonzero..nonzero + length {
-                    let atom = atoms.atom(usize::from(page.indices[j]), &mut widened);
-                    crate::arch::add_scaled(out, page.coefficients.get(v, j), atom);
-                }
-                nonzero += length;
-            }
+            let (own, later) = rest.split_at_mut(page.len() * m);
+            page.for_each(self.format, |v, index, coefficient| {
+                let atom = atoms.atom(index, &mut widened);
+                crate::arch::add_scaled(&mut own[v * m..][..m], coefficient, atom);
+            });
+            rest = later;
         }
         Ok(vectors)
     }
@@ -336,6 +453,7 @@ pub(crate) enum Blocks<'a> {
     I8(Block<'a, i8>),
     F8(Block<'a, u8>),
     F32(Block<'a, f32>),
+    Packed(PackedBlock<'a>),
 }
 
 /// Some vectors' codes as they are stored.
@@ -364,9 +482,12 @@ pub(crate) enum Lengths<'a> {
 impl Blocks<'_> {
     /// Vectors.
     pub(crate) fn len(&self) -> usize {
-        let (Blocks::I8(Block { lengths, .. })
-        | Blocks::F8(Block { lengths, .. })
-        | Blocks::F32(Block { lengths, .. })) = self;
+        let lengths = match self {
+            Blocks::I8(Block { lengths, .. })
+            | Blocks::F8(Block { lengths, .. })
+            | Blocks::F32(Block { lengths, .. }) => lengths,
+            Blocks::Packed(block) => return block.first.len(),
+        };
         match lengths {
             Lengths::Fixed(_, count) => *count,
             Lengths::Variable(lengths) => lengths.len(),
@@ -387,6 +508,10 @@ impl Blocks<'_> {
             Blocks::F32(block) => {
                 let (first, rest) = block.split_at(count);
                 (Blocks::F32(first), Blocks::F32(rest))
+            }
+            Blocks::Packed(block) => {
+                let (first, rest) = block.split_at(count);
+                (Blocks::Packed(first), Blocks::Packed(rest))
             }
         }
     }

@@ -63,23 +63,35 @@ impl Extension {
     }
 }
 
-/// The atoms that codes are over: a dictionary's `N`, and then those that a session has added.
+/// The atoms that codes are over: a dictionary's, and then those that a session has added.
 #[derive(Debug, Clone, Copy)]
 pub struct Atoms<'a> {
     dictionary: &'a Dictionary,
+    /// How many of the dictionary's, from the first on.
+    own: usize,
     added: &'a [f16],
 }
 
 impl<'a> From<&'a Dictionary> for Atoms<'a> {
     fn from(dictionary: &'a Dictionary) -> Self {
-        Self {
-            dictionary,
-            added: &[],
-        }
+        Self::first(dictionary, dictionary.len())
     }
 }
 
 impl<'a> Atoms<'a> {
+    /// The first `count` atoms of a dictionary.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn first(dictionary: &'a Dictionary, count: usize) -> Self {
+        assert!(count <= dictionary.len(), "atoms that there are");
+        Self {
+            dictionary,
+            own: count,
+            added: &[],
+        }
+    }
+
     /// A dictionary with what a session has added to it.
     ///
     /// # Panics
@@ -91,8 +103,8 @@ impl<'a> Atoms<'a> {
             "atoms of one length"
         );
         let atoms = Self {
-            dictionary,
             added: &extension.atoms,
+            ..dictionary.into()
         };
         assert!(
             atoms.len() <= super::MOST_ATOMS,
@@ -104,7 +116,7 @@ impl<'a> Atoms<'a> {
     /// Number of atoms, those added included.
     #[allow(clippy::len_without_is_empty)] // a dictionary always has atoms
     pub fn len(self) -> usize {
-        self.dictionary.len() + self.added.len() / self.head_dim()
+        self.own + self.added.len() / self.head_dim()
     }
 
     /// `m`, the length of an atom.
@@ -128,7 +140,7 @@ impl<'a> Atoms<'a> {
         'a: 'b,
     {
         let m = self.head_dim();
-        let Some(added) = i.checked_sub(self.dictionary.len()) else {
+        let Some(added) = i.checked_sub(self.own) else {
             return self.dictionary.atom(i);
         };
         widened.resize(m, 0.0);
@@ -138,7 +150,7 @@ impl<'a> Atoms<'a> {
 
     /// The atoms in blocks of `block` at the most, each with the number of its first and how many it has.
     pub(crate) fn blocks(self, block: usize) -> impl Iterator<Item = (usize, usize, Rows<'a>)> {
-        let (n, m) = (self.dictionary.len(), self.head_dim());
+        let (n, m) = (self.own, self.head_dim());
         let own = (0..n).step_by(block).map(move |first| {
             let count = block.min(n - first);
             (first, count, self.dictionary.rows(first, count))
@@ -150,17 +162,20 @@ impl<'a> Atoms<'a> {
     /// The atoms in f32, `[n, m]` each: the dictionary's and, where there are any, those added, with the number
     /// of the first.
     pub(crate) fn matrices(self) -> impl Iterator<Item = (usize, Cow<'a, [f32]>)> {
-        let own = (0, Cow::Borrowed(self.dictionary.atoms()));
+        let own = &self.dictionary.atoms()[..self.own * self.head_dim()];
+        let own = (0, Cow::Borrowed(own));
         let added = (!self.added.is_empty()).then(|| {
             let mut widened = vec![0.0; self.added.len()];
             self.added.convert_to_f32_slice(&mut widened);
-            (self.dictionary.len(), Cow::Owned(widened))
+            (self.own, Cow::Owned(widened))
         });
         std::iter::once(own).chain(added)
     }
 
     /// Whether these are the same atoms as `other`, at the same place in memory.
     pub(crate) fn are(self, other: Atoms<'_>) -> bool {
-        std::ptr::eq(self.dictionary, other.dictionary) && std::ptr::eq(self.added, other.added)
+        std::ptr::eq(self.dictionary, other.dictionary)
+            && self.own == other.own
+            && std::ptr::eq(self.added, other.added)
     }
 }

@@ -2,12 +2,15 @@
 
 mod allocation;
 mod extension;
+mod grouped;
 mod set;
 
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use extension::{Atoms, Extension};
+pub use grouped::{GROUP, GroupedDictionary, Groups};
 pub use set::{
-    DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
+    DictionarySet, FORMAT, GroupedDictionaries, LayerDictionaries, LayerErrors, ModelIdentity,
+    RotaryIdentity, Training,
 };
 
 use std::path::Path;
@@ -65,6 +68,25 @@ impl Dictionary {
                 let reason = format!("atom {i} has length {norm}, but atoms are of unit length");
                 return Err(Error::Dictionary(reason));
             }
+        }
+        Ok(Self {
+            atoms,
+            head_dim,
+            rounded: OnceLock::new(),
+            halves: OnceLock::new(),
+        })
+    }
+
+    /// Takes `[N, m]` rows of any length as they are: for dictionaries whose atoms have lengths of their own.
+    fn of_any_length(atoms: Vec<f32>, head_dim: usize) -> Result<Self> {
+        check_shape(&atoms, head_dim)?;
+        if let Some(i) = atoms
+            .chunks_exact(head_dim)
+            .position(|atom| !norm(atom).is_finite())
+        {
+            return Err(Error::Dictionary(format!(
+                "atom {i} holds a NaN or an infinity"
+            )));
         }
         Ok(Self {
             atoms,

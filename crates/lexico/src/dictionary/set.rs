@@ -5,7 +5,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::allocation::MOST_ALLOCATED;
-use super::{CodingLosses, Dictionary, LayerSparsities};
+use super::{CodingLosses, Dictionary, GROUP, GroupedDictionary, Groups, LayerSparsities};
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
@@ -58,6 +58,9 @@ pub struct Training {
     /// What coding one head alone costs, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub losses: Option<CodingLosses>,
+    /// The same with codes of one atom a group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grouped_losses: Option<CodingLosses>,
 }
 
 /// Held-out mean relative error of one layer at the training sparsity, f32 coefficients.
@@ -76,6 +79,24 @@ pub struct LayerDictionaries {
     pub keys: Dictionary,
     /// For values.
     pub values: Dictionary,
+    /// The same for codes of one atom a group, where they were learned.
+    pub grouped: Option<GroupedDictionaries>,
+}
+
+/// One layer's two dictionaries for codes of one atom a group, shared by all its KV heads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedDictionaries {
+    /// For keys after rotary embedding.
+    pub keys: GroupedDictionary,
+    /// For values.
+    pub values: GroupedDictionary,
+}
+
+impl GroupedDictionaries {
+    /// The largest sparsity that both dictionaries allow.
+    pub fn most_atoms(&self) -> usize {
+        self.keys.len().min(self.values.len())
+    }
 }
 
 impl LayerDictionaries {
@@ -116,13 +137,16 @@ impl DictionarySet {
         let metadata = file.metadata();
         let model: ModelIdentity = json_entry(file, &metadata, "model")?;
         let training: Training = json_entry(file, &metadata, "training")?;
-        // A hostile layer count must not drive the loop: every layer needs two tensors in the file.
-        if model.layers == 0 || model.layers.saturating_mul(2) != file.names().len() {
+        // A hostile layer count must not drive the loop: every layer needs tensors in the file.
+        let names = file.names();
+        let has_groups = names.iter().any(|name| name.ends_with(FIRST));
+        let each = if has_groups { 6 } else { 2 };
+        let tensors = model.layers.saturating_mul(each);
+        if model.layers == 0 || tensors != names.len() {
             let reason = format!(
-                "it promises {} layers, so {} tensors, but the file holds {}",
+                "it promises {} layers, so {tensors} tensors, but the file holds {}",
                 model.layers,
-                model.layers.saturating_mul(2),
-                file.names().len()
+                names.len()
             );
             return Err(Error::Metadata {
                 path: file.path().to_owned(),
@@ -130,8 +154,8 @@ impl DictionarySet {
                 reason,
             });
         }
-        let losses = training.losses.as_ref();
-        if let Some(reason) = losses.and_then(|l| l.refuse(model.layers, model.kv_heads)) {
+        let mut losses = training.losses.iter().chain(&training.grouped_losses);
+        if let Some(reason) = losses.find_map(|l| l.refuse(model.layers, model.kv_heads)) {
             return Err(Error::Metadata {
                 path: file.path().to_owned(),
                 key: "training",
@@ -152,9 +176,20 @@ impl DictionarySet {
         };
         let layers = (0..model.layers)
             .map(|l| {
+                let grouped = |part| {
+                    let name = format!("layers.{l}.{part}");
+                    GroupedDictionary::read(file, &name, model.head_dim)
+                };
+                let grouped = || {
+                    Ok(GroupedDictionaries {
+                        keys: grouped("keys")?,
+                        values: grouped("values")?,
+                    })
+                };
                 Ok(LayerDictionaries {
                     keys: read(format!("layers.{l}.keys"))?,
                     values: read(format!("layers.{l}.values"))?,
+                    grouped: has_groups.then(grouped).transpose()?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -173,13 +208,13 @@ impl DictionarySet {
         let mut tensors = Vec::with_capacity(2 * self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
             for (part, dictionary) in [("keys", &layer.keys), ("values", &layer.values)] {
-                let atoms = dictionary.atoms().iter();
-                let bytes = atoms
-                    .flat_map(|&x| f16::from_f32(x).to_le_bytes())
-                    .collect();
                 let shape = [dictionary.len(), dictionary.head_dim()];
                 let name = format!("layers.{l}.{part}");
-                tensors.push(NewTensor::new(&name, Dtype::F16, &shape, bytes));
+                tensors.push(halves(&name, &shape, dictionary.atoms()));
+            }
+            if let Some(grouped) = &layer.grouped {
+                tensors.extend(grouped.keys.tensors(&format!("layers.{l}.keys")));
+                tensors.extend(grouped.values.tensors(&format!("layers.{l}.values")));
             }
         }
         let path = path.as_ref();
@@ -247,13 +282,78 @@ impl DictionarySet {
         Some(losses.allocate(mean, most.min(self.most_nonzeros())))
     }
 
+    /// As [`DictionarySet::allocate`], for codes of one atom a group.
+    pub fn allocate_grouped(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
+        let losses = self.training.grouped_losses.as_ref()?;
+        Some(losses.allocate(mean, self.most_groups()))
+    }
+
+    /// The largest sparsity that all dictionaries allow for codes of one atom a group; 0 where there are none.
+    pub fn most_groups(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| layer.grouped.as_ref());
+        let most = layers.map(|grouped| grouped.map_or(0, GroupedDictionaries::most_atoms));
+        most.min().unwrap_or(0)
+    }
+
     /// Bytes held by all dictionaries.
     pub fn bytes(&self) -> usize {
         let layers = self.layers.iter();
         layers
-            .map(|layer| layer.keys.bytes() + layer.values.bytes())
+            .map(|layer| {
+                let grouped = layer.grouped.as_ref();
+                let grouped = grouped.map_or(0, |g| g.keys.bytes() + g.values.bytes());
+                layer.keys.bytes() + layer.values.bytes() + grouped
+            })
             .sum()
     }
+}
+
+/// Ends of the names of a grouped dictionary's tensors: atoms of the first group, and of the others.
+const FIRST: &str = ".first";
+const OTHERS: &str = ".others";
+
+impl GroupedDictionary {
+    /// Reads two tensors, `[N, m]` atoms of the first group and `[groups, 256, m]` of the others.
+    fn read(file: &TensorFile, name: &str, head_dim: usize) -> Result<Self> {
+        let (mut atoms, first) = file.f32_tensor(&format!("{name}{FIRST}"), 2)?;
+        let others_name = format!("{name}{OTHERS}");
+        let (others, shape) = file.f32_tensor(&others_name, 3)?;
+        if first[1] != head_dim || shape[1..] != [GROUP, head_dim] {
+            let reason = format!(
+                "shapes {first:?} and {shape:?}, but [N, {head_dim}] and [groups, {GROUP}, {head_dim}] are needed"
+            );
+            return Err(Error::tensor(file.path(), &others_name, reason));
+        }
+        atoms.extend(others);
+        let groups = Groups { first: first[0] };
+        Self::new(atoms, head_dim, groups)
+            .map_err(|e| Error::tensor(file.path(), &others_name, e.to_string()))
+    }
+
+    fn tensors(&self, name: &str) -> [NewTensor; 2] {
+        let m = self.head_dim();
+        let first = self.groups().first;
+        let (own, others) = self.dictionary().atoms().split_at(first * m);
+        [
+            halves(&format!("{name}{FIRST}"), &[first, m], own),
+            halves(
+                &format!("{name}{OTHERS}"),
+                &[self.len() - 1, GROUP, m],
+                others,
+            ),
+        ]
+    }
+
+    fn bytes(&self) -> usize {
+        self.dictionary().bytes()
+    }
+}
+
+/// Numbers in half precision.
+fn halves(name: &str, shape: &[usize], numbers: &[f32]) -> NewTensor {
+    let bytes = numbers.iter();
+    let bytes = bytes.flat_map(|&x| f16::from_f32(x).to_le_bytes());
+    NewTensor::new(name, Dtype::F16, shape, bytes.collect())
 }
 
 fn json_entry<T: for<'a> Deserialize<'a>>(

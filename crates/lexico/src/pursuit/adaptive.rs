@@ -57,7 +57,11 @@ impl<'d> AdaptivePursuit<'d> {
         sparsities: &[usize],
         threads: &dyn Threads,
     ) -> Result<Vec<SparseBatch>> {
-        let each = self.pursuit.vectors_a_head(vectors, sparsities);
+        let each = super::vectors_a_head(
+            vectors.len() / self.pursuit.atoms.head_dim(),
+            sparsities,
+            self.pursuit.sparsity,
+        );
         let limit = |v: usize| sparsities[v / each];
         let pursuit = self.pursuit.over(extension);
         let mut all = pursuit.encode_limited(vectors, &limit, threads)?;

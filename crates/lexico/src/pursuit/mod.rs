@@ -1,6 +1,7 @@
 //! Orthogonal matching pursuit: a few atoms and their least-squares coefficients for each vector.
 
 mod adaptive;
+mod grouped;
 pub mod oracle;
 pub(crate) mod scan;
 
@@ -12,6 +13,7 @@ use crate::dictionary::{Atoms, Dictionary, Extension};
 use crate::threads::{Rayon, Threads, for_each};
 use crate::{Error, Result};
 pub use adaptive::AdaptivePursuit;
+pub use grouped::{BEAM, GroupedPursuit};
 use scan::{RoundedAtoms, RoundedVectors};
 
 /// Relative residual below which f32 arithmetic has nothing more to find.
@@ -128,6 +130,33 @@ impl SparseBatch {
     }
 }
 
+/// Checks that `vectors` are whole vectors of finite numbers.
+fn check_vectors(vectors: &[f32], head_dim: usize) -> Result<()> {
+    if !vectors.len().is_multiple_of(head_dim) {
+        return Err(Error::VectorLength {
+            found: vectors.len(),
+            head_dim,
+        });
+    }
+    let finite = |x: &[f32]| x.iter().all(|v| v.is_finite());
+    match vectors.chunks_exact(head_dim).position(|x| !finite(x)) {
+        Some(row) => Err(Error::NotFinite { row }),
+        None => Ok(()),
+    }
+}
+
+/// How many of `n` vectors each head has.
+///
+/// # Panics
+/// Where a sparsity is 0 or above `most`, or the vectors are not as many for each head.
+fn vectors_a_head(n: usize, sparsities: &[usize], most: usize) -> usize {
+    let possible = sparsities.iter().all(|s| (1..=most).contains(s));
+    assert!(possible, "sparsities that the pursuit allows");
+    let each = n / sparsities.len().max(1);
+    assert_eq!(each * sparsities.len(), n, "as many vectors for each head");
+    each
+}
+
 pub(crate) fn mean(numbers: &[f32]) -> f32 {
     let sum: f64 = numbers.iter().map(|&x| f64::from(x)).sum();
     // A sum of nothing is −0.
@@ -218,19 +247,10 @@ impl<'d> Pursuit<'d> {
         sparsities: &[usize],
         threads: &dyn Threads,
     ) -> Result<Vec<SparseBatch>> {
-        let each = self.vectors_a_head(vectors, sparsities);
+        let n = vectors.len() / self.atoms.head_dim();
+        let each = vectors_a_head(n, sparsities, self.sparsity);
         let all = self.encode_limited(vectors, &|v| sparsities[v / each], threads)?;
         Ok(all.by_head(sparsities))
-    }
-
-    /// How many vectors each head has. Panics as [`Pursuit::encode_heads_on`] says.
-    fn vectors_a_head(&self, vectors: &[f32], sparsities: &[usize]) -> usize {
-        let possible = sparsities.iter().all(|s| (1..=self.sparsity).contains(s));
-        assert!(possible, "sparsities that the pursuit allows");
-        let n = vectors.len() / self.atoms.head_dim();
-        let each = n / sparsities.len().max(1);
-        assert_eq!(each * sparsities.len(), n, "as many vectors for each head");
-        each
     }
 
     /// Codes every vector with at most the atoms that `limit` says for its number.
@@ -241,17 +261,8 @@ impl<'d> Pursuit<'d> {
         threads: &dyn Threads,
     ) -> Result<SparseBatch> {
         let (m, s) = (self.atoms.head_dim(), self.sparsity);
-        if !vectors.len().is_multiple_of(m) {
-            return Err(Error::VectorLength {
-                found: vectors.len(),
-                head_dim: m,
-            });
-        }
+        check_vectors(vectors, m)?;
         let n = vectors.len() / m;
-        let finite = |x: &[f32]| x.iter().all(|v| v.is_finite());
-        if let Some(row) = vectors.chunks_exact(m).position(|x| !finite(x)) {
-            return Err(Error::NotFinite { row });
-        }
         let mut batch = SparseBatch {
             sparsity: s,
             lengths: vec![0; n],
