@@ -2,20 +2,19 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lexico_eval::report::folder::ReportFolder;
-use lexico_eval::tasks::reconstruction::{BOUND, Reconstruction};
+use lexico_eval::tasks::reconstruction::{BOUND, Reconstruction, SameError};
 use lexico_llm::cache::CacheSpec;
 
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
 
-/// What is compared unless caches are named: formats alone, without dense windows.
-const FORMATS: &[&str] = &[
-    "lexico:sparsity=4,window=0,batch=1,allocation=same,fit=least-squares",
-    "lexico:sparsity=6,window=0,batch=1,allocation=same,fit=least-squares",
-    "lexico:sparsity=8,window=0,batch=1,allocation=same,fit=least-squares",
-    "lexico:sparsity=12,window=0,batch=1,allocation=same,fit=least-squares",
-    "lexico:sparsity=16,window=0,batch=1,allocation=same,fit=least-squares",
-    "lexico:sparsity=24,window=0,batch=1,allocation=same,fit=least-squares",
+/// Sparsities of Lexico's formats that are compared unless caches are named, as far as the dictionaries allow.
+const SPARSITIES: &[usize] = &[4, 6, 8, 12, 16, 24];
+const PACKED_SPARSITIES: &[usize] = &[1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48];
+/// The format that the paper proposes: others are compared with it at equal error.
+const REFERENCE: &str = "lexico f8";
+/// What is compared with them.
+const RIVALS: &[&str] = &[
     "per-token:bits=2,window=0",
     "per-token:bits=3,window=0",
     "per-token:bits=4,window=0",
@@ -56,13 +55,31 @@ impl ReconstructionArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let report = self.report.as_deref();
         let folder = report.map(|r| ReportFolder::open(r, false)).transpose()?;
-        let caches = if self.cache.is_empty() {
-            let formats = FORMATS.iter().map(|format| format.parse());
-            formats.collect::<lexico_llm::Result<Vec<CacheSpec>>>()?
-        } else {
-            self.cache
-        };
+        let named = !self.cache.is_empty();
+        let mut caches = self.cache;
+        if !named {
+            let rivals = RIVALS.iter().map(|format| format.parse());
+            caches = rivals.collect::<lexico_llm::Result<Vec<CacheSpec>>>()?;
+        }
         let model = self.model.load(&caches)?;
+        if !named && let Some(dictionaries) = &model.dictionaries {
+            let packed = (PACKED_SPARSITIES, dictionaries.most_groups());
+            let sparse = (SPARSITIES, dictionaries.most_nonzeros());
+            for (format, (sparsities, most)) in [("f8", sparse), ("i8", sparse), ("packed", packed)]
+            {
+                let fit = if format == "packed" {
+                    ""
+                } else {
+                    ",fit=least-squares"
+                };
+                for sparsity in sparsities.iter().filter(|s| **s <= most) {
+                    let spec = format!(
+                        "lexico:format={format},sparsity={sparsity},allocation=same{fit},window=0,batch=1"
+                    );
+                    caches.push(spec.parse()?);
+                }
+            }
+        }
         interrupt::listen()?;
         let most = model.decoder.config().context;
         anyhow::ensure!(
@@ -109,8 +126,11 @@ impl ReconstructionArguments {
         if let Some(folder) = folder {
             folder.finish(&found)?;
         }
+        let same_error = found.bits_at_error_of(REFERENCE);
         if self.json {
-            return ui::json(&serde_json::to_value(&found)?);
+            let mut json = serde_json::to_value(&found)?;
+            json["same_error"] = serde_json::to_value(&same_error)?;
+            return ui::json(&json);
         }
         let formats = found
             .formats()
@@ -137,6 +157,40 @@ impl ReconstructionArguments {
             "relative",
             "squared",
         ];
-        ui::line(&ui::table(header, rows.collect()))
+        ui::line(&ui::table(header, rows.collect()))?;
+        if same_error.is_empty() {
+            return Ok(());
+        }
+        ui::line(&format!(
+            "\nBits for the squared error of {REFERENCE}, over its own:\n"
+        ))?;
+        let mut rows: Vec<Vec<String>> = Vec::new();
+        for wanted in found.formats() {
+            for method in found.methods() {
+                let of_pair = |s: &&SameError| s.reference == wanted && s.method == method;
+                let pairs: Vec<&SameError> = same_error.iter().filter(of_pair).collect();
+                let bits = |f: fn(&SameError) -> f64| pairs.iter().map(|s| f(s)).sum::<f64>();
+                if pairs.is_empty() {
+                    continue;
+                }
+                let least = pairs.iter().map(|s| s.ratio).fold(f64::INFINITY, f64::min);
+                let most = pairs.iter().map(|s| s.ratio).fold(0.0, f64::max);
+                rows.push(vec![
+                    wanted.to_owned(),
+                    method.to_owned(),
+                    format!("{:.3}", bits(|s| s.bits) / bits(|s| s.reference_bits)),
+                    format!("{least:.3} to {most:.3}"),
+                    pairs.len().to_string(),
+                ]);
+            }
+        }
+        let header = [
+            "at the error of",
+            "format",
+            "all",
+            "each layer and part",
+            "of them",
+        ];
+        ui::line(&ui::table(header, rows))
     }
 }

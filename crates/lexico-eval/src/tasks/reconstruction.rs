@@ -41,7 +41,7 @@ pub struct Reconstruction {
 pub struct Row {
     /// The cache, as the command line names it.
     pub format: String,
-    /// Its method's name.
+    /// Its method's name, that of lexico with the format of its codes: rows of one method make one curve.
     pub method: String,
     /// The layer.
     pub layer: usize,
@@ -139,6 +139,11 @@ impl Reconstruction {
     /// [`Error::Options`] where the cache gives positions up; those of the model.
     pub fn add(&mut self, model: &Model, spec: &CacheSpec) -> Result<()> {
         let read = self.read(model, spec)?;
+        let name = spec.method().name;
+        let method = match spec.given("format") {
+            Some(format) => format!("{name} {format}"),
+            None => name.to_owned(),
+        };
         for (layer, (exact, held)) in self.layers.iter().zip(read).enumerate() {
             let of_all = |held: &Decoded| held.keys.len() == exact.keys.len();
             let Some(held) = held.filter(of_all) else {
@@ -168,7 +173,7 @@ impl Reconstruction {
                 let numbers = exact.len().max(1) as f64;
                 self.rows.push(Row {
                     format: spec.to_string(),
-                    method: spec.method().name.to_owned(),
+                    method: method.clone(),
                     layer,
                     part,
                     bits_per_number: 8.0 * bytes as f64 / numbers,
@@ -244,6 +249,52 @@ impl Reconstruction {
         ]
     }
 
+    /// How many bits methods need for the squared error of each row of `reference`, layer by layer and part by part,
+    /// over the bits that this has; between two sizes of a method the error's logarithm is interpolated linearly.
+    /// Nothing of methods whose rows do not reach from above that error to below.
+    pub fn bits_at_error_of(&self, reference: &str) -> Vec<SameError> {
+        let references = self.rows.iter().filter(|row| row.method == reference);
+        let mut found = Vec::new();
+        for wanted in references {
+            for method in self.methods() {
+                if method == reference || method == BOUND {
+                    continue;
+                }
+                let own = self.rows.iter().filter(|row| {
+                    (row.method.as_str(), row.layer, row.part)
+                        == (method, wanted.layer, wanted.part)
+                });
+                let points: Vec<(f64, f64)> = own
+                    .map(|row| (row.bits_per_number, row.distortion))
+                    .collect();
+                if let Some(bits) = bits_at(points, wanted.distortion) {
+                    found.push(SameError {
+                        reference: wanted.format.clone(),
+                        method: method.to_owned(),
+                        layer: wanted.layer,
+                        part: wanted.part,
+                        distortion: wanted.distortion,
+                        reference_bits: wanted.bits_per_number,
+                        bits,
+                        ratio: bits / wanted.bits_per_number,
+                    });
+                }
+            }
+        }
+        found
+    }
+
+    /// The methods, in the order in which they were added.
+    pub fn methods(&self) -> Vec<&str> {
+        let mut methods: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !methods.contains(&row.method.as_str()) {
+                methods.push(&row.method);
+            }
+        }
+        methods
+    }
+
     /// Distortion against bits, the mean over the layers first, then every layer: keys beside values, or below them.
     #[must_use]
     pub fn curves(&self, beside: bool) -> String {
@@ -266,12 +317,7 @@ impl Reconstruction {
     }
 
     fn panels(&self, layer: Option<usize>) -> Vec<Panel> {
-        let mut methods: Vec<&str> = Vec::new();
-        for row in &self.rows {
-            if !methods.contains(&row.method.as_str()) {
-                methods.push(&row.method);
-            }
-        }
+        let methods = self.methods();
         let line = |method: &str, part: &str| {
             let of_method = |r: &&Row| r.method == method && r.part == part;
             let own = |r: &&Row| layer.is_none_or(|layer| layer == r.layer);
@@ -309,6 +355,42 @@ impl Reconstruction {
         };
         PARTS.map(panel).into()
     }
+}
+
+/// What a method needs for the error of a format of another, in one layer's keys or values.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SameError {
+    /// The other's format.
+    pub reference: String,
+    /// The method.
+    pub method: String,
+    /// The layer.
+    pub layer: usize,
+    /// `keys` or `values`.
+    pub part: &'static str,
+    /// The squared error over the signal's.
+    pub distortion: f64,
+    /// Bits a number of the other.
+    pub reference_bits: f64,
+    /// Bits a number of the method.
+    pub bits: f64,
+    /// These over those.
+    pub ratio: f64,
+}
+
+/// The bits at which a curve of bits and errors comes down to `error`; `None` where it does not, or begins below.
+fn bits_at(mut points: Vec<(f64, f64)>, error: f64) -> Option<f64> {
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let pairs = points.iter().zip(points.iter().skip(1));
+    let crossed = |((_, above), (_, below)): &(&(f64, f64), &(f64, f64))| {
+        (*below..=*above).contains(&error) && *below > 0.0
+    };
+    let (&(few, above), &(many, below)) = pairs.into_iter().find(crossed)?;
+    if above == below {
+        return Some(few);
+    }
+    let part = (above / error).ln() / (above / below).ln();
+    Some(few + part * (many - few))
 }
 
 /// The variances of vectors `[n, m]` along their principal axes.
@@ -365,6 +447,18 @@ mod tests {
         // At 2 bits each, 4 in all: 3 and 1, both down to 1/4.
         assert!((water_filling(&[16.0, 1.0], 2.0) - 0.25).abs() < 1e-9);
         assert_eq!(water_filling(&[0.0, 0.0], 1.0), 0.0);
+    }
+
+    #[test]
+    fn bits_for_an_error_are_interpolated() {
+        let points = vec![(4.0, 0.01), (2.0, 0.1), (1.0, 0.4)];
+        let at = |error| bits_at(points.clone(), error);
+        assert!((at(0.1).unwrap() - 2.0).abs() < 1e-9);
+        // Half way in the logarithm.
+        assert!((at(0.2).unwrap() - 1.5).abs() < 1e-9);
+        assert!((at(0.001_f64.sqrt()).unwrap() - 3.0).abs() < 1e-9);
+        assert_eq!([at(0.5), at(0.009)], [None, None]);
+        assert_eq!(bits_at(vec![(1.0, 0.3)], 0.3), None);
     }
 
     #[test]

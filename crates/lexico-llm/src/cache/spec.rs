@@ -142,7 +142,8 @@ impl CacheSpec {
             && options.all(|o| text(self, o.name) == text(other, o.name))
     }
 
-    pub(super) fn given(&self, option: &str) -> Option<&str> {
+    /// What was given for an option; `None` where it was left out.
+    pub fn given(&self, option: &str) -> Option<&str> {
         let given = self.options.iter().find(|(name, _)| *name == option);
         given.map(|(_, value)| value.as_str())
     }

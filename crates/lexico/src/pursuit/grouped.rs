@@ -205,7 +205,9 @@ impl<'d> GroupedPursuit<'d> {
         if whole == 0.0 {
             return 0.0;
         }
-        (rest.iter().map(|r| r * r).sum::<f64>().sqrt() / whole) as f32
+        let error = rest.iter().map(|r| r * r).sum::<f64>().sqrt() / whole;
+        // Next to nothing may come back as far more.
+        error.min(f64::from(f32::MAX)) as f32
     }
 }
 

@@ -1,0 +1,287 @@
+//! Codes of one atom a group: the search against plain f64, packed codes in memory and in files.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+mod common;
+
+use std::collections::HashMap;
+
+use common::drawn_vectors;
+use lexico::code::CodeFile;
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups};
+use lexico::pursuit::GroupedPursuit;
+use lexico::threads::{Alone, Rayon};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Error};
+use proptest::prelude::*;
+
+/// Groups whose atoms get shorter.
+fn drawn_dictionary(seed: u64, first: usize, groups: usize, m: usize) -> GroupedDictionary {
+    let count = first + (groups - 1) * GROUP;
+    let mut atoms = drawn_vectors(seed, count, m);
+    for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+        let group = if i < first {
+            0
+        } else {
+            (i - first) / GROUP + 1
+        };
+        atom.iter_mut()
+            .for_each(|x| *x *= 0.7f32.powi(group as i32));
+    }
+    GroupedDictionary::new(atoms, m, Groups { first }).unwrap()
+}
+
+fn squared_distance(dictionary: &GroupedDictionary, x: &[f32], indices: &[usize]) -> f64 {
+    let atoms = dictionary.dictionary();
+    let numbers = x.iter().enumerate();
+    numbers
+        .map(|(k, &x)| {
+            let sum: f64 = indices.iter().map(|&i| f64::from(atoms.atom(i)[k])).sum();
+            (f64::from(x) - sum).powi(2)
+        })
+        .sum()
+}
+
+/// Group by group the atom that comes nearest, in f64.
+fn nearest_in_turn(dictionary: &GroupedDictionary, x: &[f32], sparsity: usize) -> Vec<usize> {
+    let groups = dictionary.groups();
+    let mut chosen = Vec::new();
+    for group in 0..sparsity {
+        let distance = |i: usize| {
+            let with: Vec<usize> = chosen.iter().copied().chain([i]).collect();
+            squared_distance(dictionary, x, &with)
+        };
+        let atoms = groups.start(group)..groups.start(group + 1);
+        let best = atoms.min_by(|&a, &b| distance(a).total_cmp(&distance(b)));
+        chosen.push(best.unwrap());
+    }
+    chosen
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_beam_of_one_takes_the_nearest_atom_of_each_group(
+        seed: u64, first in 1usize..300, s in 1usize..5, m in 1usize..20, n in 0usize..20,
+    ) {
+        let dictionary = drawn_dictionary(seed, first, 4, m);
+        let vectors = drawn_vectors(seed ^ 1, n, m);
+        let batch = GroupedPursuit::new(&dictionary, s).unwrap().with_beam(1).encode(&vectors).unwrap();
+        prop_assert_eq!(batch.len(), n);
+        for (v, x) in vectors.chunks_exact(m).enumerate() {
+            let (indices, coefficients) = batch.row(v);
+            prop_assert!(coefficients.iter().all(|&c| c == 1.0) && indices.len() == s);
+            let found: Vec<usize> = indices.iter().map(|&i| usize::from(i)).collect();
+            let wanted = nearest_in_turn(&dictionary, x, s);
+            let [found_error, wanted_error] = [&found, &wanted].map(|i| squared_distance(&dictionary, x, i));
+            let whole: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+            // Nearly equal atoms may change places in f32.
+            prop_assert!(found == wanted || (found_error - wanted_error).abs() < 1e-4 * whole,
+                "{:?} {} for {:?} {}", found, found_error, wanted, wanted_error);
+            let relative = (found_error / whole.max(f64::MIN_POSITIVE)).sqrt();
+            prop_assert!((f64::from(batch.relative_errors[v]) - relative).abs() < 1e-4 * relative.max(1.0));
+        }
+    }
+
+    #[test]
+    fn a_beam_as_wide_as_the_first_group_finds_the_nearest_pair(
+        seed: u64, first in 1usize..12, m in 1usize..8, n in 1usize..5,
+    ) {
+        let dictionary = drawn_dictionary(seed, first, 2, m);
+        let vectors = drawn_vectors(seed ^ 1, n, m);
+        let pursuit = GroupedPursuit::new(&dictionary, 2).unwrap().with_beam(first);
+        let batch = pursuit.encode(&vectors).unwrap();
+        for (v, x) in vectors.chunks_exact(m).enumerate() {
+            let found: Vec<usize> = batch.row(v).0.iter().map(|&i| usize::from(i)).collect();
+            let pairs = (0..first).flat_map(|i| (first..first + GROUP).map(move |j| [i, j]));
+            let best = pairs.map(|pair| squared_distance(&dictionary, x, &pair)).fold(f64::INFINITY, f64::min);
+            let whole: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+            prop_assert!(squared_distance(&dictionary, x, &found) <= best + 1e-5 * whole);
+        }
+    }
+
+    #[test]
+    fn heads_have_sparsities_of_their_own_and_threads_change_nothing(
+        seed: u64, sparsities in prop::collection::vec(1usize..5, 1..4), each in 0usize..30, beam in 1usize..10,
+    ) {
+        let m = 6;
+        let dictionary = drawn_dictionary(seed, 40, 5, m);
+        let vectors = drawn_vectors(seed ^ 1, each * sparsities.len(), m);
+        let pursuit = GroupedPursuit::new(&dictionary, 4).unwrap().with_beam(beam);
+        let heads = pursuit.encode_heads_on(&vectors, &sparsities, &Rayon).unwrap();
+        prop_assert_eq!(&heads, &pursuit.encode_heads_on(&vectors, &sparsities, &Alone).unwrap());
+        for (head, (batch, &s)) in heads.iter().zip(&sparsities).enumerate() {
+            let alone = GroupedPursuit::new(&dictionary, s).unwrap().with_beam(beam);
+            let own = &vectors[head * each * m..][..each * m];
+            prop_assert_eq!(batch, &alone.encode(own).unwrap());
+        }
+    }
+
+    #[test]
+    fn packed_codes_are_the_sums_of_their_atoms_and_come_back_from_files(
+        seed: u64, n in 0usize..40, s in 1usize..6, first in 1usize..400, dropped in 0usize..40,
+    ) {
+        let m = 5;
+        let dictionary = drawn_dictionary(seed, first, 5, m);
+        let vectors = drawn_vectors(seed ^ 1, n, m);
+        let batch = GroupedPursuit::new(&dictionary, s).unwrap().encode(&vectors).unwrap();
+        let format = packed(&dictionary, s);
+        let mut codes = Codes::new(format).unwrap();
+        // In parts, so that storage grows.
+        codes.extend(&batch);
+        codes.extend(&batch);
+        prop_assert_eq!(codes.bytes_used(), 2 * n * (s + 1));
+        let dropped = dropped.min(2 * n);
+        codes.drop_front(dropped);
+        let decoded = codes.decode(dictionary.atoms(s)).unwrap();
+        prop_assert_eq!(decoded.len(), (2 * n - dropped) * m);
+        for (v, x) in decoded.chunks_exact(m).enumerate() {
+            let indices = batch.row((v + dropped) % n).0;
+            for (k, &x) in x.iter().enumerate() {
+                let sum: f32 = indices.iter().map(|&i| dictionary.dictionary().atom(usize::from(i))[k]).sum();
+                prop_assert!((x - sum).abs() < 1e-5);
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("codes.safetensors");
+        let atoms = dictionary.dictionary();
+        CodeFile::new(codes, "layers.0.keys", atoms).save(&path).unwrap();
+        let back = CodeFile::load(&path).unwrap();
+        prop_assert_eq!(back.codes.format(), format);
+        prop_assert_eq!(back.decode(atoms).unwrap(), decoded);
+    }
+}
+
+fn packed(dictionary: &GroupedDictionary, sparsity: usize) -> CodeFormat {
+    CodeFormat {
+        sparsity,
+        variable: false,
+        coefficients: CoefficientFormat::InAtoms(dictionary.groups()),
+    }
+}
+
+#[test]
+fn a_wider_beam_comes_nearer_on_the_whole() {
+    let dictionary = drawn_dictionary(3, 512, 8, 16);
+    let vectors = drawn_vectors(4, 300, 16);
+    let errors = [1, 4, 16].map(|beam| {
+        let pursuit = GroupedPursuit::new(&dictionary, 8).unwrap();
+        let batch = pursuit.with_beam(beam).encode(&vectors).unwrap();
+        batch.mean_relative_error()
+    });
+    assert!(
+        errors[0] > 1.02 * errors[1] && errors[1] > 1.02 * errors[2],
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn extreme_vectors_are_coded_or_refused() {
+    let dictionary = drawn_dictionary(3, 10, 3, 4);
+    let pursuit = GroupedPursuit::new(&dictionary, 3).unwrap();
+    for x in [f32::MAX, f32::MIN, 1e-45, 0.0] {
+        let batch = pursuit.encode(&[x; 4]).unwrap();
+        assert!(batch.relative_errors[0].is_finite(), "{x}");
+    }
+    for x in [f32::NAN, f32::INFINITY] {
+        let refused = pursuit.encode(&[0.0, 0.0, 0.0, 0.0, x, 0.0, 0.0, 0.0]);
+        assert!(matches!(refused, Err(Error::NotFinite { row: 1 })));
+    }
+    let short = pursuit.encode(&[0.0; 5]);
+    assert!(matches!(short, Err(Error::VectorLength { .. })));
+    for sparsity in [0, 4] {
+        assert!(matches!(
+            GroupedPursuit::new(&dictionary, sparsity),
+            Err(Error::Groups { groups: 3, .. })
+        ));
+    }
+}
+
+#[test]
+fn atoms_that_do_not_fill_groups_are_refused() {
+    for (count, first) in [(10, 0), (10, 11), (10, 9), (300, 45), (266, 11)] {
+        let atoms = vec![0.5; count * 3];
+        let refused = GroupedDictionary::new(atoms, 3, Groups { first });
+        assert!(
+            matches!(refused, Err(Error::Dictionary(_))),
+            "{count} {first}: {refused:?}"
+        );
+    }
+    let mut atoms = vec![0.5; 10 * 3];
+    atoms[4] = f32::NAN;
+    let refused = GroupedDictionary::new(atoms, 3, Groups { first: 10 });
+    assert!(matches!(refused, Err(Error::Dictionary(_))));
+    let dictionary = drawn_dictionary(1, 5, 2, 3);
+    let impossible = [
+        CodeFormat {
+            variable: true,
+            ..packed(&dictionary, 2)
+        },
+        packed(&dictionary, 0),
+        packed(&dictionary, 257),
+        packed(&dictionary, usize::MAX),
+    ];
+    for format in impossible {
+        let refused = Codes::new(format);
+        assert!(
+            matches!(refused, Err(Error::GroupedCodes { .. })),
+            "{format:?}"
+        );
+    }
+}
+
+#[test]
+fn packed_code_files_that_lie_are_refused() {
+    use lexico::tensor_file::{self, Dtype, NewTensor};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("codes.safetensors");
+    let entries = |first: &str| {
+        HashMap::from(
+            [
+                ("format", lexico::code::FORMAT),
+                ("tensor", "d"),
+                ("dictionary_crc32", "00000000"),
+                ("head_dim", "4"),
+                ("first_group", first),
+            ]
+            .map(|(key, value)| (key.to_owned(), value.to_owned())),
+        )
+    };
+    let first = |n: usize, index: u16| {
+        let bytes = index.to_le_bytes().repeat(n);
+        NewTensor::new("first", Dtype::U16, &[n], bytes)
+    };
+    let rest = |shape: &[usize]| {
+        let bytes = vec![7; shape.iter().product()];
+        NewTensor::new("rest", Dtype::U8, shape, bytes)
+    };
+    let write = |tensors: &[NewTensor], groups: &str| {
+        tensor_file::write(&path, tensors, entries(groups)).unwrap();
+        CodeFile::load(&path)
+    };
+    assert_eq!(
+        write(&[first(3, 9), rest(&[3, 2])], "10")
+            .unwrap()
+            .codes
+            .len(),
+        3
+    );
+    let wrong_type = NewTensor::new("rest", Dtype::I8, &[3, 2], vec![7; 6]);
+    let cases = [
+        write(&[first(3, 10), rest(&[3, 2])], "10"),
+        write(&[first(3, 9), rest(&[2, 2])], "10"),
+        write(&[first(3, 9), rest(&[6])], "10"),
+        write(&[first(3, 9)], "10"),
+        write(&[rest(&[3, 2])], "10"),
+        write(&[first(3, 9), wrong_type], "10"),
+        write(&[first(3, 0), rest(&[3, 2])], "0"),
+        write(&[first(3, 0), rest(&[3, 2])], "65537"),
+        write(&[first(3, 0), rest(&[3, 2])], "-1"),
+        write(&[first(3, 0), rest(&[3, 300])], "10"),
+        write(&[first(3, 0), rest(&[3, 2])], "18446744073709551615"),
+    ];
+    for (case, result) in cases.into_iter().enumerate() {
+        let message = result.err().map(|e| e.to_string());
+        assert!(message.is_some_and(|m| !m.is_empty()), "case {case}");
+    }
+}
