@@ -1,9 +1,11 @@
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use lexico::code::CodeFile;
+use lexico::dictionary::GroupedDictionary;
+use lexico::pursuit::GroupedPursuit;
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use serde_json::json;
@@ -20,15 +22,19 @@ pub(crate) struct Encode {
     /// The dictionary's tensor, as layers.0.keys
     #[arg(long, value_name = "NAME")]
     tensor: String,
-    /// Most nonzeros of a vector
+    /// Most atoms of a vector
     #[arg(short, long, value_name = "S")]
     sparsity: usize,
-    /// Relative error at which a vector needs no more nonzeros; lengths then vary
+    /// Relative error at which a vector needs no more atoms; lengths then vary. Not with packed codes
     #[arg(long, value_name = "D", default_value_t = 0.0)]
     tolerance: f32,
-    /// How coefficients are stored
-    #[arg(long, value_enum, default_value_t = Coefficients::I8)]
-    coefficients: Coefficients,
+    /// How codes are stored: packed, one atom of each of the dictionary's groups in a byte; or any atoms in two bytes and
+    /// a coefficient
+    #[arg(long, value_enum, default_value_t = Format::I8)]
+    format: Format,
+    /// Sums that the search for packed codes follows
+    #[arg(long, value_name = "N", default_value_t = lexico::pursuit::BEAM)]
+    beam: usize,
     /// The code file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
@@ -38,7 +44,8 @@ pub(crate) struct Encode {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Coefficients {
+enum Format {
+    Packed,
     I8,
     F8,
     F32,
@@ -47,34 +54,48 @@ enum Coefficients {
 impl Encode {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         ui::check_out(&self.out, &[&self.file, &self.dictionary])?;
-        let dictionary = Dictionary::load(&self.dictionary, &self.tensor)?;
+        let dictionary = AnyDictionary::load(
+            &self.dictionary,
+            &self.tensor,
+            matches!(self.format, Format::Packed),
+        )?;
+        let atoms = dictionary.atoms();
         let input = TensorFile::open(&self.file)?;
         let (vectors, shape) = input.f32_tensor("vectors", 2)?;
-        if shape[1] != dictionary.head_dim() {
+        if shape[1] != atoms.head_dim() {
             anyhow::bail!(
                 "{}: its vectors have length {}, the atoms of {} {}",
                 self.file.display(),
                 shape[1],
                 self.tensor,
-                dictionary.head_dim()
+                atoms.head_dim()
             );
         }
         let mut codes = Codes::new(CodeFormat {
             sparsity: self.sparsity,
             variable: self.tolerance > 0.0,
-            coefficients: match self.coefficients {
-                Coefficients::I8 => CoefficientFormat::I8,
-                Coefficients::F8 => CoefficientFormat::F8,
-                Coefficients::F32 => CoefficientFormat::F32,
+            coefficients: match (self.format, &dictionary) {
+                (_, AnyDictionary::Grouped(grouped)) => {
+                    CoefficientFormat::InAtoms(grouped.groups())
+                }
+                (Format::F8, _) => CoefficientFormat::F8,
+                (Format::F32, _) => CoefficientFormat::F32,
+                _ => CoefficientFormat::I8,
             },
         })?;
-        let pursuit = Pursuit::new(&dictionary, self.sparsity)?.with_tolerance(self.tolerance)?;
         let started = Instant::now();
-        codes.extend(&pursuit.encode(&vectors)?);
+        codes.extend(&match &dictionary {
+            AnyDictionary::Grouped(grouped) => GroupedPursuit::new(grouped, self.sparsity)?
+                .with_beam(self.beam)
+                .encode(&vectors)?,
+            AnyDictionary::Free(free) => Pursuit::new(free, self.sparsity)?
+                .with_tolerance(self.tolerance)?
+                .encode(&vectors)?,
+        });
         let seconds = started.elapsed().as_secs_f64();
-        let error = lexico::mean_relative_error(&vectors, &codes.decode(&dictionary)?, shape[1]);
+        let error = lexico::mean_relative_error(&vectors, &codes.decode(atoms)?, shape[1]);
         let bytes = codes.bytes_used();
-        CodeFile::new(codes, &self.tensor, &dictionary).save(&self.out)?;
+        CodeFile::new(codes, &self.tensor, atoms).save(&self.out)?;
         if self.json {
             return ui::json(&json!({
                 "vectors": shape[0],
@@ -92,6 +113,29 @@ impl Encode {
             ui::bytes(bytes),
             ui::percent(bytes as f64 / dense.max(1) as f64)
         ))
+    }
+}
+
+/// What codes are over.
+enum AnyDictionary {
+    Free(Dictionary),
+    Grouped(GroupedDictionary),
+}
+
+impl AnyDictionary {
+    fn load(path: &Path, tensor: &str, grouped: bool) -> anyhow::Result<Self> {
+        Ok(if grouped {
+            Self::Grouped(GroupedDictionary::load(path, tensor)?)
+        } else {
+            Self::Free(Dictionary::load(path, tensor)?)
+        })
+    }
+
+    fn atoms(&self) -> &Dictionary {
+        match self {
+            Self::Free(dictionary) => dictionary,
+            Self::Grouped(grouped) => grouped.dictionary(),
+        }
     }
 }
 
@@ -121,9 +165,12 @@ impl Decode {
         if let Some(given) = self.tensor.filter(|given| given != tensor) {
             anyhow::bail!("the codes need the dictionary's tensor {tensor}, not {given}");
         }
-        let dictionary = Dictionary::load(&self.dictionary, tensor)?;
+        let coefficients = codes.codes.format().coefficients;
+        let packed = matches!(coefficients, CoefficientFormat::InAtoms(_));
+        let dictionary = AnyDictionary::load(&self.dictionary, tensor, packed)?;
+        let dictionary = dictionary.atoms();
         let started = Instant::now();
-        let vectors = codes.decode(&dictionary)?;
+        let vectors = codes.decode(dictionary)?;
         let seconds = started.elapsed().as_secs_f64();
         let shape = [codes.codes.len(), dictionary.head_dim()];
         let tensors = [NewTensor::f32("vectors", &shape, &vectors)];

@@ -443,11 +443,11 @@ fn vectors_are_coded_and_come_back() {
     ];
     let mut errors = Vec::new();
     for (sparsity, more) in [
-        ("8", &["--coefficients", "i8"][..]),
-        ("8", &["--coefficients", "f8"]),
-        ("8", &["--coefficients", "f32"]),
-        ("64", &["--coefficients", "f32"]),
-        ("64", &["--tolerance", "0.3", "--coefficients", "f32"]),
+        ("8", &["--format", "i8"][..]),
+        ("8", &["--format", "f8"]),
+        ("8", &["--format", "f32"]),
+        ("64", &["--format", "f32"]),
+        ("64", &["--tolerance", "0.3", "--format", "f32"]),
     ] {
         let report = json(
             &[

@@ -313,6 +313,19 @@ const FIRST: &str = ".first";
 const OTHERS: &str = ".others";
 
 impl GroupedDictionary {
+    /// Reads the atoms of one dictionary file's keys or values, `name` as in `layers.0.keys`. Of the metadata
+    /// only `format` is needed.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensors are no groups of atoms.
+    pub fn load(path: impl AsRef<Path>, name: &str) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        file.check_format(FORMAT, CURE)?;
+        let (_, shape) = file.info(&format!("{name}{FIRST}"))?;
+        let head_dim = shape.get(1).copied().unwrap_or(0);
+        Self::read(&file, name, head_dim)
+    }
+
     /// Reads two tensors, `[N, m]` atoms of the first group and `[groups, 256, m]` of the others.
     fn read(file: &TensorFile, name: &str, head_dim: usize) -> Result<Self> {
         let (mut atoms, first) = file.f32_tensor(&format!("{name}{FIRST}"), 2)?;
