@@ -59,7 +59,15 @@ impl<'d> GroupedPursuit<'d> {
     /// # Errors
     /// As [`Pursuit::encode`](super::Pursuit::encode).
     pub fn encode(&self, vectors: &[f32]) -> Result<SparseBatch> {
-        self.encode_limited(vectors, &|_| self.sparsity, &Rayon)
+        self.encode_on(vectors, &Rayon)
+    }
+
+    /// As [`GroupedPursuit::encode`], spread over these threads.
+    ///
+    /// # Errors
+    /// As [`GroupedPursuit::encode`].
+    pub fn encode_on(&self, vectors: &[f32], threads: &dyn Threads) -> Result<SparseBatch> {
+        self.encode_limited(vectors, &|_| self.sparsity, threads)
     }
 
     /// Codes the vectors of several heads, `[heads, n, m]`, those of each with its own of `sparsities`, and
