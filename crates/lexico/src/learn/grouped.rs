@@ -17,8 +17,9 @@ const ITERATIONS: usize = 10;
 const VECTORS_AN_ATOM: usize = 256;
 /// Vectors below which an atom is none of use.
 const USERS: usize = 2;
-/// After so many new groups all vectors are coded anew over all groups there are.
-const GROUPS_BETWEEN_CODINGS: usize = 4;
+/// Once there are so many groups, and whenever twice as many, all vectors are coded anew over all of them: a search finds
+/// more than one group after the other.
+const GROUPS_TO_SEARCH: usize = 4;
 /// Passes over the groups for the same codes.
 const SWEEPS: usize = 2;
 /// So many groups more, and the error of a code counts twice as much: about as it falls.
@@ -209,7 +210,7 @@ impl GroupedOptions {
         let there = group + 1;
         if there == self.groups {
             None
-        } else if there.is_multiple_of(GROUPS_BETWEEN_CODINGS) {
+        } else if there >= GROUPS_TO_SEARCH && there.is_power_of_two() {
             Some(there)
         } else {
             Some(1)
