@@ -7,10 +7,10 @@ use clap::Args;
 use lexico::DictionarySet;
 use lexico::dictionary::{LayerErrors, grouped_sparsity};
 use lexico::learn::{GroupedOptions, LearnMethod, LearnOptions};
-use lexico_llm::{Model, Quantize};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
+use lexico_llm::{Model, Quantize};
 use serde_json::json;
 
 use crate::corpus::CorpusArguments;

@@ -57,8 +57,7 @@ fn learn_one(
                     progress: progress_of_one,
                 })
             };
-            let learned =
-                learn_grouped(vectors, &held_out, head_dim, &options, &Rayon, &mut tell)?;
+            let learned = learn_grouped(vectors, &held_out, head_dim, &options, &Rayon, &mut tell)?;
             let one = One {
                 dictionary: learned.dictionary.in_half_precision()?,
                 // A corpus has two windows at the least, of which one is held out.

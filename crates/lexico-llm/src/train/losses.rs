@@ -145,12 +145,13 @@ fn coding_losses(
     let worth = tokens / count;
     let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
     let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
-    let saved = state.map(|state| state.load_json(kind.file())).transpose()?;
+    let saved = state
+        .map(|state| state.load_json(kind.file()))
+        .transpose()?;
     let mut measured: Measured = saved.flatten().unwrap_or_default();
     measured.sums.resize(count, 0.0);
-    let save = |measured: &Measured| {
-        state.map_or(Ok(()), |state| state.save_json(kind.file(), measured))
-    };
+    let save =
+        |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(kind.file(), measured));
     let mut last_saved = Instant::now();
     for (number, window) in windows.iter().enumerate().skip(measured.windows) {
         // Contexts of all lengths: heads matter more in some than in others.

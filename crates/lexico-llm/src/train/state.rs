@@ -224,10 +224,7 @@ fn remove_files(folder: &Path) -> Result<()> {
     for entry in entries(folder)? {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with("layers.")
-            || losses.contains(&&*name)
-            || name.starts_with(UNFINISHED)
-        {
+        if name.starts_with("layers.") || losses.contains(&&*name) || name.starts_with(UNFINISHED) {
             remove(entry.path())?;
         }
     }

@@ -293,10 +293,11 @@ impl DictionarySet {
         Some(losses.allocate(mean, most.min(self.most_nonzeros())))
     }
 
-    /// As [`DictionarySet::allocate`], for codes of one atom a group.
+    /// As [`DictionarySet::allocate`], for codes of one atom a group; `None` too where there are no groups.
     pub fn allocate_grouped(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
         let losses = self.training.grouped_losses.as_ref()?;
-        Some(losses.allocate(mean, self.most_groups()))
+        let most = self.most_groups();
+        (most > 0).then(|| losses.allocate(mean, most))
     }
 
     /// The largest sparsity that all dictionaries allow for codes of one atom a group; 0 where there are none.

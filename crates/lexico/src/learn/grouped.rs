@@ -76,7 +76,8 @@ impl GroupedOptions {
     /// [`Error::Learn`] for a setting that is 0 or too many atoms.
     pub fn check(&self) -> Result<()> {
         if self.first == 0 || self.groups == 0 || self.sparsity == 0 || self.beam == 0 {
-            let reason = "the atoms of the first group, groups, sparsity and beam must be at least 1";
+            let reason =
+                "the atoms of the first group, groups, sparsity and beam must be at least 1";
             return Err(Error::Learn(reason.to_owned()));
         }
         let others = (self.groups - 1).saturating_mul(GROUP);
@@ -126,8 +127,8 @@ pub struct LearnedGroups {
 /// `progress` is called every few thousand vectors and may break off.
 ///
 /// # Errors
-/// Those of [`GroupedOptions::check`]; [`Error::Learn`] where there are no vectors or the dictionary's numbers would be
-/// too large, [`Error::VectorLength`], [`Error::NotFinite`], and [`Error::Interrupted`] where `progress` broke off.
+/// Those of [`GroupedOptions::check`]; [`Error::Learn`] where there are no vectors, [`Error::VectorLength`],
+/// [`Error::NotFinite`], and [`Error::Interrupted`] where `progress` broke off.
 pub fn learn_grouped(
     mut vectors: Vec<f32>,
     held_out: &[f32],
@@ -204,8 +205,8 @@ impl GroupedOptions {
         (0..self.groups).map(beginning).sum::<usize>() + self.rounds * all * self.groups
     }
 
-    /// Over how many groups vectors are coded once group `group` is there: all, only the new one, or none after the
-    /// last.
+    /// Over how many groups all vectors are coded once group `group` is there: all groups, only the new one, or none
+    /// after the last.
     fn coded_after(&self, group: usize) -> Option<usize> {
         let there = group + 1;
         if there == self.groups {
@@ -513,5 +514,250 @@ fn add(sum: &mut [f64], x: &[f32]) {
 fn mean(out: &mut [f32], sum: &[f64], count: f64) {
     for (out, sum) in out.iter_mut().zip(sum) {
         *out = (sum / count) as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+    use super::*;
+    use crate::threads::{Alone, Rayon};
+
+    const M: usize = 8;
+
+    /// Vectors about some centres, the numbers of each nearer to zero than those before.
+    fn drawn_vectors(seed: u64, count: usize) -> Vec<f32> {
+        let mut centres = ChaCha8Rng::seed_from_u64(99);
+        let centres: Vec<f32> = (0..20 * M)
+            .map(|_| centres.random_range(-1.0..1.0))
+            .collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut vectors = Vec::with_capacity(count * M);
+        for _ in 0..count {
+            let centre = rng.random_range(0..20) * M;
+            for (i, x) in centres[centre..][..M].iter().enumerate() {
+                vectors.push(x + rng.random_range(-1f32..1.0) / (1 + i) as f32);
+            }
+        }
+        vectors
+    }
+
+    fn options() -> GroupedOptions {
+        GroupedOptions {
+            first: 64,
+            groups: 5,
+            sparsity: 3,
+            ..GroupedOptions::of(M)
+        }
+    }
+
+    fn learned(vectors: &[f32], options: &GroupedOptions, threads: &dyn Threads) -> LearnedGroups {
+        let held_out = drawn_vectors(2, 300);
+        let go_on = &mut |_| ControlFlow::Continue(());
+        learn_grouped(vectors.to_vec(), &held_out, M, options, threads, go_on).unwrap()
+    }
+
+    /// Mean squared error on held-out vectors over their mean square.
+    fn error(dictionary: &GroupedDictionary, sparsity: usize) -> f64 {
+        let held_out = drawn_vectors(2, 300);
+        let codes = GroupedPursuit::new(dictionary, sparsity).unwrap();
+        let codes = codes.encode(&held_out).unwrap();
+        let errors = codes.relative_errors.iter().zip(held_out.chunks(M));
+        let squares = errors.map(|(&e, x)| f64::from(e).powi(2) * square(x));
+        squares.sum::<f64>() / square(&held_out)
+    }
+
+    #[test]
+    fn every_step_of_learning_and_every_atom_lowers_the_held_out_error() {
+        let vectors = drawn_vectors(1, 6000);
+        let learned_in = |rounds| {
+            let options = GroupedOptions {
+                rounds,
+                ..options()
+            };
+            learned(&vectors, &options, &Rayon)
+        };
+        let (begun, whole) = (learned_in(0), learned_in(3));
+        let errors: Vec<f64> = (1..=5).map(|s| error(&whole.dictionary, s)).collect();
+        assert!(errors.is_sorted_by(|a, b| *b < 0.8 * a), "{errors:?}");
+        // With all five there are hardly more vectors than atoms can learn by heart.
+        for s in 2..=4 {
+            let before = error(&begun.dictionary, s);
+            assert!(errors[s - 1] < before, "{s} atoms: {errors:?}, {before}");
+        }
+        assert!(whole.held_out_error < begun.held_out_error);
+        // Atoms of the same numbers that were never learned.
+        let mut random = whole.dictionary.dictionary().atoms().to_vec();
+        let groups = whole.dictionary.groups();
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for group in 0..5 {
+            let own = &mut random[groups.start(group) * M..groups.start(group + 1) * M];
+            rand::seq::SliceRandom::shuffle(own, &mut rng);
+        }
+        let random = GroupedDictionary::new(random, M, groups).unwrap();
+        for s in 1..=5 {
+            assert!(errors[s - 1] < 0.7 * error(&random, s), "{s} atoms");
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_one_dictionary_on_any_number_of_threads() {
+        // More than are coded at once, and than k-means looks at.
+        let vectors = drawn_vectors(1, 20_000);
+        let options = GroupedOptions {
+            groups: 2,
+            rounds: 1,
+            ..options()
+        };
+        let alone = learned(&vectors, &options, &Alone);
+        let three = rayon::ThreadPoolBuilder::new().num_threads(3).build();
+        let three = three
+            .unwrap()
+            .install(|| learned(&vectors, &options, &Rayon));
+        assert_eq!(alone, three);
+        let other = GroupedOptions { seed: 1, ..options };
+        assert_ne!(alone, learned(&vectors, &other, &Alone));
+    }
+
+    #[test]
+    fn atoms_move_to_where_the_weighted_error_is_less() {
+        let vectors = drawn_vectors(3, 700);
+        let options = options();
+        let groups = Groups { first: 64 };
+        let (n, s) = (700, options.groups);
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut atoms: Vec<f32> = (0..groups.atoms(s) * M)
+            .map(|_| rng.random_range(-0.5..0.5))
+            .collect();
+        let mut codes = Vec::new();
+        for _ in 0..n {
+            codes.extend(
+                (0..s).map(|g| (groups.start(g) + rng.random_range(0..groups.size(g))) as u16),
+            );
+        }
+        // By the definition, in f64: of the first 1, 2 ... atoms of every code.
+        let loss = |atoms: &[f32]| {
+            let mut loss = 0.0;
+            for (x, code) in vectors.chunks(M).zip(codes.chunks(s)) {
+                let mut rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+                for (group, &i) in code.iter().enumerate() {
+                    for (rest, &a) in rest.iter_mut().zip(atom(atoms, M, i)) {
+                        *rest -= f64::from(a);
+                    }
+                    let square: f64 = rest.iter().map(|r| r * r).sum();
+                    loss += 2f64.powf(group as f64 / 5.0) * square;
+                }
+            }
+            loss
+        };
+        let mut losses = vec![loss(&atoms)];
+        let mut learner = GroupLearner {
+            vectors: &vectors,
+            head_dim: M,
+            groups,
+            options: &options,
+            rng,
+            threads: &Rayon,
+            progress: &mut |_| ControlFlow::Continue(()),
+            done: GroupedProgress { step: 0, steps: 0 },
+        };
+        for _ in 0..40 {
+            learner.fit(&mut atoms, &codes).unwrap();
+            losses.push(loss(&atoms));
+        }
+        assert!(
+            losses.is_sorted_by(|a, b| *b <= a * (1.0 + 1e-6)),
+            "{losses:?}"
+        );
+        // At the least loss no group's atom has a better place: what its vectors want of it sums to nothing.
+        let before = losses[40];
+        for (i, step) in [(3, 1e-2), (64 + 7, -1e-2), (64 + 256 + 9, 1e-2)] {
+            let mut other = atoms.clone();
+            other[i * M] += step;
+            assert!(loss(&other) > before * (1.0 - 1e-6), "atom {i}");
+        }
+    }
+
+    #[test]
+    fn odd_vectors_are_learned() {
+        let few = drawn_vectors(1, 5);
+        let mut zeros_too = few.clone();
+        zeros_too.extend([0.0; 3 * M]);
+        // As large as codes can be.
+        let huge: Vec<f32> = few.iter().map(|x| x * 1e14).collect();
+        let tiny: Vec<f32> = few.iter().map(|x| x * 1e-30).collect();
+        let mut outlier = drawn_vectors(1, 300);
+        outlier[7] = 3e38;
+        for (name, vectors) in [
+            ("one", few[..M].to_vec()),
+            ("five", few.clone()),
+            ("zero", vec![0.0; 9 * M]),
+            ("some zero", zeros_too),
+            ("equal", few[..M].repeat(400)),
+            ("huge", huge),
+            ("tiny", tiny),
+            ("one far off", outlier),
+        ] {
+            let held_out = vectors.clone();
+            let mut last = None;
+            let learned = learn_grouped(vectors, &held_out, M, &options(), &Rayon, &mut |p| {
+                last = Some(p);
+                ControlFlow::Continue(())
+            });
+            let learned = learned.unwrap();
+            let n = held_out.len() / M;
+            assert_eq!(learned.dictionary.len(), 5, "{name}");
+            assert_eq!(learned.dictionary.groups().first, n.min(64), "{name}");
+            let error = learned.held_out_error.unwrap();
+            if name == "one far off" {
+                assert!(error.is_finite());
+            } else {
+                assert!(error < 1e-3, "{name}: {error}");
+            }
+            let last = last.unwrap();
+            assert_eq!(last.step, last.steps, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_learned_is_refused() {
+        let vectors = drawn_vectors(1, 300);
+        let run = |vectors: &[f32], held_out: &[f32], change: fn(&mut GroupedOptions)| {
+            let mut options = options();
+            change(&mut options);
+            let go_on = &mut |_| ControlFlow::Continue(());
+            learn_grouped(vectors.to_vec(), held_out, M, &options, &Rayon, go_on)
+        };
+        let same: fn(&mut GroupedOptions) = |_| {};
+        for refused in [
+            run(&[], &[], same),
+            run(&vectors, &[], |o| o.first = 0),
+            run(&vectors, &[], |o| o.groups = 0),
+            run(&vectors, &[], |o| o.sparsity = 0),
+            run(&vectors, &[], |o| o.beam = 0),
+            run(&vectors, &[], |o| o.groups = 257),
+            run(&vectors, &[], |o| o.groups = usize::MAX),
+        ] {
+            assert!(matches!(refused, Err(Error::Learn(_))), "{refused:?}");
+        }
+        let ragged = run(&vectors[1..], &[], same);
+        assert!(matches!(ragged, Err(Error::VectorLength { .. })));
+        let mut poisoned = vectors.clone();
+        poisoned[7 * M] = f32::NAN;
+        for refused in [run(&poisoned, &[], same), run(&vectors, &poisoned, same)] {
+            assert!(matches!(refused, Err(Error::NotFinite { row: 7 })));
+        }
+        assert_eq!(run(&vectors, &[], same).unwrap().held_out_error, None);
+        let mut calls = 0;
+        let stopped = learn_grouped(vectors, &[], M, &options(), &Rayon, &mut |_| {
+            calls += 1;
+            if calls == 20 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        assert!(matches!(stopped, Err(Error::Interrupted)) && calls == 20);
     }
 }
