@@ -121,7 +121,7 @@ pub struct LearnedGroups {
 /// beginnings count too, so that the first groups alone serve smaller sparsities well. An atom that k-means leaves
 /// unused becomes a vector drawn by its squared error.
 ///
-/// `O(n·N·m·b)` a round for `N` atoms and a beam of `b`, and a few times that for the beginning; `4·n·m` numbers of
+/// `O(n·N·m·b)` a round for `N` atoms and a beam of `b`, and a few times that for the beginning; `3·n·m` numbers of
 /// memory. The vectors are taken because they are scaled in place.
 ///
 /// `progress` is called every few thousand vectors and may break off.
@@ -684,9 +684,9 @@ mod tests {
         let few = drawn_vectors(1, 5);
         let mut zeros_too = few.clone();
         zeros_too.extend([0.0; 3 * M]);
-        // As large as codes can be.
+        // About as large and as small as codes can be.
         let huge: Vec<f32> = few.iter().map(|x| x * 1e14).collect();
-        let tiny: Vec<f32> = few.iter().map(|x| x * 1e-30).collect();
+        let tiny: Vec<f32> = few.iter().map(|x| x * 1e-15).collect();
         let mut outlier = drawn_vectors(1, 300);
         outlier[7] = 3e38;
         for (name, vectors) in [
