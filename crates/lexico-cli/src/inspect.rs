@@ -3,7 +3,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use lexico::DictionarySet;
 use lexico::code::{self, CodeFile};
-use lexico::dictionary::{self, LayerSparsities};
+use lexico::dictionary::{
+    self, GROUP, GroupedDictionaries, LayerErrors, LayerSparsities, grouped_sparsity,
+};
 use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
 use lexico_llm::config::Config;
@@ -60,41 +62,92 @@ fn facts(facts: &[(&str, String)]) -> String {
     lines.collect()
 }
 
+/// What is known of the dictionaries for one kind of codes.
+struct Listed<'a> {
+    errors: Option<&'a Vec<LayerErrors>>,
+    allocation: Option<Vec<LayerSparsities>>,
+}
+
+impl Listed<'_> {
+    /// Held-out error of a layer's keys (part 0) or values.
+    fn error(&self, layer: usize, part: usize) -> Option<f32> {
+        let errors = self.errors?.get(layer)?;
+        Some([errors.keys, errors.values][part])
+    }
+
+    /// Sparsities of each head's keys or values.
+    fn sparsities(&self, layer: usize, part: usize) -> Option<&Vec<usize>> {
+        let layer = self.allocation.as_ref()?.get(layer)?;
+        Some([&layer.keys, &layer.values][part])
+    }
+
+    /// A row of a table, with how many atoms the layer's two dictionaries have.
+    fn row(&self, layer: usize, atoms: [String; 2]) -> Vec<String> {
+        let error = |part| {
+            let error = self.error(layer, part);
+            error.map_or("-".to_owned(), |e| format!("{e:.4}"))
+        };
+        let own = |part| {
+            let text = |heads: &Vec<usize>| {
+                let heads: Vec<String> = heads.iter().map(usize::to_string).collect();
+                heads.join(" ")
+            };
+            let heads = self.sparsities(layer, part);
+            heads.map_or("same for all".to_owned(), text)
+        };
+        let mut row = vec![layer.to_string()];
+        row.extend(atoms);
+        row.extend([error(0), error(1), own(0), own(1)]);
+        row
+    }
+}
+
+fn header(atoms: &str, nonzeros: &str) -> [String; 7] {
+    [
+        "layer".to_owned(),
+        format!("key {atoms}"),
+        format!("value {atoms}"),
+        "key error".to_owned(),
+        "value error".to_owned(),
+        format!("key {nonzeros} by head"),
+        format!("value {nonzeros} by head"),
+    ]
+}
+
 fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let set = DictionarySet::read(file)?;
     let (model, training) = (&set.model, &set.training);
-    let errors = |l: usize| training.relative_error.get(l);
-    let number = |e: Option<f32>| e.map_or("-".to_owned(), |e| format!("{e:.4}"));
-    let allocation = set.allocate(training.sparsity as f64);
-    let own = |l: usize, part: fn(&LayerSparsities) -> &Vec<usize>| {
-        let layer = allocation.as_ref().map(|layers| part(&layers[l]));
-        let text = |heads: &Vec<usize>| {
-            let heads: Vec<String> = heads.iter().map(usize::to_string).collect();
-            heads.join(" ")
-        };
-        layer.map_or("same for all".to_owned(), text)
+    let plain = Listed {
+        errors: Some(&training.relative_error),
+        allocation: set.allocate(training.sparsity as f64),
+    };
+    let groups = set.most_groups();
+    let packed_sparsity = grouped_sparsity(training.sparsity, groups);
+    let packed = Listed {
+        errors: training.grouped_relative_error.as_ref(),
+        allocation: set.allocate_grouped(packed_sparsity as f64),
     };
     let rows = set.layers.iter().enumerate().map(|(l, layer)| {
-        [
-            l.to_string(),
-            layer.keys.len().to_string(),
-            layer.values.len().to_string(),
-            number(errors(l).map(|e| e.keys)),
-            number(errors(l).map(|e| e.values)),
-            own(l, |layer| &layer.keys),
-            own(l, |layer| &layer.values),
-        ]
+        let atoms = [layer.keys.len(), layer.values.len()];
+        plain.row(l, atoms.map(|atoms| atoms.to_string()))
     });
-    let header = [
-        "layer",
-        "key atoms",
-        "value atoms",
-        "key error",
-        "value error",
-        "key nonzeros by head",
-        "value nonzeros by head",
-    ];
-    let table = ui::table(header, rows.collect());
+    let mut table = ui::table(header("atoms", "nonzeros"), rows.collect());
+    let layers = set.layers.iter().enumerate();
+    let rows = layers.filter_map(|(l, layer)| {
+        let grouped = layer.grouped.as_ref()?;
+        let sizes = [&grouped.keys, &grouped.values].map(|dictionary| {
+            let (groups, first) = (dictionary.len(), dictionary.groups().first);
+            format!("{first} + {} × {GROUP}", groups - 1)
+        });
+        Some(packed.row(l, sizes))
+    });
+    let rows: Vec<_> = rows.collect();
+    let mut packed_fact = "none".to_owned();
+    if !rows.is_empty() {
+        table += "\n\nPacked codes, one atom of each group:\n";
+        table += &ui::table(header("atoms", "atoms a code"), rows);
+        packed_fact = format!("{groups} groups, {packed_sparsity} atoms on average by default");
+    }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
     let text = facts(&[
         ("kind", "dictionaries".to_owned()),
@@ -107,30 +160,40 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "sparsity",
             format!("{} on average by default", training.sparsity),
         ),
+        ("packed codes", packed_fact),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
         ("made by", training.tool.clone()),
         ("in the file", ui::bytes(file.data_bytes())),
         ("in memory", ui::bytes(set.bytes())),
     ]) + &table;
-    let layers: Vec<Value> = set
-        .layers
-        .iter()
-        .enumerate()
-        .map(|(l, layer)| {
-            json!({
-                "layer": l,
-                "keys": {
-                    "atoms": layer.keys.len(), "relative_error": errors(l).map(|e| e.keys),
-                    "sparsities": allocation.as_ref().map(|layers| &layers[l].keys),
-                },
-                "values": {
-                    "atoms": layer.values.len(), "relative_error": errors(l).map(|e| e.values),
-                    "sparsities": allocation.as_ref().map(|layers| &layers[l].values),
-                },
+    let layers = set.layers.iter().enumerate();
+    let layers = layers.map(|(l, layer)| {
+        let packed = |grouped: &GroupedDictionaries| {
+            [(&grouped.keys, 0), (&grouped.values, 1)].map(|(dictionary, part)| {
+                json!({
+                    "groups": dictionary.len(), "first": dictionary.groups().first,
+                    "relative_error": packed.error(l, part), "sparsities": packed.sparsities(l, part),
+                })
             })
+        };
+        let [packed_keys, packed_values] = match &layer.grouped {
+            Some(grouped) => packed(grouped),
+            None => [Value::Null, Value::Null],
+        };
+        json!({
+            "layer": l,
+            "keys": {
+                "atoms": layer.keys.len(), "relative_error": plain.error(l, 0),
+                "sparsities": plain.sparsities(l, 0), "packed": packed_keys,
+            },
+            "values": {
+                "atoms": layer.values.len(), "relative_error": plain.error(l, 1),
+                "sparsities": plain.sparsities(l, 1), "packed": packed_values,
+            },
         })
-        .collect();
+    });
+    let layers: Vec<Value> = layers.collect();
     let json = json!({
         "kind": "dictionaries",
         "model": {
@@ -138,7 +201,8 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "kv_heads": model.kv_heads, "head_dim": model.head_dim,
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
-        "sparsity": training.sparsity, "corpus": training.corpus, "tokens": training.tokens,
+        "sparsity": training.sparsity, "groups": groups, "packed_sparsity": (groups > 0).then_some(packed_sparsity),
+        "corpus": training.corpus, "tokens": training.tokens,
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,
     });

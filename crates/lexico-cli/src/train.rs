@@ -4,11 +4,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use lexico::learn::{LearnMethod, LearnOptions};
-use lexico_llm::Quantize;
+use lexico::DictionarySet;
+use lexico::dictionary::{LayerErrors, grouped_sparsity};
+use lexico::learn::{GroupedOptions, LearnMethod, LearnOptions};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
+use lexico_llm::{Model, Quantize};
 use serde_json::json;
 
 use crate::corpus::CorpusArguments;
@@ -22,6 +24,22 @@ pub(crate) struct Train {
     model: String,
     #[command(flatten)]
     corpus: CorpusArguments,
+    /// Keep the dictionaries of this file, with what was measured of them, and learn only those of packed codes,
+    /// which replace any that are in the file; the result goes to --out
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["atoms", "sparsity", "recipe", "learner", "epochs", "batch", "learning_rate", "patience"]
+    )]
+    dictionary: Option<PathBuf>,
+    /// Groups of the dictionaries of packed codes, and so the most atoms of such a code; 0: learn none
+    /// [default: three eighths of the head dim]
+    #[arg(long, value_name = "N")]
+    groups: Option<usize>,
+    /// Atoms of the first group; every other has 256
+    #[arg(long, default_value_t = GroupedOptions::default().first, value_name = "N")]
+    first_group: usize,
     /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
     atoms: usize,
@@ -116,6 +134,7 @@ impl Train {
         }
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;
+        let kept = self.kept(&model)?;
         interrupt::listen()?;
         ui::note(&format!(
             "{}: learning dictionaries for {}",
@@ -123,7 +142,7 @@ impl Train {
             model.name
         ));
         let state = self.state_folder()?;
-        let options = self.options(model.decoder.config().head_dim, &state)?;
+        let options = self.options(model.decoder.config().head_dim, kept, &state)?;
         if self.resume && !state.exists() {
             ui::note(&format!(
                 "{}: nothing to go on with, begins",
@@ -165,19 +184,51 @@ impl Train {
         }
     }
 
-    fn options(&self, head_dim: usize, state: &Path) -> anyhow::Result<TrainOptions> {
+    /// The dictionaries that are not learned again.
+    fn kept(&self, model: &Model) -> anyhow::Result<Option<DictionarySet>> {
+        let Some(path) = &self.dictionary else {
+            return Ok(None);
+        };
+        ui::check_out(&self.out, &[path])?;
+        anyhow::ensure!(
+            self.groups != Some(0),
+            "--dictionary learns only groups, and --groups 0 none; leave one of them out"
+        );
+        let kept = model::read_dictionaries(model, path)?;
+        let fits = kept.check_fits(&model.identity());
+        fits.with_context(|| path.display().to_string())?;
+        Ok(Some(kept))
+    }
+
+    fn options(
+        &self,
+        head_dim: usize,
+        kept: Option<DictionarySet>,
+        state: &Path,
+    ) -> anyhow::Result<TrainOptions> {
         let recipe = match self.recipe {
             Recipe::Lexico => LearnOptions::of(self.learner.into()),
             Recipe::Paper => LearnOptions::paper(),
         };
         let every = Duration::try_from_secs_f64(self.save_every);
+        let sparsity = self.sparsity.unwrap_or((head_dim / 8).max(1));
+        let trained = kept.as_ref().map_or(sparsity, |k| k.training.sparsity);
+        let usual = GroupedOptions::of(head_dim);
+        let groups = self.groups.unwrap_or(usual.groups);
+        let groups = (groups > 0).then_some(GroupedOptions {
+            first: self.first_group,
+            groups,
+            sparsity: grouped_sparsity(trained, groups),
+            seed: self.seed,
+            ..usual
+        });
         Ok(TrainOptions {
             tokens: self.tokens,
             context: self.context,
             vectors: self.vectors,
             learn: LearnOptions {
                 atoms: self.atoms,
-                sparsity: self.sparsity.unwrap_or((head_dim / 8).max(1)),
+                sparsity,
                 epochs: self.epochs.unwrap_or(recipe.epochs),
                 batch: self.batch.unwrap_or(recipe.batch),
                 learning_rate: self.learning_rate.unwrap_or(recipe.learning_rate),
@@ -185,6 +236,8 @@ impl Train {
                 seed: self.seed,
                 ..recipe
             },
+            groups,
+            kept,
             state: Some(StateOptions {
                 folder: state.to_owned(),
                 resume: self.resume,
@@ -195,8 +248,14 @@ impl Train {
     }
 
     fn report(&self, trained: &Trained, seconds: f64) -> anyhow::Result<()> {
-        let training = &trained.dictionaries.training;
-        let errors = training.relative_error.iter().zip(&trained.attention);
+        let dictionaries = &trained.dictionaries;
+        let training = &dictionaries.training;
+        let atoms = dictionaries.layers.first().map_or(0, |l| l.keys.len());
+        let groups = dictionaries.most_groups();
+        // Dictionaries that were imported came without errors.
+        let error = |l: usize| training.relative_error.get(l);
+        let packed_error = |l: usize| training.grouped_relative_error.as_ref()?.get(l);
+        let layers = trained.attention.iter().enumerate();
         if self.json {
             let course = |epochs: &[Epoch]| {
                 let epochs = epochs.iter();
@@ -204,17 +263,19 @@ impl Train {
                     .map(|e| json!({"seconds": e.seconds, "relative_error": e.held_out_error}))
                     .collect::<Vec<_>>()
             };
-            let layers = errors.zip(&trained.courses).enumerate();
-            let layers = layers.map(|(layer, ((held_out, attention), [keys, values]))| {
+            let layers = layers.zip(&trained.courses);
+            let layers = layers.map(|((l, attention), [keys, values])| {
                 json!({
-                    "layer": layer,
+                    "layer": l,
                     "keys": {
-                        "relative_error": held_out.keys,
+                        "relative_error": error(l).map(|e| e.keys),
+                        "packed_relative_error": packed_error(l).map(|e| e.keys),
                         "score_error": attention.score,
                         "epochs": course(keys),
                     },
                     "values": {
-                        "relative_error": held_out.values,
+                        "relative_error": error(l).map(|e| e.values),
+                        "packed_relative_error": packed_error(l).map(|e| e.values),
                         "output_error": attention.output,
                         "epochs": course(values),
                     },
@@ -227,30 +288,51 @@ impl Train {
                 "learning_seconds": trained.learning.as_secs_f64(),
                 "tokens": training.tokens,
                 "vectors": trained.vectors,
-                "atoms": self.atoms,
+                "atoms": atoms,
                 "sparsity": training.sparsity,
+                "groups": groups,
+                "packed_sparsity": (groups > 0).then(|| grouped_sparsity(training.sparsity, groups)),
                 "layers": layers.collect::<Vec<_>>(),
             }));
         }
-        let rows = errors.enumerate().map(|(layer, (held_out, attention))| {
+        let number = |error: Option<&LayerErrors>, part: fn(&LayerErrors) -> f32| {
+            error.map_or("-".to_owned(), |e| format!("{:.4}", part(e)))
+        };
+        let rows = layers.map(|(l, attention)| {
             [
-                layer.to_string(),
-                format!("{:.4}", held_out.keys),
-                format!("{:.4}", held_out.values),
+                l.to_string(),
+                number(error(l), |e| e.keys),
+                number(error(l), |e| e.values),
                 format!("{:.4}", attention.score),
                 format!("{:.4}", attention.output),
+                number(packed_error(l), |e| e.keys),
+                number(packed_error(l), |e| e.values),
             ]
         });
-        let header = ["layer", "keys", "values", "scores", "output"];
+        let header = [
+            "layer",
+            "keys",
+            "values",
+            "scores",
+            "output",
+            "packed keys",
+            "packed values",
+        ];
         ui::line(
             "Held-out mean relative error; what coded keys change a score by (root mean square), coded values the \
-             output (relative):",
+             output (relative); held-out error of packed codes:",
         )?;
         ui::line(&ui::table(header, rows.collect()))?;
+        let packed = match groups {
+            0 => String::new(),
+            groups => format!(
+                "; {groups} groups, packed codes of {} atoms",
+                grouped_sparsity(training.sparsity, groups)
+            ),
+        };
         ui::line(&format!(
-            "{}: {} atoms, sparsity {}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
+            "{}: {atoms} atoms, sparsity {}{packed}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
             self.out.display(),
-            self.atoms,
             training.sparsity,
             training.tokens,
             trained.vectors
@@ -258,12 +340,13 @@ impl Train {
     }
 }
 
-/// One bar for the reading, one for all dictionaries.
+/// One bar for the reading, one for all dictionaries, one for those of packed codes, and one for each kind of losses.
 pub(crate) struct Progress {
     dictionaries: usize,
     /// Steps done of each dictionary at work.
     steps: BTreeMap<(usize, &'static str), usize>,
     learned: usize,
+    learned_groups: usize,
     bar: Option<indicatif::ProgressBar>,
 }
 
@@ -273,6 +356,7 @@ impl Progress {
             dictionaries: 2 * layers,
             steps: BTreeMap::new(),
             learned: 0,
+            learned_groups: 0,
             bar: None,
         }
     }
@@ -312,6 +396,22 @@ impl Progress {
                 self.steps.remove(&(layer, part));
                 self.learned += 1;
                 if self.learned == self.dictionaries {
+                    self.finish();
+                }
+            }
+            TrainProgress::LearningGroups { progress, .. } => {
+                let (learned, dictionaries) = (self.learned_groups, self.dictionaries);
+                let bar = self.bar.get_or_insert_with(|| {
+                    let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
+                    bar.reset_eta();
+                    bar
+                });
+                bar.set_message(format!("groups of {learned}/{dictionaries}"));
+                bar.set_position((learned * progress.steps + progress.step) as u64);
+            }
+            TrainProgress::LearnedGroups { .. } => {
+                self.learned_groups += 1;
+                if self.learned_groups == self.dictionaries {
                     self.finish();
                 }
             }

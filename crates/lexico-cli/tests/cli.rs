@@ -7,6 +7,7 @@ use std::io::{BufRead, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use lexico::DictionarySet;
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use serde_json::Value;
 
@@ -693,6 +694,8 @@ fn train_writes_a_dictionary_that_run_takes() {
         "64",
         "--context",
         "128",
+        "--groups",
+        "0",
         "--out",
         path(&out),
         "--json",
@@ -706,6 +709,104 @@ fn train_writes_a_dictionary_that_run_takes() {
     let run = json(&["run", "--json", "--dictionary", path(&out), QUESTION]);
     assert_eq!(run["cache"]["dictionary_bytes"], 4 * 2 * 64 * 64 * 4);
     assert_eq!(json(&["inspect", path(&out), "--json"])["sparsity"], 4);
+}
+
+#[test]
+fn train_adds_groups_to_dictionaries_that_are_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let [pt, plain, out, corpus] = ["d.pt", "plain.safetensors", "d.safetensors", "corpus.txt"]
+        .map(|name| folder.path().join(name));
+    write_corpus(&corpus);
+    let own = tiny_file("dictionary.safetensors");
+    let output = run(&["export", path(&own), "--out", path(&pt)]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let import = [
+        "import",
+        path(&pt),
+        "--model",
+        "tiny",
+        "--out",
+        path(&plain),
+    ];
+    assert!(run(&import).status.success());
+    let settings = ["--context", "128", "--tokens", "4000", "--vectors", "500"];
+    let groups = ["--groups", "3", "--first-group", "32"];
+    let texts = ["--corpus", path(&corpus), "--out", path(&out)];
+    for from in [&own, &plain, &pt] {
+        let given = ["train", "--json", "--dictionary", path(from)];
+        let report = json(&[&given[..], &texts, &settings, &groups].concat());
+        assert_eq!(
+            (&report["groups"], &report["packed_sparsity"]),
+            (&3.into(), &3.into())
+        );
+        let before = DictionarySet::load(&plain).unwrap();
+        let after = DictionarySet::load(&out).unwrap();
+        for (l, (before, after)) in before.layers.iter().zip(&after.layers).enumerate() {
+            assert_eq!((&before.keys, &before.values), (&after.keys, &after.values));
+            let grouped = after.grouped.as_ref().unwrap();
+            assert_eq!(grouped.keys.dictionary().len(), 32 + 2 * 256);
+            let layer = &report["layers"][l];
+            for part in ["keys", "values"] {
+                let error = layer[part]["packed_relative_error"].as_f64().unwrap();
+                assert!(error > 0.0 && error < 0.9, "{layer}");
+            }
+        }
+        let measured = after.training.grouped_losses.unwrap();
+        assert_eq!(measured.sparsities, [1, 2]);
+        if from == &own {
+            let before = DictionarySet::load(&own).unwrap().training;
+            assert_eq!(after.training.losses, before.losses);
+            assert_eq!(after.training.relative_error, before.relative_error);
+        }
+        let inspected = json(&["inspect", path(&out), "--json"]);
+        let keys = &inspected["layers"][3]["keys"];
+        assert_eq!(
+            (&keys["atoms"], &keys["packed"]["groups"]),
+            (&4096.into(), &3.into())
+        );
+        assert_eq!(keys["packed"]["first"], 32);
+        assert_eq!(keys["packed"]["sparsities"].as_array().unwrap().len(), 2);
+        let table = text(&run(&["inspect", path(&out)]).stdout);
+        assert!(
+            table.contains("3 groups") && table.contains("32 + 2 × 256"),
+            "{table}"
+        );
+    }
+    let packed = "lexico:format=packed,sparsity=2.5,window=8,batch=1";
+    let answer = json(&[
+        "run",
+        "--json",
+        "-d",
+        path(&out),
+        "--cache",
+        packed,
+        QUESTION,
+    ]);
+    assert!(answer["cache"]["dictionary_bytes"].as_u64() > Some(8 * 4096 * 64 * 4));
+    // Losses of both kinds are measured anew.
+    let again = folder.path().join("again.safetensors");
+    let measure = [
+        "measure",
+        path(&out),
+        "--corpus",
+        path(&corpus),
+        "--out",
+        path(&again),
+    ];
+    let limits = ["--context", "96", "--tokens", "4000"];
+    let output = run(&[&measure[..], &limits].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let measured = DictionarySet::load(&again).unwrap().training;
+    assert!(measured.losses.is_some() && measured.grouped_losses.is_some());
+    for (arguments, word) in [
+        (&["--dictionary", path(&out)][..], "is read here"),
+        (&["--dictionary", path(&own), "--groups", "0"], "--groups 0"),
+        (&["--dictionary", path(&corpus)], "corpus.txt"),
+    ] {
+        let train = [&["train"][..], &texts, arguments].concat();
+        let message = fails(1, &train);
+        assert!(message.contains(word), "{arguments:?}: {message}");
+    }
 }
 
 #[test]
@@ -783,7 +884,7 @@ fn every_learner_and_recipe_trains_and_is_compared() {
     let train = [
         &["train", "--json", "--corpus", path(&corpus)][..],
         &["--out", path(&out), "--atoms", "64", "--sparsity", "4"],
-        &["--context", "128", "--vectors", "500"],
+        &["--context", "128", "--vectors", "500", "--groups", "0"],
     ]
     .concat();
     let mut reports = Vec::new();
@@ -885,6 +986,14 @@ fn train_says_what_it_cannot_use() {
             "learning rate of NaN",
         ),
         (1, with(&corpus, &["--save-every", "NaN"]), "--save-every"),
+        (1, with(&corpus, &["--groups", "1000"]), "at most 65536"),
+        (1, with(&corpus, &["--first-group", "0"]), "first group"),
+        (1, with(&corpus, &["-d", "no/such"]), "no/such"),
+        (
+            2,
+            with(&corpus, &["-d", "no/such", "--atoms", "64"]),
+            "--atoms",
+        ),
     ];
     for (code, arguments, word) in cases {
         let arguments: Vec<&str> = arguments.split('\n').collect();
@@ -960,7 +1069,7 @@ fn train_reads_what_a_researcher_has() {
     let parquet = Path::new(env!("CARGO_MANIFEST_DIR")).join(parquet);
     std::fs::copy(parquet, set.join("b.parquet")).unwrap();
     let train = |arguments: &[&str], input: &str| {
-        let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 4000 --vectors 500";
+        let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 4000 --vectors 500 --groups 0";
         let out = if arguments.contains(&"--out") {
             &[][..]
         } else {
@@ -1162,6 +1271,7 @@ fn eval_dictionary_prints_a_matrix_and_plots_it() {
     let train = [
         &["train", "--corpus", path(&sums), "--out", path(&other)][..],
         &["--atoms", "32", "--epochs", "1", "--sparsity", "4"],
+        &["--groups", "0"],
         &settings,
     ];
     let output = run(&train.concat());

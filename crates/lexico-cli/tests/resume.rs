@@ -102,6 +102,10 @@ impl Training {
             return "no state".to_owned();
         };
         let files: Vec<String> = files.map(name).collect();
+        let groups = files.iter().filter(|f| f.ends_with(".groups")).count();
+        if groups > 0 {
+            return format!("{groups} of 8 dictionaries of packed codes learned");
+        }
         match files.iter().filter(|f| f.ends_with(".learning")).count() {
             0 if !files.iter().any(|f| f == "reading") => "nothing read is saved".to_owned(),
             0 => "reading".to_owned(),
@@ -134,7 +138,18 @@ fn message(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-const SMALL: [&str; 6] = ["--atoms", "64", "--vectors", "600", "--epochs", "30"];
+const SMALL: [&str; 10] = [
+    "--atoms",
+    "64",
+    "--vectors",
+    "600",
+    "--epochs",
+    "30",
+    "--groups",
+    "2",
+    "--first-group",
+    "32",
+];
 const ENDLESS: [&str; 8] = [
     "--atoms",
     "64",
@@ -248,6 +263,29 @@ fn damaged_states_are_refused() {
     std::fs::remove_file(training.state().join("settings")).unwrap();
     let message = training.fails(&["--resume"]);
     assert!(message.contains("no state of a training"), "{message}");
+}
+
+#[test]
+fn groups_that_are_learned_are_not_learned_again() {
+    let training = Training::new(&SMALL);
+    training.finish(&[]);
+    let tensors = training.tensors();
+    assert_eq!(tensors.len(), 4 * 6);
+    std::fs::remove_file(training.out()).unwrap();
+    training.begin(|state| state.join("layers.1.keys.groups").exists());
+    let path = training.state().join("layers.0.values.groups");
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 40]).unwrap();
+    let message = training.fails(&["--resume"]);
+    assert!(
+        message.contains("damaged") && message.contains("layers.0.values.groups"),
+        "{message}"
+    );
+    std::fs::write(&path, whole).unwrap();
+    let message = training.fails(&["--resume", "--groups", "2", "--first-group", "16"]);
+    assert!(message.contains("first of 32 atoms"), "{message}");
+    training.finish(&["--resume"]);
+    assert_eq!(training.tensors(), tensors);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::ops::ControlFlow;
 
-use lexico::learn::LearnOptions;
+use lexico::learn::{GroupedOptions, LearnOptions};
 use lexico_llm::train::{StateOptions, TrainOptions, TrainProgress, train};
 use lexico_llm::{Corpus, Error, Model};
 
@@ -36,6 +36,12 @@ fn options() -> TrainOptions {
             batch: 128,
             ..LearnOptions::default()
         },
+        groups: Some(GroupedOptions {
+            first: 64,
+            groups: 2,
+            sparsity: 2,
+            ..GroupedOptions::default()
+        }),
         ..TrainOptions::default()
     }
 }
@@ -43,24 +49,27 @@ fn options() -> TrainOptions {
 #[test]
 fn learns_saves_and_serves() {
     let mut model = Model::tiny().unwrap();
-    let mut learned = 0;
+    let (mut learned, mut learned_groups) = (0, 0);
     let (mut read, mut measured) = ((0, 0), (0, 0));
     let trained = train(&model, &corpus(), &options(), &mut |progress| {
         match progress {
             TrainProgress::Reading { tokens, total } => read = (tokens, total),
             TrainProgress::Learned { .. } => learned += 1,
-            TrainProgress::Learning { .. } => {}
+            TrainProgress::LearnedGroups { .. } => learned_groups += 1,
+            TrainProgress::Learning { .. } | TrainProgress::LearningGroups { .. } => {}
             TrainProgress::Measuring { done, total } => measured = (done, total),
         }
         ControlFlow::Continue(())
     })
     .unwrap();
-    assert_eq!(learned, 8);
+    assert_eq!((learned, learned_groups), (8, 8));
     assert_eq!(read.0, read.1);
     assert!(measured.0 > 0 && measured.0 == measured.1);
     let training = &trained.dictionaries.training;
     assert_eq!((training.sparsity, training.tokens), (4, read.0));
-    for (l, errors) in training.relative_error.iter().enumerate() {
+    let packed = training.grouped_relative_error.as_ref().unwrap();
+    assert_eq!((training.relative_error.len(), packed.len()), (4, 4));
+    for (l, errors) in training.relative_error.iter().chain(packed).enumerate() {
         assert!(
             errors.keys > 0.0 && errors.keys < 0.7,
             "layer {l}: keys {}",
@@ -80,6 +89,17 @@ fn learns_saves_and_serves() {
             assert!(head[0] > 0.0 && head[5] < 0.2 * head[0], "{losses:?}");
         }
     }
+    let losses = training.grouped_losses.as_ref().unwrap();
+    assert_eq!(losses.sparsities, [1, 2]);
+    let heads = || {
+        let layers = losses.layers.iter();
+        layers.flat_map(|layer| layer.keys.iter().chain(&layer.values))
+    };
+    let sum = |s: usize| heads().map(|head| head[s]).sum::<f32>();
+    assert!(
+        heads().all(|head| head[0] > 0.0) && sum(1) < sum(0),
+        "{losses:?}"
+    );
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.safetensors");
     trained.dictionaries.save(&path).unwrap();
@@ -96,6 +116,62 @@ fn learns_saves_and_serves() {
         again.dictionaries, trained.dictionaries,
         "the same seed, the same dictionaries"
     );
+}
+
+#[test]
+fn groups_are_added_to_dictionaries_that_are_kept() {
+    let model = Model::tiny().unwrap();
+    let whole = train(&model, &corpus(), &options(), &mut |_| {
+        ControlFlow::Continue(())
+    });
+    let whole = whole.unwrap().dictionaries;
+    let alone = TrainOptions {
+        groups: None,
+        ..options()
+    };
+    let alone = train(
+        &model,
+        &corpus(),
+        &alone,
+        &mut |_| ControlFlow::Continue(()),
+    );
+    let alone = alone.unwrap().dictionaries;
+    assert!(alone.training.grouped_losses.is_none() && alone.most_groups() == 0);
+    // Once to those that have none, and once in place of what is there.
+    for kept in [alone.clone(), whole.clone()] {
+        let mut options = TrainOptions {
+            kept: Some(kept),
+            ..options()
+        };
+        let added = train(&model, &corpus(), &options, &mut |progress| {
+            assert!(!matches!(progress, TrainProgress::Learning { .. }));
+            ControlFlow::Continue(())
+        });
+        assert_eq!(added.unwrap().dictionaries, whole);
+        options.groups = None;
+        let nothing = train(&model, &corpus(), &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
+        assert!(
+            nothing
+                .unwrap_err()
+                .to_string()
+                .contains("nothing to learn")
+        );
+    }
+    let mut other = alone;
+    other.model.layers = 5;
+    let options = TrainOptions {
+        kept: Some(other),
+        ..options()
+    };
+    let refused = train(&model, &corpus(), &options, &mut |_| {
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(
+        refused,
+        Err(Error::Codec(lexico::Error::OtherModel(_)))
+    ));
 }
 
 #[test]

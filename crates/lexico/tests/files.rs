@@ -54,6 +54,7 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
             ],
             tool: "a test".to_owned(),
             losses: None,
+            grouped_relative_error: None,
             grouped_losses: None,
         },
     }

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, channel};
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::{
     Atoms, CodingLosses, Dictionary, Extension, GroupedDictionary, LayerDictionaries,
-    LayerSparsities,
+    LayerSparsities, grouped_sparsity,
 };
 use ::lexico::pursuit::{AdaptivePursuit, BEAM, GroupedPursuit, SparseBatch};
 use ::lexico::threads::{Alone, Threads};
@@ -208,10 +208,7 @@ impl Format {
     fn usual_sparsity(self, dictionaries: &DictionarySet) -> f64 {
         let trained = dictionaries.training.sparsity;
         match self {
-            // About as near as the nonzeros of a pursuit that may choose any atom.
-            Self::Packed { .. } => {
-                (trained * 3 / 2).clamp(1, self.most(dictionaries).max(1)) as f64
-            }
+            Self::Packed { .. } => grouped_sparsity(trained, self.most(dictionaries)) as f64,
             Self::Sparse(_) => trained as f64,
         }
     }

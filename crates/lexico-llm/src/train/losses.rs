@@ -4,8 +4,11 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::{CodingLosses, LayerDictionaries, LayerLosses};
-use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, DictionarySet, Pursuit};
+use ::lexico::dictionary::{
+    Atoms, CodingLosses, GroupedDictionaries, LayerDictionaries, LayerLosses,
+};
+use ::lexico::pursuit::GroupedPursuit;
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit, SparseBatch};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -20,16 +23,93 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::threads::CandleThreads;
 
-/// Sparsities that losses are measured at, as far as the head dim allows: those in between are interpolated.
-const SPARSITIES: [usize; 6] = [1, 2, 4, 8, 12, 16];
 /// Fewest and most tokens of a window whose predictions are looked at; all before them is coded.
 const PREDICTED: (usize, usize) = (16, 128);
 /// Fewest windows to look at, where there are so many.
 const WINDOWS: usize = 2;
 /// Shorter windows say nothing.
 const SHORTEST: usize = 8;
-/// The state's file of what was measured.
-pub(super) const FILE: &str = "losses";
+
+/// Codes whose losses are measured.
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    /// Any atoms, with coefficients.
+    Sparse,
+    /// One atom a group.
+    Packed,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 2] = [Self::Sparse, Self::Packed];
+
+    /// Sparsities that losses are measured at, as far as the dictionaries allow: those in between are interpolated.
+    fn sparsities(self) -> &'static [usize] {
+        match self {
+            Self::Sparse => &[1, 2, 4, 8, 12, 16],
+            Self::Packed => &[1, 2, 4, 8, 12, 16, 24, 32, 48],
+        }
+    }
+
+    /// The state's file of what was measured.
+    pub(super) fn file(self) -> &'static str {
+        match self {
+            Self::Sparse => "losses",
+            Self::Packed => "packed-losses",
+        }
+    }
+
+    /// The largest sparsity that a layer's dictionaries allow.
+    fn most(self, layer: &LayerDictionaries) -> usize {
+        match self {
+            Self::Sparse => layer.most_nonzeros(),
+            Self::Packed => layer
+                .grouped
+                .as_ref()
+                .map_or(0, GroupedDictionaries::most_atoms),
+        }
+    }
+
+    /// Vectors of a layer's keys (part 0) or values as their codes have them, with the cache's usual settings.
+    fn coded(
+        self,
+        layer: &LayerDictionaries,
+        part: usize,
+        sparsity: usize,
+        vectors: &[f32],
+    ) -> Result<Vec<f32>> {
+        match (self, &layer.grouped) {
+            (Self::Packed, Some(grouped)) => {
+                let dictionary = [&grouped.keys, &grouped.values][part];
+                let pursuit = GroupedPursuit::new(dictionary, sparsity)?;
+                let batch = pursuit.encode_on(vectors, &CandleThreads)?;
+                let format = CoefficientFormat::InAtoms(dictionary.groups());
+                decoded(&batch, format, dictionary.atoms(sparsity))
+            }
+            (Self::Sparse | Self::Packed, _) => {
+                let dictionary = [&layer.keys, &layer.values][part];
+                let pursuit = Pursuit::new(dictionary, sparsity)?;
+                let mut batch = pursuit.encode_on(vectors, &CandleThreads)?;
+                batch.unbias();
+                decoded(&batch, CoefficientFormat::default(), dictionary.into())
+            }
+        }
+    }
+}
+
+/// What codes stand for once they are stored.
+fn decoded(
+    batch: &SparseBatch,
+    coefficients: CoefficientFormat,
+    atoms: Atoms<'_>,
+) -> Result<Vec<f32>> {
+    let mut codes = Codes::new(CodeFormat {
+        sparsity: batch.sparsity,
+        variable: false,
+        coefficients,
+    })?;
+    codes.extend(batch);
+    Ok(codes.decode(atoms)?)
+}
 
 /// Sums over the windows that were looked at so far.
 #[derive(Default, Serialize, Deserialize)]
@@ -44,17 +124,19 @@ struct Measured {
 
 /// Measures on `windows`, one after another, as far as `tokens` for the model to take go, but on two of 16 predictions
 /// at the least. `None` where the dictionaries are too small for several sparsities, or the windows too short.
-pub(super) fn coding_losses(
+fn coding_losses(
     model: &Model,
     layers: &[LayerDictionaries],
+    kind: Kind,
     windows: &[Vec<u32>],
     tokens: usize,
     state: Option<&State>,
     progress: &mut OnProgress<'_>,
 ) -> Result<Option<CodingLosses>> {
     let config = model.decoder.config();
-    let possible = |s: &usize| layers.iter().all(|layer| layer.most_nonzeros() >= *s);
-    let sparsities: Vec<usize> = SPARSITIES.into_iter().filter(possible).collect();
+    let possible = |s: &&usize| layers.iter().all(|layer| kind.most(layer) >= **s);
+    let sparsities = kind.sparsities().iter().filter(possible);
+    let sparsities: Vec<usize> = sparsities.copied().collect();
     let windows: Vec<&Vec<u32>> = windows.iter().filter(|w| w.len() >= SHORTEST).collect();
     if sparsities.len() < 2 || windows.is_empty() {
         return Ok(None);
@@ -63,10 +145,13 @@ pub(super) fn coding_losses(
     let worth = tokens / count;
     let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
     let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
-    let saved = state.map(|state| state.load_json(FILE)).transpose()?;
+    let saved = state
+        .map(|state| state.load_json(kind.file()))
+        .transpose()?;
     let mut measured: Measured = saved.flatten().unwrap_or_default();
     measured.sums.resize(count, 0.0);
-    let save = |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(FILE, measured));
+    let save =
+        |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(kind.file(), measured));
     let mut last_saved = Instant::now();
     for (number, window) in windows.iter().enumerate().skip(measured.windows) {
         // Contexts of all lengths: heads matter more in some than in others.
@@ -85,9 +170,10 @@ pub(super) fn coding_losses(
             let (place, sparsity) = (case / sparsities.len(), sparsities[case % sparsities.len()]);
             let (head, part) = (place % config.kv_heads, place / config.kv_heads % 2);
             let layer = place / config.kv_heads / 2;
-            let own = &layers[layer];
-            let dictionary = [&own.keys, &own.values][part];
-            let rows = past.coded(layer, head, part, dictionary, sparsity)?;
+            let vectors = past.vectors(layer, head, part);
+            let coded = kind.coded(&layers[layer], part, sparsity, &vectors)?;
+            let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
+            rows.extend(&coded);
             past.changed = Some((layer, head, part, rows));
             let coded = log_probabilities(model, &mut past, predicted)?;
             past.changed = None;
@@ -132,8 +218,9 @@ pub(super) fn coding_losses(
 }
 
 /// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`,
-/// and puts it into them. `tokens` are about as many as the model takes, but at least 32 for each head's keys and
-/// values at each of up to six sparsities; a window has `context`.
+/// and puts it into them, with codes of one atom a group too where there are groups. `tokens` are about as many as the
+/// model takes, but at least 32 for each head's keys and values at each of up to six sparsities, or nine of codes of one
+/// atom a group; a window has `context`.
 ///
 /// # Errors
 /// [`lexico::Error::Learn`](::lexico::Error::Learn) where there is too little text, or the model predicts no numbers,
@@ -149,14 +236,41 @@ pub fn measure_losses(
     dictionaries.check_fits(&model.identity())?;
     let windows = corpus.windows(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
     let windows = windows.collect::<Result<Vec<_>>>()?;
-    let layers = &dictionaries.layers;
-    let losses = coding_losses(model, layers, &windows, tokens, None, progress)?;
-    let too_small = || {
-        ::lexico::Error::Learn(format!(
-            "there is nothing to measure: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed"
-        ))
+    let kinds = match dictionaries.most_groups() {
+        0 => &[Kind::Sparse][..],
+        _ => &Kind::ALL,
     };
-    dictionaries.training.losses = Some(losses.ok_or_else(too_small)?);
+    measure_kinds(model, dictionaries, kinds, &windows, tokens, None, progress)?;
+    if dictionaries.training.losses.is_none() {
+        let reason = format!(
+            "there is nothing to measure: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed"
+        );
+        return Err(::lexico::Error::Learn(reason).into());
+    }
+    Ok(())
+}
+
+/// Measures what coding each head costs with codes of these kinds and puts it into the dictionaries; `tokens` are
+/// for all kinds together. See [`coding_losses`].
+pub(super) fn measure_kinds(
+    model: &Model,
+    dictionaries: &mut DictionarySet,
+    kinds: &[Kind],
+    windows: &[Vec<u32>],
+    tokens: usize,
+    state: Option<&State>,
+    progress: &mut OnProgress<'_>,
+) -> Result<()> {
+    let tokens = tokens / kinds.len().max(1);
+    for &kind in kinds {
+        let layers = &dictionaries.layers;
+        let losses = coding_losses(model, layers, kind, windows, tokens, state, progress)?;
+        let training = &mut dictionaries.training;
+        match kind {
+            Kind::Sparse => training.losses = losses,
+            Kind::Packed => training.grouped_losses = losses,
+        }
+    }
     Ok(())
 }
 
@@ -215,29 +329,11 @@ impl Past {
         }
     }
 
-    /// The rows as codes of this sparsity have them, with the cache's usual coefficients.
-    fn coded(
-        &self,
-        layer: usize,
-        head: usize,
-        part: usize,
-        dictionary: &Dictionary,
-        sparsity: usize,
-    ) -> Result<DenseRows> {
+    fn vectors(&self, layer: usize, head: usize, part: usize) -> Vec<f32> {
         let rows = &self.layers[layer][head][part];
         let mut vectors = Vec::with_capacity(rows.len() * self.head_dim);
         rows.read(0, rows.len(), &mut vectors);
-        let mut batch = Pursuit::new(dictionary, sparsity)?.encode_on(&vectors, &CandleThreads)?;
-        batch.unbias();
-        let mut codes = Codes::new(CodeFormat {
-            sparsity,
-            variable: false,
-            coefficients: CoefficientFormat::default(),
-        })?;
-        codes.extend(&batch);
-        let mut coded = DenseRows::new(self.head_dim, NumberType::F32);
-        coded.extend(&codes.decode(dictionary)?);
-        Ok(coded)
+        vectors
     }
 }
 

@@ -1,5 +1,6 @@
 //! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
 
+mod grouped;
 mod learning;
 mod losses;
 mod measure;
@@ -12,15 +13,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use lexico::DictionarySet;
-use lexico::dictionary::{LayerDictionaries, LayerErrors, Training};
-use lexico::learn::{LearnOptions, LearnProgress};
+use lexico::dictionary::{GroupedDictionaries, LayerDictionaries, LayerErrors, Training};
+use lexico::learn::{GroupedOptions, GroupedProgress, LearnOptions, LearnProgress};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::corpus::Corpus;
 use crate::error::{Error, Result, io};
 use crate::model::Model;
-use reading::read;
+use losses::Kind;
+use reading::{Reading, read};
 use state::State;
 
 pub use losses::measure_losses;
@@ -38,6 +40,12 @@ pub struct TrainOptions {
     pub vectors: usize,
     /// How each dictionary is learned.
     pub learn: LearnOptions,
+    /// How each dictionary for codes of one atom a group is learned beside; `None` where none is. The seed is that of
+    /// the first, every other has the next.
+    pub groups: Option<GroupedOptions>,
+    /// Dictionaries that are kept as they are, with what was measured of them: only those of `groups` are learned, and
+    /// replace any that are there.
+    pub kept: Option<DictionarySet>,
     /// Where what was done is kept, so that training can go on after whatever ended the program. Without it
     /// nothing is kept, and sampled vectors lie among the system's temporary files.
     pub state: Option<StateOptions>,
@@ -52,6 +60,8 @@ impl Default for TrainOptions {
             context: 1024,
             vectors: 200_000,
             learn: LearnOptions::default(),
+            groups: Some(GroupedOptions::default()),
+            kept: None,
             state: None,
             keep_vectors: None,
         }
@@ -62,13 +72,22 @@ impl TrainOptions {
     /// Checks all that can be checked before the text is read.
     ///
     /// # Errors
-    /// Those of [`LearnOptions::check`], and [`lexico::Error::Learn`] where the settings
+    /// Those of [`LearnOptions::check`] and [`GroupedOptions::check`], and [`lexico::Error::Learn`] where the settings
     /// contradict each other.
     pub fn check(&self, config: &Config) -> Result<()> {
-        self.learn.check(config.head_dim)?;
+        if self.kept.is_none() {
+            self.learn.check(config.head_dim)?;
+        }
+        if let Some(groups) = &self.groups {
+            groups.check()?;
+        }
         let most_context = config.context;
         let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
-        if self.learn.atoms > self.vectors {
+        if self.kept.is_some() && self.groups.is_none() {
+            let reason = "dictionaries that are kept and no groups leave nothing to learn";
+            return refuse(reason.to_owned());
+        }
+        if self.kept.is_none() && self.learn.atoms > self.vectors {
             let (atoms, vectors) = (self.learn.atoms, self.vectors);
             return refuse(format!(
                 "{atoms} atoms cannot be learned from {vectors} vectors"
@@ -126,6 +145,24 @@ pub enum TrainProgress {
         /// Held-out mean relative error.
         held_out_error: f32,
     },
+    /// A dictionary for codes of one atom a group is being learned, one after the other.
+    LearningGroups {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// How far it has come.
+        progress: GroupedProgress,
+    },
+    /// A dictionary for codes of one atom a group is learned.
+    LearnedGroups {
+        /// The layer.
+        layer: usize,
+        /// `keys` or `values`.
+        part: &'static str,
+        /// Held-out mean relative error.
+        held_out_error: f32,
+    },
     /// The model predicts with the keys or the values of one head coded, and of another.
     Measuring {
         /// Cases measured.
@@ -147,7 +184,7 @@ pub struct Trained {
     pub vectors: usize,
     /// What the codes do to attention in every layer, on held-out windows.
     pub attention: Vec<AttentionErrors>,
-    /// How the keys' and the values' dictionary of every layer came about.
+    /// How the keys' and the values' dictionary of every layer came about; nothing of those that were kept.
     pub courses: Vec<[Vec<Epoch>; 2]>,
     /// Time that reading took in this run; what was read before training was broken off does not count.
     pub reading: Duration,
@@ -169,9 +206,11 @@ const PARTS: [&str; 2] = ["keys", "values"];
 /// The state's file of what was read.
 const READING: &str = "reading";
 
-/// Learns every layer's two dictionaries of `model` from `corpus`.
+/// Learns every layer's dictionaries of `model` from `corpus`: two for codes of any atoms, and two for codes of one atom
+/// a group.
 ///
-/// The dictionaries are learned side by side, one a core where there are as many; the same settings and seed
+/// The first are learned side by side, one a core where there are as many, the others one after the other on all cores
+/// with all vectors in memory; the same settings and seed
 /// give the same ones whatever the number of threads, as far as the model's own keys and values are the same, and
 /// whether or not training was broken off and resumed.
 ///
@@ -180,7 +219,8 @@ const READING: &str = "reading";
 ///
 /// # Errors
 /// Those of [`Corpus::windows`], [`Error::Coding`] where the model gives what is no number,
-/// [`lexico::Error::Learn`] where there are fewer vectors than atoms, [`Error::State`],
+/// [`lexico::Error::Learn`] where there are fewer vectors than atoms, [`lexico::Error::OtherModel`] where those that
+/// are kept are of another, [`Error::State`],
 /// [`lexico::Error::Interrupted`] where `progress` broke off.
 pub fn train(
     model: &Model,
@@ -189,6 +229,9 @@ pub fn train(
     progress: &mut OnProgress<'_>,
 ) -> Result<Trained> {
     options.check(model.decoder.config())?;
+    if let Some(kept) = &options.kept {
+        kept.check_fits(&model.identity())?;
+    }
     let settings = settings(model, corpus, options)?;
     // Dropped, and so removed, in the end.
     let temporary;
@@ -210,7 +253,7 @@ pub fn train(
     })?;
     let reading_took = began.elapsed();
     let (atoms, vectors) = (options.learn.atoms, reading.count(options.vectors));
-    if atoms > vectors {
+    if options.kept.is_none() && atoms > vectors {
         // With these settings there is nothing to go on with.
         state.remove()?;
         let reason = format!(
@@ -222,8 +265,68 @@ pub fn train(
         reading.keep(path)?;
     }
     let began = Instant::now();
-    let learned = learning::learn_all(&reading, options, &state, progress)?;
+    let mut measured = Vec::new();
+    let (mut dictionaries, courses) = match &options.kept {
+        Some(kept) => {
+            let courses = kept.layers.iter().map(|_| Default::default()).collect();
+            (with_corpus(kept, corpus), courses)
+        }
+        None => {
+            measured.push(Kind::Sparse);
+            learn_ordinary(model, corpus, options, &reading, &state, progress)?
+        }
+    };
+    if let Some(groups) = &options.groups {
+        measured.push(Kind::Packed);
+        let learned = grouped::learn_all(&reading, options.vectors, groups, &state, progress)?;
+        let errors = learned.iter().map(|[keys, values]| LayerErrors {
+            keys: keys.held_out_error,
+            values: values.held_out_error,
+        });
+        dictionaries.training.grouped_relative_error = Some(errors.collect());
+        for (layer, [keys, values]) in dictionaries.layers.iter_mut().zip(learned) {
+            layer.grouped = Some(GroupedDictionaries {
+                keys: keys.dictionary,
+                values: values.dictionary,
+            });
+        }
+    }
     let learning_took = began.elapsed();
+    // Measuring may take the model as many tokens as this share of those that it read.
+    let tokens = reading.tokens() / 4;
+    let windows = reading.judged();
+    let state = Some(&state);
+    losses::measure_kinds(
+        model,
+        &mut dictionaries,
+        &measured,
+        windows,
+        tokens,
+        state,
+        progress,
+    )?;
+    let sparsity = dictionaries.training.sparsity;
+    let attention = measure::attention_errors(model, &dictionaries.layers, sparsity, windows)?;
+    Ok(Trained {
+        dictionaries,
+        vectors: reading.count(options.vectors),
+        attention,
+        courses,
+        reading: reading_took,
+        learning: learning_took,
+    })
+}
+
+/// Learns the dictionaries for codes of any atoms.
+fn learn_ordinary(
+    model: &Model,
+    corpus: &Corpus,
+    options: &TrainOptions,
+    reading: &Reading,
+    state: &State,
+    progress: &mut OnProgress<'_>,
+) -> Result<(DictionarySet, Vec<[Vec<Epoch>; 2]>)> {
+    let learned = learning::learn_all(reading, options, state, progress)?;
     let mut layers = Vec::with_capacity(learned.len());
     let mut errors = Vec::with_capacity(learned.len());
     let mut courses = Vec::with_capacity(learned.len());
@@ -239,33 +342,31 @@ pub fn train(
             grouped: None,
         });
     }
-    let sparsity = options.learn.sparsity;
-    // Measuring may take the model as many tokens as this share of those that it read.
-    let tokens = reading.tokens() / 4;
-    let windows = reading.judged();
-    let losses = losses::coding_losses(model, &layers, windows, tokens, Some(&state), progress)?;
-    let attention = measure::attention_errors(model, &layers, sparsity, windows)?;
     let dictionaries = DictionarySet {
         layers,
         model: model.identity(),
         training: Training {
-            sparsity,
+            sparsity: options.learn.sparsity,
             corpus: corpus.names().to_vec(),
             tokens: reading.tokens(),
             relative_error: errors,
             tool: program(),
-            losses,
-            grouped_losses: None,
+            ..Training::default()
         },
     };
-    Ok(Trained {
-        dictionaries,
-        vectors: reading.count(options.vectors),
-        attention,
-        courses,
-        reading: reading_took,
-        learning: learning_took,
-    })
+    Ok((dictionaries, courses))
+}
+
+/// The dictionaries, with the names of the texts that their groups are learned from.
+fn with_corpus(kept: &DictionarySet, corpus: &Corpus) -> DictionarySet {
+    let mut dictionaries = kept.clone();
+    let texts = &mut dictionaries.training.corpus;
+    for name in corpus.names() {
+        if !texts.contains(name) {
+            texts.push(name.clone());
+        }
+    }
+    dictionaries
 }
 
 fn program() -> String {
@@ -283,6 +384,19 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "{} theta {} {:?}",
         identity.rotary.kind, identity.rotary.theta, identity.rotary.parameters
     );
+    let none = || "none".to_owned();
+    let groups = options.groups.as_ref().map(|groups| {
+        format!(
+            "{}, the first of {} atoms, judged at sparsity {}, {} rounds, beam {}, seed {}",
+            groups.groups, groups.first, groups.sparsity, groups.rounds, groups.beam, groups.seed
+        )
+    });
+    let kept = options.kept.as_ref().map(|kept| {
+        let layers = kept.layers.iter();
+        let checksums =
+            layers.map(|l| format!("{:08x} {:08x}", l.keys.checksum(), l.values.checksum()));
+        checksums.collect::<Vec<_>>().join(" ")
+    });
     let settings = json!({
         "model": identity.name,
         "architecture": identity.architecture,
@@ -306,6 +420,8 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "re-seeding": learn.reseed,
         "patience": learn.patience,
         "seed": learn.seed,
+        "groups": groups.unwrap_or_else(none),
+        "dictionaries kept": kept.unwrap_or_else(none),
         "program": program(),
     });
     match settings {

@@ -12,6 +12,7 @@ use lexico::tensor_file::write_atomically;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::losses::Kind;
 use crate::error::{Error, Result, io};
 
 /// What every file of a state begins with.
@@ -219,13 +220,11 @@ fn remove_files(folder: &Path) -> Result<()> {
         _ => Ok(()),
     };
     remove(folder.join(super::READING))?;
+    let losses = Kind::ALL.map(Kind::file);
     for entry in entries(folder)? {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with("layers.")
-            || name == super::losses::FILE
-            || name.starts_with(UNFINISHED)
-        {
+        if name.starts_with("layers.") || losses.contains(&&*name) || name.starts_with(UNFINISHED) {
             remove(entry.path())?;
         }
     }

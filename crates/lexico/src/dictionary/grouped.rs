@@ -22,6 +22,14 @@ impl Groups {
         }
     }
 
+    /// Atoms of group `group`.
+    pub fn size(self, group: usize) -> usize {
+        match group {
+            0 => self.first,
+            _ => GROUP,
+        }
+    }
+
     /// Atoms of the first `groups` groups.
     pub fn atoms(self, groups: usize) -> usize {
         self.start(groups)

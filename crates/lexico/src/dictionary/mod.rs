@@ -10,7 +10,7 @@ pub use extension::{Atoms, Extension};
 pub use grouped::{GROUP, GroupedDictionary, Groups};
 pub use set::{
     DictionarySet, FORMAT, GroupedDictionaries, LayerDictionaries, LayerErrors, ModelIdentity,
-    RotaryIdentity, Training,
+    RotaryIdentity, Training, grouped_sparsity,
 };
 
 use std::path::Path;

@@ -58,9 +58,20 @@ pub struct Training {
     /// What coding one head alone costs, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub losses: Option<CodingLosses>,
-    /// The same with codes of one atom a group.
+    /// Held-out mean relative error of each layer with codes of [`grouped_sparsity`] atoms, one a group, where there
+    /// are groups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grouped_relative_error: Option<Vec<LayerErrors>>,
+    /// What coding one head alone costs with codes of one atom a group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grouped_losses: Option<CodingLosses>,
+}
+
+/// The usual sparsity of codes of one atom a group, beside dictionaries trained at sparsity `trained`: about as near as
+/// so many nonzeros of a pursuit that may choose any atom. At least 1, at most `groups` where there are any.
+#[must_use]
+pub fn grouped_sparsity(trained: usize, groups: usize) -> usize {
+    (trained.saturating_mul(3) / 2).clamp(1, groups.max(1))
 }
 
 /// Held-out mean relative error of one layer at the training sparsity, f32 coefficients.
@@ -282,10 +293,11 @@ impl DictionarySet {
         Some(losses.allocate(mean, most.min(self.most_nonzeros())))
     }
 
-    /// As [`DictionarySet::allocate`], for codes of one atom a group.
+    /// As [`DictionarySet::allocate`], for codes of one atom a group; `None` too where there are no groups.
     pub fn allocate_grouped(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
         let losses = self.training.grouped_losses.as_ref()?;
-        Some(losses.allocate(mean, self.most_groups()))
+        let most = self.most_groups();
+        (most > 0).then(|| losses.allocate(mean, most))
     }
 
     /// The largest sparsity that all dictionaries allow for codes of one atom a group; 0 where there are none.

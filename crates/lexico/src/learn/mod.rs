@@ -1,6 +1,7 @@
 //! Dictionary learning: pursuit with the dictionary fixed, and in turn the dictionary with the codes fixed.
 
 mod adam;
+mod grouped;
 mod ksvd;
 mod learner;
 mod optimal_directions;
@@ -15,6 +16,7 @@ use crate::pursuit::SparseBatch;
 use crate::threads::Rayon;
 use crate::{Error, Result};
 
+pub use grouped::{GroupedOptions, GroupedProgress, LearnedGroups, learn_grouped};
 pub use learner::Learner;
 pub use vectors::{InMemory, Vectors};
 

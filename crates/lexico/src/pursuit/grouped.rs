@@ -9,8 +9,8 @@ use crate::arch::{add_scaled, at_least, raise, square};
 use crate::dictionary::GroupedDictionary;
 use crate::threads::{Rayon, Threads, for_each};
 
-/// Vectors that are coded side by side: each reading of a group serves all of them.
-const BLOCK: usize = 16;
+/// Sums that are followed side by side, those of some vectors: each reading of a group serves all of them.
+const SUMS: usize = 128;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM: usize = 8;
 /// Larger numbers are coded as this one, far beyond what atoms reach, so that squares stay finite.
@@ -59,7 +59,15 @@ impl<'d> GroupedPursuit<'d> {
     /// # Errors
     /// As [`Pursuit::encode`](super::Pursuit::encode).
     pub fn encode(&self, vectors: &[f32]) -> Result<SparseBatch> {
-        self.encode_limited(vectors, &|_| self.sparsity, &Rayon)
+        self.encode_on(vectors, &Rayon)
+    }
+
+    /// As [`GroupedPursuit::encode`], spread over these threads.
+    ///
+    /// # Errors
+    /// As [`GroupedPursuit::encode`].
+    pub fn encode_on(&self, vectors: &[f32], threads: &dyn Threads) -> Result<SparseBatch> {
+        self.encode_limited(vectors, &|_| self.sparsity, threads)
     }
 
     /// Codes the vectors of several heads, `[heads, n, m]`, those of each with its own of `sparsities`, and
@@ -98,15 +106,16 @@ impl<'d> GroupedPursuit<'d> {
             coefficients: vec![0.0; n * s],
             relative_errors: vec![0.0; n],
         };
+        let block = (SUMS / self.beam).max(1);
         let found = batch
             .indices
-            .chunks_mut(BLOCK * s)
-            .zip(batch.coefficients.chunks_mut(BLOCK * s))
-            .zip(batch.lengths.chunks(BLOCK))
-            .zip(batch.relative_errors.chunks_mut(BLOCK));
+            .chunks_mut(block * s)
+            .zip(batch.coefficients.chunks_mut(block * s))
+            .zip(batch.lengths.chunks(block))
+            .zip(batch.relative_errors.chunks_mut(block));
         for_each(
             threads,
-            vectors.chunks(BLOCK * m).zip(found),
+            vectors.chunks(block * m).zip(found),
             |(vectors, (((indices, coefficients), lengths), errors))| {
                 SCRATCH.with_borrow_mut(|scratch| {
                     self.search(vectors, lengths, scratch, indices);

@@ -131,7 +131,7 @@ impl SparseBatch {
 }
 
 /// Checks that `vectors` are whole vectors of finite numbers.
-fn check_vectors(vectors: &[f32], head_dim: usize) -> Result<()> {
+pub(crate) fn check_vectors(vectors: &[f32], head_dim: usize) -> Result<()> {
     if !vectors.len().is_multiple_of(head_dim) {
         return Err(Error::VectorLength {
             found: vectors.len(),
