@@ -568,10 +568,12 @@ mod timing {
     #[ignore]
     fn timing() {
         let n = 8192 * 4;
-        let mut state = 1u32;
+        let mut state = 0x9E37_79B9_7F4A_7C15u64;
         let mut draw = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as usize
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 20) as usize
         };
         let groups = Groups { first: 2048 };
         for group in [1, 4, 8] {

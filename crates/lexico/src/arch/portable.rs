@@ -483,11 +483,12 @@ impl<const K: usize> Atoms<'_, K> {
         // Vectors after whose first of these bytes there are seven more, theirs or others'.
         let whole = (bytes.len() + each).saturating_sub(from + 8) / each;
         let whole = whole.min(count);
-        // Of the next tile, the part that is as large as what is read here of this one.
-        let ahead = bytes.len() + from * count;
         let start = bytes.as_ptr();
         for v in 0..whole {
-            prefetch(start, ahead + v * K);
+            // Once of every tile, the next one: whatever else takes its place in the first cache, it is near then.
+            if from == 0 {
+                prefetch(start, bytes.len() + v * each);
+            }
             // SAFETY: eight bytes from there on are within `bytes`: `from + (whole − 1) · each + 8 ≤ len`.
             let word = unsafe { start.add(from + v * each).cast::<[u8; 8]>().read() };
             visit(v, u64::from_le_bytes(word));
@@ -507,11 +508,11 @@ fn row_offsets<const G: usize, const K: usize>(word: u64) -> [usize; K] {
     std::array::from_fn(|k| {
         let at = 8 * k as u32;
         let byte = if at < shift {
-            word << (shift - at)
+            in_general_register(word) << (shift - at)
         } else {
-            word >> (at - shift)
+            in_general_register(word) >> (at - shift)
         };
-        (in_general_register(byte) & (0xff << shift)) as usize + k * size_of::<[[f32; G]; GROUP]>()
+        (byte & (0xff << shift)) as usize + k * size_of::<[[f32; G]; GROUP]>()
     })
 }
 
@@ -522,19 +523,20 @@ pub(super) fn scores_packed<const FMA: bool>(
     group: usize,
     out: &mut [f32],
 ) {
+    // Groups of atoms at a time: so many that their rows leave some of the first cache to other things.
     match group {
-        1 => scores_packed_tiled::<1>(block, table(p), out),
-        2 => scores_packed_tiled::<2>(block, table(p), out),
-        4 => scores_packed_tiled::<4>(block, table(p), out),
-        8 => scores_packed_tiled::<8>(block, table(p), out),
+        1 => scores_packed_tiled::<1, 8>(block, table(p), out),
+        2 => scores_packed_tiled::<2, 8>(block, table(p), out),
+        4 => scores_packed_tiled::<4, 5>(block, table(p), out),
+        8 => scores_packed_tiled::<8, 4>(block, table(p), out),
         16 => scores_packed_of::<16>(block, table(p), out),
         _ => scores_packed_of::<32>(block, table(p), out),
     }
 }
 
-/// Small groups of queries: the rows of eight groups of atoms fit the first cache, or nearly.
+/// Tile by tile, up to `MOST` groups of atoms at a time.
 #[inline(always)]
-fn scores_packed_tiled<const G: usize>(
+fn scores_packed_tiled<const G: usize, const MOST: usize>(
     block: PackedBlock<'_>,
     p: &[[f32; G]; MOST_ATOMS],
     out: &mut [f32],
@@ -546,7 +548,7 @@ fn scores_packed_tiled<const G: usize>(
         for (&first, out) in first.iter().zip(&mut *out) {
             *out = own[usize::from(first)];
         }
-        for (from, count) in parts(each, 8) {
+        for (from, count) in parts(each, MOST) {
             unrolled!(count, add_rows(&others[from..], rest, each, from, out));
         }
     }
@@ -581,6 +583,7 @@ fn add_rows<const G: usize, const K: usize>(
     });
 }
 
+/// Many queries: each row is so long that what it takes to find it matters little.
 #[inline(always)]
 fn scores_packed_of<const G: usize>(
     block: PackedBlock<'_>,
@@ -615,15 +618,14 @@ pub(super) fn accumulate_packed<const FMA: bool>(
     match group {
         1 => accumulate_packed_tiled::<1, 8>(block, weights, table_mut(u)),
         2 => accumulate_packed_tiled::<2, 8>(block, weights, table_mut(u)),
-        4 => accumulate_packed_tiled::<4, 8>(block, weights, table_mut(u)),
-        // Rows that are written must fit the first cache, more than those that are only read.
+        4 => accumulate_packed_tiled::<4, 5>(block, weights, table_mut(u)),
         8 => accumulate_packed_tiled::<8, 3>(block, weights, table_mut(u)),
         16 => accumulate_packed_of::<16>(block, weights, table_mut(u)),
         _ => accumulate_packed_of::<32>(block, weights, table_mut(u)),
     }
 }
 
-/// As [`scores_packed_tiled`], up to `MOST` groups of atoms at a time.
+/// Tile by tile, up to `MOST` groups of atoms at a time.
 #[inline(always)]
 fn accumulate_packed_tiled<const G: usize, const MOST: usize>(
     block: PackedBlock<'_>,
@@ -677,6 +679,7 @@ fn add_to_rows<const G: usize, const K: usize>(
     });
 }
 
+/// As [`scores_packed_of`].
 #[inline(always)]
 fn accumulate_packed_of<const G: usize>(
     block: PackedBlock<'_>,
