@@ -1,7 +1,11 @@
+use std::fmt;
+use std::str::FromStr;
 use std::time::Instant;
 
+use anyhow::Context;
 use clap::{Args, value_parser};
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
+use lexico::dictionary::{Atoms, GroupedDictionary, Groups};
 use lexico::threads::Rayon;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, SparseBatch};
 use rand::{RngExt, SeedableRng};
@@ -22,9 +26,22 @@ pub(super) struct Attention {
     /// Atoms of a dictionary
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = value_parser!(u32).range(1..=65536))]
     atoms: u32,
-    /// Nonzeros of a code
+    /// Atoms of the first group of a grouped dictionary
+    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = value_parser!(u32).range(1..=65536))]
+    first_group: u32,
+    /// Nonzeros of a code where --format does not say
     #[arg(short, long, default_value_t = 16, value_name = "S", value_parser = value_parser!(u32).range(1..=4096))]
     sparsity: u32,
+    /// How codes are stored: i8, f8 or packed, each with its nonzeros behind a colon where they are not
+    /// --sparsity; several, with commas between them, are measured in turn
+    #[arg(
+        short,
+        long,
+        default_value = "i8",
+        value_name = "FORMAT[:S],...",
+        value_delimiter = ','
+    )]
+    format: Vec<Format>,
     /// Query heads that share a KV head
     #[arg(long, default_value_t = 4, value_name = "G", value_parser = value_parser!(u32).range(1..=256))]
     group: u32,
@@ -49,139 +66,238 @@ pub(super) struct Attention {
     json: bool,
 }
 
+/// A format as it is asked for.
+#[derive(Debug, Clone, Copy)]
+struct Format {
+    kind: FormatKind,
+    sparsity: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum FormatKind {
+    I8,
+    F8,
+    Packed,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, sparsity) = match text.split_once(':') {
+            Some((name, sparsity)) => (name, Some(sparsity)),
+            None => (text, None),
+        };
+        let kind = match name {
+            "i8" => FormatKind::I8,
+            "f8" => FormatKind::F8,
+            "packed" => FormatKind::Packed,
+            _ => return Err(format!("{name:?} is none of i8, f8 and packed")),
+        };
+        let sparsity = sparsity.map(|s| match s.parse() {
+            Ok(s) if (1..=4096).contains(&s) => Ok(s),
+            _ => Err(format!("{s:?} is no number of nonzeros from 1 to 4096")),
+        });
+        Ok(Self {
+            kind,
+            sparsity: sparsity.transpose()?,
+        })
+    }
+}
+
+/// A format with all that it needs.
+#[derive(Clone, Copy)]
+struct Stored {
+    name: &'static str,
+    format: CodeFormat,
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.name, self.format.sparsity)
+    }
+}
+
 /// One context's figures.
 struct Row {
     context: usize,
-    lexico_microseconds: f64,
-    full_microseconds: f64,
-    full_bytes: usize,
-    lexico_bytes: usize,
+    full: Figures,
+    /// Of each format.
+    coded: Vec<Figures>,
 }
 
-impl Row {
-    fn ratio(&self) -> f64 {
-        self.lexico_microseconds / self.full_microseconds
+struct Figures {
+    microseconds: f64,
+    bytes: usize,
+}
+
+impl Figures {
+    fn over(&self, other: &Figures) -> f64 {
+        self.microseconds / other.microseconds
     }
 
-    fn full_bytes_per_second(&self) -> f64 {
-        self.full_bytes as f64 / self.full_microseconds * 1e6
+    fn bytes_per_second(&self) -> f64 {
+        self.bytes as f64 / self.microseconds * 1e6
     }
 }
 
 impl Attention {
     pub(super) fn run(self) -> anyhow::Result<()> {
         anyhow::ensure!(self.repetitions > 0, "--repetitions must be at least 1");
-        anyhow::ensure!(
-            self.sparsity <= self.head_dim.min(self.atoms),
-            "--sparsity {} is impossible: at most the head dim of {} and the {} atoms",
-            self.sparsity,
-            self.head_dim,
-            self.atoms
-        );
+        let formats = self.format.iter().map(|&format| self.stored(format));
+        let formats = formats.collect::<anyhow::Result<Vec<Stored>>>()?;
         interrupt::listen()?;
         let bar = ui::progress(self.context.len() as u64, "contexts");
         let mut rows = Vec::new();
         for &context in &self.context {
             bar.set_message(format!("{context} positions"));
-            rows.push(self.measure(context as usize)?);
+            rows.push(self.measure(context as usize, &formats)?);
             bar.inc(1);
         }
         bar.finish_and_clear();
         let threads = rayon::current_num_threads();
         if self.json {
-            let rows: Vec<_> = rows
-                .iter()
-                .map(|row| {
+            let rows = rows.iter().map(|row| {
+                let coded = formats.iter().zip(&row.coded);
+                let coded = coded.map(|(format, coded)| {
                     json!({
-                        "context": row.context,
-                        "lexico_microseconds": row.lexico_microseconds,
-                        "full_microseconds": row.full_microseconds,
-                        "full_bytes_per_second": row.full_bytes_per_second(),
-                        "full_bytes": row.full_bytes, "lexico_bytes": row.lexico_bytes,
-                        "ratio": row.ratio(),
+                        "format": format.name, "sparsity": format.format.sparsity,
+                        "microseconds": coded.microseconds, "bytes": coded.bytes,
+                        "over_full": coded.over(&row.full), "over_first": coded.over(&row.coded[0]),
                     })
+                });
+                json!({
+                    "context": row.context,
+                    "full_microseconds": row.full.microseconds,
+                    "full_bytes_per_second": row.full.bytes_per_second(),
+                    "full_bytes": row.full.bytes,
+                    "formats": coded.collect::<Vec<_>>(),
                 })
-                .collect();
-            let mut report = json!({
-                "head_dim": self.head_dim, "atoms": self.atoms, "sparsity": self.sparsity,
-                "group": self.group, "kv_heads": self.kv_heads, "layers": self.layers,
-                "threads": threads,
             });
-            // A single context's figures stand beside its settings.
-            match (&rows[..], report.as_object_mut()) {
-                ([one], Some(report)) => {
-                    report.extend(one.as_object().cloned().unwrap_or_default())
-                }
-                (_, report) => {
-                    if let Some(report) = report {
-                        report.insert("rows".to_owned(), json!(rows));
-                    }
-                }
-            }
-            return ui::json(&report);
+            return ui::json(&json!({
+                "head_dim": self.head_dim, "atoms": self.atoms, "first_group": self.first_group,
+                "group": self.group, "kv_heads": self.kv_heads, "layers": self.layers,
+                "threads": threads, "rows": rows.collect::<Vec<_>>(),
+            }));
         }
-        let rows = rows.iter().map(|row| {
-            [
+        let mut lines = Vec::new();
+        for row in &rows {
+            lines.push([
+                "full".to_owned(),
                 row.context.to_string(),
-                format!("{:.0} µs", row.full_microseconds),
-                format!("{:.1} GB/s", row.full_bytes_per_second() * 1e-9),
-                format!("{:.0} µs", row.lexico_microseconds),
-                format!("{:.2}", row.ratio()),
-            ]
-        });
-        let header = ["context", "full", "reading", "lexico", "over full"];
-        ui::line(&ui::table(header, rows.collect()))?;
+                format!("{:.0} µs", row.full.microseconds),
+                format!("{:.1} GB/s", row.full.bytes_per_second() * 1e-9),
+                String::new(),
+                String::new(),
+            ]);
+            for (format, coded) in formats.iter().zip(&row.coded) {
+                lines.push([
+                    format.to_string(),
+                    row.context.to_string(),
+                    format!("{:.0} µs", coded.microseconds),
+                    format!("{:.1} GB/s", coded.bytes_per_second() * 1e-9),
+                    format!("{:.3}", coded.over(&row.full)),
+                    format!("{:.2}", coded.over(&row.coded[0])),
+                ]);
+            }
+        }
+        let over_first = format!("over {}", formats[0]);
+        let header = [
+            "keys and values",
+            "context",
+            "time",
+            "reading",
+            "over full",
+            &over_first,
+        ];
+        ui::line(&ui::table(header, lines))?;
         ui::line(&format!("{threads} threads"))
     }
 
-    /// A decoding step's attention, on codes and on f16, in turn.
-    fn measure(&self, context: usize) -> anyhow::Result<Row> {
-        let layers = (0..self.layers).map(|number| Layer::draw(self, context, number.into()));
+    /// Checks that there can be such codes.
+    fn stored(&self, format: Format) -> anyhow::Result<Stored> {
+        let sparsity = format.sparsity.unwrap_or(self.sparsity);
+        let (name, coefficients) = match format.kind {
+            FormatKind::I8 => ("i8", CoefficientFormat::I8),
+            FormatKind::F8 => ("f8", CoefficientFormat::F8),
+            FormatKind::Packed => ("packed", CoefficientFormat::InAtoms(self.groups())),
+        };
+        if !matches!(format.kind, FormatKind::Packed) {
+            anyhow::ensure!(
+                sparsity <= self.head_dim.min(self.atoms),
+                "{name} of {sparsity} nonzeros is impossible: at most the head dim of {} and the {} atoms",
+                self.head_dim,
+                self.atoms
+            );
+        }
+        let format = CodeFormat {
+            sparsity: sparsity as usize,
+            variable: false,
+            coefficients,
+        };
+        Codes::new(format)?;
+        Ok(Stored { name, format })
+    }
+
+    fn groups(&self) -> Groups {
+        Groups {
+            first: self.first_group as usize,
+        }
+    }
+
+    /// A decoding step's attention, on f16 and on codes of each format, in turn.
+    fn measure(&self, context: usize, formats: &[Stored]) -> anyhow::Result<Row> {
+        let layers =
+            (0..self.layers).map(|number| Layer::draw(self, context, formats, number.into()));
         let mut layers = layers.collect::<anyhow::Result<Vec<Layer>>>()?;
-        let (mut full_times, mut lexico_times) = (Vec::new(), Vec::new());
+        let kinds = std::iter::once(Kind::Full).chain((0..formats.len()).map(Kind::Coded));
+        let mut times: Vec<(Kind, Vec<f64>)> = kinds.map(|kind| (kind, Vec::new())).collect();
         let each = 1e6 / layers.len() as f64;
-        // In turn, so that whatever else the machine does falls on both.
+        // In turn, so that whatever else the machine does falls on all.
         for _ in 0..self.repetitions {
-            for (kind, times) in [
-                (Kind::Full, &mut full_times),
-                (Kind::Lexico, &mut lexico_times),
-            ] {
+            for (kind, times) in &mut times {
                 let started = Instant::now();
                 for layer in &mut layers {
-                    layer.attend(kind);
+                    layer.attend(*kind);
                 }
                 times.push(started.elapsed().as_secs_f64() * each);
             }
             anyhow::ensure!(!interrupt::happened(), "interrupted");
         }
-        let pairs = |rows: &[(DenseRows, DenseRows)]| -> usize {
-            rows.iter().map(|(k, v)| k.bytes() + v.bytes()).sum()
-        };
+        let mut figures = times.iter_mut().map(|(kind, times)| Figures {
+            microseconds: median(times),
+            bytes: layers[0].bytes(*kind),
+        });
+        let full = figures.next().context("full is measured first")?;
         Ok(Row {
             context,
-            lexico_microseconds: median(&mut lexico_times),
-            full_microseconds: median(&mut full_times),
-            full_bytes: pairs(&layers[0].dense),
-            lexico_bytes: layers[0]
-                .coded
-                .iter()
-                .map(|(k, v)| k.bytes() + v.bytes())
-                .sum(),
+            full,
+            coded: figures.collect(),
         })
     }
 
     /// Codes of drawn atoms and coefficients: what attention takes does not depend on their making.
-    fn codes(&self, context: usize, rng: &mut ChaCha8Rng) -> anyhow::Result<Codes> {
-        let sparsity = self.sparsity as usize;
-        let mut codes = Codes::new(CodeFormat {
-            sparsity,
-            variable: false,
-            coefficients: CoefficientFormat::I8,
-        })?;
+    fn codes(
+        &self,
+        context: usize,
+        format: CodeFormat,
+        rng: &mut ChaCha8Rng,
+    ) -> anyhow::Result<Codes> {
+        let sparsity = format.sparsity;
+        let mut codes = Codes::new(format)?;
         for first in (0..context).step_by(DRAWN) {
             let count = DRAWN.min(context - first);
             let nonzeros = count * sparsity;
-            let index = |_| rng.random_range(0..self.atoms) as u16;
+            let index = |nonzero: usize| {
+                let atoms = match format.coefficients {
+                    CoefficientFormat::InAtoms(groups) => {
+                        let group = nonzero % sparsity;
+                        groups.start(group)..groups.start(group + 1)
+                    }
+                    _ => 0..self.atoms as usize,
+                };
+                rng.random_range(atoms) as u16
+            };
             let indices: Vec<u16> = (0..nonzeros).map(index).collect();
             let coefficients = (0..nonzeros).map(|_| rng.random_range(-1f32..1.0));
             codes.extend(&SparseBatch {
@@ -199,33 +315,68 @@ impl Attention {
 #[derive(Clone, Copy)]
 enum Kind {
     Full,
-    Lexico,
+    /// The format with this number.
+    Coded(usize),
 }
 
 /// Drawn keys and values of a layer, dense and coded.
 struct Layer {
     head_dim: usize,
     group: usize,
-    keys: Dictionary,
-    values: Dictionary,
+    dictionaries: Dictionaries,
     queries: Vec<f32>,
     own_keys: Vec<f32>,
     own_values: Vec<f32>,
     dense: Vec<(DenseRows, DenseRows)>,
-    coded: Vec<(Codes, Codes)>,
+    /// Of each format, of each KV head.
+    coded: Vec<Vec<(Codes, Codes)>>,
     out: Vec<f32>,
 }
 
+/// Those of keys and of values.
+struct Dictionaries {
+    universal: [Dictionary; 2],
+    /// As many groups as the largest packed codes need.
+    grouped: [GroupedDictionary; 2],
+}
+
+impl Dictionaries {
+    /// What keys and values in a format are coded over.
+    fn atoms(&self, format: CodeFormat) -> [Atoms<'_>; 2] {
+        match format.coefficients {
+            CoefficientFormat::InAtoms(_) => {
+                self.grouped.each_ref().map(|d| d.atoms(format.sparsity))
+            }
+            _ => self.universal.each_ref().map(Into::into),
+        }
+    }
+}
+
 impl Layer {
-    fn draw(shape: &Attention, context: usize, seed: u64) -> anyhow::Result<Self> {
+    fn draw(
+        shape: &Attention,
+        context: usize,
+        formats: &[Stored],
+        seed: u64,
+    ) -> anyhow::Result<Self> {
         let (m, atoms) = (shape.head_dim as usize, shape.atoms as usize);
         let (group, kv_heads) = (shape.group as usize, shape.kv_heads as usize);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut draw = |count: usize| -> Vec<f32> {
             (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
         };
-        let keys = Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?;
-        let values = Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?;
+        let mut universal = || -> anyhow::Result<Dictionary> {
+            Ok(Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?)
+        };
+        let universal = [universal()?, universal()?];
+        let packed = formats.iter().map(|format| format.format);
+        let packed = packed.filter(|f| matches!(f.coefficients, CoefficientFormat::InAtoms(_)));
+        let groups = packed.map(|format| format.sparsity).max().unwrap_or(1);
+        let mut grouped = || -> anyhow::Result<GroupedDictionary> {
+            let atoms = draw(shape.groups().atoms(groups) * m);
+            Ok(GroupedDictionary::new(atoms, m, shape.groups())?.in_half_precision()?)
+        };
+        let grouped = [grouped()?, grouped()?];
         let queries = draw(kv_heads * group * m);
         let (own_keys, own_values) = (draw(kv_heads * m), draw(kv_heads * m));
         // What dense vectors hold does not matter; the same few are repeated.
@@ -239,17 +390,18 @@ impl Layer {
         };
         let dense = (0..kv_heads).map(|_| (rows(), rows())).collect();
         let mut coded = Vec::new();
-        for _ in 0..kv_heads {
-            coded.push((
-                shape.codes(context, &mut rng)?,
-                shape.codes(context, &mut rng)?,
-            ));
+        for Stored { format, .. } in formats {
+            let mut heads = Vec::new();
+            for _ in 0..kv_heads {
+                let keys = shape.codes(context, *format, &mut rng)?;
+                heads.push((keys, shape.codes(context, *format, &mut rng)?));
+            }
+            coded.push(heads);
         }
         Ok(Self {
             head_dim: m,
             group,
-            keys,
-            values,
+            dictionaries: Dictionaries { universal, grouped },
             out: vec![0.0; queries.len()],
             queries,
             own_keys,
@@ -259,6 +411,19 @@ impl Layer {
         })
     }
 
+    fn bytes(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Full => {
+                let heads = self.dense.iter();
+                heads.map(|(k, v)| k.bytes() + v.bytes()).sum()
+            }
+            Kind::Coded(format) => {
+                let heads = self.coded[format].iter();
+                heads.map(|(k, v)| k.bytes() + v.bytes()).sum()
+            }
+        }
+    }
+
     fn attend(&mut self, kind: Kind) {
         let m = self.head_dim;
         let past = |head: usize| match kind {
@@ -266,12 +431,16 @@ impl Layer {
                 keys: &self.dense[head].0,
                 values: &self.dense[head].1,
             },
-            Kind::Lexico => Source::Codes {
-                keys: &self.coded[head].0,
-                values: &self.coded[head].1,
-                key_atoms: (&self.keys).into(),
-                value_atoms: (&self.values).into(),
-            },
+            Kind::Coded(format) => {
+                let (keys, values) = &self.coded[format][head];
+                let [key_atoms, value_atoms] = self.dictionaries.atoms(keys.format());
+                Source::Codes {
+                    keys,
+                    values,
+                    key_atoms,
+                    value_atoms,
+                }
+            }
         };
         let own = self.own_keys.chunks(m).zip(self.own_values.chunks(m));
         let sources: Vec<[Source<'_>; 2]> = own
