@@ -3,6 +3,7 @@
 mod coefficients;
 mod file;
 mod packed;
+pub mod stored;
 
 pub use coefficients::CoefficientFormat;
 pub use file::{CodeFile, FORMAT};
@@ -34,7 +35,7 @@ pub struct CodeFormat {
     pub coefficients: CoefficientFormat,
 }
 
-/// Sparse codes of a growing list of vectors.
+/// Sparse codes of a growing list of vectors, each one's nonzeros in ascending order of their atoms.
 ///
 /// A vector with `k` nonzeros takes `3k + 1` bytes with coefficients of a byte (2 for the index and 1
 /// for the coefficient of each nonzero, 1 for the vector's scale), `6k` with f32, and one more
@@ -85,7 +86,17 @@ impl Page {
                     count * format.sparsity
                 };
                 page.reserve(format, count, nonzeros);
-                rows.for_each(|(indices, coefficients)| page.push(format, indices, coefficients));
+                let mut nonzeros = Vec::with_capacity(format.sparsity);
+                for (indices, coefficients) in rows {
+                    nonzeros.clear();
+                    if !format.variable {
+                        // Room for nonzeros that a vector does not have is atom 0 with coefficient 0.
+                        nonzeros.resize(format.sparsity - indices.len(), (0, 0.0));
+                    }
+                    nonzeros.extend(indices.iter().copied().zip(coefficients.iter().copied()));
+                    nonzeros.sort_unstable_by_key(|&(i, c)| (i, c != 0.0));
+                    page.push(format, &nonzeros);
+                }
             }
             _ => unreachable!("pages are of their codes' format"),
         }
@@ -198,15 +209,14 @@ impl SparsePage {
         }
     }
 
-    fn push(&mut self, format: CodeFormat, indices: &[u16], coefficients: &[f32]) {
-        self.indices.extend_from_slice(indices);
-        self.coefficients.push_vector(coefficients);
+    /// Takes a vector's nonzeros, which ascend by atom: the order in which they are stored too, so that sums over
+    /// codes that were stored and read again are the same to the last bit.
+    fn push(&mut self, format: CodeFormat, nonzeros: &[(u16, f32)]) {
+        self.indices.extend(nonzeros.iter().map(|&(i, _)| i));
+        let coefficients: Vec<f32> = nonzeros.iter().map(|&(_, c)| c).collect();
+        self.coefficients.push_vector(&coefficients);
         if format.variable {
-            self.lengths.push(indices.len() as u8);
-        } else {
-            let missing = format.sparsity - indices.len();
-            self.indices.extend(std::iter::repeat_n(0, missing));
-            self.coefficients.push_zeros(missing);
+            self.lengths.push(nonzeros.len() as u8);
         }
         self.len += 1;
     }
