@@ -398,18 +398,26 @@ impl Codes {
         self.largest_index
     }
 
+    /// Checks that the codes are over `count` atoms.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where an index lies outside them.
+    pub fn check_atoms(&self, count: usize) -> Result<()> {
+        if usize::from(self.largest_index) >= count && self.bytes_used() > 0 {
+            let index = self.largest_index;
+            let reason = format!("the codes name atom {index}, the dictionary has {count}");
+            return Err(Error::Dictionary(reason));
+        }
+        Ok(())
+    }
+
     /// Rebuilds all vectors, `[n, m]` in f32: for tests, files and error figures, never for attention.
     ///
     /// # Errors
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
     pub fn decode<'a>(&self, atoms: impl Into<Atoms<'a>>) -> Result<Vec<f32>> {
         let atoms = atoms.into();
-        let count = atoms.len();
-        if usize::from(self.largest_index) >= count && self.bytes_used() > 0 {
-            let index = self.largest_index;
-            let reason = format!("the codes name atom {index}, the dictionary has {count}");
-            return Err(Error::Dictionary(reason));
-        }
+        self.check_atoms(atoms.len())?;
         let m = atoms.head_dim();
         let mut widened = Vec::new();
         let mut vectors = vec![0.0; self.len * m];
