@@ -76,6 +76,17 @@ pub struct Generated {
 }
 
 impl Generated {
+    /// No tokens, of a text that had stopped for this reason.
+    pub fn nothing(finish: Finish) -> Self {
+        Self {
+            text: String::new(),
+            tokens: Vec::new(),
+            finish,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        }
+    }
+
     /// Tokens a second after the first one; `None` where there was only one.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
         let steps = self

@@ -16,7 +16,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use lexico::tensor_file::write_atomically_with;
+use lexico::tensor_file::{check_writable, write_atomically_with};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -78,6 +78,34 @@ struct Block {
     crc32: u32,
 }
 
+/// Fails early where [`save`] would fail late.
+///
+/// # Errors
+/// [`Error::Saved`] of a cache method that cannot be saved, and where the path is that of another kind of file; those
+/// of writing.
+pub fn check(path: &Path, spec: &CacheSpec, cache: &dyn KvCache) -> Result<()> {
+    if cache.state().is_none() {
+        return Err(cannot_be_saved(path, spec));
+    }
+    if path.metadata().is_ok_and(|there| there.len() > 0) && !SavedGeneration::is_one(path) {
+        return Err(Error::Saved {
+            path: path.to_owned(),
+            reason: "it is there and no saved cache; name another file".to_owned(),
+        });
+    }
+    Ok(check_writable(path)?)
+}
+
+fn cannot_be_saved(path: &Path, spec: &CacheSpec) -> Error {
+    Error::Saved {
+        path: path.to_owned(),
+        reason: format!(
+            "caches of method {:?} cannot be saved, those of method \"lexico\" can",
+            spec.method().name
+        ),
+    }
+}
+
 /// Writes the file, whole or not at all; returns its bytes.
 ///
 /// # Errors
@@ -90,13 +118,7 @@ pub fn save(
     progress: &Progress,
 ) -> Result<usize> {
     let Some(state) = cache.state() else {
-        return Err(Error::Saved {
-            path: path.to_owned(),
-            reason: format!(
-                "caches of method {:?} cannot be saved, those of method \"lexico\" can",
-                spec.method().name
-            ),
-        });
+        return Err(cannot_be_saved(path, spec));
     };
     let tokens = progress.tokens.iter().flat_map(|token| token.to_le_bytes());
     let tokens = (TOKENS.to_owned(), tokens.collect());
