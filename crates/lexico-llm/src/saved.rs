@@ -26,9 +26,10 @@ use crate::error::{Error, Result, io};
 use crate::generate::Finish;
 use crate::model::Model;
 
-/// How a file begins, and the version that is written and read.
+/// What a file's first line says: the format, and the version that is written and read.
+pub const FORMAT: &str = "lexico-cache/1";
+/// The first line of any version begins so.
 const NAME: &str = "lexico-cache/";
-const VERSION: &str = "1";
 
 /// The name of the block of tokens.
 const TOKENS: &str = "tokens";
@@ -150,7 +151,7 @@ pub fn save(
     start.extend(json);
     let checksum = crc32fast::hash(&start);
     start.extend(checksum.to_le_bytes());
-    let first = format!("{NAME}{VERSION}\n");
+    let first = format!("{FORMAT}\n");
     let total =
         first.len() + start.len() + blocks.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
     write_atomically_with(path, |file| {
@@ -306,18 +307,18 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Header, Vec<(String, Vec<u8>)>), 
             "it is damaged or cut short: {part}; a copy that is whole is needed, or the prompt anew"
         )
     };
-    let Some(rest) = bytes.strip_prefix(NAME.as_bytes()) else {
+    let Some(after) = bytes.strip_prefix(NAME.as_bytes()) else {
         return Err("it is no saved cache; `lexico run --save-cache` makes one".to_owned());
     };
-    let Some(rest) = rest.strip_prefix(rest_of_line().as_bytes()) else {
-        let version: String = String::from_utf8_lossy(rest)
-            .chars()
-            .take_while(|c| c.is_alphanumeric())
-            .take(20)
-            .collect();
+    let rest = bytes.strip_prefix(FORMAT.as_bytes());
+    let Some(rest) = rest.and_then(|rest| rest.strip_prefix(b"\n")) else {
+        let line = after
+            .split(|&byte| byte == b'\n')
+            .next()
+            .unwrap_or_default();
+        let version = String::from_utf8_lossy(&line[..line.len().min(20)]);
         return Err(format!(
-            "it is a saved cache of version {version:?}, and version {VERSION} is read here; use the program that \
-             saved it"
+            "it is a saved cache of version {version:?}, and {FORMAT} is read here; use the program that saved it"
         ));
     };
     let short = || damaged("it ends within its header");
@@ -354,9 +355,4 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Header, Vec<(String, Vec<u8>)>), 
         _ => return Err(damaged("it has no tokens")),
     }
     Ok((header, blocks))
-}
-
-/// What follows [`NAME`] in the first line.
-fn rest_of_line() -> String {
-    format!("{VERSION}\n")
 }

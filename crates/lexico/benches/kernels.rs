@@ -48,6 +48,24 @@ fn vectors_from_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 
+/// Codes from their stored form, in bytes of memory.
+#[divan::bench(args = [8, 16])]
+fn codes_from_stored(bencher: Bencher<'_, '_>, sparsity: usize) {
+    const VECTORS: usize = 8192;
+    let work = common::from_stored(VECTORS, sparsity);
+    let bytes = BytesCount::new(VECTORS * (3 * sparsity + 1));
+    bencher.counter(bytes).bench_local(work);
+}
+
+/// Codes to their stored form, in bytes of memory.
+#[divan::bench(args = [8, 16])]
+fn codes_to_stored(bencher: Bencher<'_, '_>, sparsity: usize) {
+    const VECTORS: usize = 8192;
+    let work = common::to_stored(VECTORS, sparsity);
+    let bytes = BytesCount::new(VECTORS * (3 * sparsity + 1));
+    bencher.counter(bytes).bench_local(work);
+}
+
 /// Coded positions, by sparsity and queries of a group.
 #[divan::bench(args = [(8, 1), (16, 1), (8, 4), (12, 4), (16, 4), (32, 4), (16, 8)])]
 fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {

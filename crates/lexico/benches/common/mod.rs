@@ -6,6 +6,7 @@
 use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
+use lexico::code::stored;
 use lexico::matrix::{HalfMatrix, Halves};
 use lexico::threads::Threads;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
@@ -64,6 +65,24 @@ fn codes(sparsity: usize, batch: &SparseBatch) -> Codes {
     .expect("such codes there are");
     codes.extend(batch);
     codes
+}
+
+/// Codes of as many nonzeros as stored, over 4096 atoms.
+pub(crate) fn to_stored(vectors: usize, sparsity: usize) -> impl FnMut() {
+    let codes = codes(sparsity, &drawn_codes(&mut rng(), vectors, sparsity, 4096));
+    move || {
+        black_box(stored::write(&[black_box(&codes)]));
+    }
+}
+
+/// As [`to_stored`], the other way.
+pub(crate) fn from_stored(vectors: usize, sparsity: usize) -> impl FnMut() {
+    let codes = codes(sparsity, &drawn_codes(&mut rng(), vectors, sparsity, 4096));
+    let blocks = stored::write(&[&codes]);
+    move || {
+        let blocks = blocks.iter().map(Vec::as_slice);
+        black_box(stored::read(&[codes.format()], blocks)).expect("blocks as written");
+    }
 }
 
 /// Codes `vectors` vectors over `atoms` atoms.
