@@ -133,13 +133,9 @@ fn a_saved_cache_goes_on_exactly() {
     for (spec, temperature, cuts) in [
         ("lexico:window=24,batch=8", 0.0, 1..COUNT),
         ("lexico:window=6,batch=5,sparsity=5", 1.0, 1..COUNT),
+        ("lexico:window=0,batch=1,sparsity=4,format=f8", 0.7, 26..30),
         (
-            "lexico:window=0,batch=1,sparsity=4,coefficients=f8",
-            0.7,
-            26..30,
-        ),
-        (
-            "lexico:window=9,batch=7,sparsity=4,coefficients=f32,dense=f32",
+            "lexico:window=9,batch=7,sparsity=4,format=f32,dense=f32",
             0.0,
             18..30,
         ),

@@ -570,6 +570,13 @@ impl<'d> Coding<'d> {
         }
     }
 
+    fn checksum(self) -> u32 {
+        match self {
+            Self::Sparse(dictionary, _) => dictionary.checksum(),
+            Self::Packed(dictionary) => dictionary.checksum(),
+        }
+    }
+
     fn check(self, settings: &LexicoSettings, sparsity: usize) -> ::lexico::Result<()> {
         match self {
             Self::Sparse(dictionary, _) => settings.pursuit(dictionary, sparsity).map(drop),

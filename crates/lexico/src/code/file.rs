@@ -309,10 +309,10 @@ fn read_packed(file: &TensorFile, groups: Groups) -> Result<Codes> {
         );
         return Err(Error::tensor(file.path(), "first", reason));
     }
-    codes.push_page(PackedPage {
+    codes.push_page(Page::Packed(PackedPage {
         first,
         rest: file.bytes("rest")?,
-    });
+    }));
     Ok(codes)
 }
 

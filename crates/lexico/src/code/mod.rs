@@ -141,6 +141,16 @@ impl Page {
         }
     }
 
+    fn largest_index(&self, format: CodeFormat) -> u16 {
+        match (self, format.coefficients) {
+            (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
+                page.largest_index(groups, format.sparsity)
+            }
+            (Self::Sparse(page), _) => page.indices.iter().copied().max().unwrap_or(0),
+            _ => unreachable!("pages are of their codes' format"),
+        }
+    }
+
     /// Calls `visit` with the number of each vector, and each of its indices and coefficients.
     fn for_each(&self, format: CodeFormat, mut visit: impl FnMut(usize, usize, f32)) {
         match (self, format.coefficients) {
@@ -319,16 +329,11 @@ impl Codes {
         self.largest_index = self.largest_index.max(largest);
     }
 
-    /// Appends a page of codes of one atom a group.
-    fn push_page(&mut self, page: PackedPage) {
-        let CoefficientFormat::InAtoms(groups) = self.format.coefficients else {
-            unreachable!("callers have such codes");
-        };
-        let block = page.block(groups, self.format.sparsity);
-        let largest = (0..page.len()).flat_map(|v| block.indices(v)).max();
-        self.largest_index = self.largest_index.max(largest.unwrap_or(0) as u16);
+    /// Appends a page, which must be of these codes' format.
+    fn push_page(&mut self, page: Page) {
+        self.largest_index = self.largest_index.max(page.largest_index(self.format));
         self.len += page.len();
-        self.pages.push(Page::Packed(page));
+        self.pages.push(page);
     }
 
     /// Drops the `count` oldest vectors.

@@ -235,17 +235,6 @@ impl DictionarySet {
         tensor_file::write(path, &tensors, metadata)
     }
 
-    /// A checksum of the atoms of all layers.
-    pub fn checksum(&self) -> u32 {
-        let mut hasher = crc32fast::Hasher::new();
-        for layer in &self.layers {
-            for dictionary in [&layer.keys, &layer.values] {
-                hasher.update(&dictionary.checksum().to_le_bytes());
-            }
-        }
-        hasher.finalize()
-    }
-
     /// Checks that the set serves a model of this identity. The name is for people and may differ.
     ///
     /// # Errors

@@ -5,14 +5,16 @@
 
 use ::lexico::attention::{DenseRows, NumberType};
 use ::lexico::code::stored;
-use ::lexico::dictionary::{Dictionary, Extension, LayerDictionaries, MOST_ATOMS};
-use ::lexico::{CodeFormat, Codes};
+use ::lexico::dictionary::{Extension, LayerDictionaries};
+use ::lexico::{CodeFormat, Codes, CoefficientFormat};
 use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Added, Head, Layer, LayerSparsities, Leaving, LexicoCache, LexicoSettings, Part};
+use super::{
+    Added, Coding, Format, Head, Layer, LayerSparsities, Leaving, LexicoCache, LexicoSettings, Part,
+};
 use crate::cache::CacheState;
 
 #[derive(Serialize, Deserialize)]
@@ -41,6 +43,16 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
             .map(|layer| json!(part(layer)))
             .collect()
     };
+    let (format, beam) = match settings.format {
+        Format::Packed { beam } => ("packed", Some(beam)),
+        Format::Sparse(CoefficientFormat::I8) => ("i8", None),
+        Format::Sparse(CoefficientFormat::F8) => ("f8", None),
+        Format::Sparse(_) => ("f32", None),
+    };
+    let dense = match settings.dense {
+        NumberType::F16 => "f16",
+        NumberType::F32 => "f32",
+    };
     let pairs = [
         ("key-sparsity", of_part(|layer| &layer.keys)),
         ("value-sparsity", of_part(|layer| &layer.values)),
@@ -49,11 +61,9 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
         ("adaptive", settings.adaptive.into()),
         ("window", settings.window.into()),
         ("batch", settings.batch.into()),
-        (
-            "coefficients",
-            format!("{:?}", settings.coefficients).into(),
-        ),
-        ("dense", format!("{:?}", settings.dense).into()),
+        ("format", format.into()),
+        ("beam", beam.into()),
+        ("dense", dense.into()),
         ("sliding window", cache.sliding_window.into()),
     ];
     pairs
@@ -62,10 +72,22 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
         .collect()
 }
 
+/// CRC-32 of the dictionaries that the codes are over.
+fn checksum(cache: &LexicoCache) -> String {
+    let mut hasher = crc32fast::Hasher::new();
+    for layer in &cache.dictionaries.layers {
+        // A cache of such codes is only made where the dictionaries have them.
+        for coding in cache.settings.codings(layer).iter().flatten() {
+            hasher.update(&coding.checksum().to_le_bytes());
+        }
+    }
+    format!("{:08x}", hasher.finalize())
+}
+
 pub(super) fn state(cache: &LexicoCache) -> CacheState {
     let facts = Facts {
         settings: settings(cache),
-        dictionaries: format!("{:08x}", cache.dictionaries.checksum()),
+        dictionaries: checksum(cache),
         positions: cache.positions,
         leaving: cache
             .layers
@@ -162,7 +184,7 @@ pub(super) fn resume(cache: &mut LexicoCache, state: &CacheState) -> Result<(), 
             differ.join(", ")
         ));
     }
-    let dictionaries = format!("{:08x}", cache.dictionaries.checksum());
+    let dictionaries = checksum(cache);
     if facts.dictionaries != dictionaries {
         return Err(format!(
             "its codes are over other dictionaries: their CRC-32 is {}, that of the dictionaries here \
@@ -232,7 +254,18 @@ fn resume_layer(
     fresh: &[Head],
     blocks: &[(&str, &[u8])],
 ) -> Result<Layer, String> {
-    let part = |of: usize, dictionary: &Dictionary| -> Result<(Vec<Part>, Extension), String> {
+    let known = |name: &str| {
+        let (part, kind) = name.split_once('.').unwrap_or_default();
+        PARTS.iter().any(|(name, _)| *name == part) && ["codes", "atoms", "window"].contains(&kind)
+    };
+    if !blocks.iter().all(|(name, _)| known(name)) {
+        return Err(damaged("the list of blocks"));
+    }
+    let codings = settings
+        .codings(dictionaries)
+        .map_err(|error| error.to_string())?;
+    let m = dictionaries.keys.head_dim();
+    let part = |of: usize| -> Result<(Vec<Part>, Extension), String> {
         let (name, part) = PARTS[of];
         let of_kind = |kind: &str| {
             let name = format!("{name}.{kind}");
@@ -240,10 +273,10 @@ fn resume_layer(
             own.map(|&(_, bytes)| bytes).collect::<Vec<_>>()
         };
         let formats: Vec<CodeFormat> = fresh.iter().map(|head| part(head).codes.format()).collect();
-        resume_part(settings, &formats, dictionary, of_kind)
+        resume_part(settings, codings[of], &formats, m, of_kind)
     };
-    let (keys, added_keys) = part(0, &dictionaries.keys)?;
-    let (values, added_values) = part(1, &dictionaries.values)?;
+    let (keys, added_keys) = part(0)?;
+    let (values, added_values) = part(1)?;
     let heads = keys.into_iter().zip(values);
     let layer = Layer {
         heads: heads.map(|(keys, values)| Head { keys, values }).collect(),
@@ -267,25 +300,26 @@ fn resume_layer(
 /// The keys, or the values, of every head, and the atoms that were added for them, out of the blocks of a kind.
 fn resume_part<'a>(
     settings: &LexicoSettings,
+    coding: Coding<'_>,
     formats: &[CodeFormat],
-    dictionary: &Dictionary,
+    m: usize,
     of_kind: impl Fn(&str) -> Vec<&'a [u8]>,
 ) -> Result<(Vec<Part>, Extension), String> {
-    let m = dictionary.head_dim();
     let codes = stored::read(formats, of_kind("codes")).map_err(|error| error.to_string())?;
     let added = match of_kind("atoms").as_slice() {
         [] => Extension::new(m),
-        [bytes] => {
+        [bytes] if bytes.len().is_multiple_of(2) => {
             let halves = bytes.as_chunks::<2>().0.iter();
             let atoms = halves.map(|&b| f16::from_le_bytes(b)).collect();
             Extension::of_atoms(atoms, m).map_err(|error| error.to_string())?
         }
         _ => return Err(damaged("the added atoms")),
     };
-    if added.len() > settings.adaptive || dictionary.len() + added.len() > MOST_ATOMS {
+    if added.len() > settings.adaptive {
         return Err(damaged("the added atoms"));
     }
-    let atoms = dictionary.len() + added.len();
+    let sparsities: Vec<usize> = formats.iter().map(|format| format.sparsity).collect();
+    let atoms = coding.atoms(&added, &sparsities).len();
     let [rows] = of_kind("window")[..] else {
         return Err(damaged("the rows of the window"));
     };

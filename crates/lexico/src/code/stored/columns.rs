@@ -24,9 +24,14 @@ pub(super) trait Symbol: Copy {
 
 /// Writes columns of one kind with a distribution each or with one for all, whichever is smaller: each follows its
 /// own more closely, but a short column cannot pay for one.
+///
+/// Nothing is written of columns without symbols.
 pub(super) fn write<S: Symbol>(columns: &[Vec<S>], out: &mut Vec<u8>) {
+    if columns.iter().all(Vec::is_empty) {
+        return;
+    }
     let mut apart = vec![APART];
-    for column in columns {
+    for column in columns.iter().filter(|column| !column.is_empty()) {
         S::write(column, &mut apart);
     }
     let mut together = vec![TOGETHER];
@@ -40,8 +45,17 @@ pub(super) fn write<S: Symbol>(columns: &[Vec<S>], out: &mut Vec<u8>) {
 
 /// Reads columns of these lengths.
 pub(super) fn read<S: Symbol>(input: &mut Input<'_>, lengths: &[usize]) -> Result<Vec<Vec<S>>> {
+    if lengths.iter().all(|&count| count == 0) {
+        return Ok(vec![Vec::new(); lengths.len()]);
+    }
     match *input.array()? {
-        [APART] => lengths.iter().map(|&count| S::read(input, count)).collect(),
+        [APART] => {
+            let columns = lengths.iter().map(|&count| match count {
+                0 => Ok(Vec::new()),
+                count => S::read(input, count),
+            });
+            columns.collect()
+        }
         [TOGETHER] => {
             let all = S::read(input, lengths.iter().sum())?;
             let mut rest = all.as_slice();

@@ -6,8 +6,8 @@
 //! |---|---|
 //! | 1 | [`VERSION`] |
 //! | 2 | vectors of each head |
-//! | 2, then 4 a head | heads; sparsity, whether lengths vary, how coefficients are stored |
-//! | | columns of all heads: lengths where they vary, indices, coefficients, scales |
+//! | 2, then 8 a head | heads; sparsity, whether lengths vary, how coefficients are stored, atoms of the first group |
+//! | | columns of all heads: lengths where they vary, indices, coefficients, scales; of codes of one atom a group, those of the first group, then of every other one |
 //! | 4 | CRC-32 of all that is before |
 //!
 //! Numbers are little-endian. A vector's indices ascend and are stored as their differences, which are small. A column
@@ -19,7 +19,8 @@ mod input;
 mod rans;
 
 use super::coefficients::{Coefficients, Scales};
-use super::{Block, Blocks, CodeFormat, Codes, CoefficientFormat, Lengths, PAGE, Page};
+use super::packed::{PackedBlock, PackedPage};
+use super::{Block, Blocks, CodeFormat, Codes, CoefficientFormat, Lengths, PAGE, Page, SparsePage};
 use crate::{Error, Result};
 use input::{Input, damaged};
 
@@ -43,8 +44,8 @@ pub fn write(heads: &[&Codes]) -> Vec<Vec<u8>> {
     let mut blocks = Vec::new();
     // Blocks are read as pages, and sums over codes go page by page: what is read has the pages that were written.
     for page in &first.pages {
-        for start in (0..page.len).step_by(PAGE) {
-            let count = PAGE.min(page.len - start);
+        for start in (0..page.len()).step_by(PAGE) {
+            let count = PAGE.min(page.len() - start);
             let mut columns = Columns::default();
             for run in &mut runs {
                 columns.begin_head();
@@ -68,11 +69,8 @@ pub fn read<'a>(
     let mut heads = heads.collect::<Result<Vec<Codes>>>()?;
     for block in blocks {
         for (codes, page) in heads.iter_mut().zip(read_block(formats, block)?) {
-            codes.len += page.len;
-            let largest = page.indices.iter().copied().max().unwrap_or(0);
-            codes.largest_index = codes.largest_index.max(largest);
             codes.pages.reserve_exact(1);
-            codes.pages.push(page);
+            codes.push_page(page);
         }
     }
     Ok(heads)
@@ -87,6 +85,10 @@ struct Columns {
     /// As they are in memory; four bytes each in f32.
     coefficients: Vec<Vec<u8>>,
     scales: Vec<Vec<u8>>,
+    /// Atoms of the first group.
+    first: Vec<Vec<u16>>,
+    /// Atoms of every other group.
+    rest: Vec<Vec<Vec<u8>>>,
 }
 
 impl Columns {
@@ -95,6 +97,10 @@ impl Columns {
         self.indices.push(Vec::new());
         self.coefficients.push(Vec::new());
         self.scales.push(Vec::new());
+        self.first.push(Vec::new());
+        self.rest
+            .iter_mut()
+            .for_each(|group| group.push(Vec::new()));
     }
 
     fn push(&mut self, codes: Blocks<'_>) {
@@ -102,6 +108,21 @@ impl Columns {
             Blocks::I8(block) => self.push_block(&block, |&c| [c as u8]),
             Blocks::F8(block) => self.push_block(&block, |&c| [c]),
             Blocks::F32(block) => self.push_block(&block, |c| c.to_le_bytes()),
+            Blocks::Packed(block) => self.push_packed(block),
+        }
+    }
+
+    fn push_packed(&mut self, block: PackedBlock<'_>) {
+        let heads = self.first.len();
+        let groups = self.rest.len().max(block.sparsity - 1);
+        self.rest.resize(groups, vec![Vec::new(); heads]);
+        if let Some(column) = self.first.last_mut() {
+            column.extend_from_slice(block.first);
+        }
+        for (group, columns) in self.rest.iter_mut().enumerate().take(block.sparsity - 1) {
+            if let Some(column) = columns.last_mut() {
+                column.extend(block.rest_rows().map(|row| row[group]));
+            }
         }
     }
 
@@ -153,6 +174,10 @@ impl Columns {
         columns::write(&self.indices, &mut out);
         columns::write(&self.coefficients, &mut out);
         columns::write(&self.scales, &mut out);
+        columns::write(&self.first, &mut out);
+        for group in &self.rest {
+            columns::write(group, &mut out);
+        }
         let checksum = crc32fast::hash(&out);
         out.extend(checksum.to_le_bytes());
         out
@@ -164,12 +189,14 @@ fn described(formats: &[CodeFormat]) -> Vec<u8> {
     let mut out = (formats.len() as u16).to_le_bytes().to_vec();
     for format in formats {
         out.extend((format.sparsity as u16).to_le_bytes());
-        let coefficients = match format.coefficients {
-            CoefficientFormat::I8 => 0,
-            CoefficientFormat::F8 => 1,
-            CoefficientFormat::F32 => 2,
+        let (coefficients, first) = match format.coefficients {
+            CoefficientFormat::I8 => (0, 0),
+            CoefficientFormat::F8 => (1, 0),
+            CoefficientFormat::F32 => (2, 0),
+            CoefficientFormat::InAtoms(groups) => (3, groups.first as u32),
         };
         out.extend([u8::from(format.variable), coefficients]);
+        out.extend(first.to_le_bytes());
     }
     out
 }
@@ -199,49 +226,50 @@ fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
             "the block holds codes of other heads or sparsities".to_owned(),
         ));
     }
-    let vectors = |wanted: fn(&CodeFormat) -> bool| -> Vec<usize> {
-        let counts = formats
-            .iter()
-            .map(|format| if wanted(format) { count } else { 0 });
-        counts.collect()
+    // How long the column of each head is, of columns of `width` symbols a vector.
+    let lengths_of = |width: &dyn Fn(&CodeFormat) -> usize| -> Vec<usize> {
+        formats.iter().map(|format| count * width(format)).collect()
     };
-    let lengths = columns::read::<u8>(&mut input, &vectors(|format| format.variable))?;
+    let lengths = lengths_of(&|format| usize::from(format.variable));
+    let lengths = columns::read::<u8>(&mut input, &lengths)?;
     let nonzeros = nonzeros(formats, &lengths, count)?;
     let indices = columns::read::<u16>(&mut input, &nonzeros)?;
     let widths = formats.iter().map(|format| match format.coefficients {
-        CoefficientFormat::I8 | CoefficientFormat::F8 => 1,
         CoefficientFormat::F32 => size_of::<f32>(),
+        _ => 1,
     });
-    let bytes: Vec<usize> = nonzeros
-        .iter()
-        .zip(widths)
-        .map(|(n, width)| n * width)
-        .collect();
+    let bytes = nonzeros.iter().zip(widths);
+    let bytes: Vec<usize> = bytes.map(|(nonzeros, width)| nonzeros * width).collect();
     let coefficients = columns::read::<u8>(&mut input, &bytes)?;
-    let scaled = |format: &CodeFormat| format.coefficients != CoefficientFormat::F32;
-    let scales = columns::read::<u8>(&mut input, &vectors(scaled))?;
+    let scales = lengths_of(&|format| usize::from(is_scaled(format)));
+    let scales = columns::read::<u8>(&mut input, &scales)?;
+    let first = lengths_of(&|format| groups_of(format).min(1));
+    let first = columns::read::<u16>(&mut input, &first)?;
+    let mut rest = Vec::new();
+    for group in 1..formats.iter().map(groups_of).max().unwrap_or(0) {
+        let own = lengths_of(&|format| usize::from(groups_of(format) > group));
+        rest.push(columns::read::<u8>(&mut input, &own)?);
+    }
     input.end()?;
 
-    let mut pages = Vec::with_capacity(formats.len());
-    let columns = lengths
+    let sparse = lengths
         .into_iter()
         .zip(indices)
         .zip(coefficients.into_iter().zip(scales));
-    for (format, ((lengths, mut indices), (values, scales))) in formats.iter().zip(columns) {
-        let mut add_up = |from: usize, length: usize| {
-            let mut before = 0u16;
-            for index in &mut indices[from..from + length] {
-                *index = index.wrapping_add(before);
-                before = *index;
+    let mut pages = Vec::with_capacity(formats.len());
+    for (head, ((format, first), ((lengths, indices), (values, scales)))) in
+        formats.iter().zip(first).zip(sparse).enumerate()
+    {
+        if let CoefficientFormat::InAtoms(groups) = format.coefficients {
+            if first.iter().any(|&atom| usize::from(atom) >= groups.first) {
+                return Err(damaged("an atom of the first group"));
             }
-            from + length
-        };
-        if format.variable {
-            lengths
+            let own = rest[..format.sparsity - 1]
                 .iter()
-                .fold(0, |from, &length| add_up(from, usize::from(length)));
-        } else {
-            (0..count).fold(0, |from, _| add_up(from, format.sparsity));
+                .map(|group| group[head].as_slice());
+            let rest = by_vector(own.collect(), count);
+            pages.push(Page::Packed(PackedPage { first, rest }));
+            continue;
         }
         let coefficients = match format.coefficients {
             CoefficientFormat::I8 => Coefficients::I8 {
@@ -249,7 +277,7 @@ fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
                 scales,
             },
             CoefficientFormat::F8 => Coefficients::F8 { values, scales },
-            CoefficientFormat::F32 => {
+            CoefficientFormat::F32 | CoefficientFormat::InAtoms(_) => {
                 let values = values.as_chunks::<4>().0;
                 Coefficients::F32(values.iter().map(|&c| f32::from_le_bytes(c)).collect())
             }
@@ -257,19 +285,70 @@ fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
         if let Some((part, _)) = coefficients.not_finite() {
             return Err(damaged(part));
         }
-        pages.push(Page {
+        pages.push(Page::Sparse(SparsePage {
             len: count,
-            indices,
+            indices: added_up(*format, indices, &lengths),
             coefficients,
             lengths,
-        });
+        }));
     }
     Ok(pages)
+}
+
+/// Atoms of a vector of codes of one atom a group; 0 of other codes.
+fn groups_of(format: &CodeFormat) -> usize {
+    match format.coefficients {
+        CoefficientFormat::InAtoms(_) => format.sparsity,
+        _ => 0,
+    }
+}
+
+/// Whether vectors have a scale.
+fn is_scaled(format: &CodeFormat) -> bool {
+    matches!(
+        format.coefficients,
+        CoefficientFormat::I8 | CoefficientFormat::F8
+    )
+}
+
+/// Columns of `count` numbers as rows.
+fn by_vector(columns: Vec<&[u8]>, count: usize) -> Vec<u8> {
+    let mut rows = vec![0; columns.len() * count];
+    for (j, column) in columns.iter().enumerate() {
+        let own = rows.iter_mut().skip(j).step_by(columns.len());
+        own.zip(*column).for_each(|(to, &from)| *to = from);
+    }
+    rows
+}
+
+/// Indices out of each one's difference to the one before in its vector.
+fn added_up(format: CodeFormat, mut indices: Vec<u16>, lengths: &[u8]) -> Vec<u16> {
+    let add_up = |row: &mut [u16]| {
+        let mut before = 0u16;
+        for index in row {
+            *index = index.wrapping_add(before);
+            before = *index;
+        }
+    };
+    if format.variable {
+        let mut rest = &mut indices[..];
+        for &length in lengths {
+            let (row, after) = rest.split_at_mut(usize::from(length));
+            add_up(row);
+            rest = after;
+        }
+    } else {
+        indices.chunks_exact_mut(format.sparsity).for_each(add_up);
+    }
+    indices
 }
 
 /// Nonzeros of `count` vectors of each head.
 fn nonzeros(formats: &[CodeFormat], lengths: &[Vec<u8>], count: usize) -> Result<Vec<usize>> {
     let heads = formats.iter().zip(lengths).map(|(format, lengths)| {
+        if groups_of(format) > 0 {
+            return Ok(0);
+        }
         if !format.variable {
             return Ok(count * format.sparsity);
         }
@@ -292,6 +371,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
+    use crate::dictionary::{GROUP, Groups};
     use crate::pursuit::SparseBatch;
 
     /// Codes of `count` drawn vectors, some of them short, over `atoms` atoms.
@@ -304,6 +384,16 @@ mod tests {
             coefficients: vec![0.0; count * s],
             relative_errors: vec![0.0; count],
         };
+        if let CoefficientFormat::InAtoms(groups) = format.coefficients {
+            batch.lengths = vec![s as u16; count];
+            for (j, index) in batch.indices.iter_mut().enumerate() {
+                let (group, atoms) = (j % s, if j % s == 0 { groups.first } else { GROUP });
+                *index = (groups.start(group) + rng.random_range(0..atoms)) as u16;
+            }
+            let mut codes = Codes::new(format).unwrap();
+            codes.extend(&batch);
+            return codes;
+        }
         for v in 0..count {
             let length = s - usize::from(rng.random::<u8>()) % (s + 1) * usize::from(v % 3 == 0);
             batch.lengths.push(length as u16);
@@ -329,12 +419,13 @@ mod tests {
         let coefficients = prop_oneof![
             Just(CoefficientFormat::I8),
             Just(CoefficientFormat::F8),
-            Just(CoefficientFormat::F32)
+            Just(CoefficientFormat::F32),
+            (1usize..4000).prop_map(|first| CoefficientFormat::InAtoms(Groups { first })),
         ];
         (1usize..9, any::<bool>(), coefficients).prop_map(|(sparsity, variable, coefficients)| {
             CodeFormat {
                 sparsity,
-                variable,
+                variable: variable && !matches!(coefficients, CoefficientFormat::InAtoms(_)),
                 coefficients,
             }
         })
@@ -379,11 +470,20 @@ mod tests {
 
     #[test]
     fn codes_of_many_pages_come_back_as_the_same_pages() {
+        for coefficients in [
+            CoefficientFormat::I8,
+            CoefficientFormat::InAtoms(Groups { first: 700 }),
+        ] {
+            many_pages(coefficients);
+        }
+    }
+
+    fn many_pages(coefficients: CoefficientFormat) {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let format = CodeFormat {
             sparsity: 2,
             variable: false,
-            coefficients: CoefficientFormat::I8,
+            coefficients,
         };
         let mut codes = drawn(format, 2 * PAGE + 100, 1000, &mut rng);
         codes.drop_front(1000);
