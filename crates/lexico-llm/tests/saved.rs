@@ -5,6 +5,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use lexico::dictionary::{GroupedDictionaries, GroupedDictionary, Groups};
 use lexico_llm::cache::{CacheState, KvCache};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
 use lexico_llm::sample::{Sampler, Sampling};
@@ -15,6 +16,28 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
 const PROMPT: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. How many";
+
+/// The embedded model, with dictionaries of groups beside its own. They are drawn, not learned: what goes on exactly need
+/// not make sense.
+fn grouped_model() -> Model {
+    let mut model = Model::tiny().unwrap();
+    let mut set = (**model.dictionaries.as_ref().unwrap()).clone();
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    for layer in &mut set.layers {
+        let m = layer.keys.head_dim();
+        let mut draw = || {
+            let groups = Groups { first: 300 };
+            let numbers = (0..groups.atoms(8) * m).map(|_| rng.random_range(-0.3f32..0.3));
+            GroupedDictionary::new(numbers.collect(), m, groups).unwrap()
+        };
+        layer.grouped = Some(GroupedDictionaries {
+            keys: draw(),
+            values: draw(),
+        });
+    }
+    model.set_dictionaries(set).unwrap();
+    model
+}
 
 fn sampling(temperature: f32) -> Sampling {
     Sampling {
@@ -128,11 +151,16 @@ fn a_saved_cache_goes_on_exactly() {
     const COUNT: usize = 30;
     /// How far a resumed run goes on: until the batch that is leaving has left.
     const AFTER: usize = 6;
-    let model = Model::tiny().unwrap();
+    let model = grouped_model();
     let folder = Folder::new();
     for (spec, temperature, cuts) in [
-        ("lexico:window=24,batch=8", 0.0, 1..COUNT),
+        ("lexico:window=24,batch=8,format=i8", 0.0, 1..COUNT),
         ("lexico:window=6,batch=5,sparsity=5", 1.0, 1..COUNT),
+        (
+            "lexico:window=3,batch=6,key-sparsity=8,value-sparsity=1",
+            0.0,
+            20..COUNT,
+        ),
         ("lexico:window=0,batch=1,sparsity=4,format=f8", 0.7, 26..30),
         (
             "lexico:window=9,batch=7,sparsity=4,format=f32,dense=f32",
@@ -140,7 +168,7 @@ fn a_saved_cache_goes_on_exactly() {
             18..30,
         ),
         (
-            "lexico:window=4,batch=6,sparsity=6,tolerance=0.25,adaptive=60",
+            "lexico:window=4,batch=6,sparsity=6,tolerance=0.25,adaptive=60,format=i8",
             0.7,
             16..30,
         ),
@@ -207,8 +235,10 @@ fn what_has_begun_is_ended_after_a_cut() {
 }
 
 /// A small saved cache with every kind of block.
-fn small(model: &Model, folder: &Folder) -> Vec<u8> {
-    let spec = "lexico:window=3,batch=4,sparsity=3,tolerance=0.3,adaptive=4";
+const SPARSE: &str = "lexico:window=3,batch=4,sparsity=3,tolerance=0.3,adaptive=4,format=i8";
+const PACKED: &str = "lexico:window=3,batch=4,sparsity=3,format=packed";
+
+fn small(model: &Model, folder: &Folder, spec: &str) -> Vec<u8> {
     let mut run = Run::begin(model, spec, &sampling(0.0));
     run.go_on(model, 6, true, &[]);
     run.save(model, spec, &folder.file());
@@ -262,9 +292,15 @@ fn with_header(bytes: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
 
 #[test]
 fn a_thousand_corruptions_are_each_found() {
-    let model = Model::tiny().unwrap();
+    for spec in [SPARSE, PACKED] {
+        corruptions_are_found(spec);
+    }
+}
+
+fn corruptions_are_found(spec: &str) {
+    let model = grouped_model();
     let folder = Folder::new();
-    let bytes = small(&model, &folder);
+    let bytes = small(&model, &folder, spec);
     assert!(outcome(&model, &folder, &bytes).is_ok());
     let blocks = blocks(&bytes);
     let mut rng = ChaCha8Rng::seed_from_u64(11);
@@ -324,7 +360,7 @@ fn a_thousand_corruptions_are_each_found() {
 fn headers_that_lie_are_refused() {
     let model = Model::tiny().unwrap();
     let folder = Folder::new();
-    let bytes = small(&model, &folder);
+    let bytes = small(&model, &folder, SPARSE);
     assert!(outcome(&model, &folder, &with_header(&bytes, |_| ())).is_ok());
     let lies: &[(&str, &str, fn(&mut Value))] = &[
         ("fingerprint", "another model", |h| {
@@ -401,7 +437,7 @@ fn headers_that_lie_are_refused() {
 fn other_models_dictionaries_settings_and_versions_are_refused() {
     let model = Model::tiny().unwrap();
     let folder = Folder::new();
-    let bytes = small(&model, &folder);
+    let bytes = small(&model, &folder, SPARSE);
 
     let quantised = Model::tiny_quantised(Quantize::Q8_0).unwrap();
     let refused = outcome(&quantised, &folder, &bytes).unwrap_err();
@@ -425,6 +461,19 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
         refused.contains("other dictionaries") && refused.contains("--dictionary"),
         "{refused}"
     );
+
+    // Other groups are no matter to codes that have coefficients, and all to those that have none.
+    let packed = small(&grouped_model(), &folder, PACKED);
+    assert!(outcome(&grouped_model(), &folder, &bytes).is_ok());
+    let refused = outcome(&model, &folder, &packed).unwrap_err();
+    assert!(refused.contains("no groups"), "{refused}");
+    let mut other = grouped_model();
+    let mut set = (**other.dictionaries.as_ref().unwrap()).clone();
+    let grouped = set.layers[2].grouped.as_mut().unwrap();
+    std::mem::swap(&mut grouped.keys, &mut grouped.values);
+    other.set_dictionaries(set).unwrap();
+    let refused = outcome(&other, &folder, &packed).unwrap_err();
+    assert!(refused.contains("other dictionaries"), "{refused}");
 
     let again = String::from_utf8_lossy(&bytes[..15]).replace("/1", "/2");
     let refused = outcome(&model, &folder, &[again.as_bytes(), &bytes[15..]].concat()).unwrap_err();

@@ -48,22 +48,24 @@ fn vectors_from_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 
-/// Codes from their stored form, in bytes of memory.
-#[divan::bench(args = [8, 16])]
-fn codes_from_stored(bencher: Bencher<'_, '_>, sparsity: usize) {
-    const VECTORS: usize = 8192;
-    let work = common::from_stored(VECTORS, sparsity);
-    let bytes = BytesCount::new(VECTORS * (3 * sparsity + 1));
-    bencher.counter(bytes).bench_local(work);
+/// A page of codes from its stored form, by atoms a vector and whether these are packed, in bytes of memory.
+#[divan::bench(args = [(16, false), (12, true)])]
+fn codes_from_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
+    let codes = common::page(sparsity, packed);
+    let bytes = BytesCount::new(codes.bytes_used());
+    bencher
+        .counter(bytes)
+        .bench_local(common::from_stored(&codes));
 }
 
-/// Codes to their stored form, in bytes of memory.
-#[divan::bench(args = [8, 16])]
-fn codes_to_stored(bencher: Bencher<'_, '_>, sparsity: usize) {
-    const VECTORS: usize = 8192;
-    let work = common::to_stored(VECTORS, sparsity);
-    let bytes = BytesCount::new(VECTORS * (3 * sparsity + 1));
-    bencher.counter(bytes).bench_local(work);
+/// The other way.
+#[divan::bench(args = [(16, false), (12, true)])]
+fn codes_to_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
+    let codes = common::page(sparsity, packed);
+    let bytes = BytesCount::new(codes.bytes_used());
+    bencher
+        .counter(bytes)
+        .bench_local(common::to_stored(&codes));
 }
 
 /// Coded positions, by sparsity and queries of a group.

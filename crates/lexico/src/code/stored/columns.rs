@@ -257,52 +257,6 @@ mod tests {
         }
     }
 
-    /// Run with `cargo test --release -p lexico speed -- --ignored --nocapture`.
-    #[test]
-    #[ignore]
-    fn speed() {
-        const COUNT: usize = 1 << 20;
-        let mut rng = ChaCha8Rng::seed_from_u64(7);
-        let column: Vec<u8> = (0..COUNT)
-            .map(|_| (rng.random::<f32>().powf(1.5) * 256.0) as u8)
-            .collect();
-        let wide: Vec<u16> = (0..COUNT)
-            .map(|_| (rng.random::<f32>().powf(1.5) * 4096.0) as u16)
-            .collect();
-        println!("{} bits", 8.0 * entropy(&column) / COUNT as f64);
-        fn time<S: Symbol>(column: &[S]) {
-            let mut bytes = Vec::new();
-            S::write(column, &mut bytes);
-            let best = (0..30)
-                .map(|_| {
-                    let t = std::time::Instant::now();
-                    std::hint::black_box(S::read(&mut Input::new(&bytes), column.len()).unwrap());
-                    t.elapsed().as_secs_f64()
-                })
-                .fold(f64::MAX, f64::min);
-            let enc = (0..5)
-                .map(|_| {
-                    let t = std::time::Instant::now();
-                    let mut bytes = Vec::new();
-                    S::write(column, &mut bytes);
-                    std::hint::black_box(bytes);
-                    t.elapsed().as_secs_f64()
-                })
-                .fold(f64::MAX, f64::min);
-            let size = size_of_val(column) as f64 / 1e6;
-            println!(
-                "read {:.0} MB/s, write {:.0} MB/s, kind {} {} -> {}",
-                size / best,
-                size / enc,
-                bytes[0],
-                size_of_val(column),
-                bytes.len()
-            );
-        }
-        time(&column);
-        time(&wide);
-    }
-
     #[test]
     fn what_cannot_gain_is_raw_and_what_is_constant_costs_nothing() {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
