@@ -154,10 +154,10 @@ fn a_saved_cache_goes_on_exactly() {
     let model = grouped_model();
     let folder = Folder::new();
     for (spec, temperature, cuts) in [
-        ("lexico:window=24,batch=8,format=i8", 0.0, 1..COUNT),
-        ("lexico:window=6,batch=5,sparsity=5", 1.0, 1..COUNT),
+        ("lexico:window=24,batch=8,format=i8", 0.0, 8..20),
+        ("lexico:window=6,batch=5,sparsity=5,beam=2", 1.0, 1..12),
         (
-            "lexico:window=3,batch=6,key-sparsity=8,value-sparsity=1",
+            "lexico:window=3,batch=6,key-sparsity=8,value-sparsity=1,beam=2",
             0.0,
             20..COUNT,
         ),
@@ -236,7 +236,7 @@ fn what_has_begun_is_ended_after_a_cut() {
 
 /// A small saved cache with every kind of block.
 const SPARSE: &str = "lexico:window=3,batch=4,sparsity=3,tolerance=0.3,adaptive=4,format=i8";
-const PACKED: &str = "lexico:window=3,batch=4,sparsity=3,format=packed";
+const PACKED: &str = "lexico:window=3,batch=4,sparsity=3,format=packed,beam=2";
 
 fn small(model: &Model, folder: &Folder, spec: &str) -> Vec<u8> {
     let mut run = Run::begin(model, spec, &sampling(0.0));

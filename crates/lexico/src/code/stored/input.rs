@@ -24,6 +24,11 @@ impl<'a> Input<'a> {
         Ok(taken)
     }
 
+    /// What is not read yet.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     /// Refuses what nothing has read.
     pub(super) fn end(self) -> Result<()> {
         if self.rest.is_empty() {

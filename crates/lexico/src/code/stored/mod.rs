@@ -5,12 +5,13 @@
 //! | bytes | |
 //! |---|---|
 //! | 1 | [`VERSION`] |
+//! | 4 | CRC-32 of all that follows |
 //! | 2 | vectors of each head |
 //! | 2, then 8 a head | heads; sparsity, whether lengths vary, how coefficients are stored, atoms of the first group |
 //! | | columns of all heads: lengths where they vary, indices, coefficients, scales; of codes of one atom a group, those of the first group, then of every other one |
-//! | 4 | CRC-32 of all that is before |
 //!
-//! Numbers are little-endian. A vector's indices ascend and are stored as their differences, which are small. A column
+//! The checksum is not at the end, where checksums of whole blocks, in a file that holds many, would be the same for all
+//! of them. Numbers are little-endian. A vector's indices ascend and are stored as their differences, which are small. A column
 //! is raw, or coded with the distribution of its symbols (asymmetric numeral systems, Duda 2013), heads apart or
 //! together, whichever is smallest.
 
@@ -167,8 +168,7 @@ impl Columns {
 
     /// The block of these columns, of `count` vectors a head.
     fn write(&self, count: usize, formats: &[CodeFormat]) -> Vec<u8> {
-        let mut out = vec![VERSION];
-        out.extend((count as u16).to_le_bytes());
+        let mut out = (count as u16).to_le_bytes().to_vec();
         out.extend(described(formats));
         columns::write(&self.lengths, &mut out);
         columns::write(&self.indices, &mut out);
@@ -178,9 +178,8 @@ impl Columns {
         for group in &self.rest {
             columns::write(group, &mut out);
         }
-        let checksum = crc32fast::hash(&out);
-        out.extend(checksum.to_le_bytes());
-        out
+        let checksum = crc32fast::hash(&out).to_le_bytes();
+        [&[VERSION], checksum.as_slice(), &out].concat()
     }
 }
 
@@ -203,18 +202,16 @@ fn described(formats: &[CodeFormat]) -> Vec<u8> {
 
 /// The page of every head in a block.
 fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
-    let Some((content, checksum)) = block.split_last_chunk() else {
-        return Err(damaged("its length"));
-    };
-    if crc32fast::hash(content) != u32::from_le_bytes(*checksum) {
-        return Err(damaged("its checksum"));
-    }
-    let mut input = Input::new(content);
+    let mut input = Input::new(block);
     let [version] = *input.array()?;
     if version != VERSION {
         return Err(Error::Stored(format!(
             "the block is of version {version}, and version {VERSION} is understood"
         )));
+    }
+    let checksum = u32::from_le_bytes(*input.array()?);
+    if crc32fast::hash(input.rest()) != checksum {
+        return Err(damaged("its checksum"));
     }
     let count = usize::from(u16::from_le_bytes(*input.array()?));
     if !(1..=PAGE).contains(&count) {
@@ -461,9 +458,8 @@ mod tests {
             let codes: Vec<Codes> = formats.iter().map(|&f| drawn(f, 200, 500, &mut rng)).collect();
             let mut blocks = write(&codes.iter().collect::<Vec<_>>());
             *at.get_mut(&mut blocks[0]) = with;
-            let end = blocks[0].len() - 4;
-            let checksum = crc32fast::hash(&blocks[0][..end]);
-            blocks[0][end..].copy_from_slice(&checksum.to_le_bytes());
+            let checksum = crc32fast::hash(&blocks[0][5..]);
+            blocks[0][1..5].copy_from_slice(&checksum.to_le_bytes());
             let _ = read_again(&codes, &blocks);
         }
     }
@@ -493,6 +489,18 @@ mod tests {
         for again in again {
             assert_eq!(format!("{:?}", codes.pages), format!("{:?}", again.pages));
         }
+    }
+
+    #[test]
+    fn blocks_differ_in_checksums_over_them() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let format = CodeFormat {
+            sparsity: 4,
+            variable: false,
+            coefficients: CoefficientFormat::InAtoms(Groups { first: 50 }),
+        };
+        let mut checksum = || crc32fast::hash(&write(&[&drawn(format, 50, 0, &mut rng)])[0]);
+        assert_ne!(checksum(), checksum());
     }
 
     #[test]
