@@ -10,13 +10,14 @@ use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
 use lexico_llm::config::Config;
 use lexico_llm::gguf::GgufModel;
+use lexico_llm::saved::{FORMAT, SavedGeneration};
 use serde_json::{Value, json};
 
 use crate::ui;
 
 #[derive(Args)]
 pub(crate) struct Inspect {
-    /// A dictionary, code or model file (.safetensors, .gguf), or a model folder
+    /// A dictionary, code or model file (.safetensors, .gguf), a saved cache, or a model folder
     file: PathBuf,
     /// Print one JSON document
     #[arg(long)]
@@ -32,6 +33,8 @@ impl Inspect {
             let beside = self.file.with_file_name(DICTIONARY_FILE).is_file();
             let gguf = GgufModel::open(&self.file)?;
             model(gguf.config(), beside, Some(&gguf))
+        } else if SavedGeneration::is_one(&self.file) {
+            saved(&SavedGeneration::open(&self.file)?)
         } else {
             let file = TensorFile::open(&self.file)?;
             match file.metadata().get("format").map(String::as_str) {
@@ -253,6 +256,63 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
         text: text.trim_end().to_owned(),
         json,
     })
+}
+
+fn saved(saved: &SavedGeneration) -> Report {
+    let (progress, parts) = (saved.progress(), saved.parts());
+    let bytes: usize = parts.iter().map(|(_, bytes)| bytes).sum();
+    // A name from outside must not steer the terminal.
+    let model = saved.model().escape_debug().to_string();
+    let listed = parts.iter().map(|(kind, own)| {
+        let kind = kind.escape_debug();
+        format!("{kind} {}", ui::bytes(*own))
+    });
+    let text = facts(&[
+        ("kind", "saved cache".to_owned()),
+        ("format", FORMAT.to_owned()),
+        (
+            "model",
+            format!(
+                "{model}, fingerprint {}",
+                saved.fingerprint().escape_debug()
+            ),
+        ),
+        ("cache", saved.spec().to_string()),
+        (
+            "tokens",
+            format!(
+                "{}, {} of them generated last",
+                progress.tokens.len(),
+                progress.tokens.len().saturating_sub(progress.prompt_tokens)
+            ),
+        ),
+        ("positions", saved.positions().to_string()),
+        ("messages", progress.messages.len().to_string()),
+        (
+            "bytes",
+            format!(
+                "{}, {} of FP16: {}",
+                ui::bytes(bytes),
+                ui::percent(bytes as f64 / saved.fp16_bytes().max(1) as f64),
+                listed.collect::<Vec<_>>().join(", ")
+            ),
+        ),
+    ]);
+    let parts: serde_json::Map<String, Value> = parts
+        .iter()
+        .map(|&(kind, bytes)| (kind.to_owned(), bytes.into()))
+        .collect();
+    let json = json!({
+        "kind": "saved cache", "format": FORMAT, "model": saved.model(),
+        "fingerprint": saved.fingerprint(), "cache": saved.spec().to_string(),
+        "tokens": progress.tokens.len(), "prompt_tokens": progress.prompt_tokens,
+        "positions": saved.positions(), "messages": progress.messages.len(),
+        "fp16_bytes": saved.fp16_bytes(), "bytes": bytes, "parts": parts,
+    });
+    Report {
+        text: text.trim_end().to_owned(),
+        json,
+    }
 }
 
 fn tensors(file: &TensorFile) -> anyhow::Result<Report> {

@@ -1,5 +1,5 @@
 use std::io::{IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -9,6 +9,7 @@ use lexico_llm::cache::{CacheSpec, KvCache};
 use lexico_llm::chat::{ChatTemplate, Message};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
 use lexico_llm::sample::{Sampler, Sampling};
+use lexico_llm::saved::{self, Progress, SavedGeneration};
 use rustyline::error::ReadlineError;
 use serde_json::json;
 
@@ -29,9 +30,18 @@ pub(crate) struct Run {
     file: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArguments,
-    /// The cache method and its options (below)
-    #[arg(long, default_value = "lexico", value_name = "NAME[:key=value,...]")]
-    cache: CacheSpec,
+    /// The cache method and its options (below) [default: lexico, or as it was saved]
+    #[arg(long, value_name = "NAME[:key=value,...]")]
+    cache: Option<CacheSpec>,
+    /// Save the cache and the text so far in the end, also where Ctrl-C ends it, for --load-cache
+    #[arg(long, value_name = "FILE")]
+    save_cache: Option<PathBuf>,
+    /// Go on from a saved cache; the sampling settings are those given now
+    ///
+    /// Without a prompt the text goes on exactly where it stopped. A prompt is what follows the text, or the next
+    /// question of a conversation; where it begins with all of the text so far, only what is new is read.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["compare", "system_prompt"])]
+    load_cache: Option<PathBuf>,
     /// What the model is told before the conversation, where it has a chat template
     #[arg(long, visible_alias = "system", value_name = "TEXT")]
     system_prompt: Option<String>,
@@ -75,9 +85,9 @@ pub(crate) struct Run {
     )]
     #[arg(value_parser = |text: &str| count_from(0, text))]
     repeat_last_n: usize,
-    /// Seed of the draws (-1: another one each time)
-    #[arg(short, long, default_value = "0", allow_hyphen_values = true, value_parser = seed)]
-    seed: u64,
+    /// Seed of the draws (-1: another one each time) [default: 0, or the draws that were saved go on]
+    #[arg(short, long, allow_hyphen_values = true, value_parser = seed)]
+    seed: Option<u64>,
     /// End at this text, \n meaning a new line; may be given several times [default: the model's own]
     #[arg(
         long,
@@ -99,30 +109,62 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let prompt = self.prompt_text()?;
-        if prompt.is_none() && (self.json || self.compare) {
+        let saved = self.load_cache.as_deref().map(SavedGeneration::open);
+        let saved = saved.transpose()?;
+        let mut prompt = self.prompt_text()?;
+        if saved.is_some() {
+            prompt = prompt.filter(|prompt| !prompt.is_empty());
+        } else if prompt.is_none() && (self.json || self.compare) {
             bail!("--json and --compare need a prompt: as an argument, with --file, or on stdin");
-        }
-        if prompt.as_deref().is_some_and(|p| p.trim().is_empty()) {
+        } else if prompt.as_deref().is_some_and(|p| p.trim().is_empty()) {
             return Err(lexico_llm::Error::EmptyPrompt.into());
         }
-        let sampler = Sampler::new(self.sampling())?;
+        let spec = self.spec(saved.as_ref())?;
+        let seed = saved.as_ref().map_or(0, |saved| saved.progress().seed);
+        let seed = self.seed.unwrap_or(seed);
+        let sampler = Sampler::new(self.sampling(seed))?;
         let started = Instant::now();
-        let model = self.model.load(std::slice::from_ref(&self.cache))?;
+        let model = self.model.load(std::slice::from_ref(&spec))?;
         let load_seconds = started.elapsed().as_secs_f64();
-        // A wrong setting is reported before a session starts.
-        let cache = model.cache(&self.cache)?;
-        let chat = self.chat(&model)?;
+        let mut session = Session {
+            run: &self,
+            model: &model,
+            chat: self.chat(&model)?,
+            // A wrong setting is reported before a session starts.
+            cache: model.cache(&spec)?,
+            spec,
+            seed,
+            sampler,
+            messages: Vec::new(),
+            tokens: Vec::new(),
+            prompt_tokens: 0,
+            finish: Finish::MaxTokens,
+        };
+        if let Some(path) = &self.save_cache {
+            saved::check(path, &session.spec, session.cache.as_ref())?;
+        }
+        let goes_on = saved.is_some();
+        if let Some(saved) = saved {
+            session.resume(saved)?;
+            prompt = session.new_part(prompt)?;
+        }
         interrupt::listen()?;
-        match prompt {
-            Some(prompt) => {
-                let tokens = match &chat {
-                    Some(chat) => chat_tokens(&model, chat, &self.opening(&prompt))?,
-                    None => model.tokenizer.encode_first(&prompt)?,
-                };
-                self.once(&model, cache, sampler, &tokens, load_seconds)
-            }
-            None => self.session(&model, chat, cache, sampler),
+        if prompt.is_none() && !goes_on {
+            return session.talk();
+        }
+        session.once(prompt.as_deref(), load_seconds)
+    }
+
+    /// The cache that is asked for, or that of a saved one, which has to be the same where both are given.
+    fn spec(&self, saved: Option<&SavedGeneration>) -> anyhow::Result<CacheSpec> {
+        match (&self.cache, saved) {
+            (Some(spec), Some(saved)) if !spec.same_as(saved.spec()) => bail!(
+                "the cache was saved as {}, and --cache is {spec}; leave --cache out",
+                saved.spec()
+            ),
+            (_, Some(saved)) => Ok(saved.spec().clone()),
+            (Some(spec), None) => Ok(spec.clone()),
+            (None, None) => Ok("lexico".parse()?),
         }
     }
 
@@ -170,7 +212,7 @@ impl Run {
         system.chain([Message::new("user", question)]).collect()
     }
 
-    fn sampling(&self) -> Sampling {
+    fn sampling(&self, seed: u64) -> Sampling {
         Sampling {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -178,7 +220,7 @@ impl Run {
             min_p: self.min_p,
             repetition_penalty: self.repeat_penalty,
             repetition_window: self.repeat_last_n,
-            seed: self.seed,
+            seed,
         }
     }
 
@@ -197,25 +239,86 @@ impl Run {
             } else {
                 self.ctx_size
             },
+            written: Vec::new(),
+            goes_on: self.save_cache.is_some(),
         }
     }
 
-    fn once(
+    /// Generates, printing the text as it comes unless one document is wanted; what is generated is there also
+    /// where it could not be printed.
+    fn stream(
         &self,
         model: &Model,
-        mut cache: Box<dyn KvCache>,
-        mut sampler: Sampler,
+        cache: &mut dyn KvCache,
         tokens: &[u32],
-        load_seconds: f64,
-    ) -> anyhow::Result<()> {
-        let options = self.options(model);
-        let generated = self.stream(model, cache.as_mut(), tokens, &mut sampler, &options)?;
-        let report = Report::new(model, &self.cache, cache.as_ref(), tokens.len(), &generated);
-        let mut full = if self.compare && !interrupt::happened() {
+        sampler: &mut Sampler,
+        options: &GenerateOptions,
+    ) -> anyhow::Result<(Generated, anyhow::Result<()>)> {
+        let mut failed = None;
+        let generated = generate(model, cache, tokens, sampler, options, &mut |text| {
+            if !self.json
+                && !text.is_empty()
+                && let Err(error) = ui::print(text)
+            {
+                failed = Some(error);
+                return std::ops::ControlFlow::Break(());
+            }
+            interrupt::flow()
+        })?;
+        let printed = match failed {
+            Some(error) => Err(error),
+            None if self.json => Ok(()),
+            None => ui::line(""),
+        };
+        Ok((generated, printed))
+    }
+}
+
+/// A text, or a conversation, and all that holds it.
+struct Session<'a> {
+    run: &'a Run,
+    model: &'a Model,
+    chat: Option<ChatTemplate>,
+    spec: CacheSpec,
+    cache: Box<dyn KvCache>,
+    seed: u64,
+    sampler: Sampler,
+    /// With a chat template.
+    messages: Vec<Message>,
+    /// All tokens so far; the cache holds all but the last one.
+    tokens: Vec<u32>,
+    /// How many of them are not the last answer's.
+    prompt_tokens: usize,
+    /// Why the last answer ended.
+    finish: Finish,
+}
+
+/// What came of a prompt.
+struct Answer {
+    report: Report,
+    generated: Generated,
+    /// Whether all of it could be printed.
+    printed: anyhow::Result<()>,
+}
+
+impl Session<'_> {
+    fn once(mut self, prompt: Option<&str>, load_seconds: f64) -> anyhow::Result<()> {
+        let (run, model) = (self.run, self.model);
+        let Answer {
+            report,
+            generated,
+            printed,
+        } = self.answer(prompt)?;
+        let saved = run.save_cache.as_deref().map(|path| self.save(path));
+        let saved = saved.transpose()?;
+        printed?;
+        let mut full = if run.compare && !interrupt::happened() {
             let spec: CacheSpec = "full".parse()?;
             let mut cache = model.cache(&spec)?;
             let quiet = &mut |_: &str| interrupt::flow();
-            let mut sampler = Sampler::new(self.sampling())?;
+            let mut sampler = Sampler::new(run.sampling(self.seed))?;
+            let tokens = &self.tokens[..self.prompt_tokens];
+            let options = run.options(model);
             let other = generate(model, cache.as_mut(), tokens, &mut sampler, &options, quiet)?;
             Some((
                 Report::new(model, &spec, cache.as_ref(), tokens.len(), &other),
@@ -228,7 +331,7 @@ impl Run {
         if interrupt::happened() {
             full = None;
         }
-        if self.json {
+        if run.json {
             let mut document = report.json(&generated);
             document["model"] = model.name.as_str().into();
             document["load_seconds"] = load_seconds.into();
@@ -240,10 +343,16 @@ impl Run {
                     "full": full_report.json(full),
                 });
             }
+            if let Some(saved) = &saved {
+                document["saved"] = saved.json();
+            }
             return ui::json(&document);
         }
         ui::note(&report.line());
-        if self.compare && full.is_none() {
+        if let Some(saved) = &saved {
+            ui::note(&saved.line());
+        }
+        if run.compare && full.is_none() {
             ui::note("interrupted, so not compared");
         }
         if let Some((full_report, full)) = &full {
@@ -258,73 +367,31 @@ impl Run {
         Ok(())
     }
 
-    /// Generates, printing the text as it comes unless one document is wanted.
-    fn stream(
-        &self,
-        model: &Model,
-        cache: &mut dyn KvCache,
-        tokens: &[u32],
-        sampler: &mut Sampler,
-        options: &GenerateOptions,
-    ) -> anyhow::Result<Generated> {
-        let mut failed = None;
-        let generated = generate(model, cache, tokens, sampler, options, &mut |text| {
-            if !self.json
-                && !text.is_empty()
-                && let Err(error) = ui::print(text)
-            {
-                failed = Some(error);
-                return std::ops::ControlFlow::Break(());
-            }
-            interrupt::flow()
-        })?;
-        match failed {
-            Some(error) => Err(error),
-            None if self.json => Ok(generated),
-            None => ui::line("").map(|()| generated),
-        }
-    }
-
     /// Each line goes on from the text so far, or is the next question of a conversation.
-    fn session(
-        &self,
-        model: &Model,
-        chat: Option<ChatTemplate>,
-        cache: Box<dyn KvCache>,
-        sampler: Sampler,
-    ) -> anyhow::Result<()> {
+    fn talk(mut self) -> anyhow::Result<()> {
         let mut editor = rustyline::DefaultEditor::new()?;
-        let manner = match chat {
+        let manner = match self.chat {
             Some(_) => "It answers what you type.",
             None => "It goes on from what you type.",
         };
         ui::note(&format!(
             "{} with --cache {}. {manner}\n\
              /clear starts afresh, /exit or Ctrl-D leaves, Ctrl-C breaks an answer off.",
-            model.name, self.cache
+            self.model.name, self.spec
         ));
-        let mut session = Session {
-            run: self,
-            model,
-            chat,
-            cache,
-            sampler,
-            messages: Vec::new(),
-            tokens: Vec::new(),
-        };
         loop {
             interrupt::forget();
             let line = match editor.readline("> ") {
                 Ok(line) => line,
                 Err(ReadlineError::Interrupted) => continue,
-                Err(ReadlineError::Eof) => return Ok(()),
+                Err(ReadlineError::Eof) => break,
                 Err(error) => return Err(error.into()),
             };
             match line.trim() {
                 "" => continue,
-                "/exit" | "/quit" => return Ok(()),
+                "/exit" | "/quit" => break,
                 "/clear" => {
-                    session.clear()?;
+                    self.clear()?;
                     continue;
                 }
                 command if command.starts_with('/') => {
@@ -334,13 +401,18 @@ impl Run {
                 _ => {}
             }
             editor.add_history_entry(&line)?;
-            let mut answer = session.answer(&line);
+            let question = match self.chat {
+                Some(_) => line,
+                None => format!("{line}\n"),
+            };
+            let mut answer = self.answer(Some(&question));
             if answer.as_ref().is_err_and(is_context_full) {
                 ui::note("The context is full: the conversation starts afresh with this.");
-                session.clear()?;
-                answer = session.answer(&line);
+                self.clear()?;
+                answer = self.answer(Some(&question));
             }
-            match answer {
+            let printed = answer.and_then(|answer| answer.printed.map(|()| answer.report));
+            match printed {
                 Ok(report) => ui::note(&report.line()),
                 Err(error) if ui::is_broken_pipe(&error) => return Err(error),
                 Err(error) => {
@@ -348,69 +420,163 @@ impl Run {
                     ui::note(&format!(
                         "error: {error:#}\nThe conversation starts afresh."
                     ));
-                    session.clear()?;
+                    self.clear()?;
                 }
             }
         }
+        match &self.run.save_cache {
+            Some(path) if !self.tokens.is_empty() => ui::note(&self.save(path)?.line()),
+            Some(_) => ui::note("nothing was said, so nothing is saved"),
+            None => {}
+        }
+        Ok(())
     }
-}
 
-/// A session and what was said in it.
-struct Session<'a> {
-    run: &'a Run,
-    model: &'a Model,
-    chat: Option<ChatTemplate>,
-    cache: Box<dyn KvCache>,
-    sampler: Sampler,
-    /// With a chat template.
-    messages: Vec<Message>,
-    /// All tokens so far; the cache holds all but the last one.
-    tokens: Vec<u32>,
-}
-
-impl Session<'_> {
     fn clear(&mut self) -> anyhow::Result<()> {
-        self.cache = self.model.cache(&self.run.cache)?;
+        self.cache = self.model.cache(&self.spec)?;
         self.messages.clear();
         self.tokens.clear();
         Ok(())
     }
 
-    fn answer(&mut self, line: &str) -> anyhow::Result<Report> {
+    /// Takes the place of the session that was saved.
+    fn resume(&mut self, saved: SavedGeneration) -> anyhow::Result<()> {
+        let (cache, progress) = saved.resume(self.model)?;
+        self.cache = cache;
+        self.sampler.see(&progress.tokens);
+        if self.seed == progress.seed {
+            self.sampler.set_draws(progress.draws);
+        }
+        self.messages = progress.messages;
+        self.tokens = progress.tokens;
+        self.prompt_tokens = progress.prompt_tokens;
+        self.finish = progress.finish;
+        Ok(())
+    }
+
+    fn save(&self, path: &Path) -> anyhow::Result<Saved> {
+        let started = Instant::now();
+        let progress = Progress {
+            tokens: self.tokens.clone(),
+            prompt_tokens: self.prompt_tokens,
+            finish: self.finish,
+            messages: self.messages.clone(),
+            seed: self.seed,
+            draws: self.sampler.draws(),
+        };
+        let cache = self.cache.as_ref();
+        let bytes = saved::save(path, self.model, &self.spec, cache, &progress)?;
+        Ok(Saved {
+            positions: cache.len(),
+            bytes,
+            fp16_bytes: self.model.decoder.config().fp16_cache_bytes(cache.len()),
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// What of a prompt is new, where it is plain text that begins with all of the text so far.
+    fn new_part(&self, prompt: Option<String>) -> anyhow::Result<Option<String>> {
+        let (Some(prompt), None) = (&prompt, &self.chat) else {
+            return Ok(prompt);
+        };
+        let so_far = self.model.tokenizer.decode(&self.tokens)?;
+        let new = prompt.strip_prefix(&so_far).unwrap_or(prompt);
+        Ok((!new.is_empty()).then(|| new.to_owned()))
+    }
+
+    /// The text so far and then `prompt`, or the conversation with it.
+    fn with(&mut self, prompt: &str) -> anyhow::Result<Vec<u32>> {
         let tokenizer = &self.model.tokenizer;
-        let tokens = match &self.chat {
-            Some(chat) => {
-                if self.messages.is_empty() {
-                    self.messages = self.run.opening(line);
-                } else {
-                    self.messages.push(Message::new("user", line));
-                }
-                chat_tokens(self.model, chat, &self.messages)?
+        let Some(chat) = &self.chat else {
+            self.messages.clear();
+            if self.tokens.is_empty() {
+                return Ok(tokenizer.encode_first(prompt)?);
             }
-            None if self.tokens.is_empty() => tokenizer.encode_first(&format!("{line}\n"))?,
+            let more = tokenizer.encode_more(prompt)?;
+            return Ok([self.tokens.as_slice(), &more].concat());
+        };
+        if !self.messages.is_empty() {
+            self.messages.push(Message::new("user", prompt));
+        } else if self.tokens.is_empty() {
+            self.messages = self.run.opening(prompt);
+        } else {
+            bail!("what was saved is plain text and no conversation; --no-chat goes on with it");
+        }
+        chat_tokens(self.model, chat, &self.messages)
+    }
+
+    /// Generates what follows a prompt, or without one what follows the text so far.
+    fn answer(&mut self, prompt: Option<&str>) -> anyhow::Result<Answer> {
+        let mut options = self.run.options(self.model);
+        let tokens = match prompt {
+            Some(prompt) => self.with(prompt)?,
             None => {
-                let more = tokenizer.encode_more(&format!("{line}\n"))?;
-                [self.tokens.as_slice(), &more].concat()
+                options.written = self.tokens[self.prompt_tokens..].to_vec();
+                self.tokens.clone()
             }
         };
         // A template may write the past anew, an answer without its thoughts, say.
         let mut held = self.cache.len();
         if !tokens.starts_with(&self.tokens[..held]) {
-            self.cache = self.model.cache(&self.run.cache)?;
+            self.cache = self.model.cache(&self.spec)?;
             held = 0;
         }
-        let new = &tokens[held..];
-        let options = self.run.options(self.model);
-        let cache = self.cache.as_mut();
-        let generated = self
-            .run
-            .stream(self.model, cache, new, &mut self.sampler, &options)?;
-        self.messages
-            .push(Message::new("assistant", &generated.text));
-        let spec = &self.run.cache;
-        let report = Report::new(self.model, spec, self.cache.as_ref(), new.len(), &generated);
-        self.tokens = [tokens, generated.tokens].concat();
-        Ok(report)
+        self.sampler.rewind(held);
+        let ended = matches!(self.finish, Finish::End | Finish::Stop);
+        let (new, cache) = (&tokens[held..], self.cache.as_mut());
+        let (generated, printed) = if prompt.is_none() && ended && !options.ignore_end {
+            ui::note("the text had ended where it was saved; a prompt goes on from there");
+            (Generated::nothing(self.finish), Ok(()))
+        } else {
+            self.run
+                .stream(self.model, cache, new, &mut self.sampler, &options)?
+        };
+        match self.messages.last_mut() {
+            Some(last) if last.role == "assistant" => last.content.push_str(&generated.text),
+            Some(_) => self
+                .messages
+                .push(Message::new("assistant", &generated.text)),
+            None => {}
+        }
+        let cache = self.cache.as_ref();
+        let report = Report::new(self.model, &self.spec, cache, new.len(), &generated);
+        if prompt.is_some() {
+            self.prompt_tokens = tokens.len();
+        }
+        self.tokens = [tokens, generated.tokens.clone()].concat();
+        self.finish = generated.finish;
+        Ok(Answer {
+            report,
+            generated,
+            printed,
+        })
+    }
+}
+
+/// What saving a cache came to.
+struct Saved {
+    positions: usize,
+    bytes: usize,
+    fp16_bytes: usize,
+    seconds: f64,
+}
+
+impl Saved {
+    fn line(&self) -> String {
+        format!(
+            "[saved {} positions, {} (dense {}), in {:.2} s]",
+            self.positions,
+            ui::bytes(self.bytes),
+            ui::bytes(self.fp16_bytes),
+            self.seconds
+        )
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "positions": self.positions, "bytes": self.bytes, "fp16_bytes": self.fp16_bytes,
+            "seconds": self.seconds,
+        })
     }
 }
 

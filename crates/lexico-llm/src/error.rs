@@ -190,6 +190,14 @@ pub enum Error {
         /// What is wrong with it, and what helps.
         reason: String,
     },
+    /// A saved cache cannot be used, or a cache not be saved.
+    #[error("{path}: {reason}", path = path.display())]
+    Saved {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what helps.
+        reason: String,
+    },
     /// An error of the codec.
     #[error(transparent)]
     Codec(#[from] lexico::Error),

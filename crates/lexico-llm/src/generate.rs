@@ -3,6 +3,8 @@
 use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::cache::KvCache;
 use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result};
@@ -21,6 +23,12 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
     /// Most positions of the cache; the model's own context limits it too.
     pub context: usize,
+    /// Tokens that an earlier call has generated of the same text, the last of which is what is to be read now:
+    /// a character or a stop text may have begun in them.
+    pub written: Vec<u32>,
+    /// Whether a later call may go on with the text. Where it has not ended, what is not certain yet of its last
+    /// characters is left to that call.
+    pub goes_on: bool,
 }
 
 impl Default for GenerateOptions {
@@ -30,12 +38,15 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             ignore_end: false,
             context: usize::MAX,
+            written: Vec::new(),
+            goes_on: false,
         }
     }
 }
 
 /// Why a generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// The model ended the text.
     End,
@@ -65,6 +76,17 @@ pub struct Generated {
 }
 
 impl Generated {
+    /// No tokens, of a text that had stopped for this reason.
+    pub fn nothing(finish: Finish) -> Self {
+        Self {
+            text: String::new(),
+            tokens: Vec::new(),
+            finish,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+        }
+    }
+
     /// Tokens a second after the first one; `None` where there was only one.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
         let steps = self
@@ -219,12 +241,17 @@ impl<'a> Writing<'a> {
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
+        let (mut stop, mut stream) = (StopFilter::new(&options.stop), model.tokenizer.stream());
+        for &token in &options.written {
+            // The earlier call has given it out.
+            let _ = stop.push(&stream.push(token)?);
+        }
         Ok(Self {
             model,
             options,
             context,
-            stop: StopFilter::new(&options.stop),
-            stream: model.tokenizer.stream(),
+            stop,
+            stream,
             text: String::new(),
             tokens: Vec::new(),
             next: prompt.to_vec(),
@@ -271,8 +298,12 @@ impl<'a> Writing<'a> {
     /// What was generated, and the end of its text, which was held back until now.
     fn end(mut self) -> Result<(Generated, String)> {
         let decode = self.started.elapsed() - self.prefill;
-        let mut rest = self.stop.push(&self.stream.finish()?);
-        rest.push_str(&self.stop.finish());
+        let ended = matches!(self.finish, Some(Finish::End | Finish::Stop));
+        let mut rest = String::new();
+        if ended || !self.options.goes_on {
+            rest = self.stop.push(&self.stream.finish()?);
+            rest.push_str(&self.stop.finish());
+        }
         let generated = Generated {
             text: self.text + &rest,
             tokens: self.tokens,

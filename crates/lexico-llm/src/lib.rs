@@ -38,6 +38,7 @@ pub mod import;
 mod model;
 mod panics;
 pub mod sample;
+pub mod saved;
 pub mod shape;
 mod threads;
 mod tokenizer;

@@ -90,6 +90,22 @@ impl Sampler {
         self.tokens.extend_from_slice(tokens);
     }
 
+    /// Forgets all tokens but the first `count`: those of a text that goes on from there.
+    pub fn rewind(&mut self, count: usize) {
+        self.tokens.truncate(count);
+    }
+
+    /// How many random numbers were drawn.
+    pub fn draws(&self) -> u64 {
+        // Each is one word; a text is over long before 2⁶⁴.
+        self.rng.get_word_pos() as u64
+    }
+
+    /// Goes on as if so many random numbers had been drawn.
+    pub fn set_draws(&mut self, draws: u64) {
+        self.rng.set_word_pos(draws.into());
+    }
+
     /// Chooses the next token.
     ///
     /// # Errors

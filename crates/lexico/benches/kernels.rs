@@ -48,6 +48,26 @@ fn vectors_from_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 
+/// A page of codes from its stored form, by atoms a vector and whether these are packed, in bytes of memory.
+#[divan::bench(args = [(16, false), (12, true)])]
+fn codes_from_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
+    let codes = common::page(sparsity, packed);
+    let bytes = BytesCount::new(codes.bytes_used());
+    bencher
+        .counter(bytes)
+        .bench_local(common::from_stored(&codes));
+}
+
+/// The other way.
+#[divan::bench(args = [(16, false), (12, true)])]
+fn codes_to_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
+    let codes = common::page(sparsity, packed);
+    let bytes = BytesCount::new(codes.bytes_used());
+    bencher
+        .counter(bytes)
+        .bench_local(common::to_stored(&codes));
+}
+
 /// Coded positions, by sparsity and queries of a group.
 #[divan::bench(args = [(8, 1), (16, 1), (8, 4), (12, 4), (16, 4), (32, 4), (16, 8)])]
 fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {

@@ -74,6 +74,9 @@ pub enum Error {
     /// Codes were made with another dictionary than the one given.
     #[error("the codes were made with another dictionary than the one given (tensor {0:?})")]
     OtherDictionary(String),
+    /// A block of stored codes is damaged or holds other codes than those expected.
+    #[error("stored codes: {0}")]
+    Stored(String),
     /// A sparsity outside `1..=min(m, N)`.
     #[error(
         "sparsity {sparsity} is impossible here: it must lie between 1 and {most} (head dim {head_dim}, {atoms} atoms)"

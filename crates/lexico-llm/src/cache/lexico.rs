@@ -1,3 +1,5 @@
+mod saved;
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -12,7 +14,7 @@ use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
 use super::method::{CacheContext, Method, NUMBER_TYPES, Values, option};
-use super::{CacheSpec, Decoded, Footprint, KvCache, Step, outside_window};
+use super::{CacheSpec, CacheState, Decoded, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::threads::{CandleThreads, cores_to_spare};
@@ -565,6 +567,13 @@ impl<'d> Coding<'d> {
         }
     }
 
+    fn checksum(self) -> u32 {
+        match self {
+            Self::Sparse(dictionary, _) => dictionary.checksum(),
+            Self::Packed(dictionary) => dictionary.checksum(),
+        }
+    }
+
     fn check(self, settings: &LexicoSettings, sparsity: usize) -> ::lexico::Result<()> {
         match self {
             Self::Sparse(dictionary, _) => settings.pursuit(dictionary, sparsity).map(drop),
@@ -884,6 +893,14 @@ impl KvCache for LexicoCache {
             }
         }
         Ok(Some(decoded))
+    }
+
+    fn state(&self) -> Option<CacheState> {
+        Some(saved::state(self))
+    }
+
+    fn resume(&mut self, state: &CacheState) -> std::result::Result<(), String> {
+        saved::resume(self, state)
     }
 
     fn footprint(&self) -> Footprint {

@@ -60,6 +60,30 @@ pub trait KvCache: Send {
     fn decoded(&self, _layer: usize) -> Result<Option<Decoded>> {
         Ok(None)
     }
+
+    /// All that an empty cache of the same settings needs to [go on](KvCache::resume) exactly as this one would;
+    /// `None` of a method that cannot be saved.
+    fn state(&self) -> Option<CacheState> {
+        None
+    }
+
+    /// Makes an empty cache one whose [`KvCache::state`] this was.
+    ///
+    /// # Errors
+    /// What is wrong with the state: it is of other settings or dictionaries, or contradicts itself. The cache
+    /// cannot be used any further then.
+    fn resume(&mut self, _state: &CacheState) -> std::result::Result<(), String> {
+        Err("this method cannot be resumed".to_owned())
+    }
+}
+
+/// All that a cache holds, in a form to keep.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CacheState {
+    /// What is small, and what settings and dictionaries it needs.
+    pub facts: serde_json::Value,
+    /// Everything else, in the order of [`KvCache::state`]: what each is, a name like `layers.0.keys.codes`, and its bytes.
+    pub blocks: Vec<(String, Vec<u8>)>,
 }
 
 /// A layer's keys and values as attention takes them, and what they weigh.

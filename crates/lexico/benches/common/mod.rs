@@ -6,7 +6,8 @@
 use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
-use lexico::dictionary::{GroupedDictionary, Groups};
+use lexico::code::stored;
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups};
 use lexico::matrix::{HalfMatrix, Halves};
 use lexico::threads::Threads;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
@@ -65,6 +66,54 @@ fn codes(sparsity: usize, batch: &SparseBatch) -> Codes {
     .expect("such codes there are");
     codes.extend(batch);
     codes
+}
+
+/// Codes of as many vectors as a stored block holds, over 4096 atoms or, `packed`, over groups whose atoms are used so
+/// unevenly that they have 7.7 bits.
+pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
+    const VECTORS: usize = 8192;
+    let mut rng = rng();
+    if !packed {
+        return codes(sparsity, &drawn_codes(&mut rng, VECTORS, sparsity, 4096));
+    }
+    let groups = Groups { first: 4096 };
+    let mut index = |group: usize| {
+        let atoms = if group == 0 { groups.first } else { GROUP };
+        let own = rng.random::<f32>().powf(1.75) * atoms as f32;
+        (groups.start(group) + own as usize) as u16
+    };
+    let indices = (0..VECTORS * sparsity).map(|i| index(i % sparsity));
+    let batch = SparseBatch {
+        sparsity,
+        lengths: vec![sparsity as u16; VECTORS],
+        indices: indices.collect(),
+        coefficients: vec![1.0; VECTORS * sparsity],
+        relative_errors: vec![0.0; VECTORS],
+    };
+    let format = CodeFormat {
+        sparsity,
+        variable: false,
+        coefficients: CoefficientFormat::InAtoms(groups),
+    };
+    let mut codes = Codes::new(format).expect("such codes there are");
+    codes.extend(&batch);
+    codes
+}
+
+/// A page to its stored form.
+pub(crate) fn to_stored(codes: &Codes) -> impl FnMut() {
+    move || {
+        black_box(stored::write(&[black_box(codes)]));
+    }
+}
+
+/// A page from its stored form.
+pub(crate) fn from_stored(codes: &Codes) -> impl FnMut() {
+    let blocks = stored::write(&[codes]);
+    move || {
+        let blocks = blocks.iter().map(Vec::as_slice);
+        black_box(stored::read(&[codes.format()], blocks)).expect("blocks as written");
+    }
 }
 
 /// Codes `vectors` vectors over `atoms` atoms.

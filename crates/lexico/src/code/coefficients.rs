@@ -78,14 +78,6 @@ impl Coefficients {
         }
     }
 
-    pub(super) fn push_zeros(&mut self, count: usize) {
-        match self {
-            Self::F32(values) => values.extend(std::iter::repeat_n(0.0, count)),
-            Self::I8 { values, .. } => values.extend(std::iter::repeat_n(0, count)),
-            Self::F8 { values, .. } => values.extend(std::iter::repeat_n(0, count)),
-        }
-    }
-
     pub(super) fn reserve_exact(&mut self, vectors: usize, nonzeros: usize) {
         match self {
             Self::F32(values) => values.reserve_exact(nonzeros),
@@ -112,6 +104,23 @@ impl Coefficients {
                 scales.drain(..vectors);
             }
         }
+    }
+
+    /// What is not finite, and why, where anything is: of numbers from outside.
+    pub(super) fn not_finite(&self) -> Option<(&'static str, &'static str)> {
+        let (finite, scales): (bool, &[u8]) = match self {
+            Self::F32(values) => (values.iter().all(|c| c.is_finite()), &[]),
+            Self::I8 { scales, .. } => (true, scales),
+            // E4M3 has one NaN a sign.
+            Self::F8 { values, scales } => (values.iter().all(|b| b & 0x7f != 0x7f), scales),
+        };
+        if !finite {
+            return Some(("coefficients", "it holds a NaN or an infinity"));
+        }
+        // E8M0 has one NaN.
+        scales
+            .contains(&0xff)
+            .then_some(("scales", "it holds a NaN"))
     }
 
     /// Vectors whose scale fits what is allocated.

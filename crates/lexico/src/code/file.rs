@@ -217,29 +217,12 @@ impl CodeFile {
             .iter()
             .map(|&b| u16::from_le_bytes(b))
             .collect();
-        let not_finite =
-            || Error::tensor(file.path(), "coefficients", "it holds a NaN or an infinity");
-        // E8M0 has one NaN.
-        let scales = || {
-            let scales = read("scales", Dtype::F8_E8M0, &[n])?;
-            if scales.contains(&0xff) {
-                return Err(Error::tensor(file.path(), "scales", "it holds a NaN"));
-            }
-            Ok(scales)
-        };
+        let scales = || read("scales", Dtype::F8_E8M0, &[n]);
         let dtype = file.info("coefficients")?.0;
         let coefficients = if dtype == Dtype::F32 {
             let bytes = used_rows(&read("coefficients", Dtype::F32, &[n, s])?, 4, &each, s);
-            let values = bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|&b| f32::from_le_bytes(b));
-            let values: Vec<f32> = values.collect();
-            if values.iter().any(|c| !c.is_finite()) {
-                return Err(not_finite());
-            }
-            Coefficients::F32(values)
+            let bytes = bytes.as_chunks::<4>().0;
+            Coefficients::F32(bytes.iter().map(|&b| f32::from_le_bytes(b)).collect())
         } else if dtype == Dtype::I8 {
             let values = used_rows(&read("coefficients", Dtype::I8, &[n, s])?, 1, &each, s);
             Coefficients::I8 {
@@ -247,16 +230,14 @@ impl CodeFile {
                 scales: scales()?,
             }
         } else {
-            let values = used_rows(&read("coefficients", Dtype::F8_E4M3, &[n, s])?, 1, &each, s);
-            // E4M3 has one NaN a sign.
-            if values.iter().any(|b| b & 0x7f == 0x7f) {
-                return Err(not_finite());
-            }
             Coefficients::F8 {
-                values,
+                values: used_rows(&read("coefficients", Dtype::F8_E4M3, &[n, s])?, 1, &each, s),
                 scales: scales()?,
             }
         };
+        if let Some((name, reason)) = coefficients.not_finite() {
+            return Err(Error::tensor(file.path(), name, reason));
+        }
         let format = CodeFormat {
             sparsity: s,
             variable,
@@ -328,10 +309,10 @@ fn read_packed(file: &TensorFile, groups: Groups) -> Result<Codes> {
         );
         return Err(Error::tensor(file.path(), "first", reason));
     }
-    codes.push_page(PackedPage {
+    codes.push_page(Page::Packed(PackedPage {
         first,
         rest: file.bytes("rest")?,
-    });
+    }));
     Ok(codes)
 }
 

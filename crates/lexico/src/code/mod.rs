@@ -3,6 +3,7 @@
 mod coefficients;
 mod file;
 mod packed;
+pub mod stored;
 
 pub use coefficients::CoefficientFormat;
 pub use file::{CodeFile, FORMAT};
@@ -34,7 +35,7 @@ pub struct CodeFormat {
     pub coefficients: CoefficientFormat,
 }
 
-/// Sparse codes of a growing list of vectors.
+/// Sparse codes of a growing list of vectors, each one's nonzeros in ascending order of their atoms.
 ///
 /// A vector with `k` nonzeros takes `3k + 1` bytes with coefficients of a byte (2 for the index and 1
 /// for the coefficient of each nonzero, 1 for the vector's scale), `6k` with f32, and one more
@@ -85,7 +86,17 @@ impl Page {
                     count * format.sparsity
                 };
                 page.reserve(format, count, nonzeros);
-                rows.for_each(|(indices, coefficients)| page.push(format, indices, coefficients));
+                let mut nonzeros = Vec::with_capacity(format.sparsity);
+                for (indices, coefficients) in rows {
+                    nonzeros.clear();
+                    if !format.variable {
+                        // Room for nonzeros that a vector does not have is atom 0 with coefficient 0.
+                        nonzeros.resize(format.sparsity - indices.len(), (0, 0.0));
+                    }
+                    nonzeros.extend(indices.iter().copied().zip(coefficients.iter().copied()));
+                    nonzeros.sort_unstable_by_key(|&(i, c)| (i, c != 0.0));
+                    page.push(format, &nonzeros);
+                }
             }
             _ => unreachable!("pages are of their codes' format"),
         }
@@ -126,6 +137,16 @@ impl Page {
                 Blocks::Packed(page.block(groups, format.sparsity))
             }
             (Self::Sparse(page), _) => page.blocks(format),
+            _ => unreachable!("pages are of their codes' format"),
+        }
+    }
+
+    fn largest_index(&self, format: CodeFormat) -> u16 {
+        match (self, format.coefficients) {
+            (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
+                page.largest_index(groups, format.sparsity)
+            }
+            (Self::Sparse(page), _) => page.indices.iter().copied().max().unwrap_or(0),
             _ => unreachable!("pages are of their codes' format"),
         }
     }
@@ -198,15 +219,14 @@ impl SparsePage {
         }
     }
 
-    fn push(&mut self, format: CodeFormat, indices: &[u16], coefficients: &[f32]) {
-        self.indices.extend_from_slice(indices);
-        self.coefficients.push_vector(coefficients);
+    /// Takes a vector's nonzeros, which ascend by atom: the order in which they are stored too, so that sums over
+    /// codes that were stored and read again are the same to the last bit.
+    fn push(&mut self, format: CodeFormat, nonzeros: &[(u16, f32)]) {
+        self.indices.extend(nonzeros.iter().map(|&(i, _)| i));
+        let coefficients: Vec<f32> = nonzeros.iter().map(|&(_, c)| c).collect();
+        self.coefficients.push_vector(&coefficients);
         if format.variable {
-            self.lengths.push(indices.len() as u8);
-        } else {
-            let missing = format.sparsity - indices.len();
-            self.indices.extend(std::iter::repeat_n(0, missing));
-            self.coefficients.push_zeros(missing);
+            self.lengths.push(nonzeros.len() as u8);
         }
         self.len += 1;
     }
@@ -309,16 +329,11 @@ impl Codes {
         self.largest_index = self.largest_index.max(largest);
     }
 
-    /// Appends a page of codes of one atom a group.
-    fn push_page(&mut self, page: PackedPage) {
-        let CoefficientFormat::InAtoms(groups) = self.format.coefficients else {
-            unreachable!("callers have such codes");
-        };
-        let block = page.block(groups, self.format.sparsity);
-        let largest = (0..page.len()).flat_map(|v| block.indices(v)).max();
-        self.largest_index = self.largest_index.max(largest.unwrap_or(0) as u16);
+    /// Appends a page, which must be of these codes' format.
+    fn push_page(&mut self, page: Page) {
+        self.largest_index = self.largest_index.max(page.largest_index(self.format));
         self.len += page.len();
-        self.pages.push(Page::Packed(page));
+        self.pages.push(page);
     }
 
     /// Drops the `count` oldest vectors.
@@ -388,18 +403,26 @@ impl Codes {
         self.largest_index
     }
 
+    /// Checks that the codes are over `count` atoms.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where an index lies outside them.
+    pub fn check_atoms(&self, count: usize) -> Result<()> {
+        if usize::from(self.largest_index) >= count && self.bytes_used() > 0 {
+            let index = self.largest_index;
+            let reason = format!("the codes name atom {index}, the dictionary has {count}");
+            return Err(Error::Dictionary(reason));
+        }
+        Ok(())
+    }
+
     /// Rebuilds all vectors, `[n, m]` in f32: for tests, files and error figures, never for attention.
     ///
     /// # Errors
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
     pub fn decode<'a>(&self, atoms: impl Into<Atoms<'a>>) -> Result<Vec<f32>> {
         let atoms = atoms.into();
-        let count = atoms.len();
-        if usize::from(self.largest_index) >= count && self.bytes_used() > 0 {
-            let index = self.largest_index;
-            let reason = format!("the codes name atom {index}, the dictionary has {count}");
-            return Err(Error::Dictionary(reason));
-        }
+        self.check_atoms(atoms.len())?;
         let m = atoms.head_dim();
         let mut widened = Vec::new();
         let mut vectors = vec![0.0; self.len * m];

@@ -60,6 +60,16 @@ impl PackedPage {
         self.rest.drain(..count * (sparsity - 1));
     }
 
+    /// The largest number of an atom among all of the dictionary: one of the last group.
+    pub(super) fn largest_index(&self, groups: Groups, sparsity: usize) -> u16 {
+        let first = self.first.iter().copied().max().unwrap_or(0);
+        let last = self.rest.iter().skip(sparsity.saturating_sub(2));
+        match last.step_by(sparsity.saturating_sub(1).max(1)).max() {
+            Some(&own) => (groups.start(sparsity - 1) + usize::from(own)) as u16,
+            None => first,
+        }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.first.capacity() * size_of::<u16>() + self.rest.capacity()
     }

@@ -6,6 +6,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::{Dictionary, norm};
 use crate::arch::dense::Rows;
+use crate::{Error, Result};
 
 /// Atoms that one session adds to a dictionary that it shares with others: `2m` bytes each, in half precision.
 /// Codes name them by the numbers from the dictionary's `N` on. Clones share them.
@@ -22,6 +23,24 @@ impl Extension {
             atoms: Arc::default(),
             head_dim,
         }
+    }
+
+    /// The atoms `[n, m]` of an extension that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Adaptive`] where they are not whole or not finite.
+    pub fn of_atoms(atoms: Vec<f16>, head_dim: usize) -> Result<Self> {
+        if head_dim == 0 || !atoms.len().is_multiple_of(head_dim) {
+            let reason = format!("{} numbers are no atoms of length {head_dim}", atoms.len());
+            return Err(Error::Adaptive(reason));
+        }
+        if atoms.iter().any(|x| !x.is_finite()) {
+            return Err(Error::Adaptive("one is not finite".to_owned()));
+        }
+        Ok(Self {
+            atoms: atoms.into(),
+            head_dim,
+        })
     }
 
     /// Number of atoms.
