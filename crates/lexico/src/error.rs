@@ -103,7 +103,7 @@ pub enum Error {
     },
     /// Codes of one atom a group cannot be of this format.
     #[error(
-        "codes of one atom a group have a fixed sparsity of at least 1 and over 65,536 atoms at the most; sparsity {sparsity}, variable: {variable}, is impossible"
+        "codes of one atom a group have a fixed sparsity of at least 1 and over 65,536 atoms at the most, 2,048 of them in the first group; sparsity {sparsity}, variable: {variable}, is impossible"
     )]
     GroupedCodes {
         /// The sparsity asked for.

@@ -53,7 +53,7 @@ pub(super) static METHOD: Method = Method {
             "fit",
             Values::OneOf(&["unbiased", "least-squares"]),
             "unbiased",
-            "coefficients that keep scores, or vectors, nearest; packed codes have none",
+            "coefficients that keep scores, or vectors, nearest",
         ),
         option(
             "adaptive",
@@ -154,7 +154,7 @@ fn settings(
         dense: spec.number_type("dense"),
     };
     let foreign = match format {
-        Format::Packed { .. } => ["tolerance", "fit", "adaptive"].as_slice(),
+        Format::Packed { .. } => ["tolerance", "adaptive"].as_slice(),
         Format::Sparse(_) => &["beam"],
     };
     match foreign.iter().find(|option| spec.given(option).is_some()) {
@@ -164,7 +164,7 @@ fn settings(
             value: spec.text(option).to_owned(),
             reason: match format {
                 Format::Packed { .. } => {
-                    "packed codes have neither a tolerance nor coefficients; give format=i8 too"
+                    "packed codes all have as many atoms, of the dictionary alone; give format=i8 too"
                 }
                 Format::Sparse(_) => "only the search for packed codes has a beam",
             }
@@ -608,6 +608,7 @@ impl<'d> Coding<'d> {
                 let pursuit = GroupedPursuit::new(dictionary, most(sparsities))?;
                 pursuit
                     .with_beam(beam)
+                    .unbiased(settings.unbiased)
                     .encode_heads_on(vectors, sparsities, threads)
             }
         }

@@ -80,7 +80,7 @@ impl Kind {
         match (self, &layer.grouped) {
             (Self::Packed, Some(grouped)) => {
                 let dictionary = [&grouped.keys, &grouped.values][part];
-                let pursuit = GroupedPursuit::new(dictionary, sparsity)?;
+                let pursuit = GroupedPursuit::new(dictionary, sparsity)?.unbiased(true);
                 let batch = pursuit.encode_on(vectors, &CandleThreads)?;
                 let format = CoefficientFormat::InAtoms(dictionary.groups());
                 decoded(&batch, format, dictionary.atoms(sparsity))

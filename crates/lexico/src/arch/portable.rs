@@ -542,14 +542,19 @@ fn scores_packed_tiled<const G: usize, const MOST: usize>(
     out: &mut [f32],
 ) {
     let (own, others) = (block.first_rows(p), block.other_groups(p));
+    let scales = block.scales();
     let each = block.sparsity - 1;
     let tiles = block.first.chunks(TILE).zip(block.rest_tiles(TILE));
     for ((first, rest), out) in tiles.zip(out.as_chunks_mut::<G>().0.chunks_mut(TILE)) {
         for (&first, out) in first.iter().zip(&mut *out) {
-            *out = own[usize::from(first)];
+            *out = own[first.atom()];
         }
         for (from, count) in parts(each, MOST) {
             unrolled!(count, add_rows(&others[from..], rest, each, from, out));
+        }
+        for (&first, out) in first.iter().zip(&mut *out) {
+            let scale = first.scale(scales);
+            out.iter_mut().for_each(|x| *x *= scale);
         }
     }
 }
@@ -591,11 +596,13 @@ fn scores_packed_of<const G: usize>(
     out: &mut [f32],
 ) {
     let (own, others) = (block.first_rows(p), block.other_groups(p));
+    let scales = block.scales();
     let rows = block.first.iter().zip(block.rest_rows());
     for ((&first, rest), out) in rows.zip(out.as_chunks_mut::<G>().0) {
         prefetch(rest.as_ptr(), AHEAD);
         // Two sums, so that additions wait less for each other.
-        let mut sums = [own[usize::from(first)], [0f32; G]];
+        let mut sums = [own[first.atom()], [0f32; G]];
+        let scale = first.scale(scales);
         for (j, (&atom, group)) in rest.iter().zip(others).enumerate() {
             let row = &group[usize::from(atom)];
             for g in 0..G {
@@ -603,7 +610,7 @@ fn scores_packed_of<const G: usize>(
             }
         }
         for g in 0..G {
-            out[g] = sums[0][g] + sums[1][g];
+            out[g] = (sums[0][g] + sums[1][g]) * scale;
         }
     }
 }
@@ -634,15 +641,20 @@ fn accumulate_packed_tiled<const G: usize, const MOST: usize>(
 ) {
     let (own, others) = u.split_at_mut(block.groups.first);
     let others = others.as_chunks_mut::<GROUP>().0;
+    let scales = block.scales();
     let each = block.sparsity - 1;
+    let mut scaled = [[0f32; G]; TILE];
     let tiles = block.first.chunks(TILE).zip(block.rest_tiles(TILE));
     for ((first, rest), weights) in tiles.zip(weights.as_chunks::<G>().0.chunks(TILE)) {
-        for (&first, weights) in first.iter().zip(weights) {
-            let row = &mut own[usize::from(first)];
+        for ((&first, weights), scaled) in first.iter().zip(weights).zip(&mut scaled) {
+            let row = &mut own[first.atom()];
+            let scale = first.scale(scales);
             for g in 0..G {
-                row[g] += weights[g];
+                scaled[g] = weights[g] * scale;
+                row[g] += scaled[g];
             }
         }
+        let weights = &scaled[..first.len()];
         for (from, count) in parts(each, MOST) {
             unrolled!(
                 count,
@@ -688,15 +700,17 @@ fn accumulate_packed_of<const G: usize>(
 ) {
     let (own, others) = u.split_at_mut(block.groups.first);
     let others = others.as_chunks_mut::<GROUP>().0;
+    let scales = block.scales();
     let rows = block.first.iter().zip(block.rest_rows());
     for ((&first, rest), weights) in rows.zip(weights.as_chunks::<G>().0) {
         prefetch(rest.as_ptr(), AHEAD);
+        let scale = first.scale(scales);
         let add = |row: &mut [f32; G]| {
             for g in 0..G {
-                row[g] += weights[g];
+                row[g] += weights[g] * scale;
             }
         };
-        add(&mut own[usize::from(first)]);
+        add(&mut own[first.atom()]);
         for (&atom, group) in rest.iter().zip(others.iter_mut()) {
             add(&mut group[usize::from(atom)]);
         }

@@ -21,8 +21,8 @@ pub enum CoefficientFormat {
     /// f32, for tests and comparison.
     F32,
     /// Not at all: codes have one atom of each group of a [`GroupedDictionary`](crate::dictionary::GroupedDictionary),
-    /// whose atoms have lengths of their own. Indices take two bytes for the first group and one for
-    /// every other.
+    /// whose atoms have lengths of their own, and one scale from 1 to 2 for their sum in steps of 2 %. The scale and the
+    /// index in the first group take two bytes, every other index one.
     InAtoms(Groups),
 }
 

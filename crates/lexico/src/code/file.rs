@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use super::Leading;
 use super::coefficients::Coefficients;
 use super::packed::PackedPage;
 use super::{CodeFormat, Codes, CoefficientFormat, Page, SparsePage};
@@ -18,7 +19,7 @@ const CURE: &str = "`lexico encode` makes such a file";
 /// Tensors: `indices` U16 `[n, s]`; `coefficients` `[n, s]`, F32, I8 or F8_E4M3; but with F32 `scales`
 /// F8_E8M0 `[n]`, a coefficient being its number times its vector's scale; and where they
 /// vary `lengths` U8 `[n]`, the rest of a row being zero. Codes of one atom a group instead: `first` U16 `[n]`
-/// and `rest` U8 `[n, s − 1]`, numbers of atoms in their groups; `first_group` in the metadata says how many
+/// and `rest` U8 `[n, s − 1]`, numbers of atoms in their groups, with the scale in the highest five bits of `first`; `first_group` in the metadata says how many
 /// atoms the first group has.
 #[derive(Debug, Clone)]
 pub struct CodeFile {
@@ -71,7 +72,7 @@ impl CodeFile {
         let (mut first, mut rest) = (Vec::new(), Vec::new());
         for page in &self.codes.pages {
             if let Page::Packed(page) = page {
-                first.extend(page.first.iter().flat_map(|i| i.to_le_bytes()));
+                first.extend(page.first.iter().flat_map(|i| i.0.to_le_bytes()));
                 rest.extend_from_slice(&page.rest);
             }
         }
@@ -301,11 +302,13 @@ fn read_packed(file: &TensorFile, groups: Groups) -> Result<Codes> {
     let mut codes = Codes::new(format)?;
     let first = file.bytes("first")?;
     let first = first.as_chunks::<2>().0.iter();
-    let first: Vec<u16> = first.map(|&bytes| u16::from_le_bytes(bytes)).collect();
-    if let Some(v) = first.iter().position(|&i| usize::from(i) >= groups.first) {
+    let first = first.map(|&bytes| Leading(u16::from_le_bytes(bytes)));
+    let first: Vec<Leading> = first.collect();
+    if let Some(v) = first.iter().position(|i| i.atom() >= groups.first) {
         let reason = format!(
             "vector {v} names atom {} of a group of {}",
-            first[v], groups.first
+            first[v].atom(),
+            groups.first
         );
         return Err(Error::tensor(file.path(), "first", reason));
     }

@@ -8,15 +8,15 @@ pub mod stored;
 pub use coefficients::CoefficientFormat;
 pub use file::{CodeFile, FORMAT};
 
-use crate::dictionary::{Atoms, GROUP, MOST_ATOMS};
+use crate::dictionary::{Atoms, GROUP, MOST_ATOMS, MOST_FIRST};
 use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 use coefficients::Coefficients;
 pub(crate) use coefficients::Scales;
 #[cfg(test)]
 pub(crate) use coefficients::{f8_values, i8_values};
-pub(crate) use packed::PackedBlock;
 use packed::PackedPage;
+pub(crate) use packed::{Leading, PackedBlock};
 
 /// Vectors by which storage grows at the least.
 const GROWTH: usize = 4;
@@ -77,7 +77,10 @@ impl Page {
         match (self, format.coefficients) {
             (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
                 page.reserve(format.sparsity, count, PAGE);
-                rows.for_each(|(indices, _)| page.push(groups, indices));
+                rows.for_each(|(indices, coefficients)| {
+                    // All coefficients of a vector are its scale.
+                    page.push(groups, indices, coefficients[0]);
+                });
             }
             (Self::Sparse(page), _) => {
                 let nonzeros = if format.variable {
@@ -157,7 +160,8 @@ impl Page {
             (Self::Packed(page), CoefficientFormat::InAtoms(groups)) => {
                 let block = page.block(groups, format.sparsity);
                 for v in 0..page.len() {
-                    block.indices(v).for_each(|index| visit(v, index, 1.0));
+                    let scale = block.scale(v);
+                    block.indices(v).for_each(|index| visit(v, index, scale));
                 }
             }
             (Self::Sparse(page), _) => {
@@ -286,7 +290,7 @@ impl Codes {
         if let CoefficientFormat::InAtoms(groups) = format.coefficients
             && (format.variable
                 || format.sparsity == 0
-                || !(1..=MOST_ATOMS).contains(&groups.first)
+                || !(1..=MOST_FIRST).contains(&groups.first)
                 || format.sparsity > MOST_ATOMS / GROUP
                 || groups.atoms(format.sparsity) > MOST_ATOMS)
         {

@@ -1,13 +1,48 @@
-//! One atom a group: two bytes for the first, a byte for every other, no coefficients.
+//! One atom a group: a byte for each but the first, and two bytes for that and the vector's scale.
+
+use std::sync::LazyLock;
 
 use super::GROWTH;
-use crate::dictionary::{GROUP, Groups, MOST_ATOMS};
+use crate::dictionary::{GROUP, Groups, MOST_ATOMS, MOST_FIRST};
+
+/// Bits that name the atom of the first group; those above it are the vector's scale.
+const ATOM_BITS: u32 = 11;
+/// Scales that there are: `2^(k/32)`, from 1 to nearly 2.
+const SCALES: usize = 1 << (u16::BITS - ATOM_BITS);
+
+/// What the sums of atoms are multiplied by.
+static SCALE_VALUES: LazyLock<[f32; SCALES]> =
+    LazyLock::new(|| std::array::from_fn(|k| 2f32.powf(k as f32 / SCALES as f32)));
+
+/// A vector's atom of the first group and its scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Leading(pub(crate) u16);
+
+impl Leading {
+    /// The scale nearest to `scale`.
+    pub(crate) fn new(atom: u16, scale: f32) -> Self {
+        let number = (scale.log2() * SCALES as f32).round();
+        let number = number.clamp(0.0, (SCALES - 1) as f32) as u16;
+        Self(atom | number << ATOM_BITS)
+    }
+
+    #[inline(always)]
+    pub(crate) fn atom(self) -> usize {
+        usize::from(self.0) & (MOST_FIRST - 1)
+    }
+
+    #[inline(always)]
+    pub(crate) fn scale(self, values: &[f32; SCALES]) -> f32 {
+        values[usize::from(self.0 >> ATOM_BITS)]
+    }
+}
 
 /// The codes of some vectors in a row.
 #[derive(Debug, Clone, Default)]
 pub(super) struct PackedPage {
-    /// Atom of the first group, of each vector.
-    pub(super) first: Vec<u16>,
+    /// Of each vector.
+    pub(super) first: Vec<Leading>,
     /// Of each vector the atoms of the other groups, by their numbers in these, `[n, s − 1]`.
     pub(super) rest: Vec<u8>,
 }
@@ -16,7 +51,7 @@ pub(super) struct PackedPage {
 #[derive(Clone, Copy)]
 pub(crate) struct PackedBlock<'a> {
     /// Of each vector.
-    pub(crate) first: &'a [u16],
+    pub(crate) first: &'a [Leading],
     /// `[n, s − 1]`
     pub(crate) rest: &'a [u8],
     /// Where the groups begin.
@@ -41,11 +76,11 @@ impl PackedPage {
         }
     }
 
-    /// Appends the code whose atoms have these numbers among all of the dictionary.
-    pub(super) fn push(&mut self, groups: Groups, indices: &[u16]) {
+    /// Appends the code whose atoms have these numbers among all of the dictionary, their sum multiplied by `scale`.
+    pub(super) fn push(&mut self, groups: Groups, indices: &[u16], scale: f32) {
         for (group, &index) in indices.iter().enumerate() {
             match group {
-                0 => self.first.push(index),
+                0 => self.first.push(Leading::new(index, scale)),
                 group => {
                     let own = usize::from(index) - groups.start(group);
                     debug_assert!(own <= usize::from(u8::MAX), "one atom a group");
@@ -62,7 +97,12 @@ impl PackedPage {
 
     /// The largest number of an atom among all of the dictionary: one of the last group.
     pub(super) fn largest_index(&self, groups: Groups, sparsity: usize) -> u16 {
-        let first = self.first.iter().copied().max().unwrap_or(0);
+        let first = self
+            .first
+            .iter()
+            .map(|first| first.atom() as u16)
+            .max()
+            .unwrap_or(0);
         let last = self.rest.iter().skip(sparsity.saturating_sub(2));
         match last.step_by(sparsity.saturating_sub(1).max(1)).max() {
             Some(&own) => (groups.start(sparsity - 1) + usize::from(own)) as u16,
@@ -71,11 +111,11 @@ impl PackedPage {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.first.capacity() * size_of::<u16>() + self.rest.capacity()
+        self.first.capacity() * size_of::<Leading>() + self.rest.capacity()
     }
 
     pub(super) fn bytes_used(&self) -> usize {
-        self.first.len() * size_of::<u16>() + self.rest.len()
+        self.first.len() * size_of::<Leading>() + self.rest.len()
     }
 
     pub(super) fn prefetch(&self) {
@@ -112,7 +152,18 @@ impl<'a> PackedBlock<'a> {
         let rest = &self.rest[v * each..][..each];
         let rest = rest.iter().zip(1..);
         let rest = rest.map(move |(&own, group)| self.groups.start(group) + usize::from(own));
-        std::iter::once(usize::from(self.first[v])).chain(rest)
+        std::iter::once(self.first[v].atom()).chain(rest)
+    }
+
+    /// What the sum of vector `v`'s atoms is multiplied by.
+    pub(super) fn scale(self, v: usize) -> f32 {
+        self.first[v].scale(&SCALE_VALUES)
+    }
+
+    /// What the numbers of scales stand for.
+    #[inline(always)]
+    pub(crate) fn scales(self) -> &'static [f32; SCALES] {
+        &SCALE_VALUES
     }
 
     /// Of every `count` vectors, the atoms of the groups after the first.

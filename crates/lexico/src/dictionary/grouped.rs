@@ -5,6 +5,9 @@ use crate::{Error, Result};
 /// Atoms of every group but the first: what one byte tells apart.
 pub const GROUP: usize = 256;
 
+/// The most atoms of the first group: what eleven bits tell apart.
+pub const MOST_FIRST: usize = 2048;
+
 /// How the atoms of a [`GroupedDictionary`] fall into groups: the first has a size of its own, every other has
 /// [`GROUP`] atoms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,13 +66,13 @@ impl GroupedDictionary {
     pub fn new(atoms: Vec<f32>, head_dim: usize, groups: Groups) -> Result<Self> {
         let atoms = Dictionary::of_any_length(atoms, head_dim)?;
         let count = atoms.len();
-        if groups.first == 0
+        if !(1..=MOST_FIRST).contains(&groups.first)
             || count < groups.first
             || !(count - groups.first).is_multiple_of(GROUP)
         {
             let first = groups.first;
             let reason = format!(
-                "{count} atoms are not a first group of {first} and others of {GROUP} each"
+                "{count} atoms are not a first group of {first}, {MOST_FIRST} at the most, and others of {GROUP} each"
             );
             return Err(Error::Dictionary(reason));
         }

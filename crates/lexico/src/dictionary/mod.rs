@@ -7,7 +7,7 @@ mod set;
 
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use extension::{Atoms, Extension};
-pub use grouped::{GROUP, GroupedDictionary, Groups};
+pub use grouped::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
 pub use set::{
     DictionarySet, FORMAT, GroupedDictionaries, LayerDictionaries, LayerErrors, ModelIdentity,
     RotaryIdentity, Training, grouped_sparsity,

@@ -28,6 +28,7 @@ pub struct GroupedPursuit<'d> {
     half_squares: Vec<f32>,
     sparsity: usize,
     beam: usize,
+    unbiased: bool,
 }
 
 impl<'d> GroupedPursuit<'d> {
@@ -44,6 +45,7 @@ impl<'d> GroupedPursuit<'d> {
             half_squares: atoms.map(|atom| 0.5 * square(atom) as f32).collect(),
             sparsity,
             beam: BEAM,
+            unbiased: false,
         })
     }
 
@@ -53,8 +55,15 @@ impl<'d> GroupedPursuit<'d> {
         self
     }
 
+    /// Scales every vector's sum so that `⟨x̂, x⟩ = ‖x‖²`, as far as a factor from 1 to 2 does; see
+    /// [`SparseBatch::unbias`]. Relative errors stay those of the sums alone.
+    pub fn unbiased(mut self, unbiased: bool) -> Self {
+        self.unbiased = unbiased;
+        self
+    }
+
     /// Codes `vectors` `[n, m]`, spread over the current rayon pool: indices are those of the atoms among all
-    /// of the dictionary, coefficients are 1.
+    /// of the dictionary; all coefficients of a vector are its scale, 1 unless it is to be unbiased.
     ///
     /// # Errors
     /// As [`Pursuit::encode`](super::Pursuit::encode).
@@ -122,8 +131,10 @@ impl<'d> GroupedPursuit<'d> {
                 });
                 for (v, x) in vectors.chunks_exact(m).enumerate() {
                     let length = usize::from(lengths[v]);
-                    coefficients[v * s..][..length].fill(1.0);
-                    errors[v] = self.relative_error(x, &indices[v * s..][..length]);
+                    let (error, scale) = self.judge(x, &indices[v * s..][..length]);
+                    let scale = if self.unbiased { scale } else { 1.0 };
+                    coefficients[v * s..][..length].fill(scale);
+                    errors[v] = error;
                 }
             },
         );
@@ -203,20 +214,24 @@ impl<'d> GroupedPursuit<'d> {
         }
     }
 
-    /// `‖x − Σ D[i]‖ / ‖x‖`, 0 for a zero vector.
-    fn relative_error(&self, x: &[f32], indices: &[u16]) -> f32 {
+    /// `‖x − x̂‖ / ‖x‖` of the sum `x̂` of atoms, 0 for a zero vector; and `‖x‖² / ⟨x, x̂⟩`, held to what a code's scale
+    /// can be.
+    fn judge(&self, x: &[f32], indices: &[u16]) -> (f32, f32) {
         let mut rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
         for &i in indices {
             let atom = self.dictionary.dictionary().atom(usize::from(i));
             crate::arch::subtract_scaled(&mut rest, 1.0, atom);
         }
-        let whole = square(x).sqrt();
+        let whole = square(x);
         if whole == 0.0 {
-            return 0.0;
+            return (0.0, 1.0);
         }
-        let error = rest.iter().map(|r| r * r).sum::<f64>().sqrt() / whole;
+        let along = whole - crate::arch::dot_mixed(x, &rest);
+        let scale = if along > 0.0 { whole / along } else { 1.0 };
+        let error = (rest.iter().map(|r| r * r).sum::<f64>() / whole).sqrt();
         // Next to nothing may come back as far more.
-        error.min(f64::from(f32::MAX)) as f32
+        let error = error.min(f64::from(f32::MAX)) as f32;
+        (error, scale.clamp(1.0, 2.0) as f32)
     }
 }
 

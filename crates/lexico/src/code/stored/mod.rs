@@ -20,7 +20,7 @@ mod input;
 mod rans;
 
 use super::coefficients::{Coefficients, Scales};
-use super::packed::{PackedBlock, PackedPage};
+use super::packed::{Leading, PackedBlock, PackedPage};
 use super::{Block, Blocks, CodeFormat, Codes, CoefficientFormat, Lengths, PAGE, Page, SparsePage};
 use crate::{Error, Result};
 use input::{Input, damaged};
@@ -118,7 +118,7 @@ impl Columns {
         let groups = self.rest.len().max(block.sparsity - 1);
         self.rest.resize(groups, vec![Vec::new(); heads]);
         if let Some(column) = self.first.last_mut() {
-            column.extend_from_slice(block.first);
+            column.extend(block.first.iter().map(|first| first.0));
         }
         for (group, columns) in self.rest.iter_mut().enumerate().take(block.sparsity - 1) {
             if let Some(column) = columns.last_mut() {
@@ -258,7 +258,8 @@ fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
         formats.iter().zip(first).zip(sparse).enumerate()
     {
         if let CoefficientFormat::InAtoms(groups) = format.coefficients {
-            if first.iter().any(|&atom| usize::from(atom) >= groups.first) {
+            let first: Vec<Leading> = first.into_iter().map(Leading).collect();
+            if first.iter().any(|first| first.atom() >= groups.first) {
                 return Err(damaged("an atom of the first group"));
             }
             let own = rest[..format.sparsity - 1]
@@ -417,7 +418,7 @@ mod tests {
             Just(CoefficientFormat::I8),
             Just(CoefficientFormat::F8),
             Just(CoefficientFormat::F32),
-            (1usize..4000).prop_map(|first| CoefficientFormat::InAtoms(Groups { first })),
+            (1usize..2049).prop_map(|first| CoefficientFormat::InAtoms(Groups { first })),
         ];
         (1usize..9, any::<bool>(), coefficients).prop_map(|(sparsity, variable, coefficients)| {
             CodeFormat {
