@@ -125,41 +125,33 @@ fn groups_are_added_to_dictionaries_that_are_kept() {
         ControlFlow::Continue(())
     });
     let whole = whole.unwrap().dictionaries;
-    let alone = TrainOptions {
-        groups: None,
+    let mut plain = whole.clone();
+    plain.training.grouped_relative_error = None;
+    plain.training.grouped_losses = None;
+    plain
+        .layers
+        .iter_mut()
+        .for_each(|layer| layer.grouped = None);
+    let mut with_kept = TrainOptions {
+        kept: Some(plain.clone()),
         ..options()
     };
-    let alone = train(
-        &model,
-        &corpus(),
-        &alone,
-        &mut |_| ControlFlow::Continue(()),
+    let added = train(&model, &corpus(), &with_kept, &mut |progress| {
+        assert!(!matches!(progress, TrainProgress::Learning { .. }));
+        ControlFlow::Continue(())
+    });
+    assert_eq!(added.unwrap().dictionaries, whole);
+    with_kept.groups = None;
+    let nothing = train(&model, &corpus(), &with_kept, &mut |_| {
+        ControlFlow::Continue(())
+    });
+    assert!(
+        nothing
+            .unwrap_err()
+            .to_string()
+            .contains("nothing to learn")
     );
-    let alone = alone.unwrap().dictionaries;
-    assert!(alone.training.grouped_losses.is_none() && alone.most_groups() == 0);
-    // Once to those that have none, and once in place of what is there.
-    for kept in [alone.clone(), whole.clone()] {
-        let mut options = TrainOptions {
-            kept: Some(kept),
-            ..options()
-        };
-        let added = train(&model, &corpus(), &options, &mut |progress| {
-            assert!(!matches!(progress, TrainProgress::Learning { .. }));
-            ControlFlow::Continue(())
-        });
-        assert_eq!(added.unwrap().dictionaries, whole);
-        options.groups = None;
-        let nothing = train(&model, &corpus(), &options, &mut |_| {
-            ControlFlow::Continue(())
-        });
-        assert!(
-            nothing
-                .unwrap_err()
-                .to_string()
-                .contains("nothing to learn")
-        );
-    }
-    let mut other = alone;
+    let mut other = plain;
     other.model.layers = 5;
     let options = TrainOptions {
         kept: Some(other),
