@@ -484,11 +484,10 @@ impl<const K: usize> Atoms<'_, K> {
         let whole = (bytes.len() + each).saturating_sub(from + 8) / each;
         let whole = whole.min(count);
         let start = bytes.as_ptr();
+        // Each pass over a tile fetches its share of the next one, so that memory is never idle.
+        let ahead = bytes.len() + from * count;
         for v in 0..whole {
-            // Once of every tile, the next one: whatever else takes its place in the first cache, it is near then.
-            if from == 0 {
-                prefetch(start, bytes.len() + v * each);
-            }
+            prefetch(start, ahead + v * K);
             // SAFETY: eight bytes from there on are within `bytes`: `from + (whole − 1) · each + 8 ≤ len`.
             let word = unsafe { start.add(from + v * each).cast::<[u8; 8]>().read() };
             visit(v, u64::from_le_bytes(word));
