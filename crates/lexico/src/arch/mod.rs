@@ -54,6 +54,23 @@ fn prefetch<T>(from: *const T, ahead: usize) {
     let _ = line;
 }
 
+/// The number itself, which the compiler then does not put into a vector register together with others, to take
+/// them out one by one where they are needed: that costs twice as much.
+#[inline(always)]
+fn in_general_register(number: u64) -> u64 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    {
+        let mut number = number;
+        // SAFETY: nothing is done.
+        unsafe {
+            core::arch::asm!("/* {0} */", inout(reg) number, options(pure, nomem, nostack, preserves_flags));
+        }
+        number
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    number
+}
+
 /// Bytes that are fetched at a time.
 const CACHE_LINE: usize = 64;
 
@@ -223,7 +240,8 @@ mod tests {
     use super::level::Level;
     use super::matmul::{Matrix, multiply};
     use super::*;
-    use crate::code::{Block, Lengths, Scales};
+    use crate::code::{Block, Lengths, PackedBlock, Scales};
+    use crate::dictionary::Groups;
     use proptest::prelude::*;
 
     /// Runs a kernel at every level that this machine has and gives all results.
@@ -476,6 +494,62 @@ mod tests {
                 let rows = u.chunks_exact(group).step_by(STRIDE);
                 for (&got, &want) in rows.flatten().zip(&expected_u) {
                     prop_assert!(close(got, want, size * lengths.len() as f64), "{:?}: {} for {}", level, got, want);
+                }
+            }
+        }
+
+        #[test]
+        fn packed_codes_are_gathered_and_scattered(
+            power in 0u32..6, sparsity in 1usize..40, n in prop_oneof![4 => 0usize..70, 1 => 1000usize..2100],
+            first in prop_oneof![Just(1), Just(255), Just(256), Just(2048), 1usize..5000], seed: u32,
+        ) {
+            let groups = Groups { first };
+            let (group, atoms) = (1usize << power, groups.atoms(sparsity));
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state >> 8
+            };
+            let firsts: Vec<u16> = (0..n).map(|_| (draw() as usize % first) as u16).collect();
+            let rest: Vec<u8> = (0..n * (sparsity - 1)).map(|_| (draw() >> 8) as u8).collect();
+            let mut number = || draw() as f32 / (1 << 23) as f32 - 1.0;
+            // Nothing beyond the atoms may be read: it would show.
+            let mut p = vec![f32::NAN; MOST_ATOMS * group];
+            p[..atoms * group].fill_with(&mut number);
+            let weights: Vec<f32> = (0..n * group).map(|_| number()).collect();
+            let start: Vec<f32> = (0..MOST_ATOMS * group).map(|_| number()).collect();
+            let mut expected_scores = vec![0f64; n * group];
+            let mut expected_u: Vec<f64> = start.iter().map(|&u| f64::from(u)).collect();
+            for v in 0..n {
+                let own = &rest[v * (sparsity - 1)..][..sparsity - 1];
+                let own = own.iter().enumerate().map(|(j, &byte)| first + j * 256 + usize::from(byte));
+                for atom in std::iter::once(usize::from(firsts[v])).chain(own) {
+                    for g in 0..group {
+                        expected_scores[v * group + g] += f64::from(p[atom * group + g]);
+                        expected_u[atom * group + g] += f64::from(weights[v * group + g]);
+                    }
+                }
+            }
+            let block = PackedBlock { first: &firsts, rest: &rest, groups, sparsity };
+            // And what the program itself would choose.
+            for level in Level::all().into_iter().map(Some).chain([None]) {
+                let mut out = vec![f32::NAN; n * group];
+                let mut u = start.clone();
+                match level {
+                    Some(level) => {
+                        dispatch!(level, scores_packed(block, &p, group, &mut out));
+                        dispatch!(level, accumulate_packed(block, &weights, group, &mut u));
+                    }
+                    None => {
+                        scores(Blocks::Packed(block), &p, group, &mut out);
+                        accumulate(Blocks::Packed(block), &weights, group, &mut u);
+                    }
+                }
+                for (&got, &want) in out.iter().zip(&expected_scores) {
+                    prop_assert!(close(got, want, sparsity as f64), "{:?}: {} for {}", level, got, want);
+                }
+                for (&got, &want) in u.iter().zip(&expected_u) {
+                    prop_assert!(close(got, want, 1.0 + want.abs()), "{:?}: {} for {}", level, got, want);
                 }
             }
         }

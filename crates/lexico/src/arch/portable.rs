@@ -5,7 +5,7 @@
 
 use half::{bf16, f16};
 
-use crate::arch::prefetch;
+use crate::arch::{in_general_register, prefetch};
 use crate::code::{Block, PackedBlock};
 use crate::dictionary::{GROUP, MOST_ATOMS};
 
@@ -436,6 +436,85 @@ fn accumulate_group<const FMA: bool, C: Coefficient, const G: usize>(
     );
 }
 
+/// Vectors whose packed codes are gone through together, some groups after the other: so many that fetching the
+/// rows of those groups costs little beside looking them up, so few that their numbers stay near.
+const TILE: usize = 1024;
+
+/// Calls a kernel that is unrolled for a number of groups of atoms, up to eight.
+macro_rules! unrolled {
+    ($count:ident, $kernel:ident($($argument:expr),*)) => {
+        match $count {
+            1 => $kernel::<G, 1>($($argument),*),
+            2 => $kernel::<G, 2>($($argument),*),
+            3 => $kernel::<G, 3>($($argument),*),
+            4 => $kernel::<G, 4>($($argument),*),
+            5 => $kernel::<G, 5>($($argument),*),
+            6 => $kernel::<G, 6>($($argument),*),
+            7 => $kernel::<G, 7>($($argument),*),
+            _ => $kernel::<G, 8>($($argument),*),
+        }
+    };
+}
+
+/// Divides `all` groups into parts of nearly one size, at most `most`: where each begins, and its size.
+#[inline(always)]
+fn parts(all: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = all.div_ceil(most);
+    let bound = move |part: usize| all * part / count;
+    (0..count).map(move |part| (bound(part), bound(part + 1) - bound(part)))
+}
+
+/// Of packed codes of a tile of vectors, the atoms of `K` groups.
+#[derive(Clone, Copy)]
+struct Atoms<'a, const K: usize> {
+    /// Those of all groups but the first, `[n, each]`.
+    bytes: &'a [u8],
+    each: usize,
+    /// The number of the first of the groups.
+    from: usize,
+}
+
+impl<const K: usize> Atoms<'_, K> {
+    /// Calls `visit` with a vector's number and its `K` bytes, the first the lowest, one vector after another.
+    #[inline(always)]
+    fn for_each(self, mut visit: impl FnMut(usize, u64)) {
+        let Self { bytes, each, from } = self;
+        let count = bytes.len() / each;
+        // Vectors after whose first of these bytes there are seven more, theirs or others'.
+        let whole = (bytes.len() + each).saturating_sub(from + 8) / each;
+        let whole = whole.min(count);
+        let start = bytes.as_ptr();
+        // Each pass over a tile fetches its share of the next one, so that memory is never idle.
+        let ahead = bytes.len() + from * count;
+        for v in 0..whole {
+            prefetch(start, ahead + v * K);
+            // SAFETY: eight bytes from there on are within `bytes`: `from + (whole − 1) · each + 8 ≤ len`.
+            let word = unsafe { start.add(from + v * each).cast::<[u8; 8]>().read() };
+            visit(v, u64::from_le_bytes(word));
+        }
+        for v in whole..count {
+            let own = bytes[from + v * each..][..K].iter().rev();
+            visit(v, own.fold(0, |word, &byte| word << 8 | u64::from(byte)));
+        }
+    }
+}
+
+/// Bytes from the beginning of the first of `K` groups' rows to the rows of the atoms whose numbers are the bytes
+/// of a word: within those rows for every word.
+#[inline(always)]
+fn row_offsets<const G: usize, const K: usize>(word: u64) -> [usize; K] {
+    let shift = size_of::<[f32; G]>().trailing_zeros();
+    std::array::from_fn(|k| {
+        let at = 8 * k as u32;
+        let byte = if at < shift {
+            in_general_register(word) << (shift - at)
+        } else {
+            in_general_register(word) >> (at - shift)
+        };
+        (byte & (0xff << shift)) as usize + k * size_of::<[[f32; G]; GROUP]>()
+    })
+}
+
 #[inline(always)]
 pub(super) fn scores_packed<const FMA: bool>(
     block: PackedBlock<'_>,
@@ -443,16 +522,67 @@ pub(super) fn scores_packed<const FMA: bool>(
     group: usize,
     out: &mut [f32],
 ) {
+    // Groups of atoms at a time: so many that their rows leave some of the first cache to other things.
     match group {
-        1 => scores_packed_of::<1>(block, table(p), out),
-        2 => scores_packed_of::<2>(block, table(p), out),
-        4 => scores_packed_of::<4>(block, table(p), out),
-        8 => scores_packed_of::<8>(block, table(p), out),
+        1 => scores_packed_tiled::<1, 8>(block, table(p), out),
+        2 => scores_packed_tiled::<2, 8>(block, table(p), out),
+        4 => scores_packed_tiled::<4, 5>(block, table(p), out),
+        8 => scores_packed_tiled::<8, 4>(block, table(p), out),
         16 => scores_packed_of::<16>(block, table(p), out),
         _ => scores_packed_of::<32>(block, table(p), out),
     }
 }
 
+/// Tile by tile, up to `MOST` groups of atoms at a time.
+#[inline(always)]
+fn scores_packed_tiled<const G: usize, const MOST: usize>(
+    block: PackedBlock<'_>,
+    p: &[[f32; G]; MOST_ATOMS],
+    out: &mut [f32],
+) {
+    let (own, others) = (block.first_rows(p), block.other_groups(p));
+    let each = block.sparsity - 1;
+    let tiles = block.first.chunks(TILE).zip(block.rest_tiles(TILE));
+    for ((first, rest), out) in tiles.zip(out.as_chunks_mut::<G>().0.chunks_mut(TILE)) {
+        for (&first, out) in first.iter().zip(&mut *out) {
+            *out = own[usize::from(first)];
+        }
+        for (from, count) in parts(each, MOST) {
+            unrolled!(count, add_rows(&others[from..], rest, each, from, out));
+        }
+    }
+}
+
+/// Adds to each vector's numbers the rows of its atoms of `K` groups, the first of them number `from`.
+#[inline(always)]
+fn add_rows<const G: usize, const K: usize>(
+    groups: &[[[f32; G]; GROUP]],
+    bytes: &[u8],
+    each: usize,
+    from: usize,
+    out: &mut [[f32; G]],
+) {
+    assert!(
+        groups.len() >= K && out.len() == bytes.len() / each,
+        "all groups and vectors"
+    );
+    let start = groups.as_ptr();
+    Atoms::<K> { bytes, each, from }.for_each(|v, word| {
+        // SAFETY: there are as many as vectors.
+        let out = unsafe { out.get_unchecked_mut(v) };
+        let mut sums = *out;
+        for offset in row_offsets::<G, K>(word) {
+            // SAFETY: the offset is that of a row of one of `K` groups, all there.
+            let row = unsafe { &*start.byte_add(offset).cast::<[f32; G]>() };
+            for g in 0..G {
+                sums[g] += row[g];
+            }
+        }
+        *out = sums;
+    });
+}
+
+/// Many queries: each row is so long that what it takes to find it matters little.
 #[inline(always)]
 fn scores_packed_of<const G: usize>(
     block: PackedBlock<'_>,
@@ -485,15 +615,70 @@ pub(super) fn accumulate_packed<const FMA: bool>(
     u: &mut [f32],
 ) {
     match group {
-        1 => accumulate_packed_of::<1>(block, weights, table_mut(u)),
-        2 => accumulate_packed_of::<2>(block, weights, table_mut(u)),
-        4 => accumulate_packed_of::<4>(block, weights, table_mut(u)),
-        8 => accumulate_packed_of::<8>(block, weights, table_mut(u)),
+        1 => accumulate_packed_tiled::<1, 8>(block, weights, table_mut(u)),
+        2 => accumulate_packed_tiled::<2, 8>(block, weights, table_mut(u)),
+        4 => accumulate_packed_tiled::<4, 5>(block, weights, table_mut(u)),
+        8 => accumulate_packed_tiled::<8, 3>(block, weights, table_mut(u)),
         16 => accumulate_packed_of::<16>(block, weights, table_mut(u)),
         _ => accumulate_packed_of::<32>(block, weights, table_mut(u)),
     }
 }
 
+/// Tile by tile, up to `MOST` groups of atoms at a time.
+#[inline(always)]
+fn accumulate_packed_tiled<const G: usize, const MOST: usize>(
+    block: PackedBlock<'_>,
+    weights: &[f32],
+    u: &mut [[f32; G]; MOST_ATOMS],
+) {
+    let (own, others) = u.split_at_mut(block.groups.first);
+    let others = others.as_chunks_mut::<GROUP>().0;
+    let each = block.sparsity - 1;
+    let tiles = block.first.chunks(TILE).zip(block.rest_tiles(TILE));
+    for ((first, rest), weights) in tiles.zip(weights.as_chunks::<G>().0.chunks(TILE)) {
+        for (&first, weights) in first.iter().zip(weights) {
+            let row = &mut own[usize::from(first)];
+            for g in 0..G {
+                row[g] += weights[g];
+            }
+        }
+        for (from, count) in parts(each, MOST) {
+            unrolled!(
+                count,
+                add_to_rows(&mut others[from..], rest, each, from, weights)
+            );
+        }
+    }
+}
+
+/// Adds each vector's weights to the rows of its atoms of `K` groups, the first of them number `from`.
+#[inline(always)]
+fn add_to_rows<const G: usize, const K: usize>(
+    groups: &mut [[[f32; G]; GROUP]],
+    bytes: &[u8],
+    each: usize,
+    from: usize,
+    weights: &[[f32; G]],
+) {
+    assert!(
+        groups.len() >= K && weights.len() == bytes.len() / each,
+        "all groups and vectors"
+    );
+    let start = groups.as_mut_ptr();
+    Atoms::<K> { bytes, each, from }.for_each(|v, word| {
+        // SAFETY: there are as many as vectors.
+        let weights = *unsafe { weights.get_unchecked(v) };
+        for offset in row_offsets::<G, K>(word) {
+            // SAFETY: the offset is that of a row of one of `K` groups, all there.
+            let row = unsafe { &mut *start.byte_add(offset).cast::<[f32; G]>() };
+            for g in 0..G {
+                row[g] += weights[g];
+            }
+        }
+    });
+}
+
+/// As [`scores_packed_of`].
 #[inline(always)]
 fn accumulate_packed_of<const G: usize>(
     block: PackedBlock<'_>,

@@ -42,11 +42,18 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Tables for so many numbers, none of which has been touched where they are new.
-fn grow(table: &mut Vec<f32>, numbers: usize) {
-    if table.len() < numbers {
-        *table = vec![0.0; numbers];
+/// What a cache reads at a time, in numbers.
+const CACHE_LINE: usize = 16;
+
+/// Tables for so many numbers, none of which has been touched where they are new. They begin with a cache line, so
+/// that no row lies in more of them than it must.
+fn tables(memory: &mut Vec<f32>, numbers: usize) -> &mut [f32] {
+    if memory.len() < numbers + CACHE_LINE {
+        *memory = vec![0.0; numbers + CACHE_LINE];
     }
+    let before = memory.as_ptr().align_offset(CACHE_LINE * size_of::<f32>());
+    // Where the offset cannot be told, any place does.
+    &mut memory[before.min(CACHE_LINE)..][..numbers]
 }
 
 /// Adds the codes of some KV heads to the softmax of each; `queries` `[heads, group, m]` are scaled already.
@@ -64,9 +71,7 @@ pub(super) fn add_heads(
     }
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MOST_ATOMS * group;
-        grow(&mut scratch.p, codes.len() * table);
-        grow(&mut scratch.u, codes.len() * table);
-        let p = &mut scratch.p[..codes.len() * table];
+        let p = tables(&mut scratch.p, codes.len() * table);
         for (first, count, atoms) in key_atoms.blocks(ATOM_BLOCK) {
             let heads = p
                 .chunks_exact_mut(table)
@@ -81,7 +86,7 @@ pub(super) fn add_heads(
                 );
             }
         }
-        let u = &mut scratch.u[..codes.len() * table];
+        let u = tables(&mut scratch.u, codes.len() * table);
         for (((codes, softmax), p), u) in codes
             .iter()
             .zip(softmaxes.iter_mut())
@@ -119,9 +124,8 @@ pub(super) fn add_many(
     let queries = Matrix::by_rows(queries, group, m);
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MOST_ATOMS * group;
-        grow(&mut scratch.p, table);
-        grow(&mut scratch.u, table);
-        let (p, u) = (&mut scratch.p[..table], &mut scratch.u[..table]);
+        let p = tables(&mut scratch.p, table);
+        let u = tables(&mut scratch.u, table);
         for (first, atoms) in key_atoms.matrices() {
             let n = atoms.len() / m;
             let p = &mut p[first * group..][..n * group];

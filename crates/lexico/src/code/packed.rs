@@ -105,6 +105,14 @@ impl<'a> PackedBlock<'a> {
         std::iter::once(usize::from(self.first[v])).chain(rest)
     }
 
+    /// Of every `count` vectors, the atoms of the groups after the first.
+    #[inline(always)]
+    pub(crate) fn rest_tiles(self, count: usize) -> impl Iterator<Item = &'a [u8]> {
+        let each = self.sparsity - 1;
+        let starts = (0..self.first.len()).step_by(count);
+        starts.map(move |v| &self.rest[v * each..(v + count).min(self.first.len()) * each])
+    }
+
     /// Of each vector, the atoms of the groups after the first.
     #[inline(always)]
     pub(crate) fn rest_rows(self) -> impl Iterator<Item = &'a [u8]> {

@@ -1,9 +1,9 @@
 //! Scores of codes and sums of weighted codes on AVX-512, for groups of four queries and
 //! coefficients of a byte: what is unpacked stays in registers, four nonzeros side by side.
 
-use core::arch::asm;
 use core::arch::x86_64::*;
 
+use crate::arch::in_general_register;
 use crate::code::{Block, Lengths, Scales};
 
 /// The table's rows are of four f32.
@@ -122,9 +122,7 @@ fn offsets<const S: usize>(indices: &[u16; S], first: usize) -> [usize; 4] {
             rest.fold(0, |all, &index| all << 16 | u64::from(index))
         }
     };
-    // SAFETY: nothing is done. The compiler cannot see that, and so does not take the indices out of a vector
-    // register one by one, which costs twice as much.
-    unsafe { asm!("/* {0} */", inout(reg) all, options(pure, nomem, nostack, preserves_flags)) };
+    all = in_general_register(all);
     let mask = (usize::from(u16::MAX)) << ROW_SHIFT;
     let all = all as usize;
     [
