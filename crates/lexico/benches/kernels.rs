@@ -57,6 +57,15 @@ fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) 
     bencher.counter(BytesCount::new(bytes)).bench_local(work);
 }
 
+/// Codes of one atom a group, by sparsity and queries of a group: as near to the vectors as those above of 8 and 16.
+#[divan::bench(args = [(13, 1), (28, 1), (7, 4), (13, 4), (28, 4), (28, 8)])]
+fn packed_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
+    const POSITIONS: usize = 8192;
+    let work = common::packed(POSITIONS, sparsity, group);
+    let bytes = 2 * POSITIONS * (sparsity + 1);
+    bencher.counter(BytesCount::new(bytes)).bench_local(work);
+}
+
 /// Dense positions in half precision, by queries of a group.
 #[divan::bench(args = [1, 2, 4, 8])]
 fn dense_attention_f16(bencher: Bencher<'_, '_>, group: usize) {

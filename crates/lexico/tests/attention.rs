@@ -8,11 +8,13 @@ use common::{drawn_vectors, random_dictionary};
 use lexico::attention::{
     DenseRows, Head, NumberType, Positions, Source, attend, attend_heads, received,
 };
-use lexico::dictionary::{Atoms, Extension};
+use lexico::dictionary::{Atoms, Extension, GroupedDictionary, Groups};
 use lexico::pursuit::AdaptivePursuit;
 use lexico::threads::{Alone, Rayon, Threads};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
 use proptest::prelude::*;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// `queries` `[G, t, m]` over `past + t` positions, the last `t` causal, through a sliding window.
 fn dense_attention(
@@ -114,6 +116,82 @@ proptest! {
 
         let all_keys = [keys.decode(key_atoms).unwrap(), window_keys.to_f32(), new_keys].concat();
         let all_values = [values.decode(value_atoms).unwrap(), window_values.to_f32(), new_values].concat();
+        let expected = dense_attention(&queries, m, t, sliding, &all_keys, &all_values);
+        for (got, want) in out.iter().zip(expected) {
+            prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);
+        }
+    }
+}
+
+/// Codes of one atom a group, over atoms of any length; of their making nothing depends.
+fn packed(dictionary: &GroupedDictionary, sparsity: usize, seed: u64, count: usize) -> Codes {
+    let groups = dictionary.groups();
+    let mut codes = Codes::new(CodeFormat {
+        sparsity,
+        variable: false,
+        coefficients: CoefficientFormat::InAtoms(groups),
+    })
+    .unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // In pieces, as a cache grows.
+    for first in (0..count).step_by(777) {
+        let n = (count - first).min(777);
+        let index = |nonzero: usize| {
+            let group = nonzero % sparsity;
+            rng.random_range(groups.start(group)..groups.start(group + 1)) as u16
+        };
+        codes.extend(&SparseBatch {
+            sparsity,
+            lengths: vec![sparsity as u16; n],
+            indices: (0..n * sparsity).map(index).collect(),
+            coefficients: vec![1.0; n * sparsity],
+            relative_errors: vec![0.0; n],
+        });
+    }
+    codes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn on_packed_codes(
+        m in prop_oneof![Just(1usize), Just(7), Just(16), Just(64)],
+        group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![2 => Just(1usize), 1 => 2usize..20],
+        past in prop_oneof![Just(0usize), 1usize..40, Just(2_500), Just(18_000)],
+        gone in prop_oneof![Just(0usize), 1usize..30, Just(8_192), Just(9_001)],
+        first in prop_oneof![Just(1usize), Just(300), Just(2_048)], s in 1usize..20, fewer in 0usize..3,
+        sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some), Just(Some(10_000))],
+        threads in prop_oneof![Just(1usize), Just(4)], seed: u64,
+    ) {
+        // Many queries of many positions take the reference long.
+        let past = if group * t > 12 { past.min(2_500) } else { past };
+        let (groups, gone) = (Groups { first }, gone.min(past));
+        let dictionary = |salt: u64| {
+            let atoms: Vec<f32> = drawn_vectors(seed ^ salt, groups.atoms(s), m);
+            let atoms = atoms.iter().map(|x| x / (s as f32).sqrt()).collect();
+            GroupedDictionary::new(atoms, m, groups).unwrap()
+        };
+        let (key_dictionary, value_dictionary) = (dictionary(1), dictionary(2).in_half_precision().unwrap());
+        // Values of other sparsities than keys.
+        let value_sparsity = s.saturating_sub(fewer).max(1);
+        let mut keys = packed(&key_dictionary, s, seed ^ 3, past);
+        let mut values = packed(&value_dictionary, value_sparsity, seed ^ 4, past);
+        keys.drop_front(gone);
+        values.drop_front(gone);
+        let (key_atoms, value_atoms) = (key_dictionary.atoms(s), value_dictionary.atoms(value_sparsity));
+        let (new_keys, new_values) = (drawn_vectors(seed ^ 5, t, m), drawn_vectors(seed ^ 6, t, m));
+        let queries = drawn_vectors(seed ^ 7, group * t, m);
+        let sources = [
+            Source::Codes { keys: &keys, values: &values, key_atoms, value_atoms },
+            Source::Causal { keys: &new_keys, values: &new_values },
+        ];
+        let mut out = vec![f32::NAN; queries.len()];
+        let head = Head { queries: &queries, sources: &sources, out: &mut out };
+        attend_heads(&mut [head], m, t, sliding, &Count(threads));
+
+        let all_keys = [keys.decode(key_atoms).unwrap(), new_keys].concat();
+        let all_values = [values.decode(value_atoms).unwrap(), new_values].concat();
         let expected = dense_attention(&queries, m, t, sliding, &all_keys, &all_values);
         for (got, want) in out.iter().zip(expected) {
             prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} for {}", got, want);

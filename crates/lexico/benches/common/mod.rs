@@ -6,6 +6,7 @@
 use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
+use lexico::dictionary::{GroupedDictionary, Groups};
 use lexico::matrix::{HalfMatrix, Halves};
 use lexico::threads::Threads;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
@@ -118,6 +119,41 @@ pub(crate) fn coded(positions: usize, sparsity: usize, group: usize) -> impl FnM
             values: &value_codes,
             key_atoms: (&keys).into(),
             value_atoms: (&values).into(),
+        }]);
+    }
+}
+
+/// As [`coded`], codes of one atom of each group of 256.
+pub(crate) fn packed(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
+    let mut rng = rng();
+    let groups = Groups { first: 256 };
+    let mut dictionary = || {
+        let atoms = drawn(&mut rng, groups.atoms(sparsity) * HEAD_DIM);
+        GroupedDictionary::new(atoms, HEAD_DIM, groups).expect("whole groups")
+    };
+    let (keys, values) = (dictionary(), dictionary());
+    let mut drawn_codes = || {
+        let mut codes = Codes::new(CodeFormat {
+            sparsity,
+            variable: false,
+            coefficients: CoefficientFormat::InAtoms(groups),
+        })
+        .expect("such codes there are");
+        let mut batch = drawn_codes(&mut rng, positions, sparsity, 256);
+        for (nonzero, index) in batch.indices.iter_mut().enumerate() {
+            *index += groups.start(nonzero % sparsity) as u16;
+        }
+        codes.extend(&batch);
+        codes
+    };
+    let (key_codes, value_codes) = (drawn_codes(), drawn_codes());
+    let mut attend = attention(&mut rng, group);
+    move || {
+        attend(&[Source::Codes {
+            keys: &key_codes,
+            values: &value_codes,
+            key_atoms: keys.atoms(sparsity),
+            value_atoms: values.atoms(sparsity),
         }]);
     }
 }
