@@ -262,8 +262,13 @@ mod tests {
     #[test]
     fn defaults_are_values_or_words() {
         for option in METHODS.iter().flat_map(|m| m.options) {
-            let words =
-                ["as trained", "sparsity", "measured, where it was"].contains(&option.default);
+            let words = [
+                "as trained",
+                "sparsity",
+                "measured, where it was",
+                "packed, where it was learned",
+            ];
+            let words = words.contains(&option.default);
             assert!(
                 words || option.values.refuse(option.default).is_none(),
                 "{option:?}"
