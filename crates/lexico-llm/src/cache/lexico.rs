@@ -528,8 +528,8 @@ impl LexicoSettings {
             (Format::Sparse(coefficients), _) => {
                 Ok([&layer.keys, &layer.values].map(|own| Coding::Sparse(own, coefficients)))
             }
-            (Format::Packed { .. }, Some(grouped)) => {
-                Ok([&grouped.keys, &grouped.values].map(Coding::Packed))
+            (Format::Packed { beam }, Some(grouped)) => {
+                Ok([&grouped.keys, &grouped.values].map(|own| Coding::Packed(own, beam)))
             }
             (Format::Packed { .. }, None) => Err(Error::OptionValue {
                 method: "lexico",
@@ -545,14 +545,15 @@ impl LexicoSettings {
 #[derive(Clone, Copy)]
 enum Coding<'d> {
     Sparse(&'d Dictionary, CoefficientFormat),
-    Packed(&'d GroupedDictionary),
+    /// With the width of the search's beam.
+    Packed(&'d GroupedDictionary, usize),
 }
 
 impl<'d> Coding<'d> {
     fn coefficients(self) -> CoefficientFormat {
         match self {
             Self::Sparse(_, coefficients) => coefficients,
-            Self::Packed(dictionary) => CoefficientFormat::InAtoms(dictionary.groups()),
+            Self::Packed(dictionary, _) => CoefficientFormat::InAtoms(dictionary.groups()),
         }
     }
 
@@ -563,21 +564,21 @@ impl<'d> Coding<'d> {
     {
         match self {
             Self::Sparse(dictionary, _) => Atoms::extended(dictionary, added),
-            Self::Packed(dictionary) => dictionary.atoms(most(sparsities)),
+            Self::Packed(dictionary, _) => dictionary.atoms(most(sparsities)),
         }
     }
 
     fn checksum(self) -> u32 {
         match self {
             Self::Sparse(dictionary, _) => dictionary.checksum(),
-            Self::Packed(dictionary) => dictionary.checksum(),
+            Self::Packed(dictionary, _) => dictionary.checksum(),
         }
     }
 
     fn check(self, settings: &LexicoSettings, sparsity: usize) -> ::lexico::Result<()> {
         match self {
             Self::Sparse(dictionary, _) => settings.pursuit(dictionary, sparsity).map(drop),
-            Self::Packed(dictionary) => dictionary.check_sparsity(sparsity),
+            Self::Packed(dictionary, _) => dictionary.check_sparsity(sparsity),
         }
     }
 
@@ -591,8 +592,8 @@ impl<'d> Coding<'d> {
         vectors: &[f32],
         threads: &dyn Threads,
     ) -> ::lexico::Result<Vec<SparseBatch>> {
-        match (self, settings.format) {
-            (Self::Sparse(dictionary, _), _) => {
+        match self {
+            Self::Sparse(dictionary, _) => {
                 let pursuit = settings.pursuit(dictionary, most(sparsities))?;
                 let mut heads = pursuit.encode_heads_on(added, vectors, sparsities, threads)?;
                 if settings.unbiased {
@@ -600,11 +601,7 @@ impl<'d> Coding<'d> {
                 }
                 Ok(heads)
             }
-            (Self::Packed(dictionary), format) => {
-                let beam = match format {
-                    Format::Packed { beam } => beam,
-                    Format::Sparse(_) => BEAM,
-                };
+            Self::Packed(dictionary, beam) => {
                 let pursuit = GroupedPursuit::new(dictionary, most(sparsities))?;
                 pursuit
                     .with_beam(beam)
