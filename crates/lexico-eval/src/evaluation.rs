@@ -316,12 +316,15 @@ fn settings(
     let mut settings = task.settings();
     let dictionaries = model.dictionaries.as_ref().map(|set| {
         let mut checksum = crc32fast::Hasher::new();
-        for dictionary in set
-            .layers
-            .iter()
-            .flat_map(|layer| [&layer.keys, &layer.values])
-        {
-            checksum.update(&dictionary.checksum().to_le_bytes());
+        for layer in &set.layers {
+            for dictionary in [&layer.keys, &layer.values] {
+                checksum.update(&dictionary.checksum().to_le_bytes());
+            }
+            if let Some(grouped) = &layer.grouped {
+                for dictionary in [&grouped.keys, &grouped.values] {
+                    checksum.update(&dictionary.checksum().to_le_bytes());
+                }
+            }
         }
         format!("{:08x}", checksum.finalize())
     });
