@@ -27,8 +27,13 @@ impl Export {
         let set = DictionarySet::load(&self.file)?;
         export_reference(&set, &self.out)?;
         let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
+        let left_out = if set.most_groups() > 0 {
+            "; the groups for packed codes are left out, which such files have no place for"
+        } else {
+            ""
+        };
         ui::note(&format!(
-            "{}: a tensor [{}, {}, {atoms}]",
+            "{}: a tensor [{}, {}, {atoms}]{left_out}",
             self.out.display(),
             2 * set.layers.len(),
             set.model.head_dim

@@ -299,12 +299,14 @@ fn impossible_cache_settings_are_refused() {
     let model = Model::tiny().unwrap();
     for (spec, word) in [
         ("lexico:sparsity=0", "sparsity=0"),
-        ("lexico:sparsity=65", "from 1 to 64"),
-        ("lexico:tolerance=1", "tolerance 1"),
-        ("lexico:tolerance=nan", "tolerance"),
+        ("lexico:sparsity=25", "from 1 to 24"),
+        ("lexico:sparsity=65,format=i8", "from 1 to 64"),
+        ("lexico:tolerance=0.2", "give format=i8 too"),
+        ("lexico:tolerance=1,format=i8", "tolerance 1"),
+        ("lexico:tolerance=nan,format=i8", "tolerance"),
         ("lexico:batch=0", "batch"),
-        ("lexico:adaptive=8", "tolerance"),
-        ("lexico:tolerance=0.2,adaptive=61441", "65536"),
+        ("lexico:adaptive=8,format=i8", "tolerance"),
+        ("lexico:tolerance=0.2,adaptive=61441,format=i8", "65536"),
     ] {
         let message = model
             .cache(&spec.parse().unwrap())

@@ -17,8 +17,8 @@ use serde_json::Value;
 
 const PROMPT: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. How many";
 
-/// The embedded model, with dictionaries of groups beside its own. They are drawn, not learned: what goes on exactly need
-/// not make sense.
+/// The embedded model with fewer and smaller groups than its own, so that tests are short. They are drawn, not learned: what
+/// goes on exactly need not make sense.
 fn grouped_model() -> Model {
     let mut model = Model::tiny().unwrap();
     let mut set = (**model.dictionaries.as_ref().unwrap()).clone();
@@ -465,7 +465,11 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
     // Other groups are no matter to codes that have coefficients, and all to those that have none.
     let packed = small(&grouped_model(), &folder, PACKED);
     assert!(outcome(&grouped_model(), &folder, &bytes).is_ok());
-    let refused = outcome(&model, &folder, &packed).unwrap_err();
+    let mut without = Model::tiny().unwrap();
+    let mut set = (**without.dictionaries.as_ref().unwrap()).clone();
+    set.layers.iter_mut().for_each(|layer| layer.grouped = None);
+    without.set_dictionaries(set).unwrap();
+    let refused = outcome(&without, &folder, &packed).unwrap_err();
     assert!(refused.contains("no groups"), "{refused}");
     let mut other = grouped_model();
     let mut set = (**other.dictionaries.as_ref().unwrap()).clone();

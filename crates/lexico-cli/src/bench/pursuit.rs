@@ -1,8 +1,11 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
+use indicatif::ProgressBar;
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
 use lexico::pursuit::oracle;
+use lexico::pursuit::{BEAM, GroupedPursuit};
 use lexico::tensor_file::TensorFile;
 use lexico::{Dictionary, Pursuit as Coder};
 use rand::{RngExt, SeedableRng};
@@ -17,6 +20,12 @@ pub(super) struct Pursuit {
     /// Length of a vector, where vectors are drawn
     #[arg(long, default_value_t = 128, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=4096))]
     head_dim: u32,
+    /// Search for packed codes, which have one atom of each of S groups
+    #[arg(long, conflicts_with_all = ["atoms", "oracle"])]
+    packed: bool,
+    /// Sums that the search for packed codes follows
+    #[arg(long, default_value_t = BEAM, value_name = "N", requires = "packed")]
+    beam: usize,
     /// Atoms of the dictionary, where it is drawn
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     atoms: u32,
@@ -52,14 +61,28 @@ impl Pursuit {
             self.repetitions > 0 && self.oracle > 0,
             "--repetitions and --oracle must be at least 1"
         );
-        let (dictionary, vectors) = self.numbers()?;
-        let m = dictionary.head_dim();
-        let count = vectors.len() / m;
-        let coder = Coder::new(&dictionary, self.sparsity)?;
         interrupt::listen()?;
+        if self.packed {
+            return self.run_packed();
+        }
+        let (dictionary, vectors) = match &self.file {
+            Some(file) => {
+                let (path, tensor) = self.named();
+                let dictionary = Dictionary::load(path, tensor)?;
+                let vectors = vectors(file, dictionary.head_dim())?;
+                (dictionary, vectors)
+            }
+            None => {
+                let (m, mut draw) = (self.head_dim as usize, drawn());
+                let dictionary = Dictionary::normalised(draw(self.atoms as usize * m), m)?;
+                (dictionary, draw(self.vectors as usize * m))
+            }
+        };
+        let m = dictionary.head_dim();
+        let coder = Coder::new(&dictionary, self.sparsity)?;
         let bar = ui::progress(self.repetitions as u64 + 1, "runs");
         bar.set_message("oracle");
-        let sample = &vectors[..self.oracle.min(count) * m];
+        let sample = &vectors[..self.oracle.min(vectors.len() / m) * m];
         let relative = |x: &[f32]| {
             let whole = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
             let found = oracle::encode(&dictionary, x, self.sparsity, 0.0);
@@ -73,23 +96,13 @@ impl Pursuit {
         let exact = exact / (sample.len() / m) as f64;
         let ours = f64::from(coder.encode(sample)?.mean_relative_error());
         bar.inc(1);
-        bar.set_message("pursuit");
-        let mut times = Vec::new();
-        for _ in 0..self.repetitions {
-            let started = Instant::now();
-            coder.encode(&vectors)?;
-            times.push(started.elapsed().as_secs_f64() * 1e6 / count as f64);
-            bar.inc(1);
-            anyhow::ensure!(!interrupt::happened(), "interrupted");
-        }
-        bar.finish_and_clear();
-        let microseconds = median(&mut times);
+        let microseconds = self.time(vectors.len() / m, &bar, || coder.encode(&vectors))?;
         let ratio = if exact > 0.0 { ours / exact } else { 1.0 };
         let threads = rayon::current_num_threads();
         if self.json {
             return ui::json(&json!({
                 "head_dim": m, "atoms": dictionary.len(), "sparsity": self.sparsity,
-                "vectors": count, "threads": threads,
+                "vectors": vectors.len() / m, "threads": threads,
                 "microseconds_per_vector": microseconds, "relative_error": ours,
                 "oracle_relative_error": exact, "relative_error_ratio": ratio,
                 "dictionary_bytes": dictionary.bytes(),
@@ -104,27 +117,87 @@ impl Pursuit {
         ))
     }
 
-    fn numbers(&self) -> anyhow::Result<(Dictionary, Vec<f32>)> {
-        if let (Some(file), Some(dictionary), Some(tensor)) =
-            (&self.file, &self.dictionary, &self.tensor)
-        {
-            let dictionary = Dictionary::load(dictionary, tensor)?;
-            let (vectors, shape) = TensorFile::open(file)?.f32_tensor("vectors", 2)?;
-            anyhow::ensure!(
-                shape[1] == dictionary.head_dim() && shape[0] > 0,
-                "{}: vectors of shape {shape:?} for atoms of length {}",
-                file.display(),
-                dictionary.head_dim()
-            );
-            return Ok((dictionary, vectors));
-        }
-        let m = self.head_dim as usize;
-        let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut draw = |rows: u32| -> Vec<f32> {
-            let numbers = 0..rows as usize * m;
-            numbers.map(|_| rng.random_range(-1f32..1.0)).collect()
+    fn run_packed(self) -> anyhow::Result<()> {
+        let (dictionary, vectors) = match &self.file {
+            Some(file) => {
+                let (path, tensor) = self.named();
+                let dictionary = GroupedDictionary::load(path, tensor)?;
+                let vectors = vectors(file, dictionary.head_dim())?;
+                (dictionary, vectors)
+            }
+            None => {
+                let (m, mut draw) = (self.head_dim as usize, drawn());
+                let groups = Groups { first: MOST_FIRST };
+                let atoms = draw((MOST_FIRST + GROUP * self.sparsity.saturating_sub(1)) * m);
+                let dictionary = GroupedDictionary::new(atoms, m, groups)?;
+                (dictionary, draw(self.vectors as usize * m))
+            }
         };
-        let dictionary = Dictionary::normalised(draw(self.atoms), m)?;
-        Ok((dictionary, draw(self.vectors)))
+        let m = dictionary.head_dim();
+        let coder = GroupedPursuit::new(&dictionary, self.sparsity)?.with_beam(self.beam);
+        let bar = ui::progress(self.repetitions as u64 + 1, "runs");
+        let error = f64::from(coder.encode(&vectors)?.mean_relative_error());
+        bar.inc(1);
+        let microseconds = self.time(vectors.len() / m, &bar, || coder.encode(&vectors))?;
+        let threads = rayon::current_num_threads();
+        let first = dictionary.groups().first;
+        if self.json {
+            return ui::json(&json!({
+                "head_dim": m, "first_group": first, "sparsity": self.sparsity, "beam": self.beam,
+                "vectors": vectors.len() / m, "threads": threads,
+                "microseconds_per_vector": microseconds, "relative_error": error,
+                "dictionary_bytes": dictionary.dictionary().bytes(),
+            }));
+        }
+        ui::line(&format!(
+            "{microseconds:.1} µs a vector on {threads} threads (m = {m}, {} groups, the first of {first} atoms, beam {}); \
+             mean relative error {error:.4}; dictionary {}",
+            self.sparsity,
+            self.beam,
+            ui::bytes(dictionary.dictionary().bytes())
+        ))
     }
+
+    /// Microseconds a vector of a run over `count` of them, the median.
+    fn time<T>(
+        &self,
+        count: usize,
+        bar: &ProgressBar,
+        encode: impl Fn() -> lexico::Result<T>,
+    ) -> anyhow::Result<f64> {
+        bar.set_message("pursuit");
+        let mut times = Vec::new();
+        for _ in 0..self.repetitions {
+            let started = Instant::now();
+            encode()?;
+            times.push(started.elapsed().as_secs_f64() * 1e6 / count as f64);
+            bar.inc(1);
+            anyhow::ensure!(!interrupt::happened(), "interrupted");
+        }
+        bar.finish_and_clear();
+        Ok(median(&mut times))
+    }
+
+    /// The dictionary's file and tensor, which go with a file of vectors.
+    fn named(&self) -> (&Path, &str) {
+        let path = self.dictionary.as_deref().unwrap_or(Path::new(""));
+        (path, self.tensor.as_deref().unwrap_or_default())
+    }
+}
+
+/// Draws numbers, always the same.
+fn drawn() -> impl FnMut(usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    move |count| (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
+}
+
+/// The vectors of a file, for atoms of length `m`.
+fn vectors(file: &Path, m: usize) -> anyhow::Result<Vec<f32>> {
+    let (vectors, shape) = TensorFile::open(file)?.f32_tensor("vectors", 2)?;
+    anyhow::ensure!(
+        shape[1] == m && shape[0] > 0,
+        "{}: vectors of shape {shape:?} for atoms of length {m}",
+        file.display(),
+    );
+    Ok(vectors)
 }

@@ -67,14 +67,9 @@ impl ReconstructionArguments {
             let sparse = (SPARSITIES, dictionaries.most_nonzeros());
             for (format, (sparsities, most)) in [("f8", sparse), ("i8", sparse), ("packed", packed)]
             {
-                let fit = if format == "packed" {
-                    ""
-                } else {
-                    ",fit=least-squares"
-                };
                 for sparsity in sparsities.iter().filter(|s| **s <= most) {
                     let spec = format!(
-                        "lexico:format={format},sparsity={sparsity},allocation=same{fit},window=0,batch=1"
+                        "lexico:format={format},sparsity={sparsity},allocation=same,fit=least-squares,window=0,batch=1"
                     );
                     caches.push(spec.parse()?);
                 }

@@ -16,6 +16,9 @@ use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, svg};
 /// What [`Reconstruction::add_gaussian_bound`] calls its rows.
 pub const BOUND: &str = "gaussian-bound";
 
+/// What the names of caches end with that are as large as they are saved.
+const STORED: &str = ", stored";
+
 /// Keys, then values.
 const PARTS: [&str; 2] = ["keys", "values"];
 
@@ -37,7 +40,7 @@ pub struct Reconstruction {
 }
 
 /// A layer's keys or values in a cache.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Row {
     /// The cache, as the command line names it.
     pub format: String,
@@ -58,6 +61,13 @@ pub struct Row {
     pub distortion: f64,
 }
 
+/// What a cache holds of a layer.
+struct Held {
+    vectors: Decoded,
+    /// Bytes of the saved keys and values, of a cache that can be saved.
+    stored: Option<[usize; 2]>,
+}
+
 impl Reconstruction {
     /// Has the model read `tokens` with the full cache in f32.
     ///
@@ -75,7 +85,7 @@ impl Reconstruction {
             head_dim: config.head_dim,
         };
         let layers = new.read(model, &exact)?.into_iter().flatten();
-        new.layers = layers.collect();
+        new.layers = layers.map(|held| held.vectors).collect();
         Ok(new)
     }
 
@@ -120,20 +130,31 @@ impl Reconstruction {
     }
 
     /// What a cache holds of the same tokens, layer by layer; none of a layer whose positions it gives up.
-    fn read(&self, model: &Model, spec: &CacheSpec) -> Result<Vec<Option<Decoded>>> {
+    fn read(&self, model: &Model, spec: &CacheSpec) -> Result<Vec<Option<Held>>> {
         let mut cache = model.cache(spec)?;
         let mut sequences = [Sequence {
             tokens: &self.tokens,
             cache: cache.as_mut(),
         }];
         model.decoder.forward(&mut sequences, Logits::Last)?;
+        let state = cache.state();
+        let held = |layer| {
+            let stored = state.as_ref().map(|state| {
+                PARTS.map(|part| {
+                    let name = format!("layers.{layer}.{part}.");
+                    let own = |(block, _): &&(String, Vec<u8>)| block.starts_with(&name);
+                    state.blocks.iter().filter(own).map(|(_, b)| b.len()).sum()
+                })
+            });
+            let vectors = cache.decoded(layer)?;
+            Ok(vectors.map(|vectors| Held { vectors, stored }))
+        };
         let layers = 0..model.decoder.config().layers;
-        Ok(layers
-            .map(|layer| cache.decoded(layer))
-            .collect::<lexico_llm::Result<_>>()?)
+        Ok(layers.map(held).collect::<lexico_llm::Result<_>>()?)
     }
 
-    /// Adds a cache. A prompt attends at full precision, so that all caches are given the same keys and values.
+    /// Adds a cache, and where it can be saved, what it weighs so. A prompt attends at full precision, so that all caches
+    /// are given the same keys and values.
     ///
     /// # Errors
     /// [`Error::Options`] where the cache gives positions up; those of the model.
@@ -145,42 +166,38 @@ impl Reconstruction {
             None => name.to_owned(),
         };
         for (layer, (exact, held)) in self.layers.iter().zip(read).enumerate() {
-            let of_all = |held: &Decoded| held.keys.len() == exact.keys.len();
+            let of_all = |held: &Held| held.vectors.keys.len() == exact.keys.len();
             let Some(held) = held.filter(of_all) else {
                 return Err(Error::Options(format!(
                     "{spec} gives positions up, so that there is nothing to compare them with; leave it out"
                 )));
             };
-            let parts = [(&exact.keys, &held.keys), (&exact.values, &held.values)];
-            for ((part, bytes), (exact, held)) in PARTS.into_iter().zip(held.bytes).zip(parts) {
-                let squares = |f: &dyn Fn(usize) -> f32, range: std::ops::Range<usize>| -> f64 {
-                    range.map(|i| f64::from(f(i)).powi(2)).sum()
-                };
-                let m = self.head_dim;
-                let (mut errors, mut all, mut signal) = (0.0, 0.0, 0.0);
-                for vector in 0..exact.len() / m {
-                    let range = vector * m..(vector + 1) * m;
-                    let error = squares(&|i| exact[i] - held[i], range.clone());
-                    let norm = squares(&|i| exact[i], range);
-                    errors += if norm > 0.0 {
-                        (error / norm).sqrt()
-                    } else {
-                        0.0
-                    };
-                    all += error;
-                    signal += norm;
-                }
-                let numbers = exact.len().max(1) as f64;
-                self.rows.push(Row {
+            let vectors = &held.vectors;
+            let parts = [
+                (&exact.keys, &vectors.keys),
+                (&exact.values, &vectors.values),
+            ];
+            for (p, (exact, near)) in parts.into_iter().enumerate() {
+                let row = Row {
                     format: spec.to_string(),
                     method: method.clone(),
                     layer,
-                    part,
-                    bits_per_number: 8.0 * bytes as f64 / numbers,
-                    relative_error: Some(errors / (numbers / m as f64)),
-                    mean_squared_error: all / numbers,
-                    distortion: all / signal.max(f64::MIN_POSITIVE),
+                    part: PARTS[p],
+                    ..compared(exact, near, self.head_dim)
+                };
+                let bits = |bytes: usize| 8.0 * bytes as f64 / exact.len().max(1) as f64;
+                self.rows.push(Row {
+                    bits_per_number: bits(vectors.bytes[p]),
+                    ..row.clone()
                 });
+                if let Some(stored) = held.stored {
+                    self.rows.push(Row {
+                        format: format!("{spec}{STORED}"),
+                        method: format!("{method}{STORED}"),
+                        bits_per_number: bits(stored[p]),
+                        ..row
+                    });
+                }
             }
         }
         Ok(())
@@ -357,6 +374,30 @@ impl Reconstruction {
     }
 }
 
+/// The errors of vectors `[n, m]`.
+fn compared(exact: &[f32], near: &[f32], m: usize) -> Row {
+    let (mut errors, mut all, mut signal) = (0.0, 0.0, 0.0);
+    for (exact, near) in exact.chunks_exact(m).zip(near.chunks_exact(m)) {
+        let square = |x: f32| f64::from(x).powi(2);
+        let error: f64 = exact.iter().zip(near).map(|(x, y)| square(x - y)).sum();
+        let norm: f64 = exact.iter().map(|&x| square(x)).sum();
+        errors += if norm > 0.0 {
+            (error / norm).sqrt()
+        } else {
+            0.0
+        };
+        all += error;
+        signal += norm;
+    }
+    let numbers = exact.len().max(1) as f64;
+    Row {
+        relative_error: Some(errors / (numbers / m as f64)),
+        mean_squared_error: all / numbers,
+        distortion: all / signal.max(f64::MIN_POSITIVE),
+        ..Row::default()
+    }
+}
+
 /// What a method needs for the error of a format of another, in one layer's keys or values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SameError {
@@ -505,8 +546,12 @@ mod tests {
             assert!((16.0..18.0).contains(&bits) && error < 1e-3);
         }
         assert!(found.add(&model, &"snapkv:capacity=50".parse()?).is_err());
+        // Saved codes are as near, in fewer bytes.
+        let stored = format!("{}{STORED}", formats[4]);
+        let [memory, saved] = [formats[4], &stored].map(|format| found.mean(format, "keys"));
+        assert!(saved[0] < memory[0] && saved[1..] == memory[1..]);
+        assert!(!found.formats().contains(&"turboquant:bits=2, stored"));
         found.add_gaussian_bound();
-        assert_eq!(found.formats().len(), 8);
         let plot = found.curves(true);
         assert!(!plot.contains("NaN") && plot.contains(BOUND));
         Ok(())

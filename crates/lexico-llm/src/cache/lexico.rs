@@ -1007,6 +1007,7 @@ mod tests {
         let config = model.decoder.config();
         let mut dictionaries = (**model.dictionaries.as_ref().unwrap()).clone();
         dictionaries.training.losses = losses.cloned();
+        dictionaries.training.grouped_losses = losses.cloned();
         dictionaries.training.sparsity = 6;
         let dictionaries = Arc::new(dictionaries);
         let context = CacheContext {
@@ -1035,15 +1036,20 @@ mod tests {
         };
         let some = Some(&losses);
         for (text, losses, expected) in [
-            ("lexico", None, 6.0),
-            ("lexico", some, 6.0),
-            ("lexico:sparsity=7.25", some, 7.25),
+            // Packed codes take half as many atoms again.
+            ("lexico", None, 9.0),
+            ("lexico", some, 9.0),
+            ("lexico:sparsity=23.5", some, 23.5),
+            ("lexico:value-sparsity=4", some, 6.5),
+            ("lexico:format=i8", None, 6.0),
+            ("lexico:format=i8", some, 6.0),
+            ("lexico:format=i8,sparsity=7.25", some, 7.25),
             ("lexico:sparsity=7,allocation=measured", some, 7.0),
             ("lexico:sparsity=7,allocation=same", some, 7.0),
             ("lexico:key-sparsity=9,value-sparsity=4", some, 6.5),
-            ("lexico:value-sparsity=4", some, 5.0),
-            ("lexico:sparsity=40.5", some, 40.5),
-            ("lexico:sparsity=64", some, 64.0),
+            ("lexico:format=i8,value-sparsity=4", some, 5.0),
+            ("lexico:format=i8,sparsity=40.5", some, 40.5),
+            ("lexico:format=i8,sparsity=64", some, 64.0),
         ] {
             assert_eq!(mean(text, losses), Ok(expected), "{text}");
         }
@@ -1054,7 +1060,8 @@ mod tests {
             ("lexico:allocation=measured,key-sparsity=3", some, "alone"),
             ("lexico:sparsity=0.5", some, "from 1"),
             ("lexico:sparsity=NaN", some, "from 1"),
-            ("lexico:sparsity=65", some, "64"),
+            ("lexico:sparsity=65", some, "from 1 to 24"),
+            ("lexico:sparsity=65,format=i8", some, "64"),
             ("lexico:key-sparsity=0", some, "sparsity"),
         ] {
             let refused = mean(text, losses).unwrap_err();

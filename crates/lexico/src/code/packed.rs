@@ -27,9 +27,19 @@ impl Leading {
         Self(atom | number << ATOM_BITS)
     }
 
+    /// As [`Self::atom`] and [`Self::scale_number`] give it; `None` where there is no such scale.
+    pub(super) fn of_numbers(atom: u16, scale: u8) -> Option<Self> {
+        (usize::from(scale) < SCALES).then_some(Self(atom | u16::from(scale) << ATOM_BITS))
+    }
+
     #[inline(always)]
     pub(crate) fn atom(self) -> usize {
         usize::from(self.0) & (MOST_FIRST - 1)
+    }
+
+    /// The scale's number among all scales.
+    pub(super) fn scale_number(self) -> u8 {
+        (self.0 >> ATOM_BITS) as u8
     }
 
     #[inline(always)]

@@ -27,7 +27,7 @@ const GROUPS_TO_HALVE: f64 = 5.0;
 /// An atom moves as if so many vectors wanted it to stay.
 const INERTIA: f64 = 2.0;
 /// Real vectors for each mixture that is learned from too.
-const VECTORS_A_MIXTURE: usize = 16;
+const VECTORS_A_MIXTURE: usize = 64;
 /// Vectors in a mixture.
 const MIXED: usize = 16;
 /// Vectors that are coded between two calls of the progress.
@@ -132,7 +132,7 @@ pub struct LearnedGroups {
 /// beginnings count too, so that the first groups alone serve smaller sparsities well. An atom that k-means leaves
 /// unused becomes a vector drawn by its squared error.
 ///
-/// To one in 17 the vectors learned from are mixtures of real ones: random vectors of their mean and covariance. A first
+/// One in 65 of the vectors learned from are mixtures of real ones: random vectors of their mean and covariance. A first
 /// group that knows nearly all of a corpus's vectors by heart would leave nothing to learn for the other groups, and
 /// these then nothing to code vectors of other texts with.
 ///

@@ -117,8 +117,9 @@ impl Columns {
         let heads = self.first.len();
         let groups = self.rest.len().max(block.sparsity - 1);
         self.rest.resize(groups, vec![Vec::new(); heads]);
-        if let Some(column) = self.first.last_mut() {
-            column.extend(block.first.iter().map(|first| first.0));
+        if let (Some(atoms), Some(scales)) = (self.first.last_mut(), self.scales.last_mut()) {
+            atoms.extend(block.first.iter().map(|first| first.atom() as u16));
+            scales.extend(block.first.iter().map(|first| first.scale_number()));
         }
         for (group, columns) in self.rest.iter_mut().enumerate().take(block.sparsity - 1) {
             if let Some(column) = columns.last_mut() {
@@ -258,10 +259,14 @@ fn read_block(formats: &[CodeFormat], block: &[u8]) -> Result<Vec<Page>> {
         formats.iter().zip(first).zip(sparse).enumerate()
     {
         if let CoefficientFormat::InAtoms(groups) = format.coefficients {
-            let first: Vec<Leading> = first.into_iter().map(Leading).collect();
-            if first.iter().any(|first| first.atom() >= groups.first) {
+            if first.iter().any(|&atom| usize::from(atom) >= groups.first) {
                 return Err(damaged("an atom of the first group"));
             }
+            let of_vectors = first.into_iter().zip(scales);
+            let first = of_vectors.map(|(atom, scale)| Leading::of_numbers(atom, scale));
+            let first = first
+                .collect::<Option<Vec<_>>>()
+                .ok_or_else(|| damaged("a scale"))?;
             let own = rest[..format.sparsity - 1]
                 .iter()
                 .map(|group| group[head].as_slice());
@@ -303,10 +308,7 @@ fn groups_of(format: &CodeFormat) -> usize {
 
 /// Whether vectors have a scale.
 fn is_scaled(format: &CodeFormat) -> bool {
-    matches!(
-        format.coefficients,
-        CoefficientFormat::I8 | CoefficientFormat::F8
-    )
+    format.coefficients != CoefficientFormat::F32
 }
 
 /// Columns of `count` numbers as rows.
@@ -384,6 +386,9 @@ mod tests {
         };
         if let CoefficientFormat::InAtoms(groups) = format.coefficients {
             batch.lengths = vec![s as u16; count];
+            for row in batch.coefficients.chunks_exact_mut(s) {
+                row.fill(rng.random_range(0f32..1.0).exp2());
+            }
             for (j, index) in batch.indices.iter_mut().enumerate() {
                 let (group, atoms) = (j % s, if j % s == 0 { groups.first } else { GROUP });
                 *index = (groups.start(group) + rng.random_range(0..atoms)) as u16;
