@@ -267,8 +267,8 @@ impl Reconstruction {
     }
 
     /// How many bits methods need for the squared error of each row of `reference`, layer by layer and part by part,
-    /// over the bits that this has; between two sizes of a method the error's logarithm is interpolated linearly.
-    /// Nothing of methods whose rows do not reach from above that error to below.
+    /// over the bits that this has; between two sizes of a method the error's logarithm is interpolated linearly. A method
+    /// whose smallest size is nearer still counts with that size; nothing of one that does not come so near.
     pub fn bits_at_error_of(&self, reference: &str) -> Vec<SameError> {
         let references = self.rows.iter().filter(|row| row.method == reference);
         let mut found = Vec::new();
@@ -419,9 +419,15 @@ pub struct SameError {
     pub ratio: f64,
 }
 
-/// The bits at which a curve of bits and errors comes down to `error`; `None` where it does not, or begins below.
+/// The bits at which a curve of bits and errors comes down to `error`, its first where it begins below; `None` where it
+/// does not.
 fn bits_at(mut points: Vec<(f64, f64)>, error: f64) -> Option<f64> {
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    if let Some(&(fewest, first)) = points.first()
+        && first <= error
+    {
+        return Some(fewest);
+    }
     let pairs = points.iter().zip(points.iter().skip(1));
     let crossed = |((_, above), (_, below)): &(&(f64, f64), &(f64, f64))| {
         (*below..=*above).contains(&error) && *below > 0.0
@@ -498,8 +504,9 @@ mod tests {
         // Half way in the logarithm.
         assert!((at(0.2).unwrap() - 1.5).abs() < 1e-9);
         assert!((at(0.001_f64.sqrt()).unwrap() - 3.0).abs() < 1e-9);
-        assert_eq!([at(0.5), at(0.009)], [None, None]);
-        assert_eq!(bits_at(vec![(1.0, 0.3)], 0.3), None);
+        assert_eq!([at(0.5), at(0.009)], [Some(1.0), None]);
+        assert_eq!(bits_at(vec![(1.0, 0.3)], 0.3), Some(1.0));
+        assert_eq!(bits_at(Vec::new(), 0.3), None);
     }
 
     #[test]

@@ -199,8 +199,12 @@ impl Dictionary {
     /// A checksum of the atoms, so that codes can say which dictionary they need.
     pub fn checksum(&self) -> u32 {
         let mut hasher = crc32fast::Hasher::new();
-        for x in &self.atoms {
-            hasher.update(&x.to_le_bytes());
+        // An atom at a time: the hasher is slow on few bytes.
+        let mut bytes = Vec::with_capacity(size_of::<f32>() * self.head_dim);
+        for atom in self.atoms.chunks_exact(self.head_dim) {
+            bytes.clear();
+            bytes.extend(atom.iter().flat_map(|x| x.to_le_bytes()));
+            hasher.update(&bytes);
         }
         hasher.finalize()
     }
