@@ -129,6 +129,9 @@ impl Pursuit {
                 let (m, mut draw) = (self.head_dim as usize, drawn());
                 let groups = Groups { first: MOST_FIRST };
                 let atoms = draw((MOST_FIRST + GROUP * self.sparsity.saturating_sub(1)) * m);
+                // Sums of them are as long as the vectors.
+                let share = 1.0 / (self.sparsity.max(1) as f32).sqrt();
+                let atoms = atoms.into_iter().map(|x| x * share).collect();
                 let dictionary = GroupedDictionary::new(atoms, m, groups)?;
                 (dictionary, draw(self.vectors as usize * m))
             }

@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
 use lexico::code::stored;
-use lexico::dictionary::{GROUP, GroupedDictionary, Groups};
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
 use lexico::matrix::{HalfMatrix, Halves};
 use lexico::threads::Threads;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
@@ -76,18 +76,21 @@ pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
     if !packed {
         return codes(sparsity, &drawn_codes(&mut rng, VECTORS, sparsity, 4096));
     }
-    let groups = Groups { first: 4096 };
+    let groups = Groups { first: MOST_FIRST };
     let mut index = |group: usize| {
         let atoms = if group == 0 { groups.first } else { GROUP };
         let own = rng.random::<f32>().powf(1.75) * atoms as f32;
         (groups.start(group) + own as usize) as u16
     };
-    let indices = (0..VECTORS * sparsity).map(|i| index(i % sparsity));
+    let indices: Vec<u16> = (0..VECTORS * sparsity)
+        .map(|i| index(i % sparsity))
+        .collect();
+    let scales = (0..VECTORS).flat_map(|_| vec![rng.random_range(1f32..1.3); sparsity]);
     let batch = SparseBatch {
         sparsity,
         lengths: vec![sparsity as u16; VECTORS],
-        indices: indices.collect(),
-        coefficients: vec![1.0; VECTORS * sparsity],
+        indices,
+        coefficients: scales.collect(),
         relative_errors: vec![0.0; VECTORS],
     };
     let format = CodeFormat {
