@@ -51,7 +51,7 @@ fn an_interrupted_run_goes_on_with_the_same_results() {
     let specs = caches(&["lexico:sparsity=8,window=4", "lexico"]);
     let mut options = options(5);
     options.seed = Some(3);
-    options.budgets = vec!["40%".parse().unwrap(), "60%".parse().unwrap()];
+    options.budgets = vec!["15%".parse().unwrap(), "20%".parse().unwrap()];
     let whole = evaluate(&task, &model, &specs, &options, None, &mut on).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().join("report");
