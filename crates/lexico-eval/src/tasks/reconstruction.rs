@@ -559,6 +559,7 @@ mod tests {
         assert!(saved[0] < memory[0] && saved[1..] == memory[1..]);
         assert!(!found.formats().contains(&"turboquant:bits=2, stored"));
         found.add_gaussian_bound();
+        assert_eq!(found.formats().len(), 10);
         let plot = found.curves(true);
         assert!(!plot.contains("NaN") && plot.contains(BOUND));
         Ok(())
