@@ -34,7 +34,7 @@ pub(crate) struct Train {
     )]
     dictionary: Option<PathBuf>,
     /// Groups of the dictionaries of packed codes, and so the most atoms of such a code; 0: learn none
-    /// [default: three eighths of the head dim]
+    /// [default: half the head dim]
     #[arg(long, value_name = "N")]
     groups: Option<usize>,
     /// Atoms of the first group; every other has 256

@@ -370,12 +370,12 @@ fn bad_prompts_models_and_caches_fail_clearly() {
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=0", "x"],
-            "from 1 to 24",
+            "from 1 to 32",
         ),
         (
             1,
             vec!["run", "--cache", "lexico:sparsity=65", "x"],
-            "from 1 to 24",
+            "from 1 to 32",
         ),
         (
             2,

@@ -299,7 +299,7 @@ fn impossible_cache_settings_are_refused() {
     let model = Model::tiny().unwrap();
     for (spec, word) in [
         ("lexico:sparsity=0", "sparsity=0"),
-        ("lexico:sparsity=25", "from 1 to 24"),
+        ("lexico:sparsity=33", "from 1 to 32"),
         ("lexico:sparsity=65,format=i8", "from 1 to 64"),
         ("lexico:tolerance=0.2", "give format=i8 too"),
         ("lexico:tolerance=1,format=i8", "tolerance 1"),

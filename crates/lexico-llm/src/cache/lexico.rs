@@ -1060,7 +1060,7 @@ mod tests {
             ("lexico:allocation=measured,key-sparsity=3", some, "alone"),
             ("lexico:sparsity=0.5", some, "from 1"),
             ("lexico:sparsity=NaN", some, "from 1"),
-            ("lexico:sparsity=65", some, "from 1 to 24"),
+            ("lexico:sparsity=65", some, "from 1 to 32"),
             ("lexico:sparsity=65,format=i8", some, "64"),
             ("lexico:key-sparsity=0", some, "sparsity"),
         ] {

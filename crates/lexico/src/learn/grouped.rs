@@ -22,6 +22,8 @@ const USERS: usize = 2;
 const GROUPS_TO_SEARCH: usize = 4;
 /// Passes over the groups for the same codes.
 const SWEEPS: usize = 2;
+/// Share of a round's move that the next round adds to its own.
+const MOMENTUM: f32 = 0.8;
 /// So many groups more, and the error of a code counts twice as much: about as it falls.
 const GROUPS_TO_HALVE: f64 = 5.0;
 /// An atom moves as if so many vectors wanted it to stay.
@@ -61,14 +63,14 @@ impl Default for GroupedOptions {
 }
 
 impl GroupedOptions {
-    /// Settings that suit a head dim: `3m/8` groups, judged at half of them.
+    /// Settings that suit a head dim: `m/2` groups, judged at `3m/16` of them.
     #[must_use]
     pub fn of(head_dim: usize) -> Self {
         Self {
             first: 2048,
-            groups: (3 * head_dim / 8).max(1),
+            groups: (head_dim / 2).max(1),
             sparsity: (3 * head_dim / 16).max(1),
-            rounds: 3,
+            rounds: 10,
             beam: 4,
             seed: 0,
         }
@@ -128,7 +130,8 @@ pub struct LearnedGroups {
 /// the squared error. Each group begins as the means that k-means (Lloyd 1982) finds in what the groups before it
 /// leave of the vectors (residual quantisation: Juang & Gray 1982; Chen, Guan, Wang 2010). Then, in rounds, a beam
 /// search codes all vectors, and with the codes fixed group after group moves to where the loss is
-/// least (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018). Of every code all
+/// least (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), and on by a share of the round
+/// before's move, since codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). Of every code all
 /// beginnings count too, so that the first groups alone serve smaller sparsities well. An atom that k-means leaves
 /// unused becomes a vector drawn by its squared error.
 ///
@@ -188,10 +191,19 @@ pub fn learn_grouped(
         },
     };
     let mut atoms = learner.begin()?;
-    for _ in 0..options.rounds {
+    let mut moves = vec![0f32; atoms.len()];
+    for round in 1..=options.rounds {
         let codes = learner.code(&atoms)?;
+        let before = atoms.clone();
         for _ in 0..SWEEPS {
             learner.fit(&mut atoms, &codes)?;
+        }
+        // The last round leaves the atoms where its codes want them.
+        if round < options.rounds {
+            for ((atom, before), last) in atoms.iter_mut().zip(before).zip(&mut moves) {
+                *last = *atom - before + MOMENTUM * *last;
+                *atom = before + *last;
+            }
         }
     }
     atoms
