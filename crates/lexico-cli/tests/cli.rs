@@ -395,6 +395,11 @@ fn bad_prompts_models_and_caches_fail_clearly() {
             vec!["bench", "decode", "--shape", "gpt-9"],
             "llama-3.2-1b",
         ),
+        (
+            1,
+            vec!["bench", "pursuit", "--packed", "-s", "500"],
+            "1 to 249 atoms",
+        ),
         (1, vec!["bench", "decode", "--context", "131072"], "131072"),
         (1, vec!["bench", "decode", "--steps", "0"], "--steps"),
         (2, vec!["fly"], "fly"),

@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_ATOMS, MOST_FIRST};
 use lexico::pursuit::oracle;
 use lexico::pursuit::{BEAM, GroupedPursuit};
 use lexico::tensor_file::TensorFile;
@@ -128,9 +128,15 @@ impl Pursuit {
             None => {
                 let (m, mut draw) = (self.head_dim as usize, drawn());
                 let groups = Groups { first: MOST_FIRST };
-                let atoms = draw((MOST_FIRST + GROUP * self.sparsity.saturating_sub(1)) * m);
+                let most = 1 + (MOST_ATOMS - MOST_FIRST) / GROUP;
+                anyhow::ensure!(
+                    (1..=most).contains(&self.sparsity),
+                    "--sparsity {}: packed codes have 1 to {most} atoms",
+                    self.sparsity
+                );
+                let atoms = draw((MOST_FIRST + GROUP * (self.sparsity - 1)) * m);
                 // Sums of them are as long as the vectors.
-                let share = 1.0 / (self.sparsity.max(1) as f32).sqrt();
+                let share = 1.0 / (self.sparsity as f32).sqrt();
                 let atoms = atoms.into_iter().map(|x| x * share).collect();
                 let dictionary = GroupedDictionary::new(atoms, m, groups)?;
                 (dictionary, draw(self.vectors as usize * m))
