@@ -134,7 +134,7 @@ impl Pursuit {
                     "--sparsity {}: packed codes have 1 to {most} atoms",
                     self.sparsity
                 );
-                let atoms = draw((MOST_FIRST + GROUP * (self.sparsity - 1)) * m);
+                let atoms = draw(groups.atoms(self.sparsity) * m);
                 // Sums of them are as long as the vectors.
                 let share = 1.0 / (self.sparsity as f32).sqrt();
                 let atoms = atoms.into_iter().map(|x| x * share).collect();
