@@ -3,6 +3,7 @@
 #pragma once
 #define EMULATED
 #define UNROLL
+#define SHARED static
 #define __global__
 #define __device__
 #define __shared__
@@ -172,6 +173,16 @@ template <class T> T atomicAdd(T *at, T more) {
     *at += more;
     return before;
 }
+
+inline float __uint_as_float(unsigned x) {
+    float y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+
+inline int __float2int_rn(float x) { return (int)lrintf(x); }
+
+inline int min(int a, int b) { return a < b ? a : b; }
 
 inline float from_half(unsigned short x) {
     _Float16 half;

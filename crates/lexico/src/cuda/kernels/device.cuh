@@ -12,6 +12,7 @@ const int WARP = 32;
 
 #ifndef EMULATED
 #define UNROLL _Pragma("unroll")
+#define SHARED __shared__
 
 __device__ inline float from_half(u16 x) {
     float y;
@@ -50,6 +51,9 @@ __device__ inline void copies_end() { asm volatile("cp.async.commit_group;"); }
 
 template <int LEFT> __device__ inline void copied() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT)); }
 #endif
+
+// A score below all others: minus infinity.
+__device__ inline float nothing() { return __uint_as_float(0xff800000); }
 
 __device__ inline int lane() { return threadIdx.x % WARP; }
 

@@ -1,0 +1,302 @@
+// Attention of one new position of each sequence over its codes and its dense window.
+//
+// M: the head dim, a multiple of 16. G: queries of a KV head, a power of two up to 8. FORMAT: how codes are stored. A
+// *pair* is one sequence's KV head. In order: project, score, accumulate, combine, finish.
+
+const int THREADS = 256;
+
+struct Pair {
+    Head keys, values;
+    // Coded positions.
+    int coded;
+    // Dense rows [window, M], halves.
+    const u16 *window_keys, *window_values;
+    int window;
+};
+
+// products[pair][atom][G], halves: the product of each atom with each query. atoms [count, M] halves; queries [pairs, G, M],
+// scaled by 1/√m. A block: 64 atoms, four warps of 16, and all pairs of its slice of the grid.
+extern "C" __global__ void __launch_bounds__(128)
+project(const u16 *atoms, int count, const float *queries, int pairs, u16 *products) {
+    SHARED u16 columns[8 * (M + 8)];
+    const int SLICES = M / 16;
+    int first = blockIdx.x * 64 + warp() * 16;
+    u32 rows[SLICES][4];
+    UNROLL
+    for (int slice = 0; slice < SLICES; ++slice) {
+        UNROLL
+        for (int part = 0; part < 4; ++part) {
+            int atom = first + lane() / 4 + part % 2 * 8;
+            rows[slice][part] =
+                atom < count ? *(const u32 *)&atoms[(size_t)atom * M + slice * 16 + lane() % 4 * 2 + part / 2 * 8] : 0;
+        }
+    }
+    int all = pairs * G;
+    for (int start = blockIdx.y * 8; start < all; start += gridDim.y * 8) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < 8 * M; i += blockDim.x) {
+            int column = i / M, k = i % M;
+            columns[column * (M + 8) + k] = to_half(start + column < all ? queries[(size_t)(start + column) * M + k] : 0.0f);
+        }
+        __syncthreads();
+        float sums[4] = {0, 0, 0, 0};
+        const u16 *own = &columns[lane() / 4 * (M + 8) + lane() % 4 * 2];
+        UNROLL
+        for (int slice = 0; slice < SLICES; ++slice) {
+            u32 b[2] = {*(const u32 *)(own + slice * 16), *(const u32 *)(own + slice * 16 + 8)};
+            multiply(sums, rows[slice], b);
+        }
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+            int atom = first + lane() / 4 + j / 2 * 8, column = start + lane() % 4 * 2 + j % 2;
+            if (atom < count && column < all)
+                products[((size_t)(column / G) * count + atom) * G + column % G] = to_half(sums[j]);
+        }
+    }
+}
+
+// The products of an atom with the queries of a pair, added up.
+struct Sums {
+    float of[G];
+};
+
+__device__ inline void add_products(Sums &sums, float c, const u16 *products) {
+    if (G == 1) {
+        sums.of[0] += c * from_half(products[0]);
+        return;
+    }
+    // As wide as may be: one look-up gives all queries.
+    u32 words[(G + 1) / 2];
+    if (G == 2) words[0] = *(const u32 *)products;
+    if (G == 4) *(u64 *)words = *(const u64 *)products;
+    if (G == 8) {
+        *(u64 *)words = ((const u64 *)products)[0];
+        *(u64 *)(words + 2 % ((G + 1) / 2)) = ((const u64 *)products)[1];
+    }
+    UNROLL
+    for (int g = 0; g < G; ++g) sums.of[g] += c * from_half((u16)(words[g / 2] >> 16 * (g % 2)));
+}
+
+// The largest of each query over a block, in every thread. `room`: [G * warps].
+__device__ inline void block_max(Sums &largest, float *room) {
+    int warps = blockDim.x / WARP;
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        float most = warp_max(largest.of[g]);
+        if (lane() == 0) room[g * warps + warp()] = most;
+    }
+    __syncthreads();
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        float most = room[g * warps];
+        for (int w = 1; w < warps; ++w) most = fmaxf(most, room[g * warps + w]);
+        largest.of[g] = most;
+    }
+    __syncthreads();
+}
+
+__device__ inline void block_sum(Sums &sums, float *room) {
+    int warps = blockDim.x / WARP;
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        float sum = warp_sum(sums.of[g]);
+        if (lane() == 0) room[g * warps + warp()] = sum;
+    }
+    __syncthreads();
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        float sum = 0.0f;
+        for (int w = 0; w < warps; ++w) sum += room[g * warps + w];
+        sums.of[g] = sum;
+    }
+    __syncthreads();
+}
+
+// scores[pair][room][G]: of coded positions, then of the window's; and the largest of each part, maxima[pair][parts + 1][G]. Part
+// `parts` of a pair is its window. Grid: (parts + 1, pairs). Shared: the products of a pair.
+extern "C" __global__ void __launch_bounds__(THREADS)
+score(const Pair *pairs, const u16 *products, int atoms, const float *queries, float *scores, int room, float *maxima) {
+    extern __shared__ __align__(16) u8 shared[];
+    SHARED float reduced[G * THREADS / WARP];
+    const Pair &pair = pairs[blockIdx.y];
+    int parts = gridDim.x - 1, part = blockIdx.x;
+    float *own = scores + (size_t)blockIdx.y * room * G;
+    Sums largest;
+    UNROLL
+    for (int g = 0; g < G; ++g) largest.of[g] = nothing();
+    if (part < parts) {
+        u16 *table = (u16 *)shared;
+        const u16 *from = products + (size_t)blockIdx.y * atoms * G;
+        // Products lie in whole words where there are two queries or more, and an even number of atoms otherwise.
+        for (int i = threadIdx.x; i < atoms * G / 2; i += THREADS) ((u32 *)table)[i] = ((const u32 *)from)[i];
+        if (atoms * G % 2 && threadIdx.x == 0) table[atoms * G - 1] = from[atoms * G - 1];
+        __syncthreads();
+        int end = (int)((long long)pair.coded * (part + 1) / parts);
+        for (int t = (int)((long long)pair.coded * part / parts) + threadIdx.x; t < end; t += THREADS) {
+            Sums sums;
+            UNROLL
+            for (int g = 0; g < G; ++g) sums.of[g] = 0.0f;
+            float scale = visit_code(pair.keys, t, [&](int atom, float c) { add_products(sums, c, &table[atom * G]); });
+            UNROLL
+            for (int g = 0; g < G; ++g) {
+                float found = sums.of[g] * scale;
+                own[(size_t)t * G + g] = found;
+                largest.of[g] = fmaxf(largest.of[g], found);
+            }
+        }
+    } else {
+        const float *query = queries + (size_t)blockIdx.y * G * M;
+        for (int t = warp(); t < pair.window; t += THREADS / WARP) {
+            UNROLL
+            for (int g = 0; g < G; ++g) {
+                float sum = 0.0f;
+                for (int k = lane(); k < M; k += WARP) sum += query[g * M + k] * from_half(pair.window_keys[(size_t)t * M + k]);
+                sum = warp_sum(sum);
+                if (lane() == 0) own[(size_t)(pair.coded + t) * G + g] = sum;
+                largest.of[g] = fmaxf(largest.of[g], sum);
+            }
+        }
+    }
+    block_max(largest, reduced);
+    if (threadIdx.x < G) {
+        float most = largest.of[0];
+        UNROLL
+        for (int g = 1; g < G; ++g) most = threadIdx.x == g ? largest.of[g] : most;
+        maxima[((size_t)blockIdx.y * gridDim.x + part) * G + threadIdx.x] = most;
+    }
+}
+
+// The largest score of each query of a pair; 0 where nothing is seen.
+__device__ inline Sums references(const float *maxima, int pair, int parts) {
+    Sums largest;
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        largest.of[g] = nothing();
+        for (int part = 0; part < parts; ++part)
+            largest.of[g] = fmaxf(largest.of[g], maxima[((size_t)pair * parts + part) * G + g]);
+        if (largest.of[g] == nothing()) largest.of[g] = 0.0f;
+    }
+    return largest;
+}
+
+// The largest magnitude that a coefficient can have, before its scale.
+__device__ inline float most_coefficient() { return FORMAT == PACKED ? 1.0f : FORMAT == I8 ? 128.0f : 448.0f; }
+
+__device__ inline float scale_of(const Head &head, int position) {
+    const u8 *page = head.pages[position / PAGE];
+    int at = position % PAGE, bytes = record_bytes(FORMAT, head.sparsity);
+    if (FORMAT != PACKED) return power(record_byte(page, bytes, bytes - 1, at));
+    return packed_scale(record_byte(page, bytes, 0, at) | record_byte(page, bytes, 1, at) << 8);
+}
+
+// accumulated[part][pair][G][atoms]: the weighted codes of a part's values; totals[part][pair][G]: its weights' sum. Sums are
+// made in whole numbers, which shared memory adds at once where it takes turns for floats, and which come out the same in
+// whatever order: in steps of what all terms together can be at the most, over 2^30. Grid: (parts, pairs). Shared: the sums.
+extern "C" __global__ void __launch_bounds__(THREADS)
+accumulate(const Pair *pairs, int atoms, const float *scores, int room, const float *maxima, float *accumulated, float *totals) {
+    extern __shared__ __align__(16) u8 shared[];
+    SHARED float reduced[G * THREADS / WARP];
+    int *table = (int *)shared;
+    const Pair &pair = pairs[blockIdx.y];
+    int parts = gridDim.x, part = blockIdx.x;
+    const float *own = scores + (size_t)blockIdx.y * room * G;
+    Sums reference = references(maxima, blockIdx.y, parts + 1);
+    for (int i = threadIdx.x; i < G * atoms; i += THREADS) table[i] = 0;
+    int start = (int)((long long)pair.coded * part / parts), end = (int)((long long)pair.coded * (part + 1) / parts);
+    Sums total, bound;
+    UNROLL
+    for (int g = 0; g < G; ++g) total.of[g] = bound.of[g] = 0.0f;
+    for (int t = start + threadIdx.x; t < end; t += THREADS) {
+        float scale = scale_of(pair.values, t);
+        UNROLL
+        for (int g = 0; g < G; ++g) {
+            float weight = expf(own[(size_t)t * G + g] - reference.of[g]);
+            total.of[g] += weight;
+            bound.of[g] += weight * scale;
+        }
+    }
+    block_sum(total, reduced);
+    block_sum(bound, reduced);
+    Sums steps, inverse;
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        steps.of[g] = bound.of[g] * most_coefficient() / (float)(1 << 30);
+        inverse.of[g] = steps.of[g] > 0.0f ? 1.0f / steps.of[g] : 0.0f;
+    }
+    for (int t = start + threadIdx.x; t < end; t += THREADS) {
+        float scale = scale_of(pair.values, t);
+        float weights[G];
+        UNROLL
+        for (int g = 0; g < G; ++g) weights[g] = expf(own[(size_t)t * G + g] - reference.of[g]) * scale * inverse.of[g];
+        visit_code(pair.values, t, [&](int atom, float c) {
+            UNROLL
+            for (int g = 0; g < G; ++g) atomicAdd(&table[g * atoms + atom], __float2int_rn(c * weights[g]));
+        });
+    }
+    __syncthreads();
+    float *out = accumulated + ((size_t)part * gridDim.y + blockIdx.y) * G * atoms;
+    UNROLL
+    for (int g = 0; g < G; ++g)
+        for (int i = threadIdx.x; i < atoms; i += THREADS) out[g * atoms + i] = (float)table[g * atoms + i] * steps.of[g];
+    if (threadIdx.x == 0) {
+        UNROLL
+        for (int g = 0; g < G; ++g) totals[((size_t)part * gridDim.y + blockIdx.y) * G + g] = total.of[g];
+    }
+}
+
+// outputs[slice][pair][G][M]: the accumulated codes of a slice of `each` atoms, times these. Grid: (slices, pairs); a thread a
+// column. Shared: [G][each] floats.
+extern "C" __global__ void __launch_bounds__(M)
+combine(const u16 *atoms, int count, const float *accumulated, int parts, int each, float *outputs) {
+    extern __shared__ __align__(16) u8 shared[];
+    float *own = (float *)shared;
+    int first = blockIdx.x * each, here = min(each, count - first);
+    for (int i = threadIdx.x; i < G * here; i += M) {
+        int g = i / here, atom = i % here;
+        float sum = 0.0f;
+        for (int part = 0; part < parts; ++part)
+            sum += accumulated[(((size_t)part * gridDim.y + blockIdx.y) * G + g) * count + first + atom];
+        own[g * each + atom] = sum;
+    }
+    __syncthreads();
+    Sums sums;
+    UNROLL
+    for (int g = 0; g < G; ++g) sums.of[g] = 0.0f;
+    for (int atom = 0; atom < here; ++atom) {
+        float number = from_half(atoms[(size_t)(first + atom) * M + threadIdx.x]);
+        UNROLL
+        for (int g = 0; g < G; ++g) sums.of[g] += own[g * each + atom] * number;
+    }
+    UNROLL
+    for (int g = 0; g < G; ++g)
+        outputs[(((size_t)blockIdx.x * gridDim.y + blockIdx.y) * G + g) * M + threadIdx.x] = sums.of[g];
+}
+
+// out[pair][G][M]: the slices' sum and the window's weighted rows, over the sum of all weights. Grid: pairs; a thread a column.
+extern "C" __global__ void __launch_bounds__(M)
+finish(const Pair *pairs, const float *scores, int room, const float *maxima, const float *totals, int parts, const float *outputs,
+       int slices, float *out) {
+    const Pair &pair = pairs[blockIdx.x];
+    Sums reference = references(maxima, blockIdx.x, parts + 1);
+    Sums sums, total;
+    UNROLL
+    for (int g = 0; g < G; ++g) {
+        sums.of[g] = total.of[g] = 0.0f;
+        for (int part = 0; part < parts; ++part) total.of[g] += totals[((size_t)part * gridDim.x + blockIdx.x) * G + g];
+        for (int slice = 0; slice < slices; ++slice)
+            sums.of[g] += outputs[(((size_t)slice * gridDim.x + blockIdx.x) * G + g) * M + threadIdx.x];
+    }
+    const float *own = scores + ((size_t)blockIdx.x * room + pair.coded) * G;
+    for (int t = 0; t < pair.window; ++t) {
+        float value = from_half(pair.window_values[(size_t)t * M + threadIdx.x]);
+        UNROLL
+        for (int g = 0; g < G; ++g) {
+            float weight = expf(own[(size_t)t * G + g] - reference.of[g]);
+            total.of[g] += weight;
+            sums.of[g] += weight * value;
+        }
+    }
+    UNROLL
+    for (int g = 0; g < G; ++g)
+        out[((size_t)blockIdx.x * G + g) * M + threadIdx.x] = total.of[g] > 0.0f ? sums.of[g] / total.of[g] : 0.0f;
+}
