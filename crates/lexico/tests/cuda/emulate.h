@@ -184,6 +184,8 @@ inline int __float2int_rn(float x) { return (int)lrintf(x); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 
+inline int max(int a, int b) { return a > b ? a : b; }
+
 inline float from_half(unsigned short x) {
     _Float16 half;
     memcpy(&half, &x, 2);
