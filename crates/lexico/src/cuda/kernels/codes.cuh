@@ -39,7 +39,8 @@ const int ATOM_BITS = 11;
 
 __device__ inline float packed_scale(u32 leading) { return exp2f((float)(leading >> ATOM_BITS) / 32.0f); }
 
-__device__ inline float power(u32 exponent) { return __uint_as_float(exponent << 23); }
+// The power of two of an exponent with E8M0's bias; the smallest is a subnormal number.
+__device__ inline float power(u32 exponent) { return __uint_as_float(exponent == 0 ? 1 << 22 : exponent << 23); }
 
 // One KV head's codes of one sequence, keys or values.
 struct Head {
