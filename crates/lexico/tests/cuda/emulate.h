@@ -180,6 +180,12 @@ inline float __uint_as_float(unsigned x) {
     return y;
 }
 
+inline unsigned __float_as_uint(float x) {
+    unsigned y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+
 inline int __float2int_rn(float x) { return (int)lrintf(x); }
 
 inline int min(int a, int b) { return a < b ? a : b; }
