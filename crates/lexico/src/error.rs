@@ -62,6 +62,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A GPU, its memory or its programs fail.
+    #[error("the device: {0}")]
+    Device(String),
     /// No such atoms can be added to a dictionary.
     #[error("adaptive atoms: {0}")]
     Adaptive(String),

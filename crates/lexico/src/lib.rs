@@ -36,6 +36,8 @@
 mod arch;
 pub mod attention;
 pub mod code;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dictionary;
 mod error;
 pub mod learn;

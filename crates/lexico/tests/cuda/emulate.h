@@ -1,6 +1,5 @@
 // A device on the host, so that the kernels' own text is tested where there is no GPU: blocks run one after the other, a block's
 // threads as coroutines that take turns wherever they wait for each other.
-#pragma once
 #define EMULATED
 #define UNROLL
 #define SHARED static

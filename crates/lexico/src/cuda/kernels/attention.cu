@@ -54,6 +54,7 @@ project(const u16 *atoms, int count, const float *queries, int pairs, u16 *produ
         }
     }
 }
+KERNEL(project)
 
 // The products of an atom with the queries of a pair, added up.
 struct Sums {
@@ -165,6 +166,7 @@ score(const Pair *pairs, const u16 *products, int atoms, const float *queries, f
         maxima[((size_t)blockIdx.y * gridDim.x + part) * G + threadIdx.x] = most;
     }
 }
+KERNEL(score)
 
 // The largest score of each query of a pair; 0 where nothing is seen.
 __device__ inline Sums references(const float *maxima, int pair, int parts) {
@@ -243,6 +245,7 @@ accumulate(const Pair *pairs, int atoms, const float *scores, int room, const fl
         for (int g = 0; g < G; ++g) totals[((size_t)part * gridDim.y + blockIdx.y) * G + g] = total.of[g];
     }
 }
+KERNEL(accumulate)
 
 // outputs[slice][pair][G][M]: the accumulated codes of a slice of `each` atoms, times these. Grid: (slices, pairs); a thread a
 // column. Shared: [G][each] floats.
@@ -271,6 +274,7 @@ combine(const u16 *atoms, int count, const float *accumulated, int parts, int ea
     for (int g = 0; g < G; ++g)
         outputs[(((size_t)blockIdx.x * gridDim.y + blockIdx.y) * G + g) * M + threadIdx.x] = sums.of[g];
 }
+KERNEL(combine)
 
 // out[pair][G][M]: the slices' sum and the window's weighted rows, over the sum of all weights. Grid: pairs; a thread a column.
 extern "C" __global__ void __launch_bounds__(M)
@@ -300,3 +304,4 @@ finish(const Pair *pairs, const float *scores, int room, const float *maxima, co
     for (int g = 0; g < G; ++g)
         out[((size_t)blockIdx.x * G + g) * M + threadIdx.x] = total.of[g] > 0.0f ? sums.of[g] / total.of[g] : 0.0f;
 }
+KERNEL(finish)

@@ -4,8 +4,6 @@
 // coefficients of a byte four nonzeros in twelve, their indices before their coefficients, what is left over likewise, and
 // the scale's exponent last. Records lie in pages of PAGE, sliced so that neighbouring threads read neighbouring words: first
 // the first four bytes of all records, then the next four, and at last two and one that are left.
-#pragma once
-
 const int PAGE = 1024;
 
 __device__ inline u32 record_word(const u8 *page, int word, int at) { return ((const u32 *)page)[word * PAGE + at]; }

@@ -1,6 +1,5 @@
 // What every kernel shares. No header of the toolkit is needed, so that NVRTC alone compiles it; tests compile the same
 // text for the host, where tests/cuda/emulate.h stands in for the device.
-#pragma once
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,6 +12,8 @@ const int WARP = 32;
 #ifndef EMULATED
 #define UNROLL _Pragma("unroll")
 #define SHARED __shared__
+// Every kernel is followed by this, so that where the device is emulated it can be found by its name.
+#define KERNEL(name)
 
 __device__ inline float from_half(u16 x) {
     float y;

@@ -249,3 +249,4 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
         __syncthreads();
     }
 }
+KERNEL(search)

@@ -234,3 +234,4 @@ pursue(const float *vectors, int count, const u16 *atoms, int atom_count, int mo
         __syncthreads();
     }
 }
+KERNEL(pursue)

@@ -30,6 +30,7 @@ extern "C" __global__ void store_packed(const Target *targets, int each, int cou
         for (int group = 1; group < target.sparsity; ++group) record.put(group + 1, paths[(size_t)v * most + group]);
     }
 }
+KERNEL(store_packed)
 
 // The exponent of the smallest power of two under which `largest` is at most `limit`, as a byte with E8M0's bias.
 __device__ inline u32 exponent_of(float largest, float limit) {
@@ -86,3 +87,4 @@ extern "C" __global__ void store_sparse(const Target *targets, int each, int cou
         }
     }
 }
+KERNEL(store_sparse)

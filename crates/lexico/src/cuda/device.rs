@@ -1,0 +1,122 @@
+use crate::Result;
+
+/// Where kernels run, with memory of its own: a GPU, or in tests the host in its place. What is asked of it is done in the
+/// order in which it is asked.
+pub trait Device {
+    /// Bytes there, freed when dropped.
+    type Memory;
+
+    /// Room for so many bytes, which hold anything.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where there is not so much.
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
+
+    /// Where a kernel finds the memory.
+    fn address(memory: &Self::Memory) -> u64;
+
+    /// Copies bytes to the memory, from byte `at` on.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device fails.
+    ///
+    /// # Panics
+    /// Where they do not fit.
+    fn write(&self, to: &mut Self::Memory, at: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Copies bytes from the memory, from byte `at` on, once all that was asked for before is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device fails.
+    ///
+    /// # Panics
+    /// Where there are not so many.
+    fn read(&self, from: &Self::Memory, at: usize, bytes: &mut [u8]) -> Result<()>;
+
+    /// Blocks that it runs at a time, about: a kernel that goes through its work in strides needs no more.
+    fn blocks(&self) -> u32;
+
+    /// Has a kernel of a program run.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where it cannot be compiled or started.
+    ///
+    /// # Safety
+    /// The arguments must be those that the kernel takes, and addresses lead to as much memory as it uses, which must
+    /// be there until it has ended.
+    unsafe fn launch(
+        &self,
+        program: &Program,
+        kernel: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<()>;
+}
+
+/// Kernels and the constants that they are compiled with.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Program {
+    /// The source's name.
+    pub name: &'static str,
+    /// The parts of the source, one after the other.
+    pub parts: &'static [&'static str],
+    /// Names of constants, and their values.
+    pub constants: Vec<(&'static str, usize)>,
+}
+
+impl Program {
+    /// The whole text.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        for (name, value) in &self.constants {
+            text += &format!("#define {name} {value}\n");
+        }
+        for part in self.parts {
+            text += part;
+        }
+        text
+    }
+}
+
+/// How many blocks of how many threads, with how much shared memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Grid {
+    /// Blocks along x and y.
+    pub blocks: [u32; 2],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of shared memory beside what the kernel declares.
+    pub shared: usize,
+}
+
+/// What a kernel is given.
+#[derive(Debug, Clone, Copy)]
+pub enum Argument {
+    /// A pointer.
+    Address(u64),
+    /// An `int`.
+    Integer(i32),
+    /// A `float`.
+    Float(f32),
+}
+
+impl Argument {
+    /// Where the value lies, as the driver takes it.
+    pub fn place(&self) -> *const u8 {
+        match self {
+            Self::Address(value) => std::ptr::from_ref(value).cast(),
+            Self::Integer(value) => std::ptr::from_ref(value).cast(),
+            Self::Float(value) => std::ptr::from_ref(value).cast(),
+        }
+    }
+}
+
+/// Memory that holds these numbers.
+pub(super) fn upload<D: Device>(device: &D, bytes: &[u8]) -> Result<D::Memory> {
+    let mut memory = device.allocate(bytes.len())?;
+    device.write(&mut memory, 0, bytes)?;
+    Ok(memory)
+}
+
+/// The source that every program begins with.
+pub(super) const COMMON: &str = include_str!("kernels/device.cuh");

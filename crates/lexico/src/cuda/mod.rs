@@ -1,0 +1,10 @@
+//! Pursuit, storage and attention on codes as kernels for NVIDIA GPUs.
+//!
+//! The kernels are CUDA C++ in `kernels/`, compiled for the device and the shape at hand when they are first needed. They reach a
+//! device by [`Device`] alone, so that tests run the same text on the host, where there is no GPU.
+
+mod device;
+mod pursuit;
+
+pub use device::{Argument, Device, Grid, Program};
+pub use pursuit::DevicePursuit;
