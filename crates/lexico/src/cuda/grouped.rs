@@ -1,0 +1,143 @@
+use half::f16;
+
+use super::device::{Argument, COMMON, Device, Grid, Program, download, padded_rows, upload};
+use crate::dictionary::GroupedDictionary;
+use crate::{Error, Result};
+
+/// Vectors that a block codes side by side; `VECTORS` in grouped.cu.
+const VECTORS: usize = 8;
+const THREADS: u32 = 128;
+/// Sums that are followed for every vector; `BEAM` in grouped.cu.
+pub const DEVICE_BEAM: usize = 8;
+/// Atoms in shared memory at a time; `TILE` in grouped.cu.
+const TILE: usize = 64;
+
+/// [`GroupedPursuit`](crate::pursuit::GroupedPursuit) on a device, which follows [`DEVICE_BEAM`] sums of every vector.
+///
+/// Sums are compared by products of halves, summed in f32; what is left of vectors is f32.
+pub struct DeviceGroupedPursuit<'d, D: Device> {
+    device: &'d D,
+    program: Program,
+    /// `[N, padded]`, halves.
+    atoms: D::Memory,
+    half_squares: D::Memory,
+    head_dim: usize,
+    /// The head dim filled up to a multiple of 16.
+    padded: usize,
+    first: usize,
+    most: usize,
+}
+
+/// Packed codes that were found on a device, and lie there.
+pub struct FoundSums<D: Device> {
+    /// Atoms of each vector by their numbers in their groups, `[n, most]`, u16.
+    pub paths: D::Memory,
+    /// Numbers of the vectors' scales, `[n]`, u8.
+    pub scales: D::Memory,
+    /// `‖x − x̂‖ / ‖x‖` of the sums before they are scaled, `[n]`, f32.
+    pub errors: D::Memory,
+}
+
+impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
+    /// Codes of up to `most` atoms over the dictionary, whose atoms are rounded to halves.
+    ///
+    /// # Errors
+    /// [`Error::Groups`](crate::Error::Groups) unless `1 ≤ most ≤` the number of groups; [`Error::Device`].
+    pub fn new(device: &'d D, dictionary: &GroupedDictionary, most: usize) -> Result<Self> {
+        dictionary.check_sparsity(most)?;
+        let head_dim = dictionary.head_dim();
+        let padded = head_dim.next_multiple_of(16);
+        let atoms = dictionary.dictionary().atoms();
+        let halves: Vec<f16> = padded_rows(atoms, head_dim, padded)
+            .into_iter()
+            .map(f16::from_f32)
+            .collect();
+        let half_squares = halves.chunks_exact(padded).map(|atom| {
+            let squares = atom.iter().map(|x| f64::from(*x).powi(2));
+            (0.5 * squares.sum::<f64>()) as f32
+        });
+        let half_squares: Vec<u8> = half_squares.flat_map(f32::to_le_bytes).collect();
+        let bytes: Vec<u8> = halves.into_iter().flat_map(f16::to_le_bytes).collect();
+        Ok(Self {
+            device,
+            program: Program {
+                name: "grouped",
+                parts: &[COMMON, include_str!("kernels/grouped.cu")],
+                constants: vec![("M", padded)],
+            },
+            atoms: upload(device, &bytes)?,
+            half_squares: upload(device, &half_squares)?,
+            head_dim,
+            padded,
+            first: dictionary.groups().first,
+            most,
+        })
+    }
+
+    /// Codes the vectors of several heads, `[heads, n, m]`, those of each with its own of `sparsities`.
+    ///
+    /// # Errors
+    /// As [`Pursuit::encode`](crate::Pursuit::encode), and [`Error::Device`].
+    ///
+    /// # Panics
+    /// Where a sparsity is 0 or above the most, or the vectors are not as many for each head.
+    pub fn encode(&self, vectors: &[f32], sparsities: &[usize], unbiased: bool) -> Result<FoundSums<D>> {
+        crate::pursuit::check_vectors(vectors, self.head_dim)?;
+        let n = vectors.len() / self.head_dim;
+        let each = crate::pursuit::vectors_a_head(n, sparsities, self.most);
+        let count = i32::try_from(n)
+            .map_err(|_| Error::Device(format!("{n} vectors at once; less than 2³¹ are possible")))?;
+        let device = self.device;
+        let rows = padded_rows(vectors, self.head_dim, self.padded).into_iter();
+        let rows = upload(device, &rows.flat_map(f32::to_le_bytes).collect::<Vec<u8>>())?;
+        let lengths = sparsities.iter().flat_map(|&s| (s as i32).to_le_bytes());
+        let lengths = upload(device, &lengths.collect::<Vec<u8>>())?;
+        let found = FoundSums {
+            paths: device.allocate(n * self.most * size_of::<u16>())?,
+            scales: device.allocate(n)?,
+            errors: device.allocate(n * size_of::<f32>())?,
+        };
+        if n == 0 {
+            return Ok(found);
+        }
+        let rows_a_block = VECTORS * DEVICE_BEAM;
+        let grid = Grid {
+            blocks: [device.blocks().min(n.div_ceil(VECTORS) as u32), 1],
+            threads: THREADS,
+            shared: 2 * TILE * ((self.padded + 8) * size_of::<u16>() + size_of::<f32>())
+                + rows_a_block * (self.padded * size_of::<f32>() + self.most * size_of::<u16>()),
+        };
+        let address = |memory: &D::Memory| Argument::Address(D::address(memory));
+        let arguments = [
+            address(&rows),
+            Argument::Integer(count),
+            Argument::Integer(each as i32),
+            address(&lengths),
+            Argument::Integer(self.most as i32),
+            address(&self.atoms),
+            address(&self.half_squares),
+            Argument::Integer(self.first as i32),
+            Argument::Integer(i32::from(unbiased)),
+            address(&found.paths),
+            address(&found.scales),
+            address(&found.errors),
+        ];
+        // SAFETY: the arguments are those of `search` in kernels/grouped.cu, with room for what it writes.
+        unsafe { device.launch(&self.program, "search", grid, &arguments)? };
+        // What the kernel reads must outlive it.
+        device.finish()?;
+        Ok(found)
+    }
+}
+
+impl<D: Device> FoundSums<D> {
+    /// Relative errors of `n` vectors.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn relative_errors(&self, device: &D, n: usize) -> Result<Vec<f32>> {
+        let bytes = download(device, &self.errors, n * size_of::<f32>())?;
+        let numbers = bytes.as_chunks().0.iter();
+        Ok(numbers.map(|&b| f32::from_le_bytes(b)).collect())
+    }
+}
