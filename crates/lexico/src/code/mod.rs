@@ -16,6 +16,8 @@ pub(crate) use coefficients::Scales;
 #[cfg(test)]
 pub(crate) use coefficients::{f8_values, i8_values};
 use packed::PackedPage;
+#[cfg(feature = "cuda")]
+pub(crate) use packed::scale_of_number;
 pub(crate) use packed::{Leading, PackedBlock};
 
 /// Vectors by which storage grows at the least.

@@ -14,6 +14,12 @@ const SCALES: usize = 1 << (u16::BITS - ATOM_BITS);
 static SCALE_VALUES: LazyLock<[f32; SCALES]> =
     LazyLock::new(|| std::array::from_fn(|k| 2f32.powf(k as f32 / SCALES as f32)));
 
+/// What the scale of this number is.
+#[cfg(feature = "cuda")]
+pub(crate) fn scale_of_number(number: u8) -> f32 {
+    SCALE_VALUES[usize::from(number)]
+}
+
 /// A vector's atom of the first group and its scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(transparent)]

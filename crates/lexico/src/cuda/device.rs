@@ -33,6 +33,12 @@ pub trait Device {
     /// Where there are not so many.
     fn read(&self, from: &Self::Memory, at: usize, bytes: &mut [u8]) -> Result<()>;
 
+    /// Waits until all that was asked for is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where a kernel failed.
+    fn finish(&self) -> Result<()>;
+
     /// Blocks that it runs at a time, about: a kernel that goes through its work in strides needs no more.
     fn blocks(&self) -> u32;
 
@@ -116,6 +122,52 @@ pub(super) fn upload<D: Device>(device: &D, bytes: &[u8]) -> Result<D::Memory> {
     let mut memory = device.allocate(bytes.len())?;
     device.write(&mut memory, 0, bytes)?;
     Ok(memory)
+}
+
+/// The first bytes of the memory.
+pub(super) fn download<D: Device>(device: &D, from: &D::Memory, bytes: usize) -> Result<Vec<u8>> {
+    let mut read = vec![0; bytes];
+    device.read(from, 0, &mut read)?;
+    Ok(read)
+}
+
+/// As [`download`], of `count` numbers.
+pub(super) fn download_f32<D: Device>(
+    device: &D,
+    from: &D::Memory,
+    count: usize,
+) -> Result<Vec<f32>> {
+    let bytes = download(device, from, count * size_of::<f32>())?;
+    Ok(bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| f32::from_le_bytes(b))
+        .collect())
+}
+
+/// As [`download`], of `count` numbers.
+pub(super) fn download_u16<D: Device>(
+    device: &D,
+    from: &D::Memory,
+    count: usize,
+) -> Result<Vec<u16>> {
+    let bytes = download(device, from, count * size_of::<u16>())?;
+    Ok(bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| u16::from_le_bytes(b))
+        .collect())
+}
+
+/// Rows filled up with zeros.
+pub(super) fn padded_rows(rows: &[f32], m: usize, padded: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len() / m * padded];
+    for (row, out) in rows.chunks_exact(m).zip(out.chunks_exact_mut(padded)) {
+        out[..m].copy_from_slice(row);
+    }
+    out
 }
 
 /// The source that every program begins with.

@@ -1,7 +1,11 @@
 use half::f16;
 
-use super::device::{Argument, COMMON, Device, Grid, Program, download, padded_rows, upload};
-use crate::dictionary::GroupedDictionary;
+use super::device::{
+    Argument, COMMON, Device, Grid, Program, download, download_f32, download_u16, padded_rows,
+    upload,
+};
+use crate::dictionary::{GroupedDictionary, Groups};
+use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
 
 /// Vectors that a block codes side by side; `VECTORS` in grouped.cu.
@@ -30,6 +34,7 @@ pub struct DeviceGroupedPursuit<'d, D: Device> {
 
 /// Packed codes that were found on a device, and lie there.
 pub struct FoundSums<D: Device> {
+    count: usize,
     /// Atoms of each vector by their numbers in their groups, `[n, most]`, u16.
     pub paths: D::Memory,
     /// Numbers of the vectors' scales, `[n]`, u8.
@@ -81,18 +86,28 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
     ///
     /// # Panics
     /// Where a sparsity is 0 or above the most, or the vectors are not as many for each head.
-    pub fn encode(&self, vectors: &[f32], sparsities: &[usize], unbiased: bool) -> Result<FoundSums<D>> {
+    pub fn encode(
+        &self,
+        vectors: &[f32],
+        sparsities: &[usize],
+        unbiased: bool,
+    ) -> Result<FoundSums<D>> {
         crate::pursuit::check_vectors(vectors, self.head_dim)?;
         let n = vectors.len() / self.head_dim;
         let each = crate::pursuit::vectors_a_head(n, sparsities, self.most);
-        let count = i32::try_from(n)
-            .map_err(|_| Error::Device(format!("{n} vectors at once; less than 2³¹ are possible")))?;
+        let count = i32::try_from(n).map_err(|_| {
+            Error::Device(format!("{n} vectors at once; less than 2³¹ are possible"))
+        })?;
         let device = self.device;
         let rows = padded_rows(vectors, self.head_dim, self.padded).into_iter();
-        let rows = upload(device, &rows.flat_map(f32::to_le_bytes).collect::<Vec<u8>>())?;
+        let rows = upload(
+            device,
+            &rows.flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
+        )?;
         let lengths = sparsities.iter().flat_map(|&s| (s as i32).to_le_bytes());
         let lengths = upload(device, &lengths.collect::<Vec<u8>>())?;
         let found = FoundSums {
+            count: n,
             paths: device.allocate(n * self.most * size_of::<u16>())?,
             scales: device.allocate(n)?,
             errors: device.allocate(n * size_of::<f32>())?,
@@ -131,13 +146,41 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
 }
 
 impl<D: Device> FoundSums<D> {
-    /// Relative errors of `n` vectors.
+    /// What was found, as [`GroupedPursuit`](crate::pursuit::GroupedPursuit) gives it: a batch of codes of `most` atoms, the
+    /// vectors of each head with its own of `sparsities`.
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn relative_errors(&self, device: &D, n: usize) -> Result<Vec<f32>> {
-        let bytes = download(device, &self.errors, n * size_of::<f32>())?;
-        let numbers = bytes.as_chunks().0.iter();
-        Ok(numbers.map(|&b| f32::from_le_bytes(b)).collect())
+    pub fn batch(
+        &self,
+        device: &D,
+        groups: Groups,
+        most: usize,
+        sparsities: &[usize],
+    ) -> Result<SparseBatch> {
+        let n = self.count;
+        let each = crate::pursuit::vectors_a_head(n, sparsities, most);
+        let mut batch = SparseBatch {
+            sparsity: most,
+            lengths: (0..n).map(|v| sparsities[v / each] as u16).collect(),
+            indices: download_u16(device, &self.paths, n * most)?,
+            coefficients: vec![0.0; n * most],
+            relative_errors: download_f32(device, &self.errors, n)?,
+        };
+        let scales = download(device, &self.scales, n)?;
+        let vectors = batch
+            .indices
+            .chunks_exact_mut(most)
+            .zip(batch.coefficients.chunks_exact_mut(most));
+        for (((indices, coefficients), &length), scale) in vectors.zip(&batch.lengths).zip(scales) {
+            let (atoms, rest) = indices.split_at_mut(usize::from(length));
+            atoms
+                .iter_mut()
+                .enumerate()
+                .for_each(|(group, atom)| *atom += groups.start(group) as u16);
+            rest.fill(0);
+            coefficients[..atoms.len()].fill(crate::code::scale_of_number(scale));
+        }
+        Ok(batch)
     }
 }

@@ -4,7 +4,9 @@
 //! device by [`Device`] alone, so that tests run the same text on the host, where there is no GPU.
 
 mod device;
+mod grouped;
 mod pursuit;
 
 pub use device::{Argument, Device, Grid, Program};
+pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};
 pub use pursuit::DevicePursuit;

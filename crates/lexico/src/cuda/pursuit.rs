@@ -1,6 +1,9 @@
 use half::f16;
 
-use super::device::{Argument, COMMON, Device, Grid, Program, upload};
+use super::device::{
+    Argument, COMMON, Device, Grid, Program, download, download_f32, download_u16, padded_rows,
+    upload,
+};
 use crate::pursuit::SparseBatch;
 use crate::{Dictionary, Error, Result};
 
@@ -125,30 +128,11 @@ impl<'d, D: Device> DevicePursuit<'d, D> {
         ];
         // SAFETY: the arguments are those of `pursue` in kernels/pursuit.cu, with room for what it writes.
         unsafe { device.launch(&self.program, "pursue", grid, &arguments)? };
-        let mut read = vec![0; n * s * size_of::<f32>()];
-        device.read(&coefficients, 0, &mut read)?;
-        let numbers = read.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
-        batch.coefficients = numbers.collect();
-        read.truncate(n * s * size_of::<u16>());
-        device.read(&indices, 0, &mut read)?;
-        let numbers = read.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b));
-        batch.indices = numbers.collect();
-        read.resize(n * size_of::<f32>(), 0);
-        device.read(&errors, 0, &mut read)?;
-        let numbers = read.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
-        batch.relative_errors = numbers.collect();
-        read.truncate(n);
-        device.read(&lengths, 0, &mut read)?;
-        batch.lengths = read.into_iter().map(u16::from).collect();
+        batch.coefficients = download_f32(device, &coefficients, n * s)?;
+        batch.indices = download_u16(device, &indices, n * s)?;
+        batch.relative_errors = download_f32(device, &errors, n)?;
+        let lengths = download(device, &lengths, n)?;
+        batch.lengths = lengths.into_iter().map(u16::from).collect();
         Ok(batch)
     }
-}
-
-/// Rows filled up with zeros.
-fn padded_rows(rows: &[f32], m: usize, padded: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows.len() / m * padded];
-    for (row, out) in rows.chunks_exact(m).zip(out.chunks_exact_mut(padded)) {
-        out[..m].copy_from_slice(row);
-    }
-    out
 }

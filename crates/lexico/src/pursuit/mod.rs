@@ -149,7 +149,7 @@ pub(crate) fn check_vectors(vectors: &[f32], head_dim: usize) -> Result<()> {
 ///
 /// # Panics
 /// Where a sparsity is 0 or above `most`, or the vectors are not as many for each head.
-fn vectors_a_head(n: usize, sparsities: &[usize], most: usize) -> usize {
+pub(crate) fn vectors_a_head(n: usize, sparsities: &[usize], most: usize) -> usize {
     let possible = sparsities.iter().all(|s| (1..=most).contains(s));
     assert!(possible, "sparsities that the pursuit allows");
     let each = n / sparsities.len().max(1);

@@ -82,6 +82,10 @@ impl Device for Emulator {
         Ok(())
     }
 
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn blocks(&self) -> u32 {
         2
     }

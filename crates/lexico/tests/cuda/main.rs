@@ -5,7 +5,9 @@
 mod emulator;
 
 use emulator::Emulator;
-use lexico::cuda::DevicePursuit;
+use lexico::cuda::{DEVICE_BEAM, DeviceGroupedPursuit, DevicePursuit};
+use lexico::dictionary::{GROUP, GroupedDictionary, Groups};
+use lexico::pursuit::GroupedPursuit;
 use lexico::{Dictionary, Pursuit};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -69,6 +71,80 @@ fn pursuit_is_that_of_the_cpu() {
             assert!(
                 (error - f64::from(found.relative_errors[v])).abs() < 1e-4,
                 "{error}"
+            );
+        }
+    }
+}
+
+/// Groups each nearer to zero than the one before.
+fn grouped(rng: &mut ChaCha8Rng, m: usize, first: usize, groups: usize) -> GroupedDictionary {
+    let count = first + (groups - 1) * GROUP;
+    let mut atoms = drawn(rng, count * m);
+    for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+        let group = i.saturating_sub(first).div_ceil(GROUP);
+        atom.iter_mut()
+            .for_each(|x| *x *= 0.8f32.powi(group as i32));
+    }
+    let groups = Groups { first };
+    GroupedDictionary::new(atoms, m, groups)
+        .unwrap()
+        .in_half_precision()
+        .unwrap()
+}
+
+#[test]
+fn packed_codes_are_those_of_the_cpu() {
+    let emulator = emulator!();
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for (m, first, groups, sparsities, each) in [
+        (32, 100, 6, vec![6, 3], 11),
+        (20, 300, 3, vec![1, 2, 3], 5),
+        (48, 7, 9, vec![9], 0),
+    ] {
+        let dictionary = grouped(&mut rng, m, first, groups);
+        let vectors = drawn(&mut rng, sparsities.len() * each * m);
+        for unbiased in [false, true] {
+            let device = DeviceGroupedPursuit::new(&emulator, &dictionary, groups).unwrap();
+            let found = device.encode(&vectors, &sparsities, unbiased).unwrap();
+            let found = found
+                .batch(&emulator, dictionary.groups(), groups, &sparsities)
+                .unwrap();
+            let on_cpu = GroupedPursuit::new(&dictionary, groups).unwrap();
+            let on_cpu = on_cpu.with_beam(DEVICE_BEAM).unbiased(unbiased);
+            let heads = on_cpu
+                .encode_heads_on(&vectors, &sparsities, &lexico::threads::Alone)
+                .unwrap();
+            let wanted: Vec<_> = heads
+                .iter()
+                .flat_map(|head| (0..each).map(|v| head.row(v)))
+                .collect();
+            let errors = heads.iter().flat_map(|head| &head.relative_errors);
+            let mut same = 0;
+            for (v, ((indices, scales), error)) in wanted
+                .iter()
+                .zip(errors)
+                .enumerate()
+                .map(|(v, (&row, &e))| (v, (row, e)))
+            {
+                let (own, own_scales) = found.row(v);
+                // Products of halves may prefer another sum, as near.
+                let ratio = found.relative_errors[v] / error;
+                assert!(
+                    (0.97..1.03).contains(&ratio),
+                    "m = {m}, vector {v}: {ratio}"
+                );
+                if own == indices {
+                    same += 1;
+                    assert!(
+                        (own_scales[0] - scales[0]).abs() < 0.03 * scales[0],
+                        "one step at the most"
+                    );
+                }
+            }
+            assert!(
+                4 * same >= 3 * wanted.len(),
+                "m = {m}: {same} of {}",
+                wanted.len()
             );
         }
     }
