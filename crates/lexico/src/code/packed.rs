@@ -44,7 +44,7 @@ impl Leading {
     }
 
     /// The scale's number among all scales.
-    pub(super) fn scale_number(self) -> u8 {
+    pub(crate) fn scale_number(self) -> u8 {
         (self.0 >> ATOM_BITS) as u8
     }
 

@@ -34,7 +34,8 @@ pub struct DeviceGroupedPursuit<'d, D: Device> {
 
 /// Packed codes that were found on a device, and lie there.
 pub struct FoundSums<D: Device> {
-    count: usize,
+    pub(super) count: usize,
+    pub(super) most: usize,
     /// Atoms of each vector by their numbers in their groups, `[n, most]`, u16.
     pub paths: D::Memory,
     /// Numbers of the vectors' scales, `[n]`, u8.
@@ -108,6 +109,7 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
         let lengths = upload(device, &lengths.collect::<Vec<u8>>())?;
         let found = FoundSums {
             count: n,
+            most: self.most,
             paths: device.allocate(n * self.most * size_of::<u16>())?,
             scales: device.allocate(n)?,
             errors: device.allocate(n * size_of::<f32>())?,
@@ -151,14 +153,8 @@ impl<D: Device> FoundSums<D> {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn batch(
-        &self,
-        device: &D,
-        groups: Groups,
-        most: usize,
-        sparsities: &[usize],
-    ) -> Result<SparseBatch> {
-        let n = self.count;
+    pub fn batch(&self, device: &D, groups: Groups, sparsities: &[usize]) -> Result<SparseBatch> {
+        let (n, most) = (self.count, self.most);
         let each = crate::pursuit::vectors_a_head(n, sparsities, most);
         let mut batch = SparseBatch {
             sparsity: most,

@@ -3,10 +3,14 @@
 //! The kernels are CUDA C++ in `kernels/`, compiled for the device and the shape at hand when they are first needed. They reach a
 //! device by [`Device`] alone, so that tests run the same text on the host, where there is no GPU.
 
+mod attention;
+mod codes;
 mod device;
 mod grouped;
 mod pursuit;
 
+pub use attention::{DeviceAttention, DevicePast};
+pub use codes::DeviceCodes;
 pub use device::{Argument, Device, Grid, Program};
 pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};
 pub use pursuit::DevicePursuit;

@@ -5,10 +5,15 @@
 mod emulator;
 
 use emulator::Emulator;
-use lexico::cuda::{DEVICE_BEAM, DeviceGroupedPursuit, DevicePursuit};
-use lexico::dictionary::{GROUP, GroupedDictionary, Groups};
+use half::f16;
+use lexico::attention::{DenseRows, NumberType, Source, attend};
+use lexico::cuda::{
+    DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceGroupedPursuit, DevicePast,
+    DevicePursuit,
+};
+use lexico::dictionary::{Atoms, GROUP, GroupedDictionary, Groups};
 use lexico::pursuit::GroupedPursuit;
-use lexico::{Dictionary, Pursuit};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -107,7 +112,7 @@ fn packed_codes_are_those_of_the_cpu() {
             let device = DeviceGroupedPursuit::new(&emulator, &dictionary, groups).unwrap();
             let found = device.encode(&vectors, &sparsities, unbiased).unwrap();
             let found = found
-                .batch(&emulator, dictionary.groups(), groups, &sparsities)
+                .batch(&emulator, dictionary.groups(), &sparsities)
                 .unwrap();
             let on_cpu = GroupedPursuit::new(&dictionary, groups).unwrap();
             let on_cpu = on_cpu.with_beam(DEVICE_BEAM).unbiased(unbiased);
@@ -116,16 +121,10 @@ fn packed_codes_are_those_of_the_cpu() {
                 .unwrap();
             let wanted: Vec<_> = heads
                 .iter()
-                .flat_map(|head| (0..each).map(|v| head.row(v)))
+                .flat_map(|head| (0..each).map(|v| (head.row(v), head.relative_errors[v])))
                 .collect();
-            let errors = heads.iter().flat_map(|head| &head.relative_errors);
             let mut same = 0;
-            for (v, ((indices, scales), error)) in wanted
-                .iter()
-                .zip(errors)
-                .enumerate()
-                .map(|(v, (&row, &e))| (v, (row, e)))
-            {
+            for (v, ((indices, scales), error)) in wanted.iter().enumerate() {
                 let (own, own_scales) = found.row(v);
                 // Products of halves may prefer another sum, as near.
                 let ratio = found.relative_errors[v] / error;
@@ -133,12 +132,10 @@ fn packed_codes_are_those_of_the_cpu() {
                     (0.97..1.03).contains(&ratio),
                     "m = {m}, vector {v}: {ratio}"
                 );
-                if own == indices {
+                if own == *indices {
                     same += 1;
-                    assert!(
-                        (own_scales[0] - scales[0]).abs() < 0.03 * scales[0],
-                        "one step at the most"
-                    );
+                    // One step at the most.
+                    assert!((own_scales[0] - scales[0]).abs() < 0.03 * scales[0]);
                 }
             }
             assert!(
@@ -146,6 +143,143 @@ fn packed_codes_are_those_of_the_cpu() {
                 "m = {m}: {same} of {}",
                 wanted.len()
             );
+        }
+    }
+}
+
+/// Memory of these halves.
+fn halves(emulator: &Emulator, rows: &[f32]) -> Vec<u64> {
+    let bytes = rows.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes());
+    let bytes: Vec<u8> = bytes.collect();
+    let mut memory = emulator.allocate(bytes.len()).unwrap();
+    emulator.write(&mut memory, 0, &bytes).unwrap();
+    memory
+}
+
+/// Codes that nothing was searched for.
+fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -> SparseBatch {
+    let s = format.sparsity;
+    let packed = match format.coefficients {
+        CoefficientFormat::InAtoms(groups) => Some(groups),
+        _ => None,
+    };
+    let index = |i: usize, rng: &mut ChaCha8Rng| match packed {
+        Some(groups) => rng.random_range(groups.start(i % s)..groups.start(i % s + 1)) as u16,
+        None => rng.random_range(0..atoms) as u16,
+    };
+    let indices = (0..n * s).map(|i| index(i, rng)).collect();
+    let mut coefficients = drawn(rng, n * s);
+    if packed.is_some() {
+        for row in coefficients.chunks_exact_mut(s) {
+            row.fill(1.0 + row[0].abs() / 2.0);
+        }
+    }
+    SparseBatch {
+        sparsity: s,
+        lengths: vec![s as u16; n],
+        indices,
+        coefficients,
+        relative_errors: vec![0.0; n],
+    }
+}
+
+#[test]
+fn attention_is_that_of_the_cpu() {
+    let emulator = emulator!();
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let m = 32;
+    for (coefficients, s, group) in [
+        (CoefficientFormat::InAtoms(Groups { first: 70 }), 1, 1),
+        (CoefficientFormat::InAtoms(Groups { first: 100 }), 2, 2),
+        (CoefficientFormat::InAtoms(Groups { first: 300 }), 8, 4),
+        (CoefficientFormat::I8, 6, 8),
+        (CoefficientFormat::F8, 7, 4),
+    ] {
+        let format = CodeFormat {
+            sparsity: s,
+            variable: false,
+            coefficients,
+        };
+        let count = match coefficients {
+            CoefficientFormat::InAtoms(groups) => groups.atoms(s),
+            _ => 150,
+        };
+        let [key_atoms, value_atoms] = [(); 2].map(|()| {
+            let atoms = Dictionary::normalised(drawn(&mut rng, count * m), m).unwrap();
+            atoms.in_half_precision().unwrap()
+        });
+        let (keys, values) = (Atoms::from(&key_atoms), Atoms::from(&value_atoms));
+        let device = DeviceAttention::new(&emulator, format, keys, values, group).unwrap();
+        // Sequences of many lengths, which grow in pieces.
+        let mut codes = Vec::new();
+        for length in [0, 5, 1100, 2500] {
+            codes.push([(); 2].map(|()| {
+                let on_cpu = Codes::new(format).unwrap();
+                let mut own = (on_cpu, DeviceCodes::new(&emulator, format).unwrap());
+                for first in (0..length).step_by(700) {
+                    let batch = any_batch(&mut rng, format, count, (length - first).min(700));
+                    own.0.extend(&batch);
+                    own.1.extend(&emulator, &batch).unwrap();
+                }
+                own
+            }));
+        }
+        let windows =
+            [3, 0, 17, 1].map(|length: usize| [(); 2].map(|()| drawn(&mut rng, length * m)));
+        let on_device = windows
+            .each_ref()
+            .map(|pair| pair.each_ref().map(|rows| halves(&emulator, rows)));
+        let pasts: Vec<_> = codes
+            .iter()
+            .zip(&windows)
+            .zip(&on_device)
+            .map(
+                |(([keys, values], window), [window_keys, window_values])| DevicePast {
+                    keys: &keys.1,
+                    values: &values.1,
+                    window: Some((window_keys, window_values)),
+                    window_len: window[0].len() / m,
+                },
+            )
+            .collect();
+        let queries = drawn(&mut rng, pasts.len() * group * m);
+        let scaled = queries.iter().map(|x| x / (m as f32).sqrt());
+        let scaled: Vec<u8> = scaled.flat_map(f32::to_le_bytes).collect();
+        let mut memory = emulator.allocate(scaled.len()).unwrap();
+        emulator.write(&mut memory, 0, &scaled).unwrap();
+        let mut out = emulator.allocate(scaled.len()).unwrap();
+        device.attend(&pasts, &memory, &mut out).unwrap();
+        let mut found = vec![0; scaled.len()];
+        emulator.read(&out, 0, &mut found).unwrap();
+        let found = found.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+        let found: Vec<f32> = found.collect();
+        for (i, ([key_codes, value_codes], window)) in codes.iter().zip(&windows).enumerate() {
+            let [window_keys, window_values] = window.each_ref().map(|rows| {
+                let mut dense = DenseRows::new(m, NumberType::F16);
+                dense.extend(rows);
+                dense
+            });
+            let sources = [
+                Source::Codes {
+                    keys: &key_codes.0,
+                    values: &value_codes.0,
+                    key_atoms: keys,
+                    value_atoms: values,
+                },
+                Source::Dense {
+                    keys: &window_keys,
+                    values: &window_values,
+                },
+            ];
+            let own = i * group * m..(i + 1) * group * m;
+            let mut wanted = vec![f32::NAN; group * m];
+            attend(&queries[own.clone()], m, 1, None, &sources, &mut wanted);
+            for (found, wanted) in found[own].iter().zip(&wanted) {
+                assert!(
+                    (found - wanted).abs() < 2e-3,
+                    "{coefficients:?}, pair {i}: {found} for {wanted}"
+                );
+            }
         }
     }
 }
