@@ -5,12 +5,16 @@
 
 mod attention;
 mod codes;
+mod compile;
 mod device;
+mod gpu;
 mod grouped;
 mod pursuit;
 
 pub use attention::{DeviceAttention, DevicePast};
 pub use codes::DeviceCodes;
+pub use compile::{compile, compile_cached};
 pub use device::{Argument, Device, Grid, Program};
+pub use gpu::{Gpu, GpuMemory};
 pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};
 pub use pursuit::DevicePursuit;

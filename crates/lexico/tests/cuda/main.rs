@@ -2,14 +2,16 @@
 #![cfg(all(feature = "cuda", unix))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
+mod compiler;
 mod emulator;
 
+use compiler::Compiler;
 use emulator::Emulator;
 use half::f16;
 use lexico::attention::{DenseRows, NumberType, Source, attend};
 use lexico::cuda::{
     DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceGroupedPursuit, DevicePast,
-    DevicePursuit,
+    DevicePursuit, Program, compile, compile_cached,
 };
 use lexico::dictionary::{Atoms, GROUP, GroupedDictionary, Groups};
 use lexico::pursuit::GroupedPursuit;
@@ -281,5 +283,107 @@ fn attention_is_that_of_the_cpu() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn every_kernel_compiles_for_every_architecture() {
+    let program = Program {
+        name: "none",
+        parts: &["extern \"C\" __global__ void none() {}"],
+        constants: vec![],
+    };
+    if let Err(reason) = compile(&program, "sm_90") {
+        eprintln!("SKIPPED: compiling kernels: {reason}");
+        return;
+    }
+    let device = Compiler::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    for m in [64, 128] {
+        let vectors = drawn(&mut rng, 2 * m);
+        let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
+        let pursuit = DevicePursuit::new(&device, &dictionary, 16, 0.0).unwrap();
+        pursuit.encode(&vectors).unwrap();
+        let groups = grouped(&mut rng, m, 300, 3);
+        let pursuit = DeviceGroupedPursuit::new(&device, &groups, 3).unwrap();
+        pursuit.encode(&vectors, &[2, 3], true).unwrap();
+        for coefficients in [
+            CoefficientFormat::InAtoms(groups.groups()),
+            CoefficientFormat::I8,
+            CoefficientFormat::F8,
+        ] {
+            let format = CodeFormat {
+                sparsity: 3,
+                variable: false,
+                coefficients,
+            };
+            let mut codes = DeviceCodes::new(&device, format).unwrap();
+            let batch = any_batch(&mut rng, format, 100, 5);
+            codes.extend(&device, &batch).unwrap();
+            let atoms = groups.atoms(3);
+            for group in [1, 2, 4, 8] {
+                let attention = DeviceAttention::new(&device, format, atoms, atoms, group).unwrap();
+                let past = DevicePast {
+                    keys: &codes,
+                    values: &codes,
+                    window: None,
+                    window_len: 0,
+                };
+                attention.attend(&[past], &0, &mut 0).unwrap();
+            }
+        }
+    }
+    let names = [
+        "pursue",
+        "search",
+        "store_packed",
+        "store_sparse",
+        "project",
+        "score",
+        "accumulate",
+        "combine",
+        "finish",
+    ];
+    for name in names {
+        let compiled = device.compiled.borrow();
+        assert!(compiled.iter().any(|&(kernel, _)| kernel == name), "{name}");
+    }
+}
+
+#[test]
+fn what_does_not_compile_is_said() {
+    let program = |text| Program {
+        name: "broken",
+        parts: text,
+        constants: vec![("M", 3)],
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let error = compile(&program(&["__global__ void f() { nowhere = M; }"]), "sm_90").unwrap_err();
+    let error = error.to_string();
+    if error.contains("there is no NVRTC") {
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    assert!(
+        error.contains("broken.cu") && error.contains("nowhere"),
+        "{error}"
+    );
+    // A file that was cut or is of another text is compiled anew.
+    let program = program(&["extern \"C\" __global__ void f(int *x) { *x = M; }"]);
+    let first = compile_cached(&program, "sm_90", folder.path()).unwrap();
+    let file = std::fs::read_dir(folder.path())
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let whole = std::fs::read(&file).unwrap();
+    for lie in [&whole[..whole.len() - 1], &whole[..9], b"", &[0; 200]] {
+        std::fs::write(&file, lie).unwrap();
+        assert_eq!(
+            compile_cached(&program, "sm_90", folder.path()).unwrap(),
+            first
+        );
+        assert_eq!(std::fs::read(&file).unwrap(), whole);
     }
 }
