@@ -4,8 +4,8 @@ use lexico::Result;
 use lexico::cuda::{Argument, Device, Grid, Program, compile_cached};
 use std::cell::RefCell;
 
-/// From the oldest that has what the kernels use to the newest.
-const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_89", "sm_90", "sm_100"];
+/// The oldest that has what the kernels use, and the one that they are tuned for.
+const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
 
 pub(crate) struct Compiler {
     folder: tempfile::TempDir,

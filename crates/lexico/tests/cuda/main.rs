@@ -299,38 +299,37 @@ fn every_kernel_compiles_for_every_architecture() {
     }
     let device = Compiler::new();
     let mut rng = ChaCha8Rng::seed_from_u64(9);
-    for m in [64, 128] {
-        let vectors = drawn(&mut rng, 2 * m);
-        let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
-        let pursuit = DevicePursuit::new(&device, &dictionary, 16, 0.0).unwrap();
-        pursuit.encode(&vectors).unwrap();
-        let groups = grouped(&mut rng, m, 300, 3);
-        let pursuit = DeviceGroupedPursuit::new(&device, &groups, 3).unwrap();
-        pursuit.encode(&vectors, &[2, 3], true).unwrap();
-        for coefficients in [
-            CoefficientFormat::InAtoms(groups.groups()),
-            CoefficientFormat::I8,
-            CoefficientFormat::F8,
-        ] {
-            let format = CodeFormat {
-                sparsity: 3,
-                variable: false,
-                coefficients,
+    let m = 128;
+    let vectors = drawn(&mut rng, 2 * m);
+    let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
+    let pursuit = DevicePursuit::new(&device, &dictionary, 16, 0.0).unwrap();
+    pursuit.encode(&vectors).unwrap();
+    let groups = grouped(&mut rng, m, 300, 3);
+    let pursuit = DeviceGroupedPursuit::new(&device, &groups, 3).unwrap();
+    pursuit.encode(&vectors, &[2, 3], true).unwrap();
+    for coefficients in [
+        CoefficientFormat::InAtoms(groups.groups()),
+        CoefficientFormat::I8,
+        CoefficientFormat::F8,
+    ] {
+        let format = CodeFormat {
+            sparsity: 3,
+            variable: false,
+            coefficients,
+        };
+        let mut codes = DeviceCodes::new(&device, format).unwrap();
+        let batch = any_batch(&mut rng, format, 100, 5);
+        codes.extend(&device, &batch).unwrap();
+        let atoms = groups.atoms(3);
+        for group in [1, 2, 4, 8] {
+            let attention = DeviceAttention::new(&device, format, atoms, atoms, group).unwrap();
+            let past = DevicePast {
+                keys: &codes,
+                values: &codes,
+                window: None,
+                window_len: 0,
             };
-            let mut codes = DeviceCodes::new(&device, format).unwrap();
-            let batch = any_batch(&mut rng, format, 100, 5);
-            codes.extend(&device, &batch).unwrap();
-            let atoms = groups.atoms(3);
-            for group in [1, 2, 4, 8] {
-                let attention = DeviceAttention::new(&device, format, atoms, atoms, group).unwrap();
-                let past = DevicePast {
-                    keys: &codes,
-                    values: &codes,
-                    window: None,
-                    window_len: 0,
-                };
-                attention.attend(&[past], &0, &mut 0).unwrap();
-            }
+            attention.attend(&[past], &0, &mut 0).unwrap();
         }
     }
     let names = [
