@@ -1,7 +1,9 @@
 use half::f16;
 
-use super::codes::{DeviceCodes, format_number};
-use super::device::{Argument, COMMON, Device, Grid, Program, upload};
+use super::codes::format_number;
+use super::device::upload;
+use super::device::{Argument, COMMON, Device, Grid, Program};
+use super::pair::{DevicePast, describe};
 use crate::code::CodeFormat;
 use crate::dictionary::Atoms;
 use crate::{Error, Result};
@@ -20,8 +22,7 @@ const PROJECT_BLOCKS: usize = 16;
 /// Attention of one new position of many sequences over codes and dense windows in a device's memory.
 ///
 /// `p`, and the sums of codes, take part as on the CPU (see [`attend_heads`](crate::attention::attend_heads)); `p` is rounded to halves.
-pub struct DeviceAttention<'d, D: Device> {
-    device: &'d D,
+pub struct DeviceAttention<D: Device> {
     program: Program,
     /// `[N, m]`, halves.
     key_atoms: D::Memory,
@@ -30,37 +31,26 @@ pub struct DeviceAttention<'d, D: Device> {
     value_count: usize,
     head_dim: usize,
     group: usize,
+    format: usize,
 }
 
-/// What one KV head of one sequence attends to.
-pub struct DevicePast<'a, D: Device> {
-    /// Codes of the keys.
-    pub keys: &'a DeviceCodes<D>,
-    /// Codes of the values, as many.
-    pub values: &'a DeviceCodes<D>,
-    /// Dense keys and values after them, halves, `[window, m]` each.
-    pub window: Option<(&'a D::Memory, &'a D::Memory)>,
-    /// Dense positions.
-    pub window_len: usize,
-}
-
-impl<'d, D: Device> DeviceAttention<'d, D> {
+impl<D: Device> DeviceAttention<D> {
     /// Attention of `group` queries a KV head over codes of this format, over these atoms, which are rounded to halves.
     ///
     /// # Errors
-    /// [`Error::Device`] where the head dim is no multiple of 16, the group none of 1, 2, 4 and 8, the format is not for
-    /// devices, or memory does not suffice.
+    /// [`Error::Device`] where the head dim is no multiple of 16, the group is none of 1 to 8, the format is not for devices, or memory
+    /// does not suffice.
     pub fn new(
-        device: &'d D,
+        device: &D,
         format: CodeFormat,
         key_atoms: Atoms<'_>,
         value_atoms: Atoms<'_>,
         group: usize,
     ) -> Result<Self> {
         let head_dim = key_atoms.head_dim();
-        if !head_dim.is_multiple_of(16) || !matches!(group, 1 | 2 | 4 | 8) {
+        if !head_dim.is_multiple_of(16) || !(1..=8).contains(&group) {
             return Err(Error::Device(format!(
-                "attention of groups of {group} queries of {head_dim} numbers; possible are 1, 2, 4 or 8 of a multiple of 16"
+                "attention of groups of {group} queries of {head_dim} numbers; possible are 1 to 8 of a multiple of 16"
             )));
         }
         let halves = |atoms: Atoms<'_>| {
@@ -71,12 +61,12 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
             upload(device, &bytes)
         };
         Ok(Self {
-            device,
             program: Program {
                 name: "attention",
                 parts: &[
                     COMMON,
                     include_str!("kernels/codes.cuh"),
+                    include_str!("kernels/pair.cuh"),
                     include_str!("kernels/attention.cu"),
                 ],
                 constants: vec![
@@ -91,40 +81,51 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
             value_count: value_atoms.len(),
             head_dim,
             group,
+            format: format_number(format)?,
         })
     }
 
-    /// Attends with `queries` `[pairs, G, m]` in f32, scaled by `1/√m`; `out` is of their shape. All that is written stays on the
-    /// device.
+    /// Atoms of keys and values, `[N, m]`, halves.
+    pub(super) fn atoms(&self) -> [&D::Memory; 2] {
+        [&self.key_atoms, &self.value_atoms]
+    }
+
+    /// How kernels name the codes' format.
+    pub(super) fn format_number(&self) -> usize {
+        self.format
+    }
+
+    /// Attends with `queries` `[pairs, G, m]` in f32, scaled by `1/√m`; `out` is of their shape. Both are addresses of the device's
+    /// memory, and all that is written stays there.
     ///
     /// # Errors
     /// [`Error::Device`].
     ///
     /// # Panics
     /// Where a sequence's keys and values differ in number.
-    pub fn attend(
+    ///
+    /// # Safety
+    /// As many numbers must be at both addresses, and windows where they are said to be, until the device has done this.
+    pub unsafe fn attend(
         &self,
+        device: &D,
         pasts: &[DevicePast<'_, D>],
-        queries: &D::Memory,
-        out: &mut D::Memory,
+        queries: u64,
+        out: u64,
     ) -> Result<()> {
-        let (device, pairs) = (self.device, pasts.len());
+        let pairs = pasts.len();
         if pairs == 0 {
             return Ok(());
         }
-        let longest = pasts.iter().map(|past| past.keys.len()).max().unwrap_or(0);
-        let room = pasts
-            .iter()
-            .map(|past| past.keys.len() + past.window_len)
-            .max()
-            .unwrap_or(0)
-            .max(1);
+        let coded = pasts.iter().map(|past| past.keys.len() - past.hidden);
+        let longest = coded.max().unwrap_or(0);
+        let room = pasts.iter().map(DevicePast::positions).max();
+        let room = room.unwrap_or(0).max(1);
         let parts = (device.blocks() as usize).div_ceil(pairs);
         let parts = parts.clamp(1, longest.div_ceil(LEAST_PART).max(1));
         let slices = self.value_count.div_ceil(COMBINED);
         let (m, g) = (self.head_dim, self.group);
-        let described: Vec<u8> = pasts.iter().flat_map(pair).collect();
-        let described = upload(device, &described)?;
+        let described = upload(device, &describe(pasts))?;
         let allocate = |numbers: usize| device.allocate(numbers * size_of::<f32>());
         let products = allocate((pairs * self.key_count * g).div_ceil(2))?;
         let scores = allocate(pairs * room * g)?;
@@ -140,7 +141,8 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
                 threads,
                 shared,
             };
-            // SAFETY: the arguments below are those of the kernels in kernels/attention.cu, with room for what they write.
+            // SAFETY: the arguments below are those of the kernels in kernels/attention.cu, with room for what they write; the rest is
+            // the caller's.
             unsafe { device.launch(&self.program, kernel, grid, arguments) }
         };
         let columns = (pairs * g).div_ceil(8).min(PROJECT_BLOCKS);
@@ -152,7 +154,7 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
             &[
                 at(&self.key_atoms),
                 int(self.key_count),
-                at(queries),
+                Argument::Address(queries),
                 int(pairs),
                 at(&products),
             ],
@@ -166,7 +168,7 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
                 at(&described),
                 at(&products),
                 int(self.key_count),
-                at(queries),
+                Argument::Address(queries),
                 at(&scores),
                 int(room),
                 at(&maxima),
@@ -215,28 +217,8 @@ impl<'d, D: Device> DeviceAttention<'d, D> {
                 int(parts),
                 at(&outputs),
                 int(slices),
-                at(out),
+                Argument::Address(out),
             ],
-        )?;
-        // What the kernels read must outlive them.
-        device.finish()
+        )
     }
-}
-
-/// `Pair` in attention.cu.
-fn pair<D: Device>(past: &DevicePast<'_, D>) -> Vec<u8> {
-    assert_eq!(past.keys.len(), past.values.len(), "one value a key");
-    let [keys, values] = match past.window {
-        Some((keys, values)) => [D::address(keys), D::address(values)],
-        None => [0, 0],
-    };
-    let mut bytes = Vec::with_capacity(64);
-    bytes.extend(past.keys.head());
-    bytes.extend(past.values.head());
-    // Addresses begin at multiples of eight bytes.
-    bytes.extend((past.keys.len() as u64).to_le_bytes());
-    bytes.extend(keys.to_le_bytes());
-    bytes.extend(values.to_le_bytes());
-    bytes.extend((past.window_len as u64).to_le_bytes());
-    bytes
 }

@@ -1,5 +1,6 @@
 use super::device::{Argument, COMMON, Device, Grid, Program, upload};
 use super::grouped::FoundSums;
+use super::pursuit::FoundCodes;
 use crate::code::{CodeFormat, CoefficientFormat, Leading};
 use crate::pursuit::SparseBatch;
 use crate::{Error, Result};
@@ -94,19 +95,18 @@ impl<D: Device> DeviceCodes<D> {
         }
         let grown = pages > self.table_pages;
         if grown {
-            // What was asked for before may still read the table.
-            device.finish()?;
             self.table_pages = pages.next_power_of_two();
             self.table = device.allocate(self.table_pages * size_of::<u64>())?;
         }
-        let from = if grown { 0 } else { first };
-        let new = self.pages[from..].iter();
-        let addresses: Vec<u8> = new
+        self.write_table(device, if grown { 0 } else { first })
+    }
+
+    /// Says in the table where the pages from number `from` on are.
+    fn write_table(&mut self, device: &D, from: usize) -> Result<()> {
+        let addresses: Vec<u8> = self.pages[from..]
+            .iter()
             .flat_map(|page| D::address(page).to_le_bytes())
             .collect();
-        if addresses.is_empty() {
-            return Ok(());
-        }
         device.write(&mut self.table, from * size_of::<u64>(), &addresses)
     }
 
@@ -123,25 +123,65 @@ impl<D: Device> DeviceCodes<D> {
         head
     }
 
-    /// Appends what [`DeviceGroupedPursuit`](super::DeviceGroupedPursuit) has found, the vectors of each head to its own
-    /// codes, and nothing leaves the device.
+    /// Gives up whole pages of the oldest codes, of which the first `hidden` are no longer needed.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn drop_hidden(&mut self, device: &D, hidden: usize) -> Result<()> {
+        let pages = hidden.min(self.len) / PAGE;
+        if pages > 0 {
+            self.pages.drain(..pages);
+            self.len -= pages * PAGE;
+            self.write_table(device, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Appends packed codes that were found, the vectors of each head to its own codes, and nothing leaves the device.
     ///
     /// # Errors
     /// [`Error::Device`].
     ///
     /// # Panics
     /// Where the vectors are not as many for each head, or a head's codes have more atoms than were looked for.
-    pub fn extend_found(device: &D, heads: &mut [Self], found: &FoundSums<D>) -> Result<()> {
-        let each = found.count / heads.len();
-        assert_eq!(each * heads.len(), found.count, "as many vectors a head");
-        let most = heads.iter().map(|codes| codes.format.sparsity).max();
-        assert!(most <= Some(found.most), "atoms that were looked for");
+    pub fn extend_packed(device: &D, heads: &mut [Self], found: &FoundSums<D>) -> Result<()> {
+        let each = vectors_a_head(heads, found.count, found.most);
         let arguments = [
             Argument::Integer(found.most as i32),
             Argument::Address(D::address(&found.paths)),
             Argument::Address(D::address(&found.scales)),
         ];
         store(device, heads, each, "store_packed", &arguments)
+    }
+
+    /// Appends codes with coefficients that were found, as [`DeviceCodes::extend_packed`]; where `unbiased`, scaled up as
+    /// [`SparseBatch::unbias`] does.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    ///
+    /// # Panics
+    /// As [`DeviceCodes::extend_packed`].
+    pub fn extend_sparse(
+        device: &D,
+        heads: &mut [Self],
+        found: &FoundCodes<D>,
+        unbiased: bool,
+    ) -> Result<()> {
+        let each = vectors_a_head(heads, found.count, found.most);
+        let Some(first) = heads.first() else {
+            return Ok(());
+        };
+        let arguments = [
+            Argument::Integer(found.most as i32),
+            Argument::Integer(format_number(first.format)? as i32),
+            Argument::Integer(i32::from(unbiased)),
+            Argument::Address(D::address(&found.indices)),
+            Argument::Address(D::address(&found.coefficients)),
+            Argument::Address(D::address(&found.lengths)),
+            Argument::Address(D::address(&found.errors)),
+        ];
+        store(device, heads, each, "store_sparse", &arguments)
     }
 
     /// Appends a batch that was found elsewhere.
@@ -154,49 +194,52 @@ impl<D: Device> DeviceCodes<D> {
     pub fn extend(&mut self, device: &D, batch: &SparseBatch) -> Result<()> {
         let s = self.format.sparsity;
         assert_eq!(batch.sparsity, s, "codes of one sparsity");
-        let heads = std::slice::from_mut(self);
-        let number = format_number(heads[0].format)?;
+        let numbers = |numbers: &[f32]| {
+            let bytes = numbers.iter().flat_map(|x| x.to_le_bytes());
+            upload(device, &bytes.collect::<Vec<u8>>())
+        };
         let indices = |starts: &dyn Fn(usize) -> usize| {
             let own = batch.indices.iter().enumerate();
             let own = own.map(|(i, &index)| index - starts(i % s) as u16);
-            own.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()
+            upload(device, &own.flat_map(u16::to_le_bytes).collect::<Vec<u8>>())
         };
+        let heads = std::slice::from_mut(self);
+        let (count, most) = (batch.len(), s);
+        let sparsities = upload(device, &[])?;
         if let CoefficientFormat::InAtoms(groups) = heads[0].format.coefficients {
             let scales = batch.coefficients.chunks_exact(s);
             let scales: Vec<u8> = scales
                 .map(|scales| Leading::new(0, scales[0]).scale_number())
                 .collect();
-            let paths = upload(device, &indices(&|group| groups.start(group)))?;
-            let scales = upload(device, &scales)?;
-            let arguments = [
-                Argument::Integer(s as i32),
-                Argument::Address(D::address(&paths)),
-                Argument::Address(D::address(&scales)),
-            ];
-            store(device, heads, batch.len(), "store_packed", &arguments)?;
-        } else {
-            let numbers = |numbers: &[f32]| -> Vec<u8> {
-                numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
+            let found = FoundSums {
+                count,
+                most,
+                paths: indices(&|group| groups.start(group))?,
+                scales: upload(device, &scales)?,
+                errors: numbers(&batch.relative_errors)?,
+                sparsities,
             };
-            let indices = upload(device, &indices(&|_| 0))?;
-            let coefficients = upload(device, &numbers(&batch.coefficients))?;
+            Self::extend_packed(device, heads, &found)
+        } else {
             let lengths: Vec<u8> = batch.lengths.iter().map(|&length| length as u8).collect();
-            let lengths = upload(device, &lengths)?;
-            let errors = upload(device, &numbers(&batch.relative_errors))?;
-            let arguments = [
-                Argument::Integer(s as i32),
-                Argument::Integer(number as i32),
-                Argument::Integer(0),
-                Argument::Address(D::address(&indices)),
-                Argument::Address(D::address(&coefficients)),
-                Argument::Address(D::address(&lengths)),
-                Argument::Address(D::address(&errors)),
-            ];
-            store(device, heads, batch.len(), "store_sparse", &arguments)?;
+            let found = FoundCodes {
+                count,
+                most,
+                indices: indices(&|_| 0)?,
+                coefficients: numbers(&batch.coefficients)?,
+                lengths: upload(device, &lengths)?,
+                errors: numbers(&batch.relative_errors)?,
+                sparsities,
+            };
+            Self::extend_sparse(device, heads, &found, false)
         }
-        // What the kernel reads must outlive it.
-        device.finish()
     }
+}
+
+/// How many of `count` vectors each head has.
+fn vectors_a_head<D: Device>(heads: &[DeviceCodes<D>], count: usize, most: usize) -> usize {
+    let sparsities: Vec<usize> = heads.iter().map(|codes| codes.format.sparsity).collect();
+    crate::pursuit::vectors_a_head(count, &sparsities, most)
 }
 
 /// Has a kernel store `each` vectors more in the codes of each head; `arguments` are those after the vectors' number.
@@ -245,7 +288,6 @@ fn store<D: Device>(
     };
     // SAFETY: the arguments are those of the kernels in kernels/store.cu; all pages are there.
     unsafe { device.launch(&program, kernel, grid, &all)? };
-    device.finish()?;
     heads.iter_mut().for_each(|codes| codes.len += each);
     Ok(())
 }

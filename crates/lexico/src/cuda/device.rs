@@ -1,9 +1,9 @@
 use crate::Result;
 
-/// Where kernels run, with memory of its own: a GPU, or in tests the host in its place. What is asked of it is done in the
-/// order in which it is asked.
+/// Where kernels run, with memory of its own: a stream of a GPU, or in tests the host in its place. What is asked of it is done
+/// in the order in which it is asked.
 pub trait Device {
-    /// Bytes there, freed when dropped.
+    /// Bytes there. When it is dropped they are freed once all is done that was asked before of the stream that allocated them.
     type Memory;
 
     /// Room for so many bytes, which hold anything.
@@ -39,6 +39,12 @@ pub trait Device {
     /// [`Error::Device`](crate::Error::Device) where a kernel failed.
     fn finish(&self) -> Result<()>;
 
+    /// Has all that is asked from now on wait for what was asked of another stream of the same device so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device fails.
+    fn wait_for(&self, other: &Self) -> Result<()>;
+
     /// Blocks that it runs at a time, about: a kernel that goes through its work in strides needs no more.
     fn blocks(&self) -> u32;
 
@@ -57,6 +63,14 @@ pub trait Device {
         grid: Grid,
         arguments: &[Argument],
     ) -> Result<()>;
+}
+
+/// Two streams of a device: decoding does not wait for the codes that are made beside it.
+pub struct Streams<D> {
+    /// What decodes, and what all memory is allocated by.
+    pub main: D,
+    /// What codes.
+    pub aside: D,
 }
 
 /// Kernels and the constants that they are compiled with.
@@ -159,6 +173,20 @@ pub(super) fn download_u16<D: Device>(
         .iter()
         .map(|&b| u16::from_le_bytes(b))
         .collect())
+}
+
+/// Memory of rows `[n, m]`, filled up with zeros to `padded` numbers each.
+pub(super) fn upload_rows<D: Device>(
+    device: &D,
+    rows: &[f32],
+    m: usize,
+    padded: usize,
+) -> Result<D::Memory> {
+    let numbers = padded_rows(rows, m, padded).into_iter();
+    upload(
+        device,
+        &numbers.flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
+    )
 }
 
 /// Rows filled up with zeros.

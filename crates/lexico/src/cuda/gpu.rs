@@ -7,7 +7,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 
 use super::compile::{compile, compile_cached};
-use super::device::{Argument, Device, Grid, Program};
+use super::device::{Argument, Device, Grid, Program, Streams};
 use crate::{Error, Result};
 
 /// Blocks for every multiprocessor.
@@ -15,15 +15,14 @@ const BLOCKS: u32 = 4;
 /// Shared memory that a kernel has without asking.
 const SHARED: usize = 48 * 1024;
 
-/// An NVIDIA GPU, by CUDA's driver; its primary context is that of other libraries in the process too.
+/// A stream of an NVIDIA GPU, by CUDA's driver; its primary context is that of other libraries in the process too.
 pub struct Gpu {
-    context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     architecture: String,
     blocks: u32,
     /// Where compiled programs are kept.
     folder: Option<PathBuf>,
-    functions: Mutex<HashMap<(Program, &'static str), Function>>,
+    functions: Arc<Mutex<HashMap<(Program, &'static str), Function>>>,
 }
 
 /// Memory of a [`Gpu`].
@@ -56,19 +55,47 @@ impl Gpu {
         }
         let name = format!("GPU {ordinal}");
         let context = CudaContext::new(ordinal).map_err(failed(&name))?;
-        let (major, minor) = context.compute_capability().map_err(failed(&name))?;
+        Self::of_stream(context.new_stream().map_err(failed(&name))?, folder)
+    }
+
+    /// The GPU of a stream that another library made, and that stream.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the GPU says nothing of itself.
+    pub fn of_stream(stream: Arc<CudaStream>, folder: Option<PathBuf>) -> Result<Self> {
+        let context = stream.context();
+        let said = failed("what it is");
+        let (major, minor) = context.compute_capability().map_err(&said)?;
         let multiprocessors = context
             .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(failed(&name))?;
-        let stream = context.new_stream().map_err(failed(&name))?;
+            .map_err(&said)?;
         Ok(Self {
-            context,
-            stream,
             architecture: format!("sm_{major}{minor}"),
             blocks: BLOCKS * multiprocessors.max(1) as u32,
             folder,
-            functions: Mutex::default(),
+            functions: Arc::default(),
+            stream,
         })
+    }
+
+    /// This stream, and one beside it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where there can be no other stream.
+    pub fn with_stream_aside(self) -> Result<Streams<Self>> {
+        let stream = self.context().new_stream();
+        let aside = Self {
+            stream: stream.map_err(failed("a stream"))?,
+            architecture: self.architecture.clone(),
+            blocks: self.blocks,
+            folder: self.folder.clone(),
+            functions: Arc::clone(&self.functions),
+        };
+        Ok(Streams { main: self, aside })
+    }
+
+    fn context(&self) -> &Arc<CudaContext> {
+        self.stream.context()
     }
 
     /// The GPU's name, as the driver has it.
@@ -76,7 +103,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Device`].
     pub fn name(&self) -> Result<String> {
-        self.context.name().map_err(failed("its name"))
+        self.context().name().map_err(failed("its name"))
     }
 
     /// Bytes of memory that are free, and bytes that there are.
@@ -84,7 +111,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Device`].
     pub fn memory(&self) -> Result<(usize, usize)> {
-        self.context.mem_get_info().map_err(failed("its memory"))
+        self.context().mem_get_info().map_err(failed("its memory"))
     }
 
     fn function(&self, program: &Program, kernel: &'static str) -> Result<Function> {
@@ -157,6 +184,10 @@ impl Device for Gpu {
         self.stream.synchronize().map_err(failed("a kernel"))
     }
 
+    fn wait_for(&self, other: &Self) -> Result<()> {
+        self.stream.join(&other.stream).map_err(failed("waiting"))
+    }
+
     fn blocks(&self) -> u32 {
         self.blocks
     }
@@ -168,7 +199,7 @@ impl Device for Gpu {
         grid: Grid,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.context.bind_to_thread().map_err(failed(kernel))?;
+        self.context().bind_to_thread().map_err(failed(kernel))?;
         let Function(function) = self.function(program, kernel)?;
         if grid.shared > SHARED {
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -1,12 +1,13 @@
 use half::f16;
 
 use super::device::{
-    Argument, COMMON, Device, Grid, Program, download, download_f32, download_u16, padded_rows,
-    upload,
+    Argument, COMMON, Device, Grid, Program, Streams, download, download_f32, download_u16,
+    padded_rows, upload, upload_rows,
 };
+use super::pursuit::{kernel_count, upload_lengths};
+use crate::Result;
 use crate::dictionary::{GroupedDictionary, Groups};
 use crate::pursuit::SparseBatch;
-use crate::{Error, Result};
 
 /// Vectors that a block codes side by side; `VECTORS` in grouped.cu.
 const VECTORS: usize = 8;
@@ -19,8 +20,7 @@ const TILE: usize = 64;
 /// [`GroupedPursuit`](crate::pursuit::GroupedPursuit) on a device, which follows [`DEVICE_BEAM`] sums of every vector.
 ///
 /// Sums are compared by products of halves, summed in f32; what is left of vectors is f32.
-pub struct DeviceGroupedPursuit<'d, D: Device> {
-    device: &'d D,
+pub struct DeviceGroupedPursuit<D: Device> {
     program: Program,
     /// `[N, padded]`, halves.
     atoms: D::Memory,
@@ -42,14 +42,16 @@ pub struct FoundSums<D: Device> {
     pub scales: D::Memory,
     /// `‖x − x̂‖ / ‖x‖` of the sums before they are scaled, `[n]`, f32.
     pub errors: D::Memory,
+    /// What the kernel reads of each head.
+    pub(super) sparsities: D::Memory,
 }
 
-impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
+impl<D: Device> DeviceGroupedPursuit<D> {
     /// Codes of up to `most` atoms over the dictionary, whose atoms are rounded to halves.
     ///
     /// # Errors
-    /// [`Error::Groups`](crate::Error::Groups) unless `1 ≤ most ≤` the number of groups; [`Error::Device`].
-    pub fn new(device: &'d D, dictionary: &GroupedDictionary, most: usize) -> Result<Self> {
+    /// [`Error::Groups`](crate::Error::Groups) unless `1 ≤ most ≤` the number of groups; [`Error::Device`](crate::Error::Device).
+    pub fn new(device: &D, dictionary: &GroupedDictionary, most: usize) -> Result<Self> {
         dictionary.check_sparsity(most)?;
         let head_dim = dictionary.head_dim();
         let padded = head_dim.next_multiple_of(16);
@@ -65,7 +67,6 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
         let half_squares: Vec<u8> = half_squares.flat_map(f32::to_le_bytes).collect();
         let bytes: Vec<u8> = halves.into_iter().flat_map(f16::to_le_bytes).collect();
         Ok(Self {
-            device,
             program: Program {
                 name: "grouped",
                 parts: &[COMMON, include_str!("kernels/grouped.cu")],
@@ -83,40 +84,56 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
     /// Codes the vectors of several heads, `[heads, n, m]`, those of each with its own of `sparsities`.
     ///
     /// # Errors
-    /// As [`Pursuit::encode`](crate::Pursuit::encode), and [`Error::Device`].
+    /// As [`Pursuit::encode`](crate::Pursuit::encode), and [`Error::Device`](crate::Error::Device).
     ///
     /// # Panics
-    /// Where a sparsity is 0 or above the most, or the vectors are not as many for each head.
+    /// As [`DeviceGroupedPursuit::encode_heads`].
     pub fn encode(
         &self,
+        streams: &Streams<D>,
         vectors: &[f32],
         sparsities: &[usize],
         unbiased: bool,
     ) -> Result<FoundSums<D>> {
         crate::pursuit::check_vectors(vectors, self.head_dim)?;
         let n = vectors.len() / self.head_dim;
+        let rows = upload_rows(&streams.main, vectors, self.head_dim, self.padded)?;
+        let found = self.encode_heads(streams, &rows, n, sparsities, unbiased)?;
+        streams.main.wait_for(&streams.aside)?;
+        Ok(found)
+    }
+
+    /// Codes the vectors of several heads, `[heads, n, padded]` with the head dim filled up to a multiple of 16, those of each with
+    /// its own of `sparsities`. What was found is there once the main stream has waited for the other.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    ///
+    /// # Panics
+    /// Where a sparsity is 0 or above the most, or the vectors are not as many for each head.
+    pub fn encode_heads(
+        &self,
+        streams: &Streams<D>,
+        vectors: &D::Memory,
+        n: usize,
+        sparsities: &[usize],
+        unbiased: bool,
+    ) -> Result<FoundSums<D>> {
         let each = crate::pursuit::vectors_a_head(n, sparsities, self.most);
-        let count = i32::try_from(n).map_err(|_| {
-            Error::Device(format!("{n} vectors at once; less than 2³¹ are possible"))
-        })?;
-        let device = self.device;
-        let rows = padded_rows(vectors, self.head_dim, self.padded).into_iter();
-        let rows = upload(
-            device,
-            &rows.flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
-        )?;
-        let lengths = sparsities.iter().flat_map(|&s| (s as i32).to_le_bytes());
-        let lengths = upload(device, &lengths.collect::<Vec<u8>>())?;
+        let count = kernel_count(n)?;
+        let device = &streams.main;
         let found = FoundSums {
             count: n,
             most: self.most,
             paths: device.allocate(n * self.most * size_of::<u16>())?,
             scales: device.allocate(n)?,
             errors: device.allocate(n * size_of::<f32>())?,
+            sparsities: upload_lengths(device, sparsities)?,
         };
         if n == 0 {
             return Ok(found);
         }
+        streams.aside.wait_for(device)?;
         let rows_a_block = VECTORS * DEVICE_BEAM;
         let grid = Grid {
             blocks: [device.blocks().min(n.div_ceil(VECTORS) as u32), 1],
@@ -126,10 +143,10 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
         };
         let address = |memory: &D::Memory| Argument::Address(D::address(memory));
         let arguments = [
-            address(&rows),
+            address(vectors),
             Argument::Integer(count),
             Argument::Integer(each as i32),
-            address(&lengths),
+            address(&found.sparsities),
             Argument::Integer(self.most as i32),
             address(&self.atoms),
             address(&self.half_squares),
@@ -140,19 +157,26 @@ impl<'d, D: Device> DeviceGroupedPursuit<'d, D> {
             address(&found.errors),
         ];
         // SAFETY: the arguments are those of `search` in kernels/grouped.cu, with room for what it writes.
-        unsafe { device.launch(&self.program, "search", grid, &arguments)? };
-        // What the kernel reads must outlive it.
-        device.finish()?;
+        unsafe {
+            streams
+                .aside
+                .launch(&self.program, "search", grid, &arguments)?;
+        }
         Ok(found)
     }
 }
 
 impl<D: Device> FoundSums<D> {
+    /// Bytes of device memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.count * (self.most * size_of::<u16>() + 1 + size_of::<f32>())
+    }
+
     /// What was found, as [`GroupedPursuit`](crate::pursuit::GroupedPursuit) gives it: a batch of codes of `most` atoms, the
     /// vectors of each head with its own of `sparsities`.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`Error::Device`](crate::Error::Device).
     pub fn batch(&self, device: &D, groups: Groups, sparsities: &[usize]) -> Result<SparseBatch> {
         let (n, most) = (self.count, self.most);
         let each = crate::pursuit::vectors_a_head(n, sparsities, most);

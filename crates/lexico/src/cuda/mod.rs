@@ -9,12 +9,18 @@ mod compile;
 mod device;
 mod gpu;
 mod grouped;
+mod layer;
+mod pair;
 mod pursuit;
 
-pub use attention::{DeviceAttention, DevicePast};
+pub use attention::DeviceAttention;
 pub use codes::DeviceCodes;
 pub use compile::{compile, compile_cached};
-pub use device::{Argument, Device, Grid, Program};
+pub use device::{Argument, Device, Grid, Program, Streams};
 pub use gpu::{Gpu, GpuMemory};
 pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};
-pub use pursuit::DevicePursuit;
+pub use layer::{
+    DeviceBytes, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence,
+};
+pub use pair::{DevicePast, DeviceRows};
+pub use pursuit::{DevicePursuit, FoundCodes};

@@ -1,8 +1,8 @@
 use half::f16;
 
 use super::device::{
-    Argument, COMMON, Device, Grid, Program, download, download_f32, download_u16, padded_rows,
-    upload,
+    Argument, COMMON, Device, Grid, Program, Streams, download, download_f32, download_u16,
+    padded_rows, upload, upload_rows,
 };
 use crate::pursuit::SparseBatch;
 use crate::{Dictionary, Error, Result};
@@ -16,8 +16,7 @@ const TILE: usize = 64;
 /// [`Pursuit`](crate::Pursuit) on a device.
 ///
 /// Atoms are chosen by products of halves, summed in f32; their coefficients are those of least squares in f32.
-pub struct DevicePursuit<'d, D: Device> {
-    device: &'d D,
+pub struct DevicePursuit<D: Device> {
     program: Program,
     /// `[N, padded]`, halves.
     atoms: D::Memory,
@@ -25,27 +24,39 @@ pub struct DevicePursuit<'d, D: Device> {
     /// The head dim filled up to a multiple of 16.
     padded: usize,
     count: usize,
-    sparsity: usize,
+    most: usize,
     tolerance: f32,
     blocks: u32,
-    /// Orthonormal bases of the vectors that are being coded, and how atoms are made of them.
+    /// Orthonormal bases of the vectors that are being coded, and how atoms are made of them. One pursuit at a time uses them: all
+    /// run on one stream.
     basis: D::Memory,
     triangles: D::Memory,
 }
 
-impl<'d, D: Device> DevicePursuit<'d, D> {
-    /// Codes of at most `sparsity` nonzeros over the dictionary, whose atoms are rounded to halves.
+/// Codes with coefficients that were found on a device, and lie there.
+pub struct FoundCodes<D: Device> {
+    pub(super) count: usize,
+    pub(super) most: usize,
+    /// Atoms of each vector, `[n, most]`, u16.
+    pub indices: D::Memory,
+    /// Their coefficients, `[n, most]`, f32.
+    pub coefficients: D::Memory,
+    /// How many each vector has, `[n]`, u8.
+    pub lengths: D::Memory,
+    /// `‖x − x̂‖ / ‖x‖`, `[n]`, f32.
+    pub errors: D::Memory,
+    /// What the kernel reads of each head.
+    pub(super) sparsities: D::Memory,
+}
+
+impl<D: Device> DevicePursuit<D> {
+    /// Codes of at most `most` nonzeros over the dictionary, whose atoms are rounded to halves.
     ///
     /// # Errors
     /// [`Error::Sparsity`](crate::Error::Sparsity) as for [`Pursuit::new`](crate::Pursuit::new),
     /// [`Error::Device`] where its memory does not suffice.
-    pub fn new(
-        device: &'d D,
-        dictionary: &Dictionary,
-        sparsity: usize,
-        tolerance: f32,
-    ) -> Result<Self> {
-        dictionary.check_sparsity(sparsity)?;
+    pub fn new(device: &D, dictionary: &Dictionary, most: usize, tolerance: f32) -> Result<Self> {
+        dictionary.check_sparsity(most)?;
         let head_dim = dictionary.head_dim();
         let padded = head_dim.next_multiple_of(16);
         let blocks = device.blocks();
@@ -55,7 +66,6 @@ impl<'d, D: Device> DevicePursuit<'d, D> {
             .flat_map(|x| f16::from_f32(x).to_le_bytes())
             .collect();
         Ok(Self {
-            device,
             program: Program {
                 name: "pursuit",
                 parts: &[COMMON, include_str!("kernels/pursuit.cu")],
@@ -65,74 +75,125 @@ impl<'d, D: Device> DevicePursuit<'d, D> {
             head_dim,
             padded,
             count: dictionary.len(),
-            sparsity,
+            most,
             tolerance,
             blocks,
-            basis: device.allocate(rows * sparsity * padded * size_of::<f32>())?,
-            triangles: device.allocate(rows * sparsity * sparsity * size_of::<f32>())?,
+            basis: device.allocate(rows * most * padded * size_of::<f32>())?,
+            triangles: device.allocate(rows * most * most * size_of::<f32>())?,
         })
     }
 
-    /// Codes `vectors` `[n, m]`.
+    /// Codes `vectors` `[n, m]`, each with at most as many nonzeros as there may be.
     ///
     /// # Errors
     /// As [`Pursuit::encode`](crate::Pursuit::encode), and [`Error::Device`].
-    pub fn encode(&self, vectors: &[f32]) -> Result<SparseBatch> {
+    pub fn encode(&self, streams: &Streams<D>, vectors: &[f32]) -> Result<SparseBatch> {
         crate::pursuit::check_vectors(vectors, self.head_dim)?;
-        let (n, s) = (vectors.len() / self.head_dim, self.sparsity);
-        let mut batch = SparseBatch {
-            sparsity: s,
-            lengths: vec![0; n],
-            indices: vec![0; n * s],
-            coefficients: vec![0.0; n * s],
-            relative_errors: vec![0.0; n],
-        };
-        if n == 0 {
-            return Ok(batch);
-        }
-        let count = i32::try_from(n).map_err(|_| {
-            Error::Device(format!("{n} vectors at once; less than 2³¹ are possible"))
-        })?;
-        let device = self.device;
-        let bytes: Vec<u8> = padded_rows(vectors, self.head_dim, self.padded)
-            .into_iter()
-            .flat_map(f32::to_le_bytes)
-            .collect();
-        let vectors = upload(device, &bytes)?;
+        let n = vectors.len() / self.head_dim;
+        let rows = upload_rows(&streams.main, vectors, self.head_dim, self.padded)?;
+        let found = self.encode_heads(streams, &rows, n, &[self.most])?;
+        streams.main.wait_for(&streams.aside)?;
+        found.batch(&streams.main)
+    }
+
+    /// Codes the vectors of several heads, `[heads, n, padded]` with the head dim filled up to a multiple of 16, those of each with
+    /// at most its own of `sparsities`. What was found is there once the main stream has waited for the other.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    ///
+    /// # Panics
+    /// Where a sparsity is 0 or above the most, or the vectors are not as many for each head.
+    pub fn encode_heads(
+        &self,
+        streams: &Streams<D>,
+        vectors: &D::Memory,
+        count: usize,
+        sparsities: &[usize],
+    ) -> Result<FoundCodes<D>> {
+        let each = crate::pursuit::vectors_a_head(count, sparsities, self.most);
+        let (n, s) = (kernel_count(count)?, self.most);
+        let device = &streams.main;
         // Codes shorter than the sparsity leave the rest as it is.
-        let indices = upload(device, &vec![0; n * s * size_of::<u16>()])?;
-        let coefficients = upload(device, &vec![0; n * s * size_of::<f32>()])?;
-        let lengths = upload(device, &vec![0; n])?;
-        let errors = upload(device, &vec![0; n * size_of::<f32>()])?;
+        let zeros = |bytes: usize| upload(device, &vec![0; bytes]);
+        let found = FoundCodes {
+            count,
+            most: s,
+            indices: zeros(count * s * size_of::<u16>())?,
+            coefficients: zeros(count * s * size_of::<f32>())?,
+            lengths: zeros(count)?,
+            errors: zeros(count * size_of::<f32>())?,
+            sparsities: upload_lengths(device, sparsities)?,
+        };
+        if count == 0 {
+            return Ok(found);
+        }
+        streams.aside.wait_for(device)?;
         let shared = 2 * TILE * (self.padded + 8) * size_of::<u16>()
             + ROWS * (self.padded + s + 2) * size_of::<f32>();
         let address = |memory: &D::Memory| Argument::Address(D::address(memory));
         let grid = Grid {
-            blocks: [self.blocks.min(n.div_ceil(ROWS) as u32), 1],
+            blocks: [self.blocks.min(count.div_ceil(ROWS) as u32), 1],
             threads: THREADS,
             shared,
         };
         let arguments = [
-            address(&vectors),
-            Argument::Integer(count),
+            address(vectors),
+            Argument::Integer(n),
+            Argument::Integer(each as i32),
+            address(&found.sparsities),
             address(&self.atoms),
             Argument::Integer(self.count as i32),
             Argument::Integer(s as i32),
             Argument::Float(self.tolerance),
             address(&self.basis),
             address(&self.triangles),
-            address(&indices),
-            address(&coefficients),
-            address(&lengths),
-            address(&errors),
+            address(&found.indices),
+            address(&found.coefficients),
+            address(&found.lengths),
+            address(&found.errors),
         ];
         // SAFETY: the arguments are those of `pursue` in kernels/pursuit.cu, with room for what it writes.
-        unsafe { device.launch(&self.program, "pursue", grid, &arguments)? };
-        batch.coefficients = download_f32(device, &coefficients, n * s)?;
-        batch.indices = download_u16(device, &indices, n * s)?;
-        batch.relative_errors = download_f32(device, &errors, n)?;
-        let lengths = download(device, &lengths, n)?;
-        batch.lengths = lengths.into_iter().map(u16::from).collect();
-        Ok(batch)
+        unsafe {
+            streams
+                .aside
+                .launch(&self.program, "pursue", grid, &arguments)?;
+        }
+        Ok(found)
     }
+}
+
+impl<D: Device> FoundCodes<D> {
+    /// Bytes of device memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.count * (self.most * (size_of::<u16>() + size_of::<f32>()) + 1 + size_of::<f32>())
+    }
+
+    /// What was found, as [`Pursuit`](crate::Pursuit) gives it.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn batch(&self, device: &D) -> Result<SparseBatch> {
+        let (n, s) = (self.count, self.most);
+        let lengths = download(device, &self.lengths, n)?;
+        Ok(SparseBatch {
+            sparsity: s,
+            lengths: lengths.into_iter().map(u16::from).collect(),
+            indices: download_u16(device, &self.indices, n * s)?,
+            coefficients: download_f32(device, &self.coefficients, n * s)?,
+            relative_errors: download_f32(device, &self.errors, n)?,
+        })
+    }
+}
+
+/// The number of vectors, as kernels take it.
+pub(super) fn kernel_count(n: usize) -> Result<i32> {
+    i32::try_from(n)
+        .map_err(|_| Error::Device(format!("{n} vectors at once; less than 2³¹ are possible")))
+}
+
+/// Memory of the sparsities of heads.
+pub(super) fn upload_lengths<D: Device>(device: &D, sparsities: &[usize]) -> Result<D::Memory> {
+    let lengths = sparsities.iter().flat_map(|&s| (s as i32).to_le_bytes());
+    upload(device, &lengths.collect::<Vec<u8>>())
 }

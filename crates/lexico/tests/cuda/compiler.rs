@@ -48,6 +48,10 @@ impl Device for Compiler {
         Ok(())
     }
 
+    fn wait_for(&self, _other: &Self) -> Result<()> {
+        Ok(())
+    }
+
     fn blocks(&self) -> u32 {
         528
     }

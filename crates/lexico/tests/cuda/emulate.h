@@ -10,6 +10,7 @@
 #define __launch_bounds__(...)
 #define __restrict__
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -39,9 +40,18 @@ struct Barrier {
 
 const size_t STACK = 1 << 16;
 
-static ucontext_t scheduler;
-static std::vector<ucontext_t> contexts;
-static std::vector<bool> done;
+// A thread of the block: begun on a stack of its own, then left and taken up again by jumps, which ask the system for nothing.
+struct Thread {
+    ucontext_t beginning;
+    jmp_buf place;
+    bool begun = false, done = false;
+    // What it waits at, and until when.
+    Barrier *barrier = nullptr;
+    uint64_t generation = 0;
+};
+
+static jmp_buf scheduler;
+static std::vector<Thread> threads;
 static std::vector<std::vector<char>> stacks;
 static size_t running;
 static std::function<void()> body;
@@ -58,48 +68,57 @@ static void wait(Barrier &barrier) {
         ++barrier.generation;
         return;
     }
-    while (barrier.generation == generation) swapcontext(&contexts[running], &scheduler);
+    threads[running].barrier = &barrier;
+    threads[running].generation = generation;
+    if (_setjmp(threads[running].place) == 0) _longjmp(scheduler, 1);
 }
 
 static void begin() {
     body();
-    done[running] = true;
-    swapcontext(&contexts[running], &scheduler);
+    threads[running].done = true;
+    _longjmp(scheduler, 1);
 }
 
-static void run_block(size_t threads) {
-    contexts.assign(threads, {});
-    done.assign(threads, false);
-    stacks.resize(threads);
-    block = Barrier{(int)threads};
-    warps.assign((threads + 31) / 32, {});
-    for (size_t w = 0; w < warps.size(); ++w) warps[w].size = (int)std::min<size_t>(32, threads - 32 * w);
-    shown.assign(threads * 8, 0);
+// Has thread `running` go on until it waits or ends.
+static void resume() {
+    if (_setjmp(scheduler) != 0) return;
+    Thread &thread = threads[running];
+    if (thread.begun) _longjmp(thread.place, 1);
+    thread.begun = true;
+    setcontext(&thread.beginning);
+}
+
+static void run_block(size_t count, size_t shared_bytes) {
+    threads.assign(count, {});
+    stacks.resize(count);
+    block = Barrier{(int)count};
+    warps.assign((count + 31) / 32, {});
+    for (size_t w = 0; w < warps.size(); ++w) warps[w].size = (int)std::min<size_t>(32, count - 32 * w);
+    shown.assign(count * 8, 0);
     voted[0] = voted[1] = 0;
     // Whatever was in shared memory before: a kernel must not count on zeros.
-    memset(shared, 0xcb, sizeof shared);
-    for (size_t t = 0; t < threads; ++t) {
+    memset(shared, 0xcb, shared_bytes);
+    for (size_t t = 0; t < count; ++t) {
         stacks[t].resize(STACK);
-        getcontext(&contexts[t]);
-        contexts[t].uc_stack = {stacks[t].data(), 0, STACK};
-        contexts[t].uc_link = nullptr;
-        makecontext(&contexts[t], begin, 0);
+        ucontext_t &beginning = threads[t].beginning;
+        getcontext(&beginning);
+        beginning.uc_stack = {stacks[t].data(), 0, STACK};
+        beginning.uc_link = nullptr;
+        makecontext(&beginning, begin, 0);
     }
-    for (size_t left = threads, idle = 0; left > 0;) {
+    for (size_t left = count; left > 0;) {
         bool moved = false;
-        for (size_t t = 0; t < threads; ++t) {
-            if (done[t]) continue;
+        for (size_t t = 0; t < count; ++t) {
+            Thread &thread = threads[t];
+            if (thread.done || (thread.barrier && thread.barrier->generation == thread.generation)) continue;
             running = t;
             threadIdx = {(unsigned)t, 0, 0};
-            swapcontext(&scheduler, &contexts[t]);
-            if (done[t]) {
-                --left;
-                moved = true;
-            }
+            resume();
+            moved = true;
+            if (threads[t].done) --left;
         }
         // A thread that waits for one that has ended would wait for ever.
-        idle = moved ? 0 : idle + 1;
-        if (idle > 100000000) {
+        if (!moved) {
             fprintf(stderr, "threads wait for each other\n");
             abort();
         }
@@ -117,7 +136,7 @@ template <class... A> void launch(void (*kernel)(A...), const unsigned *shape, v
         for (unsigned y = 0; y < shape[1]; ++y)
             for (unsigned x = 0; x < shape[0]; ++x) {
                 blockIdx = {x, y, z};
-                run_block(shape[3]);
+                run_block(shape[3], shape[4]);
             }
 }
 

@@ -39,7 +39,14 @@ impl Emulator {
         .unwrap();
         let headers = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
         let output = Command::new("c++")
-            .args(["-std=c++20", "-O2", "-shared", "-fPIC", "-I"])
+            .args([
+                "-std=c++20",
+                "-O2",
+                "-U_FORTIFY_SOURCE",
+                "-shared",
+                "-fPIC",
+                "-I",
+            ])
             .arg(headers)
             .arg(&source)
             .arg("-o")
@@ -86,6 +93,10 @@ impl Device for Emulator {
         Ok(())
     }
 
+    fn wait_for(&self, _other: &Self) -> Result<()> {
+        Ok(())
+    }
+
     fn blocks(&self) -> u32 {
         2
     }
@@ -107,7 +118,8 @@ impl Device for Emulator {
         // SAFETY: every entry has this type.
         let entry = unsafe { programs[program].get::<Entry>(name.as_bytes()) };
         let entry = entry.map_err(|error| Error::Device(format!("{kernel}: {error}")))?;
-        let shape = [grid.blocks[0], grid.blocks[1], 1, grid.threads];
+        let [x, y] = grid.blocks;
+        let shape = [x, y, 1, grid.threads, grid.shared as u32];
         let mut places: Vec<*mut c_void> =
             arguments.iter().map(|a| a.place() as *mut c_void).collect();
         // SAFETY: the caller's.

@@ -7,13 +7,16 @@ mod emulator;
 
 use compiler::Compiler;
 use emulator::Emulator;
+use std::sync::Arc;
+
 use half::f16;
 use lexico::attention::{DenseRows, NumberType, Source, attend};
 use lexico::cuda::{
-    DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceGroupedPursuit, DevicePast,
-    DevicePursuit, Program, compile, compile_cached,
+    DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceDictionaries, DeviceGroupedPursuit,
+    DeviceLayer, DeviceLayerSettings, DevicePast, DevicePursuit, DeviceRows, DeviceSequence,
+    Program, Streams, compile, compile_cached,
 };
-use lexico::dictionary::{Atoms, GROUP, GroupedDictionary, Groups};
+use lexico::dictionary::{Atoms, GROUP, GroupedDictionary, Groups, LayerSparsities};
 use lexico::pursuit::GroupedPursuit;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
 use rand::{RngExt, SeedableRng};
@@ -22,8 +25,8 @@ use rand_chacha::ChaCha8Rng;
 /// The emulator, or `None`, said so, where there is no compiler for it.
 macro_rules! emulator {
     () => {
-        match Emulator::new() {
-            Ok(emulator) => emulator,
+        match Emulator::new().and_then(|main| Ok((main, Emulator::new()?))) {
+            Ok((main, aside)) => Streams { main, aside },
             Err(reason) => {
                 eprintln!("SKIPPED: kernels on the host: {reason}");
                 return;
@@ -38,7 +41,8 @@ fn drawn(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
 
 #[test]
 fn pursuit_is_that_of_the_cpu() {
-    let emulator = emulator!();
+    let streams = emulator!();
+    let emulator = &streams.main;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     for (m, atoms, sparsity, count) in [
         (32, 150, 5, 70),
@@ -51,8 +55,8 @@ fn pursuit_is_that_of_the_cpu() {
             .in_half_precision()
             .unwrap();
         let vectors = drawn(&mut rng, count * m);
-        let device = DevicePursuit::new(&emulator, &dictionary, sparsity, 0.0).unwrap();
-        let found = device.encode(&vectors).unwrap();
+        let device = DevicePursuit::new(emulator, &dictionary, sparsity, 0.0).unwrap();
+        let found = device.encode(&streams, &vectors).unwrap();
         let on_cpu = Pursuit::new(&dictionary, sparsity)
             .unwrap()
             .encode(&vectors)
@@ -101,7 +105,8 @@ fn grouped(rng: &mut ChaCha8Rng, m: usize, first: usize, groups: usize) -> Group
 
 #[test]
 fn packed_codes_are_those_of_the_cpu() {
-    let emulator = emulator!();
+    let streams = emulator!();
+    let emulator = &streams.main;
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     for (m, first, groups, sparsities, each) in [
         (32, 100, 6, vec![6, 3], 11),
@@ -111,10 +116,12 @@ fn packed_codes_are_those_of_the_cpu() {
         let dictionary = grouped(&mut rng, m, first, groups);
         let vectors = drawn(&mut rng, sparsities.len() * each * m);
         for unbiased in [false, true] {
-            let device = DeviceGroupedPursuit::new(&emulator, &dictionary, groups).unwrap();
-            let found = device.encode(&vectors, &sparsities, unbiased).unwrap();
+            let device = DeviceGroupedPursuit::new(emulator, &dictionary, groups).unwrap();
+            let found = device
+                .encode(&streams, &vectors, &sparsities, unbiased)
+                .unwrap();
             let found = found
-                .batch(&emulator, dictionary.groups(), &sparsities)
+                .batch(emulator, dictionary.groups(), &sparsities)
                 .unwrap();
             let on_cpu = GroupedPursuit::new(&dictionary, groups).unwrap();
             let on_cpu = on_cpu.with_beam(DEVICE_BEAM).unbiased(unbiased);
@@ -149,13 +156,34 @@ fn packed_codes_are_those_of_the_cpu() {
     }
 }
 
-/// Memory of these halves.
-fn halves(emulator: &Emulator, rows: &[f32]) -> Vec<u64> {
-    let bytes = rows.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes());
-    let bytes: Vec<u8> = bytes.collect();
+/// Memory of these bytes.
+fn memory(emulator: &Emulator, bytes: &[u8]) -> Vec<u64> {
     let mut memory = emulator.allocate(bytes.len()).unwrap();
-    emulator.write(&mut memory, 0, &bytes).unwrap();
+    emulator.write(&mut memory, 0, bytes).unwrap();
     memory
+}
+
+fn numbers(emulator: &Emulator, numbers: &[f32]) -> Vec<u64> {
+    let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+    memory(emulator, &bytes)
+}
+
+fn read(emulator: &Emulator, from: &Vec<u64>, count: usize) -> Vec<f32> {
+    let mut bytes = vec![0; 4 * count];
+    emulator.read(from, 0, &mut bytes).unwrap();
+    let numbers = bytes.as_chunks().0.iter();
+    numbers.map(|&b| f32::from_le_bytes(b)).collect()
+}
+
+/// A ring of `room` halves' rows, these the first of which is at `start`.
+fn ring(emulator: &Emulator, rows: &[f32], m: usize, room: usize, start: usize) -> Vec<u64> {
+    let mut bytes = vec![0xff; room * m * 2];
+    for (i, row) in rows.chunks_exact(m).enumerate() {
+        let to = (start + i) % room * m * 2;
+        let row = row.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes());
+        bytes[to..to + 2 * m].copy_from_slice(&row.collect::<Vec<u8>>());
+    }
+    memory(emulator, &bytes)
 }
 
 /// Codes that nothing was searched for.
@@ -187,7 +215,8 @@ fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -
 
 #[test]
 fn attention_is_that_of_the_cpu() {
-    let emulator = emulator!();
+    let streams = emulator!();
+    let emulator = &streams.main;
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let m = 32;
     for (coefficients, s, group) in [
@@ -196,6 +225,8 @@ fn attention_is_that_of_the_cpu() {
         (CoefficientFormat::InAtoms(Groups { first: 300 }), 8, 4),
         (CoefficientFormat::I8, 6, 8),
         (CoefficientFormat::F8, 7, 4),
+        (CoefficientFormat::InAtoms(Groups { first: 9 }), 3, 7),
+        (CoefficientFormat::I8, 2, 3),
     ] {
         let format = CodeFormat {
             sparsity: s,
@@ -211,60 +242,69 @@ fn attention_is_that_of_the_cpu() {
             atoms.in_half_precision().unwrap()
         });
         let (keys, values) = (Atoms::from(&key_atoms), Atoms::from(&value_atoms));
-        let device = DeviceAttention::new(&emulator, format, keys, values, group).unwrap();
+        let device = DeviceAttention::new(emulator, format, keys, values, group).unwrap();
         // Sequences of many lengths, which grow in pieces.
         let mut codes = Vec::new();
         for length in [0, 5, 1100, 2500] {
             codes.push([(); 2].map(|()| {
                 let on_cpu = Codes::new(format).unwrap();
-                let mut own = (on_cpu, DeviceCodes::new(&emulator, format).unwrap());
+                let mut own = (on_cpu, DeviceCodes::new(emulator, format).unwrap());
                 for first in (0..length).step_by(700) {
                     let batch = any_batch(&mut rng, format, count, (length - first).min(700));
                     own.0.extend(&batch);
-                    own.1.extend(&emulator, &batch).unwrap();
+                    own.1.extend(emulator, &batch).unwrap();
                 }
                 own
             }));
         }
         let windows =
             [3, 0, 17, 1].map(|length: usize| [(); 2].map(|()| drawn(&mut rng, length * m)));
-        let on_device = windows
-            .each_ref()
-            .map(|pair| pair.each_ref().map(|rows| halves(&emulator, rows)));
-        let pasts: Vec<_> = codes
-            .iter()
-            .zip(&windows)
-            .zip(&on_device)
-            .map(
-                |(([keys, values], window), [window_keys, window_values])| DevicePast {
-                    keys: &keys.1,
-                    values: &values.1,
-                    window: Some((window_keys, window_values)),
-                    window_len: window[0].len() / m,
+        // Rings with room for more rows, whose first row lies anywhere.
+        let (room, start) = (20, 11);
+        let rings = windows.each_ref().map(|pair| {
+            pair.each_ref()
+                .map(|rows| ring(emulator, rows, m, room, start))
+        });
+        // Of which codes some may not be seen.
+        let hidden = [0, 2, 0, 1500];
+        let mut pasts = Vec::new();
+        for (i, ([keys, values], [window_keys, window_values])) in
+            codes.iter().zip(&rings).enumerate()
+        {
+            pasts.push(DevicePast {
+                keys: &keys.1,
+                values: &values.1,
+                hidden: hidden[i],
+                window: DeviceRows {
+                    keys: Emulator::address(window_keys),
+                    values: Emulator::address(window_values),
+                    room,
+                    start,
+                    len: windows[i][0].len() / m,
                 },
-            )
-            .collect();
+            });
+        }
         let queries = drawn(&mut rng, pasts.len() * group * m);
-        let scaled = queries.iter().map(|x| x / (m as f32).sqrt());
-        let scaled: Vec<u8> = scaled.flat_map(f32::to_le_bytes).collect();
-        let mut memory = emulator.allocate(scaled.len()).unwrap();
-        emulator.write(&mut memory, 0, &scaled).unwrap();
-        let mut out = emulator.allocate(scaled.len()).unwrap();
-        device.attend(&pasts, &memory, &mut out).unwrap();
-        let mut found = vec![0; scaled.len()];
-        emulator.read(&out, 0, &mut found).unwrap();
-        let found = found.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
-        let found: Vec<f32> = found.collect();
+        let scaled: Vec<f32> = queries.iter().map(|x| x / (m as f32).sqrt()).collect();
+        let scaled = numbers(emulator, &scaled);
+        let out = emulator.allocate(4 * queries.len()).unwrap();
+        let at = Emulator::address;
+        // SAFETY: as many numbers are there.
+        unsafe { device.attend(emulator, &pasts, at(&scaled), at(&out)) }.unwrap();
+        let found = read(emulator, &out, queries.len());
         for (i, ([key_codes, value_codes], window)) in codes.iter().zip(&windows).enumerate() {
             let [window_keys, window_values] = window.each_ref().map(|rows| {
                 let mut dense = DenseRows::new(m, NumberType::F16);
                 dense.extend(rows);
                 dense
             });
+            let [mut seen_keys, mut seen_values] = [&key_codes.0, &value_codes.0].map(Clone::clone);
+            seen_keys.drop_front(hidden[i]);
+            seen_values.drop_front(hidden[i]);
             let sources = [
                 Source::Codes {
-                    keys: &key_codes.0,
-                    values: &value_codes.0,
+                    keys: &seen_keys,
+                    values: &seen_values,
                     key_atoms: keys,
                     value_atoms: values,
                 },
@@ -286,6 +326,211 @@ fn attention_is_that_of_the_cpu() {
     }
 }
 
+/// One head's rows, keys or values, of a sequence.
+type Rows = Vec<f32>;
+
+/// Softmax attention over rows, in f64.
+fn attention(query: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
+    let m = query.len();
+    let dot = |key: &[f32]| -> f64 {
+        let products = query.iter().zip(key);
+        products.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum()
+    };
+    let scores: Vec<f64> = keys.chunks_exact(m).map(dot).collect();
+    let most = scores.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let mut out = vec![0.0; m];
+    for (weight, value) in weights.iter().zip(values.chunks_exact(m)) {
+        for (out, &v) in out.iter_mut().zip(value) {
+            *out += weight / total * f64::from(v);
+        }
+    }
+    out
+}
+
+fn relative_error(found: &[f32], wanted: &[f32]) -> f32 {
+    let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
+    let rest = square(&mut found.iter().zip(wanted).map(|(a, b)| a - b));
+    (rest / square(&mut wanted.iter().copied())).sqrt()
+}
+
+/// Two sequences of one layer read prompts and decode together; what each holds and what attention gives is checked after every
+/// step.
+fn goes_on(
+    streams: &Arc<Streams<Emulator>>,
+    dictionaries: DeviceDictionaries<'_>,
+    sliding: Option<usize>,
+) {
+    const M: usize = 16;
+    const HEADS: usize = 2;
+    let (group, window, batch, due) = (3, 5, 4, 2);
+    let settings = DeviceLayerSettings {
+        sparsities: LayerSparsities {
+            keys: vec![4, 2],
+            values: vec![3, 5],
+        },
+        unbiased: false,
+        group,
+        window,
+        batch,
+        due,
+    };
+    let layer = DeviceLayer::new(streams.clone(), dictionaries, settings).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(21);
+    let emulator = &streams.main;
+    let at = Emulator::address;
+    let mut sequences = [layer.sequence().unwrap(), layer.sequence().unwrap()];
+    // Of each sequence and head, all that came.
+    let mut keys = vec![vec![Rows::new(); HEADS]; 2];
+    let mut values = keys.clone();
+    let check = |sequence: &DeviceSequence<Emulator>, keys: &[Rows], values: &[Rows]| {
+        let seen = sequence.seen(sliding);
+        let all = keys[0].len() / M;
+        assert_eq!(sequence.positions(), all);
+        assert_eq!(seen, sliding.map_or(all, |sliding| all.min(sliding)));
+        let found = [(); 2].map(|()| emulator.allocate(HEADS * seen * M * 4).unwrap());
+        // SAFETY: there is room for as many.
+        unsafe { layer.read_back(sequence, [at(&found[0]), at(&found[1])], sliding) }.unwrap();
+        let found = found.map(|memory| read(emulator, &memory, HEADS * seen * M));
+        for (found, wanted) in found.iter().zip([keys, values]) {
+            for (found, wanted) in found.chunks_exact((seen * M).max(1)).zip(wanted) {
+                let wanted = &wanted[(all - seen) * M..];
+                let errors = found.chunks_exact(M).zip(wanted.chunks_exact(M));
+                let errors: Vec<f32> = errors.map(|(a, b)| relative_error(a, b)).collect();
+                let exact = errors
+                    .iter()
+                    .rev()
+                    .take_while(|&&error| error < 1e-3)
+                    .count();
+                let coded = &errors[..seen - exact];
+                assert!(
+                    exact >= window.min(seen) && exact <= window + batch + due,
+                    "{exact}"
+                );
+                let mean = coded.iter().sum::<f32>() / coded.len().max(1) as f32;
+                assert!(mean < 0.75, "{mean} after {all} positions: {errors:?}");
+            }
+        }
+        found
+    };
+    for (i, t) in [7, 1, 40].into_iter().enumerate() {
+        let i = i % 2;
+        let [k, v] = [(); 2].map(|()| drawn(&mut rng, HEADS * t * M));
+        for head in 0..HEADS {
+            keys[i][head].extend(&k[head * t * M..][..t * M]);
+            values[i][head].extend(&v[head * t * M..][..t * M]);
+        }
+        let [k, v] = [&k, &v].map(|rows| numbers(emulator, rows));
+        // SAFETY: as many numbers are there.
+        unsafe { layer.take(&mut sequences[i], [at(&k), at(&v)], t, sliding) }.unwrap();
+        check(&sequences[i], &keys[i], &values[i]);
+    }
+    for step in 0..20 {
+        let [k, v] = [(); 2].map(|()| drawn(&mut rng, 2 * HEADS * M));
+        let queries = drawn(&mut rng, 2 * HEADS * group * M);
+        for (pair, (k, v)) in k.chunks_exact(M).zip(v.chunks_exact(M)).enumerate() {
+            keys[pair / HEADS][pair % HEADS].extend(k);
+            values[pair / HEADS][pair % HEADS].extend(v);
+        }
+        // As they are before a batch takes its place among the codes, and so as attention sees them.
+        let mut together = Vec::new();
+        if step % 5 == 0 {
+            for sequence in &sequences {
+                together.push(check_before(&layer, emulator, sequence, sliding, HEADS, M));
+            }
+        }
+        let [k, v, q] = [&k, &v, &queries].map(|rows| numbers(emulator, rows));
+        let out = emulator.allocate(4 * queries.len()).unwrap();
+        let [first, second] = &mut sequences;
+        // SAFETY: as many numbers are there.
+        unsafe {
+            layer.decode(
+                &mut [first, second],
+                [at(&k), at(&v)],
+                at(&q),
+                at(&out),
+                sliding,
+            )
+        }
+        .unwrap();
+        let out = read(emulator, &out, queries.len());
+        for (i, held) in together.iter().enumerate() {
+            for head in 0..HEADS {
+                let pair = i * HEADS + head;
+                let mut rows = held.each_ref().map(|held| held[head].clone());
+                for (rows, new) in rows.iter_mut().zip([&keys, &values]) {
+                    let new = &new[i][head];
+                    rows.extend(&new[new.len() - M..]);
+                    let hidden = (rows.len() / M).saturating_sub(sliding.unwrap_or(usize::MAX));
+                    rows.drain(..hidden * M);
+                }
+                for g in 0..group {
+                    let own = (pair * group + g) * M..(pair * group + g + 1) * M;
+                    let wanted = attention(&queries[own.clone()], &rows[0], &rows[1]);
+                    for (found, wanted) in out[own].iter().zip(wanted) {
+                        assert!(
+                            (f64::from(*found) - wanted).abs() < 3e-3,
+                            "step {step}, pair {pair}"
+                        );
+                    }
+                }
+            }
+        }
+        for (i, sequence) in sequences.iter().enumerate() {
+            if step % 5 > 1 {
+                check(sequence, &keys[i], &values[i]);
+            }
+        }
+    }
+    let bytes = layer.bytes(&sequences[1]);
+    assert!(bytes.codes > 0 && bytes.window > 0);
+}
+
+/// What a sequence holds of each head, keys and values.
+fn check_before(
+    layer: &DeviceLayer<Emulator>,
+    emulator: &Emulator,
+    sequence: &DeviceSequence<Emulator>,
+    sliding: Option<usize>,
+    heads: usize,
+    m: usize,
+) -> [Vec<Rows>; 2] {
+    let each = sequence.seen(sliding) * m;
+    let found = [(); 2].map(|()| emulator.allocate(heads * each * 4).unwrap());
+    let at = Emulator::address;
+    // SAFETY: there is room for as many.
+    unsafe { layer.read_back(sequence, [at(&found[0]), at(&found[1])], sliding) }.unwrap();
+    found.map(|memory| {
+        let rows = read(emulator, &memory, heads * each);
+        rows.chunks_exact(each.max(1))
+            .map(<[f32]>::to_vec)
+            .collect()
+    })
+}
+
+#[test]
+fn a_layer_holds_and_attends_to_what_came() {
+    let streams = Arc::new(emulator!());
+    let mut rng = ChaCha8Rng::seed_from_u64(20);
+    let dictionary = Dictionary::normalised(drawn(&mut rng, 300 * 16), 16).unwrap();
+    let groups = grouped(&mut rng, 16, 100, 5);
+    let packed = DeviceDictionaries::Packed {
+        keys: &groups,
+        values: &groups,
+    };
+    let sparse = DeviceDictionaries::Sparse {
+        keys: &dictionary,
+        values: &dictionary,
+        coefficients: CoefficientFormat::I8,
+        tolerance: 0.0,
+    };
+    for sliding in [None, Some(30), Some(3)] {
+        goes_on(&streams, packed, sliding);
+        goes_on(&streams, sparse, sliding);
+    }
+}
+
 #[test]
 fn every_kernel_compiles_for_every_architecture() {
     let program = Program {
@@ -297,39 +542,47 @@ fn every_kernel_compiles_for_every_architecture() {
         eprintln!("SKIPPED: compiling kernels: {reason}");
         return;
     }
-    let device = Compiler::new();
+    let streams = Arc::new(Streams {
+        main: Compiler::new(),
+        aside: Compiler::new(),
+    });
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let m = 128;
-    let vectors = drawn(&mut rng, 2 * m);
     let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
-    let pursuit = DevicePursuit::new(&device, &dictionary, 16, 0.0).unwrap();
-    pursuit.encode(&vectors).unwrap();
     let groups = grouped(&mut rng, m, 300, 3);
-    let pursuit = DeviceGroupedPursuit::new(&device, &groups, 3).unwrap();
-    pursuit.encode(&vectors, &[2, 3], true).unwrap();
-    for coefficients in [
-        CoefficientFormat::InAtoms(groups.groups()),
-        CoefficientFormat::I8,
-        CoefficientFormat::F8,
+    let sparse = |coefficients| DeviceDictionaries::Sparse {
+        keys: &dictionary,
+        values: &dictionary,
+        coefficients,
+        tolerance: 0.0,
+    };
+    for dictionaries in [
+        DeviceDictionaries::Packed {
+            keys: &groups,
+            values: &groups,
+        },
+        sparse(CoefficientFormat::I8),
+        sparse(CoefficientFormat::F8),
     ] {
-        let format = CodeFormat {
-            sparsity: 3,
-            variable: false,
-            coefficients,
-        };
-        let mut codes = DeviceCodes::new(&device, format).unwrap();
-        let batch = any_batch(&mut rng, format, 100, 5);
-        codes.extend(&device, &batch).unwrap();
-        let atoms = groups.atoms(3);
-        for group in [1, 2, 4, 8] {
-            let attention = DeviceAttention::new(&device, format, atoms, atoms, group).unwrap();
-            let past = DevicePast {
-                keys: &codes,
-                values: &codes,
-                window: None,
-                window_len: 0,
+        for group in 1..=8 {
+            let settings = DeviceLayerSettings {
+                sparsities: LayerSparsities::same(2, 3, 2),
+                unbiased: true,
+                group,
+                window: 4,
+                batch: 2,
+                due: 0,
             };
-            attention.attend(&[past], &0, &mut 0).unwrap();
+            let layer = DeviceLayer::new(streams.clone(), dictionaries, settings).unwrap();
+            let mut sequence = layer.sequence().unwrap();
+            // SAFETY: nothing runs.
+            unsafe {
+                layer.take(&mut sequence, [0; 2], 9, None).unwrap();
+                layer.read_back(&sequence, [0; 2], None).unwrap();
+                layer
+                    .decode(&mut [&mut sequence], [0; 2], 0, 0, None)
+                    .unwrap();
+            }
         }
     }
     let names = [
@@ -342,10 +595,14 @@ fn every_kernel_compiles_for_every_architecture() {
         "accumulate",
         "combine",
         "finish",
+        "append",
+        "gather",
+        "decode",
     ];
     for name in names {
-        let compiled = device.compiled.borrow();
-        assert!(compiled.iter().any(|&(kernel, _)| kernel == name), "{name}");
+        let [main, aside] = [&streams.main, &streams.aside].map(|device| device.compiled.borrow());
+        let mut compiled = main.iter().chain(aside.iter());
+        assert!(compiled.any(|&(kernel, _)| kernel == name), "{name}");
     }
 }
 

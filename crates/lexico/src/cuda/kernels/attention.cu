@@ -1,18 +1,8 @@
 // Attention of one new position of each sequence over its codes and its dense window.
 //
-// M: the head dim, a multiple of 16. G: queries of a KV head, a power of two up to 8. FORMAT: how codes are stored. A
-// *pair* is one sequence's KV head. In order: project, score, accumulate, combine, finish.
+// M: the head dim, a multiple of 16. G: queries of a KV head, up to 8. FORMAT: how codes are stored. In order: project, score, accumulate, combine, finish.
 
 const int THREADS = 256;
-
-struct Pair {
-    Head keys, values;
-    // Coded positions.
-    int coded;
-    // Dense rows [window, M], halves.
-    const u16 *window_keys, *window_values;
-    int window;
-};
 
 // products[pair][atom][G], halves: the product of each atom with each query. atoms [count, M] halves; queries [pairs, G, M],
 // scaled by 1/√m. A block: 64 atoms, four warps of 16, and all pairs of its slice of the grid.
@@ -62,17 +52,18 @@ struct Sums {
 };
 
 __device__ inline void add_products(Sums &sums, float c, const u16 *products) {
-    if (G == 1) {
-        sums.of[0] += c * from_half(products[0]);
+    if (G != 2 && G != 4 && G != 8) {
+        UNROLL
+        for (int g = 0; g < G; ++g) sums.of[g] += c * from_half(products[g]);
         return;
     }
     // As wide as may be: one look-up gives all queries.
-    u32 words[(G + 1) / 2];
+    u32 words[4];
     if (G == 2) words[0] = *(const u32 *)products;
     if (G == 4) *(u64 *)words = *(const u64 *)products;
     if (G == 8) {
-        *(u64 *)words = ((const u64 *)products)[0];
-        *(u64 *)(words + 2 % ((G + 1) / 2)) = ((const u64 *)products)[1];
+        ((u64 *)words)[0] = ((const u64 *)products)[0];
+        ((u64 *)words)[1] = ((const u64 *)products)[1];
     }
     UNROLL
     for (int g = 0; g < G; ++g) sums.of[g] += c * from_half((u16)(words[g / 2] >> 16 * (g % 2)));
@@ -113,7 +104,7 @@ __device__ inline void block_sum(Sums &sums, float *room) {
     __syncthreads();
 }
 
-// scores[pair][room][G]: of coded positions, then of the window's; and the largest of each part, maxima[pair][parts + 1][G]. Part
+// scores[pair][room][G]: of coded positions that are seen, then of the window's; and the largest of each part, maxima[pair][parts + 1][G]. Part
 // `parts` of a pair is its window. Grid: (parts + 1, pairs). Shared: the products of a pair.
 extern "C" __global__ void __launch_bounds__(THREADS)
 score(const Pair *pairs, const u16 *products, int atoms, const float *queries, float *scores, int room, float *maxima) {
@@ -128,16 +119,18 @@ score(const Pair *pairs, const u16 *products, int atoms, const float *queries, f
     if (part < parts) {
         u16 *table = (u16 *)shared;
         const u16 *from = products + (size_t)blockIdx.y * atoms * G;
-        // Products lie in whole words where there are two queries or more, and an even number of atoms otherwise.
-        for (int i = threadIdx.x; i < atoms * G / 2; i += THREADS) ((u32 *)table)[i] = ((const u32 *)from)[i];
-        if (atoms * G % 2 && threadIdx.x == 0) table[atoms * G - 1] = from[atoms * G - 1];
+        // Products of every pair begin at whole words where there is an even number of them.
+        if (atoms * G % 2 == 0)
+            for (int i = threadIdx.x; i < atoms * G / 2; i += THREADS) ((u32 *)table)[i] = ((const u32 *)from)[i];
+        else
+            for (int i = threadIdx.x; i < atoms * G; i += THREADS) table[i] = from[i];
         __syncthreads();
-        int end = (int)((long long)pair.coded * (part + 1) / parts);
-        for (int t = (int)((long long)pair.coded * part / parts) + threadIdx.x; t < end; t += THREADS) {
+        int coded = pair.coded - pair.hidden, end = (int)((long long)coded * (part + 1) / parts);
+        for (int t = (int)((long long)coded * part / parts) + threadIdx.x; t < end; t += THREADS) {
             Sums sums;
             UNROLL
             for (int g = 0; g < G; ++g) sums.of[g] = 0.0f;
-            float scale = visit_code(pair.keys, t, [&](int atom, float c) { add_products(sums, c, &table[atom * G]); });
+            float scale = visit_code(pair.keys, pair.hidden + t, [&](int atom, float c) { add_products(sums, c, &table[atom * G]); });
             UNROLL
             for (int g = 0; g < G; ++g) {
                 float found = sums.of[g] * scale;
@@ -151,9 +144,10 @@ score(const Pair *pairs, const u16 *products, int atoms, const float *queries, f
             UNROLL
             for (int g = 0; g < G; ++g) {
                 float sum = 0.0f;
-                for (int k = lane(); k < M; k += WARP) sum += query[g * M + k] * from_half(pair.window_keys[(size_t)t * M + k]);
+                const u16 *key = pair.window_keys + window_place(pair, t);
+                for (int k = lane(); k < M; k += WARP) sum += query[g * M + k] * from_half(key[k]);
                 sum = warp_sum(sum);
-                if (lane() == 0) own[(size_t)(pair.coded + t) * G + g] = sum;
+                if (lane() == 0) own[(size_t)(pair.coded - pair.hidden + t) * G + g] = sum;
                 largest.of[g] = fmaxf(largest.of[g], sum);
             }
         }
@@ -204,12 +198,13 @@ accumulate(const Pair *pairs, int atoms, const float *scores, int room, const fl
     const float *own = scores + (size_t)blockIdx.y * room * G;
     Sums reference = references(maxima, blockIdx.y, parts + 1);
     for (int i = threadIdx.x; i < G * atoms; i += THREADS) table[i] = 0;
-    int start = (int)((long long)pair.coded * part / parts), end = (int)((long long)pair.coded * (part + 1) / parts);
+    int coded = pair.coded - pair.hidden;
+    int start = (int)((long long)coded * part / parts), end = (int)((long long)coded * (part + 1) / parts);
     Sums total, bound;
     UNROLL
     for (int g = 0; g < G; ++g) total.of[g] = bound.of[g] = 0.0f;
     for (int t = start + threadIdx.x; t < end; t += THREADS) {
-        float scale = scale_of(pair.values, t);
+        float scale = scale_of(pair.values, pair.hidden + t);
         UNROLL
         for (int g = 0; g < G; ++g) {
             float weight = expf(own[(size_t)t * G + g] - reference.of[g]);
@@ -226,11 +221,11 @@ accumulate(const Pair *pairs, int atoms, const float *scores, int room, const fl
         inverse.of[g] = steps.of[g] > 0.0f ? 1.0f / steps.of[g] : 0.0f;
     }
     for (int t = start + threadIdx.x; t < end; t += THREADS) {
-        float scale = scale_of(pair.values, t);
+        float scale = scale_of(pair.values, pair.hidden + t);
         float weights[G];
         UNROLL
         for (int g = 0; g < G; ++g) weights[g] = expf(own[(size_t)t * G + g] - reference.of[g]) * scale * inverse.of[g];
-        visit_code(pair.values, t, [&](int atom, float c) {
+        visit_code(pair.values, pair.hidden + t, [&](int atom, float c) {
             UNROLL
             for (int g = 0; g < G; ++g) atomicAdd(&table[g * atoms + atom], __float2int_rn(c * weights[g]));
         });
@@ -290,9 +285,9 @@ finish(const Pair *pairs, const float *scores, int room, const float *maxima, co
         for (int slice = 0; slice < slices; ++slice)
             sums.of[g] += outputs[(((size_t)slice * gridDim.x + blockIdx.x) * G + g) * M + threadIdx.x];
     }
-    const float *own = scores + ((size_t)blockIdx.x * room + pair.coded) * G;
+    const float *own = scores + ((size_t)blockIdx.x * room + pair.coded - pair.hidden) * G;
     for (int t = 0; t < pair.window; ++t) {
-        float value = from_half(pair.window_values[(size_t)t * M + threadIdx.x]);
+        float value = from_half(pair.window_values[window_place(pair, t) + threadIdx.x]);
         UNROLL
         for (int g = 0; g < G; ++g) {
             float weight = expf(own[(size_t)t * G + g] - reference.of[g]);

@@ -89,12 +89,12 @@ __device__ inline void choose(const u32 (&rows)[SLICES][4], const u16 *atoms, in
     }
 }
 
-// vectors [count, M]; atoms [atoms_count, M], halves; basis: room for [gridDim.x, ROWS, most, M]; triangles: for
-// [gridDim.x, ROWS, most, most]. Of each vector: length, indices [most], coefficients [most], and the norm of what is left
-// over its own.
+// vectors [heads, each, M], each head with as many atoms as `sparsities` has, up to `most`; atoms [atom_count, M], halves; basis:
+// room for [gridDim.x, ROWS, most, M]; triangles: for [gridDim.x, ROWS, most, most]. Of each vector: length, indices [most],
+// coefficients [most], and the norm of what is left over its own.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pursue(const float *vectors, int count, const u16 *atoms, int atom_count, int most, float tolerance, float *basis,
-       float *triangles, u16 *indices, float *coefficients, u8 *lengths, float *errors) {
+pursue(const float *vectors, int count, int each, const int *sparsities, const u16 *atoms, int atom_count, int most,
+       float tolerance, float *basis, float *triangles, u16 *indices, float *coefficients, u8 *lengths, float *errors) {
     extern __shared__ __align__(16) u8 shared[];
     u16 *tiles = (u16 *)shared;
     float *residuals = (float *)(tiles + 2 * TILE * STRIDE);
@@ -128,7 +128,7 @@ pursue(const float *vectors, int count, const u16 *atoms, int atom_count, int mo
                 int at = lane() + j * WARP;
                 if (at < M) residuals[row * M + at] = norm > 0.0f ? own[j] / norm : 0.0f;
             }
-            if (lane() == 0) states[row] = norm > 0.0f && most > 0 ? 0 : -1;
+            if (lane() == 0) states[row] = norm > 0.0f ? 0 : -1;
         }
         __syncthreads();
         for (int round = 0; round < most; ++round) {
@@ -204,7 +204,7 @@ pursue(const float *vectors, int count, const u16 *atoms, int atom_count, int mo
                     triangle[round] = norm;
                     projections[row * most + round] = along;
                     indices[(size_t)(start + row) * most + round] = chosen[row];
-                    states[row] = rest > tolerance && round + 1 < most ? round + 1 : -2 - round;
+                    states[row] = rest > tolerance && round + 1 < sparsities[(start + row) / each] ? round + 1 : -2 - round;
                     errors[start + row] = rest;
                 }
                 __syncwarp();
