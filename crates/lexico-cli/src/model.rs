@@ -9,7 +9,7 @@ use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
-use lexico_llm::{DICTIONARY_FILE, Model, Quantize};
+use lexico_llm::{DICTIONARY_FILE, DeviceName, Model, Quantize};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
@@ -24,12 +24,18 @@ pub(crate) struct ModelArguments {
     /// [default: the model's own]
     #[arg(short, long, value_name = "FILE")]
     dictionary: Option<PathBuf>,
+    /// Where the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the first GPU
+    /// where there is one
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    device: DeviceName,
 }
 
 impl ModelArguments {
     /// The model, with its dictionaries where one of the caches needs them.
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
-        let mut model = load_model(&self.model, self.quantize)?;
+        // What is not there is found before the model is read.
+        let device = self.device.open()?;
+        let mut model = load_model(&self.model, self.quantize)?.on(&device)?;
         let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
         if let Some(path) = &self.dictionary {
             self.read(&mut model, path)?;

@@ -137,6 +137,14 @@ pub enum Error {
         /// The model.
         model: String,
     },
+    /// A device cannot be used.
+    #[error("the device {name}: {reason}")]
+    Device {
+        /// Its name.
+        name: String,
+        /// Why not, and what helps.
+        reason: String,
+    },
     /// A prompt without tokens.
     #[error("the prompt is empty; the model needs at least one token to go on from")]
     EmptyPrompt,

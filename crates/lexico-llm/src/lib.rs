@@ -29,6 +29,7 @@ pub mod chat;
 pub mod config;
 mod corpus;
 pub mod decoder;
+mod device;
 mod error;
 pub mod export;
 pub mod generate;
@@ -46,6 +47,7 @@ pub mod train;
 mod weights;
 
 pub use corpus::{Corpus, Windows};
+pub use device::DeviceName;
 pub use error::{Error, Result};
 
 pub use model::{DICTIONARY_FILE, Model};

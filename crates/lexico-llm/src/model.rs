@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::Device;
 use lexico::DictionarySet;
 use lexico::attention::NumberType;
 use lexico::dictionary::ModelIdentity;
@@ -215,6 +216,17 @@ impl Model {
         Ok(format!("{:08x}", hasher.finalize()))
     }
 
+    /// The same model, computing on another device.
+    ///
+    /// # Errors
+    /// Where its memory does not suffice.
+    pub fn on(self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            decoder: self.decoder.on(device)?,
+            ..self
+        })
+    }
+
     /// What a dictionary must agree with to serve this model.
     pub fn identity(&self) -> ModelIdentity {
         self.decoder.config().identity(&self.name)
@@ -229,6 +241,7 @@ impl Model {
             model: &self.name,
             config: self.decoder.config(),
             dictionaries: self.dictionaries.as_ref(),
+            device: self.decoder.device(),
         })
     }
 }

@@ -159,11 +159,16 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
     }))
 }
 
-/// Fills a cache with random keys and values, as if so many positions had been read.
+/// Fills a cache with random keys and values of a device, as if so many positions had been read.
 ///
 /// # Errors
 /// What the cache returns.
-pub fn fill(cache: &mut dyn KvCache, config: &Config, positions: usize) -> Result<()> {
+pub fn fill(
+    cache: &mut dyn KvCache,
+    config: &Config,
+    positions: usize,
+    device: &Device,
+) -> Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     for first in (0..positions).step_by(CHUNK) {
         let t = CHUNK.min(positions - first);
@@ -171,12 +176,18 @@ pub fn fill(cache: &mut dyn KvCache, config: &Config, positions: usize) -> Resul
         let mut draw = || {
             let count = config.kv_heads * t * config.head_dim;
             let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-1f32..1.0)).collect();
-            Tensor::from_vec(numbers, shape, &Device::Cpu)
+            Tensor::from_vec(numbers, shape, device)
         };
         let (k, v) = (draw()?, draw()?);
+        // What attention computes here is thrown away: one query head a KV head will do, but for a single position.
+        let heads = if t == 1 {
+            config.heads / config.kv_heads
+        } else {
+            1
+        };
+        let q = Tensor::cat(&vec![&k; heads], 0)?;
         for layer in 0..config.layers {
-            // One query head a KV head: what attention computes here is thrown away.
-            cache.attend(layer, &k, &k, &v)?;
+            cache.attend(layer, &q, &k, &v)?;
         }
     }
     Ok(())
@@ -203,6 +214,7 @@ mod tests {
                 model: "drawn",
                 config: decoder.config(),
                 dictionaries: None,
+                device: decoder.device(),
             };
             let spec: CacheSpec = "full".parse().unwrap();
             let mut cache = spec.build(&context).unwrap();

@@ -30,6 +30,7 @@ fn context(model: &Model) -> CacheContext<'_> {
         model: "tiny",
         config: model.decoder.config(),
         dictionaries: model.dictionaries.as_ref(),
+        device: model.decoder.device(),
     }
 }
 
@@ -139,6 +140,7 @@ fn sliding_windows_are_kept() {
             model: "drawn",
             config: &config,
             dictionaries: None,
+            device: model.decoder.device(),
         };
         for spec in QUANTISED {
             let mut full = "full"

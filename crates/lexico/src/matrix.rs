@@ -97,6 +97,11 @@ impl HalfMatrix {
         self.columns
     }
 
+    /// The numbers, row by row.
+    pub fn into_numbers(self) -> Halves {
+        self.numbers
+    }
+
     /// Writes one row to `out`, `[columns]`.
     ///
     /// # Panics

@@ -3,10 +3,10 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
-use lexico_llm::Quantize;
 use lexico_llm::cache::{CacheContext, CacheSpec};
 use lexico_llm::decoder::{Decoder, Logits, Sequence};
 use lexico_llm::shape::{self, SHAPES};
+use lexico_llm::{DeviceName, Quantize};
 use serde_json::json;
 
 use super::median;
@@ -29,6 +29,13 @@ pub(super) struct Decode {
         value_name = "N"
     )]
     context: usize,
+    /// Sequences that are decoded together, each with a cache of its own
+    #[arg(short, long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    batch: u32,
+    /// Where the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the first GPU
+    /// where there is one
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceName,
     /// Steps in a run: as many as positions leave the window at once, so that each run codes some once
     #[arg(short = 'n', long, default_value_t = 16, value_name = "N")]
     steps: usize,
@@ -90,36 +97,50 @@ impl Decode {
         let bar = ui::progress(stages, "stages");
         bar.set_message("weights");
         let started = Instant::now();
-        let decoder = Decoder::random(config.clone(), self.quantize)?;
+        let device = self.device.open()?;
+        let decoder = Decoder::random(config.clone(), self.quantize)?.on(&device)?;
         let load_seconds = started.elapsed().as_secs_f64();
         bar.inc(1);
         let context = CacheContext {
             model: &self.shape,
             config: &config,
             dictionaries: Some(&dictionaries),
+            device: decoder.device(),
         };
         let mut caches = Vec::new();
         for spec in &self.cache {
             bar.set_message(format!("filling {spec}"));
-            let mut cache = spec.build(&context)?;
-            shape::fill(cache.as_mut(), &config, self.context)?;
-            caches.push((cache, Vec::new()));
+            let mut own = Vec::new();
+            for _ in 0..self.batch {
+                let mut cache = spec.build(&context)?;
+                shape::fill(cache.as_mut(), &config, self.context, &device)?;
+                anyhow::ensure!(!interrupt::happened(), "interrupted");
+                own.push(cache);
+            }
+            caches.push((own, Vec::new()));
             bar.inc(1);
         }
         bar.set_message("decoding");
         // In turn, so that whatever else the machine does falls on all of them.
         for _ in 0..self.repetitions {
-            for (cache, rates) in &mut caches {
+            for (own, rates) in &mut caches {
+                device.synchronize()?;
                 let started = Instant::now();
                 for _ in 0..self.steps {
-                    let mut step = [Sequence {
-                        tokens: &[1],
-                        cache: cache.as_mut(),
-                    }];
+                    let mut step: Vec<Sequence<'_>> = own
+                        .iter_mut()
+                        .map(|cache| Sequence {
+                            tokens: &[1],
+                            cache: cache.as_mut(),
+                        })
+                        .collect();
                     decoder.forward(&mut step, Logits::Last)?;
                     anyhow::ensure!(!interrupt::happened(), "interrupted");
                 }
-                rates.push(self.steps as f64 / started.elapsed().as_secs_f64());
+                // A GPU may still be at what it was asked for.
+                device.synchronize()?;
+                let tokens = self.steps as f64 * f64::from(self.batch);
+                rates.push(tokens / started.elapsed().as_secs_f64());
             }
         }
         bar.inc(1);
@@ -127,9 +148,9 @@ impl Decode {
             .cache
             .iter()
             .zip(&mut caches)
-            .map(|(spec, (cache, rates))| Row {
+            .map(|(spec, (own, rates))| Row {
                 cache: spec.to_string(),
-                bytes: cache.footprint().total(),
+                bytes: own.iter().map(|cache| cache.footprint().total()).sum(),
                 tokens_per_second: median(rates),
                 prefill_seconds: None,
             })
@@ -155,6 +176,8 @@ impl Decode {
             return ui::json(&json!({
                 "shape": self.shape,
                 "context": self.context,
+                "batch": self.batch,
+                "device": self.device.to_string(),
                 "threads": rayon::current_num_threads(),
                 "load_seconds": load_seconds,
                 "prompt": self.prompt,
@@ -210,6 +233,7 @@ impl Decode {
                     cache: cache.as_mut(),
                 }];
                 decoder.forward(&mut step, Logits::Last)?;
+                decoder.device().synchronize()?;
                 times.push(started.elapsed().as_secs_f64());
                 anyhow::ensure!(!interrupt::happened(), "interrupted");
             }

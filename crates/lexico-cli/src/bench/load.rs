@@ -40,6 +40,7 @@ impl Load {
             model: &self.model,
             config: decoder.config(),
             dictionaries: None,
+            device: decoder.device(),
         };
         let mut cache = "full".parse::<CacheSpec>()?.build(&context)?;
         for tokens in [&[0; 16][..], &[0]] {

@@ -171,6 +171,7 @@ pub(super) mod testing {
             model: "drawn",
             config,
             dictionaries: None,
+            device: &candle_core::Device::Cpu,
         }
     }
 

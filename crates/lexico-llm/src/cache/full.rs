@@ -1,6 +1,7 @@
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
+use super::device::DeviceFullCache;
 use super::method::{Method, NUMBER_TYPES, option};
 use super::{Decoded, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
@@ -13,6 +14,13 @@ pub(super) static METHOD: Method = Method {
     options: &[option("dense", NUMBER_TYPES, "f16", "numbers")],
     build: |spec, context| {
         let number_type = spec.number_type("dense");
+        if !context.device.is_cpu() {
+            let dtype = match number_type {
+                NumberType::F16 => DType::F16,
+                NumberType::F32 => DType::F32,
+            };
+            return Ok(Box::new(DeviceFullCache::new(context.config, dtype)));
+        }
         Ok(Box::new(FullCache::new(context.config, number_type)))
     },
     bytes: |spec, context, lengths| {

@@ -13,6 +13,8 @@ use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
 
+#[cfg(feature = "cuda")]
+use super::device::DeviceLexicoCache;
 use super::method::{CacheContext, Method, NUMBER_TYPES, Values, option};
 use super::{CacheSpec, CacheState, Decoded, Footprint, KvCache, Step, outside_window};
 use crate::config::Config;
@@ -90,6 +92,12 @@ pub(super) static METHOD: Method = Method {
     build: |spec, context| {
         let dictionaries = needed(context)?;
         let settings = settings(spec, context, dictionaries)?;
+        #[cfg(feature = "cuda")]
+        if context.device.is_cuda() {
+            let cache =
+                DeviceLexicoCache::new(context.config, dictionaries, settings, context.device)?;
+            return Ok(Box::new(cache));
+        }
         let cache = LexicoCache::new(context.config, dictionaries.clone(), settings)?;
         Ok(Box::new(cache))
     },
@@ -522,6 +530,12 @@ impl LexicoSettings {
         grown * code as f64 + dense * row as f64 + leaving + bookkeeping
     }
 
+    /// After how many steps the batch that leaves the window of a layer takes its place among the codes. Each
+    /// layer at its own: a token then waits for few.
+    pub(super) fn due(&self, layer: usize) -> usize {
+        self.batch / 4 + layer.saturating_mul(self.batch / 2) / self.sparsities.len()
+    }
+
     /// What a layer's keys and values are coded over.
     fn codings<'d>(&self, layer: &'d LayerDictionaries) -> Result<[Coding<'d>; 2]> {
         match (self.format, &layer.grouped) {
@@ -709,13 +723,6 @@ fn bookkeeping(layers: usize, heads: usize) -> usize {
 }
 
 impl LexicoCache {
-    /// After how many steps the batch that leaves the window of a layer takes its place among the codes. Each
-    /// layer at its own: a token then waits for few.
-    fn due(&self, layer: usize) -> usize {
-        let batch = self.settings.batch;
-        batch / 4 + layer.saturating_mul(batch / 2) / self.layers.len()
-    }
-
     /// What a layer's keys and values are coded over, with all that was added.
     fn atoms(&self, layer: usize) -> Result<[Atoms<'_>; 2]> {
         let [keys, values] = self.settings.codings(&self.dictionaries.layers[layer])?;
@@ -795,7 +802,7 @@ impl LexicoCache {
         if self.layers[layer].leaving.is_none() && self.layers[layer].window() >= full {
             self.begin(layer);
         }
-        let due = self.due(layer);
+        let due = self.settings.due(layer);
         match &mut self.layers[layer].leaving {
             Some(leaving) if leaving.age < due => leaving.age += 1,
             Some(_) => self.finish(layer)?,
@@ -853,7 +860,7 @@ impl KvCache for LexicoCache {
                 },
             ]
         })?;
-        if positions == 1 && self.due(layer) > 0 {
+        if positions == 1 && self.settings.due(layer) > 0 {
             self.take_one(layer, &step)?;
         } else {
             self.take_many(layer, &step)?;
@@ -1014,6 +1021,7 @@ mod tests {
             model: "tiny",
             config,
             dictionaries: Some(&dictionaries),
+            device: &candle_core::Device::Cpu,
         };
         let spec: CacheSpec = text.parse().unwrap();
         spec.build(&context).map_err(|e| e.to_string())?;

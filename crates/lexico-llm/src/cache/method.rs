@@ -3,6 +3,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ::lexico::DictionarySet;
+use candle_core::Device;
 
 use super::{CacheSpec, KvCache};
 use crate::config::Config;
@@ -144,6 +145,9 @@ pub struct CacheContext<'a> {
     pub config: &'a Config,
     /// The model's dictionaries, where there are any.
     pub dictionaries: Option<&'a Arc<DictionarySet>>,
+    /// Where the model computes. Methods that have kernels for it hold their cache there; others in the processor's
+    /// memory.
+    pub device: &'a Device,
 }
 
 pub(super) const fn option(

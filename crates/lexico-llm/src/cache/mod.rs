@@ -1,6 +1,7 @@
 //! KV caches: the trait, and one file a method. A method is named `NAME[:key=value,…]`.
 
 mod bits;
+mod device;
 mod evict;
 mod full;
 mod h2o;
@@ -20,6 +21,8 @@ mod zipcache;
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+pub(crate) use device::decode_together;
 pub use full::FullCache;
 pub use lexico::{LexicoCache, LexicoSettings};
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
@@ -64,6 +67,14 @@ pub trait KvCache: Send {
     /// All that an empty cache of the same settings needs to [go on](KvCache::resume) exactly as this one would;
     /// `None` of a method that cannot be saved.
     fn state(&self) -> Option<CacheState> {
+        None
+    }
+
+    /// Itself where it lies in a GPU's memory and sequences can be attended to together.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    #[allow(private_interfaces)] // for the decoder alone
+    fn on_device(&mut self) -> Option<&mut device::DeviceLexicoCache> {
         None
     }
 

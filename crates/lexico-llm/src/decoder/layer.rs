@@ -1,6 +1,4 @@
-use std::sync::Arc;
-
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
 
 use super::Sequence;
@@ -49,7 +47,7 @@ impl Layer {
         let linear = |LinearWeights { matrix, bias }| -> Result<Linear> {
             let (name, shape) = matrix;
             Ok(Linear {
-                matrix: Arc::new(Matrix::load(weights, &name, shape, quantize)?),
+                matrix: Matrix::load(weights, &name, shape, quantize)?,
                 bias: bias.map(vector).transpose()?,
             })
         };
@@ -64,6 +62,33 @@ impl Layer {
             gate: linear(gate)?,
             up: linear(up)?,
             down: linear(down)?,
+        })
+    }
+
+    /// The same layer on another device.
+    pub(super) fn on(self, device: &Device) -> Result<Self> {
+        let linear = |linear: Linear| -> Result<Linear> {
+            let bias = linear.bias.map(|bias| bias.to_device(device));
+            Ok(Linear {
+                matrix: linear.matrix.on(device)?,
+                bias: bias.transpose()?,
+            })
+        };
+        let head_norms = match self.head_norms {
+            Some((query, key)) => Some((query.to_device(device)?, key.to_device(device)?)),
+            None => None,
+        };
+        Ok(Self {
+            attention_norm: self.attention_norm.to_device(device)?,
+            query: linear(self.query)?,
+            key: linear(self.key)?,
+            value: linear(self.value)?,
+            head_norms,
+            output: linear(self.output)?,
+            feed_forward_norm: self.feed_forward_norm.to_device(device)?,
+            gate: linear(self.gate)?,
+            up: linear(self.up)?,
+            down: linear(self.down)?,
         })
     }
 
@@ -119,6 +144,10 @@ impl Layer {
             k = rms_norm(&k, key_norm, config.norm_epsilon as f32)?;
         }
         let (q, k) = (rotation.apply(&q)?, rotation.apply(&k)?);
+        #[cfg(feature = "cuda")]
+        if let Some(out) = crate::cache::decode_together(layer, &q, &k, &v, sequences)? {
+            return Ok(out.reshape((tokens, config.heads * config.head_dim))?);
+        }
         let mut start = 0;
         let mut outputs = Vec::with_capacity(sequences.len());
         for sequence in sequences.iter_mut() {
@@ -127,6 +156,8 @@ impl Layer {
             let out = sequence
                 .cache
                 .attend(layer, &own(&q)?, &own(&k)?, &own(&v)?)?;
+            // Most caches lie in the processor's memory.
+            let out = out.to_device(x.device())?;
             outputs.push(
                 out.transpose(0, 1)?
                     .reshape((t, config.heads * config.head_dim))?,

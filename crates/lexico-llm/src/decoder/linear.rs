@@ -1,5 +1,3 @@
-use std::sync::Arc;
-
 use candle_core::Tensor;
 
 use super::matrix::Matrix;
@@ -8,7 +6,7 @@ use crate::error::Result;
 /// A matrix that rows of activations are multiplied by, and a bias where the family has one.
 pub(super) struct Linear {
     /// `[out, in]`
-    pub(super) matrix: Arc<Matrix>,
+    pub(super) matrix: Matrix,
     pub(super) bias: Option<Tensor>,
 }
 

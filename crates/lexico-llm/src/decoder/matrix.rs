@@ -15,7 +15,9 @@ const CHUNK: usize = 256;
 
 /// A matrix `[rows, columns]` in one of the number types that weights are held in.
 pub(super) enum Matrix {
-    Single(Tensor),
+    /// In f32, or on a GPU in what it was stored in.
+    Dense(Tensor),
+    /// On the processor.
     Half(HalfMatrix),
     Quantised(QTensor),
 }
@@ -51,10 +53,31 @@ impl Matrix {
         }
     }
 
+    /// The same matrix on another device.
+    pub(super) fn on(self, device: &Device) -> Result<Self> {
+        Ok(match self {
+            Matrix::Dense(matrix) => Matrix::Dense(matrix.to_device(device)?),
+            Matrix::Half(matrix) => {
+                let shape = (matrix.rows(), matrix.columns());
+                Matrix::Dense(match matrix.into_numbers() {
+                    Halves::F16(numbers) => Tensor::from_vec(numbers, shape, device)?,
+                    Halves::BF16(numbers) => Tensor::from_vec(numbers, shape, device)?,
+                })
+            }
+            Matrix::Quantised(matrix) => {
+                let storage = QStorage::from_data(matrix.data()?, device, matrix.dtype())?;
+                Matrix::Quantised(QTensor::new(storage, matrix.shape())?)
+            }
+        })
+    }
+
     /// `[n, columns]` to `[n, rows]`, in f32.
     pub(super) fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
-            Matrix::Single(matrix) => x.matmul(&matrix.t()?)?,
+            Matrix::Dense(matrix) => {
+                let product = x.to_dtype(matrix.dtype())?.matmul(&matrix.t()?)?;
+                product.to_dtype(DType::F32)?
+            }
             Matrix::Half(matrix) => {
                 let n = x.dim(0)?;
                 let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?, &CandleThreads);
@@ -66,9 +89,11 @@ impl Matrix {
 
     /// Some of the rows, `[n, columns]` in f32; all of them must be there.
     pub(super) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
-        let tensor = |rows: &[u32]| Tensor::new(rows, &Device::Cpu);
         Ok(match self {
-            Matrix::Single(matrix) => matrix.index_select(&tensor(rows)?, 0)?,
+            Matrix::Dense(matrix) => {
+                let rows = matrix.index_select(&Tensor::new(rows, matrix.device())?, 0)?;
+                rows.to_dtype(DType::F32)?
+            }
             Matrix::Half(matrix) => {
                 let columns = matrix.columns();
                 let mut out = vec![0f32; rows.len() * columns];
@@ -77,7 +102,10 @@ impl Matrix {
                 }
                 Tensor::from_vec(out, (rows.len(), columns), &Device::Cpu)?
             }
-            Matrix::Quantised(matrix) => matrix.embedding(&tensor(rows)?)?.to_dtype(DType::F32)?,
+            Matrix::Quantised(matrix) => {
+                let rows = Tensor::new(rows, &matrix.device())?;
+                matrix.embedding(&rows)?.to_dtype(DType::F32)?
+            }
         })
     }
 }
@@ -118,7 +146,7 @@ impl Reader<'_> {
             _ => {
                 let numbers = self.numbers(f32::from_le_bytes)?;
                 let shape = (self.rows, self.columns);
-                return Ok(Matrix::Single(Tensor::from_vec(
+                return Ok(Matrix::Dense(Tensor::from_vec(
                     numbers,
                     shape,
                     &Device::Cpu,

@@ -6,7 +6,6 @@ mod matrix;
 mod rotary;
 
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
@@ -17,7 +16,6 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufModel;
 use crate::weights::{Quantize, Weights};
 use layer::Layer;
-use linear::Linear;
 use matrix::Matrix;
 
 /// Some new tokens of one sequence, and the cache that holds what came before them.
@@ -41,11 +39,12 @@ pub enum Logits {
 pub struct Decoder {
     config: Config,
     /// `[vocabulary, hidden]`
-    embedding: Arc<Matrix>,
+    embedding: Matrix,
     layers: Vec<Layer>,
     norm: Tensor,
-    /// With the embedding's own matrix where they are tied.
-    head: Linear,
+    /// `[vocabulary, hidden]`; the embedding's where they are tied.
+    head: Option<Matrix>,
+    device: Device,
     /// Of the rotary embedding, `[m / 2]`.
     frequencies: Vec<f32>,
 }
@@ -66,15 +65,11 @@ impl Decoder {
     pub(crate) fn load(config: Config, weights: &Weights, quantize: Quantize) -> Result<Self> {
         let shape = [config.vocabulary, config.hidden];
         // The largest matrices first: what reading them needs in passing, the layers take later.
-        let matrix = |name: &str| Matrix::load(weights, name, shape, quantize).map(Arc::new);
+        let matrix = |name: &str| Matrix::load(weights, name, shape, quantize);
         let embedding = matrix("model.embed_tokens.weight")?;
-        let head = Linear {
-            matrix: if config.tied_head {
-                embedding.clone()
-            } else {
-                matrix("lm_head.weight")?
-            },
-            bias: None,
+        let head = match config.tied_head {
+            true => None,
+            false => Some(matrix("lm_head.weight")?),
         };
         let layers = (0..config.layers)
             .map(|l| Layer::load(&config, weights, quantize, l))
@@ -85,8 +80,30 @@ impl Decoder {
             norm: weights.vector("model.norm.weight", config.hidden)?,
             frequencies: config.rotary.frequencies(config.head_dim),
             head,
+            device: Device::Cpu,
             config,
         })
+    }
+
+    /// The same decoder on another device.
+    ///
+    /// # Errors
+    /// Where its memory does not suffice.
+    pub fn on(self, device: &Device) -> Result<Self> {
+        let layers = self.layers.into_iter().map(|layer| layer.on(device));
+        Ok(Self {
+            embedding: self.embedding.on(device)?,
+            layers: layers.collect::<Result<_>>()?,
+            norm: self.norm.to_device(device)?,
+            head: self.head.map(|head| head.on(device)).transpose()?,
+            device: device.clone(),
+            ..self
+        })
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The shape of the model.
@@ -124,7 +141,7 @@ impl Decoder {
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
             return Err(Error::TokenOutside { token, vocabulary });
         }
-        let rotation = rotary::Rotation::at(&positions, &self.frequencies)?;
+        let rotation = rotary::Rotation::at(&positions, &self.frequencies, &self.device)?;
         let mut x = self.embedding.rows(&tokens)?;
         for (l, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&self.config, l, &x, &rotation, sequences)?;
@@ -138,10 +155,10 @@ impl Decoder {
                     end - 1
                 })
                 .collect();
-            x = x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)?;
+            x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
         }
         let x = rms_norm(&x, &self.norm, self.config.norm_epsilon as f32)?;
-        let logits = self.head.forward(&x)?;
+        let logits = self.head.as_ref().unwrap_or(&self.embedding).multiply(&x)?;
         debug_assert_eq!(logits.dim(D::Minus1)?, vocabulary);
         Ok(logits)
     }

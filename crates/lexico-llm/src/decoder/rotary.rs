@@ -12,7 +12,7 @@ pub(super) struct Rotation {
 }
 
 impl Rotation {
-    pub(super) fn at(positions: &[usize], frequencies: &[f32]) -> Result<Self> {
+    pub(super) fn at(positions: &[usize], frequencies: &[f32], device: &Device) -> Result<Self> {
         let angles: Vec<f32> = positions
             .iter()
             .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
@@ -22,7 +22,7 @@ impl Rotation {
             Tensor::from_vec(
                 angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(),
                 shape,
-                &Device::Cpu,
+                device,
             )
         };
         Ok(Self {

@@ -12,8 +12,7 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Device`] with the compiler's words, or where there is no NVRTC.
 pub fn compile(program: &Program, architecture: &str) -> Result<Vec<u8>> {
-    // SAFETY: asks for the library's presence only.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_present() {
         return Err(Error::Device(
             "there is no NVRTC, CUDA's compiler library (libnvrtc.so); install the CUDA toolkit, or the Python package \
              nvidia-cuda-nvrtc, and have LD_LIBRARY_PATH name its folder"
@@ -51,6 +50,15 @@ pub fn compile(program: &Program, architecture: &str) -> Result<Vec<u8>> {
         let _ = result::destroy_program(source);
         code
     }
+}
+
+/// Whether the compiler's library is there.
+fn is_present() -> bool {
+    // SAFETY: asks for the library's presence only.
+    #[cfg(not(feature = "cuda-linked"))]
+    return unsafe { sys::is_culib_present() };
+    #[cfg(feature = "cuda-linked")]
+    true
 }
 
 /// # Safety

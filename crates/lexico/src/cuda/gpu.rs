@@ -48,6 +48,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Device`] where there is no driver, or no such GPU.
     pub fn new(ordinal: usize, folder: Option<PathBuf>) -> Result<Self> {
+        #[cfg(not(feature = "cuda-linked"))]
         // SAFETY: asks for the library's presence only.
         if !unsafe { sys::is_culib_present() } {
             let reason = "there is no NVIDIA driver (libcuda.so); use --device cpu";

@@ -289,6 +289,11 @@ impl<D: Device> DeviceLayer<D> {
         self.keys.sparsities.len()
     }
 
+    /// Queries of a KV head.
+    pub fn group(&self) -> usize {
+        self.settings.group
+    }
+
     /// Takes one new position of each sequence, keys and values `[sequences, heads, m]`, and attends with `queries` `[sequences,
     /// heads, G, m]`, scaled by `1/√m`, over all that a sliding window of so many positions shows; `out` is of the queries' shape.
     /// All are addresses of f32.
@@ -402,7 +407,6 @@ impl<D: Device> DeviceLayer<D> {
 
     /// Bytes of device memory that a sequence holds.
     pub fn bytes(&self, sequence: &DeviceSequence<D>) -> DeviceBytes {
-        let codes = sequence.keys.iter().chain(&sequence.values);
         let rows = |count: usize, number: usize| 2 * self.heads() * count * self.head_dim * number;
         let leaving = sequence.leaving.iter();
         let leaving = leaving.map(|leaving| {
@@ -411,7 +415,8 @@ impl<D: Device> DeviceLayer<D> {
                 + leaving.values.bytes()
         });
         DeviceBytes {
-            codes: codes.map(DeviceCodes::bytes).sum(),
+            codes: [&sequence.keys, &sequence.values]
+                .map(|codes| codes.iter().map(DeviceCodes::bytes).sum()),
             window: rows(sequence.room, size_of::<u16>()),
             leaving: leaving.sum(),
         }
@@ -586,8 +591,8 @@ impl<D: Device> DeviceLayer<D> {
 /// Bytes of device memory, by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DeviceBytes {
-    /// Of codes, whole pages of them.
-    pub codes: usize,
+    /// Of the keys' codes and of the values', whole pages of them.
+    pub codes: [usize; 2],
     /// Of the dense window.
     pub window: usize,
     /// Of what is being coded.

@@ -484,7 +484,7 @@ fn goes_on(
         }
     }
     let bytes = layer.bytes(&sequences[1]);
-    assert!(bytes.codes > 0 && bytes.window > 0);
+    assert!(bytes.codes.iter().all(|&b| b > 0) && bytes.window > 0);
 }
 
 /// What a sequence holds of each head, keys and values.

@@ -206,7 +206,7 @@ pub(super) fn resume(cache: &mut LexicoCache, state: &CacheState) -> Result<(), 
         .collect::<Result<_, String>>()?;
     for (l, (layer, age)) in layers.iter_mut().zip(facts.leaving).enumerate() {
         layer.leaving = age.map(|age| Leaving { age, codes: None });
-        let possible = |age| age <= cache.due(l) && layer.window() >= cache.settings.batch;
+        let possible = |age| age <= cache.settings.due(l) && layer.window() >= cache.settings.batch;
         if !age.is_none_or(possible) {
             return Err(damaged("the batches that leave the window"));
         }
