@@ -8,11 +8,12 @@ use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
 use lexico::dictionary::{Atoms, GroupedDictionary, Groups};
 use lexico::threads::Rayon;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, SparseBatch};
+use lexico_llm::DeviceName;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use super::median;
+use super::{gpu, median};
 use crate::{interrupt, ui};
 
 /// Sparse codes are drawn so many at a time.
@@ -48,6 +49,13 @@ pub(super) struct Attention {
     /// KV heads
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = value_parser!(u32).range(1..=256))]
     kv_heads: u32,
+    /// Sequences that attend together, each with keys and values of its own
+    #[arg(short, long, default_value_t = 1, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+    batch: u32,
+    /// Where to attend: cpu, cuda or cuda:N (builds with --features cuda), or auto. On a GPU codes alone are
+    /// measured, of one layer
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceName,
     /// Positions; several, with commas between them, give a row each
     #[arg(
         short, long, visible_alias = "ctx-size", default_values_t = [32768], value_name = "N,...",
@@ -121,7 +129,8 @@ impl fmt::Display for Stored {
 /// One context's figures.
 struct Row {
     context: usize,
-    full: Figures,
+    /// `None` on a GPU.
+    full: Option<Figures>,
     /// Of each format.
     coded: Vec<Figures>,
 }
@@ -151,7 +160,11 @@ impl Attention {
         let mut rows = Vec::new();
         for &context in &self.context {
             bar.set_message(format!("{context} positions"));
-            rows.push(self.measure(context as usize, &formats)?);
+            let row = match self.measure_on_gpu(context as usize, &formats)? {
+                Some(row) => row,
+                None => self.measure(context as usize, &formats)?,
+            };
+            rows.push(row);
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -163,40 +176,46 @@ impl Attention {
                     json!({
                         "format": format.name, "sparsity": format.format.sparsity,
                         "microseconds": coded.microseconds, "bytes": coded.bytes,
-                        "over_full": coded.over(&row.full), "over_first": coded.over(&row.coded[0]),
+                        "over_full": row.full.as_ref().map(|full| coded.over(full)),
+                        "over_first": coded.over(&row.coded[0]),
                     })
                 });
                 json!({
                     "context": row.context,
-                    "full_microseconds": row.full.microseconds,
-                    "full_bytes_per_second": row.full.bytes_per_second(),
-                    "full_bytes": row.full.bytes,
+                    "full_microseconds": row.full.as_ref().map(|full| full.microseconds),
+                    "full_bytes_per_second": row.full.as_ref().map(Figures::bytes_per_second),
+                    "full_bytes": row.full.as_ref().map(|full| full.bytes),
                     "formats": coded.collect::<Vec<_>>(),
                 })
             });
             return ui::json(&json!({
                 "head_dim": self.head_dim, "atoms": self.atoms, "first_group": self.first_group,
                 "group": self.group, "kv_heads": self.kv_heads, "layers": self.layers,
+                "batch": self.batch, "device": self.device.to_string(),
                 "threads": threads, "rows": rows.collect::<Vec<_>>(),
             }));
         }
         let mut lines = Vec::new();
         for row in &rows {
-            lines.push([
-                "full".to_owned(),
-                row.context.to_string(),
-                format!("{:.0} µs", row.full.microseconds),
-                format!("{:.1} GB/s", row.full.bytes_per_second() * 1e-9),
-                String::new(),
-                String::new(),
-            ]);
+            if let Some(full) = &row.full {
+                lines.push([
+                    "full".to_owned(),
+                    row.context.to_string(),
+                    format!("{:.0} µs", full.microseconds),
+                    format!("{:.1} GB/s", full.bytes_per_second() * 1e-9),
+                    String::new(),
+                    String::new(),
+                ]);
+            }
             for (format, coded) in formats.iter().zip(&row.coded) {
                 lines.push([
                     format.to_string(),
                     row.context.to_string(),
                     format!("{:.0} µs", coded.microseconds),
                     format!("{:.1} GB/s", coded.bytes_per_second() * 1e-9),
-                    format!("{:.3}", coded.over(&row.full)),
+                    row.full
+                        .as_ref()
+                        .map_or_else(String::new, |full| format!("{:.3}", coded.over(full))),
                     format!("{:.2}", coded.over(&row.coded[0])),
                 ]);
             }
@@ -211,7 +230,10 @@ impl Attention {
             &over_first,
         ];
         ui::line(&ui::table(header, lines))?;
-        ui::line(&format!("{threads} threads"))
+        ui::line(&match self.device {
+            DeviceName::Cpu => format!("{threads} threads"),
+            device => device.to_string(),
+        })
     }
 
     /// Checks that there can be such codes.
@@ -271,20 +293,65 @@ impl Attention {
         let full = figures.next().context("full is measured first")?;
         Ok(Row {
             context,
-            full,
+            full: Some(full),
             coded: figures.collect(),
         })
     }
 
+    /// As [`Self::measure`], of codes on a GPU, one format after the other; `None` where the device is the processor.
+    fn measure_on_gpu(&self, context: usize, formats: &[Stored]) -> anyhow::Result<Option<Row>> {
+        if self.device == DeviceName::Cpu {
+            return Ok(None);
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let dictionaries = Dictionaries::draw(self, formats, &mut rng)?;
+        let mut coded = Vec::new();
+        for Stored { format, .. } in formats {
+            let pairs = (self.kv_heads * self.batch) as usize;
+            // What they hold does not matter; the same few are repeated.
+            let some = self.batches(context.min(DRAWN), *format, &mut rng);
+            let draw = || -> anyhow::Result<Vec<SparseBatch>> {
+                let whole = context / DRAWN;
+                let rest = self.batches(context % DRAWN, *format, &mut rng);
+                let whole = std::iter::repeat_n(&some, whole).flatten().cloned();
+                Ok(whole.chain(rest).collect())
+            };
+            let atoms = dictionaries.atoms(*format);
+            let group = self.group as usize;
+            let on_gpu = gpu::attention(self.device, *format, atoms, group, pairs, draw)?;
+            let Some((bytes, attend)) = on_gpu else {
+                return Ok(None);
+            };
+            // Kernels are compiled by then.
+            attend()?;
+            let mut times = Vec::new();
+            for _ in 0..self.repetitions {
+                let started = Instant::now();
+                attend()?;
+                times.push(started.elapsed().as_secs_f64() * 1e6);
+                anyhow::ensure!(!interrupt::happened(), "interrupted");
+            }
+            coded.push(Figures {
+                microseconds: median(&mut times),
+                bytes,
+            });
+        }
+        Ok(Some(Row {
+            context,
+            full: None,
+            coded,
+        }))
+    }
+
     /// Codes of drawn atoms and coefficients: what attention takes does not depend on their making.
-    fn codes(
+    fn batches(
         &self,
         context: usize,
         format: CodeFormat,
         rng: &mut ChaCha8Rng,
-    ) -> anyhow::Result<Codes> {
+    ) -> Vec<SparseBatch> {
         let sparsity = format.sparsity;
-        let mut codes = Codes::new(format)?;
+        let mut batches = Vec::new();
         for first in (0..context).step_by(DRAWN) {
             let count = DRAWN.min(context - first);
             let nonzeros = count * sparsity;
@@ -300,13 +367,26 @@ impl Attention {
             };
             let indices: Vec<u16> = (0..nonzeros).map(index).collect();
             let coefficients = (0..nonzeros).map(|_| rng.random_range(-1f32..1.0));
-            codes.extend(&SparseBatch {
+            batches.push(SparseBatch {
                 sparsity,
                 lengths: vec![sparsity as u16; count],
                 coefficients: coefficients.collect(),
                 indices,
                 relative_errors: vec![0.0; count],
             });
+        }
+        batches
+    }
+
+    fn codes(
+        &self,
+        context: usize,
+        format: CodeFormat,
+        rng: &mut ChaCha8Rng,
+    ) -> anyhow::Result<Codes> {
+        let mut codes = Codes::new(format)?;
+        for batch in self.batches(context, format, rng) {
+            codes.extend(&batch);
         }
         Ok(codes)
     }
@@ -341,6 +421,26 @@ struct Dictionaries {
 }
 
 impl Dictionaries {
+    fn draw(shape: &Attention, formats: &[Stored], rng: &mut ChaCha8Rng) -> anyhow::Result<Self> {
+        let (m, atoms) = (shape.head_dim as usize, shape.atoms as usize);
+        let mut draw = |count: usize| -> Vec<f32> {
+            (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
+        };
+        let mut universal = || -> anyhow::Result<Dictionary> {
+            Ok(Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?)
+        };
+        let universal = [universal()?, universal()?];
+        let packed = formats.iter().map(|format| format.format);
+        let packed = packed.filter(|f| matches!(f.coefficients, CoefficientFormat::InAtoms(_)));
+        let groups = packed.map(|format| format.sparsity).max().unwrap_or(1);
+        let mut grouped = || -> anyhow::Result<GroupedDictionary> {
+            let atoms = draw(shape.groups().atoms(groups) * m);
+            Ok(GroupedDictionary::new(atoms, m, shape.groups())?.in_half_precision()?)
+        };
+        let grouped = [grouped()?, grouped()?];
+        Ok(Self { universal, grouped })
+    }
+
     /// What keys and values in a format are coded over.
     fn atoms(&self, format: CodeFormat) -> [Atoms<'_>; 2] {
         match format.coefficients {
@@ -359,24 +459,14 @@ impl Layer {
         formats: &[Stored],
         seed: u64,
     ) -> anyhow::Result<Self> {
-        let (m, atoms) = (shape.head_dim as usize, shape.atoms as usize);
-        let (group, kv_heads) = (shape.group as usize, shape.kv_heads as usize);
+        let m = shape.head_dim as usize;
+        let group = shape.group as usize;
+        let kv_heads = (shape.kv_heads * shape.batch) as usize;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let dictionaries = Dictionaries::draw(shape, formats, &mut rng)?;
         let mut draw = |count: usize| -> Vec<f32> {
             (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
         };
-        let mut universal = || -> anyhow::Result<Dictionary> {
-            Ok(Dictionary::normalised(draw(atoms * m), m)?.in_half_precision()?)
-        };
-        let universal = [universal()?, universal()?];
-        let packed = formats.iter().map(|format| format.format);
-        let packed = packed.filter(|f| matches!(f.coefficients, CoefficientFormat::InAtoms(_)));
-        let groups = packed.map(|format| format.sparsity).max().unwrap_or(1);
-        let mut grouped = || -> anyhow::Result<GroupedDictionary> {
-            let atoms = draw(shape.groups().atoms(groups) * m);
-            Ok(GroupedDictionary::new(atoms, m, shape.groups())?.in_half_precision()?)
-        };
-        let grouped = [grouped()?, grouped()?];
         let queries = draw(kv_heads * group * m);
         let (own_keys, own_values) = (draw(kv_heads * m), draw(kv_heads * m));
         // What dense vectors hold does not matter; the same few are repeated.
@@ -401,7 +491,7 @@ impl Layer {
         Ok(Self {
             head_dim: m,
             group,
-            dictionaries: Dictionaries { universal, grouped },
+            dictionaries,
             out: vec![0.0; queries.len()],
             queries,
             own_keys,

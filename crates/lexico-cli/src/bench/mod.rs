@@ -2,6 +2,7 @@
 
 mod attention;
 mod decode;
+mod gpu;
 mod load;
 mod pursuit;
 

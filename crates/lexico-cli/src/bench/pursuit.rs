@@ -8,11 +8,12 @@ use lexico::pursuit::oracle;
 use lexico::pursuit::{BEAM, GroupedPursuit};
 use lexico::tensor_file::TensorFile;
 use lexico::{Dictionary, Pursuit as Coder};
+use lexico_llm::DeviceName;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use super::median;
+use super::{gpu, median};
 use crate::{interrupt, ui};
 
 #[derive(Args)]
@@ -47,6 +48,9 @@ pub(super) struct Pursuit {
     /// Vectors that the oracle codes too; it is slow
     #[arg(long, default_value_t = 128, value_name = "N")]
     oracle: usize,
+    /// Where to code: cpu, cuda or cuda:N (builds with --features cuda), or auto
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceName,
     /// Runs; the median counts
     #[arg(short, long, default_value_t = 5, value_name = "N")]
     repetitions: usize,
@@ -94,22 +98,33 @@ impl Pursuit {
         };
         let exact: f64 = sample.chunks(m).map(relative).sum();
         let exact = exact / (sample.len() / m) as f64;
-        let ours = f64::from(coder.encode(sample)?.mean_relative_error());
-        bar.inc(1);
-        let microseconds = self.time(vectors.len() / m, &bar, || coder.encode(&vectors))?;
+        let count = vectors.len() / m;
+        let on_gpu = gpu::pursuit(self.device, &dictionary, self.sparsity, sample, &vectors)?;
+        let (ours, microseconds) = match on_gpu {
+            None => {
+                let ours = coder.encode(sample)?.mean_relative_error();
+                (ours, self.time(count, &bar, || coder.encode(&vectors))?)
+            }
+            Some(gpu) => (
+                gpu.relative_error,
+                self.time(count, &bar, || (gpu.encode)())?,
+            ),
+        };
+        let ours = f64::from(ours);
         let ratio = if exact > 0.0 { ours / exact } else { 1.0 };
         let threads = rayon::current_num_threads();
         if self.json {
             return ui::json(&json!({
                 "head_dim": m, "atoms": dictionary.len(), "sparsity": self.sparsity,
-                "vectors": vectors.len() / m, "threads": threads,
+                "vectors": vectors.len() / m, "threads": threads, "device": self.device.to_string(),
                 "microseconds_per_vector": microseconds, "relative_error": ours,
                 "oracle_relative_error": exact, "relative_error_ratio": ratio,
                 "dictionary_bytes": dictionary.bytes(),
             }));
         }
+        let place = self.place();
         ui::line(&format!(
-            "{microseconds:.1} µs a vector on {threads} threads (m = {m}, N = {}, s = {}); mean \
+            "{microseconds:.3} µs a vector on {place} (m = {m}, N = {}, s = {}); mean \
              relative error {ours:.4}, {ratio:.6} of the oracle's; dictionary {}",
             dictionary.len(),
             self.sparsity,
@@ -145,21 +160,38 @@ impl Pursuit {
         let m = dictionary.head_dim();
         let coder = GroupedPursuit::new(&dictionary, self.sparsity)?.with_beam(self.beam);
         let bar = ui::progress(self.repetitions as u64 + 1, "runs");
-        let error = f64::from(coder.encode(&vectors)?.mean_relative_error());
-        bar.inc(1);
-        let microseconds = self.time(vectors.len() / m, &bar, || coder.encode(&vectors))?;
+        let count = vectors.len() / m;
+        let on_gpu = gpu::grouped_pursuit(self.device, &dictionary, self.sparsity, &vectors)?;
+        let (error, microseconds) = match on_gpu {
+            None => {
+                let error = coder.encode(&vectors)?.mean_relative_error();
+                (error, self.time(count, &bar, || coder.encode(&vectors))?)
+            }
+            Some(gpu) => {
+                anyhow::ensure!(
+                    self.beam == BEAM,
+                    "on a GPU the search follows {BEAM} sums; leave --beam out"
+                );
+                (
+                    gpu.relative_error,
+                    self.time(count, &bar, || (gpu.encode)())?,
+                )
+            }
+        };
+        let error = f64::from(error);
         let threads = rayon::current_num_threads();
         let first = dictionary.groups().first;
         if self.json {
             return ui::json(&json!({
                 "head_dim": m, "first_group": first, "sparsity": self.sparsity, "beam": self.beam,
-                "vectors": vectors.len() / m, "threads": threads,
+                "vectors": vectors.len() / m, "threads": threads, "device": self.device.to_string(),
                 "microseconds_per_vector": microseconds, "relative_error": error,
                 "dictionary_bytes": dictionary.dictionary().bytes(),
             }));
         }
+        let place = self.place();
         ui::line(&format!(
-            "{microseconds:.1} µs a vector on {threads} threads (m = {m}, {} groups, the first of {first} atoms, beam {}); \
+            "{microseconds:.3} µs a vector on {place} (m = {m}, {} groups, the first of {first} atoms, beam {}); \
              mean relative error {error:.4}; dictionary {}",
             self.sparsity,
             self.beam,
@@ -174,6 +206,7 @@ impl Pursuit {
         bar: &ProgressBar,
         encode: impl Fn() -> lexico::Result<T>,
     ) -> anyhow::Result<f64> {
+        bar.inc(1);
         bar.set_message("pursuit");
         let mut times = Vec::new();
         for _ in 0..self.repetitions {
@@ -185,6 +218,14 @@ impl Pursuit {
         }
         bar.finish_and_clear();
         Ok(median(&mut times))
+    }
+
+    /// Where vectors are coded, for people.
+    fn place(&self) -> String {
+        match self.device {
+            DeviceName::Cpu => format!("{} threads", rayon::current_num_threads()),
+            device => device.to_string(),
+        }
     }
 
     /// The dictionary's file and tensor, which go with a file of vectors.

@@ -93,6 +93,13 @@ pub fn compile_cached(program: &Program, architecture: &str, folder: &Path) -> R
     Ok(code)
 }
 
+/// Where compiled kernels are kept, beside other programs' caches; `None` where the environment names no such place.
+pub fn kernel_folder() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+    Some(cache.or_else(home)?.join("lexico").join("kernels"))
+}
+
 fn file_of(program: &Program, text: &str, folder: &Path) -> PathBuf {
     let number = crc32fast::hash(text.as_bytes());
     folder.join(format!("{}-{number:08x}.cubin", program.name))

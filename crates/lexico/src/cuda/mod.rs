@@ -15,7 +15,7 @@ mod pursuit;
 
 pub use attention::DeviceAttention;
 pub use codes::DeviceCodes;
-pub use compile::{compile, compile_cached};
+pub use compile::{compile, compile_cached, kernel_folder};
 pub use device::{Argument, Device, Grid, Program, Streams};
 pub use gpu::{Gpu, GpuMemory};
 pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};

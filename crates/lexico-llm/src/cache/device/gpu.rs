@@ -1,9 +1,8 @@
 //! candle's tensors in a GPU's memory, for our kernels.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ::lexico::cuda::{Gpu, Streams};
+use ::lexico::cuda::{Gpu, Streams, kernel_folder};
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::{CudaDevice, DType, Device, DeviceLocation, Storage, Tensor};
 
@@ -20,17 +19,10 @@ pub(super) fn streams(device: &Device) -> Result<Arc<Streams<Gpu>>> {
     // SAFETY: all tensors are used on candle's stream alone; what the other stream uses is ours, and waits are ours too.
     unsafe { own.disable_event_tracking() };
     let refused = |reason: ::lexico::Error| refused(device, &reason);
-    let gpu = Gpu::of_stream(own.cuda_stream(), folder()).map_err(refused)?;
+    let gpu = Gpu::of_stream(own.cuda_stream(), kernel_folder()).map_err(refused)?;
     let streams = Arc::new(gpu.with_stream_aside().map_err(refused)?);
     open.push((own.clone(), Arc::clone(&streams)));
     Ok(streams)
-}
-
-/// Where compiled kernels are kept.
-fn folder() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
-    Some(cache.or_else(home)?.join("lexico").join("kernels"))
 }
 
 pub(super) fn refused(device: &Device, reason: &::lexico::Error) -> Error {
