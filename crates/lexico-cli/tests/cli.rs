@@ -415,6 +415,32 @@ fn bad_prompts_models_and_caches_fail_clearly() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_said() {
+    let commands: [&[&str]; 4] = [
+        &["run", "x"],
+        &["bench", "pursuit", "--vectors", "8"],
+        &["bench", "attention", "--context", "64"],
+        &["bench", "decode"],
+    ];
+    for command in commands {
+        let with = |device| [command, &["--device", device]].concat();
+        // A build for GPUs says that there is no such GPU, or no driver.
+        let message = fails(1, &with("cuda:77"));
+        assert!(message.contains("the device"), "{message}");
+        if !cfg!(feature = "cuda") {
+            assert!(message.contains("--features cuda"), "{message}");
+        }
+        let message = fails(2, &with("gpu"));
+        assert!(message.contains("cuda:N"), "{message}");
+    }
+    let run = json(&["run", "--device", "cpu", "-n", "2", "--json", QUESTION]);
+    assert_eq!(
+        run["text"],
+        json(&["run", "-n", "2", "--json", QUESTION])["text"]
+    );
+}
+
+#[test]
 fn help_lists_the_caches_and_their_options() {
     let help = text(&run(&["run", "--help"]).stdout);
     for word in [

@@ -28,13 +28,18 @@ impl DeviceName {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             Self::Cuda(number) => cuda(number),
-            Self::Auto if candle_core::utils::cuda_is_available() => {
-                Ok(cuda(0).unwrap_or(Device::Cpu))
-            }
+            Self::Auto if candle_core::utils::cuda_is_available() => match cuda(0) {
+                Err(Error::Device { reason, .. }) if reason.contains(NO_DEVICE) => Ok(Device::Cpu),
+                // A GPU that is there and fails is no reason to be slow without a word.
+                opened => opened,
+            },
             Self::Auto => Ok(Device::Cpu),
         }
     }
 }
+
+/// What CUDA's driver says where there is no GPU.
+const NO_DEVICE: &str = "CUDA_ERROR_NO_DEVICE";
 
 fn cuda(number: usize) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {

@@ -118,6 +118,14 @@ impl<D: Device> Drop for Leaving<D> {
     }
 }
 
+impl<D: Device> Drop for DeviceLayer<D> {
+    /// The second stream may still read the dictionaries, which are the first one's.
+    fn drop(&mut self) {
+        // As above.
+        let _ = self.streams.main.wait_for(&self.streams.aside);
+    }
+}
+
 impl<D: Device> Pursuit<D> {
     fn code(
         &self,

@@ -1,7 +1,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ::lexico::cuda::{
-    DEVICE_BEAM, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence, Gpu, Streams,
+    DEVICE_BEAM, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence, Gpu,
 };
 use ::lexico::{CoefficientFormat, DictionarySet};
 use candle_core::{Device, Tensor};
@@ -28,7 +28,6 @@ struct Shared {
     dictionaries: Arc<DictionarySet>,
     settings: LexicoSettings,
     device: Device,
-    streams: Arc<Streams<Gpu>>,
     layers: Vec<DeviceLayer<Gpu>>,
 }
 
@@ -131,7 +130,6 @@ impl Shared {
             dictionaries: Arc::clone(dictionaries),
             settings,
             device: device.clone(),
-            streams,
             layers,
         })
     }
@@ -308,13 +306,5 @@ impl KvCache for DeviceLexicoCache {
                 ),
             ],
         }
-    }
-}
-
-impl Drop for Shared {
-    /// The second stream may still read the dictionaries, which are the first one's.
-    fn drop(&mut self) {
-        // Where the device has failed, all that follows fails too, and says so.
-        let _ = ::lexico::cuda::Device::wait_for(&self.streams.main, &self.streams.aside);
     }
 }
