@@ -97,13 +97,18 @@ pub fn check(path: &Path, spec: &CacheSpec, cache: &dyn KvCache) -> Result<()> {
     Ok(check_writable(path)?)
 }
 
+/// Why caches of a model that computes elsewhere are neither saved nor loaded.
+const IN_DEVICE: &str = "caches in a GPU's memory are neither saved nor loaded; use --device cpu";
+
 fn cannot_be_saved(path: &Path, spec: &CacheSpec) -> Error {
     Error::Saved {
         path: path.to_owned(),
-        reason: format!(
-            "caches of method {:?} cannot be saved, those of method \"lexico\" can",
-            spec.method().name
-        ),
+        reason: match spec.method().name {
+            "lexico" => IN_DEVICE.to_owned(),
+            name => format!(
+                "caches of method {name:?} cannot be saved, those of method \"lexico\" can"
+            ),
+        },
     }
 }
 
@@ -266,6 +271,9 @@ impl SavedGeneration {
             path: path.clone(),
             reason,
         };
+        if !model.decoder.device().is_cpu() {
+            return Err(refused(IN_DEVICE.to_owned()));
+        }
         let fingerprint = model.fingerprint()?;
         if fingerprint != self.header.fingerprint {
             return Err(refused(format!(
