@@ -53,7 +53,13 @@ fn cuda(number: usize) -> Result<Device> {
     // A stream of its own: that of a thread would wait for other threads' work.
     Device::new_cuda_with_stream(number).map_err(|error| Error::Device {
         name: DeviceName::Cuda(number).to_string(),
-        reason: error.to_string(),
+        // Without the calls that led there, which candle may add.
+        reason: error
+            .to_string()
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
     })
 }
 

@@ -105,9 +105,9 @@ fn cannot_be_saved(path: &Path, spec: &CacheSpec) -> Error {
         path: path.to_owned(),
         reason: match spec.method().name {
             "lexico" => IN_DEVICE.to_owned(),
-            name => format!(
-                "caches of method {name:?} cannot be saved, those of method \"lexico\" can"
-            ),
+            name => {
+                format!("caches of method {name:?} cannot be saved, those of method \"lexico\" can")
+            }
         },
     }
 }
