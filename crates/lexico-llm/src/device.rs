@@ -51,16 +51,20 @@ fn cuda(number: usize) -> Result<Device> {
         });
     }
     // A stream of its own: that of a thread would wait for other threads' work.
-    Device::new_cuda_with_stream(number).map_err(|error| Error::Device {
-        name: DeviceName::Cuda(number).to_string(),
+    let device = Device::new_cuda_with_stream(number).map_err(|error| {
         // Without the calls that led there, which candle may add.
-        reason: error
-            .to_string()
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .to_owned(),
-    })
+        let reason = error.to_string();
+        Error::Device {
+            name: DeviceName::Cuda(number).to_string(),
+            reason: reason.lines().next().unwrap_or_default().to_owned(),
+        }
+    })?;
+    // SAFETY: all tensors are used on candle's stream alone; what another stream uses is ours, and waits are ours too.
+    #[cfg(feature = "cuda")]
+    unsafe {
+        device.as_cuda_device()?.disable_event_tracking();
+    }
+    Ok(device)
 }
 
 impl fmt::Display for DeviceName {

@@ -2,7 +2,7 @@ use half::f16;
 
 use super::codes::format_number;
 use super::device::upload;
-use super::device::{Argument, COMMON, Device, Grid, Program};
+use super::device::{Argument, COMMON, Device, Grid, Program, check_shared};
 use super::pair::{DevicePast, describe};
 use crate::code::CodeFormat;
 use crate::dictionary::Atoms;
@@ -16,6 +16,8 @@ const PROJECT_THREADS: u32 = 128;
 const LEAST_PART: usize = 1024;
 /// Atoms that a block of `combine` sums.
 const COMBINED: usize = 256;
+/// Blocks along y that a grid can have.
+const MOST_PAIRS: usize = 65_535;
 /// Blocks along y that share a block's atoms.
 const PROJECT_BLOCKS: usize = 16;
 
@@ -53,6 +55,10 @@ impl<D: Device> DeviceAttention<D> {
                 "attention of groups of {group} queries of {head_dim} numbers; possible are 1 to 8 of a multiple of 16"
             )));
         }
+        let summed = value_atoms.len() * group * size_of::<i32>();
+        check_shared(device, summed, "attention")?;
+        let scored = key_atoms.len() * group * size_of::<f16>();
+        check_shared(device, scored, "attention")?;
         let halves = |atoms: Atoms<'_>| {
             let mut bytes = Vec::new();
             for (_, atoms) in atoms.matrices() {
@@ -116,6 +122,11 @@ impl<D: Device> DeviceAttention<D> {
         let pairs = pasts.len();
         if pairs == 0 {
             return Ok(());
+        }
+        if pairs > MOST_PAIRS {
+            let reason =
+                format!("attention of {pairs} KV heads at once; at most {MOST_PAIRS} are possible");
+            return Err(Error::Device(reason));
         }
         let coded = pasts.iter().map(|past| past.keys.len() - past.hidden);
         let longest = coded.max().unwrap_or(0);

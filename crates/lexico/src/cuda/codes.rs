@@ -87,7 +87,7 @@ impl<D: Device> DeviceCodes<D> {
     }
 
     /// Room for so many vectors more.
-    fn reserve(&mut self, device: &D, vectors: usize) -> Result<()> {
+    pub(super) fn reserve(&mut self, device: &D, vectors: usize) -> Result<()> {
         let pages = (self.len + vectors).div_ceil(PAGE);
         let first = self.pages.len();
         while self.pages.len() < pages {
@@ -205,7 +205,6 @@ impl<D: Device> DeviceCodes<D> {
         };
         let heads = std::slice::from_mut(self);
         let (count, most) = (batch.len(), s);
-        let sparsities = upload(device, &[])?;
         if let CoefficientFormat::InAtoms(groups) = heads[0].format.coefficients {
             let scales = batch.coefficients.chunks_exact(s);
             let scales: Vec<u8> = scales
@@ -217,7 +216,7 @@ impl<D: Device> DeviceCodes<D> {
                 paths: indices(&|group| groups.start(group))?,
                 scales: upload(device, &scales)?,
                 errors: numbers(&batch.relative_errors)?,
-                sparsities,
+                used: Vec::new(),
             };
             Self::extend_packed(device, heads, &found)
         } else {
@@ -229,7 +228,7 @@ impl<D: Device> DeviceCodes<D> {
                 coefficients: numbers(&batch.coefficients)?,
                 lengths: upload(device, &lengths)?,
                 errors: numbers(&batch.relative_errors)?,
-                sparsities,
+                used: Vec::new(),
             };
             Self::extend_sparse(device, heads, &found, false)
         }

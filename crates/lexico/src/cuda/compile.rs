@@ -44,7 +44,11 @@ pub fn compile(program: &Program, architecture: &str) -> Result<Vec<u8>> {
                     .take_while(|&c| c != 0)
                     .collect();
                 let log = String::from_utf8_lossy(&log).into_owned();
-                Err(failed(&format!("{error}"), &log.trim()))
+                let hint = match log.contains("--gpu-architecture") {
+                    true => " (this NVRTC is older than the GPU; a newer CUDA toolkit knows it)",
+                    false => "",
+                };
+                Err(failed(&format!("{error}{hint}"), &log.trim()))
             }
         };
         let _ = result::destroy_program(source);

@@ -1,10 +1,14 @@
-use crate::Result;
+use std::hash::{Hash, Hasher};
+
+use crate::{Error, Result};
 
 /// Where kernels run, with memory of its own: a stream of a GPU, or in tests the host in its place. What is asked of it is done
 /// in the order in which it is asked.
 pub trait Device {
     /// Bytes there. When it is dropped they are freed once all is done that was asked before of the stream that allocated them.
     type Memory;
+    /// A place in the order of what a stream was asked for.
+    type Mark;
 
     /// Room for so many bytes, which hold anything.
     ///
@@ -39,11 +43,28 @@ pub trait Device {
     /// [`Error::Device`](crate::Error::Device) where a kernel failed.
     fn finish(&self) -> Result<()>;
 
-    /// Has all that is asked from now on wait for what was asked of another stream of the same device so far.
+    /// A mark behind all that was asked so far.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where the device fails.
-    fn wait_for(&self, other: &Self) -> Result<()>;
+    fn mark(&self) -> Result<Self::Mark>;
+
+    /// Has all that is asked from now on wait for what lies before a mark, of another stream of the same device, say.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device fails.
+    fn wait_until(&self, mark: &Self::Mark) -> Result<()>;
+
+    /// Has all that is asked from now on wait for what was asked of another stream so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device fails.
+    fn wait_for(&self, other: &Self) -> Result<()> {
+        self.wait_until(&other.mark()?)
+    }
+
+    /// Bytes of shared memory that a block can have at the most.
+    fn most_shared(&self) -> usize;
 
     /// Blocks that it runs at a time, about: a kernel that goes through its work in strides needs no more.
     fn blocks(&self) -> u32;
@@ -74,7 +95,7 @@ pub struct Streams<D> {
 }
 
 /// Kernels and the constants that they are compiled with.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// The source's name.
     pub name: &'static str,
@@ -82,6 +103,14 @@ pub struct Program {
     pub parts: &'static [&'static str],
     /// Names of constants, and their values.
     pub constants: Vec<(&'static str, usize)>,
+}
+
+impl Hash for Program {
+    /// Of what tells programs apart; the source is long.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+        self.constants.hash(state);
+    }
 }
 
 impl Program {
@@ -173,6 +202,19 @@ pub(super) fn download_u16<D: Device>(
         .iter()
         .map(|&b| u16::from_le_bytes(b))
         .collect())
+}
+
+/// Refuses what takes more shared memory than a block has, with some to spare for what kernels declare themselves.
+pub(super) fn check_shared<D: Device>(device: &D, bytes: usize, what: &str) -> Result<()> {
+    const DECLARED: usize = 2048;
+    let most = device.most_shared();
+    if bytes + DECLARED <= most {
+        return Ok(());
+    }
+    Err(Error::Device(format!(
+        "{what} takes {bytes} bytes of a block's shared memory, of which this device has {most}; fewer atoms, or query heads a KV head, \
+         take less"
+    )))
 }
 
 /// Memory of rows `[n, m]`, filled up with zeros to `padded` numbers each.

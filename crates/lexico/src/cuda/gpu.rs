@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+};
 
 use super::compile::{compile, compile_cached};
 use super::device::{Argument, Device, Grid, Program, Streams};
@@ -12,17 +14,18 @@ use crate::{Error, Result};
 
 /// Blocks for every multiprocessor.
 const BLOCKS: u32 = 4;
-/// Shared memory that a kernel has without asking.
-const SHARED: usize = 48 * 1024;
+/// The oldest GPUs that have what the kernels use: asynchronous copies, and products of halves of this shape.
+const OLDEST: (i32, i32) = (8, 0);
 
 /// A stream of an NVIDIA GPU, by CUDA's driver; its primary context is that of other libraries in the process too.
 pub struct Gpu {
     stream: Arc<CudaStream>,
     architecture: String,
     blocks: u32,
+    most_shared: usize,
     /// Where compiled programs are kept.
     folder: Option<PathBuf>,
-    functions: Arc<Mutex<HashMap<(Program, &'static str), Function>>>,
+    modules: Arc<Mutex<HashMap<Program, Module>>>,
 }
 
 /// Memory of a [`Gpu`].
@@ -31,12 +34,14 @@ pub struct GpuMemory {
     address: u64,
 }
 
-/// A kernel that was loaded; modules stay loaded as long as the context.
-#[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
+/// A program that was loaded, and its kernels that were used; it stays loaded as long as the context.
+struct Module {
+    module: sys::CUmodule,
+    functions: HashMap<&'static str, sys::CUfunction>,
+}
 
 // SAFETY: the driver's handles may be used by any thread.
-unsafe impl Send for Function {}
+unsafe impl Send for Module {}
 
 fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |error| Error::Device(format!("{what}: {error}"))
@@ -56,6 +61,8 @@ impl Gpu {
         }
         let name = format!("GPU {ordinal}");
         let context = CudaContext::new(ordinal).map_err(failed(&name))?;
+        // SAFETY: streams wait for each other where they must by marks of our own.
+        unsafe { context.disable_event_tracking() };
         Self::of_stream(context.new_stream().map_err(failed(&name))?, folder)
     }
 
@@ -67,14 +74,34 @@ impl Gpu {
         let context = stream.context();
         let said = failed("what it is");
         let (major, minor) = context.compute_capability().map_err(&said)?;
-        let multiprocessors = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(&said)?;
+        if (major, minor) < OLDEST {
+            let reason = format!("its compute capability is {major}.{minor}; 8.0 is needed");
+            return Err(Error::Device(reason));
+        }
+        let number = |attribute| context.attribute(attribute).map_err(&said);
+        let multiprocessors = number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let most_shared =
+            number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        if context.has_async_alloc() {
+            // Memory that is freed is kept for what is asked for next, not given back whenever somebody waits.
+            let mut kept = u64::MAX;
+            // SAFETY: the pool is the device's own, and the number is read before this returns.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(context.cu_device());
+                result::mem_pool::set_attribute(
+                    pool.map_err(&said)?,
+                    sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                    (&raw mut kept).cast(),
+                )
+                .map_err(&said)?;
+            }
+        }
         Ok(Self {
             architecture: format!("sm_{major}{minor}"),
             blocks: BLOCKS * multiprocessors.max(1) as u32,
+            most_shared: most_shared.max(0) as usize,
             folder,
-            functions: Arc::default(),
+            modules: Arc::default(),
             stream,
         })
     }
@@ -89,8 +116,9 @@ impl Gpu {
             stream: stream.map_err(failed("a stream"))?,
             architecture: self.architecture.clone(),
             blocks: self.blocks,
+            most_shared: self.most_shared,
             folder: self.folder.clone(),
-            functions: Arc::clone(&self.functions),
+            modules: Arc::clone(&self.modules),
         };
         Ok(Streams { main: self, aside })
     }
@@ -115,33 +143,50 @@ impl Gpu {
         self.context().mem_get_info().map_err(failed("its memory"))
     }
 
-    fn function(&self, program: &Program, kernel: &'static str) -> Result<Function> {
-        let mut functions = self
-            .functions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let key = (program.clone(), kernel);
-        if let Some(&function) = functions.get(&key) {
+    fn function(&self, program: &Program, kernel: &'static str) -> Result<sys::CUfunction> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if !modules.contains_key(program) {
+            let code = match &self.folder {
+                Some(folder) => compile_cached(program, &self.architecture, folder)?,
+                None => compile(program, &self.architecture)?,
+            };
+            // SAFETY: the code is a whole image, as NVRTC made it; the module is never unloaded.
+            let module = unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) };
+            let module = Module {
+                module: module.map_err(failed(program.name))?,
+                functions: HashMap::new(),
+            };
+            modules.insert(program.clone(), module);
+        }
+        let Some(module) = modules.get_mut(program) else {
+            return Err(Error::Device(format!("{}: it is not loaded", program.name)));
+        };
+        if let Some(&function) = module.functions.get(kernel) {
             return Ok(function);
         }
-        let code = match &self.folder {
-            Some(folder) => compile_cached(program, &self.architecture, folder)?,
-            None => compile(program, &self.architecture)?,
-        };
         let name = CString::new(kernel).map_err(|error| Error::Device(error.to_string()))?;
-        // SAFETY: the code is a whole image, as NVRTC made it; the module is never unloaded.
+        // SAFETY: the module is loaded, and the function is its.
         let function = unsafe {
-            let module = result::module::load_data(code.as_ptr().cast::<c_void>());
-            let module = module.map_err(failed(program.name))?;
-            result::module::get_function(module, name).map_err(failed(kernel))?
+            let function = result::module::get_function(module.module, name);
+            let function = function.map_err(failed(kernel))?;
+            // As much as there is, less what the kernel declares: without this it has 48 KiB.
+            let own = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            let own = result::function::get_function_attribute(function, own);
+            let own = own.map_err(failed(kernel))?;
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let shared = self.most_shared as i32 - own;
+            result::function::set_function_attribute(function, most, shared)
+                .map_err(failed(kernel))?;
+            function
         };
-        functions.insert(key, Function(function));
-        Ok(Function(function))
+        module.functions.insert(kernel, function);
+        Ok(function)
     }
 }
 
 impl Device for Gpu {
     type Memory = GpuMemory;
+    type Mark = CudaEvent;
 
     fn allocate(&self, bytes: usize) -> Result<GpuMemory> {
         // SAFETY: bytes are numbers whatever they hold.
@@ -185,8 +230,16 @@ impl Device for Gpu {
         self.stream.synchronize().map_err(failed("a kernel"))
     }
 
-    fn wait_for(&self, other: &Self) -> Result<()> {
-        self.stream.join(&other.stream).map_err(failed("waiting"))
+    fn mark(&self) -> Result<CudaEvent> {
+        self.stream.record_event(None).map_err(failed("a mark"))
+    }
+
+    fn wait_until(&self, mark: &CudaEvent) -> Result<()> {
+        self.stream.wait(mark).map_err(failed("waiting"))
+    }
+
+    fn most_shared(&self) -> usize {
+        self.most_shared
     }
 
     fn blocks(&self) -> u32 {
@@ -201,18 +254,7 @@ impl Device for Gpu {
         arguments: &[Argument],
     ) -> Result<()> {
         self.context().bind_to_thread().map_err(failed(kernel))?;
-        let Function(function) = self.function(program, kernel)?;
-        if grid.shared > SHARED {
-            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is there.
-            unsafe { result::function::set_function_attribute(function, most, grid.shared as i32) }
-                .map_err(|error| {
-                    Error::Device(format!(
-                        "{} bytes of shared memory for {kernel}: {error}",
-                        grid.shared
-                    ))
-                })?;
-        }
+        let function = self.function(program, kernel)?;
         let mut places: Vec<*mut c_void> = arguments
             .iter()
             .map(|argument| argument.place().cast_mut().cast())

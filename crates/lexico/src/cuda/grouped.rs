@@ -1,8 +1,8 @@
 use half::f16;
 
 use super::device::{
-    Argument, COMMON, Device, Grid, Program, Streams, download, download_f32, download_u16,
-    padded_rows, upload, upload_rows,
+    Argument, COMMON, Device, Grid, Program, Streams, check_shared, download, download_f32,
+    download_u16, padded_rows, upload, upload_rows,
 };
 use super::pursuit::{kernel_count, upload_lengths};
 use crate::Result;
@@ -42,8 +42,8 @@ pub struct FoundSums<D: Device> {
     pub scales: D::Memory,
     /// `‖x − x̂‖ / ‖x‖` of the sums before they are scaled, `[n]`, f32.
     pub errors: D::Memory,
-    /// What the kernel reads of each head.
-    pub(super) sparsities: D::Memory,
+    /// What the kernel needs beside, as long as it runs.
+    pub(super) used: Vec<D::Memory>,
 }
 
 impl<D: Device> DeviceGroupedPursuit<D> {
@@ -55,6 +55,7 @@ impl<D: Device> DeviceGroupedPursuit<D> {
         dictionary.check_sparsity(most)?;
         let head_dim = dictionary.head_dim();
         let padded = head_dim.next_multiple_of(16);
+        check_shared(device, shared(padded, most), "the search")?;
         let atoms = dictionary.dictionary().atoms();
         let halves: Vec<f16> = padded_rows(atoms, head_dim, padded)
             .into_iter()
@@ -128,25 +129,23 @@ impl<D: Device> DeviceGroupedPursuit<D> {
             paths: device.allocate(n * self.most * size_of::<u16>())?,
             scales: device.allocate(n)?,
             errors: device.allocate(n * size_of::<f32>())?,
-            sparsities: upload_lengths(device, sparsities)?,
+            used: vec![upload_lengths(device, sparsities)?],
         };
         if n == 0 {
             return Ok(found);
         }
         streams.aside.wait_for(device)?;
-        let rows_a_block = VECTORS * DEVICE_BEAM;
         let grid = Grid {
             blocks: [device.blocks().min(n.div_ceil(VECTORS) as u32), 1],
             threads: THREADS,
-            shared: 2 * TILE * ((self.padded + 8) * size_of::<u16>() + size_of::<f32>())
-                + rows_a_block * (self.padded * size_of::<f32>() + self.most * size_of::<u16>()),
+            shared: shared(self.padded, self.most),
         };
         let address = |memory: &D::Memory| Argument::Address(D::address(memory));
         let arguments = [
             address(vectors),
             Argument::Integer(count),
             Argument::Integer(each as i32),
-            address(&found.sparsities),
+            address(&found.used[0]),
             Argument::Integer(self.most as i32),
             address(&self.atoms),
             address(&self.half_squares),
@@ -164,6 +163,13 @@ impl<D: Device> DeviceGroupedPursuit<D> {
         }
         Ok(found)
     }
+}
+
+/// Bytes of shared memory that a block takes.
+fn shared(padded: usize, most: usize) -> usize {
+    let rows = VECTORS * DEVICE_BEAM;
+    2 * TILE * ((padded + 8) * size_of::<u16>() + size_of::<f32>())
+        + rows * (padded * size_of::<f32>() + most * size_of::<u16>())
 }
 
 impl<D: Device> FoundSums<D> {

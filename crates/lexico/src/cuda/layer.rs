@@ -105,7 +105,11 @@ struct Leaving<D: Device> {
     age: usize,
     keys: Found<D>,
     values: Found<D>,
-    /// What the search reads.
+    /// Vectors of each head.
+    count: usize,
+    /// Where the search ends.
+    done: D::Mark,
+    /// What it reads.
     _vectors: [D::Memory; 2],
     streams: Arc<Streams<D>>,
 }
@@ -114,7 +118,7 @@ impl<D: Device> Drop for Leaving<D> {
     /// The search may still be on its way, and its memory is the main stream's.
     fn drop(&mut self) {
         // Where the device has failed, all that follows fails too, and says so.
-        let _ = self.streams.main.wait_for(&self.streams.aside);
+        let _ = self.streams.main.wait_until(&self.done);
     }
 }
 
@@ -545,10 +549,16 @@ impl<D: Device> DeviceLayer<D> {
         let unbiased = self.settings.unbiased;
         let code =
             |pursuit: &Pursuit<D>, vectors| pursuit.code(&self.streams, vectors, count, unbiased);
+        let keys = code(&self.keys, &vectors[0])?;
+        let values = code(&self.values, &vectors[1]);
+        // What is dropped where that failed is still in use.
+        let values = values.inspect_err(|_| drop(device.wait_for(&self.streams.aside)))?;
         Ok(Leaving {
             age: 0,
-            keys: code(&self.keys, &vectors[0])?,
-            values: code(&self.values, &vectors[1])?,
+            keys,
+            values,
+            count,
+            done: self.streams.aside.mark()?,
             _vectors: vectors,
             streams: Arc::clone(&self.streams),
         })
@@ -557,7 +567,11 @@ impl<D: Device> DeviceLayer<D> {
     /// Puts what was coded among a sequence's codes.
     fn store(&self, sequence: &mut DeviceSequence<D>, leaving: Leaving<D>) -> Result<()> {
         let device = &self.streams.main;
-        device.wait_for(&self.streams.aside)?;
+        // Keys and values grow together or not at all.
+        for codes in sequence.keys.iter_mut().chain(&mut sequence.values) {
+            codes.reserve(device, leaving.count)?;
+        }
+        device.wait_until(&leaving.done)?;
         let unbiased = self.settings.unbiased;
         leaving.keys.store(device, &mut sequence.keys, unbiased)?;
         leaving.values.store(device, &mut sequence.values, unbiased)

@@ -1,8 +1,8 @@
 use half::f16;
 
 use super::device::{
-    Argument, COMMON, Device, Grid, Program, Streams, download, download_f32, download_u16,
-    padded_rows, upload, upload_rows,
+    Argument, COMMON, Device, Grid, Program, Streams, check_shared, download, download_f32,
+    download_u16, padded_rows, upload, upload_rows,
 };
 use crate::pursuit::SparseBatch;
 use crate::{Dictionary, Error, Result};
@@ -27,10 +27,6 @@ pub struct DevicePursuit<D: Device> {
     most: usize,
     tolerance: f32,
     blocks: u32,
-    /// Orthonormal bases of the vectors that are being coded, and how atoms are made of them. One pursuit at a time uses them: all
-    /// run on one stream.
-    basis: D::Memory,
-    triangles: D::Memory,
 }
 
 /// Codes with coefficients that were found on a device, and lie there.
@@ -45,8 +41,8 @@ pub struct FoundCodes<D: Device> {
     pub lengths: D::Memory,
     /// `‖x − x̂‖ / ‖x‖`, `[n]`, f32.
     pub errors: D::Memory,
-    /// What the kernel reads of each head.
-    pub(super) sparsities: D::Memory,
+    /// What the kernel needs beside, as long as it runs.
+    pub(super) used: Vec<D::Memory>,
 }
 
 impl<D: Device> DevicePursuit<D> {
@@ -59,8 +55,11 @@ impl<D: Device> DevicePursuit<D> {
         dictionary.check_sparsity(most)?;
         let head_dim = dictionary.head_dim();
         let padded = head_dim.next_multiple_of(16);
-        let blocks = device.blocks();
-        let rows = blocks as usize * ROWS;
+        if most > usize::from(u8::MAX) {
+            let reason = format!("codes of {most} nonzeros; at most 255 are possible on a device");
+            return Err(Error::Device(reason));
+        }
+        check_shared(device, shared(padded, most), "pursuit")?;
         let atoms: Vec<u8> = padded_rows(dictionary.atoms(), head_dim, padded)
             .into_iter()
             .flat_map(|x| f16::from_f32(x).to_le_bytes())
@@ -77,9 +76,7 @@ impl<D: Device> DevicePursuit<D> {
             count: dictionary.len(),
             most,
             tolerance,
-            blocks,
-            basis: device.allocate(rows * most * padded * size_of::<f32>())?,
-            triangles: device.allocate(rows * most * most * size_of::<f32>())?,
+            blocks: device.blocks(),
         })
     }
 
@@ -114,40 +111,41 @@ impl<D: Device> DevicePursuit<D> {
         let each = crate::pursuit::vectors_a_head(count, sparsities, self.most);
         let (n, s) = (kernel_count(count)?, self.most);
         let device = &streams.main;
-        // Codes shorter than the sparsity leave the rest as it is.
-        let zeros = |bytes: usize| upload(device, &vec![0; bytes]);
+        let blocks = self.blocks.min(count.div_ceil(ROWS) as u32);
+        let rows = blocks as usize * ROWS;
+        let numbers = |numbers: usize| device.allocate(numbers * size_of::<f32>());
+        // Orthonormal bases of the vectors that are being coded, and how atoms are made of them.
+        let (basis, triangles) = (numbers(rows * s * self.padded)?, numbers(rows * s * s)?);
         let found = FoundCodes {
             count,
             most: s,
-            indices: zeros(count * s * size_of::<u16>())?,
-            coefficients: zeros(count * s * size_of::<f32>())?,
-            lengths: zeros(count)?,
-            errors: zeros(count * size_of::<f32>())?,
-            sparsities: upload_lengths(device, sparsities)?,
+            indices: device.allocate(count * s * size_of::<u16>())?,
+            coefficients: numbers(count * s)?,
+            lengths: device.allocate(count)?,
+            errors: numbers(count)?,
+            used: vec![upload_lengths(device, sparsities)?, basis, triangles],
         };
         if count == 0 {
             return Ok(found);
         }
         streams.aside.wait_for(device)?;
-        let shared = 2 * TILE * (self.padded + 8) * size_of::<u16>()
-            + ROWS * (self.padded + s + 2) * size_of::<f32>();
         let address = |memory: &D::Memory| Argument::Address(D::address(memory));
         let grid = Grid {
-            blocks: [self.blocks.min(count.div_ceil(ROWS) as u32), 1],
+            blocks: [blocks, 1],
             threads: THREADS,
-            shared,
+            shared: shared(self.padded, s),
         };
         let arguments = [
             address(vectors),
             Argument::Integer(n),
             Argument::Integer(each as i32),
-            address(&found.sparsities),
+            address(&found.used[0]),
             address(&self.atoms),
             Argument::Integer(self.count as i32),
             Argument::Integer(s as i32),
             Argument::Float(self.tolerance),
-            address(&self.basis),
-            address(&self.triangles),
+            address(&found.used[1]),
+            address(&found.used[2]),
             address(&found.indices),
             address(&found.coefficients),
             address(&found.lengths),
@@ -184,6 +182,11 @@ impl<D: Device> FoundCodes<D> {
             relative_errors: download_f32(device, &self.errors, n)?,
         })
     }
+}
+
+/// Bytes of shared memory that a block takes.
+fn shared(padded: usize, most: usize) -> usize {
+    2 * TILE * (padded + 8) * size_of::<u16>() + ROWS * (padded + most + 2) * size_of::<f32>()
 }
 
 /// The number of vectors, as kernels take it.

@@ -24,6 +24,7 @@ impl Compiler {
 
 impl Device for Compiler {
     type Memory = usize;
+    type Mark = ();
 
     fn allocate(&self, bytes: usize) -> Result<usize> {
         Ok(bytes)
@@ -48,8 +49,16 @@ impl Device for Compiler {
         Ok(())
     }
 
-    fn wait_for(&self, _other: &Self) -> Result<()> {
+    fn mark(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn wait_until(&self, _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn most_shared(&self) -> usize {
+        227 * 1024
     }
 
     fn blocks(&self) -> u32 {

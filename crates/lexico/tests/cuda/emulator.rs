@@ -62,6 +62,7 @@ impl Emulator {
 
 impl Device for Emulator {
     type Memory = Vec<u64>;
+    type Mark = ();
 
     fn allocate(&self, bytes: usize) -> Result<Vec<u64>> {
         // What no kernel has written shows.
@@ -93,8 +94,16 @@ impl Device for Emulator {
         Ok(())
     }
 
-    fn wait_for(&self, _other: &Self) -> Result<()> {
+    fn mark(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn wait_until(&self, _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn most_shared(&self) -> usize {
+        227 * 1024
     }
 
     fn blocks(&self) -> u32 {

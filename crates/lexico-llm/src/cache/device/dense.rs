@@ -17,7 +17,8 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) 
     let (heads, t, m) = q.dims3()?;
     let (kv_heads, n, _) = k.dims3()?;
     let group = heads / kv_heads;
-    let q = (q * (1.0 / (m as f64).sqrt()))?.to_dtype(k.dtype())?;
+    let q = (q * (1.0 / (m as f64).sqrt()))?;
+    let q = q.to_dtype(k.dtype())?.contiguous()?;
     let q = q.reshape((kv_heads, group, t, m))?;
     let at_once = (MOST_SCORES / (heads * n)).clamp(1, t);
     let mut outputs = Vec::with_capacity(t.div_ceil(at_once));

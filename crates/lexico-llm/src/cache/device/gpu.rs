@@ -16,8 +16,6 @@ pub(super) fn streams(device: &Device) -> Result<Arc<Streams<Gpu>>> {
     if let Some((_, streams)) = open.iter().find(|(device, _)| device.id() == own.id()) {
         return Ok(Arc::clone(streams));
     }
-    // SAFETY: all tensors are used on candle's stream alone; what the other stream uses is ours, and waits are ours too.
-    unsafe { own.disable_event_tracking() };
     let refused = |reason: ::lexico::Error| refused(device, &reason);
     let gpu = Gpu::of_stream(own.cuda_stream(), kernel_folder()).map_err(refused)?;
     let streams = Arc::new(gpu.with_stream_aside().map_err(refused)?);

@@ -1,10 +1,11 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use ::lexico::attention::NumberType;
 use ::lexico::cuda::{
     DEVICE_BEAM, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence, Gpu,
 };
 use ::lexico::{CoefficientFormat, DictionarySet};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::dense;
 use super::gpu::{address, in_a_row, refused, room, streams};
@@ -154,6 +155,10 @@ impl DeviceLexicoCache {
                 reason,
             ));
         }
+        if settings.dense != NumberType::F16 {
+            let reason = "on a GPU the window is in f16; leave it out, or use --device cpu";
+            return Err(impossible("dense", "f32".to_owned(), reason));
+        }
         let shared = Shared::of(config, dictionaries, settings, device)?;
         let sequences = shared.layers.iter().map(DeviceLayer::sequence);
         let layers = sequences.collect::<::lexico::Result<_>>();
@@ -255,13 +260,15 @@ impl KvCache for DeviceLexicoCache {
             };
         }
         let (k, v) = (in_a_row(k)?, in_a_row(v)?);
+        // As the uncompressed cache attends.
+        let halves = |x: &Tensor| x.to_dtype(DType::F16);
         let out = match self.past(layer)? {
             Some([keys, values]) => {
-                let keys = Tensor::cat(&[&keys, &k], 1)?;
-                let values = Tensor::cat(&[&values, &v], 1)?;
-                dense::attend(&in_a_row(q)?, &keys, &values, self.sliding)?
+                let keys = Tensor::cat(&[&halves(&keys)?, &halves(&k)?], 1)?;
+                let values = Tensor::cat(&[&halves(&values)?, &halves(&v)?], 1)?;
+                dense::attend(q, &keys, &values, self.sliding)?
             }
-            None => dense::attend(&in_a_row(q)?, &k, &v, self.sliding)?,
+            None => dense::attend(q, &halves(&k)?, &halves(&v)?, self.sliding)?,
         };
         let (own, sequence) = (&self.shared.layers[layer], &mut self.layers[layer]);
         // SAFETY: the tensors are of the shapes that are asked for, and what is asked of candle's stream finds them there.

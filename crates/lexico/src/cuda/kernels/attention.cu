@@ -8,7 +8,7 @@ const int THREADS = 256;
 // scaled by 1/√m. A block: 64 atoms, four warps of 16, and all pairs of its slice of the grid.
 extern "C" __global__ void __launch_bounds__(128)
 project(const u16 *atoms, int count, const float *queries, int pairs, u16 *products) {
-    SHARED u16 columns[8 * (M + 8)];
+    SHARED __align__(16) u16 columns[8 * (M + 8)];
     const int SLICES = M / 16;
     int first = blockIdx.x * 64 + warp() * 16;
     u32 rows[SLICES][4];
@@ -60,10 +60,13 @@ __device__ inline void add_products(Sums &sums, float c, const u16 *products) {
     // As wide as may be: one look-up gives all queries.
     u32 words[4];
     if (G == 2) words[0] = *(const u32 *)products;
-    if (G == 4) *(u64 *)words = *(const u64 *)products;
-    if (G == 8) {
-        ((u64 *)words)[0] = ((const u64 *)products)[0];
-        ((u64 *)words)[1] = ((const u64 *)products)[1];
+    if (G >= 4) {
+        UNROLL
+        for (int half = 0; half < G / 4; ++half) {
+            u64 four = ((const u64 *)products)[half];
+            words[2 * half] = (u32)four;
+            words[2 * half + 1] = (u32)(four >> 32);
+        }
     }
     UNROLL
     for (int g = 0; g < G; ++g) sums.of[g] += c * from_half((u16)(words[g / 2] >> 16 * (g % 2)));

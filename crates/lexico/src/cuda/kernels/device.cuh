@@ -45,12 +45,12 @@ __device__ inline void multiply(float (&sums)[4], const u32 (&a)[4], const u32 (
 // `LEFT` groups.
 __device__ inline void copy(void *to, const void *from) {
     u32 at = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
 
-__device__ inline void copies_end() { asm volatile("cp.async.commit_group;"); }
+__device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-template <int LEFT> __device__ inline void copied() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT)); }
+template <int LEFT> __device__ inline void copied() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 #endif
 
 // A score below all others: minus infinity.

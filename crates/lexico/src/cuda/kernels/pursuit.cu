@@ -227,6 +227,10 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
                     own[k] = sum / triangle[k * most + k];
                 }
                 for (int k = 0; k < length; ++k) own[k] *= norm;
+                for (int k = length; k < most; ++k) {
+                    own[k] = 0.0f;
+                    indices[(size_t)(start + row) * most + k] = 0;
+                }
                 lengths[start + row] = length;
                 if (length == 0) errors[start + row] = norm > 0.0f ? 1.0f : 0.0f;
             }
