@@ -60,8 +60,6 @@ pub(super) use on::{attention, grouped_pursuit, pursuit};
 
 #[cfg(feature = "cuda")]
 mod on {
-    use std::rc::Rc;
-
     use super::*;
     use lexico::cuda::{
         Device, DeviceAttention, DeviceCodes, DeviceGroupedPursuit, DevicePast, DevicePursuit,
@@ -107,7 +105,7 @@ mod on {
             return Ok(None);
         };
         check_head_dim(dictionary.head_dim())?;
-        let pursuit = DevicePursuit::new(&streams.main, dictionary, sparsity, 0.0)?;
+        let pursuit = DevicePursuit::new(&streams.main, dictionary, sparsity)?;
         let relative_error = pursuit.encode(&streams, sample)?.mean_relative_error();
         let count = vectors.len() / dictionary.head_dim();
         let vectors = upload(&streams.main, vectors)?;
@@ -175,7 +173,6 @@ mod on {
         let m = key_atoms.head_dim();
         let queries = upload(&gpu, &vec![0.1; pairs * group * m])?;
         let out = upload(&gpu, &vec![0.0; pairs * group * m])?;
-        let codes = Rc::new(codes);
         let bytes = codes.iter().map(DeviceCodes::bytes).sum();
         let attend = move || {
             let pasts: Vec<DevicePast<'_, Gpu>> = codes

@@ -1,8 +1,7 @@
 use half::f16;
 
 use super::codes::format_number;
-use super::device::upload;
-use super::device::{Argument, COMMON, Device, Grid, Program, check_shared};
+use super::device::{Argument, COMMON, Device, Grid, Program, check_shared, upload};
 use super::pair::{DevicePast, describe};
 use crate::code::CodeFormat;
 use crate::dictionary::Atoms;

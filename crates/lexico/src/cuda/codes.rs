@@ -64,11 +64,6 @@ impl<D: Device> DeviceCodes<D> {
         self.len == 0
     }
 
-    /// How they are stored.
-    pub fn format(&self) -> CodeFormat {
-        self.format
-    }
-
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         self.pages.len() * self.page_bytes() + self.table_pages * size_of::<u64>()

@@ -145,8 +145,6 @@ pub enum Argument {
     Address(u64),
     /// An `int`.
     Integer(i32),
-    /// A `float`.
-    Float(f32),
 }
 
 impl Argument {
@@ -155,7 +153,6 @@ impl Argument {
         match self {
             Self::Address(value) => std::ptr::from_ref(value).cast(),
             Self::Integer(value) => std::ptr::from_ref(value).cast(),
-            Self::Float(value) => std::ptr::from_ref(value).cast(),
         }
     }
 }

@@ -33,8 +33,6 @@ pub enum DeviceDictionaries<'a> {
         values: &'a Dictionary,
         /// How coefficients are stored.
         coefficients: CoefficientFormat,
-        /// Relative error that needs no more atoms.
-        tolerance: f32,
     },
 }
 
@@ -64,6 +62,8 @@ pub struct DeviceLayer<D: Device> {
     attention: DeviceAttention<D>,
     program: Program,
     head_dim: usize,
+    /// Rows that a window has room for: those of a batch that is being coded stay until it is due.
+    room: usize,
 }
 
 /// How keys, or values, are coded.
@@ -196,6 +196,20 @@ impl<D: Device> DeviceLayer<D> {
             let reason = "a layer on a device needs KV heads, and a batch of at least one position";
             return Err(Error::Device(reason.to_owned()));
         }
+        let parts = [
+            settings.window,
+            settings.batch,
+            settings.batch,
+            settings.due,
+        ];
+        let room = parts.into_iter().try_fold(1usize, usize::checked_add);
+        // Kernels count rows in `int`.
+        let Some(room) = room.filter(|&room| i32::try_from(room).is_ok()) else {
+            return Err(Error::Device(format!(
+                "a window of {} positions, of which {} leave at once; less than 2³¹ are possible",
+                settings.window, settings.batch
+            )));
+        };
         let format = |coefficients| CodeFormat {
             sparsity: most_keys,
             variable: false,
@@ -232,10 +246,9 @@ impl<D: Device> DeviceLayer<D> {
                 keys,
                 values,
                 coefficients,
-                tolerance,
             } => {
                 let coder = |dictionary: &Dictionary, own: &[usize]| -> Result<_> {
-                    let pursuit = DevicePursuit::new(device, dictionary, most(own), tolerance)?;
+                    let pursuit = DevicePursuit::new(device, dictionary, most(own))?;
                     Ok(Pursuit {
                         search: Search::Sparse(pursuit),
                         coefficients,
@@ -271,6 +284,7 @@ impl<D: Device> DeviceLayer<D> {
             attention,
             program,
             head_dim,
+            room,
         })
     }
 
@@ -280,15 +294,13 @@ impl<D: Device> DeviceLayer<D> {
     /// [`Error::Device`] where memory does not suffice.
     pub fn sequence(&self) -> Result<DeviceSequence<D>> {
         let device = &self.streams.main;
-        // A batch that is being coded stays until it is due.
-        let room = self.settings.window + 2 * self.settings.batch + self.settings.due + 1;
-        let bytes = self.heads() * room * self.head_dim * size_of::<u16>();
+        let bytes = self.heads() * self.room * self.head_dim * size_of::<u16>();
         Ok(DeviceSequence {
             keys: self.keys.codes(device)?,
             values: self.values.codes(device)?,
             window_keys: device.allocate(bytes)?,
             window_values: device.allocate(bytes)?,
-            room,
+            room: self.room,
             start: 0,
             held: 0,
             leaving: None,

@@ -25,7 +25,6 @@ pub struct DevicePursuit<D: Device> {
     padded: usize,
     count: usize,
     most: usize,
-    tolerance: f32,
     blocks: u32,
 }
 
@@ -51,7 +50,7 @@ impl<D: Device> DevicePursuit<D> {
     /// # Errors
     /// [`Error::Sparsity`](crate::Error::Sparsity) as for [`Pursuit::new`](crate::Pursuit::new),
     /// [`Error::Device`] where its memory does not suffice.
-    pub fn new(device: &D, dictionary: &Dictionary, most: usize, tolerance: f32) -> Result<Self> {
+    pub fn new(device: &D, dictionary: &Dictionary, most: usize) -> Result<Self> {
         dictionary.check_sparsity(most)?;
         let head_dim = dictionary.head_dim();
         let padded = head_dim.next_multiple_of(16);
@@ -75,7 +74,6 @@ impl<D: Device> DevicePursuit<D> {
             padded,
             count: dictionary.len(),
             most,
-            tolerance,
             blocks: device.blocks(),
         })
     }
@@ -143,7 +141,6 @@ impl<D: Device> DevicePursuit<D> {
             address(&self.atoms),
             Argument::Integer(self.count as i32),
             Argument::Integer(s as i32),
-            Argument::Float(self.tolerance),
             address(&found.used[1]),
             address(&found.used[2]),
             address(&found.indices),

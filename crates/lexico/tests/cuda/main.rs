@@ -56,7 +56,7 @@ fn pursuit_is_that_of_the_cpu() {
             .in_half_precision()
             .unwrap();
         let vectors = drawn(&mut rng, count * m);
-        let device = DevicePursuit::new(emulator, &dictionary, sparsity, 0.0).unwrap();
+        let device = DevicePursuit::new(emulator, &dictionary, sparsity).unwrap();
         let found = device.encode(&streams, &vectors).unwrap();
         let on_cpu = Pursuit::new(&dictionary, sparsity)
             .unwrap()
@@ -524,8 +524,20 @@ fn a_layer_holds_and_attends_to_what_came() {
         keys: &dictionary,
         values: &dictionary,
         coefficients: CoefficientFormat::I8,
-        tolerance: 0.0,
     };
+    for (window, batch) in [(usize::MAX, 1), (1, usize::MAX), (1 << 31, 1)] {
+        let settings = DeviceLayerSettings {
+            sparsities: LayerSparsities::same(1, 2, 2),
+            unbiased: true,
+            group: 1,
+            window,
+            batch,
+            due: 0,
+        };
+        let refused = DeviceLayer::new(streams.clone(), packed, settings).err();
+        let message = refused.unwrap().to_string();
+        assert!(message.contains("window"), "{message}");
+    }
     for sliding in [None, Some(30), Some(3)] {
         goes_on(&streams, packed, sliding);
         goes_on(&streams, sparse, sliding);
@@ -555,7 +567,6 @@ fn every_kernel_compiles_for_every_architecture() {
         keys: &dictionary,
         values: &dictionary,
         coefficients,
-        tolerance: 0.0,
     };
     for dictionaries in [
         DeviceDictionaries::Packed {

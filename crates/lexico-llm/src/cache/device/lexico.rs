@@ -112,8 +112,6 @@ impl Shared {
                     keys: &own.keys,
                     values: &own.values,
                     coefficients,
-                    // Codes of a fixed sparsity gain nothing from ending early.
-                    tolerance: 0.0,
                 },
             };
             let settings = DeviceLayerSettings {
@@ -210,13 +208,25 @@ pub(crate) fn decode_together(
     let Some(first) = caches.first() else {
         return Ok(None);
     };
-    let (shared, sliding) = (Arc::clone(&first.shared), first.sliding);
+    let shared = &first.shared;
     if caches
         .iter()
-        .any(|cache| !Arc::ptr_eq(&cache.shared, &shared))
+        .any(|cache| !Arc::ptr_eq(&cache.shared, shared))
     {
         return Ok(None);
     }
+    attend_to_one_more(layer, q, k, v, &mut caches).map(Some)
+}
+
+/// Takes one new position of each of these sequences, which share all that can be shared, and attends, as [`decode_together`].
+fn attend_to_one_more(
+    layer: usize,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    caches: &mut [&mut DeviceLexicoCache],
+) -> Result<Tensor> {
+    let (shared, sliding) = (Arc::clone(&caches[0].shared), caches[0].sliding);
     let (heads, count, m) = q.dims3()?;
     let own = &shared.layers[layer];
     if heads != own.heads() * own.group() {
@@ -242,22 +252,15 @@ pub(crate) fn decode_together(
         )
     }
     .map_err(|reason| refused(&shared.device, &reason))?;
-    Ok(Some(out))
+    Ok(out)
 }
 
 impl KvCache for DeviceLexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let t = k.dim(1)?;
         if t == 1 {
-            let mut sequences = [Sequence {
-                tokens: &[0],
-                cache: self,
-            }];
-            let out = decode_together(layer, q, k, v, &mut sequences)?;
-            return match out {
-                Some(out) => Ok(out.transpose(0, 1)?),
-                None => Err(Error::EmptyPrompt),
-            };
+            let out = attend_to_one_more(layer, q, k, v, &mut [self])?;
+            return Ok(out.transpose(0, 1)?);
         }
         let (k, v) = (in_a_row(k)?, in_a_row(v)?);
         // As the uncompressed cache attends.

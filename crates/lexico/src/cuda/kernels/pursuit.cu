@@ -93,8 +93,8 @@ __device__ inline void choose(const u32 (&rows)[SLICES][4], const u16 *atoms, in
 // room for [gridDim.x, ROWS, most, M]; triangles: for [gridDim.x, ROWS, most, most]. Of each vector: length, indices [most],
 // coefficients [most], and the norm of what is left over its own.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pursue(const float *vectors, int count, int each, const int *sparsities, const u16 *atoms, int atom_count, int most,
-       float tolerance, float *basis, float *triangles, u16 *indices, float *coefficients, u8 *lengths, float *errors) {
+pursue(const float *vectors, int count, int each, const int *sparsities, const u16 *atoms, int atom_count, int most, float *basis,
+       float *triangles, u16 *indices, float *coefficients, u8 *lengths, float *errors) {
     extern __shared__ __align__(16) u8 shared[];
     u16 *tiles = (u16 *)shared;
     float *residuals = (float *)(tiles + 2 * TILE * STRIDE);
@@ -204,7 +204,7 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
                     triangle[round] = norm;
                     projections[row * most + round] = along;
                     indices[(size_t)(start + row) * most + round] = chosen[row];
-                    states[row] = rest > tolerance && round + 1 < sparsities[(start + row) / each] ? round + 1 : -2 - round;
+                    states[row] = rest > 0.0f && round + 1 < sparsities[(start + row) / each] ? round + 1 : -2 - round;
                     errors[start + row] = rest;
                 }
                 __syncwarp();
