@@ -515,8 +515,24 @@ impl<D: Device> DeviceLayer<D> {
         if count == 0 || pasts.is_empty() {
             return Ok(());
         }
-        let pairs = upload(&self.streams.main, &describe(&pasts))?;
-        let arguments = [
+        // SAFETY: `append` takes nothing more; what is at the addresses is the caller's.
+        unsafe { self.launch_rows("append", &pasts, [keys, values], [t, first, count], &[]) }
+    }
+
+    /// Has a kernel go through rows, `count` from `first` on, of new keys and values `[pairs, t, m]` and windows.
+    ///
+    /// # Safety
+    /// As that of [`DeviceLayer::take`]; `more` must be what the kernel takes beside, with room for what it writes.
+    unsafe fn launch_rows(
+        &self,
+        kernel: &'static str,
+        pasts: &[DevicePast<'_, D>],
+        [keys, values]: [u64; 2],
+        [t, first, count]: [usize; 3],
+        more: &[Argument],
+    ) -> Result<()> {
+        let pairs = upload(&self.streams.main, &describe(pasts))?;
+        let mut arguments = vec![
             Argument::Address(D::address(&pairs)),
             Argument::Address(keys),
             Argument::Address(values),
@@ -524,8 +540,9 @@ impl<D: Device> DeviceLayer<D> {
             Argument::Integer(first as i32),
             Argument::Integer(count as i32),
         ];
-        // SAFETY: the arguments are those of `append`; what is at the addresses is the caller's.
-        unsafe { self.launch("append", count, pasts.len(), &arguments) }
+        arguments.extend_from_slice(more);
+        // SAFETY: the caller's.
+        unsafe { self.launch(kernel, count, pasts.len(), &arguments) }
     }
 
     /// Begins to code positions, `count` from `first` on of the window's and then the new ones' `[heads, t, m]`.
@@ -542,22 +559,15 @@ impl<D: Device> DeviceLayer<D> {
     ) -> Result<Leaving<D>> {
         let device = &self.streams.main;
         let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, None).collect();
-        let pairs = upload(device, &describe(&pasts))?;
-        let rows = self.heads() * count;
-        let bytes = rows * self.head_dim * size_of::<f32>();
+        let bytes = self.heads() * count * self.head_dim * size_of::<f32>();
         let vectors = [device.allocate(bytes)?, device.allocate(bytes)?];
-        let arguments = [
-            Argument::Address(D::address(&pairs)),
-            Argument::Address(keys),
-            Argument::Address(values),
-            Argument::Integer(t as i32),
-            Argument::Integer(first as i32),
-            Argument::Integer(count as i32),
-            Argument::Address(D::address(&vectors[0])),
-            Argument::Address(D::address(&vectors[1])),
-        ];
-        // SAFETY: the arguments are those of `gather`, with room for what it writes; the rest is the caller's.
-        unsafe { self.launch("gather", count, pasts.len(), &arguments)? };
+        let out = vectors
+            .each_ref()
+            .map(|memory| Argument::Address(D::address(memory)));
+        // SAFETY: `gather` takes the places of what it writes too; the rest is the caller's.
+        unsafe {
+            self.launch_rows("gather", &pasts, [keys, values], [t, first, count], &out)?;
+        }
         let unbiased = self.settings.unbiased;
         let code =
             |pursuit: &Pursuit<D>, vectors| pursuit.code(&self.streams, vectors, count, unbiased);

@@ -31,11 +31,7 @@ project(const u16 *atoms, int count, const float *queries, int pairs, u16 *produ
         __syncthreads();
         float sums[4] = {0, 0, 0, 0};
         const u16 *own = &columns[lane() / 4 * (M + 8) + lane() % 4 * 2];
-        UNROLL
-        for (int slice = 0; slice < SLICES; ++slice) {
-            u32 b[2] = {*(const u32 *)(own + slice * 16), *(const u32 *)(own + slice * 16 + 8)};
-            multiply(sums, rows[slice], b);
-        }
+        multiply_all(sums, rows, own);
         UNROLL
         for (int j = 0; j < 4; ++j) {
             int atom = first + lane() / 4 + j / 2 * 8, column = start + lane() % 4 * 2 + j % 2;

@@ -70,3 +70,12 @@ __device__ inline float warp_max(float x) {
     for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, step));
     return x;
 }
+
+// sums[16, 8] += rows[16, 16 · SLICES] times the columns of which this lane's begins at `own`.
+template <int SLICES> __device__ inline void multiply_all(float (&sums)[4], const u32 (&rows)[SLICES][4], const u16 *own) {
+    UNROLL
+    for (int slice = 0; slice < SLICES; ++slice) {
+        u32 b[2] = {*(const u32 *)(own + slice * 16), *(const u32 *)(own + slice * 16 + 8)};
+        multiply(sums, rows[slice], b);
+    }
+}

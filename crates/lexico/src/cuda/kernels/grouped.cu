@@ -159,11 +159,7 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                 for (int eight = 0; eight < TILE; eight += 8) {
                     float sums[4] = {0, 0, 0, 0};
                     const u16 *own = tile + (eight + lane() / 4) * STRIDE + lane() % 4 * 2;
-                    UNROLL
-                    for (int slice = 0; slice < SLICES; ++slice) {
-                        u32 b[2] = {*(const u32 *)(own + slice * 16), *(const u32 *)(own + slice * 16 + 8)};
-                        multiply(sums, rows[slice], b);
-                    }
+                    multiply_all(sums, rows, own);
                     UNROLL
                     for (int j = 0; j < 4; ++j) {
                         int at = eight + lane() % 4 * 2 + j % 2;

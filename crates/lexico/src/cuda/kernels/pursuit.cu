@@ -67,11 +67,7 @@ __device__ inline void choose(const u32 (&rows)[SLICES][4], const u16 *atoms, in
         for (int eight = 0; eight < TILE; eight += 8) {
             float sums[4] = {0, 0, 0, 0};
             const u16 *own = tile + (eight + lane() / 4) * STRIDE + lane() % 4 * 2;
-            UNROLL
-            for (int slice = 0; slice < SLICES; ++slice) {
-                u32 b[2] = {*(const u32 *)(own + slice * 16), *(const u32 *)(own + slice * 16 + 8)};
-                multiply(sums, rows[slice], b);
-            }
+            multiply_all(sums, rows, own);
             int atom = first + eight + lane() % 4 * 2;
             UNROLL
             for (int j = 0; j < 2; ++j) {
