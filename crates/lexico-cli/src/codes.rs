@@ -3,9 +3,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use lexico::code::CodeFile;
-use lexico::dictionary::GroupedDictionary;
-use lexico::pursuit::GroupedPursuit;
+use lexico::codes::CodeFile;
+use lexico::dictionary::Codebooks;
+use lexico::encode::BeamSearch;
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use serde_json::json;
@@ -33,7 +33,7 @@ pub(crate) struct Encode {
     #[arg(long, value_enum, default_value_t = Format::I8)]
     format: Format,
     /// Sums that the search for packed codes follows
-    #[arg(long, value_name = "N", default_value_t = lexico::pursuit::BEAM)]
+    #[arg(long, value_name = "N", default_value_t = lexico::encode::BEAM_WIDTH)]
     beam: usize,
     /// The code file to write
     #[arg(short, long, value_name = "FILE")]
@@ -45,7 +45,7 @@ pub(crate) struct Encode {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Format {
-    Packed,
+    Additive,
     I8,
     F8,
     F32,
@@ -57,7 +57,7 @@ impl Encode {
         let dictionary = AnyDictionary::load(
             &self.dictionary,
             &self.tensor,
-            matches!(self.format, Format::Packed),
+            matches!(self.format, Format::Additive),
         )?;
         let atoms = dictionary.atoms();
         let input = TensorFile::open(&self.file)?;
@@ -75,8 +75,8 @@ impl Encode {
             sparsity: self.sparsity,
             variable: self.tolerance > 0.0,
             coefficients: match (self.format, &dictionary) {
-                (_, AnyDictionary::Grouped(grouped)) => {
-                    CoefficientFormat::InAtoms(grouped.groups())
+                (_, AnyDictionary::Grouped(codebooks)) => {
+                    CoefficientFormat::InAtoms(codebooks.groups())
                 }
                 (Format::F8, _) => CoefficientFormat::F8,
                 (Format::F32, _) => CoefficientFormat::F32,
@@ -85,7 +85,7 @@ impl Encode {
         })?;
         let started = Instant::now();
         codes.extend(&match &dictionary {
-            AnyDictionary::Grouped(grouped) => GroupedPursuit::new(grouped, self.sparsity)?
+            AnyDictionary::Grouped(codebooks) => BeamSearch::new(codebooks, self.sparsity)?
                 .with_beam(self.beam)
                 .encode(&vectors)?,
             AnyDictionary::Free(free) => Pursuit::new(free, self.sparsity)?
@@ -119,13 +119,13 @@ impl Encode {
 /// What codes are over.
 enum AnyDictionary {
     Free(Dictionary),
-    Grouped(GroupedDictionary),
+    Grouped(Codebooks),
 }
 
 impl AnyDictionary {
-    fn load(path: &Path, tensor: &str, grouped: bool) -> anyhow::Result<Self> {
-        Ok(if grouped {
-            Self::Grouped(GroupedDictionary::load(path, tensor)?)
+    fn load(path: &Path, tensor: &str, codebooks: bool) -> anyhow::Result<Self> {
+        Ok(if codebooks {
+            Self::Grouped(Codebooks::load(path, tensor)?)
         } else {
             Self::Free(Dictionary::load(path, tensor)?)
         })
@@ -134,7 +134,7 @@ impl AnyDictionary {
     fn atoms(&self) -> &Dictionary {
         match self {
             Self::Free(dictionary) => dictionary,
-            Self::Grouped(grouped) => grouped.dictionary(),
+            Self::Grouped(codebooks) => codebooks.dictionary(),
         }
     }
 }

@@ -43,12 +43,12 @@ impl CorpusArguments {
 
 /// Says which files of folders and data sets are not read.
 fn note_skipped(files: &[String]) {
-    const MOST: usize = 8;
+    const MAX: usize = 8;
     if files.is_empty() {
         return;
     }
-    let named = files[..files.len().min(MOST)].join(", ");
-    let more = if files.len() > MOST { " and more" } else { "" };
+    let named = files[..files.len().min(MAX)].join(", ");
+    let more = if files.len() > MAX { " and more" } else { "" };
     ui::note(&format!(
         "skipped, as their names are of no text ({}): {named}{more}",
         files.len()

@@ -27,7 +27,7 @@ impl Export {
         let set = DictionarySet::load(&self.file)?;
         export_reference(&set, &self.out)?;
         let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
-        let left_out = if set.most_groups() > 0 {
+        let left_out = if set.max_codebooks() > 0 {
             "; the groups for packed codes are left out, which such files have no place for"
         } else {
             ""

@@ -2,9 +2,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use lexico::DictionarySet;
-use lexico::code::{self, CodeFile};
+use lexico::codes::{self, CodeFile};
 use lexico::dictionary::{
-    self, GROUP, GroupedDictionaries, LayerErrors, LayerSparsities, grouped_sparsity,
+    self, CODEBOOK_ATOMS, LayerCodebooks, LayerErrors, LayerSparsities, additive_sparsity,
 };
 use lexico::tensor_file::TensorFile;
 use lexico_llm::DICTIONARY_FILE;
@@ -39,7 +39,7 @@ impl Inspect {
             let file = TensorFile::open(&self.file)?;
             match file.metadata().get("format").map(String::as_str) {
                 Some(dictionary::FORMAT) => dictionaries(&file)?,
-                Some(code::FORMAT) => codes(&self.file)?,
+                Some(codes::FORMAT) => codes(&self.file)?,
                 _ => tensors(&file)?,
             }
         };
@@ -124,11 +124,11 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         errors: Some(&training.relative_error),
         allocation: set.allocate(training.sparsity as f64),
     };
-    let groups = set.most_groups();
-    let packed_sparsity = grouped_sparsity(training.sparsity, groups);
+    let groups = set.max_codebooks();
+    let additive_atoms = additive_sparsity(training.sparsity, groups);
     let packed = Listed {
-        errors: training.grouped_relative_error.as_ref(),
-        allocation: set.allocate_grouped(packed_sparsity as f64),
+        errors: training.additive_relative_error.as_ref(),
+        allocation: set.allocate_additive(additive_atoms as f64),
     };
     let rows = set.layers.iter().enumerate().map(|(l, layer)| {
         let atoms = [layer.keys.len(), layer.values.len()];
@@ -137,19 +137,19 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let mut table = ui::table(header("atoms", "nonzeros"), rows.collect());
     let layers = set.layers.iter().enumerate();
     let rows = layers.filter_map(|(l, layer)| {
-        let grouped = layer.grouped.as_ref()?;
-        let sizes = [&grouped.keys, &grouped.values].map(|dictionary| {
+        let codebooks = layer.codebooks.as_ref()?;
+        let sizes = [&codebooks.keys, &codebooks.values].map(|dictionary| {
             let (groups, first) = (dictionary.len(), dictionary.groups().first);
-            format!("{first} + {} × {GROUP}", groups - 1)
+            format!("{first} + {} × {CODEBOOK_ATOMS}", groups - 1)
         });
         Some(packed.row(l, sizes))
     });
     let rows: Vec<_> = rows.collect();
-    let mut packed_fact = "none".to_owned();
+    let mut additive_fact = "none".to_owned();
     if !rows.is_empty() {
         table += "\n\nPacked codes, one atom of each group:\n";
         table += &ui::table(header("atoms", "atoms a code"), rows);
-        packed_fact = format!("{groups} groups, {packed_sparsity} atoms on average by default");
+        additive_fact = format!("{groups} groups, {additive_atoms} atoms on average by default");
     }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
     let text = facts(&[
@@ -163,7 +163,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "sparsity",
             format!("{} on average by default", training.sparsity),
         ),
-        ("packed codes", packed_fact),
+        ("packed codes", additive_fact),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
         ("made by", training.tool.clone()),
@@ -172,27 +172,27 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     ]) + &table;
     let layers = set.layers.iter().enumerate();
     let layers = layers.map(|(l, layer)| {
-        let packed = |grouped: &GroupedDictionaries| {
-            [(&grouped.keys, 0), (&grouped.values, 1)].map(|(dictionary, part)| {
+        let packed = |codebooks: &LayerCodebooks| {
+            [(&codebooks.keys, 0), (&codebooks.values, 1)].map(|(dictionary, part)| {
                 json!({
                     "groups": dictionary.len(), "first": dictionary.groups().first,
                     "relative_error": packed.error(l, part), "sparsities": packed.sparsities(l, part),
                 })
             })
         };
-        let [packed_keys, packed_values] = match &layer.grouped {
-            Some(grouped) => packed(grouped),
+        let [additive_keys, additive_values] = match &layer.codebooks {
+            Some(codebooks) => packed(codebooks),
             None => [Value::Null, Value::Null],
         };
         json!({
             "layer": l,
             "keys": {
                 "atoms": layer.keys.len(), "relative_error": plain.error(l, 0),
-                "sparsities": plain.sparsities(l, 0), "packed": packed_keys,
+                "sparsities": plain.sparsities(l, 0), "packed": additive_keys,
             },
             "values": {
                 "atoms": layer.values.len(), "relative_error": plain.error(l, 1),
-                "sparsities": plain.sparsities(l, 1), "packed": packed_values,
+                "sparsities": plain.sparsities(l, 1), "packed": additive_values,
             },
         })
     });
@@ -204,7 +204,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "kv_heads": model.kv_heads, "head_dim": model.head_dim,
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
-        "sparsity": training.sparsity, "groups": groups, "packed_sparsity": (groups > 0).then_some(packed_sparsity),
+        "sparsity": training.sparsity, "groups": groups, "additive_sparsity": (groups > 0).then_some(additive_atoms),
         "corpus": training.corpus, "tokens": training.tokens,
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Args;
 use lexico::DictionarySet;
-use lexico::dictionary::{LayerErrors, grouped_sparsity};
-use lexico::learn::{GroupedOptions, LearnMethod, LearnOptions};
+use lexico::dictionary::{LayerErrors, additive_sparsity};
+use lexico::learn::{CodebookOptions, LearnMethod, LearnOptions};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
@@ -33,12 +33,12 @@ pub(crate) struct Train {
         conflicts_with_all = ["atoms", "sparsity", "recipe", "learner", "epochs", "batch", "learning_rate", "patience"]
     )]
     dictionary: Option<PathBuf>,
-    /// Groups of the dictionaries of packed codes, and so the most atoms of such a code; 0: learn none
+    /// CodebookSizes of the dictionaries of packed codes, and so the most atoms of such a code; 0: learn none
     /// [default: half the head dim]
     #[arg(long, value_name = "N")]
     groups: Option<usize>,
     /// Atoms of the first group; every other has 256
-    #[arg(long, default_value_t = GroupedOptions::default().first, value_name = "N")]
+    #[arg(long, default_value_t = CodebookOptions::default().first, value_name = "N")]
     first_group: usize,
     /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
@@ -213,12 +213,12 @@ impl Train {
         let every = Duration::try_from_secs_f64(self.save_every);
         let sparsity = self.sparsity.unwrap_or((head_dim / 8).max(1));
         let trained = kept.as_ref().map_or(sparsity, |k| k.training.sparsity);
-        let usual = GroupedOptions::of(head_dim);
+        let usual = CodebookOptions::of(head_dim);
         let groups = self.groups.unwrap_or(usual.groups);
-        let groups = (groups > 0).then_some(GroupedOptions {
+        let groups = (groups > 0).then_some(CodebookOptions {
             first: self.first_group,
             groups,
-            sparsity: grouped_sparsity(trained, groups),
+            sparsity: additive_sparsity(trained, groups),
             seed: self.seed,
             ..usual
         });
@@ -251,10 +251,10 @@ impl Train {
         let dictionaries = &trained.dictionaries;
         let training = &dictionaries.training;
         let atoms = dictionaries.layers.first().map_or(0, |l| l.keys.len());
-        let groups = dictionaries.most_groups();
+        let groups = dictionaries.max_codebooks();
         // Dictionaries that were imported came without errors.
         let error = |l: usize| training.relative_error.get(l);
-        let packed_error = |l: usize| training.grouped_relative_error.as_ref()?.get(l);
+        let additive_error = |l: usize| training.additive_relative_error.as_ref()?.get(l);
         let layers = trained.attention.iter().enumerate();
         if self.json {
             let course = |epochs: &[Epoch]| {
@@ -269,13 +269,13 @@ impl Train {
                     "layer": l,
                     "keys": {
                         "relative_error": error(l).map(|e| e.keys),
-                        "packed_relative_error": packed_error(l).map(|e| e.keys),
+                        "additive_relative_error": additive_error(l).map(|e| e.keys),
                         "score_error": attention.score,
                         "epochs": course(keys),
                     },
                     "values": {
                         "relative_error": error(l).map(|e| e.values),
-                        "packed_relative_error": packed_error(l).map(|e| e.values),
+                        "additive_relative_error": additive_error(l).map(|e| e.values),
                         "output_error": attention.output,
                         "epochs": course(values),
                     },
@@ -291,7 +291,7 @@ impl Train {
                 "atoms": atoms,
                 "sparsity": training.sparsity,
                 "groups": groups,
-                "packed_sparsity": (groups > 0).then(|| grouped_sparsity(training.sparsity, groups)),
+                "additive_sparsity": (groups > 0).then(|| additive_sparsity(training.sparsity, groups)),
                 "layers": layers.collect::<Vec<_>>(),
             }));
         }
@@ -305,8 +305,8 @@ impl Train {
                 number(error(l), |e| e.values),
                 format!("{:.4}", attention.score),
                 format!("{:.4}", attention.output),
-                number(packed_error(l), |e| e.keys),
-                number(packed_error(l), |e| e.values),
+                number(additive_error(l), |e| e.keys),
+                number(additive_error(l), |e| e.values),
             ]
         });
         let header = [
@@ -327,7 +327,7 @@ impl Train {
             0 => String::new(),
             groups => format!(
                 "; {groups} groups, packed codes of {} atoms",
-                grouped_sparsity(training.sparsity, groups)
+                additive_sparsity(training.sparsity, groups)
             ),
         };
         ui::line(&format!(
@@ -399,7 +399,7 @@ impl Progress {
                     self.finish();
                 }
             }
-            TrainProgress::LearningGroups { progress, .. } => {
+            TrainProgress::LearningCodebooks { progress, .. } => {
                 let (learned, dictionaries) = (self.learned_groups, self.dictionaries);
                 let bar = self.bar.get_or_insert_with(|| {
                     let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
@@ -409,7 +409,7 @@ impl Progress {
                 bar.set_message(format!("groups of {learned}/{dictionaries}"));
                 bar.set_position((learned * progress.steps + progress.step) as u64);
             }
-            TrainProgress::LearnedGroups { .. } => {
+            TrainProgress::LearnedCodebooks { .. } => {
                 self.learned_groups += 1;
                 if self.learned_groups == self.dictionaries {
                     self.finish();

@@ -767,22 +767,22 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
         let given = ["train", "--json", "--dictionary", path(from)];
         let report = json(&[&given[..], &texts, &settings, &groups].concat());
         assert_eq!(
-            (&report["groups"], &report["packed_sparsity"]),
+            (&report["groups"], &report["additive_sparsity"]),
             (&3.into(), &3.into())
         );
         let before = DictionarySet::load(&plain).unwrap();
         let after = DictionarySet::load(&out).unwrap();
         for (l, (before, after)) in before.layers.iter().zip(&after.layers).enumerate() {
             assert_eq!((&before.keys, &before.values), (&after.keys, &after.values));
-            let grouped = after.grouped.as_ref().unwrap();
-            assert_eq!(grouped.keys.dictionary().len(), 32 + 2 * 256);
+            let codebooks = after.codebooks.as_ref().unwrap();
+            assert_eq!(codebooks.keys.dictionary().len(), 32 + 2 * 256);
             let layer = &report["layers"][l];
             for part in ["keys", "values"] {
-                let error = layer[part]["packed_relative_error"].as_f64().unwrap();
+                let error = layer[part]["additive_relative_error"].as_f64().unwrap();
                 assert!(error > 0.0 && error < 0.9, "{layer}");
             }
         }
-        let measured = after.training.grouped_losses.unwrap();
+        let measured = after.training.additive_losses.unwrap();
         assert_eq!(measured.sparsities, [1, 2]);
         if from == &own {
             let before = DictionarySet::load(&own).unwrap().training;
@@ -828,7 +828,7 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
     let output = run(&[&measure[..], &limits].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let measured = DictionarySet::load(&again).unwrap().training;
-    assert!(measured.losses.is_some() && measured.grouped_losses.is_some());
+    assert!(measured.losses.is_some() && measured.additive_losses.is_some());
     for (arguments, word) in [
         (&["--dictionary", path(&out)][..], "is read here"),
         (&["--dictionary", path(&own), "--groups", "0"], "--groups 0"),

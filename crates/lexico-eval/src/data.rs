@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 /// Bytes of a data set that are read: they are held in memory, and a compressed one may stand for any number.
-const MOST: u64 = 1 << 30;
+const MAX: u64 = 1 << 30;
 
 /// A record, with its place for what has to be said of it.
 #[derive(Debug, Clone)]
@@ -143,10 +143,10 @@ fn limited(
     failed: impl FnOnce(std::io::Error) -> Error,
 ) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let read = input.take(MOST + 1).read_to_end(&mut bytes);
+    let read = input.take(MAX + 1).read_to_end(&mut bytes);
     read.map_err(failed)?;
-    if bytes.len() as u64 > MOST {
-        let reason = format!("it is larger than {} MiB, as no task's data is", MOST >> 20);
+    if bytes.len() as u64 > MAX {
+        let reason = format!("it is larger than {} MiB, as no task's data is", MAX >> 20);
         return Err(refused(path, reason));
     }
     Ok(bytes)

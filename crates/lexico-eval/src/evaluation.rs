@@ -321,8 +321,8 @@ fn settings(
             for dictionary in [&layer.keys, &layer.values] {
                 checksum.update(&dictionary.checksum().to_le_bytes());
             }
-            if let Some(grouped) = &layer.grouped {
-                for dictionary in [&grouped.keys, &grouped.values] {
+            if let Some(codebooks) = &layer.codebooks {
+                for dictionary in [&codebooks.keys, &codebooks.values] {
                     checksum.update(&dictionary.checksum().to_le_bytes());
                 }
             }

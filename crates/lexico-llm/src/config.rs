@@ -222,13 +222,13 @@ impl Config {
         let heads = raw.num_attention_heads;
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
         // Far above any model, and low enough that no product of sizes overflows.
-        const MOST: usize = 1 << 24;
-        const MOST_HEADS: usize = 1 << 12;
+        const MAX: usize = 1 << 24;
+        const MAX_HEADS: usize = 1 << 12;
         for (name, size) in [
             ("num_hidden_layers", raw.num_hidden_layers),
             ("num_attention_heads", heads),
         ] {
-            if size > MOST_HEADS {
+            if size > MAX_HEADS {
                 return Err(error(format!("{name} = {size} is impossible")));
             }
         }
@@ -242,7 +242,7 @@ impl Config {
             ("max_position_embeddings", raw.max_position_embeddings),
         ];
         for (name, size) in sizes {
-            if size == 0 || size > MOST {
+            if size == 0 || size > MAX {
                 return Err(error(format!("{name} = {size} is impossible")));
             }
         }

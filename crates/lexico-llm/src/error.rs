@@ -226,10 +226,10 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
 
 /// The end of a message that names what there is.
 pub(crate) fn listed(names: &[String]) -> String {
-    const MOST: usize = 12;
+    const MAX: usize = 12;
     match names {
         [] => String::new(),
-        _ if names.len() > MOST => format!("; there are {} and more", names[..MOST].join(", ")),
+        _ if names.len() > MAX => format!("; there are {} and more", names[..MAX].join(", ")),
         _ => format!("; there are {}", names.join(", ")),
     }
 }

@@ -495,13 +495,13 @@ impl<'a> Hub<'a> {
 
     fn get(&self, page: &str) -> std::result::Result<String, ureq::Error> {
         /// Bytes of an answer: some data sets have a hundred thousand files.
-        const MOST: u64 = 1 << 27;
+        const MAX: u64 = 1 << 27;
         let mut request = ureq::get(format!("{}/api/{page}", self.endpoint));
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
         let mut answer = request.call()?;
-        answer.body_mut().with_config().limit(MOST).read_to_string()
+        answer.body_mut().with_config().limit(MAX).read_to_string()
     }
 
     fn error(&self, reason: String) -> Error {

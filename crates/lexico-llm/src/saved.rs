@@ -11,7 +11,7 @@
 //!
 //! Numbers are little-endian. Every byte is compared or under a checksum. The first block is the text's tokens, four
 //! bytes each; the others are those of the cache's [`CacheState`], codes as
-//! [`lexico::code::stored`] has them.
+//! [`lexico::codes::stored`] has them.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

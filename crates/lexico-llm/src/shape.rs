@@ -146,7 +146,7 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
         layers.push(LayerDictionaries {
             keys: dictionary()?,
             values: dictionary()?,
-            grouped: None,
+            codebooks: None,
         });
     }
     Ok(Arc::new(DictionarySet {

@@ -6,7 +6,7 @@
 use candle_core::Tensor;
 use lexico::attention::NumberType;
 use lexico::dictionary::{Atoms, Extension};
-use lexico::pursuit::AdaptivePursuit;
+use lexico::encode::AdaptivePursuit;
 use lexico::threads::Rayon;
 use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
 use lexico_llm::cache::{Footprint, FullCache, KvCache};

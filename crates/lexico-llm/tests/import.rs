@@ -99,7 +99,9 @@ fn damaged_files_do_not_panic() {
 fn tiny() -> DictionarySet {
     let model = Model::tiny().unwrap();
     let mut set = model.dictionaries.as_deref().unwrap().clone();
-    set.layers.iter_mut().for_each(|layer| layer.grouped = None);
+    set.layers
+        .iter_mut()
+        .for_each(|layer| layer.codebooks = None);
     set
 }
 

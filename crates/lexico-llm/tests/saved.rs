@@ -5,7 +5,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use lexico::dictionary::{GroupedDictionaries, GroupedDictionary, Groups};
+use lexico::dictionary::{CodebookSizes, Codebooks, LayerCodebooks};
 use lexico_llm::cache::{CacheState, KvCache};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
 use lexico_llm::sample::{Sampler, Sampling};
@@ -19,18 +19,18 @@ const PROMPT: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. 
 
 /// The embedded model with fewer and smaller groups than its own, so that tests are short. They are drawn, not learned: what
 /// goes on exactly need not make sense.
-fn grouped_model() -> Model {
+fn additive_model() -> Model {
     let mut model = Model::tiny().unwrap();
     let mut set = (**model.dictionaries.as_ref().unwrap()).clone();
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     for layer in &mut set.layers {
         let m = layer.keys.head_dim();
         let mut draw = || {
-            let groups = Groups { first: 300 };
+            let groups = CodebookSizes { first: 300 };
             let numbers = (0..groups.atoms(8) * m).map(|_| rng.random_range(-0.3f32..0.3));
-            GroupedDictionary::new(numbers.collect(), m, groups).unwrap()
+            Codebooks::new(numbers.collect(), m, groups).unwrap()
         };
-        layer.grouped = Some(GroupedDictionaries {
+        layer.codebooks = Some(LayerCodebooks {
             keys: draw(),
             values: draw(),
         });
@@ -151,7 +151,7 @@ fn a_saved_cache_goes_on_exactly() {
     const COUNT: usize = 30;
     /// How far a resumed run goes on: until the batch that is leaving has left.
     const AFTER: usize = 6;
-    let model = grouped_model();
+    let model = additive_model();
     let folder = Folder::new();
     for (spec, temperature, cuts) in [
         ("lexico:window=24,batch=8,format=i8", 0.0, 8..20),
@@ -298,7 +298,7 @@ fn a_thousand_corruptions_are_each_found() {
 }
 
 fn corruptions_are_found(spec: &str) {
-    let model = grouped_model();
+    let model = additive_model();
     let folder = Folder::new();
     let bytes = small(&model, &folder, spec);
     assert!(outcome(&model, &folder, &bytes).is_ok());
@@ -463,18 +463,20 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
     );
 
     // Other groups are no matter to codes that have coefficients, and all to those that have none.
-    let packed = small(&grouped_model(), &folder, PACKED);
-    assert!(outcome(&grouped_model(), &folder, &bytes).is_ok());
+    let packed = small(&additive_model(), &folder, PACKED);
+    assert!(outcome(&additive_model(), &folder, &bytes).is_ok());
     let mut without = Model::tiny().unwrap();
     let mut set = (**without.dictionaries.as_ref().unwrap()).clone();
-    set.layers.iter_mut().for_each(|layer| layer.grouped = None);
+    set.layers
+        .iter_mut()
+        .for_each(|layer| layer.codebooks = None);
     without.set_dictionaries(set).unwrap();
     let refused = outcome(&without, &folder, &packed).unwrap_err();
     assert!(refused.contains("no groups"), "{refused}");
-    let mut other = grouped_model();
+    let mut other = additive_model();
     let mut set = (**other.dictionaries.as_ref().unwrap()).clone();
-    let grouped = set.layers[2].grouped.as_mut().unwrap();
-    std::mem::swap(&mut grouped.keys, &mut grouped.values);
+    let codebooks = set.layers[2].codebooks.as_mut().unwrap();
+    std::mem::swap(&mut codebooks.keys, &mut codebooks.values);
     other.set_dictionaries(set).unwrap();
     let refused = outcome(&other, &folder, &packed).unwrap_err();
     assert!(refused.contains("other dictionaries"), "{refused}");

@@ -4,7 +4,7 @@
 
 use std::ops::ControlFlow;
 
-use lexico::learn::{GroupedOptions, LearnOptions};
+use lexico::learn::{CodebookOptions, LearnOptions};
 use lexico_llm::train::{StateOptions, TrainOptions, TrainProgress, train};
 use lexico_llm::{Corpus, Error, Model};
 
@@ -36,11 +36,11 @@ fn options() -> TrainOptions {
             batch: 128,
             ..LearnOptions::default()
         },
-        groups: Some(GroupedOptions {
+        groups: Some(CodebookOptions {
             first: 64,
             groups: 2,
             sparsity: 2,
-            ..GroupedOptions::default()
+            ..CodebookOptions::default()
         }),
         ..TrainOptions::default()
     }
@@ -55,8 +55,8 @@ fn learns_saves_and_serves() {
         match progress {
             TrainProgress::Reading { tokens, total } => read = (tokens, total),
             TrainProgress::Learned { .. } => learned += 1,
-            TrainProgress::LearnedGroups { .. } => learned_groups += 1,
-            TrainProgress::Learning { .. } | TrainProgress::LearningGroups { .. } => {}
+            TrainProgress::LearnedCodebooks { .. } => learned_groups += 1,
+            TrainProgress::Learning { .. } | TrainProgress::LearningCodebooks { .. } => {}
             TrainProgress::Measuring { done, total } => measured = (done, total),
         }
         ControlFlow::Continue(())
@@ -67,7 +67,7 @@ fn learns_saves_and_serves() {
     assert!(measured.0 > 0 && measured.0 == measured.1);
     let training = &trained.dictionaries.training;
     assert_eq!((training.sparsity, training.tokens), (4, read.0));
-    let packed = training.grouped_relative_error.as_ref().unwrap();
+    let packed = training.additive_relative_error.as_ref().unwrap();
     assert_eq!((training.relative_error.len(), packed.len()), (4, 4));
     for (l, errors) in training.relative_error.iter().chain(packed).enumerate() {
         assert!(
@@ -89,7 +89,7 @@ fn learns_saves_and_serves() {
             assert!(head[0] > 0.0 && head[5] < 0.2 * head[0], "{losses:?}");
         }
     }
-    let losses = training.grouped_losses.as_ref().unwrap();
+    let losses = training.additive_losses.as_ref().unwrap();
     assert_eq!(losses.sparsities, [1, 2]);
     let heads = || {
         let layers = losses.layers.iter();
@@ -126,12 +126,12 @@ fn groups_are_added_to_dictionaries_that_are_kept() {
     });
     let whole = whole.unwrap().dictionaries;
     let mut plain = whole.clone();
-    plain.training.grouped_relative_error = None;
-    plain.training.grouped_losses = None;
+    plain.training.additive_relative_error = None;
+    plain.training.additive_losses = None;
     plain
         .layers
         .iter_mut()
-        .for_each(|layer| layer.grouped = None);
+        .for_each(|layer| layer.codebooks = None);
     let mut with_kept = TrainOptions {
         kept: Some(plain.clone()),
         ..options()

@@ -94,21 +94,21 @@ pub enum Error {
         /// `N`.
         atoms: usize,
     },
-    /// More atoms a vector than a grouped dictionary has groups, or none.
+    /// More atoms a vector than a codebooks dictionary has groups, or none.
     #[error(
         "sparsity {sparsity} is impossible here: it must lie between 1 and {groups}, the groups of the dictionary"
     )]
-    Groups {
+    CodebookSizes {
         /// The sparsity asked for.
         sparsity: usize,
-        /// Groups that there are.
+        /// CodebookSizes that there are.
         groups: usize,
     },
     /// Codes of one atom a group cannot be of this format.
     #[error(
         "codes of one atom a group have a fixed sparsity of at least 1 and over 65,536 atoms at the most, 2,048 of them in the first group; sparsity {sparsity}, variable: {variable}, is impossible"
     )]
-    GroupedCodes {
+    AdditiveCodes {
         /// The sparsity asked for.
         sparsity: usize,
         /// Whether lengths were to vary.

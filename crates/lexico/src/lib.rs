@@ -33,23 +33,23 @@
 //! # Ok::<(), lexico::Error>(())
 //! ```
 
-mod arch;
 pub mod attention;
-pub mod code;
+pub mod codes;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod dictionary;
+pub mod encode;
 mod error;
+mod kernels;
 pub mod learn;
 pub mod matrix;
-pub mod pursuit;
 pub mod tensor_file;
 pub mod threads;
 
-pub use code::{CodeFormat, Codes, CoefficientFormat};
+pub use codes::{CodeFormat, Codes, CoefficientFormat};
 pub use dictionary::{Dictionary, DictionarySet};
+pub use encode::{EncodedBatch, Pursuit};
 pub use error::{Error, Result};
-pub use pursuit::{Pursuit, SparseBatch};
 
 /// Mean over the vectors `[n, m]` of `‖x − x̂‖ / ‖x‖`; a zero vector counts 0, no vectors give 0.
 ///
@@ -71,5 +71,5 @@ pub fn mean_relative_error(vectors: &[f32], decoded: &[f32], head_dim: usize) ->
             0.0
         }
     });
-    pursuit::mean(&errors.collect::<Vec<_>>())
+    encode::mean(&errors.collect::<Vec<_>>())
 }

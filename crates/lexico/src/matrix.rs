@@ -8,8 +8,8 @@ use std::cell::RefCell;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::arch;
-use crate::arch::matmul::{Matrix, multiply};
+use crate::kernels;
+use crate::kernels::matmul::{Matrix, multiply};
 use crate::threads::{Threads, for_each};
 
 /// Products from which widening rows to f32 for one matrix product is faster than single products.
@@ -43,8 +43,8 @@ impl Halves {
     /// The product of the numbers from `first` on with `x`.
     fn dot(&self, first: usize, x: &[f32]) -> f32 {
         match self {
-            Halves::F16(numbers) => arch::dot_f16(&numbers[first..][..x.len()], x),
-            Halves::BF16(numbers) => arch::dot_bf16(&numbers[first..][..x.len()], x),
+            Halves::F16(numbers) => kernels::dot_f16(&numbers[first..][..x.len()], x),
+            Halves::BF16(numbers) => kernels::dot_bf16(&numbers[first..][..x.len()], x),
         }
     }
 

@@ -16,7 +16,7 @@ use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use crate::{Error, Result};
 
 /// The largest header that is accepted, as in the `safetensors` crate.
-const MOST_HEADER_BYTES: u64 = 100_000_000;
+const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// An open safetensors file, or one held in memory.
 #[derive(Debug)]
@@ -234,7 +234,7 @@ fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 fn check_header_length(path: &Path, header_bytes: u64, total: u64) -> Result<()> {
-    if header_bytes > MOST_HEADER_BYTES || header_bytes > total.saturating_sub(8) {
+    if header_bytes > MAX_HEADER_BYTES || header_bytes > total.saturating_sub(8) {
         let zip = header_bytes.to_le_bytes().starts_with(b"PK\x03\x04");
         let reason = if zip {
             "it is a zip archive, as PyTorch writes; `lexico import` converts dictionaries"

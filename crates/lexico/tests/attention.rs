@@ -6,12 +6,12 @@ mod common;
 
 use common::{drawn_vectors, random_dictionary};
 use lexico::attention::{
-    DenseRows, Head, NumberType, Positions, Source, attend, attend_heads, received,
+    DenseRows, Head, NumberType, Positions, Source, accumulated_attention, attend, attend_heads,
 };
-use lexico::dictionary::{Atoms, Extension, GroupedDictionary, Groups};
-use lexico::pursuit::AdaptivePursuit;
+use lexico::dictionary::{Atoms, CodebookSizes, Codebooks, Extension};
+use lexico::encode::AdaptivePursuit;
 use lexico::threads::{Alone, Rayon, Threads};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -124,7 +124,7 @@ proptest! {
 }
 
 /// Codes of one atom a group, over atoms of any length; of their making nothing depends.
-fn packed(dictionary: &GroupedDictionary, sparsity: usize, seed: u64, count: usize) -> Codes {
+fn packed(dictionary: &Codebooks, sparsity: usize, seed: u64, count: usize) -> Codes {
     let groups = dictionary.groups();
     let mut codes = Codes::new(CodeFormat {
         sparsity,
@@ -140,7 +140,7 @@ fn packed(dictionary: &GroupedDictionary, sparsity: usize, seed: u64, count: usi
             let group = nonzero % sparsity;
             rng.random_range(groups.start(group)..groups.start(group + 1)) as u16
         };
-        codes.extend(&SparseBatch {
+        codes.extend(&EncodedBatch {
             sparsity,
             lengths: vec![sparsity as u16; n],
             indices: (0..n * sparsity).map(index).collect(),
@@ -166,11 +166,11 @@ proptest! {
     ) {
         // Many queries of many positions take the reference long.
         let past = if group * t > 12 { past.min(2_500) } else { past };
-        let (groups, gone) = (Groups { first }, gone.min(past));
+        let (groups, gone) = (CodebookSizes { first }, gone.min(past));
         let dictionary = |salt: u64| {
             let atoms: Vec<f32> = drawn_vectors(seed ^ salt, groups.atoms(s), m);
             let atoms = atoms.iter().map(|x| x / (s as f32).sqrt()).collect();
-            GroupedDictionary::new(atoms, m, groups).unwrap()
+            Codebooks::new(atoms, m, groups).unwrap()
         };
         let (key_dictionary, value_dictionary) = (dictionary(1), dictionary(2).in_half_precision().unwrap());
         // Values of other sparsities than keys.
@@ -481,8 +481,8 @@ proptest! {
                 .map(|(_, out)| out[0])
                 .sum::<f64>();
         }
-        let sums = received(&queries, m, t, newest, &keys, &Rayon);
-        prop_assert_eq!(&sums, &received(&queries, m, t, newest, &keys, &Alone));
+        let sums = accumulated_attention(&queries, m, t, newest, &keys, &Rayon);
+        prop_assert_eq!(&sums, &accumulated_attention(&queries, m, t, newest, &keys, &Alone));
         for (got, want) in sums.iter().zip(expected) {
             prop_assert!((f64::from(*got) - want).abs() < 2e-4 * want.max(1.0), "{got} for {want}");
         }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use common::{drawn_vectors, random_dictionary};
-use lexico::code::CodeFile;
+use lexico::codes::CodeFile;
 use lexico::dictionary::{
     CodingLosses, FORMAT, LayerDictionaries, LayerErrors, LayerLosses, ModelIdentity,
     RotaryIdentity, Training,
@@ -34,7 +34,7 @@ fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
 
 fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
     let layer = |l: usize| LayerDictionaries {
-        grouped: None,
+        codebooks: None,
         keys: random_dictionary(2 * l as u64, atoms, m),
         values: random_dictionary(2 * l as u64 + 1, atoms, m),
     };
@@ -54,8 +54,8 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
             ],
             tool: "a test".to_owned(),
             losses: None,
-            grouped_relative_error: None,
-            grouped_losses: None,
+            additive_relative_error: None,
+            additive_losses: None,
         },
     }
 }

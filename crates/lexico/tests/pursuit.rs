@@ -6,10 +6,10 @@ mod common;
 
 use common::{drawn_vectors, mean_relative_error, random_dictionary, shared};
 use lexico::dictionary::Extension;
-use lexico::pursuit::{AdaptivePursuit, oracle};
+use lexico::encode::{AdaptivePursuit, oracle};
 use lexico::tensor_file::TensorFile;
 use lexico::threads::{Alone, Rayon};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Error, Pursuit, SparseBatch};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Error, Pursuit};
 use proptest::prelude::*;
 
 fn norm(x: &[f64]) -> f64 {
@@ -209,7 +209,7 @@ fn bad_input_is_refused() {
     }
 }
 
-fn stored(batch: &SparseBatch, coefficients: CoefficientFormat) -> Codes {
+fn stored(batch: &EncodedBatch, coefficients: CoefficientFormat) -> Codes {
     let mut codes = Codes::new(CodeFormat {
         sparsity: batch.sparsity,
         variable: false,
@@ -268,7 +268,7 @@ fn unbiased_coefficients_keep_the_length_along_the_vector() {
     let mut unbiased = least_squares.clone();
     unbiased.unbias();
     for (v, x) in vectors.chunks(m).enumerate() {
-        let along = |batch: &SparseBatch| -> f64 {
+        let along = |batch: &EncodedBatch| -> f64 {
             let (indices, coefficients) = batch.row(v);
             let terms = indices.iter().zip(coefficients).map(|(&i, &c)| {
                 let atom = dictionary.atom(usize::from(i)).iter().zip(x);

@@ -5,9 +5,9 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, value_parser};
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
-use lexico::dictionary::{Atoms, GroupedDictionary, Groups};
+use lexico::dictionary::{Atoms, CodebookSizes, Codebooks};
 use lexico::threads::Rayon;
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, SparseBatch};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch};
 use lexico_llm::DeviceName;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +27,7 @@ pub(super) struct Attention {
     /// Atoms of a dictionary
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = value_parser!(u32).range(1..=65536))]
     atoms: u32,
-    /// Atoms of the first group of a grouped dictionary
+    /// Atoms of the first group of a codebooks dictionary
     #[arg(long, default_value_t = 2048, value_name = "N", value_parser = value_parser!(u32).range(1..=65536))]
     first_group: u32,
     /// Nonzeros of a code where --format does not say
@@ -85,7 +85,7 @@ struct Format {
 enum FormatKind {
     I8,
     F8,
-    Packed,
+    Additive,
 }
 
 impl FromStr for Format {
@@ -99,7 +99,7 @@ impl FromStr for Format {
         let kind = match name {
             "i8" => FormatKind::I8,
             "f8" => FormatKind::F8,
-            "packed" => FormatKind::Packed,
+            "packed" => FormatKind::Additive,
             _ => return Err(format!("{name:?} is none of i8, f8 and packed")),
         };
         let sparsity = sparsity.map(|s| match s.parse() {
@@ -242,9 +242,9 @@ impl Attention {
         let (name, coefficients) = match format.kind {
             FormatKind::I8 => ("i8", CoefficientFormat::I8),
             FormatKind::F8 => ("f8", CoefficientFormat::F8),
-            FormatKind::Packed => ("packed", CoefficientFormat::InAtoms(self.groups())),
+            FormatKind::Additive => ("packed", CoefficientFormat::InAtoms(self.groups())),
         };
-        if !matches!(format.kind, FormatKind::Packed) {
+        if !matches!(format.kind, FormatKind::Additive) {
             anyhow::ensure!(
                 sparsity <= self.head_dim.min(self.atoms),
                 "{name} of {sparsity} nonzeros is impossible: at most the head dim of {} and the {} atoms",
@@ -261,8 +261,8 @@ impl Attention {
         Ok(Stored { name, format })
     }
 
-    fn groups(&self) -> Groups {
-        Groups {
+    fn groups(&self) -> CodebookSizes {
+        CodebookSizes {
             first: self.first_group as usize,
         }
     }
@@ -310,7 +310,7 @@ impl Attention {
             let pairs = (self.kv_heads * self.batch) as usize;
             // What they hold does not matter; the same few are repeated.
             let some = self.batches(context.min(DRAWN), *format, &mut rng);
-            let draw = || -> anyhow::Result<Vec<SparseBatch>> {
+            let draw = || -> anyhow::Result<Vec<EncodedBatch>> {
                 let whole = context / DRAWN;
                 let rest = self.batches(context % DRAWN, *format, &mut rng);
                 let whole = std::iter::repeat_n(&some, whole).flatten().cloned();
@@ -349,7 +349,7 @@ impl Attention {
         context: usize,
         format: CodeFormat,
         rng: &mut ChaCha8Rng,
-    ) -> Vec<SparseBatch> {
+    ) -> Vec<EncodedBatch> {
         let sparsity = format.sparsity;
         let mut batches = Vec::new();
         for first in (0..context).step_by(DRAWN) {
@@ -367,7 +367,7 @@ impl Attention {
             };
             let indices: Vec<u16> = (0..nonzeros).map(index).collect();
             let coefficients = (0..nonzeros).map(|_| rng.random_range(-1f32..1.0));
-            batches.push(SparseBatch {
+            batches.push(EncodedBatch {
                 sparsity,
                 lengths: vec![sparsity as u16; count],
                 coefficients: coefficients.collect(),
@@ -417,7 +417,7 @@ struct Layer {
 struct Dictionaries {
     universal: [Dictionary; 2],
     /// As many groups as the largest packed codes need.
-    grouped: [GroupedDictionary; 2],
+    codebooks: [Codebooks; 2],
 }
 
 impl Dictionaries {
@@ -433,19 +433,22 @@ impl Dictionaries {
         let packed = formats.iter().map(|format| format.format);
         let packed = packed.filter(|f| matches!(f.coefficients, CoefficientFormat::InAtoms(_)));
         let groups = packed.map(|format| format.sparsity).max().unwrap_or(1);
-        let mut grouped = || -> anyhow::Result<GroupedDictionary> {
+        let mut codebooks = || -> anyhow::Result<Codebooks> {
             let atoms = draw(shape.groups().atoms(groups) * m);
-            Ok(GroupedDictionary::new(atoms, m, shape.groups())?.in_half_precision()?)
+            Ok(Codebooks::new(atoms, m, shape.groups())?.in_half_precision()?)
         };
-        let grouped = [grouped()?, grouped()?];
-        Ok(Self { universal, grouped })
+        let codebooks = [codebooks()?, codebooks()?];
+        Ok(Self {
+            universal,
+            codebooks,
+        })
     }
 
     /// What keys and values in a format are coded over.
     fn atoms(&self, format: CodeFormat) -> [Atoms<'_>; 2] {
         match format.coefficients {
             CoefficientFormat::InAtoms(_) => {
-                self.grouped.each_ref().map(|d| d.atoms(format.sparsity))
+                self.codebooks.each_ref().map(|d| d.atoms(format.sparsity))
             }
             _ => self.universal.each_ref().map(Into::into),
         }

@@ -1,7 +1,7 @@
 //! What the benchmarks run on a GPU, in builds for GPUs.
 
-use lexico::dictionary::{Atoms, GroupedDictionary};
-use lexico::{CodeFormat, Dictionary, Result, SparseBatch};
+use lexico::dictionary::{Atoms, Codebooks};
+use lexico::{CodeFormat, Dictionary, EncodedBatch, Result};
 use lexico_llm::DeviceName;
 
 /// Vectors that lie ready on a GPU, and what codes them once and waits for it.
@@ -27,9 +27,9 @@ pub(super) fn pursuit(
 
 /// The search for packed codes of `vectors` on a GPU; `None` where the device is the processor.
 #[cfg(not(feature = "cuda"))]
-pub(super) fn grouped_pursuit(
+pub(super) fn beam_search(
     device: DeviceName,
-    _dictionary: &GroupedDictionary,
+    _dictionary: &Codebooks,
     _sparsity: usize,
     _vectors: &[f32],
 ) -> anyhow::Result<Option<OnGpu>> {
@@ -49,20 +49,20 @@ pub(super) fn attention(
     _atoms: [Atoms<'_>; 2],
     _group: usize,
     _pairs: usize,
-    _draw: impl FnMut() -> anyhow::Result<Vec<SparseBatch>>,
+    _draw: impl FnMut() -> anyhow::Result<Vec<EncodedBatch>>,
 ) -> anyhow::Result<Option<Attend>> {
     device.open()?;
     Ok(None)
 }
 
 #[cfg(feature = "cuda")]
-pub(super) use on::{attention, grouped_pursuit, pursuit};
+pub(super) use on::{attention, beam_search, pursuit};
 
 #[cfg(feature = "cuda")]
 mod on {
     use super::*;
     use lexico::cuda::{
-        Device, DeviceAttention, DeviceCodes, DeviceGroupedPursuit, DevicePast, DevicePursuit,
+        Device, DeviceAttention, DeviceBeamSearch, DeviceCodes, DevicePast, DevicePursuit,
         DeviceRows, Gpu, Streams, kernel_folder,
     };
 
@@ -75,7 +75,7 @@ mod on {
             DeviceName::Auto => return Ok(None),
         };
         Ok(Some(
-            Gpu::new(number, kernel_folder())?.with_stream_aside()?,
+            Gpu::new(number, kernel_folder())?.with_background_stream()?,
         ))
     }
 
@@ -111,7 +111,7 @@ mod on {
         let vectors = upload(&streams.main, vectors)?;
         let encode = move || {
             let found = pursuit.encode_heads(&streams, &vectors, count, &[sparsity])?;
-            streams.aside.finish()?;
+            streams.background.finish()?;
             drop(found);
             Ok(())
         };
@@ -121,9 +121,9 @@ mod on {
         }))
     }
 
-    pub(in super::super) fn grouped_pursuit(
+    pub(in super::super) fn beam_search(
         device: DeviceName,
-        dictionary: &GroupedDictionary,
+        dictionary: &Codebooks,
         sparsity: usize,
         vectors: &[f32],
     ) -> anyhow::Result<Option<OnGpu>> {
@@ -131,7 +131,7 @@ mod on {
             return Ok(None);
         };
         check_head_dim(dictionary.head_dim())?;
-        let pursuit = DeviceGroupedPursuit::new(&streams.main, dictionary, sparsity)?;
+        let pursuit = DeviceBeamSearch::new(&streams.main, dictionary, sparsity)?;
         let found = pursuit.encode(&streams, vectors, &[sparsity], false)?;
         let batch = found.batch(&streams.main, dictionary.groups(), &[sparsity])?;
         let relative_error = batch.mean_relative_error();
@@ -139,7 +139,7 @@ mod on {
         let vectors = upload(&streams.main, vectors)?;
         let encode = move || {
             let found = pursuit.encode_heads(&streams, &vectors, count, &[sparsity], false)?;
-            streams.aside.finish()?;
+            streams.background.finish()?;
             drop(found);
             Ok(())
         };
@@ -155,7 +155,7 @@ mod on {
         [key_atoms, value_atoms]: [Atoms<'_>; 2],
         group: usize,
         pairs: usize,
-        mut draw: impl FnMut() -> anyhow::Result<Vec<SparseBatch>>,
+        mut draw: impl FnMut() -> anyhow::Result<Vec<EncodedBatch>>,
     ) -> anyhow::Result<Option<Attend>> {
         let Some(streams) = streams(device)? else {
             return Ok(None);

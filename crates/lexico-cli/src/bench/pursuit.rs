@@ -3,9 +3,9 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_ATOMS, MOST_FIRST};
-use lexico::pursuit::oracle;
-use lexico::pursuit::{BEAM, GroupedPursuit};
+use lexico::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_ATOMS, MAX_FIRST_ATOMS};
+use lexico::encode::oracle;
+use lexico::encode::{BEAM_WIDTH, BeamSearch};
 use lexico::tensor_file::TensorFile;
 use lexico::{Dictionary, Pursuit as Coder};
 use lexico_llm::DeviceName;
@@ -25,7 +25,7 @@ pub(super) struct Pursuit {
     #[arg(long, conflicts_with_all = ["atoms", "oracle"])]
     packed: bool,
     /// Sums that the search for packed codes follows
-    #[arg(long, default_value_t = BEAM, value_name = "N", requires = "packed")]
+    #[arg(long, default_value_t = BEAM_WIDTH, value_name = "N", requires = "packed")]
     beam: usize,
     /// Atoms of the dictionary, where it is drawn
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -136,14 +136,16 @@ impl Pursuit {
         let (dictionary, vectors) = match &self.file {
             Some(file) => {
                 let (path, tensor) = self.named();
-                let dictionary = GroupedDictionary::load(path, tensor)?;
+                let dictionary = Codebooks::load(path, tensor)?;
                 let vectors = vectors(file, dictionary.head_dim())?;
                 (dictionary, vectors)
             }
             None => {
                 let (m, mut draw) = (self.head_dim as usize, drawn());
-                let groups = Groups { first: MOST_FIRST };
-                let most = 1 + (MOST_ATOMS - MOST_FIRST) / GROUP;
+                let groups = CodebookSizes {
+                    first: MAX_FIRST_ATOMS,
+                };
+                let most = 1 + (MAX_ATOMS - MAX_FIRST_ATOMS) / CODEBOOK_ATOMS;
                 anyhow::ensure!(
                     (1..=most).contains(&self.sparsity),
                     "--sparsity {}: packed codes have 1 to {most} atoms",
@@ -153,15 +155,15 @@ impl Pursuit {
                 // Sums of them are as long as the vectors.
                 let share = 1.0 / (self.sparsity as f32).sqrt();
                 let atoms = atoms.into_iter().map(|x| x * share).collect();
-                let dictionary = GroupedDictionary::new(atoms, m, groups)?;
+                let dictionary = Codebooks::new(atoms, m, groups)?;
                 (dictionary, draw(self.vectors as usize * m))
             }
         };
         let m = dictionary.head_dim();
-        let coder = GroupedPursuit::new(&dictionary, self.sparsity)?.with_beam(self.beam);
+        let coder = BeamSearch::new(&dictionary, self.sparsity)?.with_beam(self.beam);
         let bar = ui::progress(self.repetitions as u64 + 1, "runs");
         let count = vectors.len() / m;
-        let on_gpu = gpu::grouped_pursuit(self.device, &dictionary, self.sparsity, &vectors)?;
+        let on_gpu = gpu::beam_search(self.device, &dictionary, self.sparsity, &vectors)?;
         let (error, microseconds) = match on_gpu {
             None => {
                 let error = coder.encode(&vectors)?.mean_relative_error();
@@ -169,8 +171,8 @@ impl Pursuit {
             }
             Some(gpu) => {
                 anyhow::ensure!(
-                    self.beam == BEAM,
-                    "on a GPU the search follows {BEAM} sums; leave --beam out"
+                    self.beam == BEAM_WIDTH,
+                    "on a GPU the search follows {BEAM_WIDTH} sums; leave --beam out"
                 );
                 (
                     gpu.relative_error,

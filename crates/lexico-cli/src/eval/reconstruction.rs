@@ -63,8 +63,8 @@ impl ReconstructionArguments {
         }
         let model = self.model.load(&caches)?;
         if !named && let Some(dictionaries) = &model.dictionaries {
-            let packed = (PACKED_SPARSITIES, dictionaries.most_groups());
-            let sparse = (SPARSITIES, dictionaries.most_nonzeros());
+            let packed = (PACKED_SPARSITIES, dictionaries.max_codebooks());
+            let sparse = (SPARSITIES, dictionaries.max_nonzeros());
             for (format, (sparsities, most)) in [("f8", sparse), ("i8", sparse), ("packed", packed)]
             {
                 for sparsity in sparsities.iter().filter(|s| **s <= most) {

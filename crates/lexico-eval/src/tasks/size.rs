@@ -3,18 +3,18 @@
 use crate::error::{Error, Result};
 
 /// Most tokens of a generated prompt: more than any model's context.
-const MOST: usize = 1 << 24;
+const MAX: usize = 1 << 24;
 /// How many sizes are tried.
 const TRIES: usize = 12;
 
 /// Most prompts that are made.
-const MOST_PROMPTS: usize = 10_000;
+const MAX_PROMPTS: usize = 10_000;
 
 /// Refuses grids of too many prompts, each of whose `cells` has so many repeats, and lengths that are named twice.
 pub(super) fn check_count(lengths: &[usize], cells: usize, repeats: usize) -> Result<()> {
-    if cells.saturating_mul(repeats) > MOST_PROMPTS {
+    if cells.saturating_mul(repeats) > MAX_PROMPTS {
         return Err(Error::Options(format!(
-            "{repeats} repeats of {cells} kinds of prompts are too many: at most {MOST_PROMPTS} in all"
+            "{repeats} repeats of {cells} kinds of prompts are too many: at most {MAX_PROMPTS} in all"
         )));
     }
     let twice = |(number, length): &(usize, &usize)| lengths[..*number].contains(length);
@@ -37,9 +37,9 @@ pub(super) fn fitted(
     build: impl Fn(usize) -> String,
     count: &dyn Fn(&str) -> Result<usize>,
 ) -> Result<String> {
-    if length > MOST {
+    if length > MAX {
         return Err(Error::Options(format!(
-            "prompts of {length} tokens are impossible: at most {MOST}"
+            "prompts of {length} tokens are impossible: at most {MAX}"
         )));
     }
     let mut prompt = build(least);

@@ -92,7 +92,7 @@ impl Held {
 
 /// Attention that the positions held and then the new ones of a KV head receive from the `newest` last of the step's
 /// positions, summed over the queries of the group; `queries` `[G, t, m]`, `keys` `[t, m]`.
-pub(super) fn received(
+pub(super) fn accumulated_attention(
     held: &Held,
     queries: &[f32],
     keys: &[f32],
@@ -102,7 +102,7 @@ pub(super) fn received(
     let m = held.keys.head_dim();
     let t = keys.len() / m;
     let keys = held.keys_with(keys);
-    ::lexico::attention::received(queries, m, t, newest.min(t), &keys, threads)
+    ::lexico::attention::accumulated_attention(queries, m, t, newest.min(t), &keys, threads)
 }
 
 /// Where the `count` largest scores are, in order of place; of equal ones the first.

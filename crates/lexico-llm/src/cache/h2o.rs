@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use super::evict::{Held, descending, largest, received, refuse_sliding_window};
+use super::evict::{Held, accumulated_attention, descending, largest, refuse_sliding_window};
 use super::method::{Method, Values, option};
 use super::{CacheContext, CacheSpec, Footprint, KvCache, Step};
 use crate::config::Config;
@@ -47,7 +47,7 @@ fn capacity(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<usize> {
 /// The positions that the most attention has gone to, the heavy hitters, and the newest ones; in f16.
 ///
 /// Zhang, Sheng, Zhou, et al.: *H₂O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models*
-/// (NeurIPS 2023). Every KV head sums the attention that each position it holds has received from every query since it
+/// (NeurIPS 2023). Every KV head sums the attention that each position it holds has accumulated_attention from every query since it
 /// came, those of the prompt included. After each step the newest half of `capacity` stays, and of the others those with
 /// the largest sums; evicted positions and their sums are gone. A prompt attends in full first.
 ///
@@ -61,7 +61,7 @@ struct H2oCache {
 
 struct Head {
     held: Held,
-    /// Attention that each position held has received.
+    /// Attention that each position held has accumulated_attention.
     sums: Vec<f32>,
 }
 
@@ -85,7 +85,7 @@ impl H2oCache {
 impl Head {
     /// Takes new positions, `[t, m]` each, which the queries `[G, t, m]` are at, and evicts what is then too much.
     fn take(&mut self, queries: &[f32], new: (&[f32], &[f32]), t: usize, capacity: usize) {
-        let mut sums = received(&self.held, queries, new.0, t, &CandleThreads);
+        let mut sums = accumulated_attention(&self.held, queries, new.0, t, &CandleThreads);
         for (sum, before) in sums.iter_mut().zip(&self.sums) {
             *sum += before;
         }

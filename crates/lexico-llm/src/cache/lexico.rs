@@ -5,10 +5,10 @@ use std::sync::mpsc::{Receiver, channel};
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::dictionary::{
-    Atoms, CodingLosses, Dictionary, Extension, GroupedDictionary, LayerDictionaries,
-    LayerSparsities, grouped_sparsity,
+    Atoms, Codebooks, CodingLosses, Dictionary, Extension, LayerDictionaries, LayerSparsities,
+    additive_sparsity,
 };
-use ::lexico::pursuit::{AdaptivePursuit, BEAM, GroupedPursuit, SparseBatch};
+use ::lexico::encode::{AdaptivePursuit, BEAM_WIDTH, BeamSearch, EncodedBatch};
 use ::lexico::threads::{Alone, Threads};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit};
 use candle_core::Tensor;
@@ -162,7 +162,7 @@ fn settings(
         dense: spec.number_type("dense"),
     };
     let foreign = match format {
-        Format::Packed { .. } => ["tolerance", "adaptive"].as_slice(),
+        Format::Additive { .. } => ["tolerance", "adaptive"].as_slice(),
         Format::Sparse(_) => &["beam"],
     };
     match foreign.iter().find(|option| spec.given(option).is_some()) {
@@ -171,7 +171,7 @@ fn settings(
             option,
             value: spec.text(option).to_owned(),
             reason: match format {
-                Format::Packed { .. } => {
+                Format::Additive { .. } => {
                     "packed codes all have as many atoms, of the dictionary alone; give format=i8 too"
                 }
                 Format::Sparse(_) => "only the search for packed codes has a beam",
@@ -184,15 +184,15 @@ fn settings(
 
 /// The codes that the options ask for.
 fn format(spec: &CacheSpec, dictionaries: &DictionarySet) -> Format {
-    let packed = || Format::Packed {
-        beam: spec.number("beam").unwrap_or(BEAM),
+    let packed = || Format::Additive {
+        beam: spec.number("beam").unwrap_or(BEAM_WIDTH),
     };
     match spec.given("format") {
         Some("packed") => packed(),
         Some("f32") => Format::Sparse(CoefficientFormat::F32),
         Some("f8") => Format::Sparse(CoefficientFormat::F8),
         Some(_) => Format::Sparse(CoefficientFormat::I8),
-        None if dictionaries.most_groups() > 0 => packed(),
+        None if dictionaries.max_codebooks() > 0 => packed(),
         None => Format::Sparse(CoefficientFormat::I8),
     }
 }
@@ -201,15 +201,15 @@ impl Format {
     /// The largest sparsity that it can have.
     fn most(self, dictionaries: &DictionarySet) -> usize {
         match self {
-            Self::Packed { .. } => dictionaries.most_groups(),
-            Self::Sparse(_) => dictionaries.most_nonzeros(),
+            Self::Additive { .. } => dictionaries.max_codebooks(),
+            Self::Sparse(_) => dictionaries.max_nonzeros(),
         }
     }
 
     /// What coding each head so costs, where it was measured.
     fn losses(self, dictionaries: &DictionarySet) -> Option<&CodingLosses> {
         match self {
-            Self::Packed { .. } => dictionaries.training.grouped_losses.as_ref(),
+            Self::Additive { .. } => dictionaries.training.additive_losses.as_ref(),
             Self::Sparse(_) => dictionaries.training.losses.as_ref(),
         }
     }
@@ -218,14 +218,14 @@ impl Format {
     fn usual_sparsity(self, dictionaries: &DictionarySet) -> f64 {
         let trained = dictionaries.training.sparsity;
         match self {
-            Self::Packed { .. } => grouped_sparsity(trained, self.most(dictionaries)) as f64,
+            Self::Additive { .. } => additive_sparsity(trained, self.most(dictionaries)) as f64,
             Self::Sparse(_) => trained as f64,
         }
     }
 
     fn allocate(self, dictionaries: &DictionarySet, mean: f64) -> Option<Vec<LayerSparsities>> {
         match self {
-            Self::Packed { .. } => dictionaries.allocate_grouped(mean),
+            Self::Additive { .. } => dictionaries.allocate_additive(mean),
             Self::Sparse(_) => dictionaries.allocate(mean),
         }
     }
@@ -255,7 +255,7 @@ fn sparsities(
     }
     if !(1.0..=most as f64).contains(&mean) {
         let reason = match format {
-            Format::Packed { .. } => {
+            Format::Additive { .. } => {
                 format!("it must be from 1 to {most}, the groups of a dictionary")
             }
             Format::Sparse(_) => {
@@ -307,8 +307,8 @@ fn sparsities(
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Format {
     /// One atom a group, `s + 1` bytes a vector; the search follows so many sums.
-    Packed {
-        /// See [`GroupedPursuit::with_beam`].
+    Additive {
+        /// See [`BeamSearch::with_beam`].
         beam: usize,
     },
     /// Any atoms, with coefficients: orthogonal matching pursuit.
@@ -322,7 +322,7 @@ pub struct LexicoSettings {
     pub sparsities: Vec<LayerSparsities>,
     /// `δ`: relative error at which the pursuit stops early; 0 never does.
     pub tolerance: f32,
-    /// Whether coefficients are [scaled up](SparseBatch::unbias) so that no score is shrunk, instead of
+    /// Whether coefficients are [scaled up](EncodedBatch::unbias) so that no score is shrunk, instead of
     /// those of least squares.
     pub unbiased: bool,
     /// Most atoms that the session adds to each dictionary, from vectors that miss the tolerance.
@@ -360,7 +360,7 @@ pub struct LexicoCache {
     sliding_window: Option<usize>,
     positions: usize,
     /// Whether batches are coded beside the decoding.
-    aside: bool,
+    background: bool,
 }
 
 struct Layer {
@@ -386,8 +386,8 @@ struct Added {
 
 /// Codes of some positions, head by head, and all that is added by then.
 struct Batch {
-    keys: Vec<SparseBatch>,
-    values: Vec<SparseBatch>,
+    keys: Vec<EncodedBatch>,
+    values: Vec<EncodedBatch>,
     added: Added,
 }
 
@@ -474,7 +474,7 @@ impl LexicoCache {
             layers,
             sliding_window: config.window,
             positions: 0,
-            aside: cores_to_spare(),
+            background: cores_to_spare(),
         })
     }
 }
@@ -502,7 +502,7 @@ impl LexicoSettings {
         let dense = positions.min(self.window.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
         let bytes = |s: usize| match self.format {
-            Format::Packed { .. } => s + 1,
+            Format::Additive { .. } => s + 1,
             Format::Sparse(CoefficientFormat::F32) => 6 * s,
             Format::Sparse(_) => 3 * s + 1,
         };
@@ -518,12 +518,12 @@ impl LexicoSettings {
         let row = 2 * config.layers * config.kv_heads * config.head_dim * number;
         // Codes grow by a 64th, at least by four vectors; half of that is empty.
         // A batch that is coded beside the decoding is held in f32 too, half of the time.
-        let aside = if cores_to_spare() && self.batch > 1 {
+        let background = if cores_to_spare() && self.batch > 1 {
             self.batch
         } else {
             0
         };
-        let leaving = aside.min(positions) as f64 * (row as f64 / number as f64) * 2.0;
+        let leaving = background.min(positions) as f64 * (row as f64 / number as f64) * 2.0;
         let grown = coded + (coded / 128.0).max(2.0).min(coded);
         let heads = config.layers * config.kv_heads;
         let bookkeeping = bookkeeping(config.layers, heads) as f64;
@@ -538,14 +538,14 @@ impl LexicoSettings {
 
     /// What a layer's keys and values are coded over.
     fn codings<'d>(&self, layer: &'d LayerDictionaries) -> Result<[Coding<'d>; 2]> {
-        match (self.format, &layer.grouped) {
+        match (self.format, &layer.codebooks) {
             (Format::Sparse(coefficients), _) => {
                 Ok([&layer.keys, &layer.values].map(|own| Coding::Sparse(own, coefficients)))
             }
-            (Format::Packed { beam }, Some(grouped)) => {
-                Ok([&grouped.keys, &grouped.values].map(|own| Coding::Packed(own, beam)))
+            (Format::Additive { beam }, Some(codebooks)) => {
+                Ok([&codebooks.keys, &codebooks.values].map(|own| Coding::Additive(own, beam)))
             }
-            (Format::Packed { .. }, None) => Err(Error::OptionValue {
+            (Format::Additive { .. }, None) => Err(Error::OptionValue {
                 method: "lexico",
                 option: "format",
                 value: "packed".to_owned(),
@@ -560,14 +560,14 @@ impl LexicoSettings {
 enum Coding<'d> {
     Sparse(&'d Dictionary, CoefficientFormat),
     /// With the width of the search's beam.
-    Packed(&'d GroupedDictionary, usize),
+    Additive(&'d Codebooks, usize),
 }
 
 impl<'d> Coding<'d> {
     fn coefficients(self) -> CoefficientFormat {
         match self {
             Self::Sparse(_, coefficients) => coefficients,
-            Self::Packed(dictionary, _) => CoefficientFormat::InAtoms(dictionary.groups()),
+            Self::Additive(dictionary, _) => CoefficientFormat::InAtoms(dictionary.groups()),
         }
     }
 
@@ -578,21 +578,21 @@ impl<'d> Coding<'d> {
     {
         match self {
             Self::Sparse(dictionary, _) => Atoms::extended(dictionary, added),
-            Self::Packed(dictionary, _) => dictionary.atoms(most(sparsities)),
+            Self::Additive(dictionary, _) => dictionary.atoms(most(sparsities)),
         }
     }
 
     fn checksum(self) -> u32 {
         match self {
             Self::Sparse(dictionary, _) => dictionary.checksum(),
-            Self::Packed(dictionary, _) => dictionary.checksum(),
+            Self::Additive(dictionary, _) => dictionary.checksum(),
         }
     }
 
     fn check(self, settings: &LexicoSettings, sparsity: usize) -> ::lexico::Result<()> {
         match self {
             Self::Sparse(dictionary, _) => settings.pursuit(dictionary, sparsity).map(drop),
-            Self::Packed(dictionary, _) => dictionary.check_sparsity(sparsity),
+            Self::Additive(dictionary, _) => dictionary.check_sparsity(sparsity),
         }
     }
 
@@ -605,18 +605,18 @@ impl<'d> Coding<'d> {
         sparsities: &[usize],
         vectors: &[f32],
         threads: &dyn Threads,
-    ) -> ::lexico::Result<Vec<SparseBatch>> {
+    ) -> ::lexico::Result<Vec<EncodedBatch>> {
         match self {
             Self::Sparse(dictionary, _) => {
                 let pursuit = settings.pursuit(dictionary, most(sparsities))?;
                 let mut heads = pursuit.encode_heads_on(added, vectors, sparsities, threads)?;
                 if settings.unbiased {
-                    heads.iter_mut().for_each(SparseBatch::unbias);
+                    heads.iter_mut().for_each(EncodedBatch::unbias);
                 }
                 Ok(heads)
             }
-            Self::Packed(dictionary, beam) => {
-                let pursuit = GroupedPursuit::new(dictionary, most(sparsities))?;
+            Self::Additive(dictionary, beam) => {
+                let pursuit = BeamSearch::new(dictionary, most(sparsities))?;
                 pursuit
                     .with_beam(beam)
                     .unbiased(settings.unbiased)
@@ -737,7 +737,7 @@ impl LexicoCache {
     /// Hands the window's oldest positions over to be coded.
     fn begin(&mut self, layer: usize) {
         let batch = self.settings.batch;
-        let codes = self.aside.then(|| {
+        let codes = self.background.then(|| {
             let dictionaries = Arc::clone(&self.dictionaries);
             let settings = Arc::clone(&self.settings);
             let m = dictionaries.layers[layer].keys.head_dim();
@@ -953,7 +953,7 @@ mod tests {
         model: &Model,
         batch: usize,
         adaptive: usize,
-        aside: bool,
+        background: bool,
     ) -> Result<Vec<(Vec<f32>, usize)>> {
         let settings = LexicoSettings {
             sparsities: vec![
@@ -973,7 +973,7 @@ mod tests {
         };
         let dictionaries = model.dictionaries.clone().expect("the embedded model's");
         let mut cache = LexicoCache::new(model.decoder.config(), dictionaries, settings)?;
-        cache.aside = aside;
+        cache.background = background;
         let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more.".repeat(3);
         let tokens = model.tokenizer.encode_first(&text)?;
         let (prompt, rest) = tokens.split_at(30);
@@ -995,10 +995,10 @@ mod tests {
         let model = Model::tiny()?;
         for batch in [1, 2, 5, 16] {
             for adaptive in [0, 20] {
-                let aside = logits(&model, batch, adaptive, true)?;
+                let background = logits(&model, batch, adaptive, true)?;
                 let between = logits(&model, batch, adaptive, false)?;
-                assert_eq!(aside, between, "batches of {batch}, {adaptive} added");
-                let window = aside.iter().map(|(_, window)| *window).max();
+                assert_eq!(background, between, "batches of {batch}, {adaptive} added");
+                let window = background.iter().map(|(_, window)| *window).max();
                 assert!(
                     window < Some(5 + 2 * batch),
                     "{window:?} positions for batches of {batch}"
@@ -1014,7 +1014,7 @@ mod tests {
         let config = model.decoder.config();
         let mut dictionaries = (**model.dictionaries.as_ref().unwrap()).clone();
         dictionaries.training.losses = losses.cloned();
-        dictionaries.training.grouped_losses = losses.cloned();
+        dictionaries.training.additive_losses = losses.cloned();
         dictionaries.training.sparsity = 6;
         let dictionaries = Arc::new(dictionaries);
         let context = CacheContext {
@@ -1044,7 +1044,7 @@ mod tests {
         };
         let some = Some(&losses);
         for (text, losses, expected) in [
-            // Packed codes take half as many atoms again.
+            // Additive codes take half as many atoms again.
             ("lexico", None, 9.0),
             ("lexico", some, 9.0),
             ("lexico:sparsity=23.5", some, 23.5),

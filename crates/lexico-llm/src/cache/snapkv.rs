@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use super::evict::{Held, descending, largest, received, refuse_sliding_window};
+use super::evict::{Held, accumulated_attention, descending, largest, refuse_sliding_window};
 use super::method::{Budget, Method, Setting, Values, option};
 use super::{CacheContext, CacheSpec, Footprint, KvCache, Lengths, Step, pyramidkv};
 use crate::config::Config;
@@ -44,7 +44,7 @@ pub(super) static METHOD: Method = Method {
 };
 
 /// The largest kernel: pooling takes as many steps a position.
-const MOST_KERNEL: usize = 255;
+const MAX_KERNEL: usize = 255;
 
 pub(super) const POOLING: Values = Values::OneOf(&["max", "average"]);
 
@@ -71,9 +71,9 @@ pub(super) fn settings(
         );
         return Err(spec.refused("capacity", reason));
     }
-    if settings.kernel.is_multiple_of(2) || settings.kernel > MOST_KERNEL {
+    if settings.kernel.is_multiple_of(2) || settings.kernel > MAX_KERNEL {
         let reason = format!(
-            "it must be odd, so that a position is in the middle, and at most {MOST_KERNEL}"
+            "it must be odd, so that a position is in the middle, and at most {MAX_KERNEL}"
         );
         return Err(spec.refused("kernel", reason));
     }
@@ -135,10 +135,10 @@ impl SnapKvSettings {
     }
 
     /// The positions that are kept of those held and the new ones, by the attention that they receive from the newest.
-    fn choose(&self, received: &[f32], count: usize) -> Vec<usize> {
-        let (past, _) = received.split_at(received.len() - self.window);
+    fn choose(&self, accumulated_attention: &[f32], count: usize) -> Vec<usize> {
+        let (past, _) = accumulated_attention.split_at(accumulated_attention.len() - self.window);
         let mut kept = largest(&self.pooled(past), count - self.window);
-        kept.extend(past.len()..received.len());
+        kept.extend(past.len()..accumulated_attention.len());
         kept
     }
 
@@ -203,8 +203,9 @@ impl KvCache for SnapKvCache {
                 continue;
             }
             let window = self.settings.window;
-            let received = received(held, queries, new.0, window, &CandleThreads);
-            held.take_kept(new, &self.settings.choose(&received, count));
+            let accumulated_attention =
+                accumulated_attention(held, queries, new.0, window, &CandleThreads);
+            held.take_kept(new, &self.settings.choose(&accumulated_attention, count));
         }
         if layer + 1 == layers {
             self.positions += t;

@@ -66,8 +66,8 @@ impl CacheSpec {
         context: &CacheContext<'_>,
     ) -> Result<Self> {
         // Enough of them, evenly over all.
-        const MOST: usize = 24;
-        let count = lengths.len().clamp(1, MOST);
+        const MAX: usize = 24;
+        let count = lengths.len().clamp(1, MAX);
         let sample: Vec<Lengths> = (0..count)
             .filter_map(|i| lengths.get(i * lengths.len() / count).copied())
             .collect();

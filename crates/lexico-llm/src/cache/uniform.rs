@@ -16,7 +16,7 @@ impl Grid {
     /// Of `bits` bits from `least` to `most`, of which both are within what f16 holds.
     fn between((least, most): (f32, f32), bits: u32) -> Self {
         let zero = f16::from_f32(least);
-        let scale = (most - zero.to_f32()).max(0.0) / most_code(bits);
+        let scale = (most - zero.to_f32()).max(0.0) / max_code(bits);
         Self {
             zero,
             scale: f16::from_f32(scale.min(f16::MAX.to_f32())),
@@ -38,7 +38,7 @@ impl Grid {
             return 0;
         }
         let steps = (x - self.zero.to_f32()) / scale;
-        steps.round_ties_even().clamp(0.0, most_code(bits)) as u8
+        steps.round_ties_even().clamp(0.0, max_code(bits)) as u8
     }
 
     /// What a code stands for.
@@ -47,7 +47,7 @@ impl Grid {
     }
 }
 
-fn most_code(bits: u32) -> f32 {
+fn max_code(bits: u32) -> f32 {
     ((1u32 << bits) - 1) as f32
 }
 
@@ -211,7 +211,7 @@ mod tests {
     fn check(numbers: &[f32], back: &[f32], bits: u32) -> Result<(), TestCaseError> {
         let least = numbers.iter().copied().fold(f32::INFINITY, f32::min);
         let most = numbers.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let levels = most_code(bits);
+        let levels = max_code(bits);
         let rounded = (least.abs() + (most - least)) / 2048.0 + levels * 2f32.powi(-24);
         let bound = ((most - least) / levels / 2.0 + rounded) * 1.001;
         for (x, back) in numbers.iter().zip(back) {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::{MOST_JSON, PIECE, Texts, add, add_share, cut_at, refused};
+use super::{MAX_JSON, PIECE, Texts, add, add_share, cut_at, refused};
 use crate::error::{Result, io, listed};
 
 /// Opens a file of JSON: a list where it begins as one, else lines.
@@ -42,7 +42,7 @@ impl LinesFile {
         let mut end = at;
         let mut bytes = Vec::with_capacity(PIECE);
         // No line is longer: what is found in the middle of one is refused as such.
-        while end > at.saturating_sub(MOST_JSON) {
+        while end > at.saturating_sub(MAX_JSON) {
             let start = end.saturating_sub(PIECE as u64);
             bytes.clear();
             file.seek(SeekFrom::Start(start))?;
@@ -122,11 +122,11 @@ struct List {
 
 impl List {
     fn read(path: &Path, length: u64, field: &str) -> Result<Self> {
-        if length > MOST_JSON {
+        if length > MAX_JSON {
             let reason = format!(
                 "a list of JSON of more than {} MiB is not read; write each object in a line of its own, as by \
                  `jq -c '.[]'`, to a .jsonl file",
-                MOST_JSON >> 20
+                MAX_JSON >> 20
             );
             return Err(refused(path, &reason));
         }
@@ -163,15 +163,15 @@ impl Texts for List {
 /// Reads a line with its end; the count of its bytes is 0 at the end of the file.
 pub(super) fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<usize> {
     line.clear();
-    input.take(MOST_JSON + 1).read_until(b'\n', line)
+    input.take(MAX_JSON + 1).read_until(b'\n', line)
 }
 
 /// The text in `field` of a line; blank lines and `null` have none. Else what is wrong with it.
 pub(super) fn document(line: &[u8], field: &str) -> std::result::Result<Option<String>, String> {
-    if line.len() as u64 > MOST_JSON {
+    if line.len() as u64 > MAX_JSON {
         return Err(format!(
             "it is longer than {} MiB; is this JSON with an object in each line?",
-            MOST_JSON >> 20
+            MAX_JSON >> 20
         ));
     }
     let line = without_mark(line).trim_ascii();

@@ -28,7 +28,7 @@ const PLACES: usize = 1024;
 /// How far on from where a text is to be cut a line end or a space is looked for.
 const LOOK: usize = 4096;
 /// The longest line, and the largest list, of JSON: each is held in memory as a whole.
-const MOST_JSON: u64 = 1 << 28;
+const MAX_JSON: u64 = 1 << 28;
 
 /// A file of texts that can be entered anywhere.
 trait Texts: Send + Sync {

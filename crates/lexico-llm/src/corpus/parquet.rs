@@ -18,7 +18,7 @@ use crate::panics::caught;
 /// Rows that are decoded at once.
 const ROWS: usize = 256;
 /// How many bytes of text a byte of a file can stand for; a file that says more is not believed.
-const MOST_COMPRESSION: u64 = 1024;
+const MAX_COMPRESSION: u64 = 1024;
 
 pub(super) struct ParquetFile {
     path: PathBuf,
@@ -47,7 +47,7 @@ impl Group {
         }
         let bytes = u64::try_from(column.uncompressed_size()).ok()?;
         // Every row has a place of its own.
-        let bytes = bytes.min(stored.checked_mul(MOST_COMPRESSION)?).max(rows);
+        let bytes = bytes.min(stored.checked_mul(MAX_COMPRESSION)?).max(rows);
         let bytes = start..start.checked_add(bytes)?;
         Some(Self { rows, bytes })
     }

@@ -13,12 +13,12 @@ use crate::error::{Error, Result, io};
 const MAGIC: [u8; 4] = *b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Far above any vocabulary, and low enough that a small file cannot make much memory.
-const MOST_ELEMENTS: u64 = 1 << 24;
+const MAX_ELEMENTS: u64 = 1 << 24;
 /// Bytes of a text, and of a header, at the most: real headers take a twentieth.
-const MOST_TEXT_BYTES: u64 = 1 << 24;
-const MOST_HEADER_BYTES: u64 = 1 << 28;
+const MAX_TEXT_BYTES: u64 = 1 << 24;
+const MAX_HEADER_BYTES: u64 = 1 << 28;
 /// Dimensions that ggml's tensors have at the most.
-const MOST_DIMENSIONS: u32 = 4;
+const MAX_DIMENSIONS: u32 = 4;
 
 /// An open file; its header is read.
 pub(crate) struct GgufFile {
@@ -284,7 +284,7 @@ impl<R: Read> Header<R> {
 
     fn tensor_place(&mut self, name: &str) -> Parsed<TensorPlace> {
         let dimensions = u32::from_le_bytes(self.bytes()?);
-        if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
+        if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
             return wrong(format!("tensor {name:?} has {dimensions} dimensions"));
         }
         let mut shape = Vec::new();
@@ -346,7 +346,7 @@ impl<R: Read> Header<R> {
     fn array(&mut self, key: &str) -> Parsed<Value> {
         let kind = u32::from_le_bytes(self.bytes()?);
         let count = self.number()?;
-        if count > MOST_ELEMENTS {
+        if count > MAX_ELEMENTS {
             return wrong(format!("its metadata entry {key:?} has {count} elements"));
         }
         if kind == 8 {
@@ -392,7 +392,7 @@ impl<R: Read> Header<R> {
     fn text(&mut self) -> Parsed<String> {
         let length = self.number()?;
         self.check_room(length, 1)?;
-        if length > MOST_TEXT_BYTES {
+        if length > MAX_TEXT_BYTES {
             return wrong(format!("its header holds a text of {length} bytes"));
         }
         let mut bytes = vec![0; length as usize];
@@ -418,9 +418,9 @@ impl<R: Read> Header<R> {
         self.check_room(out.len() as u64, 1)?;
         self.reader.read_exact(out).map_err(Problem::Io)?;
         self.position += out.len() as u64;
-        if self.position > MOST_HEADER_BYTES {
+        if self.position > MAX_HEADER_BYTES {
             return wrong(format!(
-                "its header is larger than {MOST_HEADER_BYTES} bytes"
+                "its header is larger than {MAX_HEADER_BYTES} bytes"
             ));
         }
         Ok(())

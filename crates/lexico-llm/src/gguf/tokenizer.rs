@@ -19,11 +19,11 @@ const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
 
 /// Several times what the longest tokens of published vocabularies take.
-const MOST_TOKEN_BYTES: usize = 4096;
+const MAX_TOKEN_BYTES: usize = 4096;
 
 /// Bytes of the merges of pieces, at the most: several times what the largest published vocabularies
 /// take, and low enough that a small file cannot make much memory.
-const MOST_MERGE_BYTES: usize = 1 << 25;
+const MAX_MERGE_BYTES: usize = 1 << 25;
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -173,7 +173,7 @@ impl Vocabulary<'_> {
         let mut numbers = HashMap::with_capacity(self.tokens.len());
         for (number, token) in self.tokens.iter().enumerate() {
             // Every way of splitting a piece is looked at.
-            if token.len() > MOST_TOKEN_BYTES {
+            if token.len() > MAX_TOKEN_BYTES {
                 let reason = format!("its token {number} is {} bytes long", token.len());
                 return Err(self.file.error(reason));
             }
@@ -264,7 +264,7 @@ impl Vocabulary<'_> {
             return Err(self.file.error(reason));
         }
         let Some(merges) = merges(&numbers, scores) else {
-            let reason = format!("merges of its pieces take over {MOST_MERGE_BYTES} bytes");
+            let reason = format!("merges of its pieces take over {MAX_MERGE_BYTES} bytes");
             return Err(self.file.error(reason));
         };
         let unknown = token_id(self.file, "unknown_token_id")?.map(|id| &self.tokens[id]);
@@ -306,7 +306,7 @@ fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Option<Vec<[String;
             let (left, right) = piece.split_at(at);
             if let (Some(&l), Some(&r)) = (numbers.get(left), numbers.get(right)) {
                 bytes += piece.len();
-                if bytes > MOST_MERGE_BYTES {
+                if bytes > MAX_MERGE_BYTES {
                     return None;
                 }
                 found.push((number, l, r, left, right));

@@ -7,7 +7,7 @@ use std::io::{BufReader, Read};
 use std::path::Path;
 
 use half::{bf16, f16};
-use lexico::dictionary::{LayerDictionaries, MOST_ATOMS, ModelIdentity, Training};
+use lexico::dictionary::{LayerDictionaries, MAX_ATOMS, ModelIdentity, Training};
 use lexico::{Dictionary, DictionarySet};
 
 use crate::error::{Error, Result, io};
@@ -16,7 +16,7 @@ use pickle::SavedTensor;
 pub(crate) use pickle::read_tensor;
 
 /// The pickle of a saved tensor takes a few hundred bytes.
-const MOST_PICKLE_BYTES: u64 = 1 << 20;
+const MAX_PICKLE_BYTES: u64 = 1 << 20;
 
 /// Reads a dictionary file of the reference implementation for a model of this identity: keys and
 /// values interleaved layer by layer, one atom a column. Atoms are scaled to unit length, those of a
@@ -44,9 +44,9 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             "its shape is {shape:?}, but [2·layers, m, N] is needed"
         )));
     };
-    if matrices != wanted || m != model.head_dim || !(1..=MOST_ATOMS).contains(&atoms) {
+    if matrices != wanted || m != model.head_dim || !(1..=MAX_ATOMS).contains(&atoms) {
         return Err(error(format!(
-            "its shape is {shape:?}, but the model {} needs [{wanted}, {}, N], N up to {MOST_ATOMS}",
+            "its shape is {shape:?}, but the model {} needs [{wanted}, {}, N], N up to {MAX_ATOMS}",
             model.name, model.head_dim
         )));
     }
@@ -78,7 +78,7 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             Ok(LayerDictionaries {
                 keys: dictionary(2 * l)?,
                 values: dictionary(2 * l + 1)?,
-                grouped: None,
+                codebooks: None,
             })
         })
         .collect::<Result<_>>()?;
@@ -120,7 +120,7 @@ fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, V
         entry.take(most).read_to_end(&mut bytes).map_err(io(path))?;
         Ok(bytes)
     };
-    let tensor = pickle::read_tensor(&entry(pickle, MOST_PICKLE_BYTES)?).map_err(error)?;
+    let tensor = pickle::read_tensor(&entry(pickle, MAX_PICKLE_BYTES)?).map_err(error)?;
     let width = match tensor.storage.as_str() {
         "FloatStorage" => 4,
         "HalfStorage" | "BFloat16Storage" => 2,
@@ -132,7 +132,7 @@ fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, V
     let data = pickle.trim_end_matches("data.pkl");
     // A compressed entry could unpack without end: no dictionaries of this model take more, even
     // as a part of something larger.
-    let most = (matrices as u64).saturating_mul((head_dim * MOST_ATOMS * width * 4) as u64);
+    let most = (matrices as u64).saturating_mul((head_dim * MAX_ATOMS * width * 4) as u64);
     let bytes = entry(&format!("{data}data/{}", tensor.key), most)?;
     let pairs = || bytes.as_chunks::<2>().0.iter();
     let numbers = match tensor.storage.as_str() {

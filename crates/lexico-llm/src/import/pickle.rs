@@ -21,7 +21,7 @@ pub(crate) struct SavedTensor {
 }
 
 /// Instructions of a file with one tensor; torch writes about 40.
-const MOST_STEPS: usize = 1000;
+const MAX_STEPS: usize = 1000;
 
 #[derive(Debug, Clone)]
 enum Value {
@@ -116,7 +116,7 @@ struct Machine {
 
 impl Machine {
     fn run(mut self, mut bytes: &[u8]) -> Result<Rc<Value>, String> {
-        for _ in 0..MOST_STEPS {
+        for _ in 0..MAX_STEPS {
             let [instruction] = take::<1>(&mut bytes)?;
             let value = match instruction {
                 // PROTO

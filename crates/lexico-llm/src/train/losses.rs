@@ -4,11 +4,9 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::dictionary::{
-    Atoms, CodingLosses, GroupedDictionaries, LayerDictionaries, LayerLosses,
-};
-use ::lexico::pursuit::GroupedPursuit;
-use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, Pursuit, SparseBatch};
+use ::lexico::dictionary::{Atoms, CodingLosses, LayerCodebooks, LayerDictionaries, LayerLosses};
+use ::lexico::encode::BeamSearch;
+use ::lexico::{CodeFormat, Codes, CoefficientFormat, DictionarySet, EncodedBatch, Pursuit};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -36,17 +34,17 @@ pub(super) enum Kind {
     /// Any atoms, with coefficients.
     Sparse,
     /// One atom a group.
-    Packed,
+    Additive,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 2] = [Self::Sparse, Self::Packed];
+    pub(super) const ALL: [Self; 2] = [Self::Sparse, Self::Additive];
 
     /// Sparsities that losses are measured at, as far as the dictionaries allow: those in between are interpolated.
     fn sparsities(self) -> &'static [usize] {
         match self {
             Self::Sparse => &[1, 2, 4, 8, 12, 16],
-            Self::Packed => &[1, 2, 4, 8, 12, 16, 24, 32, 48],
+            Self::Additive => &[1, 2, 4, 8, 12, 16, 24, 32, 48],
         }
     }
 
@@ -54,18 +52,18 @@ impl Kind {
     pub(super) fn file(self) -> &'static str {
         match self {
             Self::Sparse => "losses",
-            Self::Packed => "packed-losses",
+            Self::Additive => "packed-losses",
         }
     }
 
     /// The largest sparsity that a layer's dictionaries allow.
     fn most(self, layer: &LayerDictionaries) -> usize {
         match self {
-            Self::Sparse => layer.most_nonzeros(),
-            Self::Packed => layer
-                .grouped
+            Self::Sparse => layer.max_nonzeros(),
+            Self::Additive => layer
+                .codebooks
                 .as_ref()
-                .map_or(0, GroupedDictionaries::most_atoms),
+                .map_or(0, LayerCodebooks::max_atoms),
         }
     }
 
@@ -77,15 +75,15 @@ impl Kind {
         sparsity: usize,
         vectors: &[f32],
     ) -> Result<Vec<f32>> {
-        match (self, &layer.grouped) {
-            (Self::Packed, Some(grouped)) => {
-                let dictionary = [&grouped.keys, &grouped.values][part];
-                let pursuit = GroupedPursuit::new(dictionary, sparsity)?.unbiased(true);
+        match (self, &layer.codebooks) {
+            (Self::Additive, Some(codebooks)) => {
+                let dictionary = [&codebooks.keys, &codebooks.values][part];
+                let pursuit = BeamSearch::new(dictionary, sparsity)?.unbiased(true);
                 let batch = pursuit.encode_on(vectors, &CandleThreads)?;
                 let format = CoefficientFormat::InAtoms(dictionary.groups());
                 decoded(&batch, format, dictionary.atoms(sparsity))
             }
-            (Self::Sparse | Self::Packed, _) => {
+            (Self::Sparse | Self::Additive, _) => {
                 let dictionary = [&layer.keys, &layer.values][part];
                 let pursuit = Pursuit::new(dictionary, sparsity)?;
                 let mut batch = pursuit.encode_on(vectors, &CandleThreads)?;
@@ -98,7 +96,7 @@ impl Kind {
 
 /// What codes stand for once they are stored.
 fn decoded(
-    batch: &SparseBatch,
+    batch: &EncodedBatch,
     coefficients: CoefficientFormat,
     atoms: Atoms<'_>,
 ) -> Result<Vec<f32>> {
@@ -236,7 +234,7 @@ pub fn measure_losses(
     dictionaries.check_fits(&model.identity())?;
     let windows = corpus.windows(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
     let windows = windows.collect::<Result<Vec<_>>>()?;
-    let kinds = match dictionaries.most_groups() {
+    let kinds = match dictionaries.max_codebooks() {
         0 => &[Kind::Sparse][..],
         _ => &Kind::ALL,
     };
@@ -268,7 +266,7 @@ pub(super) fn measure_kinds(
         let training = &mut dictionaries.training;
         match kind {
             Kind::Sparse => training.losses = losses,
-            Kind::Packed => training.grouped_losses = losses,
+            Kind::Additive => training.additive_losses = losses,
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
 
-mod grouped;
+mod codebooks;
 mod learning;
 mod losses;
 mod measure;
@@ -13,8 +13,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use lexico::DictionarySet;
-use lexico::dictionary::{GroupedDictionaries, LayerDictionaries, LayerErrors, Training};
-use lexico::learn::{GroupedOptions, GroupedProgress, LearnOptions, LearnProgress};
+use lexico::dictionary::{LayerCodebooks, LayerDictionaries, LayerErrors, Training};
+use lexico::learn::{CodebookOptions, CodebookProgress, LearnOptions, LearnProgress};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
@@ -42,7 +42,7 @@ pub struct TrainOptions {
     pub learn: LearnOptions,
     /// How each dictionary for codes of one atom a group is learned beside; `None` where none is. The seed is that of
     /// the first, every other has the next.
-    pub groups: Option<GroupedOptions>,
+    pub groups: Option<CodebookOptions>,
     /// Dictionaries that are kept as they are, with what was measured of them: only those of `groups` are learned, and
     /// replace any that are there.
     pub kept: Option<DictionarySet>,
@@ -60,7 +60,7 @@ impl Default for TrainOptions {
             context: 1024,
             vectors: 200_000,
             learn: LearnOptions::default(),
-            groups: Some(GroupedOptions::default()),
+            groups: Some(CodebookOptions::default()),
             kept: None,
             state: None,
             keep_vectors: None,
@@ -72,7 +72,7 @@ impl TrainOptions {
     /// Checks all that can be checked before the text is read.
     ///
     /// # Errors
-    /// Those of [`LearnOptions::check`] and [`GroupedOptions::check`], and [`lexico::Error::Learn`] where the settings
+    /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], and [`lexico::Error::Learn`] where the settings
     /// contradict each other.
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.kept.is_none() {
@@ -81,7 +81,7 @@ impl TrainOptions {
         if let Some(groups) = &self.groups {
             groups.check()?;
         }
-        let most_context = config.context;
+        let max_context = config.context;
         let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
         if self.kept.is_some() && self.groups.is_none() {
             let reason = "dictionaries that are kept and no groups leave nothing to learn";
@@ -100,10 +100,10 @@ impl TrainOptions {
                 u32::MAX
             ));
         }
-        if self.context > most_context {
+        if self.context > max_context {
             let context = self.context;
             return refuse(format!(
-                "the model's context is {most_context}, not {context} tokens"
+                "the model's context is {max_context}, not {context} tokens"
             ));
         }
         if self.context < 2 || self.tokens / 2 < self.context {
@@ -146,16 +146,16 @@ pub enum TrainProgress {
         held_out_error: f32,
     },
     /// A dictionary for codes of one atom a group is being learned, one after the other.
-    LearningGroups {
+    LearningCodebooks {
         /// The layer.
         layer: usize,
         /// `keys` or `values`.
         part: &'static str,
         /// How far it has come.
-        progress: GroupedProgress,
+        progress: CodebookProgress,
     },
     /// A dictionary for codes of one atom a group is learned.
-    LearnedGroups {
+    LearnedCodebooks {
         /// The layer.
         layer: usize,
         /// `keys` or `values`.
@@ -277,15 +277,15 @@ pub fn train(
         }
     };
     if let Some(groups) = &options.groups {
-        measured.push(Kind::Packed);
-        let learned = grouped::learn_all(&reading, options.vectors, groups, &state, progress)?;
+        measured.push(Kind::Additive);
+        let learned = codebooks::learn_all(&reading, options.vectors, groups, &state, progress)?;
         let errors = learned.iter().map(|[keys, values]| LayerErrors {
             keys: keys.held_out_error,
             values: values.held_out_error,
         });
-        dictionaries.training.grouped_relative_error = Some(errors.collect());
+        dictionaries.training.additive_relative_error = Some(errors.collect());
         for (layer, [keys, values]) in dictionaries.layers.iter_mut().zip(learned) {
-            layer.grouped = Some(GroupedDictionaries {
+            layer.codebooks = Some(LayerCodebooks {
                 keys: keys.dictionary,
                 values: values.dictionary,
             });
@@ -339,7 +339,7 @@ fn learn_ordinary(
         layers.push(LayerDictionaries {
             keys: keys.dictionary,
             values: values.dictionary,
-            grouped: None,
+            codebooks: None,
         });
     }
     let dictionaries = DictionarySet {

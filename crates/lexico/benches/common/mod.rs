@@ -6,11 +6,11 @@
 use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
-use lexico::code::stored;
-use lexico::dictionary::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
+use lexico::codes::stored;
+use lexico::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_FIRST_ATOMS};
 use lexico::matrix::{HalfMatrix, Halves};
 use lexico::threads::Threads;
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -46,9 +46,9 @@ fn dictionary(rng: &mut ChaCha8Rng, atoms: usize) -> Dictionary {
 }
 
 /// Codes drawn at random, as many nonzeros in each.
-fn drawn_codes(rng: &mut ChaCha8Rng, count: usize, sparsity: usize, atoms: usize) -> SparseBatch {
+fn drawn_codes(rng: &mut ChaCha8Rng, count: usize, sparsity: usize, atoms: usize) -> EncodedBatch {
     let indices = (0..count * sparsity).map(|_| rng.random_range(0..atoms) as u16);
-    SparseBatch {
+    EncodedBatch {
         sparsity,
         lengths: vec![sparsity as u16; count],
         indices: indices.collect(),
@@ -57,7 +57,7 @@ fn drawn_codes(rng: &mut ChaCha8Rng, count: usize, sparsity: usize, atoms: usize
     }
 }
 
-fn codes(sparsity: usize, batch: &SparseBatch) -> Codes {
+fn codes(sparsity: usize, batch: &EncodedBatch) -> Codes {
     let mut codes = Codes::new(CodeFormat {
         sparsity,
         variable: false,
@@ -76,9 +76,15 @@ pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
     if !packed {
         return codes(sparsity, &drawn_codes(&mut rng, VECTORS, sparsity, 4096));
     }
-    let groups = Groups { first: MOST_FIRST };
+    let groups = CodebookSizes {
+        first: MAX_FIRST_ATOMS,
+    };
     let mut index = |group: usize| {
-        let atoms = if group == 0 { groups.first } else { GROUP };
+        let atoms = if group == 0 {
+            groups.first
+        } else {
+            CODEBOOK_ATOMS
+        };
         let own = rng.random::<f32>().powf(1.75) * atoms as f32;
         (groups.start(group) + own as usize) as u16
     };
@@ -86,7 +92,7 @@ pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
         .map(|i| index(i % sparsity))
         .collect();
     let scales = (0..VECTORS).flat_map(|_| vec![rng.random_range(1f32..1.3); sparsity]);
-    let batch = SparseBatch {
+    let batch = EncodedBatch {
         sparsity,
         lengths: vec![sparsity as u16; VECTORS],
         indices,
@@ -178,10 +184,10 @@ pub(crate) fn coded(positions: usize, sparsity: usize, group: usize) -> impl FnM
 /// As [`coded`], codes of one atom of each group of 256.
 pub(crate) fn packed(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
     let mut rng = rng();
-    let groups = Groups { first: 256 };
+    let groups = CodebookSizes { first: 256 };
     let mut dictionary = || {
         let atoms = drawn(&mut rng, groups.atoms(sparsity) * HEAD_DIM);
-        GroupedDictionary::new(atoms, HEAD_DIM, groups).expect("whole groups")
+        Codebooks::new(atoms, HEAD_DIM, groups).expect("whole groups")
     };
     let (keys, values) = (dictionary(), dictionary());
     let mut drawn_codes = || {

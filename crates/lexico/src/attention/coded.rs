@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 
 use super::RunningSoftmax;
-use crate::arch::dense::{combine, dots};
-use crate::arch::matmul::{Matrix, multiply};
-use crate::arch::{accumulate, scores};
-use crate::code::Codes;
-use crate::dictionary::{Atoms, MOST_ATOMS};
+use crate::codes::Codes;
+use crate::dictionary::{Atoms, MAX_ATOMS};
+use crate::kernels::dense::{combine, dots};
+use crate::kernels::matmul::{Matrix, multiply};
+use crate::kernels::{accumulate, scores};
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
 const ATOM_BLOCK: usize = 64;
@@ -30,9 +30,9 @@ pub(super) struct Coded<'a> {
 /// of a dictionary's own atoms are ever touched, and so take memory.
 #[derive(Default)]
 struct Scratch {
-    /// `[heads, MOST_ATOMS, G]`
+    /// `[heads, MAX_ATOMS, G]`
     p: Vec<f32>,
-    /// `[heads, MOST_ATOMS, G]`
+    /// `[heads, MAX_ATOMS, G]`
     u: Vec<f32>,
     /// `[positions, G]`
     weights: Vec<f32>,
@@ -70,7 +70,7 @@ pub(super) fn add_heads(
         return;
     }
     SCRATCH.with_borrow_mut(|scratch| {
-        let table = MOST_ATOMS * group;
+        let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, codes.len() * table);
         for (first, count, atoms) in key_atoms.blocks(ATOM_BLOCK) {
             let heads = p
@@ -123,7 +123,7 @@ pub(super) fn add_many(
     let (m, group) = (key_atoms.head_dim(), softmax.rows());
     let queries = Matrix::by_rows(queries, group, m);
     SCRATCH.with_borrow_mut(|scratch| {
-        let table = MOST_ATOMS * group;
+        let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
         for (first, atoms) in key_atoms.matrices() {

@@ -4,8 +4,8 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{Positions, RunningSoftmax};
-use crate::arch::dense::{MOST_GROUP, Rows, combine, dots};
-use crate::arch::matmul::{Matrix, multiply};
+use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
+use crate::kernels::matmul::{Matrix, multiply};
 
 /// Positions that are scored at a time.
 const BLOCK: usize = 256;
@@ -216,7 +216,7 @@ fn add_rows(
     count: usize,
 ) {
     let (m, group) = (softmax.head_dim, softmax.rows());
-    let mut weights = [0f32; BLOCK * MOST_GROUP];
+    let mut weights = [0f32; BLOCK * MAX_GROUP];
     let weights = &mut weights[..count * group];
     dots(keys, queries, m, group, weights);
     softmax.weigh(weights);

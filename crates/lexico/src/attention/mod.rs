@@ -3,19 +3,19 @@
 //! Every source of positions adds its part to a running softmax (Milakov & Gimelshein 2018;
 //! Dao et al. 2022): the largest score so far, the sum of exponentials, the unnormalised output.
 
+mod accumulated;
 mod coded;
 mod dense;
-mod received;
 
+pub use accumulated::accumulated_attention;
 pub use dense::{DenseRows, NumberType};
-pub use received::received;
 
 use std::ops::Range;
 
-use crate::arch::dense::MOST_GROUP;
-use crate::arch::{MOST_QUERIES, softmax};
-use crate::code::Codes;
+use crate::codes::Codes;
 use crate::dictionary::Atoms;
+use crate::kernels::dense::MAX_GROUP;
+use crate::kernels::{MAX_QUERIES, softmax};
 use crate::threads::{Rayon, Threads, for_each};
 use coded::Coded;
 
@@ -89,7 +89,7 @@ pub struct Head<'a> {
 }
 
 /// Rows of queries that one task takes where there are many positions: prefill splits evenly.
-const ROWS: usize = MOST_QUERIES;
+const ROWS: usize = MAX_QUERIES;
 
 /// Attention of the queries `[G, t, m]` of one KV head; as [`attend_heads`] of it alone.
 ///
@@ -141,7 +141,7 @@ pub fn attend_heads(
         assert_eq!(head.queries.len(), queries, "heads of one shape");
         assert_eq!(head.out.len(), queries, "one output a query");
     }
-    if t == 1 && queries / head_dim <= MOST_GROUP {
+    if t == 1 && queries / head_dim <= MAX_GROUP {
         attend_one(heads, head_dim, window, threads);
         return;
     }
@@ -419,12 +419,12 @@ impl RunningSoftmax {
 
     /// Turns scores `[n, rows]` into weights, and scales what was summed before to match; where anything was,
     /// returns each query's factor. `−∞` marks a position that a query does not see.
-    fn weigh(&mut self, scores: &mut [f32]) -> Option<[f32; MOST_QUERIES]> {
-        let mut factors = [1f32; MOST_QUERIES];
-        let mut before = [0f32; MOST_QUERIES];
+    fn weigh(&mut self, scores: &mut [f32]) -> Option<[f32; MAX_QUERIES]> {
+        let mut factors = [1f32; MAX_QUERIES];
+        let mut before = [0f32; MAX_QUERIES];
         let rows = self.rows();
         before[..rows].copy_from_slice(&self.references);
-        let mut sums = [0f32; MOST_QUERIES];
+        let mut sums = [0f32; MAX_QUERIES];
         softmax(scores, &mut self.references, &mut sums[..rows]);
         for row in 0..rows {
             factors[row] = self.carry(row, before[row], sums[row]);

@@ -3,7 +3,7 @@ use half::f16;
 use super::codes::format_number;
 use super::device::{Argument, COMMON, Device, Grid, Program, check_shared, upload};
 use super::pair::{DevicePast, describe};
-use crate::code::CodeFormat;
+use crate::codes::CodeFormat;
 use crate::dictionary::Atoms;
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ const LEAST_PART: usize = 1024;
 /// Atoms that a block of `combine` sums.
 const COMBINED: usize = 256;
 /// Blocks along y that a grid can have.
-const MOST_PAIRS: usize = 65_535;
+const MAX_PAIRS: usize = 65_535;
 /// Blocks along y that share a block's atoms.
 const PROJECT_BLOCKS: usize = 16;
 
@@ -122,9 +122,9 @@ impl<D: Device> DeviceAttention<D> {
         if pairs == 0 {
             return Ok(());
         }
-        if pairs > MOST_PAIRS {
+        if pairs > MAX_PAIRS {
             let reason =
-                format!("attention of {pairs} KV heads at once; at most {MOST_PAIRS} are possible");
+                format!("attention of {pairs} KV heads at once; at most {MAX_PAIRS} are possible");
             return Err(Error::Device(reason));
         }
         let coded = pasts.iter().map(|past| past.keys.len() - past.hidden);

@@ -1,8 +1,8 @@
+use super::beam::FoundSums;
 use super::device::{Argument, COMMON, Device, Grid, Program, upload};
-use super::grouped::FoundSums;
 use super::pursuit::FoundCodes;
-use crate::code::{CodeFormat, CoefficientFormat, Leading};
-use crate::pursuit::SparseBatch;
+use crate::codes::{CodeFormat, CoefficientFormat, Leading};
+use crate::encode::EncodedBatch;
 use crate::{Error, Result};
 
 /// Codes of a page; `PAGE` in codes.cuh.
@@ -139,7 +139,7 @@ impl<D: Device> DeviceCodes<D> {
     ///
     /// # Panics
     /// Where the vectors are not as many for each head, or a head's codes have more atoms than were looked for.
-    pub fn extend_packed(device: &D, heads: &mut [Self], found: &FoundSums<D>) -> Result<()> {
+    pub fn extend_additive(device: &D, heads: &mut [Self], found: &FoundSums<D>) -> Result<()> {
         let each = vectors_a_head(heads, found.count, found.most);
         let arguments = [
             Argument::Integer(found.most as i32),
@@ -149,14 +149,14 @@ impl<D: Device> DeviceCodes<D> {
         store(device, heads, each, "store_packed", &arguments)
     }
 
-    /// Appends codes with coefficients that were found, as [`DeviceCodes::extend_packed`]; where `unbiased`, scaled up as
-    /// [`SparseBatch::unbias`] does.
+    /// Appends codes with coefficients that were found, as [`DeviceCodes::extend_additive`]; where `unbiased`, scaled up as
+    /// [`EncodedBatch::unbias`] does.
     ///
     /// # Errors
     /// [`Error::Device`].
     ///
     /// # Panics
-    /// As [`DeviceCodes::extend_packed`].
+    /// As [`DeviceCodes::extend_additive`].
     pub fn extend_sparse(
         device: &D,
         heads: &mut [Self],
@@ -186,7 +186,7 @@ impl<D: Device> DeviceCodes<D> {
     ///
     /// # Panics
     /// Where the batch has another sparsity than these codes.
-    pub fn extend(&mut self, device: &D, batch: &SparseBatch) -> Result<()> {
+    pub fn extend(&mut self, device: &D, batch: &EncodedBatch) -> Result<()> {
         let s = self.format.sparsity;
         assert_eq!(batch.sparsity, s, "codes of one sparsity");
         let numbers = |numbers: &[f32]| {
@@ -213,7 +213,7 @@ impl<D: Device> DeviceCodes<D> {
                 errors: numbers(&batch.relative_errors)?,
                 used: Vec::new(),
             };
-            Self::extend_packed(device, heads, &found)
+            Self::extend_additive(device, heads, &found)
         } else {
             let lengths: Vec<u8> = batch.lengths.iter().map(|&length| length as u8).collect();
             let found = FoundCodes {
@@ -233,7 +233,7 @@ impl<D: Device> DeviceCodes<D> {
 /// How many of `count` vectors each head has.
 fn vectors_a_head<D: Device>(heads: &[DeviceCodes<D>], count: usize, most: usize) -> usize {
     let sparsities: Vec<usize> = heads.iter().map(|codes| codes.format.sparsity).collect();
-    crate::pursuit::vectors_a_head(count, &sparsities, most)
+    crate::encode::vectors_a_head(count, &sparsities, most)
 }
 
 /// Has a kernel store `each` vectors more in the codes of each head; `arguments` are those after the vectors' number.

@@ -91,7 +91,7 @@ pub struct Streams<D> {
     /// What decodes, and what all memory is allocated by.
     pub main: D,
     /// What codes.
-    pub aside: D,
+    pub background: D,
 }
 
 /// Kernels and the constants that they are compiled with.

@@ -110,9 +110,9 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Device`] where there can be no other stream.
-    pub fn with_stream_aside(self) -> Result<Streams<Self>> {
+    pub fn with_background_stream(self) -> Result<Streams<Self>> {
         let stream = self.context().new_stream();
-        let aside = Self {
+        let background = Self {
             stream: stream.map_err(failed("a stream"))?,
             architecture: self.architecture.clone(),
             blocks: self.blocks,
@@ -120,7 +120,10 @@ impl Gpu {
             folder: self.folder.clone(),
             modules: Arc::clone(&self.modules),
         };
-        Ok(Streams { main: self, aside })
+        Ok(Streams {
+            main: self,
+            background,
+        })
     }
 
     fn context(&self) -> &Arc<CudaContext> {

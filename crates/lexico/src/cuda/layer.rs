@@ -1,29 +1,29 @@
 use std::sync::Arc;
 
 use super::attention::DeviceAttention;
+use super::beam::{DeviceBeamSearch, FoundSums};
 use super::codes::DeviceCodes;
 use super::device::{Argument, COMMON, Device, Grid, Program, Streams, upload};
-use super::grouped::{DeviceGroupedPursuit, FoundSums};
 use super::pair::{DevicePast, DeviceRows, describe};
 use super::pursuit::{DevicePursuit, FoundCodes};
-use crate::code::{CodeFormat, CoefficientFormat};
-use crate::dictionary::{Dictionary, GroupedDictionary, LayerSparsities};
+use crate::codes::{CodeFormat, CoefficientFormat};
+use crate::dictionary::{Codebooks, Dictionary, LayerSparsities};
 use crate::{Error, Result};
 
 /// Positions of a prompt that are coded at once.
 const AT_ONCE: usize = 4096;
 /// Blocks along x at the most, each of which goes through rows in strides.
-const MOST_BLOCKS: usize = 4096;
+const MAX_BLOCKS: usize = 4096;
 
 /// What a layer's keys and values are coded over.
 #[derive(Debug, Clone, Copy)]
 pub enum DeviceDictionaries<'a> {
     /// One atom a group.
-    Packed {
+    Additive {
         /// Of the keys.
-        keys: &'a GroupedDictionary,
+        keys: &'a Codebooks,
         /// Of the values.
-        values: &'a GroupedDictionary,
+        values: &'a Codebooks,
     },
     /// Any atoms, with coefficients of a byte.
     Sparse {
@@ -74,12 +74,12 @@ struct Pursuit<D: Device> {
 }
 
 enum Search<D: Device> {
-    Packed(DeviceGroupedPursuit<D>),
+    Additive(DeviceBeamSearch<D>),
     Sparse(DevicePursuit<D>),
 }
 
 enum Found<D: Device> {
-    Packed(FoundSums<D>),
+    Additive(FoundSums<D>),
     Sparse(FoundCodes<D>),
 }
 
@@ -126,7 +126,7 @@ impl<D: Device> Drop for DeviceLayer<D> {
     /// The second stream may still read the dictionaries, which are the first one's.
     fn drop(&mut self) {
         // As above.
-        let _ = self.streams.main.wait_for(&self.streams.aside);
+        let _ = self.streams.main.wait_for(&self.streams.background);
     }
 }
 
@@ -140,9 +140,9 @@ impl<D: Device> Pursuit<D> {
     ) -> Result<Found<D>> {
         let n = count * self.sparsities.len();
         Ok(match &self.search {
-            Search::Packed(pursuit) => {
+            Search::Additive(pursuit) => {
                 let found = pursuit.encode_heads(streams, vectors, n, &self.sparsities, unbiased);
-                Found::Packed(found?)
+                Found::Additive(found?)
             }
             Search::Sparse(pursuit) => {
                 Found::Sparse(pursuit.encode_heads(streams, vectors, n, &self.sparsities)?)
@@ -164,14 +164,14 @@ impl<D: Device> Pursuit<D> {
 impl<D: Device> Found<D> {
     fn store(&self, device: &D, heads: &mut [DeviceCodes<D>], unbiased: bool) -> Result<()> {
         match self {
-            Self::Packed(found) => DeviceCodes::extend_packed(device, heads, found),
+            Self::Additive(found) => DeviceCodes::extend_additive(device, heads, found),
             Self::Sparse(found) => DeviceCodes::extend_sparse(device, heads, found, unbiased),
         }
     }
 
     fn bytes(&self) -> usize {
         match self {
-            Self::Packed(found) => found.bytes(),
+            Self::Additive(found) => found.bytes(),
             Self::Sparse(found) => found.bytes(),
         }
     }
@@ -191,7 +191,7 @@ impl<D: Device> DeviceLayer<D> {
         let device = &streams.main;
         let own = &settings.sparsities;
         let most = |sparsities: &[usize]| sparsities.iter().copied().max().unwrap_or(1);
-        let (most_keys, most_values) = (most(&own.keys), most(&own.values));
+        let (max_keys, max_values) = (most(&own.keys), most(&own.values));
         if settings.batch == 0 || own.keys.is_empty() || own.keys.len() != own.values.len() {
             let reason = "a layer on a device needs KV heads, and a batch of at least one position";
             return Err(Error::Device(reason.to_owned()));
@@ -211,19 +211,19 @@ impl<D: Device> DeviceLayer<D> {
             )));
         };
         let format = |coefficients| CodeFormat {
-            sparsity: most_keys,
+            sparsity: max_keys,
             variable: false,
             coefficients,
         };
         let (keys, values, attention, head_dim) = match dictionaries {
-            DeviceDictionaries::Packed { keys, values } => {
+            DeviceDictionaries::Additive { keys, values } => {
                 if keys.groups() != values.groups() {
                     let reason = "keys and values whose first groups differ in size";
                     return Err(Error::Device(reason.to_owned()));
                 }
-                let coder = |dictionary: &GroupedDictionary, own: &[usize]| -> Result<_> {
+                let coder = |dictionary: &Codebooks, own: &[usize]| -> Result<_> {
                     Ok(Pursuit {
-                        search: Search::Packed(DeviceGroupedPursuit::new(
+                        search: Search::Additive(DeviceBeamSearch::new(
                             device,
                             dictionary,
                             most(own),
@@ -235,8 +235,8 @@ impl<D: Device> DeviceLayer<D> {
                 let attention = DeviceAttention::new(
                     device,
                     format(CoefficientFormat::InAtoms(keys.groups())),
-                    keys.atoms(most_keys),
-                    values.atoms(most_values),
+                    keys.atoms(max_keys),
+                    values.atoms(max_values),
                     settings.group,
                 )?;
                 let coders = (coder(keys, &own.keys)?, coder(values, &own.values)?);
@@ -484,7 +484,7 @@ impl<D: Device> DeviceLayer<D> {
         arguments: &[Argument],
     ) -> Result<()> {
         let grid = Grid {
-            blocks: [rows.min(MOST_BLOCKS) as u32, pairs as u32],
+            blocks: [rows.min(MAX_BLOCKS) as u32, pairs as u32],
             threads: self.head_dim as u32,
             shared: 0,
         };
@@ -574,13 +574,13 @@ impl<D: Device> DeviceLayer<D> {
         let keys = code(&self.keys, &vectors[0])?;
         let values = code(&self.values, &vectors[1]);
         // What is dropped where that failed is still in use.
-        let values = values.inspect_err(|_| drop(device.wait_for(&self.streams.aside)))?;
+        let values = values.inspect_err(|_| drop(device.wait_for(&self.streams.background)))?;
         Ok(Leaving {
             age: 0,
             keys,
             values,
             count,
-            done: self.streams.aside.mark()?,
+            done: self.streams.background.mark()?,
             _vectors: vectors,
             streams: Arc::clone(&self.streams),
         })

@@ -4,21 +4,21 @@
 //! device by [`Device`] alone, so that tests run the same text on the host, where there is no GPU.
 
 mod attention;
+mod beam;
 mod codes;
 mod compile;
 mod device;
 mod gpu;
-mod grouped;
 mod layer;
 mod pair;
 mod pursuit;
 
 pub use attention::DeviceAttention;
+pub use beam::{DEVICE_BEAM, DeviceBeamSearch, FoundSums};
 pub use codes::DeviceCodes;
 pub use compile::{compile, compile_cached, kernel_folder};
 pub use device::{Argument, Device, Grid, Program, Streams};
 pub use gpu::{Gpu, GpuMemory};
-pub use grouped::{DEVICE_BEAM, DeviceGroupedPursuit, FoundSums};
 pub use layer::{
     DeviceBytes, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence,
 };

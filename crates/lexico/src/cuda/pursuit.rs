@@ -4,7 +4,7 @@ use super::device::{
     Argument, COMMON, Device, Grid, Program, Streams, check_shared, download, download_f32,
     download_u16, padded_rows, upload, upload_rows,
 };
-use crate::pursuit::SparseBatch;
+use crate::encode::EncodedBatch;
 use crate::{Dictionary, Error, Result};
 
 /// Vectors that a block codes side by side; `ROWS` in pursuit.cu.
@@ -82,12 +82,12 @@ impl<D: Device> DevicePursuit<D> {
     ///
     /// # Errors
     /// As [`Pursuit::encode`](crate::Pursuit::encode), and [`Error::Device`].
-    pub fn encode(&self, streams: &Streams<D>, vectors: &[f32]) -> Result<SparseBatch> {
-        crate::pursuit::check_vectors(vectors, self.head_dim)?;
+    pub fn encode(&self, streams: &Streams<D>, vectors: &[f32]) -> Result<EncodedBatch> {
+        crate::encode::check_vectors(vectors, self.head_dim)?;
         let n = vectors.len() / self.head_dim;
         let rows = upload_rows(&streams.main, vectors, self.head_dim, self.padded)?;
         let found = self.encode_heads(streams, &rows, n, &[self.most])?;
-        streams.main.wait_for(&streams.aside)?;
+        streams.main.wait_for(&streams.background)?;
         found.batch(&streams.main)
     }
 
@@ -106,7 +106,7 @@ impl<D: Device> DevicePursuit<D> {
         count: usize,
         sparsities: &[usize],
     ) -> Result<FoundCodes<D>> {
-        let each = crate::pursuit::vectors_a_head(count, sparsities, self.most);
+        let each = crate::encode::vectors_a_head(count, sparsities, self.most);
         let (n, s) = (kernel_count(count)?, self.most);
         let device = &streams.main;
         let blocks = self.blocks.min(count.div_ceil(ROWS) as u32);
@@ -126,7 +126,7 @@ impl<D: Device> DevicePursuit<D> {
         if count == 0 {
             return Ok(found);
         }
-        streams.aside.wait_for(device)?;
+        streams.background.wait_for(device)?;
         let address = |memory: &D::Memory| Argument::Address(D::address(memory));
         let grid = Grid {
             blocks: [blocks, 1],
@@ -151,7 +151,7 @@ impl<D: Device> DevicePursuit<D> {
         // SAFETY: the arguments are those of `pursue` in kernels/pursuit.cu, with room for what it writes.
         unsafe {
             streams
-                .aside
+                .background
                 .launch(&self.program, "pursue", grid, &arguments)?;
         }
         Ok(found)
@@ -168,10 +168,10 @@ impl<D: Device> FoundCodes<D> {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn batch(&self, device: &D) -> Result<SparseBatch> {
+    pub fn batch(&self, device: &D) -> Result<EncodedBatch> {
         let (n, s) = (self.count, self.most);
         let lengths = download(device, &self.lengths, n)?;
-        Ok(SparseBatch {
+        Ok(EncodedBatch {
             sparsity: s,
             lengths: lengths.into_iter().map(u16::from).collect(),
             indices: download_u16(device, &self.indices, n * s)?,

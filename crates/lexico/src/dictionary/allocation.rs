@@ -47,7 +47,7 @@ impl LayerSparsities {
 
 /// The most atoms that a head is given where the mean is below: more are slower to attend to, and other heads gain
 /// more.
-pub(super) const MOST_ALLOCATED: usize = 32;
+pub(super) const MAX_ALLOCATED: usize = 32;
 
 /// The mean sparsity over the least that a head is given.
 const LEAST: f64 = 3.0;

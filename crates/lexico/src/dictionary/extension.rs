@@ -5,7 +5,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{Dictionary, norm};
-use crate::arch::dense::Rows;
+use crate::kernels::dense::Rows;
 use crate::{Error, Result};
 
 /// Atoms that one session adds to a dictionary that it shares with others: `2m` bytes each, in half precision.
@@ -115,7 +115,7 @@ impl<'a> Atoms<'a> {
     ///
     /// # Panics
     /// Where their atoms differ in length, or both together have more than
-    /// [`MOST_ATOMS`](super::MOST_ATOMS).
+    /// [`MAX_ATOMS`](super::MAX_ATOMS).
     pub fn extended(dictionary: &'a Dictionary, extension: &'a Extension) -> Self {
         assert_eq!(
             dictionary.head_dim, extension.head_dim,
@@ -126,7 +126,7 @@ impl<'a> Atoms<'a> {
             ..dictionary.into()
         };
         assert!(
-            atoms.len() <= super::MOST_ATOMS,
+            atoms.len() <= super::MAX_ATOMS,
             "indices are stored in 16 bits"
         );
         atoms

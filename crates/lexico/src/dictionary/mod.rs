@@ -1,16 +1,16 @@
 //! Dictionaries: unit-norm atoms, one matrix for keys and one for values in every layer.
 
+mod additive;
 mod allocation;
 mod extension;
-mod grouped;
 mod set;
 
+pub use additive::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_FIRST_ATOMS};
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use extension::{Atoms, Extension};
-pub use grouped::{GROUP, GroupedDictionary, Groups, MOST_FIRST};
 pub use set::{
-    DictionarySet, FORMAT, GroupedDictionaries, LayerDictionaries, LayerErrors, ModelIdentity,
-    RotaryIdentity, Training, grouped_sparsity,
+    DictionarySet, FORMAT, LayerCodebooks, LayerDictionaries, LayerErrors, ModelIdentity,
+    RotaryIdentity, Training, additive_sparsity,
 };
 
 use std::path::Path;
@@ -18,15 +18,15 @@ use std::sync::OnceLock;
 
 use half::f16;
 
-use crate::arch::dense::Rows;
-use crate::pursuit::scan::RoundedAtoms;
+use crate::encode::scan::RoundedAtoms;
+use crate::kernels::dense::Rows;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
 
 /// How far from 1 an atom's norm may lie: bf16 rounding moves it by less.
 const NORM_TOLERANCE: f64 = 1e-2;
 /// The most atoms a dictionary can have: indices are stored in 16 bits.
-pub const MOST_ATOMS: usize = 1 << 16;
+pub const MAX_ATOMS: usize = 1 << 16;
 
 /// `N` unit-norm atoms of length `m`, one a row.
 #[derive(Debug, Clone)]
@@ -230,8 +230,8 @@ fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
         return Err(Error::Dictionary(reason));
     }
     let count = atoms.len() / head_dim;
-    if count == 0 || count > MOST_ATOMS {
-        let reason = format!("{count} atoms; between 1 and {MOST_ATOMS} are possible");
+    if count == 0 || count > MAX_ATOMS {
+        let reason = format!("{count} atoms; between 1 and {MAX_ATOMS} are possible");
         return Err(Error::Dictionary(reason));
     }
     Ok(())
@@ -239,7 +239,7 @@ fn check_shape(atoms: &[f32], head_dim: usize) -> Result<()> {
 
 /// Euclidean length, in f64: that of any finite f32 vector is finite.
 pub(crate) fn norm(x: &[f32]) -> f64 {
-    crate::arch::square(x).sqrt()
+    crate::kernels::square(x).sqrt()
 }
 
 pub(crate) fn check_sparsity(sparsity: usize, head_dim: usize, atoms: usize) -> Result<()> {

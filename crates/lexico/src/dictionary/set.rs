@@ -4,8 +4,8 @@ use std::path::Path;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::allocation::MOST_ALLOCATED;
-use super::{CodingLosses, Dictionary, GROUP, GroupedDictionary, Groups, LayerSparsities};
+use super::allocation::MAX_ALLOCATED;
+use super::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, CodingLosses, Dictionary, LayerSparsities};
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
@@ -58,19 +58,27 @@ pub struct Training {
     /// What coding one head alone costs, where it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub losses: Option<CodingLosses>,
-    /// Held-out mean relative error of each layer with codes of [`grouped_sparsity`] atoms, one a group, where there
+    /// Held-out mean relative error of each layer with codes of [`additive_sparsity`] atoms, one a group, where there
     /// are groups.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grouped_relative_error: Option<Vec<LayerErrors>>,
+    #[serde(
+        rename = "grouped_relative_error",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub additive_relative_error: Option<Vec<LayerErrors>>,
     /// What coding one head alone costs with codes of one atom a group.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grouped_losses: Option<CodingLosses>,
+    #[serde(
+        rename = "grouped_losses",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub additive_losses: Option<CodingLosses>,
 }
 
 /// The usual sparsity of codes of one atom a group, beside dictionaries trained at sparsity `trained`: about as near as
 /// so many nonzeros of a pursuit that may choose any atom. At least 1, at most `groups` where there are any.
 #[must_use]
-pub fn grouped_sparsity(trained: usize, groups: usize) -> usize {
+pub fn additive_sparsity(trained: usize, groups: usize) -> usize {
     (trained.saturating_mul(3) / 2).clamp(1, groups.max(1))
 }
 
@@ -91,28 +99,28 @@ pub struct LayerDictionaries {
     /// For values.
     pub values: Dictionary,
     /// The same for codes of one atom a group, where they were learned.
-    pub grouped: Option<GroupedDictionaries>,
+    pub codebooks: Option<LayerCodebooks>,
 }
 
 /// One layer's two dictionaries for codes of one atom a group, shared by all its KV heads.
 #[derive(Debug, Clone, PartialEq)]
-pub struct GroupedDictionaries {
+pub struct LayerCodebooks {
     /// For keys after rotary embedding.
-    pub keys: GroupedDictionary,
+    pub keys: Codebooks,
     /// For values.
-    pub values: GroupedDictionary,
+    pub values: Codebooks,
 }
 
-impl GroupedDictionaries {
+impl LayerCodebooks {
     /// The largest sparsity that both dictionaries allow.
-    pub fn most_atoms(&self) -> usize {
+    pub fn max_atoms(&self) -> usize {
         self.keys.len().min(self.values.len())
     }
 }
 
 impl LayerDictionaries {
     /// The largest sparsity that both dictionaries allow.
-    pub fn most_nonzeros(&self) -> usize {
+    pub fn max_nonzeros(&self) -> usize {
         let most = |dictionary: &Dictionary| dictionary.head_dim().min(dictionary.len());
         most(&self.keys).min(most(&self.values))
     }
@@ -150,8 +158,8 @@ impl DictionarySet {
         let training: Training = json_entry(file, &metadata, "training")?;
         // A hostile layer count must not drive the loop: every layer needs tensors in the file.
         let names = file.names();
-        let has_groups = names.iter().any(|name| name.ends_with(FIRST));
-        let each = if has_groups { 6 } else { 2 };
+        let has_codebooks = names.iter().any(|name| name.ends_with(FIRST));
+        let each = if has_codebooks { 6 } else { 2 };
         let tensors = model.layers.saturating_mul(each);
         if model.layers == 0 || tensors != names.len() {
             let reason = format!(
@@ -165,7 +173,7 @@ impl DictionarySet {
                 reason,
             });
         }
-        let mut losses = training.losses.iter().chain(&training.grouped_losses);
+        let mut losses = training.losses.iter().chain(&training.additive_losses);
         if let Some(reason) = losses.find_map(|l| l.refuse(model.layers, model.kv_heads)) {
             return Err(Error::Metadata {
                 path: file.path().to_owned(),
@@ -187,20 +195,20 @@ impl DictionarySet {
         };
         let layers = (0..model.layers)
             .map(|l| {
-                let grouped = |part| {
+                let codebooks = |part| {
                     let name = format!("layers.{l}.{part}");
-                    GroupedDictionary::read(file, &name, model.head_dim)
+                    Codebooks::read(file, &name, model.head_dim)
                 };
-                let grouped = || {
-                    Ok(GroupedDictionaries {
-                        keys: grouped("keys")?,
-                        values: grouped("values")?,
+                let codebooks = || {
+                    Ok(LayerCodebooks {
+                        keys: codebooks("keys")?,
+                        values: codebooks("values")?,
                     })
                 };
                 Ok(LayerDictionaries {
                     keys: read(format!("layers.{l}.keys"))?,
                     values: read(format!("layers.{l}.values"))?,
-                    grouped: has_groups.then(grouped).transpose()?,
+                    codebooks: has_codebooks.then(codebooks).transpose()?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -223,9 +231,9 @@ impl DictionarySet {
                 let name = format!("layers.{l}.{part}");
                 tensors.push(halves(&name, &shape, dictionary.atoms()));
             }
-            if let Some(grouped) = &layer.grouped {
-                tensors.extend(grouped.keys.tensors(&format!("layers.{l}.keys")));
-                tensors.extend(grouped.values.tensors(&format!("layers.{l}.values")));
+            if let Some(codebooks) = &layer.codebooks {
+                tensors.extend(codebooks.keys.tensors(&format!("layers.{l}.keys")));
+                tensors.extend(codebooks.values.tensors(&format!("layers.{l}.values")));
             }
         }
         let path = path.as_ref();
@@ -280,30 +288,30 @@ impl DictionarySet {
     }
 
     /// The largest sparsity that all dictionaries allow.
-    pub fn most_nonzeros(&self) -> usize {
-        let layers = self.layers.iter().map(LayerDictionaries::most_nonzeros);
+    pub fn max_nonzeros(&self) -> usize {
+        let layers = self.layers.iter().map(LayerDictionaries::max_nonzeros);
         layers.min().unwrap_or(0)
     }
 
     /// Sparsities of all heads' keys and values whose mean is at most `mean`, by what coding each of them costs;
     /// `None` where that was not measured.
     pub fn allocate(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
-        let most = MOST_ALLOCATED.max(mean.ceil() as usize);
+        let most = MAX_ALLOCATED.max(mean.ceil() as usize);
         let losses = self.training.losses.as_ref()?;
-        Some(losses.allocate(mean, most.min(self.most_nonzeros())))
+        Some(losses.allocate(mean, most.min(self.max_nonzeros())))
     }
 
     /// As [`DictionarySet::allocate`], for codes of one atom a group; `None` too where there are no groups.
-    pub fn allocate_grouped(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
-        let losses = self.training.grouped_losses.as_ref()?;
-        let most = self.most_groups();
+    pub fn allocate_additive(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
+        let losses = self.training.additive_losses.as_ref()?;
+        let most = self.max_codebooks();
         (most > 0).then(|| losses.allocate(mean, most))
     }
 
     /// The largest sparsity that all dictionaries allow for codes of one atom a group; 0 where there are none.
-    pub fn most_groups(&self) -> usize {
-        let layers = self.layers.iter().map(|layer| layer.grouped.as_ref());
-        let most = layers.map(|grouped| grouped.map_or(0, GroupedDictionaries::most_atoms));
+    pub fn max_codebooks(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| layer.codebooks.as_ref());
+        let most = layers.map(|codebooks| codebooks.map_or(0, LayerCodebooks::max_atoms));
         most.min().unwrap_or(0)
     }
 
@@ -312,19 +320,19 @@ impl DictionarySet {
         let layers = self.layers.iter();
         layers
             .map(|layer| {
-                let grouped = layer.grouped.as_ref();
-                let grouped = grouped.map_or(0, |g| g.keys.bytes() + g.values.bytes());
-                layer.keys.bytes() + layer.values.bytes() + grouped
+                let codebooks = layer.codebooks.as_ref();
+                let codebooks = codebooks.map_or(0, |g| g.keys.bytes() + g.values.bytes());
+                layer.keys.bytes() + layer.values.bytes() + codebooks
             })
             .sum()
     }
 }
 
-/// Ends of the names of a grouped dictionary's tensors: atoms of the first group, and of the others.
+/// Ends of the names of a codebooks dictionary's tensors: atoms of the first group, and of the others.
 const FIRST: &str = ".first";
 const OTHERS: &str = ".others";
 
-impl GroupedDictionary {
+impl Codebooks {
     /// Reads the atoms of one dictionary file's keys or values, `name` as in `layers.0.keys`. Of the metadata
     /// only `format` is needed.
     ///
@@ -343,14 +351,14 @@ impl GroupedDictionary {
         let (mut atoms, first) = file.f32_tensor(&format!("{name}{FIRST}"), 2)?;
         let others_name = format!("{name}{OTHERS}");
         let (others, shape) = file.f32_tensor(&others_name, 3)?;
-        if first[1] != head_dim || shape[1..] != [GROUP, head_dim] {
+        if first[1] != head_dim || shape[1..] != [CODEBOOK_ATOMS, head_dim] {
             let reason = format!(
-                "shapes {first:?} and {shape:?}, but [N, {head_dim}] and [groups, {GROUP}, {head_dim}] are needed"
+                "shapes {first:?} and {shape:?}, but [N, {head_dim}] and [groups, {CODEBOOK_ATOMS}, {head_dim}] are needed"
             );
             return Err(Error::tensor(file.path(), &others_name, reason));
         }
         atoms.extend(others);
-        let groups = Groups { first: first[0] };
+        let groups = CodebookSizes { first: first[0] };
         Self::new(atoms, head_dim, groups)
             .map_err(|e| Error::tensor(file.path(), &others_name, e.to_string()))
     }
@@ -363,7 +371,7 @@ impl GroupedDictionary {
             halves(&format!("{name}{FIRST}"), &[first, m], own),
             halves(
                 &format!("{name}{OTHERS}"),
-                &[self.len() - 1, GROUP, m],
+                &[self.len() - 1, CODEBOOK_ATOMS, m],
                 others,
             ),
         ]

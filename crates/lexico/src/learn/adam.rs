@@ -3,7 +3,7 @@
 use super::state::{Reader, Writer};
 use super::subtract_code;
 use crate::dictionary::{Dictionary, norm};
-use crate::pursuit::SparseBatch;
+use crate::encode::EncodedBatch;
 use crate::{Error, Result};
 
 /// Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
@@ -44,7 +44,7 @@ impl Adam {
         &mut self,
         dictionary: &mut Dictionary,
         batch: &[f32],
-        codes: &SparseBatch,
+        codes: &EncodedBatch,
         rate: f32,
     ) -> Result<()> {
         self.find_gradient(dictionary, batch, codes);
@@ -66,7 +66,7 @@ impl Adam {
     }
 
     /// Gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
-    fn find_gradient(&mut self, dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) {
+    fn find_gradient(&mut self, dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) {
         let m = self.head_dim;
         for i in self.used.drain(..) {
             self.is_used[i] = false;
@@ -85,13 +85,13 @@ impl Adam {
                     self.used.push(i);
                     gradient.fill(0.0);
                 }
-                crate::arch::add_scaled(gradient, scale * c, &residual);
+                crate::kernels::add_scaled(gradient, scale * c, &residual);
             }
         }
         for &i in &self.used {
             let (atom, gradient) = (dictionary.atom(i), &mut self.gradient[i * m..(i + 1) * m]);
-            let along = crate::arch::dot(gradient, atom);
-            crate::arch::add_scaled(gradient, -along, atom);
+            let along = crate::kernels::dot(gradient, atom);
+            crate::kernels::add_scaled(gradient, -along, atom);
         }
     }
 

@@ -2,14 +2,14 @@
 
 use super::{residuals, users};
 use crate::dictionary::{Dictionary, norm};
-use crate::pursuit::SparseBatch;
+use crate::encode::EncodedBatch;
 
 /// Moves one atom after the other to where it serves the vectors best that use it, `O(n·s·m)` in all.
 ///
 /// An atom and its coefficients become the best approximation of rank one of what the other atoms leave of
 /// those vectors: one step of the power method, from the coefficients as they are. The next atom sees what
 /// the last one changed.
-pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &SparseBatch) {
+pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &EncodedBatch) {
     let m = dictionary.head_dim();
     let mut residuals = residuals(dictionary, batch, codes);
     let users = users(codes, dictionary.len());
@@ -17,8 +17,8 @@ pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &SparseBat
     for (atom, users) in dictionary.atoms_mut().chunks_exact_mut(m).zip(&users) {
         moved.fill(0.0);
         for &(v, c) in users {
-            crate::arch::add_scaled(&mut moved, c, &residuals[v as usize * m..][..m]);
-            crate::arch::add_scaled(&mut moved, c * c, atom);
+            crate::kernels::add_scaled(&mut moved, c, &residuals[v as usize * m..][..m]);
+            crate::kernels::add_scaled(&mut moved, c * c, atom);
         }
         let length = norm(&moved);
         // Nothing uses it, or only vectors that are nothing without it.
@@ -29,9 +29,9 @@ pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &SparseBat
         moved.iter_mut().for_each(|x| *x *= scale);
         for &(v, c) in users {
             let residual = &mut residuals[v as usize * m..][..m];
-            crate::arch::add_scaled(residual, c, atom);
-            let c = crate::arch::dot(residual, &moved);
-            crate::arch::add_scaled(residual, -c, &moved);
+            crate::kernels::add_scaled(residual, c, atom);
+            let c = crate::kernels::dot(residual, &moved);
+            crate::kernels::add_scaled(residual, -c, &moved);
         }
         atom.copy_from_slice(&moved);
     }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     /// With every matrix written out, in f64.
-    fn oracle(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<Vec<f64>> {
+    fn oracle(dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) -> Vec<Vec<f64>> {
         let m = dictionary.head_dim();
         let rows = |x: &[f32]| -> Vec<Vec<f64>> {
             let rows = x.chunks_exact(m);

@@ -10,7 +10,7 @@ use super::{
     InitialAtoms, LearnMethod, LearnOptions, LearnProgress, Learned, ksvd, optimal_directions,
 };
 use crate::dictionary::Dictionary;
-use crate::pursuit::{Pursuit, SparseBatch};
+use crate::encode::{EncodedBatch, Pursuit};
 use crate::threads::Threads;
 use crate::{Error, Result};
 
@@ -286,7 +286,7 @@ impl<'v> Learner<'v> {
     fn reseed(
         &mut self,
         batch: &[f32],
-        codes: &SparseBatch,
+        codes: &EncodedBatch,
         duplicates_too: bool,
         threads: &dyn Threads,
     ) {

@@ -1,7 +1,7 @@
 //! Dictionary learning: pursuit with the dictionary fixed, and in turn the dictionary with the codes fixed.
 
 mod adam;
-mod grouped;
+mod codebooks;
 mod ksvd;
 mod learner;
 mod optimal_directions;
@@ -11,12 +11,12 @@ mod vectors;
 
 use std::ops::ControlFlow;
 
-use crate::dictionary::{Dictionary, MOST_ATOMS, check_sparsity};
-use crate::pursuit::SparseBatch;
+use crate::dictionary::{Dictionary, MAX_ATOMS, check_sparsity};
+use crate::encode::EncodedBatch;
 use crate::threads::Rayon;
 use crate::{Error, Result};
 
-pub use grouped::{GroupedOptions, GroupedProgress, LearnedGroups, learn_grouped};
+pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
 pub use learner::Learner;
 pub use vectors::{InMemory, Vectors};
 
@@ -183,8 +183,8 @@ impl LearnOptions {
             let reason = "atoms, epochs and batch must be at least 1";
             return Err(Error::Learn(reason.to_owned()));
         }
-        if self.atoms > MOST_ATOMS {
-            let reason = format!("{} atoms; at most {MOST_ATOMS} are possible", self.atoms);
+        if self.atoms > MAX_ATOMS {
+            let reason = format!("{} atoms; at most {MAX_ATOMS} are possible", self.atoms);
             return Err(Error::Learn(reason));
         }
         // Atoms have unit length: a step of 1 already leaves nothing of one.
@@ -200,15 +200,15 @@ impl LearnOptions {
 }
 
 /// Takes what the code of vector `v` of the batch stands for off `x` `[m]`.
-fn subtract_code(x: &mut [f32], dictionary: &Dictionary, codes: &SparseBatch, v: usize) {
+fn subtract_code(x: &mut [f32], dictionary: &Dictionary, codes: &EncodedBatch, v: usize) {
     let (indices, coefficients) = codes.row(v);
     for (&i, &c) in indices.iter().zip(coefficients) {
-        crate::arch::add_scaled(x, -c, dictionary.atom(usize::from(i)));
+        crate::kernels::add_scaled(x, -c, dictionary.atom(usize::from(i)));
     }
 }
 
 /// What the codes leave of every vector, `[n, m]`.
-fn residuals(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32> {
+fn residuals(dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) -> Vec<f32> {
     let mut residuals = batch.to_vec();
     let rows = residuals.chunks_exact_mut(dictionary.head_dim());
     for (v, residual) in rows.enumerate() {
@@ -218,7 +218,7 @@ fn residuals(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec
 }
 
 /// For every atom, the vectors that use it, with their coefficients.
-fn users(codes: &SparseBatch, atoms: usize) -> Vec<Vec<(u32, f32)>> {
+fn users(codes: &EncodedBatch, atoms: usize) -> Vec<Vec<(u32, f32)>> {
     let mut users = vec![Vec::new(); atoms];
     for v in 0..codes.len() {
         let (indices, coefficients) = codes.row(v);
@@ -248,14 +248,14 @@ mod tests {
         for x in vectors.chunks_exact_mut(m) {
             for _ in 0..2 {
                 let c = rng.random_range(0.5f32..2.0);
-                crate::arch::add_scaled(x, c, hidden.atom(rng.random_range(0..atoms)));
+                crate::kernels::add_scaled(x, c, hidden.atom(rng.random_range(0..atoms)));
             }
         }
         vectors
     }
 
     /// Drawn vectors, more than there are atoms or fewer, and their codes over drawn atoms.
-    pub(super) fn drawn_codes(seed: u64) -> (Dictionary, Vec<f32>, SparseBatch) {
+    pub(super) fn drawn_codes(seed: u64) -> (Dictionary, Vec<f32>, EncodedBatch) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let m = rng.random_range(1..20);
         let (atoms, count) = (rng.random_range(1..24), rng.random_range(1..100));

@@ -2,7 +2,7 @@
 
 use super::users;
 use crate::dictionary::{Dictionary, norm};
-use crate::pursuit::SparseBatch;
+use crate::encode::EncodedBatch;
 
 /// Steps of conjugate gradients; what is left after them, the next codes change anyway.
 const ITERATIONS: usize = 15;
@@ -13,7 +13,7 @@ const SOLVED: f64 = 1e-12;
 ///
 /// The least squares of `CD = X` are solved by conjugate gradients from the atoms as they are, so that no
 /// `N × N` matrix is needed, and atoms that nothing uses stay: `O(n·s·m)` an iteration.
-pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &SparseBatch) {
+pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &EncodedBatch) {
     let m = dictionary.head_dim();
     let solved = solve(dictionary, batch, codes);
     let atoms = dictionary.atoms_mut().chunks_exact_mut(m);
@@ -27,7 +27,7 @@ pub(super) fn step(dictionary: &mut Dictionary, batch: &[f32], codes: &SparseBat
 }
 
 /// Atoms `[N, m]` of any length that leave the least of `‖X − CD‖²`.
-fn solve(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32> {
+fn solve(dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) -> Vec<f32> {
     let m = dictionary.head_dim();
     let users = users(codes, dictionary.len());
     // Cᵀ times what has a row for every vector.
@@ -35,7 +35,7 @@ fn solve(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32
         for (out, users) in out.chunks_exact_mut(m).zip(&users) {
             out.fill(0.0);
             for &(v, c) in users {
-                crate::arch::add_scaled(out, c, &vectors[v as usize * m..][..m]);
+                crate::kernels::add_scaled(out, c, &vectors[v as usize * m..][..m]);
             }
         }
     };
@@ -43,7 +43,7 @@ fn solve(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32
     let mut gradient = vec![0.0; atoms.len()];
     gather(&super::residuals(dictionary, batch, codes), &mut gradient);
     let mut direction = gradient.clone();
-    let mut square = crate::arch::square(&gradient);
+    let mut square = crate::kernels::square(&gradient);
     let enough = square * SOLVED;
     let (mut rebuilt, mut applied) = (vec![0.0; batch.len()], vec![0.0; atoms.len()]);
     for _ in 0..ITERATIONS {
@@ -52,19 +52,19 @@ fn solve(dictionary: &Dictionary, batch: &[f32], codes: &SparseBatch) -> Vec<f32
             let (indices, coefficients) = codes.row(v);
             for (&i, &c) in indices.iter().zip(coefficients) {
                 let direction = &direction[usize::from(i) * m..][..m];
-                crate::arch::add_scaled(rebuilt, c, direction);
+                crate::kernels::add_scaled(rebuilt, c, direction);
             }
         }
         // ⟨direction, CᵀC direction⟩
-        let curvature = crate::arch::square(&rebuilt);
+        let curvature = crate::kernels::square(&rebuilt);
         if square <= enough || !curvature.is_normal() {
             break;
         }
         gather(&rebuilt, &mut applied);
         let length = (square / curvature) as f32;
-        crate::arch::add_scaled(&mut atoms, length, &direction);
-        crate::arch::add_scaled(&mut gradient, -length, &applied);
-        let before = std::mem::replace(&mut square, crate::arch::square(&gradient));
+        crate::kernels::add_scaled(&mut atoms, length, &direction);
+        crate::kernels::add_scaled(&mut gradient, -length, &applied);
+        let before = std::mem::replace(&mut square, crate::kernels::square(&gradient));
         let kept = (square / before) as f32;
         for (direction, gradient) in direction.iter_mut().zip(&gradient) {
             *direction = gradient + kept * *direction;

@@ -1,8 +1,8 @@
 //! Which atoms are worth nothing, and what takes their place.
 
-use crate::arch::matmul::{Matrix, multiply};
 use crate::dictionary::Dictionary;
-use crate::pursuit::SparseBatch;
+use crate::encode::EncodedBatch;
+use crate::kernels::matmul::{Matrix, multiply};
 use crate::threads::{Threads, for_each};
 
 /// Atoms of which one does as well as both: a cosine above this, whatever the sign.
@@ -39,7 +39,7 @@ pub(super) fn near_duplicates(dictionary: &Dictionary, threads: &dyn Threads) ->
 }
 
 /// The vectors of a coded batch, the worst coded first.
-pub(super) fn worst_first(codes: &SparseBatch) -> Vec<usize> {
+pub(super) fn worst_first(codes: &EncodedBatch) -> Vec<usize> {
     let mut worst: Vec<usize> = (0..codes.len()).collect();
     let errors = &codes.relative_errors;
     worst.sort_by(|&a, &b| errors[b].total_cmp(&errors[a]));

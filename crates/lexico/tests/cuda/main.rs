@@ -13,13 +13,13 @@ use std::sync::Arc;
 use half::f16;
 use lexico::attention::{DenseRows, NumberType, Source, attend};
 use lexico::cuda::{
-    DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceDictionaries, DeviceGroupedPursuit,
+    DEVICE_BEAM, Device, DeviceAttention, DeviceBeamSearch, DeviceCodes, DeviceDictionaries,
     DeviceLayer, DeviceLayerSettings, DevicePast, DevicePursuit, DeviceRows, DeviceSequence,
     Program, Streams, compile, compile_cached,
 };
-use lexico::dictionary::{Atoms, GROUP, GroupedDictionary, Groups, LayerSparsities};
-use lexico::pursuit::GroupedPursuit;
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit, SparseBatch};
+use lexico::dictionary::{Atoms, CODEBOOK_ATOMS, CodebookSizes, Codebooks, LayerSparsities};
+use lexico::encode::BeamSearch;
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -27,7 +27,7 @@ use rand_chacha::ChaCha8Rng;
 macro_rules! emulator {
     () => {
         match Emulator::new().and_then(|main| Ok((main, Emulator::new()?))) {
-            Ok((main, aside)) => Streams { main, aside },
+            Ok((main, background)) => Streams { main, background },
             Err(reason) => {
                 eprintln!("SKIPPED: kernels on the host: {reason}");
                 return;
@@ -88,17 +88,17 @@ fn pursuit_is_that_of_the_cpu() {
     }
 }
 
-/// Groups each nearer to zero than the one before.
-fn grouped(rng: &mut ChaCha8Rng, m: usize, first: usize, groups: usize) -> GroupedDictionary {
-    let count = first + (groups - 1) * GROUP;
+/// CodebookSizes each nearer to zero than the one before.
+fn codebooks(rng: &mut ChaCha8Rng, m: usize, first: usize, groups: usize) -> Codebooks {
+    let count = first + (groups - 1) * CODEBOOK_ATOMS;
     let mut atoms = drawn(rng, count * m);
     for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
-        let group = i.saturating_sub(first).div_ceil(GROUP);
+        let group = i.saturating_sub(first).div_ceil(CODEBOOK_ATOMS);
         atom.iter_mut()
             .for_each(|x| *x *= 0.8f32.powi(group as i32));
     }
-    let groups = Groups { first };
-    GroupedDictionary::new(atoms, m, groups)
+    let groups = CodebookSizes { first };
+    Codebooks::new(atoms, m, groups)
         .unwrap()
         .in_half_precision()
         .unwrap()
@@ -114,17 +114,17 @@ fn packed_codes_are_those_of_the_cpu() {
         (20, 300, 3, vec![1, 2, 3], 5),
         (48, 7, 9, vec![9], 0),
     ] {
-        let dictionary = grouped(&mut rng, m, first, groups);
+        let dictionary = codebooks(&mut rng, m, first, groups);
         let vectors = drawn(&mut rng, sparsities.len() * each * m);
         for unbiased in [false, true] {
-            let device = DeviceGroupedPursuit::new(emulator, &dictionary, groups).unwrap();
+            let device = DeviceBeamSearch::new(emulator, &dictionary, groups).unwrap();
             let found = device
                 .encode(&streams, &vectors, &sparsities, unbiased)
                 .unwrap();
             let found = found
                 .batch(emulator, dictionary.groups(), &sparsities)
                 .unwrap();
-            let on_cpu = GroupedPursuit::new(&dictionary, groups).unwrap();
+            let on_cpu = BeamSearch::new(&dictionary, groups).unwrap();
             let on_cpu = on_cpu.with_beam(DEVICE_BEAM).unbiased(unbiased);
             let heads = on_cpu
                 .encode_heads_on(&vectors, &sparsities, &lexico::threads::Alone)
@@ -188,7 +188,7 @@ fn ring(emulator: &Emulator, rows: &[f32], m: usize, room: usize, start: usize) 
 }
 
 /// Codes that nothing was searched for.
-fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -> SparseBatch {
+fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -> EncodedBatch {
     let s = format.sparsity;
     let packed = match format.coefficients {
         CoefficientFormat::InAtoms(groups) => Some(groups),
@@ -205,7 +205,7 @@ fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -
             row.fill(1.0 + row[0].abs() / 2.0);
         }
     }
-    SparseBatch {
+    EncodedBatch {
         sparsity: s,
         lengths: vec![s as u16; n],
         indices,
@@ -221,12 +221,24 @@ fn attention_is_that_of_the_cpu() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let m = 32;
     for (coefficients, s, group) in [
-        (CoefficientFormat::InAtoms(Groups { first: 70 }), 1, 1),
-        (CoefficientFormat::InAtoms(Groups { first: 100 }), 2, 2),
-        (CoefficientFormat::InAtoms(Groups { first: 300 }), 8, 4),
+        (
+            CoefficientFormat::InAtoms(CodebookSizes { first: 70 }),
+            1,
+            1,
+        ),
+        (
+            CoefficientFormat::InAtoms(CodebookSizes { first: 100 }),
+            2,
+            2,
+        ),
+        (
+            CoefficientFormat::InAtoms(CodebookSizes { first: 300 }),
+            8,
+            4,
+        ),
         (CoefficientFormat::I8, 6, 8),
         (CoefficientFormat::F8, 7, 4),
-        (CoefficientFormat::InAtoms(Groups { first: 9 }), 3, 7),
+        (CoefficientFormat::InAtoms(CodebookSizes { first: 9 }), 3, 7),
         (CoefficientFormat::I8, 2, 3),
     ] {
         let format = CodeFormat {
@@ -515,8 +527,8 @@ fn a_layer_holds_and_attends_to_what_came() {
     let streams = Arc::new(emulator!());
     let mut rng = ChaCha8Rng::seed_from_u64(20);
     let dictionary = Dictionary::normalised(drawn(&mut rng, 300 * 16), 16).unwrap();
-    let groups = grouped(&mut rng, 16, 100, 5);
-    let packed = DeviceDictionaries::Packed {
+    let groups = codebooks(&mut rng, 16, 100, 5);
+    let packed = DeviceDictionaries::Additive {
         keys: &groups,
         values: &groups,
     };
@@ -557,19 +569,19 @@ fn every_kernel_compiles_for_every_architecture() {
     }
     let streams = Arc::new(Streams {
         main: Compiler::new(),
-        aside: Compiler::new(),
+        background: Compiler::new(),
     });
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let m = 128;
     let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
-    let groups = grouped(&mut rng, m, 300, 3);
+    let groups = codebooks(&mut rng, m, 300, 3);
     let sparse = |coefficients| DeviceDictionaries::Sparse {
         keys: &dictionary,
         values: &dictionary,
         coefficients,
     };
     for dictionaries in [
-        DeviceDictionaries::Packed {
+        DeviceDictionaries::Additive {
             keys: &groups,
             values: &groups,
         },
@@ -612,8 +624,9 @@ fn every_kernel_compiles_for_every_architecture() {
         "decode",
     ];
     for name in names {
-        let [main, aside] = [&streams.main, &streams.aside].map(|device| device.compiled.borrow());
-        let mut compiled = main.iter().chain(aside.iter());
+        let [main, background] =
+            [&streams.main, &streams.background].map(|device| device.compiled.borrow());
+        let mut compiled = main.iter().chain(background.iter());
         assert!(compiled.any(|&(kernel, _)| kernel == name), "{name}");
     }
 }

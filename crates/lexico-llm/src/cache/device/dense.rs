@@ -8,7 +8,7 @@ use crate::error::Result;
 /// Positions that a buffer has room for at first.
 const ROOM: usize = 256;
 /// Scores that are held at once: a long prompt's would outgrow its cache.
-const MOST_SCORES: usize = 1 << 26;
+const MAX_SCORES: usize = 1 << 26;
 
 /// Causal attention of the newest `t` positions over all, by matrix products: `q` `[heads, t, m]`, unscaled, `k` and `v`
 /// `[kv_heads, n, m]`, the newest last; `[heads, t, m]` in f32. A query sees `window` positions, its own among them. Products
@@ -20,7 +20,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) 
     let q = (q * (1.0 / (m as f64).sqrt()))?;
     let q = q.to_dtype(k.dtype())?.contiguous()?;
     let q = q.reshape((kv_heads, group, t, m))?;
-    let at_once = (MOST_SCORES / (heads * n)).clamp(1, t);
+    let at_once = (MAX_SCORES / (heads * n)).clamp(1, t);
     let mut outputs = Vec::with_capacity(t.div_ceil(at_once));
     for first in (0..t).step_by(at_once) {
         let rows = at_once.min(t - first);

@@ -18,7 +18,7 @@ pub(super) fn streams(device: &Device) -> Result<Arc<Streams<Gpu>>> {
     }
     let refused = |reason: ::lexico::Error| refused(device, &reason);
     let gpu = Gpu::of_stream(own.cuda_stream(), kernel_folder()).map_err(refused)?;
-    let streams = Arc::new(gpu.with_stream_aside().map_err(refused)?);
+    let streams = Arc::new(gpu.with_background_stream().map_err(refused)?);
     open.push((own.clone(), Arc::clone(&streams)));
     Ok(streams)
 }

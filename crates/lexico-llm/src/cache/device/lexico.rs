@@ -81,7 +81,7 @@ impl Shared {
                 reason,
             ));
         }
-        if let Format::Packed { beam } = settings.format
+        if let Format::Additive { beam } = settings.format
             && beam != DEVICE_BEAM
         {
             let reason = "on a GPU the search follows 8 sums; leave it out, or use --device cpu";
@@ -95,12 +95,12 @@ impl Shared {
             .zip(&settings.sparsities)
             .enumerate()
         {
-            let over = match (settings.format, &own.grouped) {
-                (Format::Packed { .. }, Some(grouped)) => DeviceDictionaries::Packed {
-                    keys: &grouped.keys,
-                    values: &grouped.values,
+            let over = match (settings.format, &own.codebooks) {
+                (Format::Additive { .. }, Some(codebooks)) => DeviceDictionaries::Additive {
+                    keys: &codebooks.keys,
+                    values: &codebooks.values,
                 },
-                (Format::Packed { .. }, None) => {
+                (Format::Additive { .. }, None) => {
                     let reason = "these dictionaries have no groups";
                     return Err(impossible("format", "packed".to_owned(), reason));
                 }

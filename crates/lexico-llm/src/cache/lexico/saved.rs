@@ -4,7 +4,7 @@
 //! Codes of a batch that is leaving the window are not among them: coding them anew gives the same.
 
 use ::lexico::attention::{DenseRows, NumberType};
-use ::lexico::code::stored;
+use ::lexico::codes::stored;
 use ::lexico::dictionary::{Extension, LayerDictionaries};
 use ::lexico::{CodeFormat, Codes, CoefficientFormat};
 use half::f16;
@@ -44,7 +44,7 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
             .collect()
     };
     let (format, beam) = match settings.format {
-        Format::Packed { beam } => ("packed", Some(beam)),
+        Format::Additive { beam } => ("packed", Some(beam)),
         Format::Sparse(CoefficientFormat::I8) => ("i8", None),
         Format::Sparse(CoefficientFormat::F8) => ("f8", None),
         Format::Sparse(_) => ("f32", None),

@@ -1,0 +1,175 @@
+//! Products of dense rows with the queries of a group, and sums of weighted rows.
+
+pub(super) mod kernels;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use kernels::WIDEST;
+
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::dense as neon;
+use super::level::{Level, level};
+use super::portable;
+#[cfg(target_arch = "x86_64")]
+use super::x86_64::dense::{avx2, avx512};
+
+/// Rows that are widened at a time where there are no kernels for half precision.
+const BLOCK: usize = 16;
+/// The largest group that there are kernels for.
+pub(crate) const MAX_GROUP: usize = 8;
+
+/// Rows of numbers, `[n, m]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+}
+
+impl Rows<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Rows::F32(numbers) => numbers.len(),
+            Rows::F16(numbers) => numbers.len(),
+        }
+    }
+
+    fn check(&self, m: usize, group: usize, per_row: usize, per_query: usize) {
+        assert!(
+            group.is_power_of_two() && group <= MAX_GROUP,
+            "a small group"
+        );
+        assert!(m > 0 && self.len().is_multiple_of(m), "whole rows");
+        assert_eq!(per_row, self.len() / m * group, "a number a row and query");
+        assert_eq!(per_query, group * m, "whole queries");
+    }
+
+    /// Blocks of rows in f32, and the number of each one's first row.
+    fn widened(&self, m: usize, mut visit: impl FnMut(usize, &[f32])) {
+        match self {
+            Rows::F32(numbers) => visit(0, numbers),
+            Rows::F16(numbers) => {
+                let mut block = vec![0.0; BLOCK * m];
+                for (i, numbers) in numbers.chunks(BLOCK * m).enumerate() {
+                    let block = &mut block[..numbers.len()];
+                    numbers.convert_to_f32_slice(block);
+                    visit(i * BLOCK, block);
+                }
+            }
+        }
+    }
+}
+
+/// Registers take no rows shorter than themselves.
+fn level_for(level: Level, m: usize) -> Level {
+    if m < WIDEST { Level::Portable } else { level }
+}
+
+/// `out[t][g] = ⟨rows_t, queries_g⟩`: `queries` `[group, m]`, `out` `[n, group]`, `group` a power of two up to
+/// [`MAX_GROUP`].
+pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
+    dots_at(level(), rows, queries, m, group, out);
+}
+
+fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
+    rows.check(m, group, out.len(), queries.len());
+    match level_for(level, m) {
+        Level::Portable => rows.widened(m, |first, rows| {
+            let out = &mut out[first * group..][..rows.len() / m * group];
+            portable::dots_f32(rows, queries, m, group, out);
+        }),
+        // SAFETY: such levels are only where their instructions are; the sizes are checked.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::AvxVnni => unsafe { avx2::dots(rows, queries, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::dots(rows, queries, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::DotProduct => unsafe { neon::dots(rows, queries, m, group, out) },
+    }
+}
+
+/// `out[g] += Σ_t weights[t][g] · rows_t`: `weights` `[n, group]`, `out` `[group, m]`, `group` a power of two up
+/// to [`MAX_GROUP`].
+pub(crate) fn combine(weights: &[f32], rows: Rows<'_>, m: usize, group: usize, out: &mut [f32]) {
+    combine_at(level(), weights, rows, m, group, out);
+}
+
+fn combine_at(
+    level: Level,
+    weights: &[f32],
+    rows: Rows<'_>,
+    m: usize,
+    group: usize,
+    out: &mut [f32],
+) {
+    rows.check(m, group, weights.len(), out.len());
+    match level_for(level, m) {
+        Level::Portable => rows.widened(m, |first, rows| {
+            let weights = &weights[first * group..][..rows.len() / m * group];
+            portable::combine_f32(weights, rows, m, group, out);
+        }),
+        // SAFETY: such levels are only where their instructions are; the sizes are checked.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::AvxVnni => unsafe { avx2::combine(weights, rows, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::combine(weights, rows, m, group, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::DotProduct => unsafe { neon::combine(weights, rows, m, group, out) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn products_and_sums_agree_with_f64(
+            n in 0usize..70, m in 1usize..150, power in 0u32..4, half_precision: bool, seed: u32,
+        ) {
+            let group = 1usize << power;
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            };
+            let mut numbers: Vec<f32> = (0..n * m).map(|_| draw()).collect();
+            let halves: Vec<f16> = numbers.iter().map(|&x| f16::from_f32(x)).collect();
+            let rows = if half_precision {
+                numbers = halves.iter().map(|x| x.to_f32()).collect();
+                Rows::F16(&halves)
+            } else {
+                Rows::F32(&numbers)
+            };
+            let queries: Vec<f32> = (0..group * m).map(|_| draw()).collect();
+            let weights: Vec<f32> = (0..n * group).map(|_| draw()).collect();
+            let start: Vec<f32> = (0..group * m).map(|_| draw()).collect();
+            for level in Level::all() {
+                let mut products = vec![f32::NAN; n * group];
+                dots_at(level, rows, &queries, m, group, &mut products);
+                for t in 0..n {
+                    for g in 0..group {
+                        let pairs = numbers[t * m..][..m].iter().zip(&queries[g * m..][..m]);
+                        let want: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                        let got = products[t * group + g];
+                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * m as f64, "{:?}: {} for {}", level, got, want);
+                    }
+                }
+                let mut sums = start.clone();
+                combine_at(level, &weights, rows, m, group, &mut sums);
+                for g in 0..group {
+                    for k in 0..m {
+                        let terms = (0..n).map(|t| f64::from(weights[t * group + g]) * f64::from(numbers[t * m + k]));
+                        let want = f64::from(start[g * m + k]) + terms.sum::<f64>();
+                        let got = sums[g * m + k];
+                        prop_assert!((f64::from(got) - want).abs() < 1e-6 * (n + 1) as f64, "{:?}: {} for {}", level, got, want);
+                    }
+                }
+            }
+        }
+    }
+}

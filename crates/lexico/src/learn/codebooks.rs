@@ -1,0 +1,815 @@
+//! Learning dictionaries for codes of one atom a group.
+
+use std::ops::ControlFlow;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_ATOMS, MAX_FIRST_ATOMS};
+use crate::encode::BeamSearch;
+use crate::kernels::{add_scaled, square};
+use crate::threads::{Threads, for_each};
+use crate::{Error, Result};
+
+/// Passes of k-means over what each group is to code.
+const ITERATIONS: usize = 10;
+/// Vectors that k-means looks at for each atom, at the most.
+const VECTORS_AN_ATOM: usize = 256;
+/// Vectors below which an atom is none of use.
+const USERS: usize = 2;
+/// Once there are so many groups, and whenever twice as many, all vectors are coded anew over all of them: a search finds
+/// more than one group after the other.
+const CODEBOOKS_TO_SEARCH: usize = 4;
+/// Passes over the groups for the same codes.
+const SWEEPS: usize = 2;
+/// Share of a round's move that the next round adds to its own.
+const MOMENTUM: f32 = 0.8;
+/// So many groups more, and the error of a code counts twice as much: about as it falls.
+const CODEBOOKS_TO_HALVE: f64 = 5.0;
+/// An atom moves as if so many vectors wanted it to stay.
+const INERTIA: f64 = 2.0;
+/// Real vectors for each mixture that is learned from too.
+const VECTORS_A_MIXTURE: usize = 64;
+/// Vectors in a mixture.
+const MIXED: usize = 16;
+/// Vectors that are coded between two calls of the progress.
+const SLICE: usize = 8192;
+/// Vectors, and atoms, of one task.
+const TASK_VECTORS: usize = 1024;
+const TASK_ATOMS: usize = 16;
+
+/// Settings of [`learn_codebooks`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CodebookOptions {
+    /// Atoms of the first group, at most 2,048; as many as there are vectors, where these are fewer.
+    pub first: usize,
+    /// CodebookSizes, and so the most atoms of a code.
+    pub groups: usize,
+    /// Atoms of the codes that the held-out error is of; all groups where those are fewer.
+    pub sparsity: usize,
+    /// How often all vectors are coded and the atoms fitted to the codes, once there are all groups.
+    pub rounds: usize,
+    /// Sums that the search for codes follows while it learns.
+    pub beam: usize,
+    /// Seed of every random choice: the same seed gives the same dictionary on any number of threads.
+    pub seed: u64,
+}
+
+impl Default for CodebookOptions {
+    /// Suits a head dim of 64.
+    fn default() -> Self {
+        Self::of(64)
+    }
+}
+
+impl CodebookOptions {
+    /// Settings that suit a head dim: `m/2` groups, judged at `3m/16` of them.
+    #[must_use]
+    pub fn of(head_dim: usize) -> Self {
+        Self {
+            first: 2048,
+            groups: (head_dim / 2).max(1),
+            sparsity: (3 * head_dim / 16).max(1),
+            rounds: 10,
+            beam: 4,
+            seed: 0,
+        }
+    }
+
+    /// Checks all that can be checked before the vectors are there.
+    ///
+    /// # Errors
+    /// [`Error::Learn`] for a setting that is 0 or too many atoms.
+    pub fn check(&self) -> Result<()> {
+        if self.first == 0 || self.groups == 0 || self.sparsity == 0 || self.beam == 0 {
+            let reason =
+                "the atoms of the first group, groups, sparsity and beam must be at least 1";
+            return Err(Error::Learn(reason.to_owned()));
+        }
+        if self.first > MAX_FIRST_ATOMS {
+            let reason = format!(
+                "a first group of {} atoms; at most {MAX_FIRST_ATOMS} are possible",
+                self.first
+            );
+            return Err(Error::Learn(reason));
+        }
+        let others = (self.groups - 1).saturating_mul(CODEBOOK_ATOMS);
+        let atoms = self.first.saturating_add(others);
+        if atoms > MAX_ATOMS {
+            let reason = format!(
+                "{} groups of {CODEBOOK_ATOMS} atoms, the first of {}, are {atoms} atoms; at most {MAX_ATOMS} are possible",
+                self.groups, self.first
+            );
+            return Err(Error::Learn(reason));
+        }
+        Ok(())
+    }
+}
+
+/// How far [`learn_codebooks`] has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CodebookProgress {
+    /// Steps done; a step codes some thousands of vectors over one group.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+}
+
+/// A learned dictionary for codes of one atom a group.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LearnedCodebooks {
+    /// The dictionary.
+    pub dictionary: Codebooks,
+    /// Mean relative error of the held-out vectors at [`CodebookOptions::sparsity`]; `None` where there were none.
+    pub held_out_error: Option<f32>,
+}
+
+/// Learns a dictionary of which a code takes one atom a group, for `vectors` `[n, m]`, judged on `held_out` `[n', m]`.
+///
+/// Unlike [`learn`](super::learn) it takes the vectors at their lengths, which the atoms keep, so that the loss is
+/// the squared error. Each group begins as the means that k-means (Lloyd 1982) finds in what the groups before it
+/// leave of the vectors (residual quantisation: Juang & Gray 1982; Chen, Guan, Wang 2010). Then, in rounds, a beam
+/// search codes all vectors, and with the codes fixed group after group moves to where the loss is
+/// least (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), and on by a share of the round
+/// before's move, since codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). Of every code all
+/// beginnings count too, so that the first groups alone serve smaller sparsities well. An atom that k-means leaves
+/// unused becomes a vector drawn by its squared error.
+///
+/// One in 65 of the vectors learned from are mixtures of real ones: random vectors of their mean and covariance. A first
+/// group that knows nearly all of a corpus's vectors by heart would leave nothing to learn for the other groups, and
+/// these then nothing to code vectors of other texts with.
+///
+/// `O(n·N·m·b)` a round for `N` atoms and a beam of `b`, and a few times that for the beginning; `3·n·m` numbers of
+/// memory. The vectors are taken because they are scaled in place.
+///
+/// `progress` is called every few thousand vectors and may break off.
+///
+/// # Errors
+/// Those of [`CodebookOptions::check`]; [`Error::Learn`] where there are no vectors, [`Error::VectorLength`],
+/// [`Error::NotFinite`], and [`Error::Interrupted`] where `progress` broke off.
+pub fn learn_codebooks(
+    mut vectors: Vec<f32>,
+    held_out: &[f32],
+    head_dim: usize,
+    options: &CodebookOptions,
+    threads: &dyn Threads,
+    progress: &mut dyn FnMut(CodebookProgress) -> ControlFlow<()>,
+) -> Result<LearnedCodebooks> {
+    options.check()?;
+    for vectors in [&vectors, held_out] {
+        super::InMemory::new(vectors, head_dim)?;
+        crate::encode::check_vectors(vectors, head_dim)?;
+    }
+    let n = vectors.len() / head_dim;
+    if n == 0 || n > u32::MAX as usize {
+        let reason = format!("{n} vectors; between 1 and {} are possible", u32::MAX);
+        return Err(Error::Learn(reason));
+    }
+    // Whatever the vectors' lengths, squares of what is left of them are numbers that f32 has.
+    let scale = (square(&vectors) / n as f64).sqrt();
+    let scale = if scale > 0.0 { scale } else { 1.0 };
+    vectors
+        .iter_mut()
+        .for_each(|x| *x = (f64::from(*x) / scale) as f32);
+    let groups = CodebookSizes {
+        first: options.first.min(n),
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+    add_mixtures(&mut vectors, head_dim, &mut rng);
+    let n = vectors.len() / head_dim;
+    let mut learner = CodebookLearner {
+        vectors: &vectors,
+        head_dim,
+        groups,
+        options,
+        rng,
+        threads,
+        progress,
+        done: CodebookProgress {
+            step: 0,
+            steps: options.steps(n, groups),
+        },
+    };
+    let mut atoms = learner.begin()?;
+    let mut moves = vec![0f32; atoms.len()];
+    for round in 1..=options.rounds {
+        let codes = learner.code(&atoms)?;
+        let before = atoms.clone();
+        for _ in 0..SWEEPS {
+            learner.fit(&mut atoms, &codes)?;
+        }
+        // The last round leaves the atoms where its codes want them.
+        if round < options.rounds {
+            for ((atom, before), last) in atoms.iter_mut().zip(before).zip(&mut moves) {
+                *last = *atom - before + MOMENTUM * *last;
+                *atom = before + *last;
+            }
+        }
+    }
+    atoms
+        .iter_mut()
+        .for_each(|x| *x = (f64::from(*x) * scale) as f32);
+    let dictionary = Codebooks::new(atoms, head_dim, groups)?;
+    let sparsity = options.sparsity.min(options.groups);
+    let pursuit = BeamSearch::new(&dictionary, sparsity)?;
+    let codes = pursuit.encode_on(held_out, threads)?;
+    let held_out_error = (!codes.is_empty()).then(|| codes.mean_relative_error());
+    Ok(LearnedCodebooks {
+        dictionary,
+        held_out_error,
+    })
+}
+
+/// Appends mixtures of the vectors `[n, m]`: their mean plus sums of differences from it, of random signs.
+fn add_mixtures(vectors: &mut Vec<f32>, m: usize, rng: &mut ChaCha8Rng) {
+    let n = vectors.len() / m;
+    let mut sums = vec![0f64; m];
+    for x in vectors.chunks_exact(m) {
+        sums.iter_mut()
+            .zip(x)
+            .for_each(|(sum, &x)| *sum += f64::from(x));
+    }
+    let mean: Vec<f32> = sums.iter().map(|sum| (sum / n as f64) as f32).collect();
+    let share = 1.0 / (MIXED as f32).sqrt();
+    for _ in 0..n / VECTORS_A_MIXTURE {
+        let mut mixture = mean.clone();
+        for _ in 0..MIXED {
+            let from = rng.random_range(0..n) * m;
+            let share = if rng.random() { share } else { -share };
+            add_scaled(&mut mixture, share, &vectors[from..from + m]);
+            add_scaled(&mut mixture, -share, &mean);
+        }
+        vectors.extend(mixture);
+    }
+}
+
+impl CodebookOptions {
+    /// Steps that `n` vectors take.
+    fn steps(&self, n: usize, groups: CodebookSizes) -> usize {
+        let all = n.div_ceil(SLICE);
+        let beginning = |group: usize| {
+            let sample = n.min(VECTORS_AN_ATOM * groups.size(group)).div_ceil(SLICE);
+            let coded = match self.coded_after(group) {
+                Some(groups) => all * groups,
+                None => 0,
+            };
+            ITERATIONS * sample + coded
+        };
+        (0..self.groups).map(beginning).sum::<usize>() + self.rounds * all * self.groups
+    }
+
+    /// Over how many groups all vectors are coded once group `group` is there: all groups, only the new one, or none
+    /// after the last.
+    fn coded_after(&self, group: usize) -> Option<usize> {
+        let there = group + 1;
+        if there == self.groups {
+            None
+        } else if there >= CODEBOOKS_TO_SEARCH && there.is_power_of_two() {
+            Some(there)
+        } else {
+            Some(1)
+        }
+    }
+}
+
+struct CodebookLearner<'a> {
+    /// `[n, m]`
+    vectors: &'a [f32],
+    head_dim: usize,
+    groups: CodebookSizes,
+    options: &'a CodebookOptions,
+    rng: ChaCha8Rng,
+    threads: &'a dyn Threads,
+    progress: &'a mut dyn FnMut(CodebookProgress) -> ControlFlow<()>,
+    done: CodebookProgress,
+}
+
+impl CodebookLearner<'_> {
+    fn tell(&mut self, steps: usize) -> Result<()> {
+        self.done.step += steps;
+        match (self.progress)(self.done) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Interrupted),
+        }
+    }
+
+    /// The atoms of all groups, each learned from what those before it leave.
+    fn begin(&mut self) -> Result<Vec<f32>> {
+        let m = self.head_dim;
+        let mut atoms = Vec::new();
+        let mut residuals = self.vectors.to_vec();
+        for group in 0..self.options.groups {
+            let own = self.means(&residuals, self.groups.size(group))?;
+            atoms.extend_from_slice(&own);
+            match self.options.coded_after(group) {
+                None => {}
+                Some(1) => {
+                    let nearest = self.nearest(&own, &residuals)?;
+                    subtract(self.threads, &mut residuals, &own, m, &nearest.indices);
+                }
+                Some(_) => {
+                    let codes = self.code(&atoms)?;
+                    residuals.copy_from_slice(self.vectors);
+                    subtract(self.threads, &mut residuals, &atoms, m, &codes);
+                }
+            }
+        }
+        Ok(atoms)
+    }
+
+    /// Codes all vectors over the groups that these atoms fill; gives the atoms' numbers, `[n, groups]`.
+    fn code(&mut self, atoms: &[f32]) -> Result<Vec<u16>> {
+        let dictionary = Codebooks::new(atoms.to_vec(), self.head_dim, self.groups)?;
+        let beam = self.options.beam;
+        Ok(self.search(&dictionary, self.vectors, beam)?.indices)
+    }
+
+    /// The nearest of these atoms to each vector.
+    fn nearest(&mut self, atoms: &[f32], vectors: &[f32]) -> Result<Found> {
+        let first = atoms.len() / self.head_dim;
+        let alone = Codebooks::new(atoms.to_vec(), self.head_dim, CodebookSizes { first })?;
+        self.search(&alone, vectors, 1)
+    }
+
+    fn search(&mut self, dictionary: &Codebooks, vectors: &[f32], beam: usize) -> Result<Found> {
+        let groups = dictionary.len();
+        let pursuit = BeamSearch::new(dictionary, groups)?.with_beam(beam);
+        let mut found = Found::default();
+        for slice in vectors.chunks(SLICE * self.head_dim) {
+            let codes = pursuit.encode_on(slice, self.threads)?;
+            found.indices.extend(codes.indices);
+            found.relative_errors.extend(codes.relative_errors);
+            self.tell(groups)?;
+        }
+        Ok(found)
+    }
+
+    /// `count` means of what lies near each in `vectors`, by k-means on a sample.
+    fn means(&mut self, vectors: &[f32], count: usize) -> Result<Vec<f32>> {
+        let m = self.head_dim;
+        let n = vectors.len() / m;
+        let row = |v: usize| &vectors[v * m..(v + 1) * m];
+        let sample: Vec<f32>;
+        let vectors = if n > VECTORS_AN_ATOM * count {
+            sample = drawn(n, VECTORS_AN_ATOM * count, &mut self.rng)
+                .flat_map(|v| row(v).iter().copied())
+                .collect();
+            &sample
+        } else {
+            vectors
+        };
+        let n = vectors.len() / m;
+        let row = |v: usize| &vectors[v * m..(v + 1) * m];
+        let mut atoms = vec![0.0; count * m];
+        for (atom, v) in atoms
+            .chunks_exact_mut(m)
+            .zip(drawn(n, count.min(n), &mut self.rng))
+        {
+            atom.copy_from_slice(row(v));
+        }
+        for _ in 0..ITERATIONS {
+            let nearest = self.nearest(&atoms, vectors)?;
+            let users = Users::new(&nearest.indices, count);
+            let tasks = atoms.chunks_mut(TASK_ATOMS * m).enumerate();
+            for_each(self.threads, tasks, |(task, atoms)| {
+                let mut sum = vec![0.0; m];
+                for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+                    let users = users.of(task * TASK_ATOMS + i);
+                    sum.fill(0.0);
+                    for &v in users {
+                        add(&mut sum, row(v as usize));
+                    }
+                    if !users.is_empty() {
+                        mean(atom, &sum, users.len() as f64);
+                    }
+                }
+            });
+            // Vectors badly coded, each as likely as its squared error is large.
+            let mut total = 0.0;
+            let errors = nearest.relative_errors.iter().enumerate();
+            let sums: Vec<f64> = errors
+                .map(|(v, &error)| {
+                    total += square(row(v)) * f64::from(error).powi(2);
+                    total
+                })
+                .collect();
+            if total > 0.0 {
+                for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+                    if users.of(i).len() < USERS {
+                        let place = self.rng.random_range(0.0..total);
+                        let v = sums.partition_point(|&sum| sum <= place);
+                        atom.copy_from_slice(row(v.min(n - 1)));
+                    }
+                }
+            }
+        }
+        Ok(atoms)
+    }
+
+    /// One pass of coordinate descent: moves each group's atoms to where the codes' weighted errors are least, while
+    /// those of the other groups stay.
+    ///
+    /// The first `l` atoms of a code leave an error whose weight is `w_l`. The atom of group `g` has part in
+    /// those of `l > g`: with `W_g = Σ_{l>g} w_l` it is best where it is the mean, over its vectors, of
+    /// `x − Σ_{h<g} c_h − Σ_{h>g} c_h · W_h / W_g`.
+    fn fit(&mut self, atoms: &mut [f32], codes: &[u16]) -> Result<()> {
+        let (m, s) = (self.head_dim, self.options.groups);
+        let weights = summed_weights(s);
+        // What the groups before leave of every vector, and what those after add with their weights.
+        let mut before = self.vectors.to_vec();
+        let mut after = vec![0.0; before.len()];
+        let all: &[f32] = atoms;
+        let rows = after
+            .chunks_mut(TASK_VECTORS * m)
+            .zip(codes.chunks(TASK_VECTORS * s));
+        for_each(self.threads, rows, |(after, codes)| {
+            for (after, code) in after.chunks_exact_mut(m).zip(codes.chunks_exact(s)) {
+                for (&i, &weight) in code.iter().zip(&weights).skip(1) {
+                    add_scaled(after, weight as f32, atom(all, m, i));
+                }
+            }
+        });
+        for group in 0..s {
+            let first = self.groups.start(group);
+            let own: Vec<u16> = codes
+                .chunks_exact(s)
+                .map(|code| code[group] - first as u16)
+                .collect();
+            let size = self.groups.size(group);
+            let users = Users::new(&own, size);
+            let moved = &mut atoms[first * m..(first + size) * m];
+            let share = -1.0 / weights[group];
+            let tasks = moved.chunks_mut(TASK_ATOMS * m).enumerate();
+            for_each(self.threads, tasks, |(task, atoms)| {
+                let mut sum = vec![0.0; m];
+                for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+                    let users = users.of(task * TASK_ATOMS + i);
+                    for (sum, &x) in sum.iter_mut().zip(&*atom) {
+                        *sum = INERTIA * f64::from(x);
+                    }
+                    for &v in users {
+                        let place = v as usize * m..(v as usize + 1) * m;
+                        let wanted = before[place.clone()].iter().zip(&after[place]);
+                        for (sum, (&before, &after)) in sum.iter_mut().zip(wanted) {
+                            *sum += f64::from(before) + share * f64::from(after);
+                        }
+                    }
+                    mean(atom, &sum, users.len() as f64 + INERTIA);
+                }
+            });
+            let next = weights.get(group + 1).map(|&weight| -weight as f32);
+            let all: &[f32] = atoms;
+            let rows = before
+                .chunks_mut(TASK_VECTORS * m)
+                .zip(after.chunks_mut(TASK_VECTORS * m))
+                .zip(codes.chunks(TASK_VECTORS * s));
+            for_each(self.threads, rows, |((before, after), codes)| {
+                let rows = before.chunks_exact_mut(m).zip(after.chunks_exact_mut(m));
+                for ((before, after), code) in rows.zip(codes.chunks_exact(s)) {
+                    add_scaled(before, -1.0, atom(all, m, code[group]));
+                    if let Some(weight) = next {
+                        add_scaled(after, weight, atom(all, m, code[group + 1]));
+                    }
+                }
+            });
+            self.tell(0)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a search found: atoms of each vector, one after the other, and relative errors.
+#[derive(Default)]
+struct Found {
+    indices: Vec<u16>,
+    relative_errors: Vec<f32>,
+}
+
+/// For every atom, the vectors whose code has it, rising.
+struct Users {
+    /// Where each atom's begin, and where the last one's end.
+    starts: Vec<usize>,
+    vectors: Vec<u32>,
+}
+
+impl Users {
+    /// Takes the atom of each vector.
+    fn new(indices: &[u16], atoms: usize) -> Self {
+        let mut starts = vec![0; atoms + 1];
+        for &i in indices {
+            starts[usize::from(i) + 1] += 1;
+        }
+        for i in 0..atoms {
+            starts[i + 1] += starts[i];
+        }
+        let mut next = starts.clone();
+        let mut vectors = vec![0; indices.len()];
+        for (v, &i) in indices.iter().enumerate() {
+            let place = &mut next[usize::from(i)];
+            vectors[*place] = v as u32;
+            *place += 1;
+        }
+        Self { starts, vectors }
+    }
+
+    fn of(&self, atom: usize) -> &[u32] {
+        &self.vectors[self.starts[atom]..self.starts[atom + 1]]
+    }
+}
+
+/// For every group the sum of the weights of the codes that have an atom of it.
+fn summed_weights(groups: usize) -> Vec<f64> {
+    let mut sum = 0.0;
+    let weights = (0..groups).rev().map(|group| {
+        sum += (group as f64 / CODEBOOKS_TO_HALVE).exp2();
+        sum
+    });
+    let mut weights: Vec<f64> = weights.collect();
+    weights.reverse();
+    weights
+}
+
+/// `count` different numbers below `n`, in any order.
+fn drawn(n: usize, count: usize, rng: &mut ChaCha8Rng) -> impl Iterator<Item = usize> + use<> {
+    rand::seq::index::sample(rng, n, count).into_iter()
+}
+
+fn atom(atoms: &[f32], m: usize, i: u16) -> &[f32] {
+    &atoms[usize::from(i) * m..][..m]
+}
+
+/// Takes the atoms of each vector's code off it.
+fn subtract(threads: &dyn Threads, vectors: &mut [f32], atoms: &[f32], m: usize, codes: &[u16]) {
+    let each = codes.len() * m / vectors.len();
+    let tasks = vectors
+        .chunks_mut(TASK_VECTORS * m)
+        .zip(codes.chunks(TASK_VECTORS * each));
+    for_each(threads, tasks, |(vectors, codes)| {
+        for (x, code) in vectors.chunks_exact_mut(m).zip(codes.chunks_exact(each)) {
+            for &i in code {
+                add_scaled(x, -1.0, atom(atoms, m, i));
+            }
+        }
+    });
+}
+
+fn add(sum: &mut [f64], x: &[f32]) {
+    for (sum, &x) in sum.iter_mut().zip(x) {
+        *sum += f64::from(x);
+    }
+}
+
+fn mean(out: &mut [f32], sum: &[f64], count: f64) {
+    for (out, sum) in out.iter_mut().zip(sum) {
+        *out = (sum / count) as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+    use super::*;
+    use crate::threads::{Alone, Rayon};
+
+    const M: usize = 8;
+
+    /// Vectors about some centres, the numbers of each nearer to zero than those before.
+    fn drawn_vectors(seed: u64, count: usize) -> Vec<f32> {
+        let mut centres = ChaCha8Rng::seed_from_u64(99);
+        let centres: Vec<f32> = (0..20 * M)
+            .map(|_| centres.random_range(-1.0..1.0))
+            .collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut vectors = Vec::with_capacity(count * M);
+        for _ in 0..count {
+            let centre = rng.random_range(0..20) * M;
+            for (i, x) in centres[centre..][..M].iter().enumerate() {
+                vectors.push(x + rng.random_range(-1f32..1.0) / (1 + i) as f32);
+            }
+        }
+        vectors
+    }
+
+    fn options() -> CodebookOptions {
+        CodebookOptions {
+            first: 64,
+            groups: 5,
+            sparsity: 3,
+            ..CodebookOptions::of(M)
+        }
+    }
+
+    fn learned(
+        vectors: &[f32],
+        options: &CodebookOptions,
+        threads: &dyn Threads,
+    ) -> LearnedCodebooks {
+        let held_out = drawn_vectors(2, 300);
+        let go_on = &mut |_| ControlFlow::Continue(());
+        learn_codebooks(vectors.to_vec(), &held_out, M, options, threads, go_on).unwrap()
+    }
+
+    /// Mean squared error on held-out vectors over their mean square.
+    fn error(dictionary: &Codebooks, sparsity: usize) -> f64 {
+        let held_out = drawn_vectors(2, 300);
+        let codes = BeamSearch::new(dictionary, sparsity).unwrap();
+        let codes = codes.encode(&held_out).unwrap();
+        let errors = codes.relative_errors.iter().zip(held_out.chunks(M));
+        let squares = errors.map(|(&e, x)| f64::from(e).powi(2) * square(x));
+        squares.sum::<f64>() / square(&held_out)
+    }
+
+    #[test]
+    fn every_step_of_learning_and_every_atom_lowers_the_held_out_error() {
+        let vectors = drawn_vectors(1, 6000);
+        let learned_in = |rounds| {
+            let options = CodebookOptions {
+                rounds,
+                ..options()
+            };
+            learned(&vectors, &options, &Rayon)
+        };
+        let (begun, whole) = (learned_in(0), learned_in(3));
+        let errors: Vec<f64> = (1..=5).map(|s| error(&whole.dictionary, s)).collect();
+        assert!(errors.is_sorted_by(|a, b| *b < 0.8 * a), "{errors:?}");
+        // With all five there are hardly more vectors than atoms can learn by heart.
+        for s in 2..=4 {
+            let before = error(&begun.dictionary, s);
+            assert!(errors[s - 1] < before, "{s} atoms: {errors:?}, {before}");
+        }
+        assert!(whole.held_out_error < begun.held_out_error);
+        // Atoms of the same numbers that were never learned.
+        let mut random = whole.dictionary.dictionary().atoms().to_vec();
+        let groups = whole.dictionary.groups();
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for group in 0..5 {
+            let own = &mut random[groups.start(group) * M..groups.start(group + 1) * M];
+            rand::seq::SliceRandom::shuffle(own, &mut rng);
+        }
+        let random = Codebooks::new(random, M, groups).unwrap();
+        for s in 1..=5 {
+            assert!(errors[s - 1] < 0.7 * error(&random, s), "{s} atoms");
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_one_dictionary_on_any_number_of_threads() {
+        // More than are coded at once, and than k-means looks at.
+        let vectors = drawn_vectors(1, 20_000);
+        let options = CodebookOptions {
+            groups: 2,
+            rounds: 1,
+            ..options()
+        };
+        let alone = learned(&vectors, &options, &Alone);
+        let three = rayon::ThreadPoolBuilder::new().num_threads(3).build();
+        let three = three
+            .unwrap()
+            .install(|| learned(&vectors, &options, &Rayon));
+        assert_eq!(alone, three);
+        let other = CodebookOptions { seed: 1, ..options };
+        assert_ne!(alone, learned(&vectors, &other, &Alone));
+    }
+
+    #[test]
+    fn atoms_move_to_where_the_weighted_error_is_less() {
+        let vectors = drawn_vectors(3, 700);
+        let options = options();
+        let groups = CodebookSizes { first: 64 };
+        let (n, s) = (700, options.groups);
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut atoms: Vec<f32> = (0..groups.atoms(s) * M)
+            .map(|_| rng.random_range(-0.5..0.5))
+            .collect();
+        let mut codes = Vec::new();
+        for _ in 0..n {
+            codes.extend(
+                (0..s).map(|g| (groups.start(g) + rng.random_range(0..groups.size(g))) as u16),
+            );
+        }
+        // By the definition, in f64: of the first 1, 2 ... atoms of every code.
+        let loss = |atoms: &[f32]| {
+            let mut loss = 0.0;
+            for (x, code) in vectors.chunks(M).zip(codes.chunks(s)) {
+                let mut rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+                for (group, &i) in code.iter().enumerate() {
+                    for (rest, &a) in rest.iter_mut().zip(atom(atoms, M, i)) {
+                        *rest -= f64::from(a);
+                    }
+                    let square: f64 = rest.iter().map(|r| r * r).sum();
+                    loss += 2f64.powf(group as f64 / 5.0) * square;
+                }
+            }
+            loss
+        };
+        let mut losses = vec![loss(&atoms)];
+        let mut learner = CodebookLearner {
+            vectors: &vectors,
+            head_dim: M,
+            groups,
+            options: &options,
+            rng,
+            threads: &Rayon,
+            progress: &mut |_| ControlFlow::Continue(()),
+            done: CodebookProgress { step: 0, steps: 0 },
+        };
+        for _ in 0..40 {
+            learner.fit(&mut atoms, &codes).unwrap();
+            losses.push(loss(&atoms));
+        }
+        assert!(
+            losses.is_sorted_by(|a, b| *b <= a * (1.0 + 1e-6)),
+            "{losses:?}"
+        );
+        // At the least loss no group's atom has a better place: what its vectors want of it sums to nothing.
+        let before = losses[40];
+        for (i, step) in [(3, 1e-2), (64 + 7, -1e-2), (64 + 256 + 9, 1e-2)] {
+            let mut other = atoms.clone();
+            other[i * M] += step;
+            assert!(loss(&other) > before * (1.0 - 1e-6), "atom {i}");
+        }
+    }
+
+    #[test]
+    fn odd_vectors_are_learned() {
+        let few = drawn_vectors(1, 5);
+        let mut zeros_too = few.clone();
+        zeros_too.extend([0.0; 3 * M]);
+        // About as large and as small as codes can be.
+        let huge: Vec<f32> = few.iter().map(|x| x * 1e14).collect();
+        let tiny: Vec<f32> = few.iter().map(|x| x * 1e-15).collect();
+        let mut outlier = drawn_vectors(1, 300);
+        outlier[7] = 3e38;
+        for (name, vectors) in [
+            ("one", few[..M].to_vec()),
+            ("five", few.clone()),
+            ("zero", vec![0.0; 9 * M]),
+            ("some zero", zeros_too),
+            ("equal", few[..M].repeat(400)),
+            ("huge", huge),
+            ("tiny", tiny),
+            ("one far off", outlier),
+        ] {
+            let held_out = vectors.clone();
+            let mut last = None;
+            let learned = learn_codebooks(vectors, &held_out, M, &options(), &Rayon, &mut |p| {
+                last = Some(p);
+                ControlFlow::Continue(())
+            });
+            let learned = learned.unwrap();
+            let n = held_out.len() / M;
+            assert_eq!(learned.dictionary.len(), 5, "{name}");
+            assert_eq!(learned.dictionary.groups().first, n.min(64), "{name}");
+            let error = learned.held_out_error.unwrap();
+            if name == "one far off" {
+                assert!(error.is_finite());
+            } else {
+                assert!(error < 1e-3, "{name}: {error}");
+            }
+            let last = last.unwrap();
+            assert_eq!(last.step, last.steps, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_learned_is_refused() {
+        let vectors = drawn_vectors(1, 300);
+        let run = |vectors: &[f32], held_out: &[f32], change: fn(&mut CodebookOptions)| {
+            let mut options = options();
+            change(&mut options);
+            let go_on = &mut |_| ControlFlow::Continue(());
+            learn_codebooks(vectors.to_vec(), held_out, M, &options, &Rayon, go_on)
+        };
+        let same: fn(&mut CodebookOptions) = |_| {};
+        for refused in [
+            run(&[], &[], same),
+            run(&vectors, &[], |o| o.first = 0),
+            run(&vectors, &[], |o| o.groups = 0),
+            run(&vectors, &[], |o| o.sparsity = 0),
+            run(&vectors, &[], |o| o.beam = 0),
+            run(&vectors, &[], |o| o.groups = 257),
+            run(&vectors, &[], |o| o.groups = usize::MAX),
+        ] {
+            assert!(matches!(refused, Err(Error::Learn(_))), "{refused:?}");
+        }
+        let ragged = run(&vectors[1..], &[], same);
+        assert!(matches!(ragged, Err(Error::VectorLength { .. })));
+        let mut poisoned = vectors.clone();
+        poisoned[7 * M] = f32::NAN;
+        for refused in [run(&poisoned, &[], same), run(&vectors, &poisoned, same)] {
+            assert!(matches!(refused, Err(Error::NotFinite { row: 7 })));
+        }
+        assert_eq!(run(&vectors, &[], same).unwrap().held_out_error, None);
+        let mut calls = 0;
+        let stopped = learn_codebooks(vectors, &[], M, &options(), &Rayon, &mut |_| {
+            calls += 1;
+            if calls == 20 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        assert!(matches!(stopped, Err(Error::Interrupted)) && calls == 20);
+    }
+}
