@@ -1,24 +1,43 @@
-//! Any bytes as a dictionary file: it loads and codes a vector, or it is refused.
+//! Any bytes as a dictionary file: it loads, codes vectors of both families and attends to them, or it is refused.
 #![no_main]
 
-use std::fs::File;
-use std::io::Write;
-
-use lexico::{DictionarySet, Pursuit};
+use lexico::cache::Coding;
+use lexico::dictionary::{CodeFamily, LayerSparsities};
+use lexico::threads::Alone;
+use lexico::{DictionarySet, KeyValue, LayerCache, LayerSettings};
+use lexico_fuzz::in_file;
 use libfuzzer_sys::fuzz_target;
 
+const POSITIONS: usize = 5;
+
 fuzz_target!(|bytes: &[u8]| {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("fuzzed.safetensors");
-    File::create(&path).unwrap().write_all(bytes).unwrap();
-    let Ok(set) = DictionarySet::load(&path) else {
+    let Ok(set) = in_file("fuzzed.safetensors", bytes, |path| {
+        DictionarySet::load(path)
+    }) else {
         return;
     };
     for layer in &set.layers {
-        let vector = vec![1.0; layer.keys.head_dim()];
-        let sparsity = set.training.sparsity.clamp(1, layer.keys.head_dim());
-        let pursuit = Pursuit::new(&layer.keys, sparsity).unwrap();
-        let batch = pursuit.encode(&vector).unwrap();
-        assert!(batch.mean_relative_error().is_finite());
+        let m = layer.keys.head_dim();
+        let vectors: Vec<f32> = (0..POSITIONS * m).map(|i| (i as f32).sin()).collect();
+        for family in [CodeFamily::Sparse, CodeFamily::Additive] {
+            let max = layer.max_sparsity(family);
+            if max == 0 {
+                continue;
+            }
+            let sparsity = set.usual_sparsity(family).clamp(1, max);
+            let settings = LayerSettings {
+                coding: Coding::usual(family),
+                recent_window: 1,
+                batch: 1,
+                delay: 0,
+                ..LayerSettings::new(LayerSparsities::same(1, sparsity, sparsity))
+            };
+            let mut cache = LayerCache::new(layer, settings).unwrap();
+            let new = KeyValue::new(&vectors[..], &vectors[..]);
+            cache.append(new, &Alone).unwrap();
+            let mut out = vec![f32::NAN; m];
+            cache.attend(&vectors[..m], None, &mut out, &Alone);
+            assert!(out.iter().all(|x| x.is_finite()));
+        }
     }
 });

@@ -1,13 +1,15 @@
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use lexico::cache::Coder;
 use lexico::codes::CodeFile;
-use lexico::dictionary::Codebooks;
-use lexico::encode::BeamSearch;
+use lexico::dictionary::{Atoms, CodeFamily, Codebooks};
+use lexico::encode::{BEAM_WIDTH, Fit};
 use lexico::tensor_file::{self, NewTensor, TensorFile};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use lexico::{Codes, CoefficientFormat, Dictionary};
 use serde_json::json;
 
 use crate::ui;
@@ -22,19 +24,22 @@ pub(crate) struct Encode {
     /// The dictionary's tensor, as layers.0.keys
     #[arg(long, value_name = "NAME")]
     tensor: String,
-    /// Most atoms of a vector
+    /// Max number of atoms of a vector
     #[arg(short, long, value_name = "S")]
     sparsity: usize,
-    /// Relative error at which a vector needs no more atoms; lengths then vary. Not with packed codes
-    #[arg(long, value_name = "D", default_value_t = 0.0)]
-    tolerance: f32,
-    /// How codes are stored: packed, one atom of each of the dictionary's groups in a byte; or any atoms in two bytes and
-    /// a coefficient
-    #[arg(long, value_enum, default_value_t = Format::I8)]
-    format: Format,
-    /// Sums that the search for packed codes follows
-    #[arg(long, value_name = "N", default_value_t = lexico::encode::BEAM_WIDTH)]
-    beam: usize,
+    /// Relative error at which a vector needs no more atoms; lengths then vary. Not with additive codes
+    #[arg(long, value_name = "D")]
+    tolerance: Option<f32>,
+    /// Codes to make: additive, a byte for one atom of each codebook; or any atoms, each in two bytes and a coefficient
+    /// of this format [default: additive where the tensor has codebooks, else i8, as in `lexico run`]
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// Coefficients that keep scores nearest, or vectors
+    #[arg(long, value_enum, default_value_t = FitChoice::Unbiased)]
+    fit: FitChoice,
+    /// Width of the beam search for additive codes [default: 8]
+    #[arg(long, value_name = "N")]
+    beam: Option<usize>,
     /// The code file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
@@ -43,23 +48,31 @@ pub(crate) struct Encode {
     json: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Format {
+    #[value(alias = "packed")]
     Additive,
     I8,
     F8,
     F32,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum FitChoice {
+    Unbiased,
+    LeastSquares,
+}
+
 impl Encode {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         ui::check_out(&self.out, &[&self.file, &self.dictionary])?;
-        let dictionary = AnyDictionary::load(
-            &self.dictionary,
-            &self.tensor,
-            matches!(self.format, Format::Additive),
-        )?;
-        let atoms = dictionary.atoms();
+        let coder = self.coder()?;
+        let fit = match self.fit {
+            FitChoice::Unbiased => Fit::Unbiased,
+            FitChoice::LeastSquares => Fit::LeastSquares,
+        };
+        let encoder = coder.encoder(self.sparsity, fit)?;
+        let atoms = all_atoms(&coder);
         let input = TensorFile::open(&self.file)?;
         let (vectors, shape) = input.f32_tensor("vectors", 2)?;
         if shape[1] != atoms.head_dim() {
@@ -71,27 +84,9 @@ impl Encode {
                 atoms.head_dim()
             );
         }
-        let mut codes = Codes::new(CodeFormat {
-            sparsity: self.sparsity,
-            variable: self.tolerance > 0.0,
-            coefficients: match (self.format, &dictionary) {
-                (_, AnyDictionary::Grouped(codebooks)) => {
-                    CoefficientFormat::InAtoms(codebooks.groups())
-                }
-                (Format::F8, _) => CoefficientFormat::F8,
-                (Format::F32, _) => CoefficientFormat::F32,
-                _ => CoefficientFormat::I8,
-            },
-        })?;
+        let mut codes = Codes::new(coder.format(self.sparsity))?;
         let started = Instant::now();
-        codes.extend(&match &dictionary {
-            AnyDictionary::Grouped(codebooks) => BeamSearch::new(codebooks, self.sparsity)?
-                .with_beam(self.beam)
-                .encode(&vectors)?,
-            AnyDictionary::Free(free) => Pursuit::new(free, self.sparsity)?
-                .with_tolerance(self.tolerance)?
-                .encode(&vectors)?,
-        });
+        codes.extend(&encoder.encode(&vectors)?);
         let seconds = started.elapsed().as_secs_f64();
         let error = lexico::mean_relative_error(&vectors, &codes.decode(atoms)?, shape[1]);
         let bytes = codes.bytes_used();
@@ -114,28 +109,47 @@ impl Encode {
             ui::percent(bytes as f64 / dense.max(1) as f64)
         ))
     }
-}
 
-/// What codes are over.
-enum AnyDictionary {
-    Free(Dictionary),
-    Grouped(Codebooks),
-}
-
-impl AnyDictionary {
-    fn load(path: &Path, tensor: &str, codebooks: bool) -> anyhow::Result<Self> {
-        Ok(if codebooks {
-            Self::Grouped(Codebooks::load(path, tensor)?)
-        } else {
-            Self::Free(Dictionary::load(path, tensor)?)
+    /// The coder that the options ask for.
+    fn coder(&self) -> anyhow::Result<Coder> {
+        let file = TensorFile::open(&self.dictionary)?;
+        let has_codebooks = Codebooks::are_in(&file, &self.tensor);
+        let format = self.format.unwrap_or(match has_codebooks {
+            true => Format::Additive,
+            false => Format::I8,
+        });
+        let coefficients = match format {
+            Format::Additive => {
+                anyhow::ensure!(
+                    self.tolerance.is_none(),
+                    "--tolerance: additive codes all have as many atoms; give --format i8 too"
+                );
+                return Ok(Coder::Additive {
+                    codebooks: Arc::new(Codebooks::load(&self.dictionary, &self.tensor)?),
+                    beam_width: self.beam.unwrap_or(BEAM_WIDTH),
+                });
+            }
+            Format::I8 => CoefficientFormat::I8,
+            Format::F8 => CoefficientFormat::F8,
+            Format::F32 => CoefficientFormat::F32,
+        };
+        anyhow::ensure!(
+            self.beam.is_none(),
+            "--beam: only the search for additive codes has a beam; give --format additive too, or leave it out"
+        );
+        Ok(Coder::Sparse {
+            dictionary: Arc::new(Dictionary::load(&self.dictionary, &self.tensor)?),
+            coefficients,
+            tolerance: self.tolerance.unwrap_or(0.0),
         })
     }
+}
 
-    fn atoms(&self) -> &Dictionary {
-        match self {
-            Self::Free(dictionary) => dictionary,
-            Self::Grouped(codebooks) => codebooks.dictionary(),
-        }
+/// The whole dictionary, or all codebooks: what a code file names.
+fn all_atoms(coder: &Coder) -> Atoms<'_> {
+    match coder {
+        Coder::Additive { codebooks, .. } => codebooks.as_ref().into(),
+        Coder::Sparse { dictionary, .. } => dictionary.as_ref().into(),
     }
 }
 
@@ -165,14 +179,13 @@ impl Decode {
         if let Some(given) = self.tensor.filter(|given| given != tensor) {
             anyhow::bail!("the codes need the dictionary's tensor {tensor}, not {given}");
         }
-        let coefficients = codes.codes.format().coefficients;
-        let packed = matches!(coefficients, CoefficientFormat::InAtoms(_));
-        let dictionary = AnyDictionary::load(&self.dictionary, tensor, packed)?;
-        let dictionary = dictionary.atoms();
         let started = Instant::now();
-        let vectors = codes.decode(dictionary)?;
+        let vectors = match codes.codes.format().family() {
+            CodeFamily::Additive => codes.decode(&Codebooks::load(&self.dictionary, tensor)?)?,
+            CodeFamily::Sparse => codes.decode(&Dictionary::load(&self.dictionary, tensor)?)?,
+        };
         let seconds = started.elapsed().as_secs_f64();
-        let shape = [codes.codes.len(), dictionary.head_dim()];
+        let shape = [codes.codes.len(), codes.head_dim];
         let tensors = [NewTensor::f32("vectors", &shape, &vectors)];
         tensor_file::write(&self.out, &tensors, HashMap::new())?;
         if self.json {

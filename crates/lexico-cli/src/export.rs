@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lexico::DictionarySet;
+use lexico::dictionary::CodeFamily;
 use lexico_llm::export::export_reference;
 
 use crate::ui;
@@ -27,8 +28,8 @@ impl Export {
         let set = DictionarySet::load(&self.file)?;
         export_reference(&set, &self.out)?;
         let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
-        let left_out = if set.max_codebooks() > 0 {
-            "; the groups for packed codes are left out, which such files have no place for"
+        let left_out = if set.usual_family() == CodeFamily::Additive {
+            "; the codebooks of additive codes are left out: such files have no place for them"
         } else {
             ""
         };

@@ -1,18 +1,16 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use lexico::DictionarySet;
 use lexico::codes::{self, CodeFile};
-use lexico::dictionary::{
-    self, CODEBOOK_ATOMS, LayerCodebooks, LayerErrors, LayerSparsities, additive_sparsity,
-};
+use lexico::dictionary::{self, CODEBOOK_ATOMS, CodeFamily, LayerErrors, LayerSparsities};
 use lexico::tensor_file::TensorFile;
-use lexico_llm::DICTIONARY_FILE;
+use lexico::{CodeFormat, DictionarySet};
 use lexico_llm::config::Config;
 use lexico_llm::gguf::GgufModel;
 use lexico_llm::saved::{FORMAT, SavedGeneration};
 use serde_json::{Value, json};
 
+use crate::model::beside;
 use crate::ui;
 
 #[derive(Args)]
@@ -26,11 +24,10 @@ pub(crate) struct Inspect {
 
 impl Inspect {
     pub(crate) fn run(self) -> anyhow::Result<()> {
+        let beside = beside(&self.file).is_file();
         let report = if self.file.is_dir() {
-            let beside = self.file.join(DICTIONARY_FILE).is_file();
             model(&Config::load(&self.file)?, beside, None)
         } else if self.file.extension().is_some_and(|e| e == "gguf") {
-            let beside = self.file.with_file_name(DICTIONARY_FILE).is_file();
             let gguf = GgufModel::open(&self.file)?;
             model(gguf.config(), beside, Some(&gguf))
         } else if SavedGeneration::is_one(&self.file) {
@@ -43,70 +40,61 @@ impl Inspect {
                 _ => tensors(&file)?,
             }
         };
-        if self.json {
-            ui::json(&report.json)
-        } else {
-            ui::line(&report.text)
+        let (text, json) = report;
+        match self.json {
+            true => ui::json(&json),
+            false => ui::line(&text),
         }
     }
 }
 
-struct Report {
-    text: String,
-    json: Value,
-}
+/// Text for people, and the same as JSON.
+type Report = (String, Value);
 
-/// `name: value` lines, aligned.
+/// Writes names and values in lines, aligned.
 fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let lines = facts
-        .iter()
-        .map(|(name, value)| format!("{name:<width$}  {value}\n"));
-    lines.collect()
+    let lines = facts.iter();
+    let lines = lines.map(|(name, value)| format!("{name:<width$}  {value}"));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
-/// What is known of the dictionaries for one kind of codes.
-struct Listed<'a> {
+/// Errors and sparsities of the dictionaries for one family of codes.
+struct Measured<'a> {
     errors: Option<&'a Vec<LayerErrors>>,
     allocation: Option<Vec<LayerSparsities>>,
 }
 
-impl Listed<'_> {
-    /// Held-out error of a layer's keys (part 0) or values.
-    fn error(&self, layer: usize, part: usize) -> Option<f32> {
-        let errors = self.errors?.get(layer)?;
-        Some([errors.keys, errors.values][part])
+impl Measured<'_> {
+    /// Returns the held-out error of a layer's keys and values.
+    fn errors(&self, layer: usize) -> [Option<f32>; 2] {
+        let errors = self.errors.and_then(|errors| errors.get(layer));
+        [errors.map(|e| e.keys), errors.map(|e| e.values)]
     }
 
-    /// Sparsities of each head's keys or values.
-    fn sparsities(&self, layer: usize, part: usize) -> Option<&Vec<usize>> {
-        let layer = self.allocation.as_ref()?.get(layer)?;
-        Some([&layer.keys, &layer.values][part])
+    /// Returns the sparsities of each head's keys and values.
+    fn sparsities(&self, layer: usize) -> [Option<&Vec<usize>>; 2] {
+        let own = self.allocation.as_ref().and_then(|all| all.get(layer));
+        [own.map(|own| &own.keys), own.map(|own| &own.values)]
     }
 
-    /// A row of a table, with how many atoms the layer's two dictionaries have.
+    /// Returns a row of a table, with how many atoms the layer's two dictionaries have.
     fn row(&self, layer: usize, atoms: [String; 2]) -> Vec<String> {
-        let error = |part| {
-            let error = self.error(layer, part);
-            error.map_or("-".to_owned(), |e| format!("{e:.4}"))
-        };
-        let own = |part| {
-            let text = |heads: &Vec<usize>| {
+        let errors = self.errors(layer);
+        let errors = errors.map(|error| error.map_or("-".to_owned(), |e| format!("{e:.4}")));
+        let heads = self.sparsities(layer).map(|heads| {
+            heads.map_or("same for all".to_owned(), |heads| {
                 let heads: Vec<String> = heads.iter().map(usize::to_string).collect();
                 heads.join(" ")
-            };
-            let heads = self.sparsities(layer, part);
-            heads.map_or("same for all".to_owned(), text)
-        };
-        let mut row = vec![layer.to_string()];
-        row.extend(atoms);
-        row.extend([error(0), error(1), own(0), own(1)]);
-        row
+            })
+        });
+        let row = [layer.to_string()].into_iter();
+        row.chain(atoms).chain(errors).chain(heads).collect()
     }
 }
 
-fn header(atoms: &str, nonzeros: &str) -> [String; 7] {
-    [
+fn table(atoms: &str, nonzeros: &str, rows: Vec<Vec<String>>) -> String {
+    let header = [
         "layer".to_owned(),
         format!("key {atoms}"),
         format!("value {atoms}"),
@@ -114,44 +102,47 @@ fn header(atoms: &str, nonzeros: &str) -> [String; 7] {
         "value error".to_owned(),
         format!("key {nonzeros} by head"),
         format!("value {nonzeros} by head"),
-    ]
+    ];
+    ui::table(header, rows)
 }
 
 fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let set = DictionarySet::read(file)?;
     let (model, training) = (&set.model, &set.training);
-    let plain = Listed {
+    let sparse = Measured {
         errors: Some(&training.relative_error),
-        allocation: set.allocate(training.sparsity as f64),
+        allocation: set.allocate(CodeFamily::Sparse, training.sparsity as f64),
     };
-    let groups = set.max_codebooks();
-    let additive_atoms = additive_sparsity(training.sparsity, groups);
-    let packed = Listed {
+    let codebooks = set.max_sparsity(CodeFamily::Additive);
+    let additive_sparsity = set.usual_sparsity(CodeFamily::Additive);
+    let additive = Measured {
         errors: training.additive_relative_error.as_ref(),
-        allocation: set.allocate_additive(additive_atoms as f64),
+        allocation: set.allocate(CodeFamily::Additive, additive_sparsity as f64),
     };
-    let rows = set.layers.iter().enumerate().map(|(l, layer)| {
+    let layers = || set.layers.iter().enumerate();
+    let rows = layers().map(|(l, layer)| {
         let atoms = [layer.keys.len(), layer.values.len()];
-        plain.row(l, atoms.map(|atoms| atoms.to_string()))
+        sparse.row(l, atoms.map(|atoms| atoms.to_string()))
     });
-    let mut table = ui::table(header("atoms", "nonzeros"), rows.collect());
-    let layers = set.layers.iter().enumerate();
-    let rows = layers.filter_map(|(l, layer)| {
+    let mut tables = table("atoms", "nonzeros", rows.collect());
+    let rows = layers().filter_map(|(l, layer)| {
         let codebooks = layer.codebooks.as_ref()?;
-        let sizes = [&codebooks.keys, &codebooks.values].map(|dictionary| {
-            let (groups, first) = (dictionary.len(), dictionary.groups().first);
-            format!("{first} + {} × {CODEBOOK_ATOMS}", groups - 1)
+        let sizes = [&codebooks.keys, &codebooks.values].map(|codebooks| {
+            let (count, first) = (codebooks.len(), codebooks.sizes().first);
+            format!("{first} + {} × {CODEBOOK_ATOMS}", count - 1)
         });
-        Some(packed.row(l, sizes))
+        Some(additive.row(l, sizes))
     });
     let rows: Vec<_> = rows.collect();
     let mut additive_fact = "none".to_owned();
     if !rows.is_empty() {
-        table += "\n\nPacked codes, one atom of each group:\n";
-        table += &ui::table(header("atoms", "atoms a code"), rows);
-        additive_fact = format!("{groups} groups, {additive_atoms} atoms on average by default");
+        tables += "\n\nAdditive codes, one atom of each codebook:\n";
+        tables += &table("atoms", "atoms a code", rows);
+        additive_fact =
+            format!("{codebooks} codebooks, {additive_sparsity} atoms on average by default");
     }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
+    let sparsity = format!("{} on average by default", training.sparsity);
     let text = facts(&[
         ("kind", "dictionaries".to_owned()),
         ("model", format!("{} ({})", model.name, model.architecture)),
@@ -159,42 +150,31 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         ("KV heads", model.kv_heads.to_string()),
         ("head dim", model.head_dim.to_string()),
         ("rotary", rotary),
-        (
-            "sparsity",
-            format!("{} on average by default", training.sparsity),
-        ),
-        ("packed codes", additive_fact),
+        ("sparsity", sparsity),
+        ("additive codes", additive_fact),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
         ("made by", training.tool.clone()),
         ("in the file", ui::bytes(file.data_bytes())),
         ("in memory", ui::bytes(set.bytes())),
-    ]) + &table;
-    let layers = set.layers.iter().enumerate();
-    let layers = layers.map(|(l, layer)| {
-        let packed = |codebooks: &LayerCodebooks| {
-            [(&codebooks.keys, 0), (&codebooks.values, 1)].map(|(dictionary, part)| {
+    ]);
+    let layers = layers().map(|(l, layer)| {
+        let part = |part: usize| {
+            let atoms = [&layer.keys, &layer.values][part].len();
+            let codebooks = layer.codebooks.as_ref();
+            let codebooks = codebooks.map(|own| [&own.keys, &own.values][part]);
+            let codebooks = codebooks.map(|codebooks| {
                 json!({
-                    "groups": dictionary.len(), "first": dictionary.groups().first,
-                    "relative_error": packed.error(l, part), "sparsities": packed.sparsities(l, part),
+                    "groups": codebooks.len(), "first": codebooks.sizes().first,
+                    "relative_error": additive.errors(l)[part], "sparsities": additive.sparsities(l)[part],
                 })
+            });
+            json!({
+                "atoms": atoms, "relative_error": sparse.errors(l)[part],
+                "sparsities": sparse.sparsities(l)[part], "packed": codebooks,
             })
         };
-        let [additive_keys, additive_values] = match &layer.codebooks {
-            Some(codebooks) => packed(codebooks),
-            None => [Value::Null, Value::Null],
-        };
-        json!({
-            "layer": l,
-            "keys": {
-                "atoms": layer.keys.len(), "relative_error": plain.error(l, 0),
-                "sparsities": plain.sparsities(l, 0), "packed": additive_keys,
-            },
-            "values": {
-                "atoms": layer.values.len(), "relative_error": plain.error(l, 1),
-                "sparsities": plain.sparsities(l, 1), "packed": additive_values,
-            },
-        })
+        json!({"layer": l, "keys": part(0), "values": part(1)})
     });
     let layers: Vec<Value> = layers.collect();
     let json = json!({
@@ -204,12 +184,12 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "kv_heads": model.kv_heads, "head_dim": model.head_dim,
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
-        "sparsity": training.sparsity, "groups": groups, "additive_sparsity": (groups > 0).then_some(additive_atoms),
+        "sparsity": training.sparsity, "groups": codebooks, "packed_sparsity": (codebooks > 0).then_some(additive_sparsity),
         "corpus": training.corpus, "tokens": training.tokens,
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,
     });
-    Ok(Report { text, json })
+    Ok((format!("{text}\n{tables}"), json))
 }
 
 fn codes(path: &Path) -> anyhow::Result<Report> {
@@ -218,101 +198,78 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
     let format = codes.format();
     let numbers = (codes.len() * file.head_dim).max(1);
     let bits = 8.0 * codes.bytes_used() as f64 / numbers as f64;
-    let coefficients = match format.coefficients {
-        lexico::CoefficientFormat::I8 => "i8",
-        lexico::CoefficientFormat::F8 => "f8",
-        lexico::CoefficientFormat::F32 => "f32",
-        lexico::CoefficientFormat::InAtoms(_) => "packed",
+    let (name, variable) = match format {
+        CodeFormat::Sparse(format) => (format.coefficients.name(), format.variable),
+        CodeFormat::Additive(_) => ("additive", false),
     };
-    let lengths = if format.variable { "variable" } else { "fixed" };
+    let lengths = if variable { "variable" } else { "fixed" };
     let checksum = format!("{:08x}", file.checksum);
+    let vectors = format!("{} of length {}", codes.len(), file.head_dim);
+    let dictionary = format!("tensor {}, CRC-32 {checksum}", file.tensor);
+    let bytes = ui::bytes(codes.bytes_used());
     let text = facts(&[
         ("kind", "codes".to_owned()),
-        (
-            "vectors",
-            format!("{} of length {}", codes.len(), file.head_dim),
-        ),
-        ("sparsity", format!("{} ({lengths})", format.sparsity)),
-        ("coefficients", coefficients.to_owned()),
-        (
-            "dictionary",
-            format!("tensor {}, CRC-32 {checksum}", file.tensor),
-        ),
+        ("vectors", vectors),
+        ("sparsity", format!("{} ({lengths})", format.sparsity())),
+        ("format", name.to_owned()),
+        ("dictionary", dictionary),
         (
             "bytes",
-            format!(
-                "{} in memory ({bits:.2} bits a number)",
-                ui::bytes(codes.bytes_used())
-            ),
+            format!("{bytes} in memory ({bits:.2} bits a number)"),
         ),
     ]);
     let json = json!({
         "kind": "codes", "vectors": codes.len(), "head_dim": file.head_dim,
-        "sparsity": format.sparsity, "variable": format.variable, "coefficients": coefficients,
+        "sparsity": format.sparsity(), "variable": variable, "coefficients": name,
         "tensor": file.tensor, "dictionary_crc32": checksum,
         "bytes": codes.bytes_used(), "bits_per_number": bits,
     });
-    Ok(Report {
-        text: text.trim_end().to_owned(),
-        json,
-    })
+    Ok((text, json))
 }
 
 fn saved(saved: &SavedGeneration) -> Report {
-    let (progress, parts) = (saved.progress(), saved.parts());
+    let (header, parts) = (saved.header(), saved.parts());
+    let progress = &header.progress;
     let bytes: usize = parts.iter().map(|(_, bytes)| bytes).sum();
     // A name from outside must not steer the terminal.
-    let model = saved.model().escape_debug().to_string();
+    let model = header.model.escape_debug();
+    let fingerprint = header.fingerprint.escape_debug();
     let listed = parts.iter().map(|(kind, own)| {
         let kind = kind.escape_debug();
         format!("{kind} {}", ui::bytes(*own))
     });
+    let listed = listed.collect::<Vec<_>>().join(", ");
+    let share = ui::percent(bytes as f64 / header.fp16_bytes.max(1) as f64);
+    let tokens = progress.tokens.len();
+    let generated = tokens.saturating_sub(progress.prompt_tokens);
     let text = facts(&[
         ("kind", "saved cache".to_owned()),
         ("format", FORMAT.to_owned()),
-        (
-            "model",
-            format!(
-                "{model}, fingerprint {}",
-                saved.fingerprint().escape_debug()
-            ),
-        ),
+        ("model", format!("{model}, fingerprint {fingerprint}")),
         ("cache", saved.spec().to_string()),
         (
             "tokens",
-            format!(
-                "{}, {} of them generated last",
-                progress.tokens.len(),
-                progress.tokens.len().saturating_sub(progress.prompt_tokens)
-            ),
+            format!("{tokens}, {generated} of them generated last"),
         ),
-        ("positions", saved.positions().to_string()),
+        ("positions", header.positions.to_string()),
         ("messages", progress.messages.len().to_string()),
         (
             "bytes",
-            format!(
-                "{}, {} of FP16: {}",
-                ui::bytes(bytes),
-                ui::percent(bytes as f64 / saved.fp16_bytes().max(1) as f64),
-                listed.collect::<Vec<_>>().join(", ")
-            ),
+            format!("{}, {share} of FP16: {listed}", ui::bytes(bytes)),
         ),
     ]);
-    let parts: serde_json::Map<String, Value> = parts
+    let parts = parts
         .iter()
-        .map(|&(kind, bytes)| (kind.to_owned(), bytes.into()))
-        .collect();
+        .map(|&(kind, bytes)| (kind.to_owned(), bytes.into()));
+    let parts: serde_json::Map<String, Value> = parts.collect();
     let json = json!({
-        "kind": "saved cache", "format": FORMAT, "model": saved.model(),
-        "fingerprint": saved.fingerprint(), "cache": saved.spec().to_string(),
-        "tokens": progress.tokens.len(), "prompt_tokens": progress.prompt_tokens,
-        "positions": saved.positions(), "messages": progress.messages.len(),
-        "fp16_bytes": saved.fp16_bytes(), "bytes": bytes, "parts": parts,
+        "kind": "saved cache", "format": FORMAT, "model": header.model,
+        "fingerprint": header.fingerprint, "cache": saved.spec().to_string(),
+        "tokens": tokens, "prompt_tokens": progress.prompt_tokens,
+        "positions": header.positions, "messages": progress.messages.len(),
+        "fp16_bytes": header.fp16_bytes, "bytes": bytes, "parts": parts,
     });
-    Report {
-        text: text.trim_end().to_owned(),
-        json,
-    }
+    (text, json)
 }
 
 fn tensors(file: &TensorFile) -> anyhow::Result<Report> {
@@ -327,33 +284,30 @@ fn tensors(file: &TensorFile) -> anyhow::Result<Report> {
         ("kind", "tensors".to_owned()),
         ("tensors", rows.len().to_string()),
         ("bytes", ui::bytes(file.data_bytes())),
-    ]) + &ui::table(["tensor", "numbers", "shape"], rows);
+    ]);
+    let table = ui::table(["tensor", "numbers", "shape"], rows);
     let json = json!({
         "kind": "tensors", "bytes": file.data_bytes(),
         "metadata": file.metadata(), "tensors": list,
     });
-    Ok(Report { text, json })
+    Ok((format!("{text}\n{table}"), json))
 }
 
-/// A model's shape, and what a GGUF file says beyond it.
+/// Shows a model's shape, and what a GGUF file says beyond it.
 fn model(config: &Config, dictionaries: bool, gguf: Option<&GgufModel>) -> Report {
     let per_token = config.fp16_cache_bytes(1);
+    let heads = format!("{} on {} KV heads", config.heads, config.kv_heads);
+    let beside = if dictionaries { "beside it" } else { "none" };
     let mut lines = vec![
         ("kind", "model".to_owned()),
         ("architecture", config.architecture.clone()),
         ("layers", config.layers.to_string()),
-        (
-            "heads",
-            format!("{} on {} KV heads", config.heads, config.kv_heads),
-        ),
+        ("heads", heads),
         ("head dim", config.head_dim.to_string()),
         ("hidden", config.hidden.to_string()),
         ("vocabulary", config.vocabulary.to_string()),
         ("context", config.context.to_string()),
-        (
-            "dictionaries",
-            if dictionaries { "beside it" } else { "none" }.to_owned(),
-        ),
+        ("dictionaries", beside.to_owned()),
         ("FP16 cache", format!("{} a token", ui::bytes(per_token))),
     ];
     let mut json = json!({
@@ -371,8 +325,5 @@ fn model(config: &Config, dictionaries: bool, gguf: Option<&GgufModel>) -> Repor
         json["name"] = gguf.name().into();
         json["tensors"] = json!(types);
     }
-    Report {
-        text: facts(&lines).trim_end().to_owned(),
-        json,
-    }
+    (facts(&lines), json)
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 static HAPPENED: AtomicBool = AtomicBool::new(false);
 
-/// Called where the work begins that asks [`flow`] whether to go on.
+/// Listens from now on; to be called where the work begins that asks [`flow`] whether to go on.
 pub(crate) fn listen() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if HAPPENED.swap(true, Ordering::SeqCst) {
@@ -21,7 +21,7 @@ pub(crate) fn happened() -> bool {
     HAPPENED.load(Ordering::SeqCst)
 }
 
-/// For callbacks that may break off.
+/// Tells a callback whether to go on.
 pub(crate) fn flow() -> ControlFlow<()> {
     if happened() {
         ControlFlow::Break(())
@@ -30,7 +30,7 @@ pub(crate) fn flow() -> ControlFlow<()> {
     }
 }
 
-/// For work that goes on after Ctrl-C, or was done before it.
+/// Forgets a Ctrl-C after which work goes on, or that came after the work.
 pub(crate) fn forget() {
     HAPPENED.store(false, Ordering::SeqCst);
 }

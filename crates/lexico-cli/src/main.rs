@@ -107,6 +107,7 @@ fn with_threads(threads: u16) -> anyhow::Result<()> {
 }
 
 fn work(arguments: Arguments) -> anyhow::Result<()> {
+    lexico::kernels::check_level()?;
     if let Some(threads) = arguments.threads {
         with_threads(threads)?;
     }

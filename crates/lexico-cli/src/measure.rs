@@ -25,7 +25,7 @@ pub(crate) struct Measure {
     /// Tokens that the model may take in all, about; at least 32 for each head and sparsity
     #[arg(long, default_value_t = TrainOptions::default().tokens / 4, value_name = "N")]
     tokens: usize,
-    /// Most tokens that the model sees at once
+    /// Max number of tokens that the model sees at once
     #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
     context: usize,
 }
@@ -49,7 +49,7 @@ impl Measure {
             progress.show(step);
             interrupt::flow()
         });
-        progress.finish();
+        progress.bars.finish();
         measured.with_context(|| format!("nothing was written to {}", self.out.display()))?;
         dictionaries.save(&self.out)?;
         // Whatever came while the file was written came too late.

@@ -1,7 +1,6 @@
-//! What the operating system says of this process's memory.
+//! This process's memory, as the operating system counts it.
 
-/// Resident bytes now, and at their most so far; `None` where the system does not tell (it does on
-/// Linux).
+/// Returns resident bytes now, and their peak so far; `None` where the system does not tell (Linux does).
 pub(crate) fn resident() -> Option<(usize, usize)> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kibibytes = |name: &str| -> Option<usize> {
@@ -11,7 +10,7 @@ pub(crate) fn resident() -> Option<(usize, usize)> {
     Some((kibibytes("VmRSS:")? * 1024, kibibytes("VmHWM:")? * 1024))
 }
 
-/// Lets [`resident`] count the most from now on, where the system can.
+/// Starts the peak of [`resident`] anew, where the system can.
 pub(crate) fn forget_peak() {
     // Where it cannot, what came before counts too.
     let _ = std::fs::write("/proc/self/clear_refs", "5");

@@ -17,21 +17,21 @@ pub(crate) struct ModelArguments {
     /// org/name[@revision][/file.gguf] on the hub
     #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     pub(crate) model: String,
-    /// How the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
+    /// Format in which the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
     /// The model's dictionaries, a file of `lexico train` or a .pt of the reference implementation
     /// [default: the model's own]
     #[arg(short, long, value_name = "FILE")]
     dictionary: Option<PathBuf>,
-    /// Where the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the first GPU
-    /// where there is one
+    /// Device on which the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the
+    /// first GPU where there is one
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: DeviceName,
 }
 
 impl ModelArguments {
-    /// The model, with its dictionaries where one of the caches needs them.
+    /// Loads the model, with its dictionaries where one of the caches needs them.
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
         // What is not there is found before the model is read.
         let device = self.device.open()?;
@@ -40,11 +40,9 @@ impl ModelArguments {
         if let Some(path) = &self.dictionary {
             self.read(&mut model, path)?;
         } else if needed && model.dictionaries.is_none() {
-            let places = [
-                Some(beside(&path_of(&self.model)?)),
-                own_dictionary(&model.name),
-            ];
-            let places: Vec<PathBuf> = places.into_iter().flatten().collect();
+            let mut places = vec![beside(&path_of(&self.model)?)];
+            let file = format!("{}.safetensors", model.name.replace('/', "--"));
+            places.extend(own_folder().map(|own| own.join(file)));
             let Some(path) = places.iter().find(|place| place.is_file()) else {
                 return Err(no_dictionaries(&self.model, &places));
             };
@@ -60,7 +58,7 @@ impl ModelArguments {
     }
 }
 
-/// Dictionaries in a file of `lexico train`, whichever model they are for, or in a .pt file of the reference
+/// Reads dictionaries from a file of `lexico train`, whichever model they are for, or from a .pt file of the reference
 /// implementation, which does not say for which model it is.
 pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<DictionarySet> {
     Ok(if path.extension().is_some_and(|e| e == "pt") {
@@ -82,8 +80,8 @@ pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model
     Ok(model)
 }
 
-/// Where the dictionaries of a model's folder or GGUF file lie.
-fn beside(model: &Path) -> PathBuf {
+/// Returns the place of the dictionaries beside a model's folder or GGUF file.
+pub(crate) fn beside(model: &Path) -> PathBuf {
     if model.is_file() {
         model.with_file_name(DICTIONARY_FILE)
     } else {
@@ -91,7 +89,7 @@ fn beside(model: &Path) -> PathBuf {
     }
 }
 
-/// The folder or file of a model that is not embedded: a path, else a name on the hub.
+/// Returns the folder or file of a model that is not embedded: a path, else a name on the hub.
 pub(crate) fn path_of(name: &str) -> anyhow::Result<PathBuf> {
     match hub_name(name) {
         Some(hub) => hub
@@ -105,12 +103,7 @@ fn hub_name(name: &str) -> Option<HubName> {
     name.parse().ok().filter(|_| !Path::new(name).exists())
 }
 
-/// Where the user keeps dictionaries of models whose folder is not theirs.
-fn own_dictionary(model: &str) -> Option<PathBuf> {
-    let file = format!("{}.safetensors", model.replace('/', "--"));
-    Some(own_folder()?.join(file))
-}
-
+/// Returns the user's folder of dictionaries: the place of those of models whose folder is not the user's.
 fn own_folder() -> Option<PathBuf> {
     Some(dirs::data_dir()?.join("lexico").join("dictionaries"))
 }

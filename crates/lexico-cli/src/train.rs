@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Args;
 use lexico::DictionarySet;
-use lexico::dictionary::{LayerErrors, additive_sparsity};
-use lexico::learn::{CodebookOptions, LearnMethod, LearnOptions};
+use lexico::dictionary::{CodeFamily, LayerErrors, additive_sparsity};
+use lexico::learn::{CodebookOptions, LearnOptions};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
@@ -24,22 +24,22 @@ pub(crate) struct Train {
     model: String,
     #[command(flatten)]
     corpus: CorpusArguments,
-    /// Keep the dictionaries of this file, with what was measured of them, and learn only those of packed codes,
-    /// which replace any that are in the file; the result goes to --out
+    /// Keep the dictionaries of this file, with what was measured of them, and learn only the codebooks of additive
+    /// codes, which replace any that are in the file; the result goes to --out
     #[arg(
         short,
         long,
         value_name = "FILE",
-        conflicts_with_all = ["atoms", "sparsity", "recipe", "learner", "epochs", "batch", "learning_rate", "patience"]
+        conflicts_with_all = ["atoms", "sparsity", "epochs", "batch", "learning_rate", "patience"]
     )]
     dictionary: Option<PathBuf>,
-    /// CodebookSizes of the dictionaries of packed codes, and so the most atoms of such a code; 0: learn none
+    /// Codebooks of a dictionary for additive codes, and so the max atoms of such a code; 0: learn none
     /// [default: half the head dim]
-    #[arg(long, value_name = "N")]
-    groups: Option<usize>,
-    /// Atoms of the first group; every other has 256
-    #[arg(long, default_value_t = CodebookOptions::default().first, value_name = "N")]
-    first_group: usize,
+    #[arg(long, alias = "groups", value_name = "N")]
+    codebooks: Option<usize>,
+    /// Atoms of the first codebook; every other has 256
+    #[arg(long, alias = "first-group", default_value_t = CodebookOptions::default().first, value_name = "N")]
+    first_codebook: usize,
     /// Atoms of a dictionary (N)
     #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
     atoms: usize,
@@ -49,50 +49,37 @@ pub(crate) struct Train {
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Most tokens to read, in whole windows drawn evenly from all texts (from stdin: its first)
+    /// Max tokens to read, in whole chunks drawn evenly from all texts (from stdin: its first)
     #[arg(long, default_value_t = TrainOptions::default().tokens, value_name = "N")]
     tokens: usize,
     /// Tokens that the model sees at once
     #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
     context: usize,
-    /// Vectors that each dictionary learns from at the most
+    /// Max vectors that each dictionary learns from
     #[arg(long, default_value_t = TrainOptions::default().vectors, value_name = "N")]
     vectors: usize,
-    /// Where the settings below come from where they are not given: lexico's own, or the reference
-    /// implementation's (20 epochs, batch 64, rate 1e-4, random initial atoms, no re-seeding, no early stop)
-    #[arg(long, default_value = "lexico", value_name = "lexico|paper")]
-    recipe: Recipe,
-    /// What moves the atoms: adam, a minibatch at a time, or ksvd or mod (the method of optimal directions),
-    /// all vectors at a time and in memory
-    #[arg(
-        long,
-        default_value = "adam",
-        conflicts_with = "recipe",
-        value_name = "adam|ksvd|mod"
-    )]
-    learner: Method,
     /// Passes over the vectors
-    #[arg(long, value_name = "N")]
-    epochs: Option<usize>,
-    /// Vectors in a step [default: 512 for adam, else all]
-    #[arg(long, value_name = "N")]
-    batch: Option<usize>,
-    /// Adam's step size at the start
-    #[arg(long, value_name = "X")]
-    learning_rate: Option<f32>,
+    #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
+    epochs: usize,
+    /// Vectors in a step
+    #[arg(long, default_value_t = LearnOptions::default().batch, value_name = "N")]
+    batch: usize,
+    /// Step size at the start
+    #[arg(long, default_value_t = LearnOptions::default().learning_rate, value_name = "X")]
+    learning_rate: f32,
     /// Stop a dictionary after so many epochs in a row that did not lower its held-out error; 0: never
-    #[arg(long, value_name = "N")]
-    patience: Option<usize>,
+    #[arg(long, default_value_t = LearnOptions::default().patience, value_name = "N")]
+    patience: usize,
     /// Seed of every random choice
     #[arg(short, long, default_value_t = 0)]
     seed: u64,
     /// Go on with the training that was broken off, or begin where there is none
     #[arg(long)]
     resume: bool,
-    /// The folder for what was done so far and for the sampled vectors [default: the folder of --out]
+    /// Folder of the state and of the sampled vectors [default: the folder of --out]
     #[arg(long, value_name = "FOLDER")]
     work_dir: Option<PathBuf>,
-    /// Seconds between two savings of what was done so far
+    /// Seconds between two savings of the state
     #[arg(long, default_value_t = StateOptions::default().every.as_secs_f64(), value_name = "X")]
     save_every: f64,
     /// A safetensors file to write the sampled vectors to, layers.0.keys and so on
@@ -101,29 +88,6 @@ pub(crate) struct Train {
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Recipe {
-    Lexico,
-    Paper,
-}
-
-#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
-enum Method {
-    Adam,
-    Ksvd,
-    Mod,
-}
-
-impl From<Method> for LearnMethod {
-    fn from(method: Method) -> Self {
-        match method {
-            Method::Adam => Self::Adam,
-            Method::Ksvd => Self::Ksvd,
-            Method::Mod => Self::OptimalDirections,
-        }
-    }
 }
 
 impl Train {
@@ -154,7 +118,7 @@ impl Train {
             progress.show(step);
             interrupt::flow()
         });
-        progress.finish();
+        progress.bars.finish();
         let trained = trained.with_context(|| {
             let kept = if interrupt::happened() && state.exists() {
                 format!(", --resume goes on from {}", state.display())
@@ -170,7 +134,7 @@ impl Train {
         self.report(&trained, started.elapsed().as_secs_f64())
     }
 
-    /// Where the state is kept: beside the dictionary file or in the folder for such things, under its name.
+    /// Returns the state's folder: in --work-dir or beside the dictionary file, under its name.
     fn state_folder(&self) -> anyhow::Result<PathBuf> {
         let name = self.out.file_name().context("--out names no file")?;
         let mut name = name.to_owned();
@@ -184,15 +148,15 @@ impl Train {
         }
     }
 
-    /// The dictionaries that are not learned again.
+    /// Loads the dictionaries that are kept.
     fn kept(&self, model: &Model) -> anyhow::Result<Option<DictionarySet>> {
         let Some(path) = &self.dictionary else {
             return Ok(None);
         };
         ui::check_out(&self.out, &[path])?;
         anyhow::ensure!(
-            self.groups != Some(0),
-            "--dictionary learns only groups, and --groups 0 none; leave one of them out"
+            self.codebooks != Some(0),
+            "--dictionary learns only codebooks, and --codebooks 0 none; leave one of them out"
         );
         let kept = model::read_dictionaries(model, path)?;
         let fits = kept.check_fits(&model.identity());
@@ -206,19 +170,15 @@ impl Train {
         kept: Option<DictionarySet>,
         state: &Path,
     ) -> anyhow::Result<TrainOptions> {
-        let recipe = match self.recipe {
-            Recipe::Lexico => LearnOptions::of(self.learner.into()),
-            Recipe::Paper => LearnOptions::paper(),
-        };
         let every = Duration::try_from_secs_f64(self.save_every);
         let sparsity = self.sparsity.unwrap_or((head_dim / 8).max(1));
         let trained = kept.as_ref().map_or(sparsity, |k| k.training.sparsity);
         let usual = CodebookOptions::of(head_dim);
-        let groups = self.groups.unwrap_or(usual.groups);
-        let groups = (groups > 0).then_some(CodebookOptions {
-            first: self.first_group,
-            groups,
-            sparsity: additive_sparsity(trained, groups),
+        let codebooks = self.codebooks.unwrap_or(usual.codebooks);
+        let codebooks = (codebooks > 0).then_some(CodebookOptions {
+            first: self.first_codebook,
+            codebooks,
+            sparsity: additive_sparsity(trained, codebooks),
             seed: self.seed,
             ..usual
         });
@@ -229,14 +189,14 @@ impl Train {
             learn: LearnOptions {
                 atoms: self.atoms,
                 sparsity,
-                epochs: self.epochs.unwrap_or(recipe.epochs),
-                batch: self.batch.unwrap_or(recipe.batch),
-                learning_rate: self.learning_rate.unwrap_or(recipe.learning_rate),
-                patience: self.patience.unwrap_or(recipe.patience),
+                epochs: self.epochs,
+                batch: self.batch,
+                learning_rate: self.learning_rate,
+                patience: self.patience,
                 seed: self.seed,
-                ..recipe
+                ..LearnOptions::default()
             },
-            groups,
+            codebooks,
             kept,
             state: Some(StateOptions {
                 folder: state.to_owned(),
@@ -251,34 +211,29 @@ impl Train {
         let dictionaries = &trained.dictionaries;
         let training = &dictionaries.training;
         let atoms = dictionaries.layers.first().map_or(0, |l| l.keys.len());
-        let groups = dictionaries.max_codebooks();
+        let codebooks = dictionaries.max_sparsity(CodeFamily::Additive);
         // Dictionaries that were imported came without errors.
         let error = |l: usize| training.relative_error.get(l);
         let additive_error = |l: usize| training.additive_relative_error.as_ref()?.get(l);
         let layers = trained.attention.iter().enumerate();
         if self.json {
-            let course = |epochs: &[Epoch]| {
+            let part = |errors: [Option<f32>; 2], (name, lost): (&str, f64), epochs: &[Epoch]| {
                 let epochs = epochs.iter();
-                epochs
-                    .map(|e| json!({"seconds": e.seconds, "relative_error": e.held_out_error}))
-                    .collect::<Vec<_>>()
+                let epochs = epochs
+                    .map(|e| json!({"seconds": e.seconds, "relative_error": e.held_out_error}));
+                json!({
+                    "relative_error": errors[0], "packed_relative_error": errors[1],
+                    (name): lost, "epochs": epochs.collect::<Vec<_>>(),
+                })
             };
             let layers = layers.zip(&trained.courses);
             let layers = layers.map(|((l, attention), [keys, values])| {
+                let errors = [error(l), additive_error(l)];
+                let (score, output) = (attention.score, attention.output);
                 json!({
                     "layer": l,
-                    "keys": {
-                        "relative_error": error(l).map(|e| e.keys),
-                        "additive_relative_error": additive_error(l).map(|e| e.keys),
-                        "score_error": attention.score,
-                        "epochs": course(keys),
-                    },
-                    "values": {
-                        "relative_error": error(l).map(|e| e.values),
-                        "additive_relative_error": additive_error(l).map(|e| e.values),
-                        "output_error": attention.output,
-                        "epochs": course(values),
-                    },
+                    "keys": part(errors.map(|e| Some(e?.keys)), ("score_error", score), keys),
+                    "values": part(errors.map(|e| Some(e?.values)), ("output_error", output), values),
                 })
             });
             return ui::json(&json!({
@@ -290,8 +245,8 @@ impl Train {
                 "vectors": trained.vectors,
                 "atoms": atoms,
                 "sparsity": training.sparsity,
-                "groups": groups,
-                "additive_sparsity": (groups > 0).then(|| additive_sparsity(training.sparsity, groups)),
+                "groups": codebooks,
+                "packed_sparsity": (codebooks > 0).then(|| additive_sparsity(training.sparsity, codebooks)),
                 "layers": layers.collect::<Vec<_>>(),
             }));
         }
@@ -315,23 +270,23 @@ impl Train {
             "values",
             "scores",
             "output",
-            "packed keys",
-            "packed values",
+            "additive keys",
+            "additive values",
         ];
         ui::line(
-            "Held-out mean relative error; what coded keys change a score by (root mean square), coded values the \
-             output (relative); held-out error of packed codes:",
+            "Held-out mean relative error; change of a score by coded keys (root mean square) and of the output by coded \
+             values (relative); held-out error of additive codes:",
         )?;
         ui::line(&ui::table(header, rows.collect()))?;
-        let packed = match groups {
+        let additive = match codebooks {
             0 => String::new(),
-            groups => format!(
-                "; {groups} groups, packed codes of {} atoms",
-                additive_sparsity(training.sparsity, groups)
+            codebooks => format!(
+                "; {codebooks} codebooks, additive codes of {} atoms",
+                additive_sparsity(training.sparsity, codebooks)
             ),
         };
         ui::line(&format!(
-            "{}: {atoms} atoms, sparsity {}{packed}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
+            "{}: {atoms} atoms, sparsity {}{additive}, from {} tokens ({} vectors a dictionary) in {seconds:.0} s",
             self.out.display(),
             training.sparsity,
             training.tokens,
@@ -340,40 +295,30 @@ impl Train {
     }
 }
 
-/// One bar for the reading, one for all dictionaries, one for those of packed codes, and one for each kind of losses.
+/// Progress of training: reading, dictionaries, codebooks, and each kind of losses in turn.
+#[derive(Default)]
 pub(crate) struct Progress {
     dictionaries: usize,
     /// Steps done of each dictionary at work.
     steps: BTreeMap<(usize, &'static str), usize>,
     learned: usize,
-    learned_groups: usize,
-    bar: Option<indicatif::ProgressBar>,
+    learned_codebooks: usize,
+    pub(crate) bars: ui::Bars,
 }
 
 impl Progress {
     pub(crate) fn new(layers: usize) -> Self {
         Self {
             dictionaries: 2 * layers,
-            steps: BTreeMap::new(),
-            learned: 0,
-            learned_groups: 0,
-            bar: None,
+            ..Self::default()
         }
     }
 
     pub(crate) fn show(&mut self, step: TrainProgress) {
-        match step {
+        let all = self.dictionaries;
+        let (message, done, total, unit) = match step {
             TrainProgress::Reading { tokens, total } => {
-                let bar = self.bar.get_or_insert_with(|| {
-                    let bar = ui::progress(total as u64, "tokens");
-                    bar.set_message("reading");
-                    bar
-                });
-                bar.set_length(total as u64);
-                bar.set_position(tokens as u64);
-                if tokens == total {
-                    self.finish();
-                }
+                ("reading".to_owned(), tokens, total, "tokens")
             }
             TrainProgress::Learning {
                 layer,
@@ -383,55 +328,33 @@ impl Progress {
                 self.steps.insert((layer, part), progress.step);
                 // One that stopped early, or before this run, counts as whole.
                 let done = self.learned * progress.steps + self.steps.values().sum::<usize>();
-                let dictionaries = self.dictionaries;
-                let bar = self.bar.get_or_insert_with(|| {
-                    let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
-                    bar.reset_eta();
-                    bar
-                });
-                bar.set_message(format!("learned {}/{dictionaries}", self.learned));
-                bar.set_position(done as u64);
+                let message = format!("learned {}/{all}", self.learned);
+                (message, done, all * progress.steps, "steps")
+            }
+            TrainProgress::LearningCodebooks { progress, .. } => {
+                let done = self.learned_codebooks * progress.steps + progress.step;
+                let message = format!("codebooks {}/{all}", self.learned_codebooks);
+                (message, done, all * progress.steps, "steps")
             }
             TrainProgress::Learned { layer, part, .. } => {
                 self.steps.remove(&(layer, part));
                 self.learned += 1;
-                if self.learned == self.dictionaries {
-                    self.finish();
+                if self.learned == all {
+                    self.bars.finish();
                 }
-            }
-            TrainProgress::LearningCodebooks { progress, .. } => {
-                let (learned, dictionaries) = (self.learned_groups, self.dictionaries);
-                let bar = self.bar.get_or_insert_with(|| {
-                    let bar = ui::progress((dictionaries * progress.steps) as u64, "steps");
-                    bar.reset_eta();
-                    bar
-                });
-                bar.set_message(format!("groups of {learned}/{dictionaries}"));
-                bar.set_position((learned * progress.steps + progress.step) as u64);
+                return;
             }
             TrainProgress::LearnedCodebooks { .. } => {
-                self.learned_groups += 1;
-                if self.learned_groups == self.dictionaries {
-                    self.finish();
+                self.learned_codebooks += 1;
+                if self.learned_codebooks == all {
+                    self.bars.finish();
                 }
+                return;
             }
             TrainProgress::Measuring { done, total } => {
-                let bar = self.bar.get_or_insert_with(|| {
-                    let bar = ui::progress(total as u64, "cases");
-                    bar.set_message("measuring losses");
-                    bar
-                });
-                bar.set_position(done as u64);
-                if done == total {
-                    self.finish();
-                }
+                ("measuring losses".to_owned(), done, total, "cases")
             }
-        }
-    }
-
-    pub(crate) fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.abandon();
-        }
+        };
+        self.bars.show(message, done, total, unit);
     }
 }

@@ -1,10 +1,10 @@
-//! What people see: text on stdout, notes and progress on stderr.
+//! Output for people: text on stdout, notes and progress on stderr.
 
 use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Row, Table, presets};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 use lexico::dictionary::FORMAT;
 use lexico::tensor_file::{TensorFile, check_writable};
@@ -38,14 +38,7 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 /// A table whose first column is text and whose others are numbers.
-pub(crate) fn table<R>(header: impl IntoIterator<Item = impl Into<String>>, rows: Vec<R>) -> String
-where
-    R: IntoIterator<Item = String>,
-{
-    let header: Vec<String> = header.into_iter().map(Into::into).collect();
-    let rows = rows
-        .into_iter()
-        .map(|row| row.into_iter().collect::<Vec<_>>());
+pub(crate) fn table(header: impl Into<Row>, rows: Vec<impl Into<Row>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(header);
@@ -75,6 +68,41 @@ pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
         bar.set_style(style.with_key("rate", rate));
     }
     bar
+}
+
+/// Progress bars, one after the other: each ends when all of its work is done.
+#[derive(Default)]
+pub(crate) struct Bars {
+    /// True where a bar that has ended is removed.
+    clear: bool,
+    bar: Option<ProgressBar>,
+}
+
+impl Bars {
+    /// Makes bars that are removed when they end.
+    pub(crate) fn cleared() -> Self {
+        let (clear, bar) = (true, None);
+        Self { clear, bar }
+    }
+
+    /// Shows that `done` of `total` is done, on a new bar where none is shown.
+    pub(crate) fn show(&mut self, message: String, done: usize, total: usize, unit: &str) {
+        let bar = self.bar.get_or_insert_with(|| progress(0, unit));
+        bar.set_message(message);
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        if done == total {
+            self.finish();
+        }
+    }
+
+    pub(crate) fn finish(&mut self) {
+        match self.bar.take() {
+            Some(bar) if self.clear => bar.finish_and_clear(),
+            Some(bar) => bar.abandon(),
+            None => {}
+        }
+    }
 }
 
 /// Refuses to write over what is read: a lossy result must not replace its source.
@@ -107,7 +135,7 @@ pub(crate) fn check_dictionary_out(out: &Path, inputs: &[&Path]) -> anyhow::Resu
     Ok(())
 }
 
-/// As [`check_out`], for the vectors of a training whose dictionaries go to `dictionary`: of files with tensors only
+/// Refuses as [`check_out`] does, for the vectors of a training whose dictionaries go to `dictionary`: of files with tensors only
 /// earlier vectors are replaced.
 pub(crate) fn check_vectors_out(
     out: &Path,
@@ -132,19 +160,13 @@ pub(crate) fn check_vectors_out(
 
 pub(crate) fn bytes(count: usize) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
-    let mut value = count as f64;
-    let mut unit = "bytes";
-    for next in UNITS {
-        if value < 1024.0 {
-            break;
+    let power = (count.max(1).ilog2() as usize / 10).min(UNITS.len());
+    match power.checked_sub(1) {
+        Some(unit) => {
+            let value = count as f64 / 1024f64.powi(power as i32);
+            format!("{value:.1} {}", UNITS[unit])
         }
-        value /= 1024.0;
-        unit = next;
-    }
-    if unit == "bytes" {
-        format!("{count} bytes")
-    } else {
-        format!("{value:.1} {unit}")
+        None => format!("{count} bytes"),
     }
 }
 
@@ -152,7 +174,7 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// The cache methods and their options, as the registry has them.
+/// Lists the cache methods and their options, as the registry has them.
 pub(crate) fn cache_help() -> String {
     let mut help = "Caches, as NAME[:key=value,...]:\n".to_owned();
     for method in METHODS {

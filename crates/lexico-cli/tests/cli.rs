@@ -398,7 +398,12 @@ fn bad_prompts_models_and_caches_fail_clearly() {
         (
             1,
             vec!["bench", "pursuit", "--packed", "-s", "500"],
-            "1 to 249 atoms",
+            "cargo bench -p lexico --bench pursuit",
+        ),
+        (
+            1,
+            vec!["bench", "attention"],
+            "cargo bench -p lexico --bench attention",
         ),
         (1, vec!["bench", "decode", "--context", "131072"], "131072"),
         (1, vec!["bench", "decode", "--steps", "0"], "--steps"),
@@ -416,14 +421,8 @@ fn bad_prompts_models_and_caches_fail_clearly() {
 
 #[test]
 fn a_device_that_is_not_there_is_said() {
-    let commands: [&[&str]; 4] = [
-        &["run", "x"],
-        &["bench", "pursuit", "--vectors", "8"],
-        &["bench", "attention", "--context", "64"],
-        &["bench", "decode"],
-    ];
-    for command in commands {
-        let with = |device| [command, &["--device", device]].concat();
+    for command in [&["run", "x"], &["bench", "decode"]] {
+        let with = |device| [&command[..], &["--device", device]].concat();
         // A build for GPUs says that there is no such GPU, or no driver.
         let message = fails(1, &with("cuda:77"));
         assert!(message.contains("the device"), "{message}");
@@ -480,6 +479,8 @@ fn vectors_are_coded_and_come_back() {
         ("8", &["--format", "f32"]),
         ("64", &["--format", "f32"]),
         ("64", &["--tolerance", "0.3", "--format", "f32"]),
+        ("8", &["--format", "packed", "--beam", "2"]),
+        ("8", &[]),
     ] {
         let report = json(
             &[
@@ -490,6 +491,8 @@ fn vectors_are_coded_and_come_back() {
                     path(&codes),
                     "--sparsity",
                     sparsity,
+                    "--fit",
+                    "least-squares",
                 ],
                 &flags[..],
                 more,
@@ -501,11 +504,16 @@ fn vectors_are_coded_and_come_back() {
             (&40.into(), &sparsity.parse::<u64>().unwrap().into())
         );
         let file = TensorFile::open(&codes).unwrap();
-        let (kind, shape) = file.info("indices").unwrap();
-        assert_eq!(
-            (format!("{kind:?}").as_str(), shape),
-            ("U16", &[40, sparsity.parse().unwrap()][..])
-        );
+        // Additive codes are the default, as they are of `run`.
+        let sparse =
+            more.first() == Some(&"--tolerance") || more.get(1).is_some_and(|f| *f != "packed");
+        if sparse {
+            let (kind, shape) = file.info("indices").unwrap();
+            assert_eq!(
+                (format!("{kind:?}").as_str(), shape),
+                ("U16", &[40, sparsity.parse().unwrap()][..])
+            );
+        }
         assert_eq!(file.info("lengths").is_ok(), more.contains(&"--tolerance"));
 
         json(&[
@@ -529,13 +537,33 @@ fn vectors_are_coded_and_come_back() {
             "{error} for {reported}"
         );
         errors.push(reported);
-        if sparsity == "8" && !more.contains(&"f32") {
+        if !sparse {
+            assert_eq!(report["bytes"], 40 * (8 + 1));
+        } else if sparsity == "8" && !more.contains(&"f32") {
             assert_eq!(report["bytes"], 40 * (3 * 8 + 1));
         }
     }
     assert!(
-        errors[2] <= errors[0].min(errors[1]) && errors[3] < 1e-4 && errors[4] <= 0.3,
+        errors[2] <= errors[0].min(errors[1])
+            && errors[3] < 1e-4
+            && errors[4] <= 0.3
+            && errors[6] < errors[5],
         "{errors:?}"
+    );
+}
+
+#[test]
+fn an_unknown_level_of_the_processor_is_refused() {
+    let mut command = lexico();
+    command
+        .args(["run", "-n", "1", "Ana"])
+        .env("LEXICO_LEVEL", "avx3");
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(
+        message.contains("LEXICO_LEVEL=\"avx3\"") && message.contains("portable"),
+        "{message}"
     );
 }
 
@@ -553,10 +581,22 @@ fn vectors_that_cannot_be_coded_fail_clearly() {
     };
     let good = ["--tensor", "layers.0.keys", "--out", path(&out)];
     for (more, word) in [
-        (vec!["--sparsity", "0"], "between 1 and 64"),
-        (vec!["--sparsity", "65"], "between 1 and 64"),
+        (vec!["--sparsity", "0"], "between 1 and 32"),
+        (vec!["--sparsity", "33"], "between 1 and 32"),
+        (
+            vec!["--sparsity", "65", "--format", "i8"],
+            "between 1 and 64",
+        ),
         (vec!["--sparsity", "some"], "some"),
-        (vec!["--sparsity", "4", "--tolerance", "2"], "tolerance 2"),
+        (vec!["--sparsity", "4", "--tolerance", "2"], "--format i8"),
+        (
+            vec!["--sparsity", "4", "--tolerance", "2", "--format", "i8"],
+            "tolerance 2",
+        ),
+        (
+            vec!["--sparsity", "4", "--beam", "2", "--format", "i8"],
+            "--beam",
+        ),
     ] {
         let message = encode(&[&good[..], &more].concat());
         assert!(message.contains(word), "{more:?}: {message:?}");
@@ -725,7 +765,7 @@ fn train_writes_a_dictionary_that_run_takes() {
         "64",
         "--context",
         "128",
-        "--groups",
+        "--codebooks",
         "0",
         "--out",
         path(&out),
@@ -743,7 +783,7 @@ fn train_writes_a_dictionary_that_run_takes() {
 }
 
 #[test]
-fn train_adds_groups_to_dictionaries_that_are_there() {
+fn train_adds_codebooks_to_dictionaries_that_are_there() {
     let folder = tempfile::tempdir().unwrap();
     let [pt, plain, out, corpus] = ["d.pt", "plain.safetensors", "d.safetensors", "corpus.txt"]
         .map(|name| folder.path().join(name));
@@ -761,13 +801,13 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
     ];
     assert!(run(&import).status.success());
     let settings = ["--context", "128", "--tokens", "4000", "--vectors", "500"];
-    let groups = ["--groups", "3", "--first-group", "32"];
+    let codebooks = ["--codebooks", "3", "--first-codebook", "32"];
     let texts = ["--corpus", path(&corpus), "--out", path(&out)];
     for from in [&own, &plain, &pt] {
         let given = ["train", "--json", "--dictionary", path(from)];
-        let report = json(&[&given[..], &texts, &settings, &groups].concat());
+        let report = json(&[&given[..], &texts, &settings, &codebooks].concat());
         assert_eq!(
-            (&report["groups"], &report["additive_sparsity"]),
+            (&report["groups"], &report["packed_sparsity"]),
             (&3.into(), &3.into())
         );
         let before = DictionarySet::load(&plain).unwrap();
@@ -775,10 +815,13 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
         for (l, (before, after)) in before.layers.iter().zip(&after.layers).enumerate() {
             assert_eq!((&before.keys, &before.values), (&after.keys, &after.values));
             let codebooks = after.codebooks.as_ref().unwrap();
-            assert_eq!(codebooks.keys.dictionary().len(), 32 + 2 * 256);
+            assert_eq!(
+                codebooks.keys.sizes().atoms(codebooks.keys.len()),
+                32 + 2 * 256
+            );
             let layer = &report["layers"][l];
             for part in ["keys", "values"] {
-                let error = layer[part]["additive_relative_error"].as_f64().unwrap();
+                let error = layer[part]["packed_relative_error"].as_f64().unwrap();
                 assert!(error > 0.0 && error < 0.9, "{layer}");
             }
         }
@@ -799,7 +842,7 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
         assert_eq!(keys["packed"]["sparsities"].as_array().unwrap().len(), 2);
         let table = text(&run(&["inspect", path(&out)]).stdout);
         assert!(
-            table.contains("3 groups") && table.contains("32 + 2 × 256"),
+            table.contains("3 codebooks") && table.contains("32 + 2 × 256"),
             "{table}"
         );
     }
@@ -831,7 +874,10 @@ fn train_adds_groups_to_dictionaries_that_are_there() {
     assert!(measured.losses.is_some() && measured.additive_losses.is_some());
     for (arguments, word) in [
         (&["--dictionary", path(&out)][..], "is read here"),
-        (&["--dictionary", path(&own), "--groups", "0"], "--groups 0"),
+        (
+            &["--dictionary", path(&own), "--codebooks", "0"],
+            "--codebooks 0",
+        ),
         (&["--dictionary", path(&corpus)], "corpus.txt"),
     ] {
         let train = [&["train"][..], &texts, arguments].concat();
@@ -907,7 +953,7 @@ fn measure_adds_losses_to_imported_dictionaries() {
 }
 
 #[test]
-fn every_learner_and_recipe_trains_and_is_compared() {
+fn train_reports_every_epoch_and_takes_the_former_names_of_flags() {
     let folder = tempfile::tempdir().unwrap();
     let corpus = folder.path().join("corpus.txt");
     let out = folder.path().join("d.safetensors");
@@ -915,47 +961,27 @@ fn every_learner_and_recipe_trains_and_is_compared() {
     let train = [
         &["train", "--json", "--corpus", path(&corpus)][..],
         &["--out", path(&out), "--atoms", "64", "--sparsity", "4"],
-        &["--context", "128", "--vectors", "500", "--groups", "0"],
+        &["--context", "128", "--vectors", "500", "--epochs", "3"],
+        &["--groups", "2", "--first-group", "16"],
     ]
     .concat();
-    let mut reports = Vec::new();
-    for (name, settings, epochs) in [
-        ("adam", &["--epochs", "3"][..], 3),
-        ("ksvd", &["--learner", "ksvd", "--epochs", "3"], 3),
-        ("mod", &["--learner", "mod", "--epochs", "3"], 3),
-        ("paper", &["--recipe", "paper"], 20),
-    ] {
-        let report = json(&[&train[..], settings].concat());
-        let there = report["layers"][3]["values"]["epochs"].as_array().unwrap();
-        assert_eq!(there.len(), epochs, "{name}");
-        let file = folder.path().join(format!("{name}.json"));
-        std::fs::write(&file, report.to_string()).unwrap();
-        reports.push(file);
+    let report = json(&train);
+    assert_eq!(report["groups"], 2);
+    for layer in report["layers"].as_array().unwrap() {
+        for part in ["keys", "values"] {
+            let epochs = layer[part]["epochs"].as_array().unwrap();
+            let errors = epochs.iter().map(|e| e["relative_error"].as_f64().unwrap());
+            assert_eq!(errors.filter(|&e| e > 0.0 && e < 1.0).count(), 3);
+            assert!(epochs.is_sorted_by_key(|e| e["seconds"].as_f64()));
+        }
     }
-    let plot = folder.path().join("p.svg");
-    let mut compare = vec!["eval", "learning", "--plot", path(&plot)];
-    compare.extend(reports.iter().map(|file| path(file)));
-    let output = run(&compare);
-    let table = text(&output.stdout);
-    assert!(
-        output.status.success() && table.contains("| ksvd"),
-        "{table}"
-    );
-    let drawn = std::fs::read_to_string(&plot).unwrap();
-    assert_eq!(drawn.matches("<circle").count(), 8 * (3 + 3 + 3 + 20));
-    compare.push("--json");
-    assert_eq!(json(&compare).as_array().unwrap().len(), 4);
-    for (arguments, code, word) in [
-        (
-            [&train[..], &["--recipe", "paper", "--learner", "mod"]].concat(),
-            2,
-            "--recipe",
-        ),
-        ([&train[..], &["--learner", "sgd"]].concat(), 2, "ksvd"),
-        (vec!["eval", "learning", path(&corpus)], 1, "corpus.txt"),
-    ] {
-        let message = fails(code, &arguments);
-        assert!(message.contains(word), "{arguments:?}: {message}");
+    let first = DictionarySet::load(&out).unwrap().layers[0]
+        .codebooks
+        .clone();
+    assert_eq!(first.unwrap().keys.sizes().first, 16);
+    for flag in ["--learner", "--recipe"] {
+        let message = fails(2, &[&train[..], &[flag, "adam"]].concat());
+        assert!(message.contains(flag), "{message}");
     }
 }
 
@@ -1017,8 +1043,12 @@ fn train_says_what_it_cannot_use() {
             "learning rate of NaN",
         ),
         (1, with(&corpus, &["--save-every", "NaN"]), "--save-every"),
-        (1, with(&corpus, &["--groups", "1000"]), "at most 65536"),
-        (1, with(&corpus, &["--first-group", "0"]), "first group"),
+        (1, with(&corpus, &["--codebooks", "1000"]), "at most 65536"),
+        (
+            1,
+            with(&corpus, &["--first-codebook", "0"]),
+            "first codebook",
+        ),
         (1, with(&corpus, &["-d", "no/such"]), "no/such"),
         (
             2,
@@ -1100,7 +1130,7 @@ fn train_reads_what_a_researcher_has() {
     let parquet = Path::new(env!("CARGO_MANIFEST_DIR")).join(parquet);
     std::fs::copy(parquet, set.join("b.parquet")).unwrap();
     let train = |arguments: &[&str], input: &str| {
-        let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 4000 --vectors 500 --groups 0";
+        let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 4000 --vectors 500 --codebooks 0";
         let out = if arguments.contains(&"--out") {
             &[][..]
         } else {
@@ -1304,7 +1334,7 @@ fn eval_dictionary_prints_a_matrix_and_plots_it() {
     let train = [
         &["train", "--corpus", path(&sums), "--out", path(&other)][..],
         &["--atoms", "32", "--epochs", "1", "--sparsity", "4"],
-        &["--groups", "0"],
+        &["--codebooks", "0"],
         &settings,
     ];
     let output = run(&train.concat());

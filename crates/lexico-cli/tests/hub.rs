@@ -360,7 +360,7 @@ fn training<'a>(corpora: &[&'a str], out: &'a str) -> Vec<&'a str> {
     let corpora = ["train", "--corpus"]
         .into_iter()
         .chain(corpora.iter().copied());
-    let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 2000 --vectors 500 --groups 0 --json --out";
+    let rest = "--atoms 32 --sparsity 2 --epochs 1 --batch 64 --context 64 --tokens 2000 --vectors 500 --codebooks 0 --json --out";
     corpora.chain(rest.split(' ')).chain([out]).collect()
 }
 

@@ -11,7 +11,7 @@ use lexico::tensor_file::TensorFile;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// A corpus, and a training on it that has no other setting than these and those that follow.
+/// Corpus and training, with settings beside those that all trainings here share.
 struct Training {
     folder: tempfile::TempDir,
     settings: Vec<&'static str>,
@@ -77,7 +77,7 @@ impl Training {
         assert!(!self.state().exists(), "the state is removed in the end");
     }
 
-    /// The message of a call that must fail, without a trace of a panic.
+    /// Returns the message of a call that must fail, without a trace of a panic.
     fn fails(&self, more: &[&str]) -> String {
         let output = self.command(more).output().unwrap();
         let message = message(&output);
@@ -92,7 +92,7 @@ impl Training {
         names.iter().map(|name| file.bytes(name).unwrap()).collect()
     }
 
-    /// How far the state has come.
+    /// Names the stage that the state has come to.
     fn stage(&self) -> String {
         let name = |entry: std::io::Result<std::fs::DirEntry>| {
             let name = entry.unwrap().file_name();
@@ -102,15 +102,26 @@ impl Training {
             return "no state".to_owned();
         };
         let files: Vec<String> = files.map(name).collect();
-        let groups = files.iter().filter(|f| f.ends_with(".groups")).count();
-        if groups > 0 {
-            return format!("{groups} of 8 dictionaries of packed codes learned");
+        let codebooks = files.iter().filter(|f| f.ends_with(".groups")).count();
+        if codebooks > 0 {
+            return format!("{codebooks} of 8 dictionaries have their codebooks");
         }
         match files.iter().filter(|f| f.ends_with(".learning")).count() {
             0 if !files.iter().any(|f| f == "reading") => "nothing read is saved".to_owned(),
             0 => "reading".to_owned(),
             begun => format!("{begun} of 8 dictionaries begun or learned"),
         }
+    }
+
+    /// Replaces a text in a file of the state, whose checksum stays right.
+    fn edit(&self, file: &str, from: &str, to: &str) {
+        let path = self.state().join(file);
+        let saved = std::fs::read(&path).unwrap();
+        let text = String::from_utf8_lossy(&saved[..saved.len() - 4]).into_owned();
+        let text = text.replace(from, to);
+        assert!(text.contains(to), "{text}");
+        let checksum = crc32fast::hash(text.as_bytes()).to_le_bytes();
+        std::fs::write(path, [text.as_bytes(), &checksum].concat()).unwrap();
     }
 
     /// Begins and kills the program as soon as `there` says so.
@@ -145,9 +156,9 @@ const SMALL: [&str; 10] = [
     "600",
     "--epochs",
     "30",
-    "--groups",
+    "--codebooks",
     "2",
-    "--first-group",
+    "--first-codebook",
     "32",
 ];
 const ENDLESS: [&str; 8] = [
@@ -214,21 +225,24 @@ fn a_state_is_never_overwritten_and_only_resumed_with_its_settings() {
 }
 
 #[test]
+fn a_state_of_a_learner_that_is_gone_is_refused() {
+    let training = Training::new(&ENDLESS);
+    training.begin(|state| state.join("layers.0.keys.learning").exists());
+    training.edit("settings", r#""learner":"Adam""#, r#""learner":"Ksvd""#);
+    let message = training.fails(&["--resume"]);
+    assert!(
+        message.contains("learner (Ksvd in the state, Adam now)") && message.contains("remove"),
+        "{message}"
+    );
+}
+
+#[test]
 fn another_text_of_the_same_length_is_noticed() {
     let training = Training::new(&ENDLESS);
     training.begin(|state| state.join("reading").exists());
-    // As if reading had been broken off after a window.
+    // As if reading had been broken off after a chunk.
     let _ = std::fs::remove_file(training.state().join("layers.0.keys.learning"));
-    let reading = training.state().join("reading");
-    let saved = std::fs::read(&reading).unwrap();
-    let json = String::from_utf8_lossy(&saved[..saved.len() - 4]).into_owned();
-    let json = json.replace("\"done\":true", "\"done\":false");
-    let checksum = crc32fast::hash(json.as_bytes());
-    std::fs::write(
-        &reading,
-        [json.as_bytes(), &checksum.to_le_bytes()].concat(),
-    )
-    .unwrap();
+    training.edit("reading", "\"done\":true", "\"done\":false");
     training.write_corpus("turtles");
     let message = training.fails(&["--resume"]);
     assert!(message.contains("the corpus is another"), "{message}");
@@ -266,7 +280,7 @@ fn damaged_states_are_refused() {
 }
 
 #[test]
-fn groups_that_are_learned_are_not_learned_again() {
+fn codebooks_that_are_learned_are_not_learned_again() {
     let mut training = Training::new(&SMALL);
     training.finish(&[]);
     let tensors = training.tensors();

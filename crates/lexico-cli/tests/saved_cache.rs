@@ -72,7 +72,7 @@ fn runs_in_parts_are_one_run() {
         ],
         &[
             "--cache",
-            "lexico:window=8,batch=4,sparsity=6,tolerance=0.2,adaptive=40,format=i8",
+            "lexico:window=8,batch=4,sparsity=6,tolerance=0.2,format=i8",
             "--temperature",
             "0.9",
         ],

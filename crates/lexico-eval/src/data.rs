@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use parquet::errors::ParquetError;
@@ -11,7 +11,7 @@ use parquet::record::Field;
 use parquet::record::reader::RowIter;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, refused};
 
 /// Bytes of a data set that are read: they are held in memory, and a compressed one may stand for any number.
 const MAX: u64 = 1 << 30;
@@ -24,7 +24,7 @@ pub(crate) struct Record {
     fields: Map<String, Value>,
 }
 
-/// Where in a file a record is, from 1.
+/// Place of a record in a file, from 1.
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Line(usize),
@@ -83,7 +83,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Record>> {
         "parquet" => some(path, read_parquet(path)?),
         _ => Err(refused(
             path,
-            "a data set is a .jsonl, .json or .parquet file".to_owned(),
+            "a data set is a .jsonl, .json or .parquet file",
         )),
     }
 }
@@ -114,7 +114,7 @@ pub(crate) fn read_zipped(archive: &Path, name: &str) -> Result<Vec<Record>> {
             format!("it cannot be read as a zip archive: {error}"),
         )
     };
-    let file = File::open(archive).map_err(io(archive))?;
+    let file = File::open(archive).map_err(|e| refused(archive, e))?;
     let mut zip = zip::ZipArchive::new(file).map_err(|e| damaged(&e))?;
     // Names that are no text are none of a data set.
     let mut names = zip.file_names().flatten().map(String::from);
@@ -133,8 +133,8 @@ pub(crate) fn read_zipped(archive: &Path, name: &str) -> Result<Vec<Record>> {
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(io(path))?;
-    limited(path, file, io(path))
+    let file = File::open(path).map_err(|e| refused(path, e))?;
+    limited(path, file, |e| refused(path, e))
 }
 
 fn limited(
@@ -153,7 +153,7 @@ fn limited(
 }
 
 /// The records in JSON: a list of objects where it begins as one, else an object in each line.
-fn parse_json(path: &Path, bytes: &[u8]) -> Result<Vec<Record>> {
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Vec<Record>> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let shared: Rc<Path> = path.into();
     let record = |place, fields| Record {
@@ -202,7 +202,7 @@ fn read_parquet(path: &Path) -> Result<Vec<Record>> {
     let damaged = |error: ParquetError| refused(path, format!("not a whole parquet file: {error}"));
     // Of some damaged files the parquet crate makes a panic.
     let read = lexico_llm::caught(|| {
-        let file = File::open(path).map_err(io(path))?;
+        let file = File::open(path).map_err(|e| refused(path, e))?;
         let reader = SerializedFileReader::new(file).map_err(damaged)?;
         let shared: Rc<Path> = path.into();
         let mut records = Vec::new();
@@ -249,29 +249,16 @@ fn json(field: Field) -> Value {
 
 fn some(path: &Path, records: Vec<Record>) -> Result<Vec<Record>> {
     if records.is_empty() {
-        return Err(refused(path, "it holds no records".to_owned()));
+        return Err(refused(path, "it holds no records"));
     }
     Ok(records)
-}
-
-pub(crate) fn refused(path: &Path, reason: String) -> Error {
-    Error::File {
-        path: path.to_owned(),
-        reason,
-    }
-}
-
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path: PathBuf = path.to_owned();
-    move |error| Error::File {
-        path,
-        reason: error.to_string(),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+
+    use std::path::PathBuf;
 
     use super::*;
 

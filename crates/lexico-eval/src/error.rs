@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
@@ -11,23 +11,15 @@ pub enum Error {
         name: String,
         /// The line, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Reason why it is refused.
         reason: String,
     },
-    /// A report's folder, or a file in it, cannot be used.
-    #[error("{path}: {reason}", path = path.display())]
-    Report {
-        /// The folder or file.
-        path: PathBuf,
-        /// What is wrong with it, and what helps.
-        reason: String,
-    },
-    /// A file cannot serve as a data set, or as a part of one.
+    /// A file or folder cannot serve as a data set, as a part of one, or as a report.
     #[error("{path}: {reason}", path = path.display())]
     File {
-        /// The file.
+        /// The file or folder.
         path: PathBuf,
-        /// What is wrong with it, and where: the row of a table, the entry of an archive.
+        /// Reason why it is refused, with the row of a table or the entry of an archive, and what helps.
         reason: String,
     },
     /// Settings that no run can meet.
@@ -42,6 +34,14 @@ pub enum Error {
     /// The caller asked for the work to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// The error that a file or folder cannot be used.
+pub(crate) fn refused(path: &Path, reason: impl ToString) -> Error {
+    Error::File {
+        path: path.to_owned(),
+        reason: reason.to_string(),
+    }
 }
 
 /// This crate's result.

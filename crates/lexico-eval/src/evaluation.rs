@@ -13,9 +13,9 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::report::folder::ReportFolder;
+use crate::report::folder::{Batch, ReportFolder};
 use crate::statistics::{Estimate, percentile};
-use crate::task::{Detail, Measure, Outcome, Task};
+use crate::task::{Detail, Measure, Outcome, Task, groups, named};
 
 /// Settings of [`evaluate`].
 #[derive(Debug, Clone)]
@@ -48,37 +48,37 @@ pub struct Evaluation {
     pub task: &'static str,
     /// The model's name.
     pub model: String,
-    /// What decides the results: of the task, of the evaluation.
+    /// Settings that decide the results: those of the task and of the evaluation.
     pub settings: Map<String, Value>,
-    /// Of what computed them.
+    /// Versions of what computed them.
     pub versions: Map<String, Value>,
-    /// What random choices began from; null where none was made.
+    /// Seeds of random choices; null where none was made.
     pub seeds: Map<String, Value>,
-    /// What the scores are.
+    /// Measure of the scores.
     pub measure: Measure,
     /// One entry a cache, `full` first.
     pub runs: Vec<Run>,
     /// Caches that could not be made as small as a budget.
     pub skipped: Vec<Skipped>,
-    /// Of the items, for people to read.
+    /// Prompts of the items, for people to read.
     #[serde(skip)]
     pub prompts: Vec<String>,
 }
 
-/// What became of the items with one cache.
+/// Results of the items with one cache.
 #[derive(Debug, Clone, Serialize)]
 pub struct Run {
     /// The cache, as the command line names it.
     pub cache: String,
-    /// Its method's name.
+    /// Name of its method.
     pub method: &'static str,
-    /// What it is one of several sizes of: the cache as it was asked for where a budget chose the rest, else its
-    /// method.
+    /// Name of what it is one of several sizes of: the cache as it was asked for where a budget chose the rest, else its
+    /// method, or its method's variant.
     pub family: String,
     /// The budgets that its settings were chosen for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub budgets: Vec<String>,
-    /// As the task's [`Measure`] says.
+    /// Score, as the task's [`Measure`] says.
     pub score: f64,
     /// The lower end of the score's 95 % confidence interval; none of a single item.
     pub low: Option<f64>,
@@ -86,10 +86,10 @@ pub struct Run {
     pub high: Option<f64>,
     /// Bytes of the cache over FP16's, mean over the items.
     pub share: f64,
-    /// Of the items that `full` gets right, how many are still right, where items are right or wrong.
+    /// Items still right of those that `full` gets right, where items are right or wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
-    /// Where distributions are compared.
+    /// Differences of distributions, where these are compared.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub distributions: Option<Distributions>,
     /// Time that the items took.
@@ -98,16 +98,16 @@ pub struct Run {
     pub items: Vec<Outcome>,
 }
 
-/// Of the items that `full` gets right, how many another cache does.
+/// Items that another cache gets right of those that `full` does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Kept {
-    /// Those that `full` gets right.
+    /// Items that `full` gets right.
     pub of: usize,
-    /// Those of them that are right with this cache.
+    /// Items of these that are right with this cache.
     pub right: usize,
 }
 
-/// How distributions of the next token differ from the full cache's, beside their mean divergence.
+/// Differences of distributions of the next token from the full cache's, beside their mean divergence.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Distributions {
     /// The 99th percentile of the tokens' divergences, in nats.
@@ -123,11 +123,11 @@ pub struct Skipped {
     pub cache: String,
     /// The budget.
     pub budget: String,
-    /// Why.
+    /// Reason.
     pub reason: String,
 }
 
-/// How far an evaluation has come.
+/// Progress of an evaluation.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
     /// The cache that is run.
@@ -148,7 +148,7 @@ pub type OnProgress<'a> = dyn FnMut(Progress<'_>) -> ControlFlow<()> + 'a;
 /// and with the same results. What is in the folder when this returns is for [`ReportFolder::finish`] to complete.
 ///
 /// # Errors
-/// [`Error::Options`] for settings that no run can meet, [`Error::Interrupted`], [`Error::Report`], those of the model.
+/// [`Error::Options`] for settings that no run can meet, [`Error::Interrupted`], [`Error::File`], those of the model.
 pub fn evaluate(
     task: &dyn Task,
     model: &Model,
@@ -184,26 +184,28 @@ pub fn evaluate(
         let mut outcomes = Vec::with_capacity(order.len());
         let mut seconds = 0.0;
         for batch in order.chunks(options.batch) {
-            let saved = report.as_ref().and_then(|r| r.saved(&name, outcomes.len()));
-            if let Some(batch) = saved {
-                outcomes.extend(batch.outcomes.iter().cloned());
-                seconds += batch.seconds;
-                done += batch.outcomes.len();
-                continue;
-            }
-            let started = Instant::now();
-            let cache = name.as_str();
-            let mut on_step = || progress(Progress { cache, done, of });
-            let Some(made) = task.run(model, spec, batch, &mut on_step)? else {
-                return Err(Error::Interrupted);
+            let (cache, first) = (name.as_str(), outcomes.len());
+            let saved = report.as_ref().and_then(|r| r.saved(cache, first));
+            let batch = if let Some(batch) = saved.cloned() {
+                batch
+            } else {
+                let started = Instant::now();
+                let mut on_step = || progress(Progress { cache, done, of });
+                let made = task.run(model, spec, batch, &mut on_step)?;
+                let batch = Batch {
+                    cache: name.clone(),
+                    first,
+                    outcomes: made.ok_or(Error::Interrupted)?,
+                    seconds: started.elapsed().as_secs_f64(),
+                };
+                if let Some(report) = &mut report {
+                    report.append(&batch)?;
+                }
+                batch
             };
-            done += made.len();
-            let took = started.elapsed().as_secs_f64();
-            seconds += took;
-            if let Some(report) = &mut report {
-                report.save(&name, outcomes.len(), &made, took)?;
-            }
-            outcomes.extend(made);
+            done += batch.outcomes.len();
+            seconds += batch.seconds;
+            outcomes.extend(batch.outcomes);
         }
         Ok(Run::new(spec, budgets, task.measure(), seconds, outcomes))
     };
@@ -217,24 +219,21 @@ pub fn evaluate(
         };
         for budget in budgets {
             let named = budget.map(|b| b.to_string());
-            let chosen = match budget {
-                None => spec.clone(),
-                Some(budget) => {
-                    let chosen = spec.within(budget, &lengths(&runs[0]), &context);
-                    // Settings that a method refuses are found here, not in the middle of the run.
-                    let chosen = chosen.and_then(|spec| spec.build(&context).map(|_| spec));
-                    match chosen {
-                        Ok(chosen) => chosen,
-                        Err(error) => {
-                            skipped.push(Skipped {
-                                cache: spec.to_string(),
-                                budget: budget.to_string(),
-                                reason: error.to_string(),
-                            });
-                            of -= order.len();
-                            continue;
-                        }
-                    }
+            let chosen = budget.map_or(Ok(spec.clone()), |budget| {
+                let chosen = spec.within(budget, &lengths(&runs[0]), &context)?;
+                // Settings that a method refuses are found here, not in the middle of the run.
+                chosen.build(&context).map(|_| chosen)
+            });
+            let chosen = match chosen {
+                Ok(chosen) => chosen,
+                Err(error) => {
+                    skipped.push(Skipped {
+                        cache: spec.to_string(),
+                        budget: named.unwrap_or_default(),
+                        reason: error.to_string(),
+                    });
+                    of -= order.len();
+                    continue;
                 }
             };
             // Settings that leave nothing open are for no budget.
@@ -261,18 +260,39 @@ pub fn evaluate(
             });
         }
     }
+    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
     let prompts = order.iter().filter_map(|&item| task.prompt(item));
     Ok(Evaluation {
         task: task.name(),
         model: model.name.clone(),
         measure: task.measure(),
-        versions: versions(),
-        seeds: Map::from_iter([("items".to_owned(), json!(options.seed))]),
+        versions: named([
+            ("lexico", json!(env!("CARGO_PKG_VERSION"))),
+            ("target", json!(target)),
+        ]),
+        seeds: named([("items", json!(options.seed))]),
         settings,
         runs,
         skipped,
         prompts: prompts.map(str::to_owned).collect(),
     })
+}
+
+impl Evaluation {
+    /// A table of each group's scores, a row a cache: its header and its rows. `None` where items have no groups.
+    pub fn by_group(&self) -> Option<(Vec<&str>, Vec<Vec<String>>)> {
+        let names = groups(&self.runs.first()?.items).into_iter();
+        let mut header = vec!["cache"];
+        header.extend(names.map(|(name, _)| name));
+        let rows = self.runs.iter().map(|run| {
+            let groups = groups(&run.items).into_iter();
+            let score = |(_, items)| self.measure.print(self.measure.of(items).value);
+            std::iter::once(run.cache.clone())
+                .chain(groups.map(score))
+                .collect()
+        });
+        (header.len() > 1).then(|| (header, rows.collect()))
+    }
 }
 
 /// The items to run, in order.
@@ -281,7 +301,7 @@ fn order(task: &dyn Task, options: &EvaluateOptions) -> Result<Vec<usize>> {
     if options.batch == 0 {
         return refuse("a batch of 0 items is impossible: at least 1");
     }
-    let mut order: Vec<usize> = (0..task.len()).collect();
+    let mut order: Vec<usize> = (0..task.count()).collect();
     if let Some(seed) = options.seed {
         order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     }
@@ -318,13 +338,12 @@ fn settings(
     let dictionaries = model.dictionaries.as_ref().map(|set| {
         let mut checksum = crc32fast::Hasher::new();
         for layer in &set.layers {
-            for dictionary in [&layer.keys, &layer.values] {
-                checksum.update(&dictionary.checksum().to_le_bytes());
-            }
+            let mut sums = vec![layer.keys.checksum(), layer.values.checksum()];
             if let Some(codebooks) = &layer.codebooks {
-                for dictionary in [&codebooks.keys, &codebooks.values] {
-                    checksum.update(&dictionary.checksum().to_le_bytes());
-                }
+                sums.extend(codebooks.as_ref().map(|own| own.checksum()));
+            }
+            for sum in sums {
+                checksum.update(&sum.to_le_bytes());
             }
         }
         format!("{:08x}", checksum.finalize())
@@ -337,7 +356,7 @@ fn settings(
         ("task", json!(task.name())),
         ("model", json!(model.name)),
         ("fingerprint", json!(model.fingerprint()?)),
-        ("items", json!(options.items.min(task.len()))),
+        ("items", json!(options.items.min(task.count()))),
         ("seed", json!(options.seed)),
         ("batch_size", json!(options.batch)),
         ("caches", texts(&mut caches.iter().map(ToString::to_string))),
@@ -347,14 +366,8 @@ fn settings(
         ),
         ("dictionaries_crc32", json!(dictionaries)),
     ];
-    settings.extend(own.map(|(name, value)| (name.to_owned(), value)));
+    settings.extend(named(own));
     Ok(settings)
-}
-
-fn versions() -> Map<String, Value> {
-    let own = ("lexico".to_owned(), json!(env!("CARGO_PKG_VERSION")));
-    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
-    Map::from_iter([own, ("target".to_owned(), json!(target))])
 }
 
 /// The lengths that the items of a run had.
@@ -394,7 +407,7 @@ impl Run {
         Self {
             cache: spec.to_string(),
             method: spec.method().name,
-            family: spec.method().name.to_owned(),
+            family: spec.family().to_owned(),
             budgets,
             score: value,
             low: interval.map(|(low, _)| low),

@@ -5,11 +5,11 @@
 //! use std::ops::ControlFlow;
 //! use lexico_eval::evaluation::{EvaluateOptions, evaluate};
 //! use lexico_eval::questions::{AskOptions, Asked};
-//! use lexico_eval::tasks::problems::Problems;
+//! use lexico_eval::tasks::problems::problems;
 //! use lexico_llm::Model;
 //!
 //! let model = Model::tiny()?;
-//! let task = Asked::new(&model, Problems::new(1)?, AskOptions::default())?;
+//! let task = Asked::new(&model, problems(1)?, AskOptions::default())?;
 //! let caches = ["lexico:sparsity=16,window=16".parse()?];
 //! let options = EvaluateOptions { items: 1, ..Default::default() };
 //! let results = evaluate(&task, &model, &caches, &options, None, &mut |_| ControlFlow::Continue(()))?;
@@ -19,10 +19,8 @@
 //! ```
 
 mod data;
-pub mod dictionary;
 mod error;
 pub mod evaluation;
-pub mod learning;
 pub mod metrics;
 pub mod plot;
 pub mod questions;

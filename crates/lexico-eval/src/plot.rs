@@ -5,7 +5,7 @@ use std::fmt::Write;
 /// One plot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Panel {
-    /// What stands above it.
+    /// Title above it.
     pub title: String,
     /// The horizontal axis.
     pub x: Axis,
@@ -20,18 +20,26 @@ pub struct Panel {
 /// An axis of a plot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Axis {
-    /// What it shows.
+    /// Label.
     pub label: String,
-    /// How it shows it.
+    /// Scale.
     pub scale: Scale,
 }
 
-/// How an axis shows numbers.
+impl Axis {
+    /// Makes an axis.
+    pub fn new(label: impl Into<String>, scale: Scale) -> Self {
+        let label = label.into();
+        Self { label, scale }
+    }
+}
+
+/// Scale of an axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
-    /// From 0 on, with ticks at round numbers.
+    /// Linear from 0 on, with ticks at round numbers.
     FromZero,
-    /// Around the points, with ticks at round numbers.
+    /// Linear around the points, with ticks at round numbers.
     Linear,
     /// Powers of ten, and 2 and 5 of them where there is room. What is not above 0 is not drawn.
     Logarithmic,
@@ -44,22 +52,22 @@ pub enum Scale {
 /// One line of a plot.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Line {
-    /// What the legend calls it.
+    /// Name in the legend.
     pub name: String,
-    /// Its points, `(x, y)`, `x` rising.
+    /// Points, `(x, y)`, `x` rising.
     pub points: Vec<(f64, f64)>,
-    /// From where to where each point's bar reaches; none where there are none.
+    /// Ends of each point's bar; none where there are none.
     pub bars: Vec<(f64, f64)>,
 }
 
-/// How panels are laid out.
+/// Layout of panels.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Layout {
     /// Width and height of a panel's frame.
     pub frame: (f64, f64),
-    /// Where a row's legend is.
+    /// Place of a row's legend.
     pub legend: Legend,
-    /// What colours tell.
+    /// Meaning of colours.
     pub colours: Colours,
 }
 
@@ -73,7 +81,7 @@ impl Default for Layout {
     }
 }
 
-/// Where the legend is.
+/// Place of the legend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Legend {
     /// Right of the panels.
@@ -82,7 +90,7 @@ pub enum Legend {
     Below,
 }
 
-/// What colours tell.
+/// Meaning of colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colours {
     /// Lines that are in order: neighbours look alike.
@@ -118,26 +126,25 @@ const DISTINCT: [&str; 10] = [
 #[must_use]
 pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
     let panel = (LEFT + layout.frame.0 + RIGHT, TOP + layout.frame.1 + BOTTOM);
-    let lines = |row: &Vec<Panel>| row.first().map_or(0, |panel| panel.lines.len());
+    fn lines(row: &[Panel]) -> &[Line] {
+        row.first().map_or(&[], |panel| &panel.lines)
+    }
     let beside = layout.legend == Legend::Beside;
     // A column of entries is as wide as the longest name.
-    let names = rows.iter().flatten().flat_map(|panel| &panel.lines);
-    let longest = names
-        .map(|line| line.name.chars().count())
-        .max()
-        .unwrap_or(0);
-    let entry = 100f64.max(32.0 + 6.0 * longest as f64);
+    let lines_of_all = rows.iter().flatten().flat_map(|panel| &panel.lines);
+    let longest = lines_of_all.map(|line| line.name.chars().count()).max();
+    let entry = 100f64.max(32.0 + 6.0 * longest.unwrap_or(0) as f64);
     // Entries of a column, or columns of entries.
     let entries = ((panel.1 - TOP) / ENTRY) as usize;
     let columns = |row: &Vec<Panel>| ((row.len() as f64 * panel.0 / entry) as usize).max(1);
     let width = rows.iter().map(|row| {
-        let legend = lines(row).div_ceil(entries) as f64 * entry;
+        let legend = lines(row).len().div_ceil(entries) as f64 * entry;
         row.len() as f64 * panel.0 + if beside { legend } else { 0.0 }
     });
     let width = width.fold(0.0, f64::max);
     let legend = |row: &Vec<Panel>| match layout.legend {
         Legend::Beside => 0.0,
-        Legend::Below => lines(row).div_ceil(columns(row)) as f64 * ENTRY + 8.0,
+        Legend::Below => lines(row).len().div_ceil(columns(row)) as f64 * ENTRY + 8.0,
     };
     let height: f64 = rows.iter().map(|row| panel.1 + legend(row)).sum();
     let mut out = format!(
@@ -150,12 +157,7 @@ pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
         for (p, own) in row.iter().enumerate() {
             draw(&mut out, own, layout, p as f64 * panel.0 + LEFT, top + TOP);
         }
-        for (i, line) in row
-            .first()
-            .map_or(&[][..], |panel| &panel.lines)
-            .iter()
-            .enumerate()
-        {
+        for (i, line) in lines(row).iter().enumerate() {
             let (x, y) = if beside {
                 let x = row.len() as f64 * panel.0 + (i / entries) as f64 * entry;
                 (x, top + TOP + ((i % entries) as f64 + 0.5) * ENTRY)
@@ -164,7 +166,7 @@ pub fn svg(rows: &[Vec<Panel>], layout: Layout) -> String {
                 let y = top + panel.1 + ((i / columns(row)) as f64 + 0.5) * ENTRY;
                 (12.0 + column * entry, y)
             };
-            let style = Style::of(layout.colours, i, lines(row));
+            let style = Style::of(layout.colours, i, lines(row).len());
             stroke(&mut out, &[(x, y), (x + 18.0, y)], &style.colour, 2.0, "");
             if layout.colours == Colours::Distinct {
                 style.mark(&mut out, x + 9.0, y);
@@ -204,18 +206,19 @@ fn draw(out: &mut String, panel: &Panel, layout: Layout, left: f64, top: f64) {
             before = at;
         }
     }
-    stroke(
-        out,
-        &[(left, top), (left, bottom), (left + width, bottom)],
-        "#444",
-        1.0,
-        "",
-    );
+    let corner = [(left, top), (left, bottom), (left + width, bottom)];
+    stroke(out, &corner, "#444", 1.0, "");
     if let Some((name, value)) = &panel.level
         && y.shows(*value)
     {
         let at = at_y(*value);
-        stroke(out, &[(left, at), (left + width, at)], "#444", 1.2, "6 4");
+        stroke(
+            out,
+            &[(left, at), (left + width, at)],
+            "#444",
+            1.2,
+            " stroke-dasharray=\"6 4\"",
+        );
         // Above the line, or below it where the frame ends.
         let beside = if at - top < 14.0 { 13.0 } else { -5.0 };
         text(out, left + width - 2.0, at + beside, "end", name);
@@ -237,14 +240,9 @@ fn draw(out: &mut String, panel: &Panel, layout: Layout, left: f64, top: f64) {
             style.mark(out, x, y);
         }
     }
-    text(out, left + width / 2.0, top - 12.0, "middle", &panel.title);
-    text(
-        out,
-        left + width / 2.0,
-        bottom + 34.0,
-        "middle",
-        &panel.x.label,
-    );
+    let middle = left + width / 2.0;
+    text(out, middle, top - 12.0, "middle", &panel.title);
+    text(out, middle, bottom + 34.0, "middle", &panel.x.label);
     let (x, y) = (left - 50.0, top + height / 2.0);
     let _ = writeln!(
         out,
@@ -253,7 +251,7 @@ fn draw(out: &mut String, panel: &Panel, layout: Layout, left: f64, top: f64) {
     );
 }
 
-/// What an axis shows: from where to where, and its ticks with their names.
+/// Range of an axis, and its ticks with their names.
 struct Ticks {
     logarithmic: bool,
     first: f64,
@@ -262,8 +260,8 @@ struct Ticks {
 }
 
 impl Ticks {
-    /// For some values, with room for about `most` ticks.
-    fn of(scale: Scale, values: impl Iterator<Item = f64>, most: f64) -> Self {
+    /// Makes ticks for some values, with room for about `max` of them.
+    fn of(scale: Scale, values: impl Iterator<Item = f64>, max: f64) -> Self {
         let logarithmic = matches!(scale, Scale::Logarithmic | Scale::LogarithmicPlaces);
         let mut values: Vec<f64> = values
             .filter(|v| v.is_finite() && (!logarithmic || *v > 0.0))
@@ -284,7 +282,7 @@ impl Ticks {
         match scale {
             Scale::FromZero | Scale::Linear => {
                 let low = if scale == Scale::FromZero { 0.0 } else { low };
-                let step = step(if high > low { high - low } else { high.abs() }, most);
+                let step = step(if high > low { high - low } else { high.abs() }, max);
                 let first = (low / step + 1e-9).floor();
                 let last = (high / step - 1e-9).ceil().max(first + 1.0);
                 // No more digits than the steps have.
@@ -298,7 +296,7 @@ impl Ticks {
             Scale::Logarithmic => {
                 let (first, last) = (low.log10().floor(), high.log10().ceil());
                 let last = last.max(first + 1.0);
-                let digits: &[u8] = if (high / low).log10() * 3.0 <= most {
+                let digits: &[u8] = if (high / low).log10() * 3.0 <= max {
                     &[1, 2, 5]
                 } else {
                     &[1]
@@ -331,12 +329,12 @@ impl Ticks {
         ticks
     }
 
-    /// Whether a value has a place on the axis.
+    /// Returns true where a value has a place on the axis.
     fn shows(&self, value: f64) -> bool {
         value.is_finite() && (!self.logarithmic || value > 0.0)
     }
 
-    /// How far along the axis a value is, from 0 to 1; a single place is in the middle.
+    /// Place of a value along the axis, from 0 to 1; a single one is in the middle.
     fn along(&self, value: f64) -> f64 {
         let scale = |x: f64| if self.logarithmic { x.ln() } else { x };
         let (first, last) = (scale(self.first), scale(self.last));
@@ -348,21 +346,21 @@ impl Ticks {
     }
 }
 
-/// The distance of ticks, a 1, 2 or 5 of its power of ten, for a range with room for `most` of them.
-fn step(range: f64, most: f64) -> f64 {
+/// The distance of ticks, a 1, 2 or 5 of its power of ten, for a range with room for `max` of them.
+fn step(range: f64, max: f64) -> f64 {
     if !(range.is_normal() && range > 0.0) {
         return 1.0;
     }
-    let least = range / most.clamp(2.0, 8.0);
-    let power = 10f64.powf(least.log10().floor());
+    let min = range / max.clamp(2.0, 8.0);
+    let power = 10f64.powf(min.log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0].map(|digit| digit * power);
     steps
         .into_iter()
-        .find(|&step| step >= least * (1.0 - 1e-9))
+        .find(|&step| step >= min * (1.0 - 1e-9))
         .unwrap_or(10.0 * power)
 }
 
-/// How a line and its points look.
+/// Look of a line and its points.
 struct Style {
     colour: String,
     /// 0 is a disc.
@@ -405,34 +403,25 @@ impl Style {
                 return;
             }
         };
-        let corners: Vec<String> = corners
-            .iter()
-            .map(|(dx, dy)| format!("{:.1},{:.1}", x + dx, y + dy))
-            .collect();
-        let _ = writeln!(
-            out,
-            "<polygon points=\"{}\" fill=\"{colour}\"/>",
-            corners.join(" ")
-        );
+        let corners = joined(corners.iter().map(|(dx, dy)| (x + dx, y + dy)));
+        let _ = writeln!(out, "<polygon points=\"{corners}\" fill=\"{colour}\"/>");
     }
 }
 
 // Writing to a string cannot fail.
 
+/// Points as an attribute of SVG has them.
+fn joined(points: impl Iterator<Item = (f64, f64)>) -> String {
+    let points: Vec<String> = points.map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+    points.join(" ")
+}
+
+/// Draws a line through points; `dashes` is an attribute, or empty.
 fn stroke(out: &mut String, points: &[(f64, f64)], colour: &str, width: f64, dashes: &str) {
-    let dashes = if dashes.is_empty() {
-        String::new()
-    } else {
-        format!(" stroke-dasharray=\"{dashes}\"")
-    };
-    let points: Vec<String> = points
-        .iter()
-        .map(|(x, y)| format!("{x:.1},{y:.1}"))
-        .collect();
+    let points = joined(points.iter().copied());
     let _ = writeln!(
         out,
-        "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{dashes}/>",
-        points.join(" ")
+        "<polyline points=\"{points}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\"{dashes}/>"
     );
 }
 

@@ -9,73 +9,96 @@ use lexico_llm::generate::{GenerateOptions, Prompt, generate_batch};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Item, Judgement, Measure, Outcome, Task, Verdict};
+use crate::task::{Detail, Judgement, Measure, Outcome, Task};
+
+/// A text for the model to go on from, and the answer that it asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// Name in the results.
+    pub id: String,
+    /// The part of the task that it belongs to.
+    pub group: Option<String>,
+    /// The text.
+    pub prompt: String,
+    /// True where the text may be put as a message to a model that chats.
+    pub is_message: bool,
+    /// Max tokens that the model may add.
+    pub max_tokens: usize,
+    /// Texts that end what it adds.
+    pub stop: Vec<String>,
+    /// Answer that is asked for.
+    pub expected: String,
+}
+
+/// Verdict on the text that the model added to a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// Score from 0 to 1.
+    pub score: f64,
+    /// The answer in it, where there is one.
+    pub answer: Option<String>,
+}
+
+impl Verdict {
+    /// Scores an answer that must be the expected one to the letter.
+    pub fn exact(answer: Option<String>, expected: &str) -> Self {
+        Self {
+            score: f64::from(answer.as_deref() == Some(expected)),
+            answer,
+        }
+    }
+}
+
+/// Judges the text that the model added to the item of a number.
+pub type Judge = Box<dyn Fn(usize, &Item, &str) -> Verdict>;
 
 /// Prompts, and how what the model writes is judged.
-pub trait Questions {
+pub struct Questions {
     /// The task's name.
-    fn name(&self) -> &'static str;
-
-    /// What its scores are.
-    fn measure(&self) -> Measure {
-        Measure::Accuracy
-    }
-
-    /// All that decides what its prompts are.
-    fn settings(&self) -> Map<String, Value>;
-
+    pub name: &'static str,
+    /// Measure of its scores.
+    pub measure: Measure,
+    /// Settings that decide what its prompts are.
+    pub settings: Map<String, Value>,
     /// The prompts.
-    fn items(&self) -> &[Item];
-
-    /// The part of the task that an item belongs to.
-    fn group(&self, _item: usize) -> Option<&str> {
-        None
-    }
-
-    /// Whether an item's prompt may be put as a message to a model that chats.
-    fn is_message(&self, _item: usize) -> bool {
-        true
-    }
-
-    /// Judges what the model wrote after an item's prompt.
-    fn judge(&self, item: usize, text: &str) -> Verdict;
+    pub items: Vec<Item>,
+    /// Judges answers.
+    pub judge: Judge,
 }
 
-/// How prompts are put to the model.
+impl Questions {
+    /// Judges what the model wrote after the prompt of the item of that number.
+    pub fn judge(&self, number: usize, text: &str) -> Verdict {
+        (self.judge)(number, &self.items[number], text)
+    }
+}
+
+/// Way in which prompts are put to the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AskOptions {
-    /// As a user's message in the model's chat template, rather than as a text to go on from.
+    /// True for a user's message in the model's chat template, rather than a text to go on from.
     pub chat: bool,
-    /// What becomes of a prompt that is too long.
-    pub truncate: Truncate,
-}
-
-/// What becomes of a prompt that does not fit the model's context together with its answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Truncate {
-    /// It is refused.
-    #[default]
-    Never,
-    /// It loses its oldest tokens but the one that begins a text.
-    Left,
+    /// True to drop the oldest tokens, but the one that begins a text, of a prompt that does not fit the model's context
+    /// together with its answer, rather than refuse it.
+    pub truncate: bool,
 }
 
 /// Questions as a task.
-pub struct Asked<Q> {
-    questions: Q,
+pub struct Asked {
+    questions: Questions,
     options: AskOptions,
     template: Option<ChatTemplate>,
 }
 
-impl<Q: Questions> Asked<Q> {
+impl Asked {
     /// Prepares to ask the model.
     ///
     /// # Errors
     /// [`Error::Options`] where there are no questions, or the model has no chat template and is to chat.
-    pub fn new(model: &Model, questions: Q, options: AskOptions) -> Result<Self> {
+    pub fn new(model: &Model, questions: Questions, options: AskOptions) -> Result<Self> {
         let refuse = |reason: String| Err(Error::Options(reason));
-        if questions.items().is_empty() {
-            return refuse(format!("{}: there are no items", questions.name()));
+        if questions.items.is_empty() {
+            return refuse(format!("{}: there are no items", questions.name));
         }
         let template = model.chat_template()?.filter(|_| options.chat);
         if options.chat && template.is_none() {
@@ -93,25 +116,25 @@ impl<Q: Questions> Asked<Q> {
 
     /// The tokens of an item's prompt.
     fn tokens(&self, model: &Model, number: usize) -> Result<Vec<u32>> {
-        let item = &self.questions.items()[number];
+        let item = &self.questions.items[number];
         let mut tokens = match &self.template {
-            Some(template) if self.questions.is_message(number) => {
+            Some(template) if item.is_message => {
                 let message = Message::new("user", &item.prompt);
                 let text = template.render(&[message], true)?;
                 model.tokenizer.encode_more(&text)?
             }
             _ => model.tokenizer.encode_first(&item.prompt)?,
         };
-        let (id, length, most) = (&item.id, tokens.len(), item.max_tokens);
+        let (id, length, max) = (&item.id, tokens.len(), item.max_tokens);
         let context = model.decoder.config().context;
-        let room = context.saturating_sub(most);
+        let room = context.saturating_sub(max);
         if length == 0 {
             return Err(Error::Options(format!("item {id}: its prompt is empty")));
         }
         if length > room {
-            if self.options.truncate == Truncate::Never || room < 2 {
+            if !self.options.truncate || room < 2 {
                 return Err(Error::Options(format!(
-                    "item {id}: its prompt of {length} tokens and {most} tokens of an answer do not fit the model's \
+                    "item {id}: its prompt of {length} tokens and {max} tokens of an answer do not fit the model's \
                      context of {context}; ask for shorter prompts or answers, or drop the oldest tokens of prompts \
                      that are too long with --truncate"
                 )));
@@ -122,27 +145,22 @@ impl<Q: Questions> Asked<Q> {
     }
 }
 
-impl<Q: Questions> Task for Asked<Q> {
+impl Task for Asked {
     fn name(&self) -> &'static str {
-        self.questions.name()
+        self.questions.name
     }
 
     fn measure(&self) -> Measure {
-        self.questions.measure()
+        self.questions.measure
     }
 
     fn settings(&self) -> Map<String, Value> {
-        let mut settings = self.questions.settings();
+        let mut settings = self.questions.settings.clone();
         settings.insert("chat".to_owned(), self.options.chat.into());
-        let truncate = self.options.truncate == Truncate::Left;
-        settings.insert("truncate".to_owned(), truncate.into());
+        settings.insert("truncate".to_owned(), self.options.truncate.into());
         let mut checksum = crc32fast::Hasher::new();
-        for (number, item) in self.questions.items().iter().enumerate() {
-            for text in [
-                &item.id,
-                &item.prompt,
-                &self.questions.judge(number, "").expected,
-            ] {
+        for item in &self.questions.items {
+            for text in [&item.id, &item.prompt, &item.expected] {
                 checksum.update(text.as_bytes());
                 checksum.update(&[0xff]);
             }
@@ -152,8 +170,8 @@ impl<Q: Questions> Task for Asked<Q> {
         settings
     }
 
-    fn len(&self) -> usize {
-        self.questions.items().len()
+    fn count(&self) -> usize {
+        self.questions.items.len()
     }
 
     fn check(&self, model: &Model, items: &[usize]) -> Result<()> {
@@ -163,7 +181,7 @@ impl<Q: Questions> Task for Asked<Q> {
     }
 
     fn prompt(&self, item: usize) -> Option<&str> {
-        Some(&self.questions.items()[item].prompt)
+        Some(&self.questions.items[item].prompt)
     }
 
     fn run(
@@ -180,7 +198,7 @@ impl<Q: Questions> Task for Asked<Q> {
         let limits: Vec<GenerateOptions> = items
             .iter()
             .map(|&item| {
-                let item = &self.questions.items()[item];
+                let item = &self.questions.items[item];
                 GenerateOptions {
                     max_tokens: item.max_tokens,
                     stop: item.stop.clone(),
@@ -203,12 +221,13 @@ impl<Q: Questions> Task for Asked<Q> {
         };
         let config = model.decoder.config();
         let outcomes = items.iter().zip(generated).zip(caches.iter().zip(&tokens));
-        let outcomes = outcomes.map(|((&item, generated), (cache, tokens))| {
-            let verdict = self.questions.judge(item, &generated.text);
+        let outcomes = outcomes.map(|((&number, generated), (cache, tokens))| {
+            let item = &self.questions.items[number];
+            let verdict = self.questions.judge(number, &generated.text);
             let positions = cache.len();
             Outcome {
-                id: self.questions.items()[item].id.clone(),
-                group: self.questions.group(item).map(str::to_owned),
+                id: item.id.clone(),
+                group: item.group.clone(),
                 score: verdict.score,
                 share: cache.footprint().total() as f64 / config.fp16_cache_bytes(positions) as f64,
                 prompt_positions: tokens.len(),
@@ -216,7 +235,7 @@ impl<Q: Questions> Task for Asked<Q> {
                 detail: Detail::Answer {
                     text: generated.text,
                     answer: verdict.answer,
-                    expected: verdict.expected,
+                    expected: item.expected.clone(),
                     verdict: Judgement::of(verdict.score),
                 },
             }

@@ -11,11 +11,11 @@ const T: [f64; 30] = [
 ];
 
 /// A figure and its 95 % confidence interval.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Estimate {
     /// The figure.
     pub value: f64,
-    /// From where to where; none where there is too little to tell.
+    /// Interval, from where to where; none where there is too little to tell.
     pub interval: Option<(f64, f64)>,
 }
 
@@ -42,10 +42,7 @@ impl Estimate {
 /// `right` of `of` (Wilson 1927); with none, nothing is known.
 pub fn share(right: usize, of: usize) -> Estimate {
     if of == 0 {
-        return Estimate {
-            value: 0.0,
-            interval: None,
-        };
+        return Estimate::default();
     }
     let (p, n) = (right as f64 / of as f64, of as f64);
     let denominator = 1.0 + Z * Z / n;
@@ -70,29 +67,28 @@ pub fn mean(numbers: &[f64]) -> Estimate {
 /// The mean of groups' means, each counting alike; the interval needs two numbers of each.
 pub fn mean_of_groups(groups: &[Vec<f64>]) -> Estimate {
     let n = groups.len().max(1) as f64;
-    let value = groups.iter().map(|group| moments(group).0).sum::<f64>() / n;
-    // Welch and Satterthwaite's degrees of freedom.
-    let (mut sum, mut squares) = (0.0, 0.0);
-    for group in groups {
-        let Some(variance) = moments(group).1 else {
-            return Estimate {
-                value,
-                interval: None,
-            };
+    let (means, variances): (Vec<f64>, Vec<Option<f64>>) =
+        groups.iter().map(|group| moments(group)).unzip();
+    let value = means.iter().sum::<f64>() / n;
+    let variances: Option<Vec<f64>> = variances.into_iter().collect();
+    let error = variances.filter(|_| !groups.is_empty()).map(|variances| {
+        // Welch and Satterthwaite's degrees of freedom.
+        let (mut sum, mut squares) = (0.0, 0.0);
+        for (variance, group) in variances.iter().zip(groups) {
+            let own = variance / group.len() as f64;
+            sum += own;
+            squares += own * own / (group.len() - 1) as f64;
+        }
+        let freedom: f64 = if squares > 0.0 {
+            sum * sum / squares
+        } else {
+            1.0
         };
-        let own = variance / group.len() as f64;
-        sum += own;
-        squares += own * own / (group.len() - 1) as f64;
-    }
-    let freedom = if squares > 0.0 {
-        sum * sum / squares
-    } else {
-        1.0
-    };
-    let error = sum.sqrt() / n * quantile(freedom as usize);
+        sum.sqrt() / n * quantile(freedom as usize)
+    });
     Estimate {
         value,
-        interval: (!groups.is_empty()).then_some((value - error, value + error)),
+        interval: error.map(|error| (value - error, value + error)),
     }
 }
 
@@ -142,7 +138,7 @@ mod tests {
         }
     }
 
-    /// Of R's `prop.test(k, n, correct = FALSE)`.
+    /// Values of R's `prop.test(k, n, correct = FALSE)`.
     #[test]
     fn intervals_of_shares_are_wilsons() {
         close(share(8, 10), [0.8, 0.490_16, 0.943_32]);
@@ -165,7 +161,7 @@ mod tests {
         assert_eq!((lone.value, lone.interval), (0.75, None));
     }
 
-    /// Of R's `qt(0.975, n)`.
+    /// Values of R's `qt(0.975, n)`.
     #[test]
     fn quantiles_go_on_where_the_table_ends() {
         for (freedom, expected) in [

@@ -1,4 +1,4 @@
-//! What a task is: some items, each run with a cache and given a score.
+//! Tasks: some items, each run with a cache and given a score.
 
 use std::ops::ControlFlow;
 
@@ -10,59 +10,32 @@ use serde_json::{Map, Value};
 use crate::error::Result;
 use crate::statistics::{self, Estimate};
 
-/// A text for the model to go on from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Item {
-    /// Its name in the results.
-    pub id: String,
-    /// The text.
-    pub prompt: String,
-    /// Most tokens that the model may add.
-    pub max_tokens: usize,
-    /// Texts that end what it adds.
-    pub stop: Vec<String>,
-}
-
-/// What a task makes of the text that the model added.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
-    /// From 0 to 1.
-    pub score: f64,
-    /// The answer in it, where there is one.
-    pub answer: Option<String>,
-    /// What was asked for.
-    pub expected: String,
-}
-
 /// Items that are run with each cache and scored.
 pub trait Task {
-    /// Its name.
+    /// Name.
     fn name(&self) -> &'static str;
 
-    /// What its scores are.
+    /// Measure of its scores.
     fn measure(&self) -> Measure;
 
     /// All that decides what its items are, for the results and so that an interrupted run goes on with the same.
     fn settings(&self) -> Map<String, Value>;
 
     /// Number of items.
-    fn len(&self) -> usize;
-
-    /// Whether there are none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
+    fn count(&self) -> usize;
 
     /// Refuses items that the model cannot be given.
     ///
     /// # Errors
-    /// As the task says.
+    /// Those of the task.
     fn check(&self, _model: &Model, _items: &[usize]) -> Result<()> {
         Ok(())
     }
 
     /// The prompt of an item, where it has one, for people to read.
-    fn prompt(&self, item: usize) -> Option<&str>;
+    fn prompt(&self, _item: usize) -> Option<&str> {
+        None
+    }
 
     /// Runs some items together with their caches held as `cache`, in the order given. `on_step` is called at every
     /// step and may break off: `None` then.
@@ -86,7 +59,7 @@ pub(crate) fn named<const N: usize>(settings: [(&str, Value); N]) -> Map<String,
         .collect()
 }
 
-/// What the scores of a task are.
+/// Measure of a task's scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
@@ -94,8 +67,6 @@ pub enum Measure {
     Accuracy,
     /// Items score from 0 to 1; the score is the mean of the groups' means.
     GroupMean,
-    /// Items score from 0 to 1; the score is their mean.
-    Mean,
     /// An item's score is its mean negative log likelihood a token; of all, the exponential of the mean.
     Perplexity,
     /// An item's score is its mean Kullback–Leibler divergence a token, in nats; of all, the mean.
@@ -103,27 +74,25 @@ pub enum Measure {
 }
 
 impl Measure {
-    /// What the score is called.
+    /// Name of the score.
     pub fn name(self) -> &'static str {
         match self {
             Measure::Accuracy => "accuracy",
-            Measure::GroupMean | Measure::Mean => "score",
+            Measure::GroupMean => "score",
             Measure::Perplexity => "perplexity",
             Measure::Divergence => "KL divergence",
         }
     }
 
-    /// Whether scores are shares, printed in per cent.
+    /// Returns true where scores are shares, printed in per cent.
     pub fn is_share(self) -> bool {
-        matches!(self, Measure::Accuracy | Measure::GroupMean | Measure::Mean)
+        matches!(self, Measure::Accuracy | Measure::GroupMean)
     }
 
-    /// A score as people read it.
+    /// Prints a score as people read it.
     pub fn print(self, score: f64) -> String {
         match self {
-            Measure::Accuracy | Measure::GroupMean | Measure::Mean => {
-                format!("{:.1} %", 100.0 * score)
-            }
+            Measure::Accuracy | Measure::GroupMean => format!("{:.1} %", 100.0 * score),
             Measure::Perplexity => format!("{score:.3}"),
             Measure::Divergence => format!("{score:.5}"),
         }
@@ -141,7 +110,6 @@ impl Measure {
                 let right = outcomes.iter().filter(|outcome| outcome.score >= 1.0);
                 statistics::share(right.count(), outcomes.len())
             }
-            Measure::Mean => statistics::mean(&scores(&outcomes)).clamped(0.0, 1.0),
             Measure::Divergence => statistics::mean(&scores(&outcomes)).clamped(0.0, f64::INFINITY),
             Measure::Perplexity => statistics::mean(&scores(&outcomes)).map(f64::exp),
             Measure::GroupMean => {
@@ -157,20 +125,28 @@ impl Measure {
 pub fn groups<'a>(
     outcomes: impl IntoIterator<Item = &'a Outcome>,
 ) -> Vec<(&'a str, Vec<&'a Outcome>)> {
-    let mut groups: Vec<(&str, Vec<&Outcome>)> = Vec::new();
-    for outcome in outcomes {
-        let Some(name) = outcome.group.as_deref() else {
-            continue;
-        };
-        match groups.iter_mut().find(|(there, _)| *there == name) {
-            Some((_, group)) => group.push(outcome),
-            None => groups.push((name, vec![outcome])),
-        }
-    }
-    groups
+    let outcomes: Vec<&Outcome> = outcomes.into_iter().collect();
+    let names = unique(outcomes.iter().filter_map(|o| o.group.as_deref()));
+    let group = |name| {
+        let own = outcomes.iter().copied();
+        let own = own.filter(|outcome| outcome.group.as_deref() == Some(name));
+        (name, own.collect())
+    };
+    names.into_iter().map(group).collect()
 }
 
-/// What became of an item.
+/// The different ones among some, in the order in which they come up.
+pub(crate) fn unique<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut unique = Vec::new();
+    for one in all {
+        if !unique.contains(&one) {
+            unique.push(one);
+        }
+    }
+    unique
+}
+
+/// Outcome of an item.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// The item.
@@ -178,7 +154,7 @@ pub struct Outcome {
     /// The part of the task that it belongs to: a data set, a subject, a depth.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// As the task's [`Measure`] says.
+    /// Score, as the task's [`Measure`] says.
     pub score: f64,
     /// Bytes of the cache at the end over FP16's.
     pub share: f64,
@@ -186,25 +162,25 @@ pub struct Outcome {
     pub prompt_positions: usize,
     /// Positions in the cache at the end.
     pub positions: usize,
-    /// What the score comes from.
+    /// Details that the score comes from.
     #[serde(flatten)]
     pub detail: Detail,
 }
 
-/// What the score of an answer means.
+/// Meaning of an answer's score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Judgement {
-    /// It is 1.
+    /// Score of 1.
     Right,
-    /// It is in between.
+    /// Score in between.
     Partial,
-    /// It is 0.
+    /// Score of 0.
     Wrong,
 }
 
 impl Judgement {
-    /// Of a score from 0 to 1.
+    /// Judges a score from 0 to 1.
     pub fn of(score: f64) -> Self {
         if score >= 1.0 {
             Self::Right
@@ -216,19 +192,19 @@ impl Judgement {
     }
 }
 
-/// What the score of an item comes from.
+/// Details that the score of an item comes from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Detail {
     /// A text that answers a question.
     Answer {
-        /// What the model wrote.
+        /// Text that the model wrote.
         text: String,
         /// The answer in it, where there is one.
         answer: Option<String>,
-        /// What was asked for.
+        /// Answer that was asked for.
         expected: String,
-        /// What the score means.
+        /// Meaning of the score.
         verdict: Judgement,
     },
     /// Distributions of the next token, beside those with the full cache.
@@ -270,7 +246,7 @@ mod tests {
             outcome(Some("b"), 0.1),
         ];
         assert!((Measure::GroupMean.of(&outcomes).value - 0.6).abs() < 1e-12);
-        assert!((Measure::Mean.of(&outcomes).value - 0.4).abs() < 1e-12);
+        assert!((Measure::Divergence.of(&outcomes).value - 0.4).abs() < 1e-12);
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::path::Path;
 
 use lexico_eval::Error;
 use lexico_eval::evaluation::{EvaluateOptions, Evaluation, evaluate};
-use lexico_eval::questions::{AskOptions, Asked, Questions, Truncate};
+use lexico_eval::questions::{AskOptions, Asked, Item, Questions, Verdict};
 use lexico_eval::report::folder::ReportFolder;
-use lexico_eval::task::{Item, Task, Verdict};
-use lexico_eval::tasks::problems::Problems;
+use lexico_eval::task::{Measure, Task};
+use lexico_eval::tasks;
 use lexico_llm::Model;
 use lexico_llm::cache::CacheSpec;
 use serde_json::{Map, Value};
@@ -19,8 +19,9 @@ fn caches(texts: &[&str]) -> Vec<CacheSpec> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
-fn problems(model: &Model) -> Asked<Problems> {
-    Asked::new(model, Problems::new(0).unwrap(), AskOptions::default()).unwrap()
+fn problems(model: &Model) -> Asked {
+    let problems = tasks::problems::problems(0).unwrap();
+    Asked::new(model, problems, AskOptions::default()).unwrap()
 }
 
 fn options(items: usize) -> EvaluateOptions {
@@ -108,6 +109,9 @@ fn an_interrupted_run_goes_on_with_the_same_results() {
         "{page}"
     );
     assert!(page.contains("<svg") && page.contains("lexico:sparsity=8,window=4"));
+    assert!(
+        page.contains("<dt>chat</dt><dd>false</dd>") && page.contains("<dt>seed</dt><dd>3</dd>")
+    );
     // A finished report is never written over.
     for resume in [false, true] {
         let error = ReportFolder::open(&folder, resume)
@@ -224,28 +228,17 @@ fn budgets_are_kept_to_and_what_cannot_be_is_left_out() {
     assert!(mean <= 104_000.0, "{mean}");
 }
 
-/// One prompt of a given length.
-struct Long(Vec<Item>);
-
-impl Questions for Long {
-    fn name(&self) -> &'static str {
-        "long"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        Map::new()
-    }
-
-    fn items(&self) -> &[Item] {
-        &self.0
-    }
-
-    fn judge(&self, _: usize, text: &str) -> Verdict {
-        Verdict {
+/// Prompts whose answers are half right.
+fn questions(items: Vec<Item>) -> Questions {
+    Questions {
+        name: "long",
+        measure: Measure::Accuracy,
+        settings: Map::new(),
+        items,
+        judge: Box::new(|_, _, text| Verdict {
             score: 0.5,
             answer: Some(text.to_owned()),
-            expected: String::new(),
-        }
+        }),
     }
 }
 
@@ -254,8 +247,11 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
     let model = Model::tiny().unwrap();
     let context = model.decoder.config().context;
     let long = |max_tokens| {
-        Long(vec![Item {
+        questions(vec![Item {
             id: "the long one".to_owned(),
+            group: None,
+            is_message: true,
+            expected: String::new(),
             prompt: "Ana has 3 coins. ".repeat(1000),
             max_tokens,
             stop: Vec::new(),
@@ -269,14 +265,14 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
         let asked = Asked::new(&model, long(max_tokens), options).unwrap();
         asked.check(&model, &[0]).map(|()| asked)
     };
-    let error = ask(4, Truncate::Never).err().unwrap().to_string();
+    let error = ask(4, false).err().unwrap().to_string();
     assert!(
         error.contains("the long one") && error.contains("--truncate"),
         "{error}"
     );
-    assert!(ask(context, Truncate::Left).is_err());
-    assert!(Asked::new(&model, Long(vec![]), AskOptions::default()).is_err());
-    let cut = ask(4, Truncate::Left).unwrap();
+    assert!(ask(context, true).is_err());
+    assert!(Asked::new(&model, questions(vec![]), AskOptions::default()).is_err());
+    let cut = ask(4, true).unwrap();
     let full = "full".parse().unwrap();
     let outcomes = cut.run(&model, &full, &[0], &mut || ControlFlow::Continue(()));
     let outcomes = outcomes.unwrap().unwrap();
@@ -285,7 +281,7 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
     // A model without a chat template cannot be asked in chat.
     let chat = AskOptions {
         chat: true,
-        truncate: Truncate::Left,
+        truncate: true,
     };
     assert!(Asked::new(&model, long(4), chat).is_err());
 }

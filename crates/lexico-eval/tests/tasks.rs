@@ -4,10 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use lexico_eval::questions::Questions;
-use lexico_eval::task::Item;
-use lexico_eval::tasks::gsm8k::{Extraction, Gsm8k};
-use lexico_eval::tasks::longbench::{DATASETS, LongBench, LongBenchOptions, Prompts};
+use lexico_eval::questions::Item;
+use lexico_eval::tasks::gsm8k::{self, Extraction};
+use lexico_eval::tasks::longbench::{self, DATASETS, Dataset, Form, LongBenchOptions, Prompts};
 use lexico_llm::Model;
 use serde_json::{Value, json};
 
@@ -46,14 +45,14 @@ fn gsm8k_prompts_are_the_harnesss() {
         folder.join("gsm8k_test.jsonl"),
         folder.join("gsm8k_train.jsonl"),
     );
-    let read = |shots, extraction| Gsm8k::read(&test, &train, shots, extraction).unwrap();
+    let read = |shots, extraction| gsm8k::read(&test, &train, shots, extraction).unwrap();
     let five = read(5, Extraction::Strict);
-    assert_eq!(five.items().len(), 1319);
+    assert_eq!(five.items.len(), 1319);
     assert_eq!(golden["prompts"].as_array().unwrap().len(), 1319);
-    agrees(five.items(), &golden["prompts"]);
-    agrees(read(0, Extraction::Strict).items(), &golden["zero_shot"]);
-    agrees(read(8, Extraction::Strict).items(), &golden["eight_shot"]);
-    assert_eq!(json!(five.items()[0].stop), golden["until"]);
+    agrees(&five.items, &golden["prompts"]);
+    agrees(&read(0, Extraction::Strict).items, &golden["zero_shot"]);
+    agrees(&read(8, Extraction::Strict).items, &golden["eight_shot"]);
+    assert_eq!(json!(five.items[0].stop), golden["until"]);
 
     // Every worked answer is right.
     let lines = std::fs::read_to_string(&test).unwrap();
@@ -99,10 +98,10 @@ fn longbench_prompts_are_the_published_ones() {
         seed: None,
         context: 10_000,
     };
-    let set = LongBench::read(data.path(), &prompts, &model.tokenizer, &options).unwrap();
-    assert_eq!(set.items().len(), 16);
-    for (number, item) in set.items().iter().enumerate() {
-        let name = set.dataset(number).name;
+    let set = longbench::read(data.path(), &prompts, &model.tokenizer, &options).unwrap();
+    assert_eq!(set.items.len(), 16);
+    for (item, Dataset { name, .. }) in set.items.iter().zip(DATASETS) {
+        assert_eq!(item.group.as_deref(), Some(name));
         // The record's braces are none of the template's.
         let template = templates[name].as_str().unwrap();
         let (before, after) = template.split_once("{context}").unwrap();
@@ -113,7 +112,7 @@ fn longbench_prompts_are_the_published_ones() {
     }
     let plain: Vec<&str> = DATASETS
         .iter()
-        .filter(|dataset| !dataset.is_message)
+        .filter(|dataset| dataset.form != Form::Asked)
         .map(|dataset| dataset.name)
         .collect();
     assert_eq!(plain, ["trec", "triviaqa", "samsum", "lcc", "repobench-p"]);

@@ -2,6 +2,7 @@
 
 use minijinja::value::Kwargs;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
+use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -11,12 +12,12 @@ use crate::error::{Error, Result};
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
-    /// What was said.
+    /// Text of the message.
     pub content: String,
 }
 
 impl Message {
-    /// A message of this role.
+    /// Makes a message of this role.
     pub fn new(role: &str, content: &str) -> Self {
         Self {
             role: role.to_owned(),
@@ -43,9 +44,8 @@ impl ChatTemplate {
         // Some converters write the name of a template that llama.cpp has built in.
         if !source.contains("{{") && !source.contains("{%") {
             let start: String = source.chars().take(40).collect();
-            return Err(Error::Chat(format!(
-                "it is no template, only the text {start:?}; --no-chat does without it"
-            )));
+            let reason = format!("it is no template, only the text {start:?}");
+            return Err(Error::Chat(reason));
         }
         let mut environment = Environment::new();
         // As transformers sets Jinja up.
@@ -55,14 +55,8 @@ impl ChatTemplate {
         // Steps are counted, not bytes: text that a template doubles again and again is not.
         environment.set_fuel(Some(50_000_000));
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> std::result::Result<Value, _> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
         let parsed = environment.add_template_owned(NAME, source.to_owned());
@@ -73,7 +67,7 @@ impl ChatTemplate {
         })
     }
 
-    /// The text of a conversation, and with `answer` the beginning of the model's next message.
+    /// Returns the text of a conversation, and with `answer` the beginning of the model's next message.
     ///
     /// # Errors
     /// [`Error::Chat`] with the template's own words where it refuses the conversation.
@@ -91,6 +85,11 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).map_err(refused)?;
         template.render(context).map_err(refused)
     }
+}
+
+/// Refuses a conversation with the template's words.
+fn raise_exception(message: String) -> std::result::Result<Value, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
 }
 
 /// The time of day where the program runs, as transformers gives it to templates.

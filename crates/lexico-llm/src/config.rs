@@ -6,14 +6,14 @@ use std::path::Path;
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
 use serde::Deserialize;
 
-use crate::error::{Error, Result, io};
+use crate::error::{Error, Result, io, refused};
 
-/// Architectures that the decoder runs.
-const ARCHITECTURES: [&str; 4] = [
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
+/// Architectures that the decoder runs: [`Config::biases`] and [`Config::head_norms`] of each.
+const ARCHITECTURES: [(&str, bool, bool); 4] = [
+    ("LlamaForCausalLM", false, false),
+    ("MistralForCausalLM", false, false),
+    ("Qwen2ForCausalLM", true, false),
+    ("Qwen3ForCausalLM", false, true),
 ];
 /// Kinds of rotary embedding that the decoder runs.
 const ROTARY_KINDS: [&str; 2] = ["default", "llama3"];
@@ -43,13 +43,13 @@ pub struct Config {
     pub norm_epsilon: f64,
     /// The rotary embedding.
     pub rotary: Rotary,
-    /// Whether queries, keys and values have biases (Qwen 2).
+    /// True where queries, keys and values have biases (Qwen 2).
     pub biases: bool,
-    /// Whether every query and key head is normalised before rotation (Qwen 3).
+    /// True where every query and key head is normalised before rotation (Qwen 3).
     pub head_norms: bool,
     /// Positions that a query sees, its own among them; all where there is none (Mistral 0.1).
     pub window: Option<usize>,
-    /// Whether the output head is the embedding.
+    /// True where the output head is the embedding.
     pub tied_head: bool,
     /// End-of-text tokens.
     pub end_tokens: Vec<u32>,
@@ -60,46 +60,57 @@ pub struct Config {
 pub struct Rotary {
     /// Base of the frequencies.
     pub theta: f64,
-    /// How frequencies are scaled for long contexts.
+    /// Scaling of frequencies for long contexts.
     pub scaling: RotaryScaling,
 }
 
-/// How a rotary embedding's frequencies are scaled.
+/// Scaling of a rotary embedding's frequencies.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RotaryScaling {
     /// Not at all.
     None,
-    /// As in Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between
+    /// Scaling of Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between
     /// blended.
-    Llama3 {
-        /// What long wavelengths are divided by.
-        factor: f64,
-        /// Wavelengths above `original_context / low_frequency_factor` are long.
-        low_frequency_factor: f64,
-        /// Wavelengths below `original_context / high_frequency_factor` are short.
-        high_frequency_factor: f64,
-        /// Positions that the model was first trained on.
-        original_context: f64,
-    },
+    Llama3(Llama3Scaling),
     /// Each frequency is divided by a factor of its own, `[m / 2]`, as GGUF files have it.
     Factors(Vec<f32>),
 }
 
-/// Names and shapes of the weights of a layer.
-pub(crate) struct LayerWeights {
-    /// Before attention, and before the feed-forward part.
-    pub(crate) norms: [(String, usize); 2],
-    /// Of every query head, and of every key head, where the family has them.
-    pub(crate) head_norms: Option<[(String, usize); 2]>,
-    /// Of queries, keys, values and attention's output; gate, up and down.
-    pub(crate) linears: [LinearWeights; 7],
+/// Constants of [`RotaryScaling::Llama3`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Llama3Scaling {
+    /// Divisor of long wavelengths.
+    pub factor: f64,
+    /// Wavelengths above `original_context / low_frequency_factor` are long.
+    pub low_frequency_factor: f64,
+    /// Wavelengths below `original_context / high_frequency_factor` are short.
+    pub high_frequency_factor: f64,
+    /// Positions that the model was first trained on.
+    pub original_context: f64,
 }
 
-/// Names and shapes of a matrix, `[out, in]`, and of its bias where the family has one.
-pub(crate) struct LinearWeights {
-    pub(crate) matrix: (String, [usize; 2]),
-    pub(crate) bias: Option<(String, usize)>,
+/// Name and shape of a weight: `[out, in]` of a matrix.
+pub(crate) type Weight = (String, Vec<usize>);
+
+/// The weights of a layer.
+pub(crate) struct LayerWeights {
+    /// Norms before attention, and before the feed-forward part.
+    pub(crate) norms: [Weight; 2],
+    /// Norms of every query head, and of every key head, where the family has them.
+    pub(crate) head_norms: Option<[Weight; 2]>,
+    /// Matrices of queries, keys, values and attention's output; gate, up and down; each with its bias where the
+    /// family has one.
+    pub(crate) linears: [(Weight, Option<Weight>); 7],
 }
+
+/// The constants of Llama 3.1 8B. Every published model has them, but for the factor; GGUF files hold the frequencies'
+/// factors only.
+pub(crate) const LLAMA3: Llama3Scaling = Llama3Scaling {
+    factor: 8.0,
+    low_frequency_factor: 1.0,
+    high_frequency_factor: 4.0,
+    original_context: 8192.0,
+};
 
 impl Rotary {
     /// The frequencies of a head's pairs, `[m / 2]`; in f32 as PyTorch transformers computes them.
@@ -111,17 +122,13 @@ impl Rotary {
         match &self.scaling {
             RotaryScaling::None => plain.collect(),
             RotaryScaling::Factors(factors) => plain.zip(factors).map(|(x, f)| x / f).collect(),
-            &RotaryScaling::Llama3 {
-                factor,
-                low_frequency_factor: low,
-                high_frequency_factor: high,
-                original_context,
-            } => {
+            RotaryScaling::Llama3(own) => {
+                let (low, high) = (own.low_frequency_factor, own.high_frequency_factor);
                 let scaled = |frequency: f32| {
                     let frequency = f64::from(frequency);
-                    let wavelengths = original_context * frequency / std::f64::consts::TAU;
+                    let wavelengths = own.original_context * frequency / std::f64::consts::TAU;
                     let kept = ((wavelengths - low) / (high - low)).clamp(0.0, 1.0);
-                    ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+                    ((1.0 - kept) * frequency / own.factor + kept * frequency) as f32
                 };
                 plain.map(scaled).collect()
             }
@@ -137,17 +144,14 @@ impl Rotary {
                 parameters.extend(named.map(|(i, &f)| (format!("factor_{i:03}"), f64::from(f))));
                 "factors"
             }
-            &RotaryScaling::Llama3 {
-                factor,
-                low_frequency_factor,
-                high_frequency_factor,
-                original_context,
-            } => {
-                parameters.insert("factor".to_owned(), factor);
-                parameters.insert("low_freq_factor".to_owned(), low_frequency_factor);
-                parameters.insert("high_freq_factor".to_owned(), high_frequency_factor);
-                let original = "original_max_position_embeddings";
-                parameters.insert(original.to_owned(), original_context);
+            RotaryScaling::Llama3(own) => {
+                let named = [
+                    ("factor", own.factor),
+                    ("low_freq_factor", own.low_frequency_factor),
+                    ("high_freq_factor", own.high_frequency_factor),
+                    ("original_max_position_embeddings", own.original_context),
+                ];
+                parameters.extend(named.map(|(name, number)| (name.to_owned(), number)));
                 "llama3"
             }
         };
@@ -163,60 +167,51 @@ impl Config {
     /// Reads the `config.json` of a model folder.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::MissingFile`], and those of [`Config::parse`].
+    /// [`Error::Io`], [`Error::File`], and those of [`Config::parse`].
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let text = String::from_utf8(read_required(folder, "config.json")?);
-        let text = text.map_err(|_| Error::Config {
-            path: path.clone(),
-            reason: "it is not UTF-8 text".to_owned(),
-        })?;
+        let text = text.map_err(|_| refused(&path, "it is not UTF-8 text"))?;
         Self::parse(&text, &path)
     }
 
     /// Parses the text of `config.json`; `path` stands in messages.
     ///
     /// # Errors
-    /// [`Error::Config`]: not JSON, an entry missing, an architecture or rotary embedding that is
+    /// [`Error::File`]: not JSON, an entry missing, an architecture or rotary embedding that is
     /// not known, a shape that is impossible.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
-        let error = |reason: String| Error::Config {
-            path: path.to_owned(),
-            reason,
-        };
+        let error = |reason: String| refused(path, reason);
         let raw: RawConfig =
             serde_json::from_str(text).map_err(|e| error(format!("not a model's config: {e}")))?;
         let architecture = raw.architectures.first().cloned().unwrap_or_default();
-        if !ARCHITECTURES.contains(&architecture.as_str()) {
-            return Err(error(format!(
-                "architecture {architecture:?} is not supported; these are: {}",
-                ARCHITECTURES.join(", ")
-            )));
-        }
-        let (biases, head_norms, window) = match architecture.as_str() {
-            "MistralForCausalLM" => (false, false, raw.sliding_window),
-            "Qwen2ForCausalLM" => (true, false, None),
-            "Qwen3ForCausalLM" => (false, true, None),
-            _ => (false, false, None),
+        let known = ARCHITECTURES.iter().find(|known| known.0 == architecture);
+        let Some(&(_, biases, head_norms)) = known else {
+            let known = ARCHITECTURES.map(|(name, ..)| name).join(", ");
+            let reason =
+                format!("architecture {architecture:?} is not supported; these are: {known}");
+            return Err(error(reason));
         };
+        let mistral = architecture == "MistralForCausalLM";
+        let window = raw.sliding_window.filter(|_| mistral);
         if raw.attention_bias || raw.mlp_bias {
             let reason =
                 format!("biases beyond the usual ones of {architecture} are not supported");
             return Err(error(reason));
         }
         if raw.use_sliding_window {
-            return Err(error(
-                "a sliding window in some layers is not supported".to_owned(),
-            ));
+            let reason = "a sliding window in some layers is not supported";
+            return Err(refused(path, reason));
         }
         if window == Some(0) {
-            return Err(error("sliding_window = 0 is impossible".to_owned()));
+            return Err(refused(path, "sliding_window = 0 is impossible"));
         }
         if raw.hidden_act != "silu" {
-            return Err(error(format!(
+            let reason = format!(
                 "activation {:?} is not supported, only \"silu\"",
                 raw.hidden_act
-            )));
+            );
+            return Err(error(reason));
         }
         let rotary = raw.rotary().map_err(error)?;
         let heads = raw.num_attention_heads;
@@ -224,25 +219,17 @@ impl Config {
         // Far above any model, and low enough that no product of sizes overflows.
         const MAX: usize = 1 << 24;
         const MAX_HEADS: usize = 1 << 12;
-        for (name, size) in [
-            ("num_hidden_layers", raw.num_hidden_layers),
-            ("num_attention_heads", heads),
+        let context = raw.max_position_embeddings;
+        for (name, size, max) in [
+            ("num_hidden_layers", raw.num_hidden_layers, MAX_HEADS),
+            ("num_attention_heads", heads, MAX_HEADS),
+            ("hidden_size", raw.hidden_size, MAX),
+            ("intermediate_size", raw.intermediate_size, MAX),
+            ("num_key_value_heads", kv_heads, MAX),
+            ("vocab_size", raw.vocab_size, MAX),
+            ("max_position_embeddings", context, MAX),
         ] {
-            if size > MAX_HEADS {
-                return Err(error(format!("{name} = {size} is impossible")));
-            }
-        }
-        let sizes = [
-            ("hidden_size", raw.hidden_size),
-            ("intermediate_size", raw.intermediate_size),
-            ("num_hidden_layers", raw.num_hidden_layers),
-            ("num_attention_heads", heads),
-            ("num_key_value_heads", kv_heads),
-            ("vocab_size", raw.vocab_size),
-            ("max_position_embeddings", raw.max_position_embeddings),
-        ];
-        for (name, size) in sizes {
-            if size == 0 || size > MAX {
+            if !(1..=max).contains(&size) {
                 return Err(error(format!("{name} = {size} is impossible")));
             }
         }
@@ -252,9 +239,9 @@ impl Config {
         }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 14 {
-            return Err(error(format!(
-                "head_dim = {head_dim} is impossible: it must be even and above 0"
-            )));
+            let reason =
+                format!("head_dim = {head_dim} is impossible: it must be even and above 0");
+            return Err(error(reason));
         }
         for (name, number) in [
             ("rms_norm_eps", raw.rms_norm_eps),
@@ -273,7 +260,7 @@ impl Config {
             kv_heads,
             head_dim,
             vocabulary: raw.vocab_size,
-            context: raw.max_position_embeddings,
+            context,
             norm_epsilon: raw.rms_norm_eps,
             rotary,
             biases,
@@ -285,7 +272,7 @@ impl Config {
     }
 
     /// Names and shapes of the weights of a layer, or of those outside of the layers.
-    pub(crate) fn weights(&self, layer: Option<usize>) -> Vec<(String, Vec<usize>)> {
+    pub(crate) fn weights(&self, layer: Option<usize>) -> Vec<Weight> {
         let Some(layer) = layer else {
             let table = vec![self.vocabulary, self.hidden];
             let mut weights = vec![
@@ -298,14 +285,11 @@ impl Config {
             return weights;
         };
         let layer = self.layer_weights(layer);
-        let norms = layer
-            .norms
-            .into_iter()
-            .chain(layer.head_norms.into_iter().flatten());
-        let mut weights: Vec<_> = norms.map(|(name, length)| (name, vec![length])).collect();
-        for LinearWeights { matrix, bias } in layer.linears {
-            weights.push((matrix.0, matrix.1.to_vec()));
-            weights.extend(bias.map(|(name, length)| (name, vec![length])));
+        let mut weights = layer.norms.to_vec();
+        weights.extend(layer.head_norms.into_iter().flatten());
+        for (matrix, bias) in layer.linears {
+            weights.push(matrix);
+            weights.extend(bias);
         }
         weights
     }
@@ -314,15 +298,15 @@ impl Config {
         let (hidden, intermediate) = (self.hidden, self.intermediate);
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let weight = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let linear = |part: &str, from: usize, to: usize, biased: bool| LinearWeights {
-            matrix: (weight(part), [to, from]),
-            bias: biased.then(|| (format!("model.layers.{layer}.{part}.bias"), to)),
+        let linear = |part: &str, from: usize, to: usize, biased: bool| {
+            let bias = || (format!("model.layers.{layer}.{part}.bias"), vec![to]);
+            ((weight(part), vec![to, from]), biased.then(bias))
         };
-        let head_norms =
-            ["self_attn.q_norm", "self_attn.k_norm"].map(|part| (weight(part), self.head_dim));
+        let norms = ["input_layernorm", "post_attention_layernorm"];
+        let head_norms = ["self_attn.q_norm", "self_attn.k_norm"];
+        let head_norms = head_norms.map(|part| (weight(part), vec![self.head_dim]));
         LayerWeights {
-            norms: ["input_layernorm", "post_attention_layernorm"]
-                .map(|part| (weight(part), hidden)),
+            norms: norms.map(|part| (weight(part), vec![hidden])),
             head_norms: self.head_norms.then_some(head_norms),
             linears: [
                 linear("self_attn.q_proj", hidden, queries, self.biases),
@@ -355,7 +339,7 @@ impl Config {
         format!("{config:#}\n")
     }
 
-    /// What a dictionary must agree with to serve this model.
+    /// Identity that a dictionary must agree with to serve this model.
     pub fn identity(&self, name: &str) -> ModelIdentity {
         // One decoder serves both, and GGUF files call both llama.
         let architecture = match self.architecture.as_str() {
@@ -388,38 +372,30 @@ pub(crate) fn read_required(folder: &Path, file: &str) -> Result<Vec<u8>> {
     }
     let path = folder.join(file);
     if !path.is_file() {
-        return Err(Error::MissingFile {
-            folder: folder.to_owned(),
-            file: file.to_owned(),
-            needed: "config.json, tokenizer.json and model.safetensors or its shards",
-        });
+        let needed = "config.json, tokenizer.json and model.safetensors or its shards";
+        return Err(missing(folder, file, needed));
     }
     std::fs::read(&path).map_err(io(&path))
 }
 
-/// What `generation_config.json` says of how texts end.
-#[derive(Debug, Default)]
+/// The complaint about a model folder that lacks a file.
+pub(crate) fn missing(folder: &Path, file: &str, needed: &str) -> Error {
+    let reason = format!("no {file}; a model folder in Hugging Face layout has {needed}");
+    refused(folder, reason)
+}
+
+/// Ends of texts that `generation_config.json` names.
+#[derive(Default, Deserialize)]
 pub(crate) struct GenerationConfig {
-    /// These take precedence over the config's.
-    pub(crate) end_tokens: Option<Vec<u32>>,
-    pub(crate) stop_texts: Vec<String>,
+    /// End-of-text tokens, which take precedence over the config's.
+    pub(crate) eos_token_id: Option<OneOrMany<u32>>,
+    /// Texts that end a generation.
+    pub(crate) stop_strings: Option<OneOrMany<String>>,
 }
 
 impl GenerationConfig {
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Raw {
-            eos_token_id: Option<OneOrMany<u32>>,
-            stop_strings: Option<OneOrMany<String>>,
-        }
-        let raw: Raw = serde_json::from_str(text).map_err(|e| Error::Config {
-            path: path.to_owned(),
-            reason: e.to_string(),
-        })?;
-        Ok(Self {
-            end_tokens: raw.eos_token_id.map(OneOrMany::list),
-            stop_texts: raw.stop_strings.map_or_else(Vec::new, OneOrMany::list),
-        })
+        serde_json::from_str(text).map_err(|e| refused(path, e.to_string()))
     }
 }
 
@@ -448,11 +424,11 @@ struct RawConfig {
     #[serde(default)]
     use_sliding_window: bool,
     eos_token_id: Option<OneOrMany<u32>>,
-    /// As transformers 4 writes it.
+    /// Name of transformers 4.
     rope_theta: Option<f64>,
-    /// As transformers 4 writes it.
+    /// Name of transformers 4.
     rope_scaling: Option<RopeParameters>,
-    /// As transformers 5 writes it.
+    /// Name of transformers 5.
     rope_parameters: Option<RopeParameters>,
 }
 
@@ -463,7 +439,7 @@ fn silu() -> String {
 #[derive(Deserialize)]
 struct RopeParameters {
     rope_type: Option<String>,
-    /// What older files call `rope_type`; those that a newer transformers wrote again have both.
+    /// Name of `rope_type` in older files; those that a newer transformers wrote again have both.
     r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
@@ -491,20 +467,17 @@ impl RawConfig {
                     Some(value) => Err(format!("{name} = {value} is impossible")),
                     None => Err(format!("a llama3 rotary embedding needs {name}")),
                 };
-                let low_frequency_factor = parameter("low_freq_factor", given.low_freq_factor)?;
-                let high_frequency_factor = parameter("high_freq_factor", given.high_freq_factor)?;
-                if low_frequency_factor >= high_frequency_factor {
+                let original = given.original_max_position_embeddings;
+                let scaling = Llama3Scaling {
+                    low_frequency_factor: parameter("low_freq_factor", given.low_freq_factor)?,
+                    high_frequency_factor: parameter("high_freq_factor", given.high_freq_factor)?,
+                    factor: parameter("factor", given.factor)?,
+                    original_context: parameter("original_max_position_embeddings", original)?,
+                };
+                if scaling.low_frequency_factor >= scaling.high_frequency_factor {
                     return Err("low_freq_factor must be below high_freq_factor".to_owned());
                 }
-                RotaryScaling::Llama3 {
-                    factor: parameter("factor", given.factor)?,
-                    low_frequency_factor,
-                    high_frequency_factor,
-                    original_context: parameter(
-                        "original_max_position_embeddings",
-                        given.original_max_position_embeddings,
-                    )?,
-                }
+                RotaryScaling::Llama3(scaling)
             }
             _ => {
                 let known = ROTARY_KINDS.join(", ");
@@ -527,13 +500,13 @@ impl RawConfig {
     untagged,
     expecting = "eos_token_id is neither a token nor a list of tokens, or stop_strings neither a text nor a list"
 )]
-enum OneOrMany<T> {
+pub(crate) enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
 }
 
 impl<T> OneOrMany<T> {
-    fn list(self) -> Vec<T> {
+    pub(crate) fn list(self) -> Vec<T> {
         match self {
             OneOrMany::One(one) => vec![one],
             OneOrMany::Many(many) => many,
@@ -580,7 +553,7 @@ mod tests {
             scaling(parameters).unwrap().rotary
         };
         let newer = named(&["rope_type"]);
-        assert!(matches!(newer.scaling, RotaryScaling::Llama3 { .. }));
+        assert!(matches!(newer.scaling, RotaryScaling::Llama3(_)));
         assert_eq!(named(&["type"]), newer);
         assert_eq!(named(&["rope_type", "type"]), newer);
         let two = scaling(serde_json::json!({"rope_type": "default", "type": "llama3"}));
@@ -597,9 +570,8 @@ mod tests {
     #[test]
     fn stop_texts_are_one_or_many() {
         let stops = |text| {
-            GenerationConfig::parse(text, Path::new("g.json"))
-                .unwrap()
-                .stop_texts
+            let config = GenerationConfig::parse(text, Path::new("g.json")).unwrap();
+            config.stop_strings.map_or_else(Vec::new, OneOrMany::list)
         };
         assert_eq!(stops(r#"{"stop_strings": "a"}"#), ["a"]);
         assert_eq!(stops(r#"{"stop_strings": ["a", "b"]}"#), ["a", "b"]);

@@ -1,4 +1,4 @@
-//! Where a model computes: the processor, or a GPU.
+//! Devices on which a model computes: the processor, or a GPU.
 
 use std::fmt;
 use std::str::FromStr;
@@ -38,27 +38,23 @@ impl DeviceName {
     }
 }
 
-/// What CUDA's driver says where there is no GPU.
+/// Message of CUDA's driver where there is no GPU.
 const NO_DEVICE: &str = "CUDA_ERROR_NO_DEVICE";
 
 fn cuda(number: usize) -> Result<Device> {
+    // Without the calls that led there, which candle may add.
+    let refused = |reason: &str| Error::Device {
+        name: DeviceName::Cuda(number).to_string(),
+        reason: reason.lines().next().unwrap_or_default().to_owned(),
+    };
     if !candle_core::utils::cuda_is_available() {
         let reason = "this build of the program is for the processor alone; build it with \
                       --features cuda, or use --device cpu";
-        return Err(Error::Device {
-            name: DeviceName::Cuda(number).to_string(),
-            reason: reason.to_owned(),
-        });
+        return Err(refused(reason));
     }
     // A stream of its own: that of a thread would wait for other threads' work.
-    let device = Device::new_cuda_with_stream(number).map_err(|error| {
-        // Without the calls that led there, which candle may add.
-        let reason = error.to_string();
-        Error::Device {
-            name: DeviceName::Cuda(number).to_string(),
-            reason: reason.lines().next().unwrap_or_default().to_owned(),
-        }
-    })?;
+    let device = Device::new_cuda_with_stream(number);
+    let device = device.map_err(|error| refused(&error.to_string()))?;
     // SAFETY: all tensors are used on candle's stream alone; what another stream uses is ours, and waits are ours too.
     #[cfg(feature = "cuda")]
     unsafe {

@@ -1,5 +1,7 @@
 use std::path::{Path, PathBuf};
 
+use crate::train::StateError;
+
 /// Everything that can go wrong in this crate; each message says what was wrong with what.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -9,80 +11,31 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's reason.
         reason: std::io::Error,
-    },
-    /// A model folder lacks a file.
-    #[error("{folder}: no {file}; a model folder in Hugging Face layout has {needed}", folder = folder.display())]
-    MissingFile {
-        /// The folder.
-        folder: PathBuf,
-        /// The file that is not there.
-        file: String,
-        /// What such a folder has.
-        needed: &'static str,
     },
     /// A model or a data set cannot be had from the hub.
     #[error("{name} on the hub: {reason}")]
     Hub {
-        /// What it is, and its name with the revision.
+        /// Its kind, and its name with the revision.
         name: String,
         /// Why not, and what helps.
         reason: String,
     },
-    /// A config cannot be understood or describes no possible model.
+    /// A file or folder that lacks, or holds, what cannot be used: of a model, a corpus, or dictionaries.
     #[error("{path}: {reason}", path = path.display())]
-    Config {
-        /// The file.
+    File {
+        /// The file or folder, or another input.
         path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A GGUF file is damaged, or lacks or holds what cannot be used.
-    #[error("{path}: {reason}", path = path.display())]
-    Gguf {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A tokenizer cannot be read or used.
-    #[error("{path}: {reason}", path = path.display())]
-    Tokenizer {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A weight is missing or of another shape than the config says.
-    #[error("{path}: weight {name:?}: {reason}", path = path.display())]
-    Weight {
-        /// The file it should be in.
-        path: PathBuf,
-        /// The weight.
-        name: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A file of the reference implementation cannot be imported.
-    #[error("{path}: cannot import it: {reason}", path = path.display())]
-    Import {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Dictionaries cannot be written as a file of the reference implementation.
-    #[error("{path}: cannot export to it: {reason}", path = path.display())]
-    Export {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
+        /// The fault, and what helps.
         reason: String,
     },
     /// A chat template that does not parse, or that refuses a conversation.
     #[error("the model's chat template: {0}")]
     Chat(String),
+    /// A message for a text that is not a conversation.
+    #[error("the text so far is plain and no conversation; it goes on only as plain text")]
+    PlainText,
     /// No cache method of that name.
     #[error("no cache method {name:?}; there are: {known}")]
     UnknownMethod {
@@ -110,7 +63,7 @@ pub enum Error {
         option: &'static str,
         /// The value given.
         value: String,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// A cache method cannot be made as small as a budget.
@@ -124,7 +77,7 @@ pub enum Error {
         share: f64,
         /// The smallest setting.
         smallest: String,
-        /// What that takes, in per cent of FP16.
+        /// The share that this takes, in per cent of FP16.
         smallest_share: f64,
     },
     /// A cache method needs dictionaries and there are none.
@@ -153,7 +106,7 @@ pub enum Error {
     ContextFull {
         /// Tokens asked for in all.
         wanted: usize,
-        /// What fits.
+        /// The settings that fit.
         context: usize,
     },
     /// A token outside the vocabulary.
@@ -182,29 +135,49 @@ pub enum Error {
         /// Why.
         reason: lexico::Error,
     },
-    /// A text that cannot serve as a corpus.
-    #[error("{path}: {reason}", path = path.display())]
-    Corpus {
-        /// The file, or another input.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
+    /// A training has nothing to learn.
+    #[error("dictionaries that are kept and no codebooks leave nothing to learn")]
+    NothingToLearn,
+    /// A training is to read longer chunks than the model's context.
+    #[error("the model's context is {max}, not {context} tokens")]
+    TrainContext {
+        /// Tokens asked for.
+        context: usize,
+        /// Tokens that the model can see at once.
+        max: usize,
     },
-    /// What a training left behind cannot be used, or not be written.
+    /// A training is to read too little.
+    #[error(
+        "{tokens} tokens in chunks of {context} are too few: one chunk is to learn from, one to judge by, and a chunk \
+         has at least 2 tokens"
+    )]
+    TrainTokens {
+        /// Tokens to read.
+        tokens: usize,
+        /// Tokens of a chunk.
+        context: usize,
+    },
+    /// The losses of codes cannot be measured.
+    #[error("{0}")]
+    Measure(String),
+    /// The state of a training cannot be used.
     #[error("{path}: {reason}", path = path.display())]
     State {
-        /// The folder of the state, or a file in it.
+        /// Folder of the state, or a file in it.
         path: PathBuf,
-        /// What is wrong with it, and what helps.
-        reason: String,
+        /// Fault, and its cure.
+        reason: StateError,
     },
-    /// A saved cache cannot be used, or a cache not be saved.
-    #[error("{path}: {reason}", path = path.display())]
-    Saved {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it, and what helps.
-        reason: String,
+    /// The state of a training cannot be written.
+    #[error(
+        "{folder}: the work since the last saving could not be saved; all before is whole: make room and go on with \
+         --resume, or name a roomier --work-dir", folder = folder.display()
+    )]
+    StateNotSaved {
+        /// Folder of the state.
+        folder: PathBuf,
+        /// Failed write, with its file.
+        source: Box<Error>,
     },
     /// An error of the codec.
     #[error(transparent)]
@@ -221,6 +194,13 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     move |reason| Error::Io {
         path: path.to_owned(),
         reason,
+    }
+}
+
+pub(crate) fn refused(path: &Path, reason: impl Into<String>) -> Error {
+    Error::File {
+        path: path.to_owned(),
+        reason: reason.into(),
     }
 }
 

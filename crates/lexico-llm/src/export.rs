@@ -8,7 +8,7 @@ use lexico::{Dictionary, DictionarySet};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
-use crate::error::{Error, Result};
+use crate::error::{Result, refused};
 
 /// Folder of all entries of the archive.
 const ROOT: &str = "dictionary";
@@ -19,24 +19,20 @@ const ROOT: &str = "dictionary";
 /// of the model and of how the dictionaries were learned such a file says nothing.
 ///
 /// # Errors
-/// [`Error::Export`] where not all dictionaries have the same number of atoms;
+/// [`Error::File`](crate::Error::File) where not all dictionaries have the same number of atoms;
 /// [`lexico::Error::Io`] where the file cannot be written, which is then as it was.
 pub fn export_reference(set: &DictionarySet, path: &Path) -> Result<()> {
-    let error = |reason: String| Error::Export {
-        path: path.to_owned(),
-        reason,
-    };
+    let error = |reason: String| refused(path, format!("cannot export to it: {reason}"));
     let matrices = || set.layers.iter().flat_map(|l| [&l.keys, &l.values]);
     let Some(first) = matrices().next() else {
         return Err(error("the set has no layers".to_owned()));
     };
     let (m, atoms) = (first.head_dim(), first.len());
     if let Some(other) = matrices().find(|d| d.len() != atoms || d.head_dim() != m) {
+        let (others, length) = (other.len(), other.head_dim());
         return Err(error(format!(
             "one tensor holds dictionaries of one size, but of these one has {atoms} atoms of length {m} \
-             and another {} of length {}",
-            other.len(),
-            other.head_dim()
+             and another {others} of length {length}"
         )));
     }
     let shape = [2 * set.layers.len(), m, atoms];

@@ -15,19 +15,19 @@ use crate::tokenizer::TextStream;
 /// Settings of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateOptions {
-    /// Most tokens to generate; with 0 the prompt is not read either.
+    /// Max number of tokens to generate; with 0 the prompt is not read either.
     pub max_tokens: usize,
     /// Texts that end the generation; they are not part of what is generated.
     pub stop: Vec<String>,
-    /// Whether to go on past the model's end-of-text tokens.
+    /// Goes on past the model's end-of-text tokens.
     pub ignore_end: bool,
-    /// Most positions of the cache; the model's own context limits it too.
+    /// Max number of positions of the cache; the model's own context is a limit too.
     pub context: usize,
-    /// Tokens that an earlier call has generated of the same text, the last of which is what is to be read now:
-    /// a character or a stop text may have begun in them.
+    /// Tokens of the same text that an earlier call generated, the last of which is read now: a character or a stop
+    /// text may have begun in them.
     pub written: Vec<u32>,
-    /// Whether a later call may go on with the text. Where it has not ended, what is not certain yet of its last
-    /// characters is left to that call.
+    /// Lets a later call go on with the text: where the text has not ended, its last characters are left to that call
+    /// while they are not certain.
     pub goes_on: bool,
 }
 
@@ -44,30 +44,31 @@ impl Default for GenerateOptions {
     }
 }
 
-/// Why a generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Reason why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// The model ended the text.
     End,
     /// A stop text came up.
     Stop,
-    /// As many tokens as asked for.
+    /// All tokens asked for are there.
+    #[default]
     MaxTokens,
     /// The model's context is full.
     ContextFull,
-    /// The caller broke off.
+    /// The caller stopped it.
     Interrupted,
 }
 
-/// What was generated.
-#[derive(Debug, Clone, PartialEq)]
+/// Tokens and text of a generation; by default nothing.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Generated {
     /// The text, without a stop text.
     pub text: String,
     /// The tokens, an end-of-text token included.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Reason why it ended.
     pub finish: Finish,
     /// Time until the first token was known.
     pub prefill: Duration,
@@ -76,25 +77,10 @@ pub struct Generated {
 }
 
 impl Generated {
-    /// No tokens, of a text that had stopped for this reason.
-    pub fn nothing(finish: Finish) -> Self {
-        Self {
-            text: String::new(),
-            tokens: Vec::new(),
-            finish,
-            prefill: Duration::ZERO,
-            decode: Duration::ZERO,
-        }
-    }
-
-    /// Tokens a second after the first one; `None` where there was only one.
+    /// Returns tokens a second after the first one; `None` where there was only one.
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
-        let steps = self
-            .tokens
-            .len()
-            .checked_sub(1)
-            .filter(|&steps| steps > 0)?;
-        Some(steps as f64 / self.decode.as_secs_f64().max(1e-9))
+        let steps = self.tokens.len().saturating_sub(1);
+        (steps > 0).then(|| steps as f64 / self.decode.as_secs_f64().max(1e-9))
     }
 }
 
@@ -102,7 +88,7 @@ impl Generated {
 ///
 /// The cache afterwards holds the prompt and all generated tokens but the last; the sampler has
 /// seen all of them. `on_text` is called once a token with the text that became certain, often
-/// empty, and may break off.
+/// empty, and stops the generation by [`ControlFlow::Break`].
 ///
 /// # Errors
 /// [`Error::EmptyPrompt`], [`Error::ContextFull`] where the prompt does not fit,
@@ -119,11 +105,8 @@ pub fn generate(
     let mut writing = Writing::new(model, cache.len(), prompt, options)?;
     sampler.see(prompt);
     while writing.goes_on(cache.len()) {
-        let mut sequences = [Sequence {
-            tokens: &writing.next,
-            cache: &mut *cache,
-        }];
-        let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
+        let decoder = &model.decoder;
+        let logits = decoder.forward_one(&writing.next, cache, Logits::Last)?;
         let token = sampler.draw(logits.squeeze(0)?.to_vec1()?)?;
         let sure = writing.take(token)?;
         let flow = on_text(&sure);
@@ -141,21 +124,21 @@ pub fn generate(
 
 /// A prompt of [`generate_batch`], and what holds its keys and values.
 pub struct Prompt<'a> {
-    /// What is added to what the cache holds.
+    /// Tokens added to those that the cache holds.
     pub tokens: &'a [u32],
-    /// As of [`generate`].
+    /// Cache of the keys and values, as in [`generate`].
     pub cache: &'a mut dyn KvCache,
-    /// When to end.
+    /// Settings of its generation.
     pub options: &'a GenerateOptions,
 }
 
 /// Generates greedily from several prompts: each is read alone, then all are decoded together, so that every reading
 /// of the weights serves all that still go on.
 ///
-/// `on_step` is called after every prompt and every step, and may break off: `None` then.
+/// `on_step` is called after every prompt and every step, and may stop all of them: `None` then.
 ///
 /// # Errors
-/// As [`generate`].
+/// Those of [`generate`].
 pub fn generate_batch(
     model: &Model,
     prompts: &mut [Prompt<'_>],
@@ -163,39 +146,31 @@ pub fn generate_batch(
 ) -> Result<Option<Vec<Generated>>> {
     let mut writings = Vec::with_capacity(prompts.len());
     for prompt in prompts.iter() {
-        writings.push(Writing::new(
-            model,
-            prompt.cache.len(),
-            prompt.tokens,
-            prompt.options,
-        )?);
+        let held = prompt.cache.len();
+        writings.push(Writing::new(model, held, prompt.tokens, prompt.options)?);
     }
     let mut greedy = Sampler::new(Sampling::default())?;
     let alone = (0..prompts.len()).map(|i| i..i + 1);
     let mut readings: Vec<Range<usize>> = alone.rev().collect();
     loop {
         let range = readings.pop().unwrap_or(0..prompts.len());
-        let mut at_work = Vec::new();
-        let mut sequences = Vec::new();
         let pairs = writings[range.clone()].iter_mut().zip(&mut prompts[range]);
+        let (mut at_work, mut caches) = (Vec::new(), Vec::new());
         for (writing, prompt) in pairs {
-            if !writing.goes_on(prompt.cache.len()) {
-                continue;
+            if writing.goes_on(prompt.cache.len()) {
+                at_work.push(writing);
+                caches.push(&mut *prompt.cache);
             }
-            at_work.push(writing);
-            sequences.push(&mut *prompt.cache);
         }
         if at_work.is_empty() {
             break;
         }
-        let mut sequences: Vec<Sequence<'_>> = sequences
-            .into_iter()
-            .zip(&at_work)
-            .map(|(cache, writing)| Sequence {
-                tokens: &writing.next,
-                cache,
-            })
-            .collect();
+        let sequences = at_work.iter().zip(caches);
+        let sequences = sequences.map(|(writing, cache)| Sequence {
+            tokens: &writing.next,
+            cache,
+        });
+        let mut sequences: Vec<Sequence<'_>> = sequences.collect();
         let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
         for (writing, logits) in at_work.into_iter().zip(logits.to_vec2()?) {
             writing.take(greedy.draw(logits)?)?;
@@ -208,6 +183,16 @@ pub fn generate_batch(
     ended.collect::<Result<_>>().map(Some)
 }
 
+/// Refuses a text of `wanted` tokens that the context has no room for; returns how many it has room for.
+pub(crate) fn check_fits(model: &Model, options: &GenerateOptions, wanted: usize) -> Result<usize> {
+    let context = model.decoder.config().context.min(options.context);
+    match wanted {
+        _ if wanted > context => Err(Error::ContextFull { wanted, context }),
+        0 => Err(Error::EmptyPrompt),
+        _ => Ok(context),
+    }
+}
+
 /// A generation under way.
 struct Writing<'a> {
     model: &'a Model,
@@ -217,7 +202,7 @@ struct Writing<'a> {
     stream: TextStream<'a>,
     text: String,
     tokens: Vec<u32>,
-    /// What the model is to read next.
+    /// Tokens that the model reads next.
     next: Vec<u32>,
     finish: Option<Finish>,
     started: Instant,
@@ -231,13 +216,7 @@ impl<'a> Writing<'a> {
         prompt: &[u32],
         options: &'a GenerateOptions,
     ) -> Result<Self> {
-        let context = model.decoder.config().context.min(options.context);
-        if held + prompt.len() > context {
-            return Err(Error::ContextFull {
-                wanted: held + prompt.len(),
-                context,
-            });
-        }
+        let context = check_fits(model, options, held + prompt.len())?;
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -261,7 +240,7 @@ impl<'a> Writing<'a> {
         })
     }
 
-    /// Whether there is a next token to come, where the cache holds `held`.
+    /// Returns true where a next token is to come and the cache holds `held`.
     fn goes_on(&mut self, held: usize) -> bool {
         if self.finish.is_none() && self.tokens.len() >= self.options.max_tokens {
             self.finish = Some(Finish::MaxTokens);
@@ -280,29 +259,28 @@ impl<'a> Writing<'a> {
         self.tokens.push(token);
         self.next = vec![token];
         let ended = !self.options.ignore_end && self.model.end_tokens.contains(&token);
-        let piece = if ended {
-            String::new()
-        } else {
-            self.stream.push(token)?
-        };
-        let sure = self.stop.push(&piece);
-        self.text.push_str(&sure);
+        let mut piece = String::new();
         if ended {
             self.finish = Some(Finish::End);
-        } else if self.stop.found {
-            self.finish = Some(Finish::Stop);
+        } else {
+            piece = self.stream.push(token)?;
+        }
+        let sure = self.stop.push(&piece);
+        self.text.push_str(&sure);
+        if self.stop.found {
+            self.finish.get_or_insert(Finish::Stop);
         }
         Ok(sure)
     }
 
-    /// What was generated, and the end of its text, which was held back until now.
+    /// Returns what was generated, and the end of its text, which was held back until now.
     fn end(mut self) -> Result<(Generated, String)> {
         let decode = self.started.elapsed() - self.prefill;
         let ended = matches!(self.finish, Some(Finish::End | Finish::Stop));
         let mut rest = String::new();
         if ended || !self.options.goes_on {
             rest = self.stop.push(&self.stream.finish()?);
-            rest.push_str(&self.stop.finish());
+            rest.push_str(&self.stop.held);
         }
         let generated = Generated {
             text: self.text + &rest,
@@ -338,10 +316,8 @@ impl<'a> StopFilter<'a> {
         }
         self.held.push_str(text);
         let stops = || self.stops.iter().filter(|stop| !stop.is_empty());
-        if let Some(at) = stops()
-            .filter_map(|stop| self.held.find(stop.as_str()))
-            .min()
-        {
+        let found = stops().filter_map(|stop| self.held.find(stop.as_str()));
+        if let Some(at) = found.min() {
             self.found = true;
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
@@ -350,11 +326,6 @@ impl<'a> StopFilter<'a> {
         let mut starts = self.held.char_indices().map(|(at, _)| at);
         let sure = starts.find(|&at| may_begin(at)).unwrap_or(self.held.len());
         self.held.drain(..sure).collect()
-    }
-
-    /// What was held back and no stop text followed.
-    fn finish(self) -> String {
-        self.held
     }
 }
 
@@ -366,7 +337,7 @@ mod tests {
         let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
         let mut filter = StopFilter::new(&stops);
         let out = pieces.iter().map(|piece| filter.push(piece)).collect();
-        (out, filter.found, filter.finish())
+        (out, filter.found, filter.held)
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use hf_hub::api::Siblings;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
@@ -15,14 +16,16 @@ use crate::error::{Error, Result, listed};
 use crate::gguf::part_paths;
 use crate::weights::{INDEX, SINGLE, shard_names};
 
-/// Files that every model must have.
-const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
 /// Files that a model may have.
 const OPTIONAL: [&str; 3] = [
     "generation_config.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 ];
+/// Reason why a file cannot be had offline.
+const NOT_CACHED: &str = "is not in the cache, and HF_HUB_OFFLINE forbids to download it";
+/// Values of `HF_HUB_OFFLINE` that keep off the network.
+const YES: [&str; 4] = ["1", "on", "yes", "true"];
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// A model on the hub.
@@ -42,45 +45,49 @@ impl FromStr for HubName {
     /// Takes `org/name`, `org/name@revision`, and either with `/file.gguf`; anything else is no hub
     /// name.
     fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let gguf = |file: &str| file.ends_with(".gguf");
+        let file = |file: &str| gguf(file) && file.split('/').all(plain);
         // A revision may have slashes of its own, as `refs/pr/1`.
-        let (named, at) = match text.split_once('@') {
-            Some((named, at)) => (named, Some(at)),
-            None => (text, None),
-        };
-        let (org, rest) = named.split_once('/').ok_or(())?;
-        let (name, revision, file) = match at {
-            None => {
-                let (name, file) = split_first(rest, 1);
-                (name, "main", file)
-            }
-            Some(at) if at.ends_with(".gguf") => {
-                let (revision, file) = split_revision(at);
-                (rest, revision, file)
-            }
-            Some(revision) => (rest, revision, None),
-        };
-        let gguf = |file: &str| file.ends_with(".gguf") && file.split('/').all(plain);
-        let named = plain(org) && plain(name) && revision.split('/').all(plain);
-        if !named || !file.is_none_or(gguf) {
-            return Err(());
-        }
+        let parts = parts(text, gguf, file);
+        let (repository, revision, file) = parts.ok_or(())?;
         Ok(Self {
-            repository: format!("{org}/{name}"),
-            revision: revision.to_owned(),
-            file: file.map(str::to_owned),
+            repository,
+            revision,
+            file,
         })
     }
 }
 
-/// Whether a part of a name between slashes is as the hub has them.
+/// The repository, the revision and the path of `org/name[@revision][/path]`; `None` where this is no such name. What
+/// follows the `@` is a revision as a whole unless it `holds_path`.
+fn parts(
+    text: &str,
+    holds_path: impl Fn(&str) -> bool,
+    is_path: impl Fn(&str) -> bool,
+) -> Option<(String, String, Option<String>)> {
+    let (org, rest) = text.split_once('/')?;
+    let (name, revision, path) = match rest.split_once('@') {
+        Some((name, at)) if plain(name) && holds_path(at) => {
+            let (revision, path) = split_first(at, if at.starts_with("refs/") { 3 } else { 1 });
+            (name, revision, path)
+        }
+        Some((name, revision)) if plain(name) => (name, revision, None),
+        _ => {
+            let (name, path) = split_first(rest, 1);
+            (name, "main", path)
+        }
+    };
+    let named = plain(org) && plain(name) && revision.split('/').all(plain);
+    (named && path.is_none_or(is_path)).then(|| {
+        let repository = format!("{org}/{name}");
+        (repository, revision.to_owned(), path.map(str::to_owned))
+    })
+}
+
+/// Returns true where a part of a name between slashes is as the hub has them.
 fn plain(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
-}
-
-/// A revision, and the path after it where there is one.
-fn split_revision(text: &str) -> (&str, Option<&str>) {
-    split_first(text, if text.starts_with("refs/") { 3 } else { 1 })
 }
 
 /// The first `count` parts between slashes, and the rest where there is one.
@@ -99,11 +106,8 @@ impl HubName {
     /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
     /// accepted, a hub out of reach, and being offline.
     pub fn fetch(&self, progress: bool) -> Result<PathBuf> {
-        let shown = match &self.file {
-            Some(file) => format!("{}@{}/{file}", self.repository, self.revision),
-            None => format!("{}@{}", self.repository, self.revision),
-        };
         let (repository, revision) = (&self.repository, &self.revision);
+        let shown = shown(repository, revision, &self.file);
         let mut hub = Hub::new(RepoType::Model, repository, revision, shown, progress)?;
         let forbidden = std::mem::replace(&mut hub.offline, true);
         // Weights come last: where the cache has them, it has all that the hub had to give.
@@ -123,45 +127,35 @@ impl HubName {
             }
             return Ok(path);
         }
-        let config = self.required(hub, REQUIRED[0])?;
-        for file in &REQUIRED[1..] {
-            self.required(hub, file)?;
-        }
+        let config = self.required(hub, "config.json")?;
+        self.required(hub, "tokenizer.json")?;
         for file in OPTIONAL {
             hub.file(file)?;
         }
-        match hub.file(INDEX)? {
-            Some(index) => {
-                for shard in shard_names(&index)? {
-                    self.required(hub, &shard)?;
-                }
-            }
-            None => {
-                self.required(hub, SINGLE)?;
-            }
+        let weights = match hub.file(INDEX)? {
+            Some(index) => shard_names(&index)?,
+            None => [SINGLE.to_owned()].into(),
+        };
+        for file in weights {
+            self.required(hub, &file)?;
         }
         Ok(config.parent().map(PathBuf::from).unwrap_or_default())
     }
 
     fn required(&self, hub: &Hub, file: &str) -> Result<PathBuf> {
-        hub.file(file)?.ok_or_else(|| {
-            let reason = if hub.offline {
-                format!("{file} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
-            } else {
-                let gguf = hub.gguf_files();
-                if self.file.is_some() || gguf.is_empty() {
-                    format!("it has no {file}{}", listed(&gguf))
-                } else {
-                    format!(
-                        "it has no {file}: its weights are GGUF files, name one of them as \
-                         {}/FILE.gguf{}",
-                        self.repository,
-                        listed(&gguf)
-                    )
-                }
-            };
-            hub.error(reason)
-        })
+        if let Some(path) = hub.file(file)? {
+            return Ok(path);
+        }
+        if hub.offline {
+            return Err(hub.error(format!("{file} {NOT_CACHED}")));
+        }
+        let gguf = hub.gguf_files();
+        let mut reason = format!("it has no {file}");
+        if self.file.is_none() && !gguf.is_empty() {
+            reason += ": its weights are GGUF files, name one of them as ";
+            reason += &format!("{}/FILE.gguf", self.repository);
+        }
+        Err(hub.error(reason + &listed(&gguf)))
     }
 }
 
@@ -182,39 +176,25 @@ impl FromStr for DatasetName {
     /// Takes `hf://datasets/org/name[@revision][/path]`, as Hugging Face's own tools do.
     fn from_str(text: &str) -> std::result::Result<Self, ()> {
         let name = text.strip_prefix("hf://datasets/").ok_or(())?;
-        let name = name.trim_end_matches('/');
-        let (org, rest) = name.split_once('/').ok_or(())?;
-        let (name, revision, path) = match rest.split_once('@') {
-            Some((name, at)) if plain(name) => {
-                let (revision, path) = split_revision(at);
-                (name, revision, path)
-            }
-            _ => {
-                let (name, path) = split_first(rest, 1);
-                (name, "main", path)
-            }
-        };
         let inside = |path: &str| path.split('/').all(|part| !matches!(part, "" | "." | ".."));
-        let named = plain(org) && plain(name) && revision.split('/').all(plain);
-        if !named || !path.is_none_or(inside) {
-            return Err(());
-        }
+        let parts = parts(name.trim_end_matches('/'), |_| true, inside);
+        let (repository, revision, path) = parts.ok_or(())?;
         Ok(Self {
-            repository: format!("{org}/{name}"),
-            revision: revision.to_owned(),
-            path: path.map(str::to_owned),
+            repository,
+            revision,
+            path,
         })
     }
 }
 
-/// The files of a data set, on this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The files of a data set, or of another input, on this machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dataset {
     /// The data set's name with the commit that the files are of.
     pub name: String,
     /// The files, in sorted order.
     pub files: Vec<PathBuf>,
-    /// Files of the repository that are not of interest.
+    /// Files of the repository, or of a folder, that are not of interest.
     pub skipped: Vec<String>,
 }
 
@@ -222,7 +202,7 @@ impl DatasetName {
     /// The files that are `wanted` by their path in the repository, or the one that is named in full,
     /// downloaded where the cache lacks them. With `progress`, bars are drawn on stderr.
     ///
-    /// Which files there are is asked of the hub, unless one is named in full that the cache has; with
+    /// The hub is asked which files there are, unless one is named in full that the cache has; with
     /// `HF_HUB_OFFLINE=1` those in the cache are all there are.
     ///
     /// # Errors
@@ -239,16 +219,12 @@ impl DatasetName {
                 return Ok(Dataset {
                     name: self.shown(commit),
                     files: vec![file],
-                    skipped: Vec::new(),
+                    ..Dataset::default()
                 });
             }
         }
         let (commit, all) = if hub.offline {
-            let commit = cached.ok_or_else(|| {
-                hub.error(
-                    "it is not in the cache, and HF_HUB_OFFLINE forbids to download it".into(),
-                )
-            })?;
+            let commit = cached.ok_or_else(|| hub.error(format!("it {NOT_CACHED}")))?;
             let files = files_in(&hub.cache.pointer_path(&commit));
             (commit, files)
         } else {
@@ -257,9 +233,8 @@ impl DatasetName {
         let is_named = |file: &String| path.is_none_or(|path| selects(path, file));
         let (named, others): (Vec<String>, Vec<String>) = all.into_iter().partition(is_named);
         let full = |file: &str| path == Some(file);
-        let (mut names, skipped): (Vec<String>, Vec<String>) = named
-            .into_iter()
-            .partition(|file| full(file) || wanted(file));
+        let wanted = |file: &String| full(file) || wanted(file);
+        let (mut names, skipped): (Vec<String>, Vec<String>) = named.into_iter().partition(wanted);
         names.sort();
         if names.is_empty() {
             let there = if skipped.is_empty() { others } else { skipped };
@@ -287,13 +262,20 @@ impl DatasetName {
     }
 
     fn shown(&self, revision: &str) -> String {
-        let path = self.path.as_ref().map(|path| format!("/{path}"));
-        let path = path.unwrap_or_default();
-        format!("hf://datasets/{}@{revision}{path}", self.repository)
+        let shown = shown(&self.repository, revision, &self.path);
+        format!("hf://datasets/{shown}")
     }
 }
 
-/// Whether `path`, in which `*` stands for any characters but a slash, names `file` or a folder that
+/// A repository, revision and path as people write them.
+fn shown(repository: &str, revision: &str, path: &Option<String>) -> String {
+    match path {
+        Some(path) => format!("{repository}@{revision}/{path}"),
+        None => format!("{repository}@{revision}"),
+    }
+}
+
+/// Returns true where `path`, in which `*` stands for any characters but a slash, names `file` or a folder that
 /// it is in.
 fn selects(path: &str, file: &str) -> bool {
     let mut parts = file.split('/');
@@ -341,7 +323,7 @@ struct Hub<'a> {
     remote: ApiRepo,
     endpoint: String,
     token: Option<String>,
-    /// Whether to look in the cache only.
+    /// True where only the cache is looked in.
     offline: bool,
 }
 
@@ -354,6 +336,7 @@ impl<'a> Hub<'a> {
         progress: bool,
     ) -> Result<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let offline = variable("HF_HUB_OFFLINE");
         let cache = Cache::from_env();
         let token = variable("HF_TOKEN").or_else(|| cache.token());
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
@@ -362,9 +345,8 @@ impl<'a> Hub<'a> {
             .with_endpoint(endpoint.clone())
             .with_token(token.clone())
             .with_progress(progress)
-            .with_retries(2)
-            .build();
-        let api = api.map_err(|e| Error::Hub {
+            .with_retries(2);
+        let api = api.build().map_err(|e| Error::Hub {
             name: shown.clone(),
             reason: e.to_string(),
         })?;
@@ -381,10 +363,7 @@ impl<'a> Hub<'a> {
             repo,
             endpoint,
             token,
-            offline: variable("HF_HUB_OFFLINE").is_some_and(|v| {
-                let yes = ["1", "on", "yes", "true"];
-                yes.contains(&v.to_ascii_lowercase().as_str())
-            }),
+            offline: offline.is_some_and(|told| YES.contains(&told.to_ascii_lowercase().as_str())),
         })
     }
 
@@ -399,7 +378,7 @@ impl<'a> Hub<'a> {
         match self.remote.download(file) {
             Ok(path) => Ok(Some(path)),
             Err(error) => match status(&error) {
-                Some(404) if self.info_at_revision().is_some() => Ok(None),
+                Some(404) if self.info(&self.repo.api_url()).is_some() => Ok(None),
                 Some(code) => Err(self.refusal(code, file)),
                 None => Err(self.unreachable(file, &error.to_string())),
             },
@@ -409,12 +388,11 @@ impl<'a> Hub<'a> {
     /// The commit of the revision, and all files of it.
     fn listing(&self) -> Result<(String, Vec<String>)> {
         let what = "the list of its files";
-        let text = self
-            .get(&self.repo.api_url())
-            .map_err(|error| match error {
-                ureq::Error::StatusCode(code) => self.refusal(code, what),
-                error => self.unreachable(what, &error.to_string()),
-            })?;
+        let text = self.get(&self.repo.api_url());
+        let text = text.map_err(|error| match error {
+            ureq::Error::StatusCode(code) => self.refusal(code, what),
+            error => self.unreachable(what, &error.to_string()),
+        })?;
         let info: Info = serde_json::from_str(&text)
             .map_err(|e| self.error(format!("{what} cannot be understood: {e}")))?;
         let files = info.siblings.into_iter().map(|file| file.rfilename);
@@ -439,7 +417,7 @@ impl<'a> Hub<'a> {
 
     /// The GGUF files of the repository, as far as the hub says.
     fn gguf_files(&self) -> Vec<String> {
-        let info = self.info_at_revision();
+        let info = self.info(&self.repo.api_url());
         let files = info.map(|info| info.siblings).unwrap_or_default();
         let names = files.into_iter().map(|file| file.rfilename);
         names.filter(|name| name.ends_with(".gguf")).collect()
@@ -453,12 +431,15 @@ impl<'a> Hub<'a> {
             Some(_) => "the account of your token",
             None => "an account, and set HF_TOKEN to a token of it",
         };
-        self.error(match self.info() {
-            Some(info) if info.is_gated() => format!(
-                "it is gated: accept its licence at {}/{} with {token}",
-                self.endpoint,
-                self.repo.url()
-            ),
+        // Gated or not, whatever the revision.
+        let page = self.repo.api_url();
+        let page = page.split_once("/revision/");
+        let open = [serde_json::Value::Null, false.into()];
+        self.error(match page.and_then(|(page, _)| self.info(page)) {
+            Some(info) if !open.contains(&info.gated) => {
+                let page = format!("{}/{}", self.endpoint, self.repo.url());
+                format!("it is gated: accept its licence at {page} with {token}")
+            }
             Some(_) => format!("it has no revision {:?}", self.revision),
             None => format!(
                 "there is no such {}, or it is private and HF_TOKEN is not a token that may \
@@ -476,21 +457,9 @@ impl<'a> Hub<'a> {
         ))
     }
 
-    /// What the hub says of the repository, gated or not; `None` where it says nothing.
-    fn info(&self) -> Option<Info> {
-        let page = self.repo.api_url();
-        let (page, _) = page.split_once("/revision/")?;
-        self.info_on(page)
-    }
-
-    /// What the hub says of the repository at the revision; `None` where it says nothing.
-    fn info_at_revision(&self) -> Option<Info> {
-        self.info_on(&self.repo.api_url())
-    }
-
-    fn info_on(&self, page: &str) -> Option<Info> {
-        let text = self.get(page).ok()?;
-        serde_json::from_str(&text).ok()
+    /// Asks the hub about the repository; `None` where it says nothing.
+    fn info(&self, page: &str) -> Option<Info> {
+        serde_json::from_str(&self.get(page).ok()?).ok()
     }
 
     fn get(&self, page: &str) -> std::result::Result<String, ureq::Error> {
@@ -520,23 +489,9 @@ struct Info {
     /// `false`, or how access is granted.
     #[serde(default)]
     gated: serde_json::Value,
-    /// Its files.
+    /// Files.
     #[serde(default)]
-    siblings: Vec<Sibling>,
-}
-
-#[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
-}
-
-impl Info {
-    fn is_gated(&self) -> bool {
-        !matches!(
-            self.gated,
-            serde_json::Value::Bool(false) | serde_json::Value::Null
-        )
-    }
+    siblings: Vec<Siblings>,
 }
 
 /// The status with which the hub refused a request, where it came to that.

@@ -1,7 +1,8 @@
 //! Language models whose KV cache is held as sparse codes.
 //!
 //! A [`Model`] reads a Hugging Face folder or a GGUF file, or is the small one embedded here; a cache is made by
-//! name, from [`cache::METHODS`]; [`generate`](generate::generate) goes on from a prompt.
+//! name, from [`cache::METHODS`]; [`generate`](generate::generate) goes on from a prompt, and a
+//! [`Session`](session::Session) keeps a text or a conversation from call to call and reads only what is new.
 //!
 //! ```
 //! use std::ops::ControlFlow;
@@ -34,19 +35,21 @@ mod error;
 pub mod export;
 pub mod generate;
 pub mod gguf;
+pub mod half_matrix;
 pub mod hub;
 pub mod import;
 mod model;
 mod panics;
 pub mod sample;
 pub mod saved;
+pub mod session;
 pub mod shape;
 mod threads;
 mod tokenizer;
 pub mod train;
 mod weights;
 
-pub use corpus::{Corpus, Windows};
+pub use corpus::{Chunks, Corpus};
 pub use device::DeviceName;
 pub use error::{Error, Result};
 

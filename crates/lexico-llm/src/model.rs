@@ -11,8 +11,8 @@ use lexico::tensor_file::TensorFile;
 
 use crate::cache::{CacheContext, CacheSpec, FullCache, KvCache};
 use crate::chat::ChatTemplate;
-use crate::config::{Config, GenerationConfig, read_required};
-use crate::decoder::{Decoder, Logits, Sequence};
+use crate::config::{Config, GenerationConfig, OneOrMany, read_required};
+use crate::decoder::{Decoder, Logits};
 use crate::error::{Result, io};
 use crate::gguf::GgufModel;
 use crate::tokenizer::Tokenizer;
@@ -23,7 +23,7 @@ pub const DICTIONARY_FILE: &str = "dictionary.safetensors";
 
 /// A language model, loaded.
 pub struct Model {
-    /// Its name, for people.
+    /// Name, for people.
     pub name: String,
     /// The decoder.
     pub decoder: Decoder,
@@ -35,13 +35,13 @@ pub struct Model {
     pub stop_texts: Vec<String>,
     /// The source of its chat template, where it has one.
     chat_template: Option<String>,
-    /// Its dictionaries, where there are any.
+    /// Dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
 
 /// The files of a model in Hugging Face layout.
 struct ModelFiles {
-    /// What messages name.
+    /// Name in messages.
     folder: PathBuf,
     config: Config,
     generation_config: Option<String>,
@@ -61,10 +61,10 @@ impl Model {
         Self::tiny_quantised(Quantize::None)
     }
 
-    /// As [`Model::tiny`], its matrices held as `quantize` says.
+    /// Opens the model of [`Model::tiny`], its matrices held as `quantize` says.
     ///
     /// # Errors
-    /// As [`Model::tiny`].
+    /// Those of [`Model::tiny`].
     pub fn tiny_quantised(quantize: Quantize) -> Result<Self> {
         macro_rules! embedded {
             ($file:literal) => {
@@ -140,10 +140,8 @@ impl Model {
             weights: Weights::open(folder)?,
         };
         let name = folder.canonicalize().map_err(io(folder))?;
-        let name = name
-            .file_name()
-            .map_or("model".into(), |name| name.to_string_lossy());
-        Self::assemble(&name, files, quantize)
+        let name = name.file_name().map(|name| name.to_string_lossy());
+        Self::assemble(&name.unwrap_or("model".into()), files, quantize)
     }
 
     /// The model's chat template, where it has one.
@@ -165,11 +163,11 @@ impl Model {
 
     fn assemble(name: &str, files: ModelFiles, quantize: Quantize) -> Result<Self> {
         let path = files.folder.join("generation_config.json");
-        let generation = files
-            .generation_config
-            .map(|text| GenerationConfig::parse(&text, &path));
+        let text = files.generation_config;
+        let generation = text.map(|text| GenerationConfig::parse(&text, &path));
         let generation = generation.transpose()?.unwrap_or_default();
-        let end_tokens = generation.end_tokens;
+        let end_tokens = generation.eos_token_id.map(OneOrMany::list);
+        let stop_texts = generation.stop_strings.map(OneOrMany::list);
         let path = files.folder.join("tokenizer.json");
         let tokenizer_config = files.tokenizer_config.as_deref();
         let tokenizer = Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?;
@@ -179,7 +177,7 @@ impl Model {
                 .chat_template
                 .or_else(|| tokenizer.chat_template.clone()),
             end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
-            stop_texts: generation.stop_texts,
+            stop_texts: stop_texts.unwrap_or_default(),
             tokenizer,
             decoder: Decoder::load(files.config, &files.weights, quantize)?,
             dictionaries: None,
@@ -204,11 +202,8 @@ impl Model {
         let config = self.decoder.config();
         let tokens: Vec<u32> = (0..config.vocabulary.min(8) as u32).collect();
         let mut cache = FullCache::new(config, NumberType::F32);
-        let mut sequences = [Sequence {
-            tokens: &tokens[..tokens.len().min(config.context)],
-            cache: &mut cache,
-        }];
-        let logits = self.decoder.forward(&mut sequences, Logits::Last)?;
+        let tokens = &tokens[..tokens.len().min(config.context)];
+        let logits = self.decoder.forward_one(tokens, &mut cache, Logits::Last)?;
         let mut hasher = crc32fast::Hasher::new();
         for logit in logits.flatten_all()?.to_vec1::<f32>()? {
             hasher.update(&logit.to_le_bytes());
@@ -227,7 +222,7 @@ impl Model {
         })
     }
 
-    /// What a dictionary must agree with to serve this model.
+    /// Identity that a dictionary must agree with to serve this model.
     pub fn identity(&self) -> ModelIdentity {
         self.decoder.config().identity(&self.name)
     }
@@ -235,7 +230,7 @@ impl Model {
     /// An empty cache for one sequence of this model.
     ///
     /// # Errors
-    /// As [`CacheSpec::build`].
+    /// Those of [`CacheSpec::build`].
     pub fn cache(&self, spec: &CacheSpec) -> Result<Box<dyn KvCache>> {
         spec.build(&CacheContext {
             model: &self.name,

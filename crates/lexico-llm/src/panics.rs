@@ -10,7 +10,7 @@ thread_local! {
 /// Calls `work`, in which a library may panic; the error is what the panic said. See [`hide_caught_panics`].
 ///
 /// # Errors
-/// Where it panics.
+/// The place where it panics.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let before = CAUGHT.replace(true);
     let result = catch_unwind(AssertUnwindSafe(work));

@@ -5,21 +5,21 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 
-/// How the next token is chosen. Steps apply in the order of llama.cpp: repetition penalty,
+/// Settings by which the next token is chosen. Steps apply in the order of llama.cpp: repetition penalty,
 /// top-k, top-p, min-p, temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// 0 takes the most likely token always; higher is more varied.
+    /// Temperature of the draws: 0 always takes the likeliest token, higher is more varied.
     pub temperature: f32,
-    /// Only the `k` most likely tokens; 0 for all.
+    /// Number of likeliest tokens to draw from; 0 for all.
     pub top_k: usize,
-    /// Only the most likely tokens that together reach this probability; 1 for all.
+    /// Probability that the tokens to draw from, the likeliest first, reach together; 1 for all.
     pub top_p: f32,
-    /// Only tokens at least this times as likely as the most likely; 0 for all.
+    /// Probability of a token to draw from, at least, as a share of the likeliest token's; 0 for all.
     pub min_p: f32,
-    /// Logits of recent tokens are divided by this (multiplied where negative); 1 for none.
+    /// Number that logits of recent tokens are divided by (multiplied where negative); 1 for none.
     pub repetition_penalty: f32,
-    /// How many of the last tokens count as recent.
+    /// Number of last tokens that count as recent.
     pub repetition_window: usize,
     /// Seed of the draws.
     pub seed: u64,
@@ -39,7 +39,7 @@ impl Default for Sampling {
     }
 }
 
-/// Draws the tokens of one text by some [`Sampling`].
+/// Draws the tokens of one text as a [`Sampling`] says.
 pub struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
@@ -48,34 +48,25 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler at the start of its random sequence.
+    /// Makes a sampler at the start of its random sequence.
     ///
     /// # Errors
     /// [`Error::Sampling`] for a setting outside its range.
     pub fn new(sampling: Sampling) -> Result<Self> {
-        let Sampling {
-            temperature,
-            top_p,
-            min_p,
-            repetition_penalty,
-            ..
-        } = sampling;
-        let refuse = |what: &str, value: f32, range: &str| {
-            Err(Error::Sampling(format!(
-                "{what} {value} is impossible: it must be {range}"
-            )))
-        };
-        if !(temperature >= 0.0 && temperature.is_finite()) {
-            return refuse("temperature", temperature, "0 or more");
-        }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            return refuse("top-p", top_p, "above 0 and at most 1");
-        }
-        if !(0.0..=1.0).contains(&min_p) {
-            return refuse("min-p", min_p, "between 0 and 1");
-        }
-        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
-            return refuse("repetition penalty", repetition_penalty, "above 0");
+        let (temperature, penalty) = (sampling.temperature, sampling.repetition_penalty);
+        let (top_p, min_p) = (sampling.top_p, sampling.min_p);
+        let top_p_sound = top_p > 0.0 && top_p <= 1.0;
+        let min_p_sound = (0.0..=1.0).contains(&min_p);
+        for (name, value, sound, range) in [
+            ("temperature", temperature, temperature >= 0.0, "0 or more"),
+            ("top-p", top_p, top_p_sound, "above 0 and at most 1"),
+            ("min-p", min_p, min_p_sound, "between 0 and 1"),
+            ("repetition penalty", penalty, penalty > 0.0, "above 0"),
+        ] {
+            if !(sound && value.is_finite()) {
+                let reason = format!("{name} {value} is impossible: it must be {range}");
+                return Err(Error::Sampling(reason));
+            }
         }
         let rng = ChaCha8Rng::seed_from_u64(sampling.seed);
         Ok(Self {
@@ -95,7 +86,7 @@ impl Sampler {
         self.tokens.truncate(count);
     }
 
-    /// How many random numbers were drawn.
+    /// Returns how many random numbers were drawn.
     pub fn draws(&self) -> u64 {
         // Each is one word; a text is over long before 2⁶⁴.
         self.rng.get_word_pos() as u64
@@ -126,11 +117,10 @@ impl Sampler {
             recent.dedup();
             for token in recent {
                 if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 {
-                        *logit / penalty
-                    } else {
-                        *logit * penalty
-                    };
+                    match *logit > 0.0 {
+                        true => *logit /= penalty,
+                        false => *logit *= penalty,
+                    }
                 }
             }
         }
@@ -152,9 +142,8 @@ impl Sampler {
         let mut kept = 0;
         let mut reached = 0.0;
         for &p in &probabilities {
-            if kept > 0
-                && (reached >= self.sampling.top_p || p < self.sampling.min_p * probabilities[0])
-            {
+            let enough = reached >= self.sampling.top_p;
+            if kept > 0 && (enough || p < self.sampling.min_p * probabilities[0]) {
                 break;
             }
             reached += p;
@@ -174,7 +163,7 @@ impl Sampler {
     }
 }
 
-/// The token of the largest logit, the first of equals.
+/// Returns the token of the largest logit, the first of equals.
 pub fn most_likely(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (i, &logit) in logits.iter().enumerate() {

@@ -20,52 +20,55 @@ use lexico::tensor_file::{check_writable, write_atomically_with};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cache::{CacheSpec, CacheState, KvCache};
+use crate::cache::{CacheSpec, CacheState, KvCache, METHODS};
 use crate::chat::Message;
-use crate::error::{Error, Result, io};
+use crate::error::{Error, Result, io, refused};
 use crate::generate::Finish;
 use crate::model::Model;
 
-/// What a file's first line says: the format, and the version that is written and read.
+/// First line of a file: the format, and the version that is written and read.
 pub const FORMAT: &str = "lexico-cache/1";
-/// The first line of any version begins so.
+/// Beginning of the first line of any version.
 const NAME: &str = "lexico-cache/";
 
-/// The name of the block of tokens.
+/// Name of the block of tokens.
 const TOKENS: &str = "tokens";
 
-/// How far a generation has come.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// State of a text that is being generated; by default one of which there is nothing yet.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {
-    /// The text so far. The cache holds all of it but the last token.
+    /// Tokens so far. The cache holds all but the last.
     #[serde(skip)]
     pub tokens: Vec<u32>,
-    /// How many of the first tokens were given; those after them are what was generated from them.
+    /// Number of the first tokens that were given; those after them were generated last.
     pub prompt_tokens: usize,
-    /// Why the generation stopped.
+    /// Reason why the generation stopped.
     pub finish: Finish,
-    /// The conversation, where it is one.
+    /// Messages of the conversation; none of plain text.
     pub messages: Vec<Message>,
     /// Seed of the draws.
     pub seed: u64,
-    /// How many random numbers were drawn.
+    /// Number of random numbers drawn.
     pub draws: u64,
 }
 
+/// The header of a file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Header {
-    /// The model's name, for people.
-    model: String,
-    /// [`Model::fingerprint`].
-    fingerprint: String,
+pub struct Header {
+    /// Name of the model, for people.
+    pub model: String,
+    /// [`Model::fingerprint`] of the model.
+    pub fingerprint: String,
     /// The cache, as [`CacheSpec`] is written.
     cache: String,
-    positions: usize,
-    /// What they take in a dense FP16 cache.
-    fp16_bytes: usize,
-    progress: Progress,
+    /// Number of positions of the cache.
+    pub positions: usize,
+    /// Bytes of a dense FP16 cache of as many positions.
+    pub fp16_bytes: usize,
+    /// State of the text.
+    pub progress: Progress,
     /// [`CacheState::facts`].
     facts: Value,
     blocks: Vec<Block>,
@@ -82,40 +85,38 @@ struct Block {
 /// Fails early where [`save`] would fail late.
 ///
 /// # Errors
-/// [`Error::Saved`] of a cache method that cannot be saved, and where the path is that of another kind of file; those
+/// [`Error::File`] of a cache method that cannot be saved, and where the path is that of another kind of file; those
 /// of writing.
 pub fn check(path: &Path, spec: &CacheSpec, cache: &dyn KvCache) -> Result<()> {
     if cache.state().is_none() {
         return Err(cannot_be_saved(path, spec));
     }
     if path.metadata().is_ok_and(|there| there.len() > 0) && !SavedGeneration::is_one(path) {
-        return Err(Error::Saved {
-            path: path.to_owned(),
-            reason: "it is there and no saved cache; name another file".to_owned(),
-        });
+        let reason = "there is a file that is no saved cache; name another";
+        return Err(refused(path, reason));
     }
     Ok(check_writable(path)?)
 }
 
-/// Why caches of a model that computes elsewhere are neither saved nor loaded.
+/// Reason against the caches of a model that computes on a GPU.
 const IN_DEVICE: &str = "caches in a GPU's memory are neither saved nor loaded; use --device cpu";
 
 fn cannot_be_saved(path: &Path, spec: &CacheSpec) -> Error {
-    Error::Saved {
-        path: path.to_owned(),
-        reason: match spec.method().name {
-            "lexico" => IN_DEVICE.to_owned(),
-            name => {
-                format!("caches of method {name:?} cannot be saved, those of method \"lexico\" can")
-            }
-        },
+    let method = spec.method();
+    if method.saves {
+        return refused(path, IN_DEVICE);
     }
+    let saved = METHODS.iter().filter(|other| other.saves);
+    let saved: Vec<String> = saved.map(|other| format!("{:?}", other.name)).collect();
+    let (name, saved) = (method.name, saved.join(" and "));
+    let reason = format!("caches of method {name:?} cannot be saved, those of method {saved} can");
+    refused(path, reason)
 }
 
 /// Writes the file, whole or not at all; returns its bytes.
 ///
 /// # Errors
-/// [`Error::Saved`] of a cache method that cannot be saved; those of writing.
+/// [`Error::File`] of a cache method that cannot be saved; those of writing.
 pub fn save(
     path: &Path,
     model: &Model,
@@ -129,6 +130,11 @@ pub fn save(
     let tokens = progress.tokens.iter().flat_map(|token| token.to_le_bytes());
     let tokens = (TOKENS.to_owned(), tokens.collect());
     let blocks: Vec<(String, Vec<u8>)> = std::iter::once(tokens).chain(state.blocks).collect();
+    let block = |(name, bytes): &(String, Vec<u8>)| Block {
+        name: name.clone(),
+        bytes: bytes.len(),
+        crc32: crc32fast::hash(bytes),
+    };
     let header = Header {
         model: model.name.clone(),
         fingerprint: model.fingerprint()?,
@@ -137,36 +143,22 @@ pub fn save(
         fp16_bytes: model.decoder.config().fp16_cache_bytes(cache.len()),
         progress: progress.clone(),
         facts: state.facts,
-        blocks: blocks
-            .iter()
-            .map(|(name, bytes)| Block {
-                name: name.clone(),
-                bytes: bytes.len(),
-                crc32: crc32fast::hash(bytes),
-            })
-            .collect(),
+        blocks: blocks.iter().map(block).collect(),
     };
-    let refused = |reason: String| Error::Saved {
-        path: path.to_owned(),
-        reason,
-    };
-    let json = serde_json::to_vec(&header).map_err(|error| refused(error.to_string()))?;
-    let length = u32::try_from(json.len()).map_err(|_| refused("its header is too long".into()))?;
+    let json = serde_json::to_vec(&header).map_err(|error| refused(path, error.to_string()))?;
+    let length = u32::try_from(json.len());
+    let length = length.map_err(|_| refused(path, "its header is too long"))?;
     let mut start = length.to_le_bytes().to_vec();
     start.extend(json);
     let checksum = crc32fast::hash(&start);
     start.extend(checksum.to_le_bytes());
     let first = format!("{FORMAT}\n");
-    let total =
-        first.len() + start.len() + blocks.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
+    let mut parts = vec![first.as_bytes(), &start];
+    parts.extend(blocks.iter().map(|(_, bytes)| &bytes[..]));
     write_atomically_with(path, |file| {
-        file.write_all(first.as_bytes())?;
-        file.write_all(&start)?;
-        blocks
-            .iter()
-            .try_for_each(|(_, bytes)| file.write_all(bytes))
+        parts.iter().try_for_each(|part| file.write_all(part))
     })?;
-    Ok(total)
+    Ok(parts.iter().map(|part| part.len()).sum())
 }
 
 /// A saved generation, read and checked whole.
@@ -174,12 +166,12 @@ pub struct SavedGeneration {
     path: PathBuf,
     header: Header,
     spec: CacheSpec,
-    /// In the order of the header.
+    /// Names and bytes, in the order of the header.
     blocks: Vec<(String, Vec<u8>)>,
 }
 
 impl SavedGeneration {
-    /// Whether a file begins as a saved generation of any version does.
+    /// Returns true of a file that begins as a saved generation of any version does.
     pub fn is_one(path: &Path) -> bool {
         let mut start = [0; NAME.len()];
         let read = std::fs::File::open(path).and_then(|mut file| {
@@ -192,22 +184,16 @@ impl SavedGeneration {
     /// Reads a file of [`save`].
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Saved`] where it is no such file, of another version, or damaged.
+    /// [`Error::Io`]; [`Error::File`] where it is no such file, of another version, or damaged.
     pub fn open(path: &Path) -> Result<Self> {
-        let refused = |reason: String| Error::Saved {
-            path: path.to_owned(),
-            reason,
-        };
         if !path.metadata().map_err(io(path))?.is_file() {
-            return Err(refused("it is not a regular file".to_owned()));
+            return Err(refused(path, "it is not a regular file"));
         }
         let bytes = std::fs::read(path).map_err(io(path))?;
-        let (header, blocks) = parse(&bytes).map_err(refused)?;
+        let (header, blocks) = parse(&bytes).map_err(|reason| refused(path, reason))?;
         let spec = header.cache.parse().map_err(|error: Error| {
-            refused(format!(
-                "its cache {:?} cannot be made here: {error}",
-                header.cache
-            ))
+            let reason = format!("its cache {:?} cannot be made here: {error}", header.cache);
+            refused(path, reason)
         })?;
         Ok(Self {
             path: path.to_owned(),
@@ -217,37 +203,17 @@ impl SavedGeneration {
         })
     }
 
-    /// The cache that it is of.
+    /// Method and options of its cache.
     pub fn spec(&self) -> &CacheSpec {
         &self.spec
     }
 
-    /// The name of the model that it is of.
-    pub fn model(&self) -> &str {
-        &self.header.model
+    /// Model, size and text.
+    pub fn header(&self) -> &Header {
+        &self.header
     }
 
-    /// [`Model::fingerprint`] of the model that it is of.
-    pub fn fingerprint(&self) -> &str {
-        &self.header.fingerprint
-    }
-
-    /// Positions that the cache held.
-    pub fn positions(&self) -> usize {
-        self.header.positions
-    }
-
-    /// What they take in a dense FP16 cache.
-    pub fn fp16_bytes(&self) -> usize {
-        self.header.fp16_bytes
-    }
-
-    /// How far the generation has come.
-    pub fn progress(&self) -> &Progress {
-        &self.header.progress
-    }
-
-    /// Bytes of the file's blocks by kind: tokens, codes, the window and added atoms.
+    /// Returns the bytes of the file's blocks by kind: tokens, codes, the window and added atoms.
     pub fn parts(&self) -> Vec<(&str, usize)> {
         let mut parts: Vec<(&str, usize)> = Vec::new();
         for (name, bytes) in &self.blocks {
@@ -260,17 +226,13 @@ impl SavedGeneration {
         parts
     }
 
-    /// The cache as it was, and how far the generation had come.
+    /// Returns the cache and the state of the text as they were saved.
     ///
     /// # Errors
-    /// [`Error::Saved`] where it is of another model, of other dictionaries or settings, or contradicts itself; those
-    /// of making such a cache.
+    /// [`Error::File`] where the model, its dictionaries or the settings are others, or the file contradicts itself;
+    /// those of making such a cache.
     pub fn resume(mut self, model: &Model) -> Result<(Box<dyn KvCache>, Progress)> {
-        let path = self.path.clone();
-        let refused = |reason: String| Error::Saved {
-            path: path.clone(),
-            reason,
-        };
+        let refused = |reason: String| refused(&self.path, reason);
         if !model.decoder.device().is_cpu() {
             return Err(refused(IN_DEVICE.to_owned()));
         }
@@ -291,14 +253,9 @@ impl SavedGeneration {
         };
         cache.resume(&state).map_err(refused)?;
         let vocabulary = model.decoder.config().vocabulary;
-        let outside = progress
-            .tokens
-            .iter()
-            .any(|&token| token as usize >= vocabulary);
-        if outside
-            || cache.len() != self.header.positions
-            || cache.len() + 1 != progress.tokens.len()
-        {
+        let inside = |&token: &u32| (token as usize) < vocabulary;
+        let held = [self.header.positions, progress.tokens.len().wrapping_sub(1)];
+        if !progress.tokens.iter().all(inside) || held != [cache.len(); 2] {
             return Err(refused(
                 "it contradicts itself: its tokens are not those of its cache".to_owned(),
             ));
@@ -308,7 +265,7 @@ impl SavedGeneration {
     }
 }
 
-/// The header and the blocks of a file, all of it checked.
+/// Returns the header and the blocks of a file, all of it checked.
 fn parse(bytes: &[u8]) -> std::result::Result<(Header, Vec<(String, Vec<u8>)>), String> {
     let damaged = |part: &str| {
         format!(
@@ -344,10 +301,8 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Header, Vec<(String, Vec<u8>)>), 
         let split = rest.split_at_checked(block.bytes);
         let (bytes, after) = split.ok_or_else(|| damaged("it ends before its last block"))?;
         if crc32fast::hash(bytes) != block.crc32 {
-            return Err(damaged(&format!(
-                "the checksum of block {:?} differs",
-                block.name
-            )));
+            let part = format!("the checksum of block {:?} differs", block.name);
+            return Err(damaged(&part));
         }
         blocks.push((block.name.clone(), bytes.to_vec()));
         rest = after;

@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cache::KvCache;
-use crate::config::{Config, Rotary, RotaryScaling};
+use crate::config::{Config, LLAMA3, Llama3Scaling, Rotary, RotaryScaling};
 use crate::decoder::Decoder;
 use crate::error::{Result, io};
 use crate::weights::{INDEX, Quantize, Weights};
@@ -29,51 +29,48 @@ const CHUNK: usize = 512;
 pub fn config(name: &str) -> Option<Config> {
     let llama3 = |factor| Rotary {
         theta: 500_000.0,
-        scaling: RotaryScaling::Llama3 {
-            factor,
-            low_frequency_factor: 1.0,
-            high_frequency_factor: 4.0,
-            original_context: 8192.0,
+        scaling: RotaryScaling::Llama3(Llama3Scaling { factor, ..LLAMA3 }),
+    };
+    let (
+        family,
+        [
+            hidden,
+            intermediate,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            vocabulary,
+            context,
+        ],
+    ) = match name {
+        "llama-3.2-1b" => ("Llama", [2048, 8192, 16, 32, 8, 64, 128_256, 131_072]),
+        "llama-3.1-8b" => ("Llama", [4096, 14_336, 32, 32, 8, 128, 128_256, 131_072]),
+        "mistral-7b" => ("Mistral", [4096, 14_336, 32, 32, 8, 128, 32_768, 32_768]),
+        "qwen2.5-7b" => ("Qwen2", [3584, 18_944, 28, 28, 4, 128, 152_064, 32_768]),
+        _ => return None,
+    };
+    let rotary = match name {
+        "llama-3.2-1b" => llama3(32.0),
+        "llama-3.1-8b" => llama3(8.0),
+        _ => Rotary {
+            theta: 1_000_000.0,
+            scaling: RotaryScaling::None,
         },
     };
-    let plain = || Rotary {
-        theta: 1_000_000.0,
-        scaling: RotaryScaling::None,
-    };
-    // Architecture; hidden, feed-forward, layers, heads, KV heads, head dim; vocabulary, context.
-    let (architecture, [hidden, intermediate, layers, heads, kv_heads, head_dim], sizes, rotary) =
-        match name {
-            "llama-3.2-1b" => {
-                let shape = [2048, 8192, 16, 32, 8, 64];
-                ("LlamaForCausalLM", shape, [128_256, 131_072], llama3(32.0))
-            }
-            "llama-3.1-8b" => {
-                let shape = [4096, 14_336, 32, 32, 8, 128];
-                ("LlamaForCausalLM", shape, [128_256, 131_072], llama3(8.0))
-            }
-            "mistral-7b" => {
-                let shape = [4096, 14_336, 32, 32, 8, 128];
-                ("MistralForCausalLM", shape, [32_768, 32_768], plain())
-            }
-            "qwen2.5-7b" => {
-                let shape = [3584, 18_944, 28, 28, 4, 128];
-                ("Qwen2ForCausalLM", shape, [152_064, 32_768], plain())
-            }
-            _ => return None,
-        };
     Some(Config {
-        architecture: architecture.to_owned(),
+        architecture: format!("{family}ForCausalLM"),
         hidden,
         intermediate,
         layers,
         heads,
         kv_heads,
         head_dim,
-        vocabulary: sizes[0],
-        context: sizes[1],
+        vocabulary,
+        context,
         norm_epsilon: 1e-5,
         rotary,
-        biases: architecture == "Qwen2ForCausalLM",
+        biases: family == "Qwen2",
         head_norms: false,
         window: None,
         tied_head: name == "llama-3.2-1b",
@@ -110,11 +107,7 @@ pub fn save(
         for (name, shape) in config.weights(shard.checked_sub(1)) {
             let rows = if shape.len() == 2 { shape[0] } else { 1 };
             let norm = Weights::Random.number_type(&name, &shape)? == GgmlDType::F32;
-            let (dtype, bytes_each) = if norm {
-                (Dtype::F32, 4)
-            } else {
-                (Dtype::F16, 2)
-            };
+            let (dtype, bytes_each) = [(Dtype::F16, 2), (Dtype::F32, 4)][usize::from(norm)];
             let mut bytes = vec![0; shape.iter().product::<usize>() * bytes_each];
             Weights::Random.read_rows(&name, 0..rows, &mut bytes)?;
             index.insert(name.clone(), file.as_str().into());
@@ -141,16 +134,15 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
         let numbers = (0..atoms * config.head_dim).map(|_| rng.random_range(-1f32..1.0));
         Dictionary::normalised(numbers.collect(), config.head_dim)?.in_half_precision()
     };
-    let mut layers = Vec::with_capacity(config.layers);
-    for _ in 0..config.layers {
-        layers.push(LayerDictionaries {
-            keys: dictionary()?,
-            values: dictionary()?,
+    let layers = (0..config.layers).map(|_| {
+        Ok(LayerDictionaries {
+            keys: dictionary()?.into(),
+            values: dictionary()?.into(),
             codebooks: None,
-        });
-    }
+        })
+    });
     Ok(Arc::new(DictionarySet {
-        layers,
+        layers: layers.collect::<Result<_>>()?,
         model: config.identity("random"),
         training: Training {
             sparsity,
@@ -162,7 +154,7 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
 /// Fills a cache with random keys and values of a device, as if so many positions had been read.
 ///
 /// # Errors
-/// What the cache returns.
+/// Result that the cache returns.
 pub fn fill(
     cache: &mut dyn KvCache,
     config: &Config,
@@ -180,11 +172,8 @@ pub fn fill(
         };
         let (k, v) = (draw()?, draw()?);
         // What attention computes here is thrown away: one query head a KV head will do, but for a single position.
-        let heads = if t == 1 {
-            config.heads / config.kv_heads
-        } else {
-            1
-        };
+        let group = config.heads / config.kv_heads;
+        let heads = if t == 1 { group } else { 1 };
         let q = Tensor::cat(&vec![&k; heads], 0)?;
         for layer in 0..config.layers {
             cache.attend(layer, &q, &k, &v)?;

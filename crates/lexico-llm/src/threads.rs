@@ -7,7 +7,7 @@ use lexico::threads::Threads;
 /// two products finds them awake, and a pool of others would find no core free.
 pub(crate) struct CandleThreads;
 
-/// As many as candle makes: what rayon would, unless told otherwise by the environment.
+/// Number of threads that candle uses: what rayon would, unless the environment says otherwise.
 static COUNT: LazyLock<usize> = LazyLock::new(|| {
     let told = std::env::var("CANDLE_NUM_THREADS").ok();
     let told = told.and_then(|count| count.parse().ok());
@@ -19,7 +19,7 @@ pub fn threads_in_use() -> usize {
     *COUNT
 }
 
-/// Whether the processor has cores that [`CandleThreads`] does not use.
+/// Returns true where the processor has cores that [`CandleThreads`] does not use.
 pub(crate) fn cores_to_spare() -> bool {
     std::thread::available_parallelism().is_ok_and(|cores| cores.get() > *COUNT)
 }

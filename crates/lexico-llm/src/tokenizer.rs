@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use tokenizers::Tokenizer as Inner;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, refused};
 use crate::panics::caught;
 
 /// A model's tokenizer.
@@ -23,22 +23,17 @@ impl Tokenizer {
     /// Takes the texts of `tokenizer.json` and, where there is one, `tokenizer_config.json`.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// [`Error::File`].
     pub fn parse(json: &[u8], config: Option<&str>, path: &Path) -> Result<Self> {
-        let error = |reason: String| Error::Tokenizer {
-            path: path.to_owned(),
-            reason,
-        };
+        let error = |reason: String| refused(path, reason);
         let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
         let mut inner = sound(|| Inner::from_bytes(json)).map_err(not_one)?;
         // Files keep what training cut and padded texts to; a prompt is never cut.
         inner.with_truncation(None).map_err(not_one)?;
         inner.with_padding(None);
-        let config: RawConfig = match config {
-            Some(text) => serde_json::from_str(text)
-                .map_err(|e| error(format!("its tokenizer_config.json: {e}")))?,
-            None => RawConfig::default(),
-        };
+        let config = config.map(serde_json::from_str).transpose();
+        let config = config.map_err(|e| error(format!("its tokenizer_config.json: {e}")));
+        let config: RawConfig = config?.unwrap_or_default();
         // A template that adds the beginning token itself needs no help. Where there is none, Llama
         // tokenizers add it unless told not to; those of other families do not.
         let class = config.tokenizer_class.as_deref();
@@ -46,33 +41,26 @@ impl Tokenizer {
         let llama = class.starts_with("Llama") || class == "PreTrainedTokenizerFast";
         let by_itself = llama && inner.get_post_processor().is_none();
         let wanted = config.add_bos_token.unwrap_or(by_itself);
-        let bos = config.bos_token;
-        let begin = match &bos {
-            Some(token) if wanted => {
-                let token = token.clone().text();
-                let id = inner.token_to_id(&token);
-                Some(id.ok_or_else(|| error(format!("its vocabulary lacks {token:?}")))?)
-            }
-            _ => None,
-        };
-        let special = [("bos_token", bos), ("eos_token", config.eos_token)];
-        let special = special.into_iter();
+        let bos = config.bos_token.map(SpecialToken::text);
+        let eos = config.eos_token.map(SpecialToken::text);
+        let begin = bos.as_ref().filter(|_| wanted).map(|token| {
+            let id = inner.token_to_id(token);
+            id.ok_or_else(|| error(format!("its vocabulary lacks {token:?}")))
+        });
+        let special = [("bos_token", bos), ("eos_token", eos)].into_iter();
+        let template = config.chat_template;
         Ok(Self {
+            begin: begin.transpose()?,
             inner,
-            begin,
-            special: special
-                .filter_map(|(name, t)| Some((name, t?.text())))
-                .collect(),
-            chat_template: config
-                .chat_template
-                .and_then(TemplateSource::default_template),
+            special: special.filter_map(|(name, t)| Some((name, t?))).collect(),
+            chat_template: template.and_then(TemplateSource::default_template),
         })
     }
 
     /// Tokens of the beginning of a text: with the beginning-of-text token where the model has one.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer cannot encode it.
+    /// [`Error::File`] where the tokenizer cannot encode it.
     pub fn encode_first(&self, text: &str) -> Result<Vec<u32>> {
         let mut tokens = self.encode_with(text, true)?;
         if let Some(begin) = self.begin
@@ -86,7 +74,7 @@ impl Tokenizer {
     /// Tokens of a text that goes on from another.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode_first`].
+    /// Those of [`Tokenizer::encode_first`].
     pub fn encode_more(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, false)
     }
@@ -99,7 +87,7 @@ impl Tokenizer {
     /// The text of some tokens, special ones left out.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer cannot decode them.
+    /// [`Error::File`] where the tokenizer cannot decode them.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         sound(|| self.inner.decode(tokens, true)).map_err(failed)
     }
@@ -120,10 +108,7 @@ fn sound<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<
 }
 
 fn failed(error: tokenizers::Error) -> Error {
-    Error::Tokenizer {
-        path: "tokenizer".into(),
-        reason: error.to_string(),
-    }
+    refused(Path::new("tokenizer"), error.to_string())
 }
 
 /// Text that grows with its tokens.
@@ -139,7 +124,7 @@ impl TextStream<'_> {
     /// Takes a token; returns the text that is certain now and was not before.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// Those of [`Tokenizer::decode`].
     pub fn push(&mut self, token: u32) -> Result<String> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
@@ -153,10 +138,10 @@ impl TextStream<'_> {
         Ok(new)
     }
 
-    /// What is left at the end: incomplete characters as replacement characters.
+    /// Returns what is left at the end: incomplete characters as replacement characters.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// Those of [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.tokens)?;
         Ok(self.rest(&text))
@@ -227,7 +212,7 @@ impl TemplateSource {
 }
 
 /// A token as a string, or as the object that older files write.
-#[derive(Deserialize, Clone)]
+#[derive(Deserialize)]
 #[serde(
     untagged,
     expecting = "bos_token or eos_token is neither a text nor an object with its content"

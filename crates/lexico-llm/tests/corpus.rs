@@ -1,4 +1,4 @@
-//! Texts of every format as windows: each text once, from everywhere where not all is read, and a word
+//! Texts of every format as chunks: each text once, from everywhere where not all is read, and a word
 //! about what cannot be read.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
@@ -48,17 +48,17 @@ fn open(inputs: &[&Path]) -> Corpus {
     Corpus::open(inputs, None, false).unwrap()
 }
 
-fn windows(corpus: &Corpus, tokens: usize, seed: u64) -> Vec<Vec<u32>> {
+fn chunks(corpus: &Corpus, tokens: usize, seed: u64) -> Vec<Vec<u32>> {
     let tokenizer = tokenizer();
-    let windows = corpus.windows(&tokenizer, CONTEXT, tokens, seed);
-    windows.unwrap().map(Result::unwrap).collect()
+    let chunks = corpus.chunks(&tokenizer, CONTEXT, tokens, seed);
+    chunks.unwrap().map(Result::unwrap).collect()
 }
 
-/// The text of all windows.
-fn text(windows: &[Vec<u32>]) -> String {
+/// The text of all chunks.
+fn text(chunks: &[Vec<u32>]) -> String {
     let tokenizer = tokenizer();
     let begin = tokenizer.encode_first("").unwrap();
-    let bodies = windows.iter().map(|w| w.strip_prefix(&begin[..]).unwrap());
+    let bodies = chunks.iter().map(|w| w.strip_prefix(&begin[..]).unwrap());
     tokenizer
         .decode(&bodies.collect::<Vec<_>>().concat())
         .unwrap()
@@ -91,8 +91,8 @@ fn a_text_that_fits_is_cut_as_it_stands() {
     let corpus = open(&[&path]);
     assert_eq!(corpus.names(), ["rows.txt"]);
     // Blocks of a text that surely fits follow each other; line ends are where they meet.
-    let windows = windows(&corpus, 1 << 16, 0);
-    assert_eq!(windows.concat(), expected.concat());
+    let chunks = chunks(&corpus, 1 << 16, 0);
+    assert_eq!(chunks.concat(), expected.concat());
 }
 
 #[test]
@@ -114,8 +114,8 @@ fn every_text_is_read_once() {
     for (path, expected) in &inputs {
         // In order where it surely fits, else in another order.
         for (tokens, in_order) in [(1 << 20, true), (45_000, false)] {
-            let windows = windows(&open(&[path]), tokens, 3);
-            let text = text(&windows);
+            let chunks = chunks(&open(&[path]), tokens, 3);
+            let text = text(&chunks);
             let mut found = rows(&text);
             assert_eq!(found.is_sorted(), in_order, "{}", path.display());
             found.sort_unstable();
@@ -124,7 +124,7 @@ fn every_text_is_read_once() {
     }
     let paths: Vec<&Path> = inputs.iter().map(|(path, _)| path.as_path()).collect();
     let all: usize = inputs.iter().map(|(_, rows)| rows.len()).sum();
-    assert_eq!(rows(&text(&windows(&open(&paths), 1 << 22, 0))).len(), all);
+    assert_eq!(rows(&text(&chunks(&open(&paths), 1 << 22, 0))).len(), all);
 }
 
 #[test]
@@ -135,9 +135,9 @@ fn a_bounded_run_sees_text_from_everywhere() {
     let json = write(folder.path(), "json", 40_000..60_000);
     let corpus = open(&[&txt, &jsonl, &json]);
     let tokens = 30_000;
-    let drawn = windows(&corpus, tokens, 1);
+    let drawn = chunks(&corpus, tokens, 1);
     assert_eq!(drawn.len(), tokens / CONTEXT);
-    assert!(drawn.iter().all(|window| window.len() == CONTEXT));
+    assert!(drawn.iter().all(|chunk| chunk.len() == CONTEXT));
     let seen = rows(&text(&drawn));
     let tenths: BTreeSet<usize> = seen.iter().map(|i| i / 2000).collect();
     assert_eq!(tenths.len(), 30, "{tenths:?}");
@@ -148,11 +148,11 @@ fn a_bounded_run_sees_text_from_everywhere() {
     let distinct: BTreeSet<usize> = seen.iter().copied().collect();
     assert_eq!(distinct.len(), seen.len(), "no row twice");
 
-    assert_eq!(windows(&corpus, tokens, 1), drawn);
-    assert_eq!(windows(&open(&[&txt, &jsonl, &json]), tokens, 1), drawn);
-    assert_ne!(windows(&corpus, tokens, 2), drawn);
+    assert_eq!(chunks(&corpus, tokens, 1), drawn);
+    assert_eq!(chunks(&open(&[&txt, &jsonl, &json]), tokens, 1), drawn);
+    assert_ne!(chunks(&corpus, tokens, 2), drawn);
     let tokenizer = tokenizer();
-    let again = corpus.windows(&tokenizer, CONTEXT, tokens, 1).unwrap();
+    let again = corpus.chunks(&tokenizer, CONTEXT, tokens, 1).unwrap();
     let rest: Vec<Vec<u32>> = again.skip(200).map(Result::unwrap).collect();
     assert_eq!(rest, drawn[200..]);
 }
@@ -179,7 +179,7 @@ fn long_texts_are_entered_in_the_middle() {
         let path = path.as_path();
         // Each word once, whether in order or not; where texts meet, a word may touch another.
         for tokens in [1 << 20, 8 * count] {
-            let read = text(&windows(&open(&[path]), tokens, 0));
+            let read = text(&chunks(&open(&[path]), tokens, 0));
             let found: Vec<usize> = read
                 .split("word")
                 .skip(1)
@@ -195,7 +195,7 @@ fn long_texts_are_entered_in_the_middle() {
                 assert!(found.is_sorted());
             }
         }
-        let read = text(&windows(&open(&[path]), 200 * CONTEXT, 0));
+        let read = text(&chunks(&open(&[path]), 200 * CONTEXT, 0));
         let numbers = read
             .split("word")
             .filter_map(|rest| rest.split(' ').next()?.parse().ok());
@@ -216,31 +216,28 @@ fn characters_are_not_cut() {
         let path = folder.path().join(format!("{name}.txt"));
         let whole = unit.repeat(30_000 / unit.len());
         std::fs::write(&path, &whole).unwrap();
-        assert_eq!(text(&windows(&open(&[&path]), 1 << 20, 0)), whole);
+        assert_eq!(text(&chunks(&open(&[&path]), 1 << 20, 0)), whole);
         let path = folder.path().join(format!("{name}.jsonl"));
         std::fs::write(&path, serde_json::json!({"text": whole}).to_string()).unwrap();
-        assert_eq!(
-            text(&windows(&open(&[&path]), 1 << 20, 0)).trim_end(),
-            whole
-        );
+        assert_eq!(text(&chunks(&open(&[&path]), 1 << 20, 0)).trim_end(), whole);
     }
 }
 
 #[test]
-fn windows_say_how_many_tokens_are_to_come() {
+fn chunks_say_how_many_tokens_are_to_come() {
     let folder = tempfile::tempdir().unwrap();
     let path = write(folder.path(), "txt", 0..3000);
     let tokenizer = tokenizer();
     // All of the text, about all of it, and a part.
     for most in [1 << 20, 80_000, 10_000] {
         let corpus = open(&[&path]);
-        let mut windows = corpus.windows(&tokenizer, CONTEXT, most, 0).unwrap();
+        let mut chunks = corpus.chunks(&tokenizer, CONTEXT, most, 0).unwrap();
         let mut tokens = 0;
         let mut totals = Vec::new();
-        while let Some(window) = windows.next() {
-            assert!(windows.total() > tokens);
-            tokens += window.unwrap().len();
-            totals.push(windows.total());
+        while let Some(chunk) = chunks.next() {
+            assert!(chunks.total() > tokens);
+            tokens += chunk.unwrap().len();
+            totals.push(chunks.total());
         }
         assert_eq!(totals.last(), Some(&tokens));
         assert!(tokens <= most);
@@ -397,8 +394,8 @@ fn what_cannot_be_read_is_refused() {
         // What lies far in is found where it is read.
         let error = corpus.and_then(|corpus| {
             let tokenizer = tokenizer();
-            let windows = corpus.windows(&tokenizer, CONTEXT, 1 << 20, 0)?;
-            windows.collect::<Result<Vec<_>, _>>()
+            let chunks = corpus.chunks(&tokenizer, CONTEXT, 1 << 20, 0)?;
+            chunks.collect::<Result<Vec<_>, _>>()
         });
         let message = error.unwrap_err().to_string();
         for word in [name].iter().chain(words) {
@@ -476,14 +473,14 @@ fn too_little_text_is_refused() {
             .unwrap()
             .len();
         let corpus = open(&[&path]);
-        let windows = corpus.windows(&tokenizer, CONTEXT, 10_000, 0);
-        (found, windows.map(|w| w.count()).map_err(|e| e.to_string()))
+        let chunks = corpus.chunks(&tokenizer, CONTEXT, 10_000, 0);
+        (found, chunks.map(|w| w.count()).map_err(|e| e.to_string()))
     };
     let mut refused = 0;
     for count in 1..60 {
-        let (found, windows) = short(count);
+        let (found, chunks) = short(count);
         if found <= CONTEXT - begin {
-            let message = windows.unwrap_err();
+            let message = chunks.unwrap_err();
             assert!(
                 message.contains("short.txt")
                     && message.contains(&format!("its {found} tokens"))
@@ -492,7 +489,7 @@ fn too_little_text_is_refused() {
             );
             refused += 1;
         } else {
-            assert_eq!(windows.unwrap(), found.div_ceil(CONTEXT - begin));
+            assert_eq!(chunks.unwrap(), found.div_ceil(CONTEXT - begin));
         }
     }
     assert!(refused > 5 && refused < 50, "{refused}");
@@ -510,7 +507,7 @@ fn a_file_larger_than_memory_is_read_in_parts() {
         println!("SKIPPED: no file of that size here");
         return;
     }
-    assert_eq!(windows(&open(&[&path]), 1000, 0).len(), 1000 / CONTEXT);
+    assert_eq!(chunks(&open(&[&path]), 1000, 0).len(), 1000 / CONTEXT);
 }
 
 #[cfg(unix)]
@@ -529,10 +526,10 @@ fn pipes_are_read_from_their_beginning() {
         let (content, to) = (content.to_owned(), pipe.clone());
         // It is closed early where not all is read.
         let writer = std::thread::spawn(move || drop(std::fs::write(to, content)));
-        let windows = corpus.windows(&tokenizer, CONTEXT, tokens, 0);
-        let windows = windows.and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let chunks = corpus.chunks(&tokenizer, CONTEXT, tokens, 0);
+        let chunks = chunks.and_then(Iterator::collect::<Result<Vec<_>, _>>);
         writer.join().unwrap();
-        windows.map(|w| rows(&text(&w))).map_err(|e| e.to_string())
+        chunks.map(|w| rows(&text(&w))).map_err(|e| e.to_string())
     };
     let plain: String = (10_000..14_000).map(row).collect();
     let found = piped(&plain, None, 1 << 20, &[]).unwrap();
@@ -573,13 +570,13 @@ fn pipes_are_read_from_their_beginning() {
         assert!(made.unwrap().success());
         let corpus = Corpus::open(&[&pipe], None, false).unwrap();
         let writer = std::thread::spawn(move || std::fs::write(pipe, bytes));
-        let windows = corpus.windows(&tokenizer, CONTEXT, 1 << 20, 0);
-        let windows = windows.and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let chunks = corpus.chunks(&tokenizer, CONTEXT, 1 << 20, 0);
+        let chunks = chunks.and_then(Iterator::collect::<Result<Vec<_>, _>>);
         writer.join().unwrap().unwrap();
         match byte {
-            None => assert_eq!(text(&windows.unwrap()), "é".repeat(100_000)),
+            None => assert_eq!(text(&chunks.unwrap()), "é".repeat(100_000)),
             Some(byte) => {
-                let message = windows.unwrap_err().to_string();
+                let message = chunks.unwrap_err().to_string();
                 assert!(message.contains(&format!("byte {byte}")), "{message}");
             }
         }
@@ -610,9 +607,9 @@ fn damaged_parquet_files_are_refused_or_read() {
             let Ok(corpus) = Corpus::open(&[&path], None, false) else {
                 continue;
             };
-            if let Ok(windows) = corpus.windows(&tokenizer, CONTEXT, 20_000, 0) {
-                for window in windows {
-                    if let Err(error) = window {
+            if let Ok(chunks) = corpus.chunks(&tokenizer, CONTEXT, 20_000, 0) {
+                for chunk in chunks {
+                    if let Err(error) = chunk {
                         assert!(error.to_string().contains("damaged.parquet"));
                     }
                 }

@@ -305,8 +305,7 @@ fn impossible_cache_settings_are_refused() {
         ("lexico:tolerance=1,format=i8", "tolerance 1"),
         ("lexico:tolerance=nan,format=i8", "tolerance"),
         ("lexico:batch=0", "batch"),
-        ("lexico:adaptive=8,format=i8", "tolerance"),
-        ("lexico:tolerance=0.2,adaptive=61441,format=i8", "65536"),
+        ("lexico:beam=4,format=i8", "additive"),
     ] {
         let message = model
             .cache(&spec.parse().unwrap())

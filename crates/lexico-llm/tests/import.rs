@@ -95,7 +95,7 @@ fn damaged_files_do_not_panic() {
     }
 }
 
-/// The tiny model's dictionaries, without the groups for packed codes, which these files have no place for.
+/// The tiny model's dictionaries, without the codebooks, which these files have no place for.
 fn tiny() -> DictionarySet {
     let model = Model::tiny().unwrap();
     let mut set = model.dictionaries.as_deref().unwrap().clone();
@@ -122,9 +122,9 @@ fn dictionaries_that_no_tensor_holds_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.pt");
     let mut uneven = tiny();
-    uneven.layers[2].values = Dictionary::new(vec![1.0; 64 * 64], 1).unwrap();
+    uneven.layers[2].values = Dictionary::new(vec![1.0; 64 * 64], 1).unwrap().into();
     let error = export_reference(&uneven, &path).unwrap_err();
-    assert!(matches!(error, Error::Export { .. }), "{error}");
+    assert!(matches!(error, Error::File { .. }), "{error}");
     assert!(error.to_string().contains("one size"), "{error}");
     let mut empty = tiny();
     empty.layers.clear();

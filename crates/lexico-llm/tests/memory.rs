@@ -62,7 +62,7 @@ fn footprints_equal_what_is_allocated() {
         "lexico:sparsity=4,window=0,batch=1",
         "lexico:sparsity=16,window=64,format=f32,dense=f32",
         "lexico:sparsity=16,tolerance=0.3,window=16,format=i8",
-        "lexico:sparsity=8,tolerance=0.05,adaptive=40,window=16,format=i8",
+        "lexico:sparsity=8,tolerance=0.05,window=16,format=i8",
         "lexico:key-sparsity=12,value-sparsity=4,window=32",
         "streaming-llm:window=60",
         "snapkv:capacity=80",

@@ -10,7 +10,7 @@ use lexico_llm::{Error, Model};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// How far what a method expects to hold may be from what it holds: storage grows by up to a sixteenth.
+/// The distance that what a method expects to hold may have from what it holds: storage grows by up to a sixteenth.
 const TOLERANCE: f64 = 0.07;
 
 /// Those that hold all positions, each coded by itself or with others.

@@ -36,9 +36,9 @@ fn options() -> TrainOptions {
             batch: 128,
             ..LearnOptions::default()
         },
-        groups: Some(CodebookOptions {
+        codebooks: Some(CodebookOptions {
             first: 64,
-            groups: 2,
+            codebooks: 2,
             sparsity: 2,
             ..CodebookOptions::default()
         }),
@@ -49,27 +49,27 @@ fn options() -> TrainOptions {
 #[test]
 fn learns_saves_and_serves() {
     let mut model = Model::tiny().unwrap();
-    let (mut learned, mut learned_groups) = (0, 0);
+    let (mut learned, mut learned_codebooks) = (0, 0);
     let (mut read, mut measured) = ((0, 0), (0, 0));
     let trained = train(&model, &corpus(), &options(), &mut |progress| {
         match progress {
             TrainProgress::Reading { tokens, total } => read = (tokens, total),
             TrainProgress::Learned { .. } => learned += 1,
-            TrainProgress::LearnedCodebooks { .. } => learned_groups += 1,
+            TrainProgress::LearnedCodebooks { .. } => learned_codebooks += 1,
             TrainProgress::Learning { .. } | TrainProgress::LearningCodebooks { .. } => {}
             TrainProgress::Measuring { done, total } => measured = (done, total),
         }
         ControlFlow::Continue(())
     })
     .unwrap();
-    assert_eq!((learned, learned_groups), (8, 8));
+    assert_eq!((learned, learned_codebooks), (8, 8));
     assert_eq!(read.0, read.1);
     assert!(measured.0 > 0 && measured.0 == measured.1);
     let training = &trained.dictionaries.training;
     assert_eq!((training.sparsity, training.tokens), (4, read.0));
-    let packed = training.additive_relative_error.as_ref().unwrap();
-    assert_eq!((training.relative_error.len(), packed.len()), (4, 4));
-    for (l, errors) in training.relative_error.iter().chain(packed).enumerate() {
+    let additive = training.additive_relative_error.as_ref().unwrap();
+    assert_eq!((training.relative_error.len(), additive.len()), (4, 4));
+    for (l, errors) in training.relative_error.iter().chain(additive).enumerate() {
         assert!(
             errors.keys > 0.0 && errors.keys < 0.7,
             "layer {l}: keys {}",
@@ -119,7 +119,7 @@ fn learns_saves_and_serves() {
 }
 
 #[test]
-fn groups_are_added_to_dictionaries_that_are_kept() {
+fn codebooks_are_added_to_dictionaries_that_are_kept() {
     let model = Model::tiny().unwrap();
     let whole = train(&model, &corpus(), &options(), &mut |_| {
         ControlFlow::Continue(())
@@ -141,7 +141,7 @@ fn groups_are_added_to_dictionaries_that_are_kept() {
         ControlFlow::Continue(())
     });
     assert_eq!(added.unwrap().dictionaries, whole);
-    with_kept.groups = None;
+    with_kept.codebooks = None;
     let nothing = train(&model, &corpus(), &with_kept, &mut |_| {
         ControlFlow::Continue(())
     });
@@ -198,7 +198,7 @@ fn more_atoms_than_vectors_are_refused() {
     many.learn.atoms = 4000;
     many.state = Some(state.clone());
     // As the settings show, and as the text shows.
-    for (vectors, word) in [(3999, "from 3999 vectors"), (5000, "4000 atoms need")] {
+    for (vectors, word) in [(3999, "there are 3999"), (5000, "4000 atoms need")] {
         many.vectors = vectors;
         let error = train(&model, &corpus(), &many, &mut |_| ControlFlow::Continue(()));
         let error = error.unwrap_err().to_string();

@@ -48,10 +48,10 @@ fn vectors_from_bytes(bencher: Bencher<'_, '_>, sparsity: usize) {
     bencher.counter(ItemsCount::new(VECTORS)).bench_local(work);
 }
 
-/// A page of codes from its stored form, by atoms a vector and whether these are packed, in bytes of memory.
+/// A page of codes from its stored form, by atoms a vector and whether these are additive, in bytes of memory.
 #[divan::bench(args = [(16, false), (12, true)])]
-fn codes_from_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
-    let codes = common::page(sparsity, packed);
+fn codes_from_stored(bencher: Bencher<'_, '_>, (sparsity, additive): (usize, bool)) {
+    let codes = common::page(sparsity, additive);
     let bytes = BytesCount::new(codes.bytes_used());
     bencher
         .counter(bytes)
@@ -60,15 +60,15 @@ fn codes_from_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)
 
 /// The other way.
 #[divan::bench(args = [(16, false), (12, true)])]
-fn codes_to_stored(bencher: Bencher<'_, '_>, (sparsity, packed): (usize, bool)) {
-    let codes = common::page(sparsity, packed);
+fn codes_to_stored(bencher: Bencher<'_, '_>, (sparsity, additive): (usize, bool)) {
+    let codes = common::page(sparsity, additive);
     let bytes = BytesCount::new(codes.bytes_used());
     bencher
         .counter(bytes)
         .bench_local(common::to_stored(&codes));
 }
 
-/// Coded positions, by sparsity and queries of a group.
+/// Coded positions, by sparsity and queries of a query group.
 #[divan::bench(args = [(8, 1), (16, 1), (8, 4), (12, 4), (16, 4), (32, 4), (16, 8)])]
 fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
     const POSITIONS: usize = 8192;
@@ -77,22 +77,22 @@ fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) 
     bencher.counter(BytesCount::new(bytes)).bench_local(work);
 }
 
-/// Codes of one atom a group, by sparsity and queries of a group: as near to the vectors as those above of 8 and 16.
+/// Additive codes, by sparsity and queries of a query group: as near to the vectors as those above of 8 and 16.
 #[divan::bench(args = [(13, 1), (28, 1), (7, 4), (13, 4), (28, 4), (28, 8)])]
-fn packed_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
+fn additive_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
     const POSITIONS: usize = 8192;
-    let work = common::packed(POSITIONS, sparsity, group);
+    let work = common::additive(POSITIONS, sparsity, group);
     let bytes = 2 * POSITIONS * (sparsity + 1);
     bencher.counter(BytesCount::new(bytes)).bench_local(work);
 }
 
-/// Dense positions in half precision, by queries of a group.
+/// Dense positions in half precision, by queries of a query group.
 #[divan::bench(args = [1, 2, 4, 8])]
 fn dense_attention_f16(bencher: Bencher<'_, '_>, group: usize) {
     dense_attention(bencher, NumberType::F16, 2, group);
 }
 
-/// Dense positions in single precision, by queries of a group.
+/// Dense positions in single precision, by queries of a query group.
 #[divan::bench(args = [1, 4])]
 fn dense_attention_f32(bencher: Bencher<'_, '_>, group: usize) {
     dense_attention(bencher, NumberType::F32, 4, group);
@@ -102,14 +102,5 @@ fn dense_attention(bencher: Bencher<'_, '_>, number_type: NumberType, width: usi
     const POSITIONS: usize = 8192;
     let work = common::dense(POSITIONS, number_type, group);
     let bytes = 2 * POSITIONS * HEAD_DIM * width;
-    bencher.counter(BytesCount::new(bytes)).bench_local(work);
-}
-
-#[divan::bench]
-fn matrix_f16(bencher: Bencher<'_, '_>) {
-    const ROWS: usize = 4096;
-    const COLUMNS: usize = 2048;
-    let work = common::matrix(ROWS, COLUMNS);
-    let bytes = ROWS * COLUMNS * 2;
     bencher.counter(BytesCount::new(bytes)).bench_local(work);
 }

@@ -1,13 +1,13 @@
 //! Safetensors files: read tensor by tensor without mapping, written beside their target and renamed.
 //!
-//! Tensors are read one by one rather than through a memory map: peak memory is one tensor, no `unsafe` is needed, and a file cut short while it is open gives an error instead of
-//! a bus fault.
+//! Tensors are read one by one rather than through a memory map: peak memory is one tensor, no `unsafe` is needed, and a
+//! file cut short while it is open gives an error instead of a bus fault.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 pub use safetensors::Dtype;
@@ -24,7 +24,7 @@ pub struct TensorFile {
     path: PathBuf,
     source: Source,
     header: Metadata,
-    /// Where the tensors' bytes begin.
+    /// Offset at which the tensors' bytes begin.
     data_start: u64,
 }
 
@@ -32,6 +32,23 @@ pub struct TensorFile {
 enum Source {
     File(Mutex<File>),
     Memory(&'static [u8]),
+}
+
+impl Source {
+    /// Fills `out` from byte `at` on.
+    fn read(&self, at: u64, out: &mut [u8]) -> std::io::Result<()> {
+        match self {
+            Self::Memory(bytes) => {
+                let mut rest = bytes.get(at as usize..).unwrap_or_default();
+                rest.read_exact(out)
+            }
+            Self::File(file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.seek(SeekFrom::Start(at))?;
+                file.read_exact(out)
+            }
+        }
+    }
 }
 
 impl TensorFile {
@@ -42,43 +59,34 @@ impl TensorFile {
     /// short, too long or of another kind.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
-        let mut file = File::open(&path).map_err(Error::io(&path))?;
+        let file = File::open(&path).map_err(Error::io(&path))?;
         let metadata = file.metadata().map_err(Error::io(&path))?;
         if !metadata.is_file() {
             return Err(not_safetensors(&path, "it is not a regular file"));
         }
-        let total = metadata.len();
-        let mut length = [0u8; 8];
-        let header_bytes = match file.read_exact(&mut length) {
-            Ok(()) => u64::from_le_bytes(length),
-            Err(_) => return Err(not_safetensors(&path, "it is shorter than 8 bytes")),
-        };
-        check_header_length(&path, header_bytes, total)?;
-        let mut header = vec![0u8; header_bytes as usize];
-        file.read_exact(&mut header).map_err(Error::io(&path))?;
-        Self::with_header(path, Source::File(Mutex::new(file)), &header, total)
+        Self::read(path, Source::File(Mutex::new(file)), metadata.len())
     }
 
     /// Reads a file that is embedded in the program; `name` stands for its path in messages.
     ///
     /// # Errors
-    /// As [`TensorFile::open`].
+    /// Those of [`TensorFile::open`].
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        let path = PathBuf::from(name);
-        let total = bytes.len() as u64;
-        let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
-            return Err(not_safetensors(&path, "it is shorter than 8 bytes"));
-        };
-        let header_bytes = u64::from_le_bytes(*length);
-        check_header_length(&path, header_bytes, total)?;
-        let header = &rest[..header_bytes as usize];
-        Self::with_header(path, Source::Memory(bytes), header, total)
+        Self::read(name.into(), Source::Memory(bytes), bytes.len() as u64)
     }
 
-    fn with_header(path: PathBuf, source: Source, header: &[u8], total: u64) -> Result<Self> {
-        let data_start = 8 + header.len() as u64;
-        let header: Metadata = serde_json::from_slice(header)
+    fn read(path: PathBuf, source: Source, total: u64) -> Result<Self> {
+        let mut length = [0; 8];
+        if source.read(0, &mut length).is_err() {
+            return Err(not_safetensors(&path, "it is shorter than 8 bytes"));
+        }
+        let header_bytes = u64::from_le_bytes(length);
+        check_header_length(&path, header_bytes, total)?;
+        let mut header = vec![0; header_bytes as usize];
+        source.read(8, &mut header).map_err(Error::io(&path))?;
+        let header: Metadata = serde_json::from_slice(&header)
             .map_err(|e| not_safetensors(&path, &format!("its header: {e}")))?;
+        let data_start = 8 + header_bytes;
         let wanted = data_start + header.data_len() as u64;
         if wanted != total {
             let reason = format!("its header promises {wanted} bytes in all, the file has {total}");
@@ -129,6 +137,30 @@ impl TensorFile {
         })
     }
 
+    /// Reads an entry of the metadata.
+    ///
+    /// # Errors
+    /// [`Error::Metadata`] where it is missing or `parse` refuses it.
+    pub(crate) fn entry<T, E: ToString>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> std::result::Result<T, E>,
+    ) -> Result<T> {
+        let metadata = self.header.metadata().as_ref();
+        let text = metadata.and_then(|metadata| metadata.get(key));
+        let text = text.ok_or_else(|| self.bad_entry(key, "it is missing"))?;
+        parse(text).map_err(|e| self.bad_entry(key, e.to_string()))
+    }
+
+    /// Returns the error that an entry of the metadata cannot be.
+    pub(crate) fn bad_entry(&self, key: &'static str, reason: impl Into<String>) -> Error {
+        Error::Metadata {
+            path: self.path.clone(),
+            key,
+            reason: reason.into(),
+        }
+    }
+
     /// Number type and shape of a tensor.
     ///
     /// # Errors
@@ -141,12 +173,11 @@ impl TensorFile {
     fn tensor_info(&self, name: &str) -> Result<&TensorInfo> {
         self.header.info(name).ok_or_else(|| {
             let names = self.names();
-            let mut present = names.iter().take(8).cloned().collect::<Vec<_>>().join(", ");
-            if names.is_empty() {
-                present = "none".to_owned();
-            } else if names.len() > 8 {
-                present += &format!(" and {} more", names.len() - 8);
-            }
+            let present = match names.len() {
+                0 => "none".to_owned(),
+                1..=8 => names.join(", "),
+                count => format!("{} and {} more", names[..8].join(", "), count - 8),
+            };
             Error::MissingTensor {
                 path: self.path.clone(),
                 name: name.to_owned(),
@@ -180,16 +211,7 @@ impl TensorFile {
             return Err(Error::tensor(&self.path, name, reason));
         }
         let at = self.data_start + (start + first) as u64;
-        match &self.source {
-            Source::Memory(bytes) => out.copy_from_slice(&bytes[at as usize..][..out.len()]),
-            Source::File(file) => {
-                let mut file = file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                file.seek(SeekFrom::Start(at))
-                    .and_then(|_| file.read_exact(out))
-                    .map_err(Error::io(&self.path))?;
-            }
-        }
-        Ok(())
+        self.source.read(at, out).map_err(Error::io(&self.path))
     }
 
     /// A floating-point tensor of `rank` dimensions, converted to f32.
@@ -214,23 +236,19 @@ impl TensorFile {
 
 /// Converts stored floating-point numbers to f32; `None` for any other number type.
 fn floats_of_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    let pairs = || bytes.as_chunks::<2>().0.iter();
     Some(match dtype {
-        Dtype::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::F32 => {
-            let chunks = bytes.as_chunks::<4>().0;
-            chunks.iter().map(|&b| f32::from_le_bytes(b)).collect()
-        }
-        Dtype::F64 => {
-            let chunks = bytes.as_chunks::<8>().0;
-            chunks
-                .iter()
-                .map(|&b| f64::from_le_bytes(b) as f32)
-                .collect()
-        }
+        Dtype::F16 => numbers(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => numbers(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::F32 => numbers(bytes, f32::from_le_bytes),
+        Dtype::F64 => numbers(bytes, |b| f64::from_le_bytes(b) as f32),
         _ => return None,
     })
+}
+
+/// Converts stored numbers of `N` bytes each.
+pub(crate) fn numbers<T, const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let chunks = bytes.as_chunks::<N>().0.iter();
+    chunks.map(|&chunk| convert(chunk)).collect()
 }
 
 fn check_header_length(path: &Path, header_bytes: u64, total: u64) -> Result<()> {
@@ -331,7 +349,7 @@ pub fn write_in_turn(
         lengths.push(length);
     }
     let mut header = serde_json::Value::Object(header).to_string();
-    // As the safetensors crate does: tensors begin at multiples of eight bytes.
+    // Like the safetensors crate: tensors begin at multiples of eight bytes.
     header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
     write_atomically_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
@@ -354,7 +372,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomically_with(path, |file| file.write_all(bytes))
 }
 
-/// As [`write_atomically`], for what need not be in memory as a whole: `write` fills the file.
+/// Writes a file like [`write_atomically`], by `write`: its bytes need not be in memory as a whole.
 ///
 /// # Errors
 /// [`Error::Io`], naming `path`.
@@ -393,7 +411,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
         .map_err(Error::io(path))
 }
 
-/// Where a file is really written, and its folder: links are followed, and only regular files are
+/// Finds the path at which a file is really written, and its folder: links are followed, and only regular files are
 /// ever replaced.
 fn target(path: &Path) -> Result<(PathBuf, PathBuf)> {
     let path = match path.symlink_metadata() {

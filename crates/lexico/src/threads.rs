@@ -1,4 +1,4 @@
-//! Who runs tasks side by side.
+//! Threads that run tasks side by side.
 //!
 //! A program that keeps a pool of threads of its own busy, as tensor libraries do, is slowed down by a
 //! second pool that wants the same cores: what is called between its own products runs on its threads.
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 /// Threads that tasks can be spread over.
 pub trait Threads: Sync {
-    /// How many there are.
+    /// Number of threads.
     fn count(&self) -> usize;
 
     /// Runs `task` once for every number below `tasks`, in any order, and returns when all are done.

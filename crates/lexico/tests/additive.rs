@@ -1,4 +1,4 @@
-//! Codes of one atom a group: the search against plain f64, packed codes in memory and in files.
+//! Additive codes: the search against plain f64, codes in memory and in files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
 
@@ -9,42 +9,39 @@ use std::collections::HashMap;
 use common::drawn_vectors;
 use lexico::codes::CodeFile;
 use lexico::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks};
-use lexico::encode::BeamSearch;
 use lexico::threads::{Alone, Rayon};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Error};
+use lexico::{AdditiveFormat, BeamSearch, Codes, Encoder, Error, Fit};
 use proptest::prelude::*;
 
-/// CodebookSizes whose atoms get shorter.
-fn drawn_dictionary(seed: u64, first: usize, groups: usize, m: usize) -> Codebooks {
-    let count = first + (groups - 1) * CODEBOOK_ATOMS;
-    let mut atoms = drawn_vectors(seed, count, m);
-    for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
-        let group = if i < first {
-            0
-        } else {
-            (i - first) / CODEBOOK_ATOMS + 1
-        };
-        atom.iter_mut()
-            .for_each(|x| *x *= 0.7f32.powi(group as i32));
+/// Codebooks whose atoms get shorter.
+fn drawn_codebooks(seed: u64, first: usize, codebooks: usize, m: usize) -> Codebooks {
+    let sizes = CodebookSizes { first };
+    let mut atoms = drawn_vectors(seed, sizes.atoms(codebooks), m);
+    for codebook in 0..codebooks {
+        let own = sizes.start(codebook) * m..sizes.start(codebook + 1) * m;
+        let length = 0.7f32.powi(codebook as i32);
+        atoms[own].iter_mut().for_each(|x| *x *= length);
     }
-    Codebooks::new(atoms, m, CodebookSizes { first }).unwrap()
+    Codebooks::new(atoms, m, sizes).unwrap()
 }
 
-fn squared_distance(dictionary: &Codebooks, x: &[f32], indices: &[usize]) -> f64 {
-    let atoms = dictionary.dictionary();
+fn squared_distance(codebooks: &Codebooks, x: &[f32], indices: &[usize]) -> f64 {
     let numbers = x.iter().enumerate();
     numbers
         .map(|(k, &x)| {
-            let sum: f64 = indices.iter().map(|&i| f64::from(atoms.atom(i)[k])).sum();
+            let sum: f64 = indices
+                .iter()
+                .map(|&i| f64::from(codebooks.atom(i)[k]))
+                .sum();
             (f64::from(x) - sum).powi(2)
         })
         .sum()
 }
 
 /// What rounding to f32 may add to the squared distance of a vector from a sum: both may be longer than it.
-fn rounding(dictionary: &Codebooks, x: &[f32]) -> f64 {
+fn rounding(codebooks: &Codebooks, x: &[f32]) -> f64 {
     let square = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-    let atoms = dictionary.dictionary().atoms().chunks_exact(x.len());
+    let atoms = codebooks.atoms().chunks_exact(x.len());
     1e-6 * (square(x) + atoms.map(square).fold(0.0, f64::max))
 }
 
@@ -52,28 +49,28 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_beam_of_one_takes_the_nearest_atom_of_each_group(
+    fn a_beam_of_width_one_takes_the_nearest_atom_of_each_codebook(
         seed: u64, first in 1usize..300, s in 1usize..5, m in 1usize..20, n in 0usize..20,
     ) {
-        let dictionary = drawn_dictionary(seed, first, 4, m);
+        let codebooks = drawn_codebooks(seed, first, 4, m);
         let vectors = drawn_vectors(seed ^ 1, n, m);
-        let groups = dictionary.groups();
-        let batch = BeamSearch::new(&dictionary, s).unwrap().with_beam(1).encode(&vectors).unwrap();
+        let sizes = codebooks.sizes();
+        let batch = BeamSearch::new(&codebooks, s).unwrap().with_beam_width(1).with_fit(Fit::LeastSquares).encode(&vectors).unwrap();
         prop_assert_eq!(batch.len(), n);
         for (v, x) in vectors.chunks_exact(m).enumerate() {
             let (indices, coefficients) = batch.row(v);
             prop_assert!(coefficients.iter().all(|&c| c == 1.0) && indices.len() == s);
             let found: Vec<usize> = indices.iter().map(|&i| usize::from(i)).collect();
-            // In f64, of each group the nearest after those that were taken before: in f32 nearly equal atoms may change
+            // In f64, of each codebook the nearest after those that were taken before: in f32 nearly equal atoms may change
             // places, and others are the nearest then.
-            for group in 0..s {
-                let with = |i: usize| squared_distance(&dictionary, x, &[&found[..group], &[i]].concat());
-                let atoms = groups.start(group)..groups.start(group + 1);
+            for codebook in 0..s {
+                let with = |i: usize| squared_distance(&codebooks, x, &[&found[..codebook], &[i]].concat());
+                let atoms = sizes.start(codebook)..sizes.start(codebook + 1);
                 let best = atoms.map(with).fold(f64::INFINITY, f64::min);
-                let taken = with(found[group]);
-                prop_assert!(taken <= best + rounding(&dictionary, x), "{}: {} for {}", group, taken, best);
+                let taken = with(found[codebook]);
+                prop_assert!(taken <= best + rounding(&codebooks, x), "{}: {} for {}", codebook, taken, best);
             }
-            let found_error = squared_distance(&dictionary, x, &found);
+            let found_error = squared_distance(&codebooks, x, &found);
             let whole: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
             let relative = (found_error / whole.max(f64::MIN_POSITIVE)).sqrt();
             prop_assert!((f64::from(batch.relative_errors[v]) - relative).abs() < 1e-4 * relative.max(1.0));
@@ -81,19 +78,19 @@ proptest! {
     }
 
     #[test]
-    fn a_beam_as_wide_as_the_first_group_finds_the_nearest_pair(
+    fn a_beam_as_wide_as_the_first_codebook_finds_the_nearest_pair(
         seed: u64, first in 1usize..12, m in 1usize..8, n in 1usize..5,
     ) {
-        let dictionary = drawn_dictionary(seed, first, 2, m);
+        let codebooks = drawn_codebooks(seed, first, 2, m);
         let vectors = drawn_vectors(seed ^ 1, n, m);
-        let pursuit = BeamSearch::new(&dictionary, 2).unwrap().with_beam(first);
+        let pursuit = BeamSearch::new(&codebooks, 2).unwrap().with_beam_width(first);
         let batch = pursuit.encode(&vectors).unwrap();
         for (v, x) in vectors.chunks_exact(m).enumerate() {
             let found: Vec<usize> = batch.row(v).0.iter().map(|&i| usize::from(i)).collect();
             let pairs = (0..first).flat_map(|i| (first..first + CODEBOOK_ATOMS).map(move |j| [i, j]));
-            let best = pairs.map(|pair| squared_distance(&dictionary, x, &pair)).fold(f64::INFINITY, f64::min);
-            let found = squared_distance(&dictionary, x, &found);
-            prop_assert!(found <= best + rounding(&dictionary, x), "{} for {}", found, best);
+            let best = pairs.map(|pair| squared_distance(&codebooks, x, &pair)).fold(f64::INFINITY, f64::min);
+            let found = squared_distance(&codebooks, x, &found);
+            prop_assert!(found <= best + rounding(&codebooks, x), "{} for {}", found, best);
         }
     }
 
@@ -102,27 +99,28 @@ proptest! {
         seed: u64, sparsities in prop::collection::vec(1usize..5, 1..4), each in 0usize..30, beam in 1usize..10,
     ) {
         let m = 6;
-        let dictionary = drawn_dictionary(seed, 40, 5, m);
+        let codebooks = drawn_codebooks(seed, 40, 5, m);
         let vectors = drawn_vectors(seed ^ 1, each * sparsities.len(), m);
-        let pursuit = BeamSearch::new(&dictionary, 4).unwrap().with_beam(beam);
-        let heads = pursuit.encode_heads_on(&vectors, &sparsities, &Rayon).unwrap();
-        prop_assert_eq!(&heads, &pursuit.encode_heads_on(&vectors, &sparsities, &Alone).unwrap());
+        let pursuit = BeamSearch::new(&codebooks, 4).unwrap().with_beam_width(beam);
+        let heads = pursuit.encode_heads(&vectors, &sparsities, &Rayon).unwrap();
+        prop_assert_eq!(&heads, &pursuit.encode_heads(&vectors, &sparsities, &Alone).unwrap());
         for (head, (batch, &s)) in heads.iter().zip(&sparsities).enumerate() {
-            let alone = BeamSearch::new(&dictionary, s).unwrap().with_beam(beam);
+            let alone = BeamSearch::new(&codebooks, s).unwrap().with_beam_width(beam);
             let own = &vectors[head * each * m..][..each * m];
             prop_assert_eq!(batch, &alone.encode(own).unwrap());
         }
     }
 
     #[test]
-    fn packed_codes_are_the_sums_of_their_atoms_and_come_back_from_files(
+    fn additive_codes_are_the_sums_of_their_atoms_and_come_back_from_files(
         seed: u64, n in 0usize..40, s in 1usize..6, first in 1usize..400, dropped in 0usize..40,
     ) {
         let m = 5;
-        let dictionary = drawn_dictionary(seed, first, 5, m);
+        let codebooks = drawn_codebooks(seed, first, 5, m);
         let vectors = drawn_vectors(seed ^ 1, n, m);
-        let batch = BeamSearch::new(&dictionary, s).unwrap().encode(&vectors).unwrap();
-        let format = packed(&dictionary, s);
+        let search = BeamSearch::new(&codebooks, s).unwrap().with_fit(Fit::LeastSquares);
+        let batch = search.encode(&vectors).unwrap();
+        let format = AdditiveFormat { sparsity: s, sizes: codebooks.sizes() };
         let mut codes = Codes::new(format).unwrap();
         // In parts, so that storage grows.
         codes.extend(&batch);
@@ -130,40 +128,31 @@ proptest! {
         prop_assert_eq!(codes.bytes_used(), 2 * n * (s + 1));
         let dropped = dropped.min(2 * n);
         codes.drop_front(dropped);
-        let decoded = codes.decode(dictionary.atoms(s)).unwrap();
+        let decoded = codes.decode(codebooks.first(s)).unwrap();
         prop_assert_eq!(decoded.len(), (2 * n - dropped) * m);
         for (v, x) in decoded.chunks_exact(m).enumerate() {
             let indices = batch.row((v + dropped) % n).0;
             for (k, &x) in x.iter().enumerate() {
-                let sum: f32 = indices.iter().map(|&i| dictionary.dictionary().atom(usize::from(i))[k]).sum();
+                let sum: f32 = indices.iter().map(|&i| codebooks.atom(usize::from(i))[k]).sum();
                 prop_assert!((x - sum).abs() < 1e-5);
             }
         }
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("codes.safetensors");
-        let atoms = dictionary.dictionary();
-        CodeFile::new(codes, "layers.0.keys", atoms).save(&path).unwrap();
+        CodeFile::new(codes, "layers.0.keys", &codebooks).save(&path).unwrap();
         let back = CodeFile::load(&path).unwrap();
-        prop_assert_eq!(back.codes.format(), format);
-        prop_assert_eq!(back.decode(atoms).unwrap(), decoded);
-    }
-}
-
-fn packed(dictionary: &Codebooks, sparsity: usize) -> CodeFormat {
-    CodeFormat {
-        sparsity,
-        variable: false,
-        coefficients: CoefficientFormat::InAtoms(dictionary.groups()),
+        prop_assert_eq!(back.codes.format(), format.into());
+        prop_assert_eq!(back.decode(&codebooks).unwrap(), decoded);
     }
 }
 
 #[test]
 fn a_wider_beam_comes_nearer_on_the_whole() {
-    let dictionary = drawn_dictionary(3, 512, 8, 16);
+    let codebooks = drawn_codebooks(3, 512, 8, 16);
     let vectors = drawn_vectors(4, 300, 16);
     let errors = [1, 4, 16].map(|beam| {
-        let pursuit = BeamSearch::new(&dictionary, 8).unwrap();
-        let batch = pursuit.with_beam(beam).encode(&vectors).unwrap();
+        let pursuit = BeamSearch::new(&codebooks, 8).unwrap();
+        let batch = pursuit.with_beam_width(beam).encode(&vectors).unwrap();
         batch.mean_relative_error()
     });
     assert!(
@@ -174,8 +163,8 @@ fn a_wider_beam_comes_nearer_on_the_whole() {
 
 #[test]
 fn extreme_vectors_are_coded_or_refused() {
-    let dictionary = drawn_dictionary(3, 10, 3, 4);
-    let pursuit = BeamSearch::new(&dictionary, 3).unwrap();
+    let codebooks = drawn_codebooks(3, 10, 3, 4);
+    let pursuit = BeamSearch::new(&codebooks, 3).unwrap();
     for x in [f32::MAX, f32::MIN, 1e-45, 0.0] {
         let batch = pursuit.encode(&[x; 4]).unwrap();
         assert!(batch.relative_errors[0].is_finite(), "{x}");
@@ -188,14 +177,14 @@ fn extreme_vectors_are_coded_or_refused() {
     assert!(matches!(short, Err(Error::VectorLength { .. })));
     for sparsity in [0, 4] {
         assert!(matches!(
-            BeamSearch::new(&dictionary, sparsity),
-            Err(Error::CodebookSizes { groups: 3, .. })
+            BeamSearch::new(&codebooks, sparsity),
+            Err(Error::Codebooks { codebooks: 3, .. })
         ));
     }
 }
 
 #[test]
-fn atoms_that_do_not_fill_groups_are_refused() {
+fn atoms_that_do_not_fill_codebooks_are_refused() {
     for (count, first) in [(10, 0), (10, 11), (10, 9), (300, 45), (266, 11)] {
         let atoms = vec![0.5; count * 3];
         let refused = Codebooks::new(atoms, 3, CodebookSizes { first });
@@ -208,27 +197,18 @@ fn atoms_that_do_not_fill_groups_are_refused() {
     atoms[4] = f32::NAN;
     let refused = Codebooks::new(atoms, 3, CodebookSizes { first: 10 });
     assert!(matches!(refused, Err(Error::Dictionary(_))));
-    let dictionary = drawn_dictionary(1, 5, 2, 3);
-    let impossible = [
-        CodeFormat {
-            variable: true,
-            ..packed(&dictionary, 2)
-        },
-        packed(&dictionary, 0),
-        packed(&dictionary, 257),
-        packed(&dictionary, usize::MAX),
-    ];
-    for format in impossible {
-        let refused = Codes::new(format);
+    for (sparsity, first) in [(0, 5), (257, 5), (usize::MAX, 5), (2, 0), (2, 2_049)] {
+        let sizes = CodebookSizes { first };
+        let refused = Codes::new(AdditiveFormat { sparsity, sizes });
         assert!(
             matches!(refused, Err(Error::AdditiveCodes { .. })),
-            "{format:?}"
+            "{sparsity} {first}"
         );
     }
 }
 
 #[test]
-fn packed_code_files_that_lie_are_refused() {
+fn additive_code_files_that_lie_are_refused() {
     use lexico::tensor_file::{self, Dtype, NewTensor};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("codes.safetensors");

@@ -6,15 +6,34 @@ mod common;
 
 use common::{drawn_vectors, random_dictionary};
 use lexico::attention::{
-    DenseRows, Head, NumberType, Positions, Source, accumulated_attention, attend, attend_heads,
+    DenseRows, Head, NumberType, Positions, Source, accumulated_attention, attend_heads,
 };
-use lexico::dictionary::{Atoms, CodebookSizes, Codebooks, Extension};
-use lexico::encode::AdaptivePursuit;
+use lexico::dictionary::{CodebookSizes, Codebooks};
 use lexico::threads::{Alone, Rayon, Threads};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
+use lexico::{
+    AdditiveFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Encoder, KeyValue, Pursuit,
+    SparseFormat,
+};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// Attention of one KV head.
+fn attend(
+    queries: &[f32],
+    head_dim: usize,
+    t: usize,
+    window: Option<usize>,
+    sources: &[Source<'_>],
+    out: &mut [f32],
+) {
+    let head = Head {
+        queries,
+        sources,
+        out,
+    };
+    attend_heads(&mut [head], head_dim, t, window, &Rayon);
+}
 
 /// `queries` `[G, t, m]` over `past + t` positions, the last `t` causal, through a sliding window.
 fn dense_attention(
@@ -52,24 +71,15 @@ fn dense_attention(
     out
 }
 
-/// Codes over a dictionary and what is added to it, up to `most` atoms.
-fn coded(
-    dictionary: &Dictionary,
-    vectors: &[f32],
-    format: CodeFormat,
-    tolerance: f32,
-    most: usize,
-) -> (Codes, Extension) {
+/// Codes over a dictionary, in pieces, as a cache grows.
+fn coded(dictionary: &Dictionary, vectors: &[f32], format: SparseFormat, tolerance: f32) -> Codes {
     let pursuit = Pursuit::new(dictionary, format.sparsity).unwrap();
-    let pursuit = AdaptivePursuit::new(pursuit.with_tolerance(tolerance).unwrap(), most).unwrap();
+    let pursuit = pursuit.with_tolerance(tolerance).unwrap();
     let mut codes = Codes::new(format).unwrap();
-    let mut extension = Extension::new(dictionary.head_dim());
-    // In pieces, as a cache grows.
     for piece in vectors.chunks(7 * dictionary.head_dim()) {
-        let batches = pursuit.encode_heads_on(&mut extension, piece, &[format.sparsity], &Rayon);
-        codes.extend(&batches.unwrap()[0]);
+        codes.extend(&pursuit.encode(piece).unwrap());
     }
-    (codes, extension)
+    codes
 }
 
 proptest! {
@@ -80,24 +90,21 @@ proptest! {
         m in prop_oneof![Just(1usize), Just(7), Just(16), Just(33), Just(64)],
         group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![Just(1usize), 2usize..40],
         past in prop_oneof![Just(0usize), 1usize..40, Just(300)], window in prop_oneof![Just(0usize), 1usize..20, Just(270)],
-        s in 1usize..12, variable: bool, sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some)], f32_coefficients: bool, f16_window: bool, most in prop_oneof![Just(0usize), 1usize..90], seed: u64,
+        s in 1usize..12, variable: bool, sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some)], f32_coefficients: bool, f16_window: bool, seed: u64,
     ) {
         let s = s.min(m);
         let key_dictionary = random_dictionary(seed, 60, m);
         // One of each kind: atoms that f16 holds exactly are read in f16.
         let value_dictionary = random_dictionary(seed ^ 1, 48, m).in_half_precision().unwrap();
-        let format = CodeFormat {
+        let format = SparseFormat {
             sparsity: s,
             variable,
             coefficients: if f32_coefficients { CoefficientFormat::F32 } else { CoefficientFormat::F8 },
         };
         let tolerance = if variable { 0.3 } else { 0.0 };
-        let most = if variable { most } else { 0 };
-        let (keys, key_extension) = coded(&key_dictionary, &drawn_vectors(seed ^ 2, past, m), format, tolerance, most);
-        let (values, value_extension) =
-            coded(&value_dictionary, &drawn_vectors(seed ^ 3, past, m), format, tolerance, most / 2);
-        let key_atoms = Atoms::extended(&key_dictionary, &key_extension);
-        let value_atoms = Atoms::extended(&value_dictionary, &value_extension);
+        let keys = coded(&key_dictionary, &drawn_vectors(seed ^ 2, past, m), format, tolerance);
+        let values = coded(&value_dictionary, &drawn_vectors(seed ^ 3, past, m), format, tolerance);
+        let (key_atoms, value_atoms) = ((&key_dictionary).into(), (&value_dictionary).into());
         let number_type = if f16_window { NumberType::F16 } else { NumberType::F32 };
         let mut window_keys = DenseRows::new(m, number_type);
         let mut window_values = DenseRows::new(m, number_type);
@@ -109,9 +116,9 @@ proptest! {
 
         let mut out = vec![f32::NAN; queries.len()];
         attend(&queries, m, t, sliding, &[
-            Source::Codes { keys: &keys, values: &values, key_atoms, value_atoms },
-            Source::Dense { keys: &window_keys, values: &window_values },
-            Source::Causal { keys: &new_keys, values: &new_values },
+            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms) },
+            Source::Dense(KeyValue::new(&window_keys, &window_values)),
+            Source::Causal(KeyValue::new(&new_keys, &new_values)),
         ], &mut out);
 
         let all_keys = [keys.decode(key_atoms).unwrap(), window_keys.to_f32(), new_keys].concat();
@@ -123,22 +130,17 @@ proptest! {
     }
 }
 
-/// Codes of one atom a group, over atoms of any length; of their making nothing depends.
-fn packed(dictionary: &Codebooks, sparsity: usize, seed: u64, count: usize) -> Codes {
-    let groups = dictionary.groups();
-    let mut codes = Codes::new(CodeFormat {
-        sparsity,
-        variable: false,
-        coefficients: CoefficientFormat::InAtoms(groups),
-    })
-    .unwrap();
+/// Additive codes over atoms of any length; nothing depends on how they were made.
+fn additive(codebooks: &Codebooks, sparsity: usize, seed: u64, count: usize) -> Codes {
+    let sizes = codebooks.sizes();
+    let mut codes = Codes::new(AdditiveFormat { sparsity, sizes }).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     // In pieces, as a cache grows.
     for first in (0..count).step_by(777) {
         let n = (count - first).min(777);
         let index = |nonzero: usize| {
-            let group = nonzero % sparsity;
-            rng.random_range(groups.start(group)..groups.start(group + 1)) as u16
+            let codebook = nonzero % sparsity;
+            rng.random_range(sizes.start(codebook)..sizes.start(codebook + 1)) as u16
         };
         codes.extend(&EncodedBatch {
             sparsity,
@@ -155,7 +157,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
-    fn on_packed_codes(
+    fn on_additive_codes(
         m in prop_oneof![Just(1usize), Just(7), Just(16), Just(64)],
         group in prop_oneof![1usize..10, Just(40)], t in prop_oneof![2 => Just(1usize), 1 => 2usize..20],
         past in prop_oneof![Just(0usize), 1usize..40, Just(2_500), Just(18_000)],
@@ -166,25 +168,25 @@ proptest! {
     ) {
         // Many queries of many positions take the reference long.
         let past = if group * t > 12 { past.min(2_500) } else { past };
-        let (groups, gone) = (CodebookSizes { first }, gone.min(past));
+        let (sizes, gone) = (CodebookSizes { first }, gone.min(past));
         let dictionary = |salt: u64| {
-            let atoms: Vec<f32> = drawn_vectors(seed ^ salt, groups.atoms(s), m);
+            let atoms: Vec<f32> = drawn_vectors(seed ^ salt, sizes.atoms(s), m);
             let atoms = atoms.iter().map(|x| x / (s as f32).sqrt()).collect();
-            Codebooks::new(atoms, m, groups).unwrap()
+            Codebooks::new(atoms, m, sizes).unwrap()
         };
         let (key_dictionary, value_dictionary) = (dictionary(1), dictionary(2).in_half_precision().unwrap());
         // Values of other sparsities than keys.
         let value_sparsity = s.saturating_sub(fewer).max(1);
-        let mut keys = packed(&key_dictionary, s, seed ^ 3, past);
-        let mut values = packed(&value_dictionary, value_sparsity, seed ^ 4, past);
+        let mut keys = additive(&key_dictionary, s, seed ^ 3, past);
+        let mut values = additive(&value_dictionary, value_sparsity, seed ^ 4, past);
         keys.drop_front(gone);
         values.drop_front(gone);
-        let (key_atoms, value_atoms) = (key_dictionary.atoms(s), value_dictionary.atoms(value_sparsity));
+        let (key_atoms, value_atoms) = (key_dictionary.first(s), value_dictionary.first(value_sparsity));
         let (new_keys, new_values) = (drawn_vectors(seed ^ 5, t, m), drawn_vectors(seed ^ 6, t, m));
         let queries = drawn_vectors(seed ^ 7, group * t, m);
         let sources = [
-            Source::Codes { keys: &keys, values: &values, key_atoms, value_atoms },
-            Source::Causal { keys: &new_keys, values: &new_values },
+            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms) },
+            Source::Causal(KeyValue::new(&new_keys, &new_values)),
         ];
         let mut out = vec![f32::NAN; queries.len()];
         let head = Head { queries: &queries, sources: &sources, out: &mut out };
@@ -216,12 +218,12 @@ impl Threads for Count {
 fn long_contexts_are_split_among_more_threads_than_heads() {
     let (m, group, past, held) = (16, 3, 40_000, 9_000);
     let dictionary = random_dictionary(1, 60, m);
-    let format = CodeFormat {
+    let format = SparseFormat {
         sparsity: 3,
         variable: false,
         coefficients: CoefficientFormat::I8,
     };
-    let codes = |seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0, 0).0;
+    let codes = |seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0);
     let rows = |seed| {
         let mut rows = DenseRows::new(m, NumberType::F16);
         rows.extend(&drawn_vectors(seed, held, m));
@@ -240,19 +242,11 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
                 .map(|((keys, values), (dense_keys, dense_values))| {
                     vec![
                         Source::Codes {
-                            keys,
-                            values,
-                            key_atoms: (&dictionary).into(),
-                            value_atoms: (&dictionary).into(),
+                            codes: KeyValue::new(keys, values),
+                            atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
                         },
-                        Source::Dense {
-                            keys: dense_keys,
-                            values: dense_values,
-                        },
-                        Source::Causal {
-                            keys: &own,
-                            values: &own,
-                        },
+                        Source::Dense(KeyValue::new(dense_keys, dense_values)),
+                        Source::Causal(KeyValue::new(&own, &own)),
                     ]
                 })
                 .collect();
@@ -309,7 +303,7 @@ proptest! {
         let positions = Halved(&past_keys, &past_values, m);
         let sources = [
             Source::Decoded(&positions),
-            Source::Causal { keys: &keys[past * m..], values: &values[past * m..] },
+            Source::Causal(KeyValue::new(&keys[past * m..], &values[past * m..])),
         ];
         let mut out = vec![0.0; queries.len()];
         attend(&queries, m, t, sliding, &sources, &mut out);
@@ -333,14 +327,8 @@ fn scores_of_any_size_do_not_overflow() {
         window_values.extend(&values[..m]);
         let mut out = [0.0; 4];
         let sources = [
-            Source::Dense {
-                keys: &window,
-                values: &window_values,
-            },
-            Source::Causal {
-                keys: &keys[m..],
-                values: &values[m..],
-            },
+            Source::Dense(KeyValue::new(&window, &window_values)),
+            Source::Causal(KeyValue::new(&keys[m..], &values[m..])),
         ];
         attend(&queries, m, 1, None, &sources, &mut out);
         let expected = if sign > 0.0 {
@@ -364,12 +352,12 @@ fn a_dense_number_beyond_f16_is_held_at_its_limit() {
 fn a_nan_stays_a_nan() {
     let m = 4;
     let dictionary = random_dictionary(1, 20, m);
-    let format = CodeFormat {
+    let format = SparseFormat {
         sparsity: 2,
         variable: false,
         coefficients: CoefficientFormat::F8,
     };
-    let codes = coded(&dictionary, &drawn_vectors(2, 30, m), format, 0.0, 0).0;
+    let codes = coded(&dictionary, &drawn_vectors(2, 30, m), format, 0.0);
     let finite = drawn_vectors(3, 1, m);
     let nan = vec![f32::NAN; m];
     let infinite = vec![f32::INFINITY; m];
@@ -377,15 +365,10 @@ fn a_nan_stays_a_nan() {
         let mut out = vec![0.0; m];
         let sources = [
             Source::Codes {
-                keys: &codes,
-                values: &codes,
-                key_atoms: (&dictionary).into(),
-                value_atoms: (&dictionary).into(),
+                codes: KeyValue::new(&codes, &codes),
+                atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
             },
-            Source::Causal {
-                keys,
-                values: &finite,
-            },
+            Source::Causal(KeyValue::new(keys, &finite)),
         ];
         attend(queries, m, 1, None, &sources, &mut out);
         assert!(out.iter().all(|x| x.is_nan()), "{out:?}");
@@ -404,7 +387,7 @@ fn codes_of_many_pages_with_ever_larger_scores() {
         (true, 2, 17, Some(12_345)),
         (false, 4, 8_192, Some(3_000)),
     ] {
-        let format = CodeFormat {
+        let format = SparseFormat {
             sparsity: 4,
             variable,
             coefficients: CoefficientFormat::F8,
@@ -415,15 +398,8 @@ fn codes_of_many_pages_with_ever_larger_scores() {
             key.iter_mut()
                 .for_each(|x| *x *= (1 + position / 5_000) as f32);
         }
-        let mut keys = coded(&dictionary, &keys, format, tolerance, 0).0;
-        let mut values = coded(
-            &dictionary,
-            &drawn_vectors(13, past, m),
-            format,
-            tolerance,
-            0,
-        )
-        .0;
+        let mut keys = coded(&dictionary, &keys, format, tolerance);
+        let mut values = coded(&dictionary, &drawn_vectors(13, past, m), format, tolerance);
         keys.drop_front(gone);
         values.drop_front(gone);
         assert_eq!(keys.len(), past - gone);
@@ -435,15 +411,10 @@ fn codes_of_many_pages_with_ever_larger_scores() {
         let mut out = vec![f32::NAN; queries.len()];
         let sources = [
             Source::Codes {
-                keys: &keys,
-                values: &values,
-                key_atoms: (&dictionary).into(),
-                value_atoms: (&dictionary).into(),
+                codes: KeyValue::new(&keys, &values),
+                atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
             },
-            Source::Causal {
-                keys: &own,
-                values: &own,
-            },
+            Source::Causal(KeyValue::new(&own, &own)),
         ];
         attend(&queries, m, 1, sliding, &sources, &mut out);
         let all_keys = [keys.decode(&dictionary).unwrap(), own.clone()].concat();
@@ -459,7 +430,7 @@ fn codes_of_many_pages_with_ever_larger_scores() {
 proptest! {
     /// A position's value is a unit vector of its own, so that attention's output is its weights.
     #[test]
-    fn received_attention_is_the_sum_of_the_weights(
+    fn accumulated_attention_is_the_sum_of_the_weights(
         m in prop_oneof![Just(1usize), Just(7), Just(64)], group in 1usize..5, t in 1usize..80,
         past in 0usize..40, part in 0f64..=1.0, scale in prop_oneof![Just(1f32), Just(12.0)], seed: u64,
     ) {

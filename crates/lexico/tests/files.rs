@@ -14,7 +14,9 @@ use lexico::dictionary::{
     RotaryIdentity, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, DictionarySet, Error, Pursuit};
+use lexico::{
+    Codes, CoefficientFormat, Dictionary, DictionarySet, Encoder, Error, Pursuit, SparseFormat,
+};
 use proptest::prelude::*;
 
 fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
@@ -35,8 +37,8 @@ fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
 fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
     let layer = |l: usize| LayerDictionaries {
         codebooks: None,
-        keys: random_dictionary(2 * l as u64, atoms, m),
-        values: random_dictionary(2 * l as u64 + 1, atoms, m),
+        keys: random_dictionary(2 * l as u64, atoms, m).into(),
+        values: random_dictionary(2 * l as u64 + 1, atoms, m).into(),
     };
     DictionarySet {
         layers: (0..layers).map(layer).collect(),
@@ -352,7 +354,7 @@ fn huge_and_zero_vectors_have_a_relative_error() {
     assert_eq!(unit.atoms(), [0.5; 4]);
 }
 
-fn drawn_codes(dictionary: &Dictionary, n: usize, format: CodeFormat, tolerance: f32) -> Codes {
+fn drawn_codes(dictionary: &Dictionary, n: usize, format: SparseFormat, tolerance: f32) -> Codes {
     let vectors = drawn_vectors(9, n, dictionary.head_dim());
     let pursuit = Pursuit::new(dictionary, format.sparsity)
         .unwrap()
@@ -371,7 +373,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("codes.safetensors");
         let dictionary = random_dictionary(3, 20, 6);
-        let format = CodeFormat {
+        let format = SparseFormat {
             sparsity: s.min(6),
             variable,
             coefficients: [CoefficientFormat::I8, CoefficientFormat::F8, CoefficientFormat::F32][kind],
@@ -380,7 +382,7 @@ proptest! {
         let nonzeros = codes.bytes_used();
         CodeFile::new(codes.clone(), "layers.0.keys", &dictionary).save(&path).unwrap();
         let back = CodeFile::load(&path).unwrap();
-        prop_assert_eq!(back.codes.format(), format);
+        prop_assert_eq!(back.codes.format(), format.into());
         prop_assert_eq!(back.codes.len(), n);
         prop_assert_eq!(back.codes.bytes_used(), nonzeros);
         prop_assert_eq!(back.decode(&dictionary).unwrap(), codes.decode(&dictionary).unwrap());
@@ -396,7 +398,7 @@ fn sizes_are_what_the_format_says() {
         (false, CoefficientFormat::F32, 10 * 6 * 4),
         (true, CoefficientFormat::F8, 10 * (3 * 4 + 2)),
     ] {
-        let format = CodeFormat {
+        let format = SparseFormat {
             sparsity: 4,
             variable,
             coefficients,
@@ -406,7 +408,7 @@ fn sizes_are_what_the_format_says() {
             bytes
         );
     }
-    let format = CodeFormat {
+    let format = SparseFormat {
         sparsity: 256,
         variable: true,
         coefficients: CoefficientFormat::F8,
@@ -422,7 +424,7 @@ fn code_files_that_lie_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("codes.safetensors");
     let dictionary = random_dictionary(3, 20, 6);
-    let format = CodeFormat {
+    let format = SparseFormat {
         sparsity: 2,
         variable: true,
         coefficients: CoefficientFormat::F8,

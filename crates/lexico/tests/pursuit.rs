@@ -4,12 +4,12 @@
 
 mod common;
 
-use common::{drawn_vectors, mean_relative_error, random_dictionary, shared};
-use lexico::dictionary::Extension;
-use lexico::encode::{AdaptivePursuit, oracle};
+use common::{drawn_vectors, mean_relative_error, oracle, random_dictionary, shared};
 use lexico::tensor_file::TensorFile;
-use lexico::threads::{Alone, Rayon};
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Error, Pursuit};
+use lexico::threads::Rayon;
+use lexico::{
+    Codes, CoefficientFormat, Dictionary, EncodedBatch, Encoder, Error, Fit, Pursuit, SparseFormat,
+};
 use proptest::prelude::*;
 
 fn norm(x: &[f64]) -> f64 {
@@ -90,7 +90,7 @@ proptest! {
         let mut vectors = drawn_vectors(seed ^ 1, n, m);
         vectors.iter_mut().for_each(|x| *x *= 2f32.powi(exponent));
         let plain = Pursuit::new(&dictionary, s).unwrap().with_tolerance(tolerance).unwrap();
-        let batch = plain.encode(&vectors).unwrap();
+        let batch = plain.with_fit(Fit::LeastSquares).encode(&vectors).unwrap();
         prop_assert_eq!(batch.len(), n);
         for (v, x) in vectors.chunks(m).enumerate() {
             let whole = norm(&in_f64(x));
@@ -127,7 +127,7 @@ proptest! {
         let vectors = drawn_vectors(seed ^ 1, n * sparsities.len(), m);
         let with = |s: usize| Pursuit::new(&dictionary, s).unwrap().with_tolerance(tolerance).unwrap();
         let most = sparsities.iter().copied().max().unwrap();
-        let heads = with(most).encode_heads_on(&vectors, &sparsities, &Rayon).unwrap();
+        let heads = with(most).encode_heads(&vectors, &sparsities, &Rayon).unwrap();
         prop_assert_eq!(heads.len(), sparsities.len());
         for (head, (found, &s)) in heads.iter().zip(&sparsities).enumerate() {
             let own = &vectors[head * n * m..(head + 1) * n * m];
@@ -145,7 +145,8 @@ proptest! {
         seed: u64,
     ) {
         let dictionary = random_dictionary(seed, 50, 8);
-        let batch = Pursuit::new(&dictionary, 8).unwrap().encode(&values).unwrap();
+        let pursuit = Pursuit::new(&dictionary, 8).unwrap().with_fit(Fit::LeastSquares);
+        let batch = pursuit.encode(&values).unwrap();
         let (indices, coefficients) = batch.row(0);
         prop_assert!(coefficients.iter().all(|c| c.is_finite()));
         let whole = norm(&in_f64(&values));
@@ -165,6 +166,7 @@ fn an_atom_that_adds_nothing_ends_the_pursuit() {
     let rows = vec![1.0, 0.0, 0.0, 1.0, 1e-6, 0.0, 0.0, 1.0, 0.0];
     let dictionary = Dictionary::normalised(rows, 3).unwrap();
     let pursuit = Pursuit::new(&dictionary, 3).unwrap();
+    let pursuit = pursuit.with_fit(Fit::LeastSquares);
     let batch = pursuit.encode(&[2.0, 1.0, 5.0, 0.0, 0.0, 7.0]).unwrap();
     assert_eq!(batch.lengths, [2, 0]);
     let (indices, coefficients) = batch.row(0);
@@ -181,7 +183,7 @@ fn bad_input_is_refused() {
     for sparsity in [0, 7, usize::MAX] {
         assert!(matches!(
             Pursuit::new(&dictionary, sparsity),
-            Err(Error::Sparsity { most: 6, .. })
+            Err(Error::Sparsity { max: 6, .. })
         ));
     }
     for tolerance in [-0.1, 1.0, f32::NAN, f32::INFINITY] {
@@ -210,7 +212,7 @@ fn bad_input_is_refused() {
 }
 
 fn stored(batch: &EncodedBatch, coefficients: CoefficientFormat) -> Codes {
-    let mut codes = Codes::new(CodeFormat {
+    let mut codes = Codes::new(SparseFormat {
         sparsity: batch.sparsity,
         variable: false,
         coefficients,
@@ -238,10 +240,9 @@ fn no_worse_than_the_reference_implementation() {
         let (vectors, _) = file.f32_tensor(&format!("{name}.vectors"), 2).unwrap();
         let dictionary = Dictionary::new(atoms, shape[1]).unwrap();
         let sparsity = case["sparsity"].as_u64().unwrap() as usize;
-        let batch = Pursuit::new(&dictionary, sparsity)
-            .unwrap()
-            .encode(&vectors)
-            .unwrap();
+        let pursuit = Pursuit::new(&dictionary, sparsity).unwrap();
+        let pursuit = pursuit.with_fit(Fit::LeastSquares);
+        let batch = pursuit.encode(&vectors).unwrap();
         for (format, key) in [
             (CoefficientFormat::F32, "mean_relative_error_f32"),
             (CoefficientFormat::F8, "mean_relative_error_f8"),
@@ -263,10 +264,9 @@ fn unbiased_coefficients_keep_the_length_along_the_vector() {
     let m = 16;
     let dictionary = random_dictionary(21, 40, m);
     let vectors = drawn_vectors(22, 200, m);
-    let pursuit = Pursuit::new(&dictionary, 3).unwrap();
-    let least_squares = pursuit.encode(&vectors).unwrap();
-    let mut unbiased = least_squares.clone();
-    unbiased.unbias();
+    let fitted = |fit: Fit| Pursuit::new(&dictionary, 3).unwrap().with_fit(fit);
+    let least_squares = fitted(Fit::LeastSquares).encode(&vectors).unwrap();
+    let unbiased = fitted(Fit::Unbiased).encode(&vectors).unwrap();
     for (v, x) in vectors.chunks(m).enumerate() {
         let along = |batch: &EncodedBatch| -> f64 {
             let (indices, coefficients) = batch.row(v);
@@ -284,91 +284,7 @@ fn unbiased_coefficients_keep_the_length_along_the_vector() {
         assert!((along(&least_squares) / square - (1.0 - error * error)).abs() < 1e-5);
         assert!((along(&unbiased) / square - 1.0).abs() < 1e-4);
     }
-    let zero = pursuit.encode(&vec![0.0; m]).unwrap();
-    let mut scaled = zero.clone();
-    scaled.unbias();
-    assert_eq!(scaled, zero);
-}
-
-/// A dictionary's atoms and those added to it, as one dictionary.
-fn joined(dictionary: &Dictionary, extension: &Extension) -> Dictionary {
-    let added = extension.atoms().iter().map(|x| x.to_f32());
-    let atoms = dictionary.atoms().iter().copied().chain(added);
-    Dictionary::new(atoms.collect(), dictionary.head_dim()).unwrap()
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    /// Batch after batch: what misses the tolerance is added, and over dictionary and extension together every
-    /// choice is as greedy as over one dictionary of all atoms.
-    #[test]
-    fn adaptive_pursuit_is_pursuit_over_all_atoms(
-        m in 2usize..40, atoms in 1usize..120, sparsities in prop::collection::vec(1usize..8, 1..4), n in 1usize..20,
-        most in 0usize..50, tolerance in 0.05f32..0.6, seed: u64, exponent in -30i32..30,
-    ) {
-        let dictionary = random_dictionary(seed, atoms, m);
-        let sparsities: Vec<usize> = sparsities.into_iter().map(|s| s.min(m).min(atoms)).collect();
-        let largest = sparsities.iter().copied().max().unwrap();
-        let pursuit = || Pursuit::new(&dictionary, largest).unwrap().with_tolerance(tolerance).unwrap();
-        let adaptive = AdaptivePursuit::new(pursuit(), most).unwrap();
-        let mut extension = Extension::new(m);
-        for batch in 0..3 {
-            let mut vectors = drawn_vectors(seed ^ (batch + 1), n * sparsities.len(), m);
-            vectors.iter_mut().for_each(|x| *x *= 2f32.powi(exponent));
-            let before = pursuit().over(&extension).encode_heads_on(&vectors, &sparsities, &Rayon).unwrap();
-            let (old, mut extension_alone) = (extension.len(), extension.clone());
-            let codes = adaptive.encode_heads_on(&mut extension, &vectors, &sparsities, &Rayon).unwrap();
-            let alone = adaptive.encode_heads_on(&mut extension_alone, &vectors, &sparsities, &Alone).unwrap();
-            prop_assert_eq!((&codes, &extension), (&alone, &extension_alone));
-            let missed = before.iter().flat_map(|head| &head.relative_errors).any(|&e| e > tolerance);
-            prop_assert_eq!(extension.len() > old, old < most && missed);
-            prop_assert!(extension.len() <= most);
-            prop_assert_eq!(extension.bytes(), 2 * m * extension.len());
-            // A vector that misses the tolerance still does so for want of room.
-            let misses = codes.iter().flat_map(|head| &head.relative_errors).any(|&e| e > tolerance.max(2e-3));
-            prop_assert!(!misses || extension.len() == most);
-            let all = joined(&dictionary, &extension);
-            let mut used = vec![false; extension.len() - old];
-            for (i, x) in vectors.chunks(m).enumerate() {
-                let (head, v) = (i / n, i % n);
-                let (codes, before) = (&codes[head], &before[head]);
-                prop_assert_eq!(codes.sparsity, sparsities[head]);
-                prop_assert!(codes.relative_errors[v] <= before.relative_errors[v]);
-                let (indices, coefficients) = codes.row(v);
-                let rest = residual_norm(&all, x, indices, coefficients);
-                let reported = f64::from(codes.relative_errors[v]) * norm(&in_f64(x));
-                prop_assert!((reported - rest).abs() <= 1e-4 * rest + 2e-6 * norm(&in_f64(x)));
-                // Kept codes were greedy before atoms were added.
-                if (indices, coefficients) != before.row(v) {
-                    check_greedy(&all, x, indices, coefficients);
-                }
-                if let [only] = indices && usize::from(*only) >= atoms + old {
-                    used[usize::from(*only) - atoms - old] = true;
-                }
-            }
-            prop_assert!(used.iter().all(|&used| used), "an atom that codes nothing by itself");
-        }
-    }
-}
-
-#[test]
-fn adaptive_settings_that_cannot_be_are_refused() {
-    let dictionary = random_dictionary(1, 40, 8);
-    let adaptive = |tolerance, most| {
-        let pursuit = Pursuit::new(&dictionary, 4)?.with_tolerance(tolerance)?;
-        AdaptivePursuit::new(pursuit, most)
-    };
-    for (tolerance, most) in [(0.0, 1), (0.2, 65_536 - 39), (0.2, usize::MAX)] {
-        let refused = adaptive(tolerance, most).unwrap_err();
-        assert!(matches!(refused, Error::Adaptive(_)), "{refused}");
-    }
-    assert!(adaptive(0.2, 65_536 - 40).is_ok());
-    assert!(adaptive(0.0, 0).is_ok());
-    let adaptive = adaptive(0.2, 4).unwrap();
-    let mut extension = Extension::new(8);
-    let bad = [0.0, 1.0, f32::NAN, 0.0, 0.0, 0.0, 0.0, 0.0];
-    let refused = adaptive.encode_heads_on(&mut extension, &bad, &[4], &Rayon);
-    assert!(matches!(refused, Err(Error::NotFinite { row: 0 })));
-    assert!(extension.is_empty());
+    assert_eq!(least_squares.relative_errors, unbiased.relative_errors);
+    let zero = |fit: Fit| fitted(fit).encode(&vec![0.0; m]).unwrap();
+    assert_eq!(zero(Fit::LeastSquares), zero(Fit::Unbiased));
 }

@@ -17,7 +17,7 @@ pub(super) struct Decode {
     /// The model's shape
     #[arg(long, default_value = SHAPES[0], value_parser = SHAPES)]
     shape: String,
-    /// How the model's matrices are held: none (f16), q8_0, q6_k or q4_k
+    /// Format of the model's matrices in memory: none (f16), q8_0, q6_k or q4_k
     #[arg(long, default_value = "q8_0", value_name = "FORMAT")]
     quantize: Quantize,
     /// Positions in the cache before the first step
@@ -32,11 +32,10 @@ pub(super) struct Decode {
     /// Sequences that are decoded together, each with a cache of its own
     #[arg(short, long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     batch: u32,
-    /// Where the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the first GPU
-    /// where there is one
+    /// Device that computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the first GPU where there is one
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: DeviceName,
-    /// Steps in a run: as many as positions leave the window at once, so that each run codes some once
+    /// Steps in a run; by default as many as positions leave the recent window at once, so that each run codes once
     #[arg(short = 'n', long, default_value_t = 16, value_name = "N")]
     steps: usize,
     /// Tokens of a prompt to be read as well, into an empty cache; 0 for none
@@ -56,7 +55,7 @@ pub(super) struct Decode {
     json: bool,
 }
 
-/// One cache's figures.
+/// Figures of one cache.
 struct Row {
     cache: String,
     bytes: usize,
@@ -65,8 +64,8 @@ struct Row {
 }
 
 impl Row {
-    /// The share of reading a prompt that goes into coding it: what it takes longer than with `full`, whose
-    /// attention is the same; `None` where the first row is not that.
+    /// Computes the share of prefill that goes into coding: the time that it takes longer than with `full`, whose
+    /// attention is the same; `None` where the first row is another.
     fn coding_share(&self, first: &Row) -> Option<f64> {
         let seconds = self.prefill_seconds?;
         let full = first.cache == "full" && self.cache != "full";

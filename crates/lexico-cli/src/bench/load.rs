@@ -17,7 +17,7 @@ pub(super) struct Load {
     /// The model: a folder in Hugging Face layout, a .gguf file, or a name on the hub
     #[arg(short, long, value_name = "PATH|ORG/NAME")]
     model: String,
-    /// How the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
+    /// Format of the model's matrices in memory: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
     /// Print one JSON document

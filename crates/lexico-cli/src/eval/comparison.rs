@@ -1,43 +1,19 @@
-//! What all tasks that compare caches have in common: their arguments, tables and reports.
+//! Arguments, tables and reports of all tasks that compare caches.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::Context;
 use clap::Args;
-use lexico_eval::evaluation::{EvaluateOptions, Evaluation, Run, evaluate};
-use lexico_eval::questions::{AskOptions, Truncate};
+use lexico_eval::evaluation::{EvaluateOptions, Evaluation, evaluate};
+use lexico_eval::questions::{AskOptions, Asked, Questions};
 use lexico_eval::report::folder::{PAGE, RESULTS, ReportFolder};
-use lexico_eval::task::{Measure, Task, groups};
+use lexico_eval::task::Task;
 use lexico_llm::Model;
-use lexico_llm::cache::{CacheBudget, CacheSpec, METHODS};
+use lexico_llm::cache::{CacheBudget, CacheSpec};
 
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
-
-/// How questions are put to the model.
-#[derive(Args)]
-pub(super) struct AskArguments {
-    /// Put each prompt as a message in the model's chat template, not as a text to go on from
-    #[arg(long)]
-    chat: bool,
-    /// Drop the oldest tokens of prompts that do not fit the context with their answers, instead of refusing them
-    #[arg(long)]
-    truncate: bool,
-}
-
-impl AskArguments {
-    pub(super) fn options(&self) -> AskOptions {
-        AskOptions {
-            chat: self.chat,
-            truncate: if self.truncate {
-                Truncate::Left
-            } else {
-                Truncate::Never
-            },
-        }
-    }
-}
 
 #[derive(Args)]
 pub(super) struct ComparisonArguments {
@@ -50,17 +26,17 @@ pub(super) struct ComparisonArguments {
         value_name = "NAME[:key=value,...]|all",
         default_value = "lexico"
     )]
-    cache: Vec<CacheArgument>,
+    cache: Vec<Caches>,
     /// Run each cache at this size, a share of FP16 (20%) or bytes (64MiB), with the best settings that fit of those
     /// that --cache leaves open; may be given several times
     #[arg(long, value_name = "SHARE|SIZE")]
     budget: Vec<CacheBudget>,
     /// Items to run, from the first on
     #[arg(long, value_name = "K")]
-    items: Option<usize>,
+    pub(super) items: Option<usize>,
     /// Put the items in a random order first
     #[arg(long, value_name = "SEED")]
-    seed: Option<u64>,
+    pub(super) seed: Option<u64>,
     /// Items to run together; what is done is saved after each batch
     #[arg(long, value_name = "K", default_value_t = EvaluateOptions::default().batch)]
     batch_size: usize,
@@ -75,52 +51,31 @@ pub(super) struct ComparisonArguments {
     json: bool,
 }
 
-/// A cache, or all there are.
+/// A cache to compare, or all there are.
 #[derive(Clone)]
-enum CacheArgument {
-    All,
-    One(CacheSpec),
-}
+struct Caches(Vec<CacheSpec>);
 
-impl FromStr for CacheArgument {
+impl FromStr for Caches {
     type Err = lexico_llm::Error;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "all" {
-            return Ok(Self::All);
-        }
-        text.parse().map(Self::One)
+        let all = text == "all";
+        Ok(Self(if all {
+            CacheSpec::all()
+        } else {
+            vec![text.parse()?]
+        }))
     }
 }
 
 impl ComparisonArguments {
-    /// What items are put in order with.
-    pub(super) fn seed(&self) -> Option<u64> {
-        self.seed
-    }
-
-    /// Items that the user wants, else this many.
-    pub(super) fn items_or(&self, items: usize) -> usize {
-        self.items.unwrap_or(items)
-    }
-
-    /// Runs `items` of the task that `make` prepares for the model.
+    /// Runs the task that `make` prepares for the model: as many items as the user wants, else `items`.
     pub(super) fn run(
         self,
         items: usize,
         make: impl FnOnce(&Model) -> anyhow::Result<Box<dyn Task>>,
     ) -> anyhow::Result<()> {
-        let mut caches = Vec::new();
-        for cache in self.cache {
-            match cache {
-                CacheArgument::One(spec) => caches.push(spec),
-                CacheArgument::All => {
-                    for method in METHODS {
-                        caches.push(method.name.parse()?);
-                    }
-                }
-            }
-        }
+        let caches: Vec<CacheSpec> = self.cache.into_iter().flat_map(|own| own.0).collect();
         // Before anything is loaded: a folder that cannot be used is soon found.
         let report = self.report.as_deref();
         let mut folder = report
@@ -136,7 +91,7 @@ impl ComparisonArguments {
         let task = make(&model)?;
         interrupt::listen()?;
         let options = EvaluateOptions {
-            items,
+            items: self.items.unwrap_or(items),
             seed: self.seed,
             batch: self.batch_size,
             budgets: self.budget,
@@ -187,6 +142,40 @@ impl ComparisonArguments {
     }
 }
 
+/// Arguments of a task that puts questions to the model.
+#[derive(Args)]
+pub(super) struct QuestionArguments {
+    #[command(flatten)]
+    pub(super) comparison: ComparisonArguments,
+    /// Put each prompt as a message in the model's chat template, not as a text to go on from
+    #[arg(long)]
+    chat: bool,
+    /// Drop the oldest tokens of prompts that do not fit the context with their answers, instead of refusing them
+    #[arg(long)]
+    truncate: bool,
+}
+
+impl QuestionArguments {
+    /// Asks the questions that `make` prepares for the model.
+    pub(super) fn run(
+        self,
+        make: impl FnOnce(&Model) -> anyhow::Result<Questions>,
+    ) -> anyhow::Result<()> {
+        let options = AskOptions {
+            chat: self.chat,
+            truncate: self.truncate,
+        };
+        self.comparison.run(usize::MAX, |model| {
+            Ok(Box::new(Asked::new(model, make(model)?, options)?))
+        })
+    }
+}
+
+/// Counts the tokens of a text at whose beginning the model's first token stands.
+pub(super) fn count_tokens(model: &Model, text: &str) -> lexico_eval::Result<usize> {
+    Ok(model.tokenizer.encode_first(text)?.len())
+}
+
 fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
     let measure = evaluation.measure;
     let mut header = vec!["cache", "of FP16", measure.name(), "95 % interval"];
@@ -228,29 +217,8 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             skipped.budget, skipped.reason
         ));
     }
-    by_group(measure, &evaluation.runs)
-}
-
-/// A table of each group's scores, where there are groups.
-fn by_group(measure: Measure, runs: &[Run]) -> anyhow::Result<()> {
-    let Some(first) = runs.first() else {
-        return Ok(());
-    };
-    let names: Vec<&str> = groups(&first.items)
-        .into_iter()
-        .map(|(name, _)| name)
-        .collect();
-    if names.is_empty() {
-        return Ok(());
+    match evaluation.by_group() {
+        Some((header, rows)) => ui::line(&format!("\n{}", ui::table(header, rows))),
+        None => Ok(()),
     }
-    let header = ["cache"].into_iter().chain(names.iter().copied());
-    let rows = runs.iter().map(|run| {
-        let groups = groups(&run.items).into_iter();
-        let scores = groups.map(|(_, items)| measure.print(measure.of(items).value));
-        [run.cache.clone()]
-            .into_iter()
-            .chain(scores)
-            .collect::<Vec<_>>()
-    });
-    ui::line(&format!("\n{}", ui::table(header, rows.collect())))
 }

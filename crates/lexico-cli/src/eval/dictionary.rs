@@ -3,15 +3,12 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use indicatif::ProgressBar;
 use lexico::DictionarySet;
-use lexico::tensor_file::write_atomically;
-use lexico_eval::dictionary::{
-    Cell, CellError, Universality, UniversalityOptions, UniversalityProgress,
-};
+use lexico::tensor_file::{check_writable, write_atomically};
+use lexico_eval::tasks::dictionary::{CellError, Part, Universality, UniversalityOptions};
 use lexico_llm::{Corpus, Quantize};
 
-use super::{Named, check_plot};
+use super::Named;
 use crate::{interrupt, model, ui};
 
 #[derive(Args)]
@@ -20,7 +17,7 @@ pub(crate) struct DictionaryArguments {
     /// org/name[@revision][/file.gguf] on the hub
     #[arg(short, long, default_value = "tiny", value_name = "tiny|PATH|ORG/NAME")]
     model: String,
-    /// How the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
+    /// Format in which the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
     /// The dictionaries, files of `lexico train` or .pt files of the reference implementation; one with the name
@@ -37,7 +34,7 @@ pub(crate) struct DictionaryArguments {
     /// Nonzeros of a vector
     #[arg(short, long, value_delimiter = ',', default_values_t = UniversalityOptions::default().sparsities, value_name = "S,...")]
     sparsity: Vec<usize>,
-    /// Most tokens of each text, in whole windows drawn evenly from all of it
+    /// Max number of tokens of each text, in whole chunks drawn evenly from all of it
     #[arg(long, default_value_t = UniversalityOptions::default().tokens, value_name = "N")]
     tokens: usize,
     /// Tokens that the model sees at once
@@ -67,16 +64,15 @@ pub(crate) struct DictionaryArguments {
 impl DictionaryArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         if let Some(plot) = &self.plot {
-            check_plot(plot)?;
+            if plot.extension().is_none_or(|e| e != "svg") {
+                anyhow::bail!("{}: plots are written as .svg", plot.display());
+            }
+            check_writable(plot)?;
         }
         let mut texts = Vec::with_capacity(self.text.len());
         for text in &self.text {
-            let paths = [&text.path];
-            let corpus = Corpus::open(
-                &paths,
-                self.field.as_deref(),
-                std::io::stderr().is_terminal(),
-            )?;
+            let terminal = std::io::stderr().is_terminal();
+            let corpus = Corpus::open(&[&text.path], self.field.as_deref(), terminal)?;
             let name = text.name.clone();
             texts.push((name.unwrap_or_else(|| corpus.names().join(", ")), corpus));
         }
@@ -95,13 +91,13 @@ impl DictionaryArguments {
             seed: self.seed,
             any_model: self.any_model,
         };
-        let mut progress = Progress { bar: None };
+        let mut bars = ui::Bars::cleared();
         let measured =
             Universality::measure(&model, &dictionaries, &texts, &options, &mut |step| {
-                progress.show(step);
+                bars.show(step.text.to_owned(), step.done, step.total, step.unit);
                 interrupt::flow()
             });
-        progress.finish();
+        bars.finish();
         let measured = measured?;
         if let Some(plot) = &self.plot {
             write_atomically(plot, measured.plot().as_bytes())?;
@@ -136,12 +132,8 @@ impl DictionaryArguments {
                 ))?;
             }
         }
-        for sparsity in measured.sparsities() {
-            type Part = fn(&Cell, Option<usize>) -> CellError;
-            let parts: [(&str, Part); 2] = [
-                ("keys", |c, l| l.map_or(c.keys, |l| c.layers[l].keys)),
-                ("values", |c, l| l.map_or(c.values, |l| c.layers[l].values)),
-            ];
+        for &sparsity in &measured.sparsities {
+            let parts: [(&str, Part); 2] = [("keys", |e| e.keys), ("values", |e| e.values)];
             for (part, error) in parts {
                 let layers = measured.cells.first().map_or(0, |cell| cell.layers.len());
                 let of_layers = if self.per_layer { layers } else { 0 };
@@ -154,7 +146,7 @@ impl DictionaryArguments {
                         let mut row = vec![name, dictionary.atoms.to_string()];
                         row.extend(measured.texts.iter().map(|text| {
                             let cell = measured.cell(&dictionary.name, &text.name, sparsity);
-                            cell.map_or_else(String::new, |c| shown(error(c, layer), c.own))
+                            cell.map_or_else(String::new, |c| shown(error(c.errors(layer)), c.own))
                         }));
                         rows.push(row);
                     }
@@ -177,38 +169,4 @@ fn shown(error: CellError, own: bool) -> String {
         error.relative_error,
         over_own.unwrap_or_default()
     )
-}
-
-/// One bar for reading and one for coding each text.
-struct Progress {
-    bar: Option<ProgressBar>,
-}
-
-impl Progress {
-    fn show(&mut self, step: UniversalityProgress<'_>) {
-        let (text, done, total, unit) = match step {
-            UniversalityProgress::Reading {
-                text,
-                tokens,
-                total,
-            } => (text, tokens, total, "tokens"),
-            UniversalityProgress::Coding { text, done, total } => (text, done, total, "layers"),
-        };
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ui::progress(total as u64, unit);
-            bar.set_message(text.to_owned());
-            bar
-        });
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
-        if done == total {
-            self.finish();
-        }
-    }
-
-    fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
-    }
 }

@@ -3,17 +3,14 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use lexico_eval::questions::Asked;
-use lexico_eval::tasks::longbench::{DATASETS, Dataset, LongBench, LongBenchOptions, Prompts};
+use lexico_eval::tasks::longbench::{DATASETS, Dataset, LongBenchOptions, Prompts, fetch, read};
 
-use super::comparison::{AskArguments, ComparisonArguments};
+use super::comparison::QuestionArguments;
 
 #[derive(Args)]
 pub(crate) struct LongBenchArguments {
     #[command(flatten)]
-    comparison: ComparisonArguments,
-    #[command(flatten)]
-    ask: AskArguments,
+    questions: QuestionArguments,
     /// A folder with NAME.jsonl of each data set, or the benchmark's data.zip [default: THUDM/LongBench on the hub]
     #[arg(long, value_name = "FOLDER|ZIP")]
     data: Option<PathBuf>,
@@ -21,8 +18,8 @@ pub(crate) struct LongBenchArguments {
     /// published]
     #[arg(long, value_name = "FOLDER")]
     prompts: Option<PathBuf>,
-    /// Most tokens of a prompt, the chat template's not counted; of longer ones the middle is left out [default: the
-    /// context less 596, as published for a context of 4,096]
+    /// Max number of tokens of a prompt, the chat template's not counted; of longer ones the middle is left out
+    /// [default: the context less 596, as published for a context of 4,096]
     #[arg(long, value_name = "K")]
     max_length: Option<usize>,
     /// Data sets to take, as qasper,trec; --items counts in each of them [default: the 16 English ones]
@@ -31,7 +28,7 @@ pub(crate) struct LongBenchArguments {
 }
 
 impl LongBenchArguments {
-    pub(crate) fn run(self) -> anyhow::Result<()> {
+    pub(crate) fn run(mut self) -> anyhow::Result<()> {
         let datasets = match self.dataset.as_slice() {
             [] => DATASETS.to_vec(),
             names => names
@@ -49,13 +46,12 @@ impl LongBenchArguments {
         };
         let data = match self.data {
             Some(data) => data,
-            None => LongBench::fetch(std::io::stderr().is_terminal())?,
+            None => fetch(std::io::stderr().is_terminal())?,
         };
-        let items = self.comparison.items_or(usize::MAX);
-        let seed = self.comparison.seed();
-        let ask = self.ask.options();
-        // Of each data set: more than that there are not.
-        self.comparison.run(usize::MAX, |model| {
+        let seed = self.questions.comparison.seed;
+        // They count in each data set, not in all.
+        let items = self.questions.comparison.items.take().unwrap_or(usize::MAX);
+        self.questions.run(|model| {
             let context = model.decoder.config().context;
             // Room for the answer and a chat template; of 4,096 tokens it leaves the 3,500 of the published runs.
             let context = self.max_length.unwrap_or(context.saturating_sub(596));
@@ -65,8 +61,7 @@ impl LongBenchArguments {
                 seed,
                 context,
             };
-            let set = LongBench::read(&data, &prompts, &model.tokenizer, &options)?;
-            Ok(Box::new(Asked::new(model, set, ask)?))
+            Ok(read(&data, &prompts, &model.tokenizer, &options)?)
         })
     }
 }

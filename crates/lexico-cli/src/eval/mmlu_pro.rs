@@ -2,17 +2,14 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
-use lexico_eval::questions::Asked;
-use lexico_eval::tasks::mmlu_pro::MmluPro;
+use lexico_eval::tasks::mmlu_pro::{fetch, read};
 
-use super::comparison::{AskArguments, ComparisonArguments};
+use super::comparison::QuestionArguments;
 
 #[derive(Args)]
 pub(crate) struct MmluProArguments {
     #[command(flatten)]
-    comparison: ComparisonArguments,
-    #[command(flatten)]
-    ask: AskArguments,
+    questions: QuestionArguments,
     /// The questions, .parquet or .jsonl [default: TIGER-Lab/MMLU-Pro on the hub]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
@@ -25,13 +22,9 @@ impl MmluProArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         let data = match self.data {
             Some(data) => data,
-            None => MmluPro::fetch(std::io::stderr().is_terminal())?,
+            None => fetch(std::io::stderr().is_terminal())?,
         };
-        let questions = MmluPro::read(&data, &self.subject)?;
-        let items = self.comparison.items_or(usize::MAX);
-        let options = self.ask.options();
-        self.comparison.run(items, |model| {
-            Ok(Box::new(Asked::new(model, questions, options)?))
-        })
+        let questions = read(&data, &self.subject)?;
+        self.questions.run(|_| Ok(questions))
     }
 }

@@ -3,7 +3,6 @@
 mod comparison;
 mod dictionary;
 mod gsm8k;
-mod learning;
 mod longbench;
 mod mmlu_pro;
 mod needle;
@@ -17,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
-use lexico::tensor_file::check_writable;
 use lexico_eval::tasks::text::TextMeasure;
 
 #[derive(Args)]
@@ -41,16 +39,14 @@ enum Task {
     Needle(needle::NeedleArguments),
     /// Many keys with their values, and a question for one
     Recall(recall::RecallArguments),
-    /// How well the model predicts a text
+    /// Perplexity: how well the model predicts a text
     Perplexity(text::TextArguments),
-    /// How far the model's predictions of a text are from those with the full cache: the sensitive measure
+    /// Divergence of the model's predictions of a text from those with the full cache: the sensitive measure
     Divergence(text::TextArguments),
-    /// How far what caches hold is from the model's keys and values, against its bytes
+    /// Error of the keys and values that caches hold, against their bytes
     Reconstruction(reconstruction::ReconstructionArguments),
-    /// How well dictionaries code what the model reads: texts that they were learned on, and others
+    /// Error of dictionaries on texts that they were learned on, and on others
     Dictionary(dictionary::DictionaryArguments),
-    /// How fast trainings learned, from what `lexico train --json` printed
-    Learning(learning::LearningArguments),
 }
 
 impl Eval {
@@ -66,12 +62,11 @@ impl Eval {
             Task::Divergence(text) => text.run(TextMeasure::Divergence),
             Task::Reconstruction(reconstruction) => reconstruction.run(),
             Task::Dictionary(dictionary) => dictionary.run(),
-            Task::Learning(learning) => learning.run(),
         }
     }
 }
 
-/// A path, and what it is called in the output.
+/// Path, and its name in the output.
 #[derive(Clone)]
 struct Named {
     name: Option<String>,
@@ -99,11 +94,4 @@ impl FromStr for Named {
             path: path.into(),
         })
     }
-}
-
-fn check_plot(plot: &Path) -> anyhow::Result<()> {
-    if plot.extension().is_none_or(|e| e != "svg") {
-        anyhow::bail!("{}: plots are written as .svg", plot.display());
-    }
-    Ok(check_writable(plot)?)
 }

@@ -1,17 +1,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lexico_eval::questions::Asked;
-use lexico_eval::tasks::needle::{Needle, NeedleOptions};
+use lexico_eval::tasks::needle::{NeedleOptions, needle, read_haystack};
 
-use super::comparison::{AskArguments, ComparisonArguments};
+use super::comparison::{QuestionArguments, count_tokens};
 
 #[derive(Args)]
 pub(crate) struct NeedleArguments {
     #[command(flatten)]
-    comparison: ComparisonArguments,
-    #[command(flatten)]
-    ask: AskArguments,
+    questions: QuestionArguments,
     /// Tokens of the prompts
     #[arg(
         long,
@@ -20,7 +17,7 @@ pub(crate) struct NeedleArguments {
         default_value = "1024,2048"
     )]
     length: Vec<usize>,
-    /// Where in the text the fact is: 0 is its beginning and 1 its end
+    /// Depths of the fact in the text: 0 is its beginning and 1 its end
     #[arg(
         long,
         value_name = "SHARE,...",
@@ -34,18 +31,14 @@ pub(crate) struct NeedleArguments {
     /// A text to hide the fact in [default: simple sentences]
     #[arg(long, value_name = "FILE")]
     haystack: Option<PathBuf>,
-    /// What the facts are drawn with
+    /// Seed of the facts
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     draw: u64,
 }
 
 impl NeedleArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let haystack = self
-            .haystack
-            .as_deref()
-            .map(Needle::read_haystack)
-            .transpose()?;
+        let haystack = self.haystack.as_deref().map(read_haystack).transpose()?;
         let options = NeedleOptions {
             lengths: self.length,
             depths: self.depth,
@@ -53,15 +46,7 @@ impl NeedleArguments {
             haystack,
             seed: self.draw,
         };
-        let items = self.comparison.items_or(usize::MAX);
-        let ask = self.ask.options();
-        self.comparison.run(items, |model| {
-            let count = |text: &str| Ok(model.tokenizer.encode_first(text)?.len());
-            Ok(Box::new(Asked::new(
-                model,
-                Needle::new(&options, &count)?,
-                ask,
-            )?))
-        })
+        self.questions
+            .run(|model| Ok(needle(&options, &|text| count_tokens(model, text))?))
     }
 }

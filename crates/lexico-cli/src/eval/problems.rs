@@ -1,6 +1,6 @@
 use clap::Args;
 use lexico_eval::questions::{AskOptions, Asked};
-use lexico_eval::tasks::problems::Problems;
+use lexico_eval::tasks::problems::problems;
 
 use super::comparison::ComparisonArguments;
 
@@ -18,15 +18,10 @@ pub(crate) struct ProblemArguments {
 
 impl ProblemArguments {
     pub(crate) fn run(self) -> anyhow::Result<()> {
-        let shots = self.shots;
-        let items = self.comparison.items_or(ITEMS);
-        self.comparison.run(items, |model| {
-            let problems = Problems::new(shots)?;
-            Ok(Box::new(Asked::new(
-                model,
-                problems,
-                AskOptions::default(),
-            )?))
+        let problems = problems(self.shots)?;
+        self.comparison.run(ITEMS, |model| {
+            let options = AskOptions::default();
+            Ok(Box::new(Asked::new(model, problems, options)?))
         })
     }
 }

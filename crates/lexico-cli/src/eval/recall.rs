@@ -1,15 +1,12 @@
 use clap::Args;
-use lexico_eval::questions::Asked;
-use lexico_eval::tasks::recall::{Recall, RecallOptions};
+use lexico_eval::tasks::recall::{RecallOptions, recall};
 
-use super::comparison::{AskArguments, ComparisonArguments};
+use super::comparison::{QuestionArguments, count_tokens};
 
 #[derive(Args)]
 pub(crate) struct RecallArguments {
     #[command(flatten)]
-    comparison: ComparisonArguments,
-    #[command(flatten)]
-    ask: AskArguments,
+    questions: QuestionArguments,
     /// Tokens of the prompts
     #[arg(
         long,
@@ -21,7 +18,7 @@ pub(crate) struct RecallArguments {
     /// Prompts of each length
     #[arg(long, value_name = "K", default_value_t = 20)]
     repeats: usize,
-    /// What keys, values and questions are drawn with
+    /// Seed of keys, values and questions
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     draw: u64,
 }
@@ -33,15 +30,7 @@ impl RecallArguments {
             repeats: self.repeats,
             seed: self.draw,
         };
-        let items = self.comparison.items_or(usize::MAX);
-        let ask = self.ask.options();
-        self.comparison.run(items, |model| {
-            let count = |text: &str| Ok(model.tokenizer.encode_first(text)?.len());
-            Ok(Box::new(Asked::new(
-                model,
-                Recall::new(&options, &count)?,
-                ask,
-            )?))
-        })
+        self.questions
+            .run(|model| Ok(recall(&options, &|text| count_tokens(model, text))?))
     }
 }

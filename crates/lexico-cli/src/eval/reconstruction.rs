@@ -1,8 +1,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use lexico::dictionary::CodeFamily;
 use lexico_eval::report::folder::ReportFolder;
-use lexico_eval::tasks::reconstruction::{BOUND, Reconstruction, SameError};
+use lexico_eval::tasks::reconstruction::{Reconstruction, SameError};
 use lexico_llm::cache::CacheSpec;
 
 use crate::model::ModelArguments;
@@ -10,10 +11,10 @@ use crate::{interrupt, ui};
 
 /// Sparsities of Lexico's formats that are compared unless caches are named, as far as the dictionaries allow.
 const SPARSITIES: &[usize] = &[4, 6, 8, 12, 16, 24];
-const PACKED_SPARSITIES: &[usize] = &[1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48];
+const ADDITIVE_SPARSITIES: &[usize] = &[1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48];
 /// The format that the paper proposes: others are compared with it at equal error.
 const REFERENCE: &str = "lexico f8";
-/// What is compared with them.
+/// Caches of other methods that are compared with them.
 const RIVALS: &[&str] = &[
     "per-token:bits=2,window=0",
     "per-token:bits=3,window=0",
@@ -24,6 +25,10 @@ const RIVALS: &[&str] = &[
     "turboquant:bits=2",
     "turboquant:bits=3",
     "turboquant:bits=4",
+    "turboquant:norm=eden,bits=1",
+    "turboquant:norm=eden,bits=2",
+    "turboquant:norm=eden,bits=3",
+    "turboquant:norm=eden,bits=4",
 ];
 
 #[derive(Args)]
@@ -40,7 +45,7 @@ pub(crate) struct ReconstructionArguments {
     /// Tokens to read, the text's first ones
     #[arg(long, value_name = "K", default_value_t = 1024)]
     tokens: usize,
-    /// What the model's own text is drawn with
+    /// Seed of the model's own text
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
     /// Write results.json, report.html and plot.svg, with curves of every layer, to this folder
@@ -63,11 +68,13 @@ impl ReconstructionArguments {
         }
         let model = self.model.load(&caches)?;
         if !named && let Some(dictionaries) = &model.dictionaries {
-            let packed = (PACKED_SPARSITIES, dictionaries.max_codebooks());
-            let sparse = (SPARSITIES, dictionaries.max_nonzeros());
-            for (format, (sparsities, most)) in [("f8", sparse), ("i8", sparse), ("packed", packed)]
+            let max = |family| dictionaries.max_sparsity(family);
+            let additive = (ADDITIVE_SPARSITIES, max(CodeFamily::Additive));
+            let sparse = (SPARSITIES, max(CodeFamily::Sparse));
+            for (format, (sparsities, max)) in
+                [("f8", sparse), ("i8", sparse), ("additive", additive)]
             {
-                for sparsity in sparsities.iter().filter(|s| **s <= most) {
+                for sparsity in sparsities.iter().filter(|s| **s <= max) {
                     let spec = format!(
                         "lexico:format={format},sparsity={sparsity},allocation=same,fit=least-squares,window=0,batch=1"
                     );
@@ -76,10 +83,10 @@ impl ReconstructionArguments {
             }
         }
         interrupt::listen()?;
-        let most = model.decoder.config().context;
+        let max = model.decoder.config().context;
         anyhow::ensure!(
-            (2..=most).contains(&self.tokens),
-            "--tokens {} is impossible: from 2 to the model's context, {most}",
+            (2..=max).contains(&self.tokens),
+            "--tokens {} is impossible: from 2 to the model's context, {max}",
             self.tokens
         );
         let tokens = match &self.text {
@@ -127,22 +134,6 @@ impl ReconstructionArguments {
             json["same_error"] = serde_json::to_value(&same_error)?;
             return ui::json(&json);
         }
-        let formats = found
-            .formats()
-            .into_iter()
-            .filter(|format| *format != BOUND);
-        let rows = formats.map(|format| {
-            let [keys, values] = ["keys", "values"].map(|part| found.mean(format, part));
-            let mut row = vec![format.to_owned()];
-            for [bits, relative, distortion] in [keys, values] {
-                row.extend([
-                    format!("{bits:.2}"),
-                    format!("{relative:.4}"),
-                    format!("{distortion:.5}"),
-                ]);
-            }
-            row
-        });
         let header = [
             "mean of the layers",
             "keys: bits",
@@ -152,7 +143,7 @@ impl ReconstructionArguments {
             "relative",
             "squared",
         ];
-        ui::line(&ui::table(header, rows.collect()))?;
+        ui::line(&ui::table(header, found.mean_rows()))?;
         if same_error.is_empty() {
             return Ok(());
         }
@@ -168,13 +159,14 @@ impl ReconstructionArguments {
                 if pairs.is_empty() {
                     continue;
                 }
-                let least = pairs.iter().map(|s| s.ratio).fold(f64::INFINITY, f64::min);
-                let most = pairs.iter().map(|s| s.ratio).fold(0.0, f64::max);
+                let ratios = || pairs.iter().map(|s| s.ratio);
+                let min = ratios().fold(f64::INFINITY, f64::min);
+                let max = ratios().fold(0.0, f64::max);
                 rows.push(vec![
                     wanted.to_owned(),
                     method.to_owned(),
                     format!("{:.3}", bits(|s| s.bits) / bits(|s| s.reference_bits)),
-                    format!("{least:.3} to {most:.3}"),
+                    format!("{min:.3} to {max:.3}"),
                     pairs.len().to_string(),
                 ]);
             }

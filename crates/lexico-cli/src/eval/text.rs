@@ -4,9 +4,9 @@ use lexico_eval::tasks::text::{TextMeasure, TextOptions, TextTask};
 use super::comparison::ComparisonArguments;
 use crate::corpus::CorpusArguments;
 
-/// Windows unless the user says how many.
-const WINDOWS: usize = 16;
-/// Tokens of a window, where the model's context holds as many.
+/// Number of chunks unless the user says how many.
+const CHUNKS: usize = 16;
+/// Tokens of a chunk, where the model's context holds as many.
 const CONTEXT: usize = 1024;
 
 #[derive(Args)]
@@ -15,11 +15,11 @@ pub(crate) struct TextArguments {
     comparison: ComparisonArguments,
     #[command(flatten)]
     corpus: CorpusArguments,
-    /// Tokens of a window, which is an item [default: 1024, or the model's context]
+    /// Tokens of a chunk, which is an item [default: 1024, or the model's context]
     #[arg(long, value_name = "K")]
     context: Option<usize>,
-    /// Tokens of a window that are read at once; the rest is read and predicted one by one, from what the cache holds
-    /// [default: seven eighths of the window]
+    /// Tokens of a chunk that are read at once; the rest is read and predicted one by one, from what the cache holds
+    /// [default: seven eighths of the chunk]
     #[arg(long, value_name = "K")]
     prompt: Option<usize>,
 }
@@ -27,15 +27,15 @@ pub(crate) struct TextArguments {
 impl TextArguments {
     pub(crate) fn run(self, measure: TextMeasure) -> anyhow::Result<()> {
         let corpus = self.corpus.open()?;
-        let windows = self.comparison.items_or(WINDOWS);
-        let seed = self.comparison.seed().unwrap_or(0);
-        self.comparison.run(windows, |model| {
-            let most = model.decoder.config().context;
-            let context = self.context.unwrap_or(CONTEXT.min(most));
+        let chunks = self.comparison.items.unwrap_or(CHUNKS);
+        let seed = self.comparison.seed.unwrap_or(0);
+        self.comparison.run(chunks, |model| {
+            let max = model.decoder.config().context;
+            let context = self.context.unwrap_or(CONTEXT.min(max));
             let options = TextOptions {
                 context,
                 prompt: self.prompt.unwrap_or(context - context / 8),
-                windows,
+                chunks,
                 seed,
             };
             Ok(Box::new(TextTask::new(model, &corpus, measure, options)?))

@@ -120,22 +120,23 @@ fn normalised(text: &str) -> String {
     kept
 }
 
-/// What Python's `split` takes apart.
+/// Words as Python's `split` takes them apart.
 fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(is_space).filter(|word| !word.is_empty())
 }
 
-/// Whether Python takes a character for white space.
+/// True for characters that Python takes for white space.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// Whether a character is of a word, as regular expressions have them.
+/// True for characters of a word, as regular expressions have them.
 pub(crate) fn is_word(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-fn numbers(text: &str) -> impl Iterator<Item = &str> {
+/// Runs of ASCII digits.
+pub(crate) fn numbers(text: &str) -> impl Iterator<Item = &str> {
     let numbers = text.split(|c: char| !c.is_ascii_digit());
     numbers.filter(|number| !number.is_empty())
 }

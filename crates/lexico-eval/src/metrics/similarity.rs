@@ -4,9 +4,9 @@ use std::ops::Range;
 /// Frequent characters of a text this long are not looked for.
 const LONG: usize = 200;
 
-/// How alike two texts are, in whole per cent: `fuzz.ratio` of Python's `fuzzywuzzy` over 100.
+/// Likeness of two texts, in whole per cent: `fuzz.ratio` of Python's `fuzzywuzzy` over 100.
 ///
-/// That is twice the characters in matching blocks over the characters of both (Ratcliff and Metzener, 1988), by
+/// It is twice the characters in matching blocks over the characters of both (Ratcliff and Metzener, 1988), by
 /// Python's `difflib`, which passes over characters that make up more than a hundredth of a `second` of 200 or
 /// more. `fuzzywuzzy` takes another distance where `python-Levenshtein` is installed; LongBench's requirements do
 /// not have it.

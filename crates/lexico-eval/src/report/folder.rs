@@ -1,7 +1,7 @@
 //! The folder of a report, and what an interrupted run leaves in it.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Seek, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use lexico::tensor_file::write_atomically;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::Report;
-use crate::error::{Error, Result};
+use crate::error::{Result, refused};
 use crate::task::Outcome;
 
 /// Results, as one JSON document.
@@ -18,13 +18,13 @@ pub const RESULTS: &str = "results.json";
 pub const PAGE: &str = "report.html";
 /// The page's plot.
 pub const PLOT: &str = "plot.svg";
-/// What is done so far: the settings in its first line, and a batch in every other.
+/// Progress so far: the settings in its first line, and a batch in every other.
 const PROGRESS: &str = "progress.jsonl";
 
 /// A folder that a report is to be written to. While it is open no other program can open it.
 pub struct ReportFolder {
     folder: PathBuf,
-    /// Whether it was not there before.
+    /// True where it was not there before.
     made: bool,
     progress: File,
     /// The settings of what was done before, and where their line ends.
@@ -33,11 +33,11 @@ pub struct ReportFolder {
 }
 
 /// Some items that were run together.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Batch {
-    cache: String,
+    pub(crate) cache: String,
     /// Items of the cache that were run before.
-    first: usize,
+    pub(crate) first: usize,
     pub(crate) seconds: f64,
     pub(crate) outcomes: Vec<Outcome>,
 }
@@ -47,10 +47,10 @@ impl ReportFolder {
     /// interrupted run.
     ///
     /// # Errors
-    /// [`Error::Report`].
+    /// [`Error::File`](crate::Error::File).
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let refuse = |reason: &str| Err(refused(folder, reason));
-        let failed = |error: std::io::Error| refused(folder, &error.to_string());
+        let failed = |error: std::io::Error| refused(folder, error);
         let made = match std::fs::create_dir(folder) {
             Ok(()) => true,
             Err(_) if folder.is_dir() => false,
@@ -95,7 +95,7 @@ impl ReportFolder {
         Ok(opened)
     }
 
-    /// Whether it holds a run that was interrupted.
+    /// Returns true where it holds a run that was interrupted.
     pub fn has_progress(&self) -> bool {
         self.before.is_some()
     }
@@ -103,16 +103,14 @@ impl ReportFolder {
     /// Reads what was done. A line that was not written to its end is cut off.
     fn read(&mut self) -> Result<()> {
         let path = self.folder.join(PROGRESS);
-        let failed = |error: std::io::Error| refused(&path, &error.to_string());
+        let failed = |error: std::io::Error| refused(&path, error);
         let text = std::fs::read(&path).map_err(failed)?;
-        let whole = text
-            .iter()
-            .rposition(|&b| b == b'\n')
-            .map_or(0, |end| end + 1);
+        let whole = text.iter().rposition(|&b| b == b'\n');
+        let whole = whole.map_or(0, |end| end + 1);
         let damaged = |line: usize, error: serde_json::Error| {
             let reason =
                 format!("line {line} is damaged ({error}); remove the folder and run anew");
-            refused(&path, &reason)
+            refused(&path, reason)
         };
         let mut lines = text[..whole].split(|&b| b == b'\n').enumerate();
         if let Some((_, first)) = lines.next()
@@ -125,9 +123,8 @@ impl ReportFolder {
             self.saved.push(batch);
         }
         self.progress.set_len(whole as u64).map_err(failed)?;
-        self.progress
-            .seek(std::io::SeekFrom::End(0))
-            .map_err(failed)?;
+        let end = SeekFrom::End(0);
+        self.progress.seek(end).map_err(failed)?;
         Ok(())
     }
 
@@ -137,20 +134,16 @@ impl ReportFolder {
             return self.append(settings);
         };
         let text = |settings: &Map<String, Value>, name: &str| {
-            settings
-                .get(name)
-                .map_or("none".to_owned(), Value::to_string)
+            let value = settings.get(name);
+            value.map_or("none".to_owned(), Value::to_string)
         };
         let names = before.keys();
         let names = names.chain(settings.keys().filter(|&name| !before.contains_key(name)));
         let differ: Vec<String> = names
             .filter(|&name| before.get(name) != settings.get(name))
             .map(|name| {
-                format!(
-                    "{name} ({} then, {} now)",
-                    text(before, name),
-                    text(settings, name)
-                )
+                let (then, now) = (text(before, name), text(settings, name));
+                format!("{name} ({then} then, {now} now)")
             })
             .collect();
         if differ.is_empty() {
@@ -160,7 +153,7 @@ impl ReportFolder {
             "the run that was interrupted had other settings: {}; give the same to go on with it, or remove the folder",
             differ.join(", ")
         );
-        Err(refused(&self.folder, &reason))
+        Err(refused(&self.folder, reason))
     }
 
     /// The batch of a cache that begins after `first` items, where it was done before.
@@ -170,28 +163,14 @@ impl ReportFolder {
             .find(|batch| batch.cache == cache && batch.first == first)
     }
 
-    pub(crate) fn save(
-        &mut self,
-        cache: &str,
-        first: usize,
-        outcomes: &[Outcome],
-        seconds: f64,
-    ) -> Result<()> {
-        self.append(&Batch {
-            cache: cache.to_owned(),
-            first,
-            seconds,
-            outcomes: outcomes.to_vec(),
-        })
-    }
-
-    fn append(&mut self, line: &impl Serialize) -> Result<()> {
+    /// Saves settings, or a batch.
+    pub(crate) fn append(&mut self, line: &impl Serialize) -> Result<()> {
         let failed = |reason: String| {
             let reason = format!(
                 "what was done last could not be saved ({reason}); all before is whole: make room and go on with \
                  --resume"
             );
-            refused(&self.folder, &reason)
+            refused(&self.folder, reason)
         };
         let mut bytes = serde_json::to_vec(line).map_err(|e| failed(e.to_string()))?;
         bytes.push(b'\n');
@@ -203,11 +182,11 @@ impl ReportFolder {
     /// Writes the report, in place of what an interrupted run would go on with.
     ///
     /// # Errors
-    /// [`Error::Report`].
+    /// [`Error::File`](crate::Error::File).
     pub fn finish(self, report: &impl Report) -> Result<()> {
-        let failed = |error: &dyn std::fmt::Display| refused(&self.folder, &error.to_string());
+        let failed = |error: &dyn std::fmt::Display| refused(&self.folder, error);
         let results = serde_json::to_vec_pretty(report).map_err(|e| failed(&e))?;
-        let (page, plot) = (report.page(), report.plot());
+        let (page, plot) = (report.page().map_err(|e| failed(&e))?, report.plot());
         // The results last: with them a folder is whole.
         for (name, content) in [
             (PAGE, page.as_bytes()),
@@ -230,12 +209,5 @@ impl Drop for ReportFolder {
                 let _ = std::fs::remove_dir(&self.folder);
             }
         }
-    }
-}
-
-fn refused(path: &Path, reason: &str) -> Error {
-    Error::Report {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
     }
 }

@@ -7,21 +7,21 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::python_random::PythonRandom;
 use crate::data::{self, Record};
 use crate::error::{Error, Result};
-use crate::questions::Questions;
-use crate::task::{Item, Verdict, named};
+use crate::questions::{Item, Questions, Verdict};
+use crate::task::{Measure, named};
 
-/// What the harness seeds its examples with.
+/// Seed of the harness's examples.
 const SEED: u64 = 1234;
-/// What the harness lets a model write where a task does not say.
+/// Tokens that the harness lets a model write where a task does not say.
 const MAX_TOKENS: usize = 256;
 const STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
-/// How a number is found in what the model wrote.
+/// Way to find a number in what the model wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Extraction {
     /// The first number after `#### `; the harness's `strict-match`.
@@ -32,7 +32,7 @@ pub enum Extraction {
 }
 
 impl Extraction {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Strict => "strict",
@@ -55,100 +55,70 @@ impl FromStr for Extraction {
     }
 }
 
-/// Problems as prompts, with their answers.
-#[derive(Debug, Clone)]
-pub struct Gsm8k {
-    items: Vec<Item>,
-    /// The problems' numbers.
-    answers: Vec<String>,
-    shots: usize,
-    extraction: Extraction,
+/// Takes the problems of `test`, each with `shots` examples of `train` before it. Both are `.jsonl`, `.json` or
+/// `.parquet` files with the texts `question` and `answer`.
+///
+/// # Errors
+/// [`Error::Data`] and [`Error::File`] where a file cannot be read or lacks a field, [`Error::Options`] where
+/// there are fewer examples.
+pub fn read(test: &Path, train: &Path, shots: usize, extraction: Extraction) -> Result<Questions> {
+    let examples = data::read(train)?;
+    let examples: Vec<(String, &str)> = examples.iter().map(problem).collect::<Result<_>>()?;
+    if shots > examples.len() {
+        return Err(Error::Options(format!(
+            "{shots} examples are impossible: {} has {}",
+            train.display(),
+            examples.len()
+        )));
+    }
+    let mut random = PythonRandom::new(SEED);
+    let mut items = Vec::new();
+    for (number, record) in data::read(test)?.iter().enumerate() {
+        let (question, answer) = problem(record)?;
+        let mut prompt = String::new();
+        for example in random.sample(examples.len(), shots) {
+            let (question, answer) = &examples[example];
+            prompt += &format!("{question} {answer}\n\n");
+        }
+        if !answer.contains("#### ") {
+            return Err(record.refused("field \"answer\" has no \"#### NUMBER\"".to_owned()));
+        }
+        items.push(Item {
+            id: number.to_string(),
+            group: None,
+            prompt: prompt + &question,
+            is_message: true,
+            max_tokens: MAX_TOKENS,
+            stop: STOP.map(str::to_owned).into(),
+            expected: normalised(answer),
+        });
+    }
+    Ok(Questions {
+        name: "gsm8k",
+        measure: Measure::Accuracy,
+        settings: named([
+            ("shots", json!(shots)),
+            ("extraction", json!(extraction.name())),
+        ]),
+        items,
+        judge: Box::new(move |_, item, text| judge(text, extraction, &item.expected)),
+    })
 }
 
-impl Gsm8k {
-    /// Takes the problems of `test`, each with `shots` examples of `train` before it. Both are `.jsonl`, `.json` or
-    /// `.parquet` files with the texts `question` and `answer`.
-    ///
-    /// # Errors
-    /// [`Error::Data`] and [`Error::File`] where a file cannot be read or lacks a field, [`Error::Options`] where
-    /// there are fewer examples.
-    pub fn read(test: &Path, train: &Path, shots: usize, extraction: Extraction) -> Result<Self> {
-        let examples = data::read(train)?;
-        let examples: Vec<(String, &str)> = examples.iter().map(problem).collect::<Result<_>>()?;
-        if shots > examples.len() {
-            return Err(Error::Options(format!(
-                "{shots} examples are impossible: {} has {}",
-                train.display(),
-                examples.len()
-            )));
-        }
-        let mut random = PythonRandom::new(SEED);
-        let mut items = Vec::new();
-        let mut answers = Vec::new();
-        for (number, record) in data::read(test)?.iter().enumerate() {
-            let (question, answer) = problem(record)?;
-            let mut prompt = String::new();
-            for example in random.sample(examples.len(), shots) {
-                let (question, answer) = &examples[example];
-                prompt += &format!("{question} {answer}\n\n");
-            }
-            items.push(Item {
-                id: number.to_string(),
-                prompt: prompt + &question,
-                max_tokens: MAX_TOKENS,
-                stop: STOP.map(str::to_owned).into(),
-            });
-            if !answer.contains("#### ") {
-                return Err(record.refused("field \"answer\" has no \"#### NUMBER\"".to_owned()));
-            }
-            answers.push(normalised(answer));
-        }
-        Ok(Self {
-            items,
-            answers,
-            shots,
-            extraction,
-        })
-    }
-
-    /// The files of the test and of the training problems in `openai/gsm8k` on the hub, downloaded where its cache
-    /// lacks them. With `progress`, bars are drawn on stderr.
-    ///
-    /// # Errors
-    /// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
-    pub fn fetch(progress: bool) -> Result<(PathBuf, PathBuf)> {
-        let file = |split: &str| {
-            super::fetch_one("openai/gsm8k", &format!("main/{split}-*.parquet"), progress)
-        };
-        Ok((file("test")?, file("train")?))
-    }
+/// The files of the test and of the training problems in `openai/gsm8k` on the hub, downloaded where its cache
+/// lacks them. With `progress`, bars are drawn on stderr.
+///
+/// # Errors
+/// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
+pub fn fetch(progress: bool) -> Result<(PathBuf, PathBuf)> {
+    let file = |split: &str| {
+        super::fetch_one("openai/gsm8k", &format!("main/{split}-*.parquet"), progress)
+    };
+    Ok((file("test")?, file("train")?))
 }
 
-impl Questions for Gsm8k {
-    fn name(&self) -> &'static str {
-        "gsm8k"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        named([
-            ("shots", json!(self.shots)),
-            ("extraction", json!(self.extraction.name())),
-        ])
-    }
-
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let expected = &self.answers[item];
-        let answer = extract(text, self.extraction).map(normalised);
-        Verdict {
-            score: f64::from(answer.as_ref() == Some(expected)),
-            answer,
-            expected: expected.clone(),
-        }
-    }
+fn judge(text: &str, extraction: Extraction, expected: &str) -> Verdict {
+    Verdict::exact(extract(text, extraction).map(normalised), expected)
 }
 
 /// A problem as in a prompt, and its answer.
@@ -199,7 +169,7 @@ fn flexible(text: &str) -> Option<&str> {
     last
 }
 
-/// What the harness compares: without commas, `$`, all before the last `#### ` and a full stop at the end.
+/// Text that the harness compares: without commas, `$`, all before the last `#### ` and a full stop at the end.
 fn normalised(text: &str) -> String {
     let text = text.replace([',', '$'], "");
     let text = text
@@ -235,13 +205,8 @@ mod tests {
                 let what = format!("{extraction:?} of {text:?} for {answer:?}");
                 let number = extract(&text, extraction);
                 assert_eq!(number.unwrap_or("[invalid]"), found, "{what}");
-                let set = Gsm8k {
-                    items: Vec::new(),
-                    answers: vec![normalised(&answer)],
-                    shots: 0,
-                    extraction,
-                };
-                assert_eq!(set.judge(0, &text).score, score, "{what}");
+                let verdict = judge(&text, extraction, &normalised(&answer));
+                assert_eq!(verdict.score, score, "{what}");
             }
         }
     }
@@ -257,8 +222,8 @@ mod tests {
     fn prompts_are_examples_and_the_problem() {
         let (_a, test) = written(r#"{"question": "2+2?", "answer": "4.\n#### 4"}"#);
         let (_b, train) = written(r#"{"question": "1+1?", "answer": "2.\n#### 2"}"#);
-        let set = Gsm8k::read(&test, &train, 1, Extraction::Strict).unwrap();
-        let item = &set.items()[0];
+        let set = super::read(&test, &train, 1, Extraction::Strict).unwrap();
+        let item = &set.items[0];
         assert_eq!(
             item.prompt,
             "Question: 1+1?\nAnswer: 2.\n#### 2\n\nQuestion: 2+2?\nAnswer:"
@@ -267,7 +232,7 @@ mod tests {
         let verdict = set.judge(0, " It is 4.\n#### 4.\n\n");
         assert_eq!(verdict.score, 1.0);
         assert_eq!(
-            (verdict.answer.as_deref(), verdict.expected.as_str()),
+            (verdict.answer.as_deref(), item.expected.as_str()),
             (Some("4"), "4")
         );
         assert_eq!(set.judge(0, "4").answer, None);
@@ -280,7 +245,7 @@ mod tests {
             written("{\"question\": \"2+2?\", \"answer\": \"#### 4\"}\n{\"question\": \"?\"}\n");
         let (_c, other) = written(r#"{"question": 3, "answer": "4"}"#);
         let read = |test: &Path, train: &Path, shots| {
-            let set = Gsm8k::read(test, train, shots, Extraction::Strict);
+            let set = super::read(test, train, shots, Extraction::Strict);
             set.map(|_| ()).unwrap_err().to_string()
         };
         for (error, expected) in [

@@ -16,15 +16,15 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::data::{self, Record, refused};
-use crate::error::{Error, Result};
+use crate::data::{self, Record};
+use crate::error::{Error, Result, refused};
 use crate::metrics::{
     classification, code_line, code_similarity, count, paragraph, qa_f1, retrieval, rouge_l,
 };
-use crate::questions::Questions;
-use crate::task::{Item, Measure, Verdict};
+use crate::questions::{Item, Questions, Verdict};
+use crate::task::{Measure, named};
 
-/// How predictions of a data set are scored.
+/// Metric of a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Metric {
     /// [`qa_f1`]
@@ -41,65 +41,50 @@ pub enum Metric {
     CodeSimilarity,
 }
 
+/// Form of a data set's prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Questions and tasks, which may be put as a message to a model that chats; other forms are always plain text.
+    Asked,
+    /// Examples that the model goes on from: only the first line of a prediction counts, line ends before it left out.
+    Shown,
+    /// Code that the model goes on with.
+    Code,
+}
+
 /// A data set of the benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dataset {
-    /// Its name, also of its file.
+    /// Name, also of the file.
     pub name: &'static str,
-    /// How predictions are scored.
+    /// Form of its prompts.
+    pub form: Form,
+    /// Metric of the predictions.
     pub metric: Metric,
-    /// Whether its prompts may be put as a message to a model that chats; the others are always plain text.
-    pub is_message: bool,
-    /// Whether only the first line of a prediction counts, line ends before it left out.
-    pub first_line: bool,
 }
 
 /// The data sets.
 pub const DATASETS: [Dataset; 16] = [
-    asked("narrativeqa", Metric::QaF1),
-    asked("qasper", Metric::QaF1),
-    asked("multifieldqa_en", Metric::QaF1),
-    asked("hotpotqa", Metric::QaF1),
-    asked("2wikimqa", Metric::QaF1),
-    asked("musique", Metric::QaF1),
-    asked("gov_report", Metric::RougeL),
-    asked("qmsum", Metric::RougeL),
-    asked("multi_news", Metric::RougeL),
-    shown("trec", Metric::Classification),
-    shown("triviaqa", Metric::QaF1),
-    shown("samsum", Metric::RougeL),
-    asked("passage_count", Metric::Count),
-    asked("passage_retrieval_en", Metric::Retrieval),
-    code("lcc"),
-    code("repobench-p"),
+    dataset("narrativeqa", Form::Asked, Metric::QaF1),
+    dataset("qasper", Form::Asked, Metric::QaF1),
+    dataset("multifieldqa_en", Form::Asked, Metric::QaF1),
+    dataset("hotpotqa", Form::Asked, Metric::QaF1),
+    dataset("2wikimqa", Form::Asked, Metric::QaF1),
+    dataset("musique", Form::Asked, Metric::QaF1),
+    dataset("gov_report", Form::Asked, Metric::RougeL),
+    dataset("qmsum", Form::Asked, Metric::RougeL),
+    dataset("multi_news", Form::Asked, Metric::RougeL),
+    dataset("trec", Form::Shown, Metric::Classification),
+    dataset("triviaqa", Form::Shown, Metric::QaF1),
+    dataset("samsum", Form::Shown, Metric::RougeL),
+    dataset("passage_count", Form::Asked, Metric::Count),
+    dataset("passage_retrieval_en", Form::Asked, Metric::Retrieval),
+    dataset("lcc", Form::Code, Metric::CodeSimilarity),
+    dataset("repobench-p", Form::Code, Metric::CodeSimilarity),
 ];
 
-const fn asked(name: &'static str, metric: Metric) -> Dataset {
-    Dataset {
-        name,
-        metric,
-        is_message: true,
-        first_line: false,
-    }
-}
-
-/// Examples, which the model goes on from.
-const fn shown(name: &'static str, metric: Metric) -> Dataset {
-    Dataset {
-        name,
-        metric,
-        is_message: false,
-        first_line: true,
-    }
-}
-
-const fn code(name: &'static str) -> Dataset {
-    Dataset {
-        name,
-        metric: Metric::CodeSimilarity,
-        is_message: false,
-        first_line: false,
-    }
+const fn dataset(name: &'static str, form: Form, metric: Metric) -> Dataset {
+    Dataset { name, form, metric }
 }
 
 impl Dataset {
@@ -130,7 +115,7 @@ impl Dataset {
     }
 }
 
-/// The published prompts, and the most tokens of answers.
+/// Published prompts, and max tokens of answers.
 #[derive(Debug, Clone)]
 pub struct Prompts {
     path: PathBuf,
@@ -144,7 +129,7 @@ impl Prompts {
     /// The file of the answers' lengths.
     pub const LENGTHS: &str = "dataset2maxlen.json";
 
-    /// Where the published files are: a folder of one commit of the repository `THUDM/LongBench`.
+    /// Address of the published files: a folder of one commit of the repository `THUDM/LongBench`.
     pub const PUBLISHED: &str = "https://raw.githubusercontent.com/THUDM/LongBench/\
                                  2e00731f8d0bff23dc4325161044d0ed8af94c1e/LongBench/config";
     /// The SHA-256 of the published files.
@@ -165,7 +150,7 @@ impl Prompts {
     /// # Errors
     /// [`Error::File`] where one cannot be downloaded or saved, or is not what was published.
     pub fn fetch(address: &str, folder: &Path) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(|e| refused(folder, e.to_string()))?;
+        std::fs::create_dir_all(folder).map_err(|e| refused(folder, e))?;
         for (file, checksum) in Self::CHECKSUMS {
             let path = folder.join(file);
             let is_published = |bytes: &[u8]| format!("{:x}", Sha256::digest(bytes)) == checksum;
@@ -181,7 +166,7 @@ impl Prompts {
                 let reason = format!("{url} is not the file that was published; {help}");
                 return Err(refused(&path, reason));
             }
-            write_atomically(&path, &bytes).map_err(|e| refused(&path, e.to_string()))?;
+            write_atomically(&path, &bytes).map_err(|e| refused(&path, e))?;
         }
         Self::read(folder)
     }
@@ -205,22 +190,20 @@ impl Prompts {
         })
     }
 
-    /// A data set's template, and the most tokens of its answers.
+    /// Returns the template of a data set, and the max tokens of its answers.
     fn of(&self, dataset: &Dataset) -> Result<(&str, usize)> {
         let name = dataset.name;
-        let wrong = |file: &str, reason: String| refused(&self.path.join(file), reason);
+        let lacks = |file, what: &str| {
+            refused(&self.path.join(file), format!("it has no {what} of {name}"))
+        };
         let prompt = self.prompts.get(name).and_then(Value::as_str);
-        let prompt =
-            prompt.ok_or_else(|| wrong(Self::FILE, format!("it has no prompt of {name}")))?;
         let length = self.lengths.get(name).and_then(Value::as_u64);
         let length = length.and_then(|length| usize::try_from(length).ok());
-        match length.filter(|&length| length > 0) {
-            Some(length) => Ok((prompt, length)),
-            None => Err(wrong(
-                Self::LENGTHS,
-                format!("it has no number of tokens above 0 of {name}"),
-            )),
-        }
+        let length = length.filter(|&length| length > 0);
+        Ok((
+            prompt.ok_or_else(|| lacks(Self::FILE, "prompt"))?,
+            length.ok_or_else(|| lacks(Self::LENGTHS, "number of tokens above 0"))?,
+        ))
     }
 
     /// A template with a record's fields in place of `{their names}`, as Python's `str.format` has it.
@@ -261,17 +244,17 @@ impl Prompts {
     }
 }
 
-/// A prompt of no more than `most` tokens: of a longer one the first and the last half, each decoded without
+/// Cuts a prompt to `max` tokens: of a longer one the first and the last half, each decoded without
 /// special tokens.
 ///
 /// # Errors
 /// Those of the tokenizer.
-pub fn without_middle(prompt: String, tokenizer: &Tokenizer, most: usize) -> Result<String> {
+pub fn without_middle(prompt: String, tokenizer: &Tokenizer, max: usize) -> Result<String> {
     let tokens = tokenizer.encode_first(&prompt)?;
-    if tokens.len() <= most {
+    if tokens.len() <= max {
         return Ok(prompt);
     }
-    let half = most / 2;
+    let half = max / 2;
     let start = tokenizer.decode(&tokens[..half])?;
     Ok(start + &tokenizer.decode(&tokens[tokens.len() - half..])?)
 }
@@ -282,10 +265,10 @@ fn download(url: &str) -> std::result::Result<Vec<u8>, ureq::Error> {
     response.body_mut().read_to_vec()
 }
 
-/// Fewest tokens that a prompt may be cut down to.
-const LEAST_CONTEXT: usize = 64;
+/// Min tokens that a prompt may be cut down to.
+const MIN_CONTEXT: usize = 64;
 
-/// What to take of the benchmark.
+/// Settings of [`read`].
 #[derive(Debug, Clone)]
 pub struct LongBenchOptions {
     /// The data sets.
@@ -294,154 +277,113 @@ pub struct LongBenchOptions {
     pub items: usize,
     /// Puts the items of each data set in a random order before the first are taken.
     pub seed: Option<u64>,
-    /// Most tokens of a prompt, the chat template's not counted.
+    /// Max tokens of a prompt, the chat template's not counted.
     pub context: usize,
 }
 
-/// Prompts of some data sets, with the answers that count as right.
-#[derive(Debug, Clone)]
-pub struct LongBench {
-    items: Vec<Item>,
-    keys: Vec<Key>,
-}
-
-/// What a prediction is scored against.
-#[derive(Debug, Clone)]
+/// Answers that a prediction is scored against.
+#[derive(Debug)]
 struct Key {
     dataset: Dataset,
     answers: Vec<String>,
     classes: Vec<String>,
 }
 
-impl LongBench {
-    /// Takes the data sets from `source`: a folder that holds `NAME.jsonl` of each, or the benchmark's `data.zip`.
-    ///
-    /// # Errors
-    /// [`Error::Data`] and [`Error::File`] where a file cannot be read or lacks what a prompt needs, and those of the
-    /// tokenizer.
-    pub fn read(
-        source: &Path,
-        prompts: &Prompts,
-        tokenizer: &Tokenizer,
-        options: &LongBenchOptions,
-    ) -> Result<Self> {
-        let mut set = Self {
-            items: Vec::new(),
-            keys: Vec::new(),
-        };
-        if options.context < LEAST_CONTEXT {
-            let most = options.context;
-            let reason = format!(
-                "prompts of {most} tokens are too short to ask anything: at least {LEAST_CONTEXT}"
-            );
+/// Takes the data sets from `source`: a folder that holds `NAME.jsonl` of each, or the benchmark's `data.zip`.
+///
+/// # Errors
+/// [`Error::Data`] and [`Error::File`] where a file cannot be read or lacks what a prompt needs, and those of the
+/// tokenizer.
+pub fn read(
+    source: &Path,
+    prompts: &Prompts,
+    tokenizer: &Tokenizer,
+    options: &LongBenchOptions,
+) -> Result<Questions> {
+    let (mut items, mut keys) = (Vec::new(), Vec::new());
+    if options.context < MIN_CONTEXT {
+        let context = options.context;
+        let reason = format!(
+            "prompts of {context} tokens are too short to ask anything: at least {MIN_CONTEXT}"
+        );
+        return Err(Error::Options(reason));
+    }
+    let mut names: Vec<&str> = Vec::new();
+    for dataset in &options.datasets {
+        let name = dataset.name;
+        if names.contains(&name) {
+            let reason = format!("the data set {name} is named twice");
             return Err(Error::Options(reason));
         }
-        for (number, dataset) in options.datasets.iter().enumerate() {
-            if options.datasets[..number]
-                .iter()
-                .any(|d| d.name == dataset.name)
-            {
-                let reason = format!("the data set {} is named twice", dataset.name);
-                return Err(Error::Options(reason));
-            }
-            let (template, max_tokens) = prompts.of(dataset)?;
-            let file = format!("{}.jsonl", dataset.name);
-            let records = if source.is_dir() {
-                data::read(&source.join(file))?
-            } else {
-                data::read_zipped(source, &file)?
-            };
-            let mut order: Vec<usize> = (0..records.len()).collect();
-            if let Some(seed) = options.seed {
-                order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-            }
-            for number in order.into_iter().take(options.items) {
-                let record = &records[number];
-                let prompt = prompts.filled(template, record)?;
-                set.keys.push(key(*dataset, record)?);
-                set.items.push(Item {
-                    id: match record.text("_id") {
-                        Ok(id) => format!("{}/{id}", dataset.name),
-                        Err(_) => format!("{}/{number}", dataset.name),
-                    },
-                    prompt: without_middle(prompt, tokenizer, options.context)?,
-                    max_tokens,
-                    // pred.py ends samsum's at a line end, but for the first token: its first line is what counts.
-                    stop: Vec::new(),
-                });
-            }
+        names.push(name);
+        let (template, max_tokens) = prompts.of(dataset)?;
+        let file = format!("{name}.jsonl");
+        let records = if source.is_dir() {
+            data::read(&source.join(file))?
+        } else {
+            data::read_zipped(source, &file)?
+        };
+        let mut order: Vec<usize> = (0..records.len()).collect();
+        if let Some(seed) = options.seed {
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         }
-        Ok(set)
+        for number in order.into_iter().take(options.items) {
+            let record = &records[number];
+            let prompt = prompts.filled(template, record)?;
+            let key = key(*dataset, record)?;
+            items.push(Item {
+                id: match record.text("_id") {
+                    Ok(id) => format!("{name}/{id}"),
+                    Err(_) => format!("{name}/{number}"),
+                },
+                group: Some(name.to_owned()),
+                prompt: without_middle(prompt, tokenizer, options.context)?,
+                is_message: dataset.form == Form::Asked,
+                max_tokens,
+                // pred.py ends samsum's at a line end, but for the first token: its first line is what counts.
+                stop: Vec::new(),
+                expected: key.answers.join(" | "),
+            });
+            keys.push(key);
+        }
     }
-
-    /// The benchmark's `data.zip` in `THUDM/LongBench` on the hub, downloaded where its cache lacks it. With
-    /// `progress`, bars are drawn on stderr.
-    ///
-    /// # Errors
-    /// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
-    pub fn fetch(progress: bool) -> Result<PathBuf> {
-        super::fetch_one("THUDM/LongBench", "data.zip", progress)
-    }
-
-    /// The data set that an item is of.
-    ///
-    /// # Panics
-    /// Where there is no such item.
-    pub fn dataset(&self, item: usize) -> Dataset {
-        self.keys[item].dataset
-    }
+    Ok(Questions {
+        name: "longbench",
+        measure: Measure::GroupMean,
+        settings: named([("datasets", json!(names))]),
+        items,
+        judge: Box::new(move |number, _, text| keys[number].judge(text)),
+    })
 }
 
-impl Questions for LongBench {
-    fn name(&self) -> &'static str {
-        "longbench"
-    }
+/// The benchmark's `data.zip` in `THUDM/LongBench` on the hub, downloaded where its cache lacks it. With
+/// `progress`, bars are drawn on stderr.
+///
+/// # Errors
+/// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
+pub fn fetch(progress: bool) -> Result<PathBuf> {
+    super::fetch_one("THUDM/LongBench", "data.zip", progress)
+}
 
-    fn measure(&self) -> Measure {
-        Measure::GroupMean
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        let mut names: Vec<&str> = self.keys.iter().map(|key| key.dataset.name).collect();
-        names.dedup();
-        Map::from_iter([("datasets".to_owned(), json!(names))])
-    }
-
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn group(&self, item: usize) -> Option<&str> {
-        Some(self.dataset(item).name)
-    }
-
-    fn is_message(&self, item: usize) -> bool {
-        self.dataset(item).is_message
-    }
-
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let Key {
-            dataset,
-            answers,
-            classes,
-        } = &self.keys[item];
-        let prediction = if dataset.first_line {
-            let line = text.trim_start_matches('\n').split('\n').next();
-            line.unwrap_or_default()
-        } else {
-            text
+impl Key {
+    fn judge(&self, text: &str) -> Verdict {
+        let dataset = self.dataset;
+        let prediction = match dataset.form {
+            Form::Shown => {
+                let line = text.trim_start_matches('\n').split('\n').next();
+                line.unwrap_or_default()
+            }
+            _ => text,
         };
-        let scores = answers
-            .iter()
-            .map(|answer| dataset.score(prediction, answer, classes));
-        let answer = match dataset.metric {
-            Metric::CodeSimilarity => code_line(prediction),
+        let scores = self.answers.iter();
+        let scores = scores.map(|answer| dataset.score(prediction, answer, &self.classes));
+        let answer = match dataset.form {
+            Form::Code => code_line(prediction),
             _ => prediction.trim(),
         };
         Verdict {
             score: scores.fold(0.0, f64::max),
             answer: (!answer.is_empty()).then(|| answer.to_owned()),
-            expected: answers.join(" | "),
         }
     }
 }
@@ -519,9 +461,9 @@ mod tests {
         r#"{"input": "none reads this one"}"#,
     );
 
-    fn read(prompts: &Path, source: &Path, options: &LongBenchOptions) -> Result<LongBench> {
+    fn read(prompts: &Path, source: &Path, options: &LongBenchOptions) -> Result<Questions> {
         let model = Model::tiny().unwrap();
-        LongBench::read(source, &Prompts::read(prompts)?, &model.tokenizer, options)
+        super::read(source, &Prompts::read(prompts)?, &model.tokenizer, options)
     }
 
     #[test]
@@ -529,7 +471,7 @@ mod tests {
         let prompts = prompts("{{T}} {context}\n{input} {length}");
         let source = folder(&[("trec.jsonl", TREC)]);
         let set = read(prompts.path(), source.path(), &options(&["trec"], 1000)).unwrap();
-        let items = set.items();
+        let items = &set.items;
         assert_eq!(items.len(), 2);
         assert_eq!(items[0].prompt, "{T} {x}\nQ: ü? 7");
         assert_eq!(
@@ -537,12 +479,12 @@ mod tests {
             ("trec/ab", "trec/1")
         );
         assert_eq!(items[0].max_tokens, 64);
-        assert!(!set.dataset(0).is_message);
+        assert!(!items[0].is_message);
 
         let verdict = set.judge(0, "\n\nit is a City\nDate");
         assert_eq!(verdict.score, 1.0);
         assert_eq!(verdict.answer.as_deref(), Some("it is a City"));
-        assert_eq!(verdict.expected, "Date | City");
+        assert_eq!(items[0].expected, "Date | City");
         assert_eq!(set.judge(0, "\n").answer, None);
         assert_eq!(set.judge(1, "Date").score, 0.0);
     }
@@ -618,7 +560,7 @@ mod tests {
             read(prompts.path(), source.path(), &options).unwrap(),
             read(prompts.path(), &archive, &options).unwrap(),
         );
-        assert_eq!(a.items(), b.items());
+        assert_eq!(a.items, b.items);
     }
 
     #[test]
@@ -701,14 +643,16 @@ mod tests {
             assert!(error.contains(expected), "{name}: {error}");
         }
         let nothing = folder(&[]);
-        let source = read(good.path(), nothing.path(), &options(&["trec"], 99)).unwrap_err();
+        let source = read(good.path(), nothing.path(), &options(&["trec"], 99))
+            .err()
+            .unwrap();
         assert!(source.to_string().contains("trec.jsonl: "), "{source}");
         let source = read(
             good.path(),
             &nothing.path().join("data.zip"),
             &options(&["trec"], 99),
         );
-        assert!(source.unwrap_err().to_string().contains("data.zip: "));
+        assert!(source.err().unwrap().to_string().contains("data.zip: "));
         let prompts = Prompts::read(nothing.path()).unwrap_err().to_string();
         assert!(prompts.contains("dataset2prompt.json: "), "{prompts}");
         let list = folder(&[(Prompts::FILE, "[]"), (Prompts::LENGTHS, "{}")]);

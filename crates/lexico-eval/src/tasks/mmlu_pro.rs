@@ -4,119 +4,82 @@
 //! examples, one sentence that says how to answer, the question with its options, and `Answer: Let's think step by
 //! step.` An item without an answer counts as wrong; the script draws an option then.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use crate::data::{self, Record};
 use crate::error::{Error, Result};
 use crate::metrics::{is_space, is_word};
-use crate::questions::Questions;
-use crate::task::{Item, Verdict};
+use crate::questions::{Item, Questions, Verdict};
+use crate::task::{Measure, named};
 
 const LETTERS: &[u8] = b"ABCDEFGHIJ";
 const MAX_TOKENS: usize = 2048;
 const STOP: &str = "Question:";
 
-/// Questions as prompts, with the letters of their answers.
-#[derive(Debug, Clone)]
-pub struct MmluPro {
-    items: Vec<Item>,
-    /// Subject, and the answer's letter.
-    keys: Vec<(String, char)>,
+/// Takes the questions of `path`, a `.parquet`, `.jsonl` or `.json` file, and of them those of `subjects`, in
+/// which `_` may stand for a space; all where none is named.
+///
+/// # Errors
+/// [`Error::Data`] and [`Error::File`] where the file cannot be read or lacks a field, [`Error::Options`] where a
+/// subject has no question.
+pub fn read(path: &Path, subjects: &[String]) -> Result<Questions> {
+    let records = data::read(path)?;
+    let mut there: BTreeSet<&str> = BTreeSet::new();
+    for record in &records {
+        there.insert(record.text("category")?);
+    }
+    let subjects: Vec<String> = subjects.iter().map(|s| s.replace('_', " ")).collect();
+    if let Some(unknown) = subjects.iter().find(|s| !there.contains(s.as_str())) {
+        let there: Vec<&str> = there.into_iter().collect();
+        return Err(Error::Options(format!(
+            "no question of {} is on {unknown:?}; there are {}",
+            path.display(),
+            there.join(", ")
+        )));
+    }
+    let mut items = Vec::new();
+    for record in &records {
+        let category = record.text("category")?;
+        if !subjects.is_empty() && !subjects.iter().any(|subject| subject == category) {
+            continue;
+        }
+        let id = record.value("question_id")?;
+        let (prompt, answer) = question(record, category)?;
+        items.push(Item {
+            id: id.as_str().map_or_else(|| id.to_string(), str::to_owned),
+            group: Some(category.to_owned()),
+            prompt,
+            is_message: true,
+            max_tokens: MAX_TOKENS,
+            stop: vec![STOP.to_owned()],
+            expected: answer.to_string(),
+        });
+    }
+    let taken: BTreeSet<&String> = items
+        .iter()
+        .filter_map(|item| item.group.as_ref())
+        .collect();
+    Ok(Questions {
+        name: "mmlu-pro",
+        measure: Measure::Accuracy,
+        settings: named([("subjects", json!(taken))]),
+        items,
+        judge: Box::new(|_, item, text| {
+            Verdict::exact(extract(text).map(String::from), &item.expected)
+        }),
+    })
 }
 
-impl MmluPro {
-    /// Takes the questions of `path`, a `.parquet`, `.jsonl` or `.json` file, and of them those of `subjects`, in
-    /// which `_` may stand for a space; all where none is named.
-    ///
-    /// # Errors
-    /// [`Error::Data`] and [`Error::File`] where the file cannot be read or lacks a field, [`Error::Options`] where a
-    /// subject has no question.
-    pub fn read(path: &Path, subjects: &[String]) -> Result<Self> {
-        let records = data::read(path)?;
-        let mut there: Vec<&str> = Vec::new();
-        for record in &records {
-            let category = record.text("category")?;
-            if !there.contains(&category) {
-                there.push(category);
-            }
-        }
-        let subjects: Vec<String> = subjects.iter().map(|s| s.replace('_', " ")).collect();
-        if let Some(unknown) = subjects.iter().find(|s| !there.contains(&s.as_str())) {
-            there.sort_unstable();
-            return Err(Error::Options(format!(
-                "no question of {} is on {unknown:?}; there are {}",
-                path.display(),
-                there.join(", ")
-            )));
-        }
-        let mut set = Self {
-            items: Vec::new(),
-            keys: Vec::new(),
-        };
-        for record in &records {
-            let category = record.text("category")?;
-            if !subjects.is_empty() && !subjects.iter().any(|subject| subject == category) {
-                continue;
-            }
-            let id = record.value("question_id")?;
-            let id = id.as_str().map_or_else(|| id.to_string(), str::to_owned);
-            let (prompt, answer) = question(record, category)?;
-            set.keys.push((category.to_owned(), answer));
-            set.items.push(Item {
-                id,
-                prompt,
-                max_tokens: MAX_TOKENS,
-                stop: vec![STOP.to_owned()],
-            });
-        }
-        Ok(set)
-    }
-
-    /// The file of the test questions in `TIGER-Lab/MMLU-Pro` on the hub, downloaded where its cache lacks it. With
-    /// `progress`, bars are drawn on stderr.
-    ///
-    /// # Errors
-    /// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
-    pub fn fetch(progress: bool) -> Result<PathBuf> {
-        super::fetch_one("TIGER-Lab/MMLU-Pro", "data/test-*.parquet", progress)
-    }
-}
-
-impl Questions for MmluPro {
-    fn name(&self) -> &'static str {
-        "mmlu-pro"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        let mut subjects: Vec<&str> = self
-            .keys
-            .iter()
-            .map(|(subject, _)| subject.as_str())
-            .collect();
-        subjects.sort_unstable();
-        subjects.dedup();
-        Map::from_iter([("subjects".to_owned(), json!(subjects))])
-    }
-
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn group(&self, item: usize) -> Option<&str> {
-        Some(&self.keys[item].0)
-    }
-
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let expected = self.keys[item].1;
-        let answer = extract(text);
-        Verdict {
-            score: f64::from(answer == Some(expected)),
-            answer: answer.map(String::from),
-            expected: expected.to_string(),
-        }
-    }
+/// The file of the test questions in `TIGER-Lab/MMLU-Pro` on the hub, downloaded where its cache lacks it. With
+/// `progress`, bars are drawn on stderr.
+///
+/// # Errors
+/// Those of [`DatasetName::fetch`](lexico_llm::hub::DatasetName::fetch).
+pub fn fetch(progress: bool) -> Result<PathBuf> {
+    super::fetch_one("TIGER-Lab/MMLU-Pro", "data/test-*.parquet", progress)
 }
 
 /// The prompt of a record, and its answer.
@@ -235,30 +198,25 @@ mod tests {
         )
         .unwrap();
         for path in [list, parquet] {
-            let set = MmluPro::read(&path, &[]).unwrap();
-            let prompts: Vec<&str> = set
-                .items()
-                .iter()
-                .map(|item| item.prompt.as_str())
-                .collect();
+            let set = super::read(&path, &[]).unwrap();
+            let prompts: Vec<&str> = set.items.iter().map(|item| item.prompt.as_str()).collect();
             assert_eq!(Value::from(prompts), golden["prompts"]);
-            let ids: Vec<&str> = set.items().iter().map(|item| item.id.as_str()).collect();
+            let ids: Vec<&str> = set.items.iter().map(|item| item.id.as_str()).collect();
             assert_eq!(ids, ["70", "71", "9000", "9001"]);
             assert_eq!(set.judge(1, "So the answer is (J).").score, 1.0);
             assert_eq!(set.judge(1, "So the answer is (A).").score, 0.0);
             let verdict = set.judge(3, "?");
             assert_eq!((verdict.score, verdict.answer), (0.0, None));
-            assert_eq!(verdict.expected, "C");
+            assert_eq!(set.items[3].expected, "C");
 
             let subjects = ["computer_science".to_owned(), "law".to_owned()];
-            let some = MmluPro::read(&path, &subjects).unwrap();
-            assert_eq!(some.items(), &set.items()[2..]);
-            assert_eq!(
-                (some.group(0), some.group(1)),
-                (Some("computer science"), Some("law"))
-            );
-            let error = MmluPro::read(&path, &["alchemy".to_owned()])
-                .unwrap_err()
+            let some = super::read(&path, &subjects).unwrap();
+            assert_eq!(some.items, &set.items[2..]);
+            let groups: Vec<_> = some.items.iter().map(|i| i.group.as_deref()).collect();
+            assert_eq!(groups, [Some("computer science"), Some("law")]);
+            let error = super::read(&path, &["alchemy".to_owned()])
+                .err()
+                .unwrap()
                 .to_string();
             let there = "on \"alchemy\"; there are biology, computer science, engineering, law";
             assert!(error.ends_with(there), "{error}");
@@ -302,13 +260,13 @@ mod tests {
             let mut bad = question.clone();
             bad[field] = value;
             std::fs::write(&path, format!("{question}\n{bad}\n")).unwrap();
-            let error = MmluPro::read(&path, &[]).unwrap_err().to_string();
+            let error = super::read(&path, &[]).err().unwrap().to_string();
             assert!(error.contains(expected), "{error}");
         }
         let mut bad = question.clone();
         bad.as_object_mut().unwrap().remove("question_id");
         std::fs::write(&path, bad.to_string()).unwrap();
-        let error = MmluPro::read(&path, &[]).unwrap_err().to_string();
+        let error = super::read(&path, &[]).err().unwrap().to_string();
         assert!(
             error.contains("line 1: no field \"question_id\"; there are "),
             "{error}"

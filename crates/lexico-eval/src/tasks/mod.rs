@@ -1,5 +1,7 @@
 //! One file a task.
 
+pub mod dictionary;
+pub mod drawn;
 pub mod gsm8k;
 pub mod longbench;
 pub mod mmlu_pro;
@@ -8,7 +10,6 @@ pub mod problems;
 mod python_random;
 pub mod recall;
 pub mod reconstruction;
-mod size;
 pub mod text;
 
 use std::path::PathBuf;

@@ -5,15 +5,15 @@ use std::path::Path;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
-use super::size::{check_count, fitted};
+use super::drawn::{check_count, fitted, item, random};
 use crate::data;
 use crate::error::{Error, Result};
-use crate::questions::Questions;
-use crate::task::{Item, Verdict, named};
+use crate::metrics::numbers;
+use crate::questions::{Questions, Verdict};
+use crate::task::{Measure, named};
 
-const MAX_TOKENS: usize = 32;
 const PLACES: [&str; 16] = [
     "Lisbon", "Oslo", "Kyoto", "Cairo", "Lima", "Dublin", "Prague", "Nairobi", "Vienna", "Havana",
     "Seoul", "Athens", "Quito", "Riga", "Tunis", "Hanoi",
@@ -72,147 +72,95 @@ const TIMES: [&str; 8] = [
 /// Words of random numbers that a sentence has to itself.
 const DRAWS: u128 = 16;
 
-/// What to ask for, and in what.
+/// Settings of [`needle`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct NeedleOptions {
     /// Tokens of the prompts.
     pub lengths: Vec<usize>,
-    /// Where in the text the fact is: 0 is its beginning and 1 its end.
+    /// Depths of the fact in the text: 0 is its beginning and 1 its end.
     pub depths: Vec<f64>,
-    /// Facts for each length and depth.
+    /// Number of facts for each length and depth.
     pub repeats: usize,
     /// The text, from its beginning and over again where it ends; without one, simple sentences that are drawn.
     pub haystack: Option<String>,
-    /// What the facts and the sentences are drawn with.
+    /// Seed of the facts and the sentences.
     pub seed: u64,
 }
 
-/// Long texts with a fact in each.
-#[derive(Debug, Clone)]
-pub struct Needle {
-    items: Vec<Item>,
-    /// Each item's length and depth.
-    groups: Vec<String>,
-    options: NeedleOptions,
-    numbers: Vec<String>,
-}
-
-impl Needle {
-    /// Makes the prompts, each of the most sentences with which it has no more tokens than its length; `count` counts
-    /// them.
-    ///
-    /// # Errors
-    /// [`Error::Options`] where a length is too short, a depth outside 0 to 1 or the text empty, and those of `count`.
-    pub fn new(options: &NeedleOptions, count: &dyn Fn(&str) -> Result<usize>) -> Result<Self> {
-        if let Some(depth) = options
-            .depths
-            .iter()
-            .find(|depth| !(0.0..=1.0).contains(*depth))
-        {
-            return Err(Error::Options(format!(
-                "a depth of {depth} is impossible: from 0 to 1"
-            )));
-        }
-        let haystack = Haystack::new(options)?;
-        check_count(
-            &options.lengths,
-            options.lengths.len() * options.depths.len(),
-            options.repeats,
-        )?;
-        let mut set = Self {
-            items: Vec::new(),
-            groups: Vec::new(),
-            options: options.clone(),
-            numbers: Vec::new(),
-        };
-        for &length in &options.lengths {
-            for &depth in &options.depths {
-                for repeat in 0..options.repeats {
-                    let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-                    random.set_stream(set.items.len() as u64 + 1);
-                    let place = PLACES.choose(&mut random).copied().unwrap_or_default();
-                    let number = random.random_range(100_000..1_000_000).to_string();
-                    let build = |sentences: usize| {
-                        let before = (depth * sentences as f64).round() as usize;
-                        let mut text =
-                            "A secret number is told in the following text. Remember it.\n\n"
-                                .to_owned();
-                        haystack.add(0..before, &mut text);
-                        text += &format!("The secret number of {place} is {number}. ");
-                        haystack.add(before..sentences, &mut text);
-                        let text = text.trim_end();
-                        format!(
-                            "{text}\n\nQuestion: What is the secret number of {place}?\nAnswer: The secret number of \
-                             {place} is"
-                        )
-                    };
-                    set.items.push(Item {
-                        id: format!("{length}/{depth}/{repeat}"),
-                        prompt: fitted(length, 0, build, count)?,
-                        max_tokens: MAX_TOKENS,
-                        stop: Vec::new(),
-                    });
-                    set.groups.push(format!("{length} tokens, depth {depth}"));
-                    set.numbers.push(number);
-                }
+/// Makes long texts with a fact in each, each of the most sentences with which it has no more tokens than its length;
+/// `count` counts them.
+///
+/// # Errors
+/// [`Error::Options`] where a length is too short, a depth outside 0 to 1 or the text empty, and those of `count`.
+pub fn needle(options: &NeedleOptions, count: &dyn Fn(&str) -> Result<usize>) -> Result<Questions> {
+    let (lengths, depths) = (&options.lengths, &options.depths);
+    let (repeats, seed) = (options.repeats, options.seed);
+    let outside = |depth: &&f64| !(0.0..=1.0).contains(*depth);
+    if let Some(depth) = depths.iter().find(outside) {
+        return Err(Error::Options(format!(
+            "a depth of {depth} is impossible: from 0 to 1"
+        )));
+    }
+    let haystack = Haystack::new(options)?;
+    check_count(lengths, lengths.len() * depths.len(), repeats)?;
+    let mut items = Vec::new();
+    for &length in lengths {
+        for &depth in depths {
+            for repeat in 0..repeats {
+                let mut random = random(seed, items.len() + 1);
+                let place = PLACES.choose(&mut random).copied().unwrap_or_default();
+                let number = random.random_range(100_000..1_000_000).to_string();
+                let build = |sentences: usize| {
+                    let before = (depth * sentences as f64).round() as usize;
+                    let mut text =
+                        "A secret number is told in the following text. Remember it.\n\n"
+                            .to_owned();
+                    haystack.add(0..before, &mut text);
+                    text += &format!("The secret number of {place} is {number}. ");
+                    haystack.add(before..sentences, &mut text);
+                    let text = text.trim_end();
+                    format!(
+                        "{text}\n\nQuestion: What is the secret number of {place}?\nAnswer: The secret number of \
+                         {place} is"
+                    )
+                };
+                let prompt = fitted(length, 0, build, count)?;
+                let id = format!("{length}/{depth}/{repeat}");
+                let group = format!("{length} tokens, depth {depth}");
+                items.push(item(id, group, prompt, &[], number));
             }
         }
-        Ok(set)
     }
-
-    /// Reads a text for [`NeedleOptions::haystack`].
-    ///
-    /// # Errors
-    /// [`Error::File`] where it cannot be read or is not UTF-8.
-    pub fn read_haystack(path: &Path) -> Result<String> {
-        data::read_text(path)
-    }
-}
-
-impl Questions for Needle {
-    fn name(&self) -> &'static str {
-        "needle"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        let NeedleOptions {
-            lengths,
-            depths,
-            repeats,
-            seed,
-            ..
-        } = &self.options;
-        named([
+    Ok(Questions {
+        name: "needle",
+        measure: Measure::Accuracy,
+        settings: named([
             ("lengths", json!(lengths)),
             ("depths", json!(depths)),
             ("repeats", json!(repeats)),
             ("draw", json!(seed)),
-        ])
-    }
+        ]),
+        items,
+        judge: Box::new(|_, item, text| Verdict {
+            score: f64::from(text.contains(&item.expected)),
+            answer: numbers(text).next().map(str::to_owned),
+        }),
+    })
+}
 
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn group(&self, item: usize) -> Option<&str> {
-        Some(&self.groups[item])
-    }
-
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let expected = &self.numbers[item];
-        let mut numbers = text.split(|c: char| !c.is_ascii_digit());
-        Verdict {
-            score: f64::from(text.contains(expected.as_str())),
-            answer: numbers.find(|number| !number.is_empty()).map(str::to_owned),
-            expected: expected.clone(),
-        }
-    }
+/// Reads a text for [`NeedleOptions::haystack`].
+///
+/// # Errors
+/// [`Error::File`] where it cannot be read or is not UTF-8.
+pub fn read_haystack(path: &Path) -> Result<String> {
+    data::read_text(path)
 }
 
 /// Sentences without end.
 enum Haystack<'t> {
-    /// Those of a text, over and over.
+    /// Sentences of a text, over and over.
     Text(Vec<&'t str>),
+    /// Sentences drawn from a seed.
     Drawn(u64),
 }
 
@@ -311,13 +259,13 @@ mod tests {
                 haystack,
                 ..options()
             };
-            let set = Needle::new(&options, &count).unwrap();
-            assert_eq!(set.items().len(), 12);
+            let set = needle(&options, &count).unwrap();
+            assert_eq!(set.items.len(), 12);
             let cells = options.lengths.iter().flat_map(|&length| {
                 let cell = move |&depth| vec![(length, depth); options.repeats];
                 options.depths.iter().flat_map(cell)
             });
-            for ((number, item), (length, depth)) in set.items().iter().enumerate().zip(cells) {
+            for (item, (length, depth)) in set.items.iter().zip(cells) {
                 let tokens = count(&item.prompt).unwrap();
                 assert!(
                     tokens <= length && tokens + 60 > length,
@@ -328,27 +276,24 @@ mod tests {
                 let at = body.find("The secret number of ").unwrap() as f64 / body.len() as f64;
                 match depth {
                     0.0 => assert_eq!(at, 0.0),
-                    1.0 => assert!(
-                        body.trim_end()
-                            .ends_with(&format!("is {}.", set.numbers[number]))
-                    ),
+                    1.0 => assert!(body.trim_end().ends_with(&format!("is {}.", item.expected))),
                     _ => assert!((0.25..0.75).contains(&at), "{at}: {body}"),
                 }
-                assert_eq!(item.prompt.matches(&set.numbers[number]).count(), 1);
+                assert_eq!(item.prompt.matches(&item.expected).count(), 1);
             }
-            assert_eq!(set.items()[1].id, "150/0/1");
-            let again = Needle::new(&options, &count).unwrap();
-            assert_eq!(set.items(), again.items());
+            assert_eq!(set.items[1].id, "150/0/1");
+            let again = needle(&options, &count).unwrap();
+            assert_eq!(set.items, again.items);
             let other = NeedleOptions { seed: 4, ..options };
-            assert_ne!(set.items(), Needle::new(&other, &count).unwrap().items());
+            assert_ne!(set.items, needle(&other, &count).unwrap().items);
         }
     }
 
     #[test]
     fn the_number_in_the_continuation_counts() {
         let count = |text: &str| Ok(text.split(' ').count());
-        let set = Needle::new(&options(), &count).unwrap();
-        let number = &set.numbers[0];
+        let set = needle(&options(), &count).unwrap();
+        let number = &set.items[0].expected;
         for (text, score, answer) in [
             (format!(" {number}."), 1.0, Some(number.as_str())),
             (format!(" 7, no, {number}"), 1.0, Some("7")),
@@ -361,7 +306,6 @@ mod tests {
                 (score, answer),
                 "{text}"
             );
-            assert_eq!(verdict.expected, *number);
         }
     }
 
@@ -381,7 +325,7 @@ mod tests {
     #[test]
     fn what_is_impossible_is_refused() {
         let count = |text: &str| Ok(text.split(' ').count());
-        let error = |options: NeedleOptions| Needle::new(&options, &count).unwrap_err().to_string();
+        let error = |options: NeedleOptions| needle(&options, &count).err().unwrap().to_string();
         let too_short = NeedleOptions {
             lengths: vec![5],
             ..options()
@@ -402,7 +346,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("hay.txt");
         std::fs::write(&path, b"ok \xff").unwrap();
-        let error = Needle::read_haystack(&path).unwrap_err().to_string();
+        let error = read_haystack(&path).unwrap_err().to_string();
         assert!(
             error.ends_with("hay.txt: it is not UTF-8 text, from byte 3 on"),
             "{error}"

@@ -1,108 +1,68 @@
 //! Word problems in GSM8K's format, few-shot, judged by the number after `####`.
 
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use std::path::Path;
 
+use serde_json::json;
+
+use crate::data::{self, Record};
 use crate::error::{Error, Result};
-use crate::questions::Questions;
-use crate::task::{Item, Verdict};
+use crate::questions::{Item, Questions, Verdict};
+use crate::task::{Measure, named};
 
-/// Most tokens of an answer.
+/// Max tokens of an answer.
 const MAX_TOKENS: usize = 160;
 
-/// A problem and its worked answer, which ends in `#### ` and the number.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-struct Problem {
-    question: String,
-    answer: String,
-}
-
-/// The tiny model's own problem sets, embedded.
-#[derive(Debug, Clone)]
-pub struct Problems {
-    shots: usize,
-    items: Vec<Item>,
-    expected: Vec<Option<String>>,
-}
-
-impl Problems {
-    /// All problems, each after `shots` worked examples.
-    ///
-    /// # Errors
-    /// [`Error::Options`] where there are fewer examples.
-    pub fn new(shots: usize) -> Result<Self> {
-        macro_rules! embedded {
-            ($file:literal) => {
-                parse(
-                    include_str!(concat!("../../../../models/tiny/", $file)),
-                    concat!("tiny/", $file),
-                )
-            };
-        }
-        let examples = embedded!("problems_train.jsonl")?;
-        Self::of(&embedded!("problems_test.jsonl")?, &examples, shots)
-    }
-
-    fn of(problems: &[Problem], examples: &[Problem], shots: usize) -> Result<Self> {
-        let Some(examples) = examples.get(..shots) else {
-            let most = examples.len();
-            let reason = format!("{shots} examples are impossible: there are {most}");
-            return Err(Error::Options(reason));
+/// The tiny model's own problem sets, embedded: all problems, each after `shots` worked examples.
+///
+/// # Errors
+/// [`Error::Options`] where there are fewer examples.
+pub fn problems(shots: usize) -> Result<Questions> {
+    macro_rules! embedded {
+        ($file:literal) => {
+            data::parse_json(
+                Path::new(concat!("tiny/", $file)),
+                include_bytes!(concat!("../../../../models/tiny/", $file)),
+            )
         };
-        let mut before = String::new();
-        for Problem { question, answer } in examples {
-            before += &format!("Question: {question}\nAnswer: {answer}\n\n");
-        }
-        let item = |(number, problem): (usize, &Problem)| Item {
+    }
+    let examples = embedded!("problems_train.jsonl")?;
+    asked(&embedded!("problems_test.jsonl")?, &examples, shots)
+}
+
+/// Problems and examples, each a `question` and a worked `answer` that ends in `#### ` and the number.
+fn asked(problems: &[Record], examples: &[Record], shots: usize) -> Result<Questions> {
+    let Some(examples) = examples.get(..shots) else {
+        let all = examples.len();
+        let reason = format!("{shots} examples are impossible: there are {all}");
+        return Err(Error::Options(reason));
+    };
+    let mut before = String::new();
+    for example in examples {
+        let (question, answer) = (example.text("question")?, example.text("answer")?);
+        before += &format!("Question: {question}\nAnswer: {answer}\n\n");
+    }
+    let item = |(number, problem): (usize, &Record)| {
+        Ok(Item {
             id: number.to_string(),
-            prompt: format!("{before}Question: {}\nAnswer:", problem.question),
+            group: None,
+            prompt: format!("{before}Question: {}\nAnswer:", problem.text("question")?),
+            is_message: true,
             max_tokens: MAX_TOKENS,
             stop: vec!["\n\n".to_owned()],
-        };
-        Ok(Self {
-            shots,
-            items: problems.iter().enumerate().map(item).collect(),
-            expected: problems.iter().map(|p| final_number(&p.answer)).collect(),
+            expected: final_number(problem.text("answer")?).unwrap_or_default(),
         })
-    }
-}
-
-impl Questions for Problems {
-    fn name(&self) -> &'static str {
-        "problems"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        Map::from_iter([("shots".to_owned(), json!(self.shots))])
-    }
-
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let answer = final_number(text);
-        let expected = &self.expected[item];
-        Verdict {
-            score: f64::from(u8::from(answer.is_some() && answer == *expected)),
-            answer,
-            expected: expected.clone().unwrap_or_default(),
-        }
-    }
-}
-
-fn parse(text: &str, name: &str) -> Result<Vec<Problem>> {
-    let lines = text.lines().enumerate();
-    let lines = lines.filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(number, line)| {
-            serde_json::from_str(line).map_err(|e| Error::Data {
-                name: name.to_owned(),
-                line: number + 1,
-                reason: e.to_string(),
-            })
-        })
-        .collect()
+    };
+    Ok(Questions {
+        name: "problems",
+        measure: Measure::Accuracy,
+        settings: named([("shots", json!(shots))]),
+        items: problems
+            .iter()
+            .enumerate()
+            .map(item)
+            .collect::<Result<_>>()?,
+        judge: Box::new(|_, item, text| Verdict::exact(final_number(text), &item.expected)),
+    })
 }
 
 /// The number after the first `####`, without thousands commas, currency or a full stop.
@@ -136,15 +96,15 @@ mod tests {
         }
     }
 
+    fn records(text: &str) -> Vec<Record> {
+        data::parse_json(Path::new("set.jsonl"), text.as_bytes()).unwrap()
+    }
+
     #[test]
     fn the_prompt_is_examples_and_question() {
-        let problem = |q: &str, a: &str| Problem {
-            question: q.to_owned(),
-            answer: a.to_owned(),
-        };
-        let problems = [problem("2+2?", "4.\n#### 4")];
-        let examples = [problem("1+1?", "2.\n#### 2")];
-        let set = |shots| Problems::of(&problems, &examples, shots);
+        let problems = records(r#"{"question": "2+2?", "answer": "4.\n#### 4"}"#);
+        let examples = records(r#"{"question": "1+1?", "answer": "2.\n#### 2"}"#);
+        let set = |shots| asked(&problems, &examples, shots);
         assert_eq!(
             set(1).unwrap().items[0].prompt,
             "Question: 1+1?\nAnswer: 2.\n#### 2\n\nQuestion: 2+2?\nAnswer:"
@@ -160,7 +120,7 @@ mod tests {
     #[test]
     fn a_bad_line_is_named() {
         let text = "{\"question\": \"q\", \"answer\": \"a\"}\n{\"question\": 3}\n";
-        let error = parse(text, "set.jsonl").unwrap_err().to_string();
+        let error = asked(&records(text), &[], 0).err().unwrap().to_string();
         assert!(error.contains("set.jsonl, line 2"), "{error}");
     }
 }

@@ -3,7 +3,7 @@
 
 /// Words of the state.
 const WORDS: usize = 624;
-/// From a word to the one that it is mixed with.
+/// Distance from a word to the one that it is mixed with.
 const AHEAD: usize = 397;
 
 pub(super) struct PythonRandom {

@@ -4,16 +4,15 @@
 
 use std::collections::HashSet;
 
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
-use super::size::{check_count, fitted};
+use super::drawn::{check_count, fitted, item, random};
 use crate::error::Result;
-use crate::questions::Questions;
-use crate::task::{Item, Verdict, named};
+use crate::questions::{Questions, Verdict};
+use crate::task::{Measure, named};
 
-const MAX_TOKENS: usize = 32;
 const NAMES: [&str; 46] = [
     "Ana", "Ben", "Cara", "Dev", "Ella", "Finn", "Gia", "Hugo", "Iris", "Jon", "Kira", "Leo",
     "Mia", "Nils", "Olga", "Paul", "Quinn", "Rosa", "Sam", "Tara", "Uma", "Vic", "Wes", "Xena",
@@ -26,116 +25,70 @@ const THINGS: [&str; 20] = [
     "crayons",
 ];
 
-/// How much to recall from.
+/// Settings of [`recall`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecallOptions {
     /// Tokens of the prompts.
     pub lengths: Vec<usize>,
-    /// Prompts of each length.
+    /// Number of prompts of each length.
     pub repeats: usize,
-    /// What keys, values and questions are drawn with.
+    /// Seed of keys, values and questions.
     pub seed: u64,
 }
 
-/// Lists of keys and values with a question each.
-#[derive(Debug, Clone)]
-pub struct Recall {
-    items: Vec<Item>,
-    /// Each item's length.
-    groups: Vec<String>,
-    values: Vec<String>,
-    options: RecallOptions,
-}
-
-impl Recall {
-    /// Makes the prompts, each of the most pairs with which it has no more tokens than its length; `count` counts
-    /// them.
-    ///
-    /// # Errors
-    /// [`Error::Options`](crate::Error::Options) where a length is too short for a pair, and those of `count`.
-    pub fn new(options: &RecallOptions, count: &dyn Fn(&str) -> Result<usize>) -> Result<Self> {
-        check_count(&options.lengths, options.lengths.len(), options.repeats)?;
-        let mut set = Self {
-            items: Vec::new(),
-            groups: Vec::new(),
-            values: Vec::new(),
-            options: options.clone(),
-        };
-        for &length in &options.lengths {
-            for repeat in 0..options.repeats {
-                let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-                random.set_stream(set.items.len() as u64);
-                // Where in the list the asked key is.
-                let depth: f64 = random.random();
-                let asked = |pairs: usize| (depth * pairs as f64) as usize;
-                let build = |count: usize| {
-                    let pairs = pairs(random.clone(), count);
-                    let mut text = "Records:\n".to_owned();
-                    for (key, value) in &pairs {
-                        text += &format!("{key} keeps {value}.\n");
-                    }
-                    let (key, _) = &pairs[asked(count)];
-                    text + &format!("Question: What does {key} keep?\nAnswer:")
-                };
-                let prompt = fitted(length, 1, build, count)?;
-                set.values
-                    .push(value(&prompt).unwrap_or_default().to_owned());
-                set.items.push(Item {
-                    id: format!("{length}/{repeat}"),
-                    prompt,
-                    max_tokens: MAX_TOKENS,
-                    stop: vec!["\nQuestion:".to_owned()],
-                });
-                set.groups.push(format!("{length} tokens"));
-            }
+/// Makes lists of keys and values with a question each, each of the most pairs with which it has no more tokens than its
+/// length; `count` counts them.
+///
+/// # Errors
+/// [`Error::Options`](crate::Error::Options) where a length is too short for a pair, and those of `count`.
+pub fn recall(options: &RecallOptions, count: &dyn Fn(&str) -> Result<usize>) -> Result<Questions> {
+    let (lengths, repeats, seed) = (&options.lengths, options.repeats, options.seed);
+    check_count(lengths, lengths.len(), repeats)?;
+    let mut items = Vec::new();
+    for &length in lengths {
+        for repeat in 0..repeats {
+            let mut random = random(seed, items.len());
+            // Where in the list the asked key is.
+            let depth: f64 = random.random();
+            let asked = |pairs: usize| (depth * pairs as f64) as usize;
+            let build = |count: usize| {
+                let pairs = pairs(random.clone(), count);
+                let mut text = "Records:\n".to_owned();
+                for (key, value) in &pairs {
+                    text += &format!("{key} keeps {value}.\n");
+                }
+                let (key, _) = &pairs[asked(count)];
+                text + &format!("Question: What does {key} keep?\nAnswer:")
+            };
+            let prompt = fitted(length, 1, build, count)?;
+            let value = value(&prompt).unwrap_or_default().to_owned();
+            let (id, group) = (format!("{length}/{repeat}"), format!("{length} tokens"));
+            items.push(item(id, group, prompt, &["\nQuestion:"], value));
         }
-        Ok(set)
     }
-}
-
-impl Questions for Recall {
-    fn name(&self) -> &'static str {
-        "recall"
-    }
-
-    fn settings(&self) -> Map<String, Value> {
-        let RecallOptions {
-            lengths,
-            repeats,
-            seed,
-        } = &self.options;
-        named([
+    Ok(Questions {
+        name: "recall",
+        measure: Measure::Accuracy,
+        settings: named([
             ("lengths", json!(lengths)),
             ("repeats", json!(repeats)),
             ("draw", json!(seed)),
-        ])
-    }
+        ]),
+        items,
+        judge: Box::new(|_, item, text| Verdict::exact(first_value(text), &item.expected)),
+    })
+}
 
-    fn items(&self) -> &[Item] {
-        &self.items
-    }
-
-    fn group(&self, item: usize) -> Option<&str> {
-        Some(&self.groups[item])
-    }
-
-    /// Whether the first number in the text, and the word after it, are the value.
-    fn judge(&self, item: usize, text: &str) -> Verdict {
-        let expected = &self.values[item];
-        let mut words = text
-            .split(|c: char| !c.is_alphanumeric())
-            .filter(|word| !word.is_empty());
-        let number = words.find(|word| word.chars().all(|c| c.is_ascii_digit()));
-        let answer = number.map(|number| match words.next() {
-            Some(thing) => format!("{number} {thing}"),
-            None => number.to_owned(),
-        });
-        Verdict {
-            score: f64::from(answer.as_ref() == Some(expected)),
-            answer,
-            expected: expected.clone(),
-        }
-    }
+/// The first number in a text, and the word after it.
+fn first_value(text: &str) -> Option<String> {
+    let mut words = text
+        .split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty());
+    let number = words.find(|word| word.chars().all(|c| c.is_ascii_digit()))?;
+    Some(match words.next() {
+        Some(thing) => format!("{number} {thing}"),
+        None => number.to_owned(),
+    })
 }
 
 /// The value that a prompt asks for.
@@ -186,10 +139,10 @@ mod tests {
             repeats: 4,
             seed: 9,
         };
-        let set = Recall::new(&options, &count).unwrap();
-        assert_eq!(set.items().len(), 8);
+        let set = recall(&options, &count).unwrap();
+        assert_eq!(set.items.len(), 8);
         let mut places = HashSet::new();
-        for (number, item) in set.items().iter().enumerate() {
+        for (number, item) in set.items.iter().enumerate() {
             let tokens = count(&item.prompt).unwrap();
             let length = options.lengths[number / 4];
             assert!(
@@ -209,15 +162,15 @@ mod tests {
             places.insert(place);
             let verdict = set.judge(number, &format!(" {}.\n", pairs[place].1));
             assert_eq!(verdict.score, 1.0);
-            assert_eq!(verdict.expected, pairs[place].1);
+            assert_eq!(item.expected, pairs[place].1);
         }
         assert!(places.len() > 2, "{places:?}");
-        assert_eq!(set.items(), Recall::new(&options, &count).unwrap().items());
+        assert_eq!(set.items, recall(&options, &count).unwrap().items);
         let other = RecallOptions {
             seed: 10,
             ..options
         };
-        assert_ne!(set.items(), Recall::new(&other, &count).unwrap().items());
+        assert_ne!(set.items, recall(&other, &count).unwrap().items);
     }
 
     #[test]
@@ -228,8 +181,8 @@ mod tests {
             repeats: 1,
             seed: 0,
         };
-        let set = Recall::new(&options, &count).unwrap();
-        let value = set.values[0].clone();
+        let set = recall(&options, &count).unwrap();
+        let value = set.items[0].expected.clone();
         for (text, score) in [
             (format!(" {value} and more"), 1.0),
             (format!("\n{value},"), 1.0),

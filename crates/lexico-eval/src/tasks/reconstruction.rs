@@ -1,4 +1,4 @@
-//! How far what caches hold is from a model's keys and values, against its bytes: no task, and no text needed.
+//! Errors of the keys and values that caches hold, against their bytes: no task, and no text needed.
 
 use std::ops::ControlFlow;
 
@@ -12,11 +12,12 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, svg};
+use crate::task::unique;
 
-/// What [`Reconstruction::add_gaussian_bound`] calls its rows.
+/// Name of the rows of [`Reconstruction::add_gaussian_bound`].
 pub const BOUND: &str = "gaussian-bound";
 
-/// What the names of caches end with that are as large as they are saved.
+/// Ending of the names of caches that are as large as they are saved.
 const STORED: &str = ", stored";
 
 /// Keys, then values.
@@ -44,7 +45,7 @@ pub struct Reconstruction {
 pub struct Row {
     /// The cache, as the command line names it.
     pub format: String,
-    /// Its method's name, that of lexico with the format of its codes: rows of one method make one curve.
+    /// Family of the cache, for lexico with the format of its codes: rows of one make one curve.
     pub method: String,
     /// The layer.
     pub layer: usize,
@@ -57,16 +58,12 @@ pub struct Row {
     pub relative_error: Option<f64>,
     /// `(x − x̂)²`, mean over the numbers.
     pub mean_squared_error: f64,
-    /// That over the mean of `x²`.
+    /// Mean squared error over the mean of `x²`.
     pub distortion: f64,
 }
 
-/// What a cache holds of a layer.
-struct Held {
-    vectors: Decoded,
-    /// Bytes of the saved keys and values, of a cache that can be saved.
-    stored: Option<[usize; 2]>,
-}
+/// Vectors that a cache holds of a layer; the bytes of the saved keys and values, of a cache that can be saved.
+type HeldLayer = (Decoded, Option<[usize; 2]>);
 
 impl Reconstruction {
     /// Has the model read `tokens` with the full cache in f32.
@@ -85,11 +82,11 @@ impl Reconstruction {
             head_dim: config.head_dim,
         };
         let layers = new.read(model, &exact)?.into_iter().flatten();
-        new.layers = layers.map(|held| held.vectors).collect();
+        new.layers = layers.map(|(vectors, _)| vectors).collect();
         Ok(new)
     }
 
-    /// Tokens that the model draws, from the beginning of a text on, where there is none to read.
+    /// Draws tokens from the model, from the beginning of a text on, where there is none to read.
     ///
     /// # Errors
     /// Those of the model; [`Error::Interrupted`].
@@ -129,8 +126,9 @@ impl Reconstruction {
         Ok(prompt)
     }
 
-    /// What a cache holds of the same tokens, layer by layer; none of a layer whose positions it gives up.
-    fn read(&self, model: &Model, spec: &CacheSpec) -> Result<Vec<Option<Held>>> {
+    /// Reads the same tokens with a cache and returns what it holds, layer by layer; none of a layer whose positions it
+    /// gives up.
+    fn read(&self, model: &Model, spec: &CacheSpec) -> Result<Vec<Option<HeldLayer>>> {
         let mut cache = model.cache(spec)?;
         let mut sequences = [Sequence {
             tokens: &self.tokens,
@@ -147,7 +145,7 @@ impl Reconstruction {
                 })
             });
             let vectors = cache.decoded(layer)?;
-            Ok(vectors.map(|vectors| Held { vectors, stored }))
+            Ok(vectors.map(|vectors| (vectors, stored)))
         };
         let layers = 0..model.decoder.config().layers;
         Ok(layers.map(held).collect::<lexico_llm::Result<_>>()?)
@@ -160,19 +158,18 @@ impl Reconstruction {
     /// [`Error::Options`] where the cache gives positions up; those of the model.
     pub fn add(&mut self, model: &Model, spec: &CacheSpec) -> Result<()> {
         let read = self.read(model, spec)?;
-        let name = spec.method().name;
+        let name = spec.family();
         let method = match spec.given("format") {
             Some(format) => format!("{name} {format}"),
             None => name.to_owned(),
         };
         for (layer, (exact, held)) in self.layers.iter().zip(read).enumerate() {
-            let of_all = |held: &Held| held.vectors.keys.len() == exact.keys.len();
-            let Some(held) = held.filter(of_all) else {
+            let of_all = |(vectors, _): &HeldLayer| vectors.keys.len() == exact.keys.len();
+            let Some((vectors, stored)) = held.filter(of_all) else {
                 return Err(Error::Options(format!(
                     "{spec} gives positions up, so that there is nothing to compare them with; leave it out"
                 )));
             };
-            let vectors = &held.vectors;
             let parts = [
                 (&exact.keys, &vectors.keys),
                 (&exact.values, &vectors.values),
@@ -190,7 +187,7 @@ impl Reconstruction {
                     bits_per_number: bits(vectors.bytes[p]),
                     ..row.clone()
                 });
-                if let Some(stored) = held.stored {
+                if let Some(stored) = stored {
                     self.rows.push(Row {
                         format: format!("{spec}{STORED}"),
                         method: format!("{method}{STORED}"),
@@ -241,13 +238,26 @@ impl Reconstruction {
 
     /// The formats, in the order in which they were added.
     pub fn formats(&self) -> Vec<&str> {
-        let mut formats: Vec<&str> = Vec::new();
-        for row in &self.rows {
-            if !formats.contains(&row.format.as_str()) {
-                formats.push(&row.format);
+        unique(self.rows.iter().map(|row| row.format.as_str()))
+    }
+
+    /// A row of text for each format but the bound: its name, and bits, relative error and distortion of the keys and of
+    /// the values.
+    pub fn mean_rows(&self) -> Vec<Vec<String>> {
+        let formats = self.formats().into_iter();
+        let row = |format: &str| {
+            let mut row = vec![format.to_owned()];
+            for part in PARTS {
+                let [bits, relative, distortion] = self.mean(format, part);
+                row.extend([
+                    format!("{bits:.2}"),
+                    format!("{relative:.4}"),
+                    format!("{distortion:.5}"),
+                ]);
             }
-        }
-        formats
+            row
+        };
+        formats.filter(|f| *f != BOUND).map(row).collect()
     }
 
     /// Bits a number, relative error and distortion of a format, mean over the layers.
@@ -266,8 +276,8 @@ impl Reconstruction {
         ]
     }
 
-    /// How many bits methods need for the squared error of each row of `reference`, layer by layer and part by part,
-    /// over the bits that this has; between two sizes of a method the error's logarithm is interpolated linearly. A method
+    /// Bits that methods need for the squared error of each row of `reference`, layer by layer and part by part, over the
+    /// bits that this has; between two sizes of a method the error's logarithm is interpolated linearly. A method
     /// whose smallest size is nearer still counts with that size; nothing of one that does not come so near.
     pub fn bits_at_error_of(&self, reference: &str) -> Vec<SameError> {
         let references = self.rows.iter().filter(|row| row.method == reference);
@@ -303,13 +313,7 @@ impl Reconstruction {
 
     /// The methods, in the order in which they were added.
     pub fn methods(&self) -> Vec<&str> {
-        let mut methods: Vec<&str> = Vec::new();
-        for row in &self.rows {
-            if !methods.contains(&row.method.as_str()) {
-                methods.push(&row.method);
-            }
-        }
-        methods
+        unique(self.rows.iter().map(|row| row.method.as_str()))
     }
 
     /// Distortion against bits, the mean over the layers first, then every layer: keys beside values, or below them.
@@ -359,14 +363,8 @@ impl Reconstruction {
         });
         let panel = |part: &str| Panel {
             title: format!("{part}, {name}"),
-            x: Axis {
-                label: "bits a number".to_owned(),
-                scale: Scale::FromZero,
-            },
-            y: Axis {
-                label: "squared error over the signal's".to_owned(),
-                scale: Scale::Logarithmic,
-            },
+            x: Axis::new("bits a number", Scale::FromZero),
+            y: Axis::new("squared error over the signal's", Scale::Logarithmic),
             level: None,
             lines: methods.iter().map(|method| line(method, part)).collect(),
         };
@@ -398,7 +396,7 @@ fn compared(exact: &[f32], near: &[f32], m: usize) -> Row {
     }
 }
 
-/// What a method needs for the error of a format of another, in one layer's keys or values.
+/// Bits that a method needs for the error of a format of another, in one layer's keys or values.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SameError {
     /// The other's format.
@@ -415,7 +413,7 @@ pub struct SameError {
     pub reference_bits: f64,
     /// Bits a number of the method.
     pub bits: f64,
-    /// These over those.
+    /// Bits of the method over those of the other.
     pub ratio: f64,
 }
 
@@ -463,12 +461,12 @@ fn water_filling(variances: &[f64], bits: f64) -> f64 {
         let above = variances.iter().filter(|&&v| v > level);
         above.map(|v| 0.5 * (v / level).log2()).sum::<f64>() / count
     };
-    let most = variances.iter().copied().fold(0.0, f64::max);
-    if most <= 0.0 {
+    let max = variances.iter().copied().fold(0.0, f64::max);
+    if max <= 0.0 {
         return 0.0;
     }
     // The rate falls as the level rises; bisection of its logarithm.
-    let (mut low, mut high) = (most.ln() - 200.0, most.ln());
+    let (mut low, mut high) = (max.ln() - 200.0, max.ln());
     for _ in 0..200 {
         let middle = f64::midpoint(low, high);
         if rate(middle.exp()) > bits {

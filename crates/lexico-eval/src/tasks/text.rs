@@ -1,4 +1,4 @@
-//! Windows of a text, read on token by token: `perplexity`, and `divergence` from the full cache.
+//! Chunks of a text, read on token by token: `perplexity`, and `divergence` from the full cache.
 
 use std::ops::ControlFlow;
 
@@ -14,103 +14,102 @@ use crate::task::{Detail, Measure, Outcome, Task, named};
 /// Settings of [`TextTask`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TextOptions {
-    /// Tokens of a window.
+    /// Tokens of a chunk.
     pub context: usize,
-    /// Those of them that are read at once, as a prompt; the rest is read one by one and predicted.
+    /// Tokens of a chunk that are read at once, as a prompt; the rest is read one by one and predicted.
     pub prompt: usize,
-    /// Most windows.
-    pub windows: usize,
-    /// Which windows are taken of a text that has more.
+    /// Max number of chunks.
+    pub chunks: usize,
+    /// Seed of the chunks that are taken of a text that has more.
     pub seed: u64,
 }
 
-/// What is made of the predictions.
+/// Measure of the predictions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TextMeasure {
-    /// How likely the text's own tokens are.
+    /// Likelihood of the text's own tokens.
     Perplexity,
-    /// How far they are from those with the full cache, which reads the same beside.
+    /// Divergence from the predictions with the full cache, which reads the same beside.
     Divergence,
 }
 
-/// Windows of a text, each read as a prompt and then token by token, as in decoding: the next token is predicted from
+/// Chunks of a text, each read as a prompt and then token by token, as in decoding: the next token is predicted from
 /// what the cache holds of all before.
 pub struct TextTask {
     measure: TextMeasure,
     texts: Vec<String>,
     options: TextOptions,
-    windows: Vec<Vec<u32>>,
+    chunks: Vec<Vec<u32>>,
 }
 
 impl TextTask {
-    /// Some windows of a corpus.
+    /// Takes some chunks of a corpus.
     ///
     /// # Errors
-    /// [`Error::Options`] for windows without predictions or beyond the model's context; those of the corpus.
+    /// [`Error::Options`] for chunks without predictions or beyond the model's context; those of the corpus.
     pub fn new(
         model: &Model,
         corpus: &Corpus,
         measure: TextMeasure,
         options: TextOptions,
     ) -> Result<Self> {
-        let TextOptions {
-            context, prompt, ..
-        } = options;
-        let most = model.decoder.config().context;
-        if prompt == 0 || prompt >= context || context > most {
+        let (context, prompt) = (options.context, options.prompt);
+        let max = model.decoder.config().context;
+        if prompt == 0 || prompt >= context || context > max {
             return Err(Error::Options(format!(
-                "a prompt of {prompt} tokens in windows of {context} is impossible: it takes at least 1, fewer than \
-                 the window's, and windows no longer than the model's context of {most}"
+                "a prompt of {prompt} tokens in chunks of {context} is impossible: it takes at least 1, fewer than \
+                 the chunk's, and chunks no longer than the model's context of {max}"
             )));
         }
-        let tokens = options.windows.saturating_mul(context);
-        let windows = corpus.windows(&model.tokenizer, context, tokens, options.seed)?;
-        let windows = windows.collect::<lexico_llm::Result<Vec<_>>>()?;
-        let whole = windows.into_iter().filter(|window| window.len() == context);
+        let tokens = options.chunks.saturating_mul(context);
+        let chunks = corpus.chunks(&model.tokenizer, context, tokens, options.seed)?;
+        let chunks = chunks.collect::<lexico_llm::Result<Vec<_>>>()?;
+        let whole = chunks.into_iter().filter(|chunk| chunk.len() == context);
         Ok(Self {
             measure,
             texts: corpus.names().to_vec(),
             options,
-            windows: whole.take(options.windows).collect(),
+            chunks: whole.take(options.chunks).collect(),
         })
     }
 
-    /// Reads `windows` with each of `caches`; at every token to predict, `visit` is given the window's place among
-    /// them, the token, and the logits with each cache. Returns the caches, window by window.
+    /// Reads `chunks` with each of `caches`; at every token to predict, `visit` is given the chunk's place among
+    /// them, the token, and the logits with each cache. Returns the caches, chunk by chunk.
     fn read(
         &self,
         model: &Model,
         caches: &[&CacheSpec],
-        windows: &[&Vec<u32>],
+        chunks: &[&Vec<u32>],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
         visit: &mut dyn FnMut(usize, u32, &[Vec<f32>]),
     ) -> Result<Option<Vec<Box<dyn KvCache>>>> {
-        let made = windows.iter().flat_map(|_| caches);
+        let made = chunks.iter().flat_map(|_| caches);
         let made = made.map(|spec| model.cache(spec));
         let mut held: Vec<Box<dyn KvCache>> = made.collect::<lexico_llm::Result<_>>()?;
-        let TextOptions {
-            context, prompt, ..
-        } = self.options;
+        let (context, prompt) = (self.options.context, self.options.prompt);
         let each = caches.len();
-        for (number, (window, caches)) in windows.iter().zip(held.chunks_mut(each)).enumerate() {
+        for (number, (chunk, caches)) in chunks.iter().zip(held.chunks_mut(each)).enumerate() {
             let mut logits = Vec::with_capacity(each);
             for cache in caches {
                 let mut sequences = [Sequence {
-                    tokens: &window[..prompt],
+                    tokens: &chunk[..prompt],
                     cache: cache.as_mut(),
                 }];
                 let last = model.decoder.forward(&mut sequences, Logits::Last)?;
-                logits.push(finite(last.squeeze(0).and_then(|l| l.to_vec1()))?);
+                let last = last.squeeze(0).and_then(|last| last.to_vec1::<f32>());
+                let last = last.map_err(lexico_llm::Error::from)?;
+                check_finite(&last)?;
+                logits.push(last);
                 if on_step().is_break() {
                     return Ok(None);
                 }
             }
-            visit(number, window[prompt], &logits);
+            visit(number, chunk[prompt], &logits);
         }
         for at in prompt..context - 1 {
-            let tokens = windows
+            let tokens = chunks
                 .iter()
-                .flat_map(|window| caches.iter().map(move |_| &window[at..=at]));
+                .flat_map(|chunk| caches.iter().map(move |_| &chunk[at..=at]));
             let mut sequences: Vec<Sequence<'_>> = tokens
                 .zip(&mut held)
                 .map(|(tokens, cache)| Sequence {
@@ -120,37 +119,17 @@ impl TextTask {
                 .collect();
             let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
             let logits: Vec<Vec<f32>> = logits.to_vec2().map_err(lexico_llm::Error::from)?;
-            for (number, (window, logits)) in windows.iter().zip(logits.chunks(each)).enumerate() {
+            for (number, (chunk, logits)) in chunks.iter().zip(logits.chunks(each)).enumerate() {
                 for logits in logits {
                     check_finite(logits)?;
                 }
-                visit(number, window[at + 1], logits);
+                visit(number, chunk[at + 1], logits);
             }
             if on_step().is_break() {
                 return Ok(None);
             }
         }
         Ok(Some(held))
-    }
-
-    fn outcome(
-        &self,
-        model: &Model,
-        window: usize,
-        cache: &dyn KvCache,
-        score: f64,
-        detail: Detail,
-    ) -> Outcome {
-        let fp16 = model.decoder.config().fp16_cache_bytes(cache.len());
-        Outcome {
-            id: window.to_string(),
-            group: None,
-            score,
-            share: cache.footprint().total() as f64 / fp16 as f64,
-            prompt_positions: self.options.prompt,
-            positions: cache.len(),
-            detail,
-        }
     }
 }
 
@@ -171,7 +150,7 @@ impl Task for TextTask {
 
     fn settings(&self) -> Map<String, Value> {
         let mut checksum = crc32fast::Hasher::new();
-        for token in self.windows.iter().flatten() {
+        for token in self.chunks.iter().flatten() {
             checksum.update(&token.to_le_bytes());
         }
         named([
@@ -185,12 +164,8 @@ impl Task for TextTask {
         ])
     }
 
-    fn len(&self) -> usize {
-        self.windows.len()
-    }
-
-    fn prompt(&self, _item: usize) -> Option<&str> {
-        None
+    fn count(&self) -> usize {
+        self.chunks.len()
     }
 
     fn run(
@@ -200,70 +175,54 @@ impl Task for TextTask {
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Vec<Outcome>>> {
-        let windows: Vec<&Vec<u32>> = items.iter().map(|&item| &self.windows[item]).collect();
+        let chunks: Vec<&Vec<u32>> = items.iter().map(|&item| &self.chunks[item]).collect();
         let predicted = self.options.context - self.options.prompt;
-        match self.measure {
-            TextMeasure::Perplexity => {
-                let mut sums = vec![0.0; items.len()];
-                let mut visit = |window: usize, token: u32, logits: &[Vec<f32>]| {
-                    let likelihood = log_softmax(&logits[0]);
-                    sums[window] -= likelihood
-                        .get(token as usize)
-                        .copied()
-                        .unwrap_or(f64::NEG_INFINITY);
-                };
-                let Some(held) = self.read(model, &[cache], &windows, on_step, &mut visit)? else {
-                    return Ok(None);
-                };
-                let outcomes = items
-                    .iter()
-                    .zip(held)
-                    .zip(sums)
-                    .map(|((&item, cache), sum)| {
-                        let detail = Detail::Likelihood { tokens: predicted };
-                        self.outcome(model, item, cache.as_ref(), sum / predicted as f64, detail)
-                    });
-                Ok(Some(outcomes.collect()))
-            }
-            TextMeasure::Divergence => {
-                let full: CacheSpec = "full".parse()?;
-                let mut divergences = vec![Vec::with_capacity(predicted); items.len()];
-                let mut agreements = vec![0usize; items.len()];
-                let mut visit = |window: usize, _: u32, logits: &[Vec<f32>]| {
-                    let [full, other] = [&logits[0], &logits[logits.len() - 1]];
-                    agreements[window] += usize::from(most_likely(full) == most_likely(other));
-                    let divergence = divergence(&log_softmax(full), &log_softmax(other));
-                    divergences[window].push(divergence as f32);
-                };
-                // The full cache need not be held against itself.
-                let caches: &[&CacheSpec] = if cache.to_string() == "full" {
-                    &[cache]
-                } else {
-                    &[&full, cache]
-                };
-                let Some(held) = self.read(model, caches, &windows, on_step, &mut visit)? else {
-                    return Ok(None);
-                };
-                let own = held.chunks(caches.len()).filter_map(|caches| caches.last());
-                let outcomes = own.zip(items).zip(divergences.into_iter().zip(agreements));
-                let outcomes = outcomes.map(|((cache, &item), (divergences, agreements))| {
-                    let sum: f64 = divergences.iter().map(|&d| f64::from(d)).sum();
-                    let detail = Detail::Distributions {
-                        divergences,
+        let full: CacheSpec = "full".parse()?;
+        let caches: &[&CacheSpec] = match self.measure {
+            // The full cache need not be held against itself.
+            TextMeasure::Divergence if cache.to_string() != "full" => &[&full, cache],
+            _ => &[cache],
+        };
+        let mut values = vec![Vec::with_capacity(predicted); items.len()];
+        let mut agreements = vec![0usize; items.len()];
+        let mut visit = |chunk: usize, token: u32, logits: &[Vec<f32>]| {
+            let [first, last] = [&logits[0], &logits[logits.len() - 1]];
+            values[chunk].push(match self.measure {
+                TextMeasure::Perplexity => {
+                    let likelihood = log_softmax(last).get(token as usize).copied();
+                    -likelihood.unwrap_or(f64::NEG_INFINITY)
+                }
+                TextMeasure::Divergence => {
+                    agreements[chunk] += usize::from(most_likely(first) == most_likely(last));
+                    f64::from(divergence(&log_softmax(first), &log_softmax(last)) as f32)
+                }
+            });
+        };
+        let Some(held) = self.read(model, caches, &chunks, on_step, &mut visit)? else {
+            return Ok(None);
+        };
+        let own = held.chunks(caches.len()).filter_map(|caches| caches.last());
+        let outcomes = own.zip(items).zip(values.into_iter().zip(agreements));
+        let outcomes = outcomes.map(|((cache, item), (values, agreements))| {
+            let fp16 = model.decoder.config().fp16_cache_bytes(cache.len());
+            Outcome {
+                id: item.to_string(),
+                group: None,
+                score: values.iter().sum::<f64>() / predicted as f64,
+                share: cache.footprint().total() as f64 / fp16 as f64,
+                prompt_positions: self.options.prompt,
+                positions: cache.len(),
+                detail: match self.measure {
+                    TextMeasure::Perplexity => Detail::Likelihood { tokens: predicted },
+                    TextMeasure::Divergence => Detail::Distributions {
+                        divergences: values.into_iter().map(|value| value as f32).collect(),
                         agreement: agreements as f64 / predicted as f64,
-                    };
-                    self.outcome(model, item, cache.as_ref(), sum / predicted as f64, detail)
-                });
-                Ok(Some(outcomes.collect()))
+                    },
+                },
             }
-        }
+        });
+        Ok(Some(outcomes.collect()))
     }
-}
-
-fn finite(logits: candle_core::Result<Vec<f32>>) -> Result<Vec<f32>> {
-    let logits = logits.map_err(lexico_llm::Error::from)?;
-    check_finite(&logits)?;
-    Ok(logits)
 }
 
 fn check_finite(logits: &[f32]) -> Result<()> {

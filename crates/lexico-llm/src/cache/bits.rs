@@ -3,13 +3,15 @@
 /// A growing list of rows of codes; every row begins at a byte.
 #[derive(Debug, Clone)]
 pub(super) struct PackedRows {
-    bits: u32,
-    width: usize,
+    /// Number of bits a code.
+    pub(super) bits: u32,
+    /// Number of codes a row.
+    pub(super) width: usize,
     bytes: Vec<u8>,
 }
 
 impl PackedRows {
-    /// No rows yet, each to have `width` codes of `bits` bits, 1 to 8.
+    /// Makes an empty list of rows, each to have `width` codes of `bits` bits, 1 to 8.
     pub(super) fn new(bits: u32, width: usize) -> Self {
         Self {
             bits,
@@ -18,17 +20,7 @@ impl PackedRows {
         }
     }
 
-    /// Bits a code.
-    pub(super) fn bits(&self) -> u32 {
-        self.bits
-    }
-
-    /// Codes a row.
-    pub(super) fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Rows.
+    /// Number of rows.
     pub(super) fn len(&self) -> usize {
         self.bytes.len() / row_bytes(self.bits, self.width)
     }

@@ -1,81 +1,26 @@
-//! What the methods share that keep some positions as they are and evict all others.
+//! Functions of the methods that keep some positions as they are and evict all others.
 
-use ::lexico::attention::{DenseRows, NumberType, Source};
-use ::lexico::threads::Threads;
+use ::lexico::KeyValue;
 
-use super::method::CacheContext;
-use super::{CacheSpec, Footprint};
+use super::CacheSpec;
+use super::method::{CacheContext, Setting};
+use super::stored::DenseHead;
 use crate::config::Config;
 use crate::error::Result;
+use crate::threads::CandleThreads;
 
-/// The positions held of one KV head, in order, in f16. Keys are rotated already, so that neither their place among
-/// the rows nor what is gone between them matters to attention.
-pub(super) struct Held {
-    pub(super) keys: DenseRows,
-    pub(super) values: DenseRows,
-}
-
-impl Held {
-    /// None yet, in every layer and KV head.
-    pub(super) fn layers(config: &Config) -> Vec<Vec<Self>> {
-        let rows = || DenseRows::new(config.head_dim, NumberType::F16);
-        let head = |_| Self {
-            keys: rows(),
-            values: rows(),
-        };
-        let layer = |_| (0..config.kv_heads).map(head).collect();
-        (0..config.layers).map(layer).collect()
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.keys.len()
-    }
-
-    pub(super) fn source(&self) -> Source<'_> {
-        Source::Dense {
-            keys: &self.keys,
-            values: &self.values,
-        }
-    }
-
-    /// The keys held and then the `new` ones, in f32.
-    pub(super) fn keys_with(&self, new: &[f32]) -> Vec<f32> {
-        let mut keys = Vec::with_capacity(self.keys.head_dim() * self.len() + new.len());
-        self.keys.read(0, self.len(), &mut keys);
-        keys.extend_from_slice(new);
-        keys
-    }
-
-    /// Takes all of the new keys and values, `[t, m]` each.
-    pub(super) fn take(&mut self, (keys, values): (&[f32], &[f32])) {
-        self.keys.extend(keys);
-        self.values.extend(values);
-    }
-
-    /// Of the positions held and then the new ones, keeps those at `kept`, which ascend.
-    pub(super) fn take_kept(&mut self, (keys, values): (&[f32], &[f32]), kept: &[usize]) {
+// Keys are rotated already, so that neither their place among the rows nor what is gone between them matters to
+// attention.
+impl DenseHead {
+    /// Keeps the positions at `kept`, which ascend, of those held and then the new ones.
+    pub(super) fn keep(&mut self, new: KeyValue<&[f32]>, kept: &[usize]) {
         let held = self.len();
-        let (old, new) = kept.split_at(kept.partition_point(|&i| i < held));
-        for (rows, vectors) in [(&mut self.keys, keys), (&mut self.values, values)] {
+        let (old, kept) = kept.split_at(kept.partition_point(|&i| i < held));
+        for (rows, vectors) in self.rows.as_mut().zip(new) {
             let m = rows.head_dim();
             rows.keep(old);
-            let new = new.iter().flat_map(|i| &vectors[(i - held) * m..][..m]);
+            let new = kept.iter().flat_map(|i| &vectors[(i - held) * m..][..m]);
             rows.extend(&new.copied().collect::<Vec<f32>>());
-        }
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes()
-    }
-
-    /// Of a cache that holds nothing else.
-    pub(super) fn footprint(layers: &[Vec<Self>]) -> Footprint {
-        let heads = || layers.iter().flatten();
-        Footprint {
-            parts: vec![
-                ("kept", heads().map(Self::bytes).sum()),
-                ("bookkeeping", heads().count() * size_of::<Self>()),
-            ],
         }
     }
 
@@ -90,22 +35,21 @@ impl Held {
     }
 }
 
-/// Attention that the positions held and then the new ones of a KV head receive from the `newest` last of the step's
+/// Attention that the positions held and then the new ones of a KV head accumulate from the `newest` last of the step's
 /// positions, summed over the queries of the group; `queries` `[G, t, m]`, `keys` `[t, m]`.
 pub(super) fn accumulated_attention(
-    held: &Held,
+    held: &DenseHead,
     queries: &[f32],
     keys: &[f32],
     newest: usize,
-    threads: &dyn Threads,
 ) -> Vec<f32> {
-    let m = held.keys.head_dim();
+    let m = held.rows.keys.head_dim();
     let t = keys.len() / m;
-    let keys = held.keys_with(keys);
-    ::lexico::attention::accumulated_attention(queries, m, t, newest.min(t), &keys, threads)
+    let keys = [&held.rows.keys.to_f32(), keys].concat();
+    ::lexico::attention::accumulated_attention(queries, m, t, newest.min(t), &keys, &CandleThreads)
 }
 
-/// Where the `count` largest scores are, in order of place; of equal ones the first.
+/// Places of the `count` largest scores, ascending; of equal ones the first.
 pub(super) fn largest(scores: &[f32], count: usize) -> Vec<usize> {
     let mut places: Vec<usize> = (0..scores.len()).collect();
     if count < places.len() {
@@ -135,10 +79,13 @@ pub(super) fn refuse_sliding_window(
     Err(spec.refused(option, reason))
 }
 
-/// Numbers of positions from `most` down to `least`, for a budget to choose from: close enough that little of it is
-/// left, few enough to try.
-pub(super) fn descending(most: usize, least: usize) -> impl Iterator<Item = usize> {
-    (least..=most).rev().step_by((most / 256).max(1))
+/// Settings of an option that counts positions, for a budget of `max` positions to choose from, none below `min`: close
+/// enough that little of it is left, few enough to try.
+pub(super) fn descending(option: &'static str, max: usize, min: usize) -> Vec<Setting> {
+    let counts = (min..=max.max(min)).rev().step_by((max / 256).max(1));
+    counts
+        .map(|count| vec![(option, count.to_string())])
+        .collect()
 }
 
 #[cfg(test)]
@@ -180,7 +127,7 @@ pub(super) mod testing {
         spec.build(&context(config)).unwrap()
     }
 
-    /// What a spec is refused with.
+    /// Reason for which a spec is refused.
     pub(crate) fn refusal(text: &str, config: &Config) -> String {
         let built = text.parse::<CacheSpec>().unwrap().build(&context(config));
         let Err(error) = built else {
@@ -230,11 +177,11 @@ pub(super) mod testing {
         out
     }
 
-    impl Held {
+    impl DenseHead {
         /// The positions held, as [`drawn`] numbers them.
         pub(crate) fn positions(&self) -> Vec<usize> {
-            let values = self.values.to_f32();
-            let firsts = values.chunks_exact(self.values.head_dim());
+            let values = self.rows.values.to_f32();
+            let firsts = values.chunks_exact(self.rows.values.head_dim());
             firsts.map(|value| value[0] as usize).collect()
         }
     }
@@ -266,7 +213,7 @@ pub(super) mod testing {
         }
     }
 
-    /// What a cache is expected to weigh is what it weighs.
+    /// Asserts that a cache holds the bytes that it is expected to hold.
     pub(crate) fn assert_expected(text: &str, config: &Config) {
         let spec: CacheSpec = text.parse().unwrap();
         for (prompt, more) in [(1, 0), (30, 3), (90, 0), (90, 40), (300, 1), (20, 400)] {

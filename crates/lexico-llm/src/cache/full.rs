@@ -1,17 +1,18 @@
+use ::lexico::KeyValue;
 use ::lexico::attention::{DenseRows, NumberType, Source};
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 
 use super::device::DeviceFullCache;
 use super::method::{Method, NUMBER_TYPES, option};
-use super::{Decoded, Footprint, KvCache, Step, outside_window};
+use super::stored::{DenseHead, NewPositions, StoredCache, StoredHead};
 use crate::config::Config;
-use crate::error::Result;
 
 pub(super) static METHOD: Method = Method {
     name: "full",
     summary: "every key and value dense",
     needs_dictionaries: false,
-    options: &[option("dense", NUMBER_TYPES, "f16", "numbers")],
+    saves: false,
+    options: &[option("dense", NUMBER_TYPES, "f16").about("numbers")],
     build: |spec, context| {
         let number_type = spec.number_type("dense");
         if !context.device.is_cpu() {
@@ -35,84 +36,48 @@ pub(super) static METHOD: Method = Method {
 };
 
 /// The uncompressed cache: every key and value dense, in f16 unless asked otherwise.
-pub struct FullCache {
-    layers: Vec<Vec<Head>>,
-    window: Option<usize>,
-    positions: usize,
-}
-
-struct Head {
-    keys: DenseRows,
-    values: DenseRows,
-}
+pub type FullCache = StoredCache<Vec<DenseHead>>;
 
 impl FullCache {
-    /// An empty cache for a model of this shape.
+    /// Makes an empty cache for a model of this shape.
     pub fn new(config: &Config, number_type: NumberType) -> Self {
-        let rows = || DenseRows::new(config.head_dim, number_type);
-        let head = || Head {
-            keys: rows(),
-            values: rows(),
-        };
-        let layer = || (0..config.kv_heads).map(|_| head()).collect();
-        Self {
-            layers: (0..config.layers).map(|_| layer()).collect(),
-            window: config.window,
-            positions: 0,
-        }
+        Self::with_heads(config, (), || DenseHead::new(config.head_dim, number_type))
+    }
+
+    /// Keys and values held of a layer's KV head.
+    pub(crate) fn rows(&self, layer: usize, head: usize) -> KeyValue<&DenseRows> {
+        self.layers[layer][head].rows.as_ref()
     }
 }
 
-impl KvCache for FullCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let window = self.window;
-        if layer + 1 == self.layers.len() {
-            self.positions += k.dim(1)?;
-        }
-        let step = Step::new(q, k, v)?;
-        let heads = &mut self.layers[layer];
-        let out = step.attend(heads, window, |head| {
-            vec![Source::Dense {
-                keys: &head.keys,
-                values: &head.values,
-            }]
-        })?;
-        for (head, (keys, values)) in heads.iter_mut().zip(step.heads()) {
-            head.keys.extend(keys);
-            head.values.extend(values);
-            if let Some(outside) = outside_window(window, head.keys.len()) {
-                head.keys.drop_front(outside);
-                head.values.drop_front(outside);
-            }
-        }
-        Ok(out)
-    }
+impl StoredHead for DenseHead {
+    type Shared = ();
+
+    const FINITE_ONLY: bool = false;
 
     fn len(&self) -> usize {
-        self.positions
+        self.len()
     }
 
-    fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
-        let mut decoded = Decoded::default();
-        for head in &self.layers[layer] {
-            decoded.keys.extend(head.keys.to_f32());
-            decoded.values.extend(head.values.to_f32());
-            decoded.bytes[0] += head.keys.bytes();
-            decoded.bytes[1] += head.values.bytes();
-        }
-        Ok(Some(decoded))
+    fn sources(&self) -> Vec<Source<'_>> {
+        vec![self.source()]
     }
 
-    fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flatten();
-        let dense = heads()
-            .map(|head| head.keys.bytes() + head.values.bytes())
-            .sum();
-        Footprint {
-            parts: vec![
-                ("dense", dense),
-                ("bookkeeping", heads().count() * size_of::<Head>()),
-            ],
+    fn take(&mut self, _shared: &(), new: NewPositions<'_>) {
+        self.extend(new.vectors);
+    }
+
+    fn drop_front(&mut self, count: usize) {
+        for rows in self.rows.as_mut() {
+            rows.drop_front(count);
         }
+    }
+
+    fn vectors(&self) -> Option<KeyValue<Vec<f32>>> {
+        Some(self.rows.as_ref().map(DenseRows::to_f32))
+    }
+
+    fn bytes(&self) -> Vec<(&'static str, KeyValue<usize>)> {
+        vec![("dense", self.bytes())]
     }
 }

@@ -1,36 +1,32 @@
-use candle_core::Tensor;
+use ::lexico::KeyValue;
+use ::lexico::attention::{NumberType, Source};
 
-use super::evict::{Held, accumulated_attention, descending, largest, refuse_sliding_window};
+use super::evict::{accumulated_attention, descending, largest, refuse_sliding_window};
 use super::method::{Method, Values, option};
-use super::{CacheContext, CacheSpec, Footprint, KvCache, Step};
+use super::stored::{DenseHead, NewPositions, StoredCache, StoredHead};
+use super::{CacheContext, CacheSpec};
 use crate::config::Config;
 use crate::error::Result;
-use crate::threads::CandleThreads;
 
 pub(super) static METHOD: Method = Method {
     name: "h2o",
     summary: "the positions that most attention has gone to so far, and the newest ones, half and half",
     needs_dictionaries: false,
-    options: &[option("capacity", Values::Count, "2048", "positions kept")],
+    saves: false,
+    options: &[option("capacity", Values::Count, "2048").about("positions kept")],
     build: |spec, context| {
         let capacity = capacity(spec, context)?;
-        Ok(Box::new(H2oCache::new(context.config, capacity)))
+        Ok(Box::new(cache(context.config, capacity)))
     },
     bytes: |spec, context, lengths| {
         let capacity = capacity(spec, context)?;
         let end = lengths.end.min(capacity);
         let first = lengths.prompt.min(capacity);
-        let held = Held::expected_bytes(context.config, first, end.saturating_sub(first));
+        let held = DenseHead::expected_bytes(context.config, first, end.saturating_sub(first));
         let head = held + end * size_of::<f32>() + size_of::<Head>();
         Ok((context.config.layers * context.config.kv_heads * head) as f64)
     },
-    settings: |_, context, budget| {
-        let most = budget.fp16_positions(context.config);
-        let capacities = descending(most.max(2), 2);
-        capacities
-            .map(|capacity| vec![("capacity", capacity.to_string())])
-            .collect()
-    },
+    settings: |_, context, budget| descending("capacity", budget.fp16_positions(context.config), 2),
 };
 
 fn capacity(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<usize> {
@@ -38,59 +34,58 @@ fn capacity(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<usize> {
     if capacity < 2 {
         let reason =
             "half of it is for the newest positions and half for others: it must be at least 2";
-        return Err(spec.refused("capacity", reason.to_owned()));
+        return Err(spec.refused("capacity", reason));
     }
     refuse_sliding_window(spec, context, "capacity")?;
     Ok(capacity)
 }
 
-/// The positions that the most attention has gone to, the heavy hitters, and the newest ones; in f16.
+/// The positions that have accumulated the most attention, the heavy hitters, and the newest ones; in f16.
 ///
 /// Zhang, Sheng, Zhou, et al.: *H₂O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models*
-/// (NeurIPS 2023). Every KV head sums the attention that each position it holds has accumulated_attention from every query since it
+/// (NeurIPS 2023). Every KV head sums the attention that each position it holds has accumulated from every query since it
 /// came, those of the prompt included. After each step the newest half of `capacity` stays, and of the others those with
 /// the largest sums; evicted positions and their sums are gone. A prompt attends in full first.
 ///
 /// The authors hold keys and values for each query head; here they are held once a group, chosen by the sum over the
 /// group's queries.
-struct H2oCache {
-    capacity: usize,
-    layers: Vec<Vec<Head>>,
-    positions: usize,
-}
-
 struct Head {
-    held: Held,
-    /// Attention that each position held has accumulated_attention.
+    held: DenseHead,
+    /// Attention that each position held has accumulated.
     sums: Vec<f32>,
 }
 
-impl H2oCache {
-    fn new(config: &Config, capacity: usize) -> Self {
-        let head = |held| Head {
-            held,
-            sums: Vec::new(),
-        };
-        let layers = Held::layers(config).into_iter();
-        Self {
-            capacity,
-            layers: layers
-                .map(|heads| heads.into_iter().map(head).collect())
-                .collect(),
-            positions: 0,
-        }
-    }
+/// Positions that a KV head keeps.
+struct Capacity(usize);
+
+fn cache(config: &Config, capacity: usize) -> StoredCache<Vec<Head>> {
+    StoredCache::with_heads(config, Capacity(capacity), || Head {
+        held: DenseHead::new(config.head_dim, NumberType::F16),
+        sums: Vec::new(),
+    })
 }
 
-impl Head {
-    /// Takes new positions, `[t, m]` each, which the queries `[G, t, m]` are at, and evicts what is then too much.
-    fn take(&mut self, queries: &[f32], new: (&[f32], &[f32]), t: usize, capacity: usize) {
-        let mut sums = accumulated_attention(&self.held, queries, new.0, t, &CandleThreads);
+impl StoredHead for Head {
+    type Shared = Capacity;
+
+    fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    fn sources(&self) -> Vec<Source<'_>> {
+        vec![self.held.source()]
+    }
+
+    /// Takes new positions and evicts what is then too much.
+    fn take(&mut self, &Capacity(capacity): &Capacity, new: NewPositions<'_>) {
+        let (queries, new) = (new.queries, new.vectors);
+        let t = new.keys.len() / self.held.rows.keys.head_dim();
+        let mut sums = accumulated_attention(&self.held, queries, new.keys, t);
         for (sum, before) in sums.iter_mut().zip(&self.sums) {
             *sum += before;
         }
         if sums.len() <= capacity {
-            self.held.take(new);
+            self.held.extend(new);
             self.sums = sums;
             return;
         }
@@ -98,52 +93,30 @@ impl Head {
         let recent = sums.len() - (capacity - heavy);
         let mut kept = largest(&sums[..recent], heavy);
         kept.extend(recent..sums.len());
-        self.held.take_kept(new, &kept);
+        self.held.keep(new, &kept);
         self.sums = kept.iter().map(|&i| sums[i]).collect();
     }
-}
 
-impl KvCache for H2oCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let step = Step::new(q, k, v)?;
-        step.check_finite(layer)?;
-        let heads = &mut self.layers[layer];
-        let out = step.attend(heads, None, |head| vec![head.held.source()])?;
-        let (_, t, _) = step.shape;
-        for ((head, new), queries) in heads.iter_mut().zip(step.heads()).zip(step.queries()) {
-            head.take(queries, new, t, self.capacity);
-        }
-        if layer + 1 == self.layers.len() {
-            self.positions += t;
-        }
-        Ok(out)
-    }
-
-    fn len(&self) -> usize {
-        self.positions
-    }
-
-    fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flatten();
-        let sums = heads().map(|head| head.sums.capacity() * size_of::<f32>());
-        Footprint {
-            parts: vec![
-                ("kept", heads().map(|head| head.held.bytes()).sum()),
-                ("attention sums", sums.sum()),
-                ("bookkeeping", heads().count() * size_of::<Head>()),
-            ],
-        }
+    fn bytes(&self) -> Vec<(&'static str, KeyValue<usize>)> {
+        let sums = self.sums.capacity() * size_of::<f32>();
+        vec![
+            ("kept", self.held.bytes()),
+            ("attention sums", KeyValue::new(sums, 0)),
+        ]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Tensor;
+
     use super::super::evict::testing::*;
     use super::*;
+    use crate::cache::KvCache;
 
     /// Feeds positions `first` and on to a head of one query head. Each query weighs what it sees in proportion to
     /// `weights`.
-    fn feed_weights(cache: &mut H2oCache, first: usize, weights: &[f32]) {
+    fn feed_weights(cache: &mut StoredCache<Vec<Head>>, first: usize, weights: &[f32]) {
         let t = weights.len();
         let keys = weights
             .iter()
@@ -154,7 +127,7 @@ mod tests {
         cache.attend(0, &q, &k, &v).unwrap();
     }
 
-    fn assert_state(cache: &H2oCache, positions: &[usize], sums: &[f32]) {
+    fn assert_state(cache: &StoredCache<Vec<Head>>, positions: &[usize], sums: &[f32]) {
         let head = &cache.layers[0][0];
         assert_eq!(head.held.positions(), positions);
         for (got, want) in head.sums.iter().zip(sums) {
@@ -163,10 +136,10 @@ mod tests {
         assert_eq!(head.sums.len(), sums.len());
     }
 
-    /// As the authors' `H2OKVCache_LayerWise(hh_size=2, recent_size=2)` keeps them.
+    /// Keeps what the authors' `H2OKVCache_LayerWise(hh_size=2, recent_size=2)` keeps.
     #[test]
     fn heavy_hitters_and_the_newest_are_kept() {
-        let mut cache = H2oCache::new(&config(1, 1, 1, 2), 4);
+        let mut cache = super::cache(&config(1, 1, 1, 2), 4);
         // Weights of the five queries: 1 | 1 1 over 2 | 1 1 4 over 6 | 1 1 4 1 over 7 | 1 1 4 1 1 over 8. Sums: 1.935,
         // 0.935, 1.738, 0.268, 0.125. Of positions 0 to 2 the heaviest are 0 and 2.
         feed_weights(&mut cache, 0, &[1.0, 1.0, 4.0, 1.0, 1.0]);
@@ -185,7 +158,7 @@ mod tests {
     /// Sums of the queries of a group, on an odd capacity: the newest get the odd one.
     #[test]
     fn groups_add_up() {
-        let mut cache = H2oCache::new(&config(1, 2, 1, 2), 3);
+        let mut cache = super::cache(&config(1, 2, 1, 2), 3);
         let ln = |w: f32| std::f32::consts::SQRT_2 * w.ln();
         // The first query head weighs 1 6 1 1 1, the second 9 1 1 1 1.
         let keys = vec![0.0, ln(9.0), ln(6.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
@@ -208,7 +181,7 @@ mod tests {
         let config = config(2, 4, 2, 8);
         for capacity in [2, 7, 48] {
             for steps in sessions() {
-                let mut cache = H2oCache::new(&config, capacity);
+                let mut cache = super::cache(&config, capacity);
                 for t in steps {
                     feed(&mut cache, &config, t);
                     let all = cache.len();
@@ -232,7 +205,7 @@ mod tests {
     #[test]
     fn sums_do_not_depend_on_the_steps() {
         let config = config(1, 4, 2, 8);
-        let (mut one, mut many) = (H2oCache::new(&config, 99), H2oCache::new(&config, 99));
+        let (mut one, mut many) = (cache(&config, 99), cache(&config, 99));
         let [q, k, v] = drawn(&config, 0, 40);
         one.attend(0, &q, &k, &v).unwrap();
         let mut first = 0;

@@ -1,4 +1,5 @@
 use std::fmt;
+use std::num::{ParseFloatError, ParseIntError};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -9,16 +10,18 @@ use super::{CacheSpec, KvCache};
 use crate::config::Config;
 use crate::error::Result;
 
-/// A cache method, as the command line, reports and errors know it.
+/// Cache method as the command line, reports and errors know it.
 #[derive(Debug)]
 pub struct Method {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// What it does, in a line.
+    /// Summary of what it does, in a line.
     pub summary: &'static str,
-    /// Whether it needs the model's dictionaries.
+    /// True where it needs the model's dictionaries.
     pub needs_dictionaries: bool,
-    /// Its options.
+    /// True where its caches can be saved, those in the processor's memory.
+    pub saves: bool,
+    /// Options.
     pub options: &'static [MethodOption],
     /// Makes an empty cache.
     pub(super) build: fn(&CacheSpec, &CacheContext<'_>) -> Result<Box<dyn KvCache>>,
@@ -32,22 +35,45 @@ pub struct Method {
 /// An option of a cache method.
 #[derive(Debug)]
 pub struct MethodOption {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// What it can be.
+    /// Values that it can have.
     pub values: Values,
-    /// What it is where it is not given: a value, or in words where another option decides.
+    /// Default: a value, or words where another option decides.
     pub default: &'static str,
-    /// What it does, in a line.
+    /// Summary of what it does, in a line.
     pub summary: &'static str,
+    /// Former names of values, each with the name that it has now.
+    pub(super) aliases: &'static [(&'static str, &'static str)],
 }
 
-/// What an option can be.
+impl MethodOption {
+    /// Returns the same option, of which help says this.
+    pub(super) const fn about(self, summary: &'static str) -> Self {
+        Self { summary, ..self }
+    }
+
+    /// Returns the same option, whose values have had other names: pairs of a former name and the name now.
+    pub(super) const fn with_aliases(
+        self,
+        aliases: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// Returns a value by the name that it has now.
+    pub(super) fn current<'v>(&self, value: &'v str) -> &'v str {
+        let alias = self.aliases.iter().find(|(former, _)| *former == value);
+        alias.map_or(value, |(_, now)| now)
+    }
+}
+
+/// Values that an option can have.
 #[derive(Debug, Clone, Copy)]
 pub enum Values {
-    /// A whole number.
+    /// Whole numbers.
     Count,
-    /// A number.
+    /// Numbers.
     Number,
     /// One of these words.
     OneOf(&'static [&'static str]),
@@ -59,16 +85,16 @@ pub(super) type Setting = Vec<(&'static str, String)>;
 /// Positions of a sequence: what a cache's size depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lengths {
-    /// Those of the prompt.
+    /// Positions of the prompt.
     pub prompt: usize,
-    /// All at the end, those of the prompt included.
+    /// Positions at the end, those of the prompt included.
     pub end: usize,
 }
 
-/// How large a cache may be at the end of a sequence.
+/// Size that a cache may have at the end of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum CacheBudget {
-    /// A share of FP16's bytes.
+    /// Share of FP16's bytes.
     Share(f64),
     /// Bytes.
     Bytes(f64),
@@ -110,7 +136,7 @@ impl FromStr for CacheBudget {
     }
 }
 
-/// What a method chooses settings for: the bytes allowed for a sequence of mean length.
+/// Bytes allowed for a sequence of mean length, for which a method chooses settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Budget {
     pub(super) bytes: f64,
@@ -122,21 +148,21 @@ impl Budget {
         (self.bytes / config.fp16_cache_bytes(1) as f64) as usize
     }
 
-    /// How many of the newest positions a method that keeps some dense should keep so: a quarter of the budget, as
-    /// a power of two from 16 to 128.
+    /// Recent window that a method should keep dense: a quarter of the budget, as a power of two from 16 to 128, whatever
+    /// the method's default.
     pub(super) fn window(&self, config: &Config) -> usize {
         let quarter = (self.fp16_positions(config) / 4).max(1);
         (1 << quarter.ilog2()).clamp(16, 128)
     }
 
-    /// That window and its halves, down to 16.
+    /// Recent window and its halves, down to 16.
     pub(super) fn windows(&self, config: &Config) -> impl Iterator<Item = usize> + use<> {
         std::iter::successors(Some(self.window(config)), |window| Some(window / 2))
             .take_while(|&window| window >= 16)
     }
 }
 
-/// What a cache is made for.
+/// Model that a cache is made for.
 #[derive(Clone, Copy)]
 pub struct CacheContext<'a> {
     /// The model's name, for messages.
@@ -145,42 +171,38 @@ pub struct CacheContext<'a> {
     pub config: &'a Config,
     /// The model's dictionaries, where there are any.
     pub dictionaries: Option<&'a Arc<DictionarySet>>,
-    /// Where the model computes. Methods that have kernels for it hold their cache there; others in the processor's
+    /// Device on which the model computes. Methods that have kernels for it hold their cache there; others in the processor's
     /// memory.
     pub device: &'a Device,
 }
 
+/// An option of this name, without a summary yet.
 pub(super) const fn option(
     name: &'static str,
     values: Values,
     default: &'static str,
-    summary: &'static str,
 ) -> MethodOption {
     MethodOption {
         name,
         values,
         default,
-        summary,
+        summary: "",
+        aliases: &[],
     }
 }
 
 pub(super) const NUMBER_TYPES: Values = Values::OneOf(&["f16", "f32"]);
 
 impl Values {
-    /// What is wrong with `value`, if anything is.
+    /// Returns what is wrong with `value`, if anything is.
     pub(super) fn refuse(&self, value: &str) -> Option<String> {
+        let count = |e: ParseIntError| format!("{e}; it must be a whole number");
+        let number = |e: ParseFloatError| format!("{e}; it must be a number");
         match self {
-            Values::Count => value
-                .parse::<usize>()
-                .err()
-                .map(|e| format!("{e}; it must be a whole number")),
-            Values::Number => value
-                .parse::<f32>()
-                .err()
-                .map(|e| format!("{e}; it must be a number")),
-            Values::OneOf(words) => {
-                (!words.contains(&value)).then(|| format!("it must be one of {}", words.join(", ")))
-            }
+            Values::Count => value.parse::<usize>().err().map(count),
+            Values::Number => value.parse::<f32>().err().map(number),
+            Values::OneOf(words) if words.contains(&value) => None,
+            Values::OneOf(words) => Some(format!("it must be one of {}", words.join(", "))),
         }
     }
 }

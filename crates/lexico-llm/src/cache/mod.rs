@@ -1,5 +1,14 @@
 //! KV caches: the trait, and one file a method. A method is named `NAME[:key=value,…]`.
+//!
+//! To add a method, write its file here: a `METHOD` (name, options, how to make it, the bytes it is expected to hold) and
+//! what it makes of keys and values; `StoredCache` does the rest. A code of single vectors implements `CodedVectors`, as
+//! in `per_token.rs`; a method that stores or evicts by KV head `StoredHead`, as in `kivi.rs` and `h2o.rs`; one whose heads
+//! depend on each other `StoredLayer`, as in `zipcache.rs`. A `mod` line here and its name
+//! in [`METHODS`] in `spec.rs` then make it known to commands, help, errors and budgets, for which its `settings` are the
+//! choices. Rows of a few bits a number are in `bits.rs`. Tests in its file hold it against its authors' results; a line in
+//! `QUANTISED` of `tests/methods.rs` and one in `tests/memory.rs` have it tested with the others. README lists the methods.
 
+mod attend;
 mod bits;
 mod device;
 mod evict;
@@ -10,21 +19,22 @@ mod lexico;
 mod method;
 mod per_token;
 mod pyramidkv;
+mod recent_window;
 mod snapkv;
 mod spec;
+mod stored;
 mod streaming_llm;
 mod turboquant;
 mod uniform;
-mod window;
 mod zipcache;
 
+use ::lexico::KeyValue;
 use ::lexico::attention::{Head, Source, attend_heads};
 use candle_core::{DType, Device, Tensor};
 
-#[cfg(feature = "cuda")]
-pub(crate) use device::decode_together;
+pub use attend::Sequence;
+pub(crate) use attend::attend_all;
 pub use full::FullCache;
-pub use lexico::{LexicoCache, LexicoSettings};
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
 
@@ -48,7 +58,7 @@ pub trait KvCache: Send {
     /// needs the oldest of them, and they may be gone.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Returns true where there are none.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -56,7 +66,7 @@ pub trait KvCache: Send {
     /// Bytes allocated now, by part.
     fn footprint(&self) -> Footprint;
 
-    /// All keys and values of `layer` as attention takes them; `None` of a method that gives positions up.
+    /// Returns all keys and values of `layer` as attention takes them; `None` of a method that gives positions up.
     ///
     /// # Errors
     /// Those of turning them back into vectors.
@@ -64,7 +74,7 @@ pub trait KvCache: Send {
         Ok(None)
     }
 
-    /// All that an empty cache of the same settings needs to [go on](KvCache::resume) exactly as this one would;
+    /// Returns all that an empty cache of the same settings needs to [go on](KvCache::resume) exactly as this one would;
     /// `None` of a method that cannot be saved.
     fn state(&self) -> Option<CacheState> {
         None
@@ -73,7 +83,7 @@ pub trait KvCache: Send {
     /// Itself where it lies in a GPU's memory and sequences can be attended to together.
     #[cfg(feature = "cuda")]
     #[doc(hidden)]
-    #[allow(private_interfaces)] // for the decoder alone
+    #[allow(private_interfaces)] // for `attend_all` alone
     fn on_device(&mut self) -> Option<&mut device::DeviceLexicoCache> {
         None
     }
@@ -81,7 +91,7 @@ pub trait KvCache: Send {
     /// Makes an empty cache one whose [`KvCache::state`] this was.
     ///
     /// # Errors
-    /// What is wrong with the state: it is of other settings or dictionaries, or contradicts itself. The cache
+    /// Reason why the state is refused: it is of other settings or dictionaries, or contradicts itself. The cache
     /// cannot be used any further then.
     fn resume(&mut self, _state: &CacheState) -> std::result::Result<(), String> {
         Err("this method cannot be resumed".to_owned())
@@ -91,13 +101,13 @@ pub trait KvCache: Send {
 /// All that a cache holds, in a form to keep.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CacheState {
-    /// What is small, and what settings and dictionaries it needs.
+    /// Small facts, among them the settings and dictionaries that it needs.
     pub facts: serde_json::Value,
-    /// Everything else, in the order of [`KvCache::state`]: what each is, a name like `layers.0.keys.codes`, and its bytes.
+    /// Everything else, in the order of [`KvCache::state`]: a name like `layers.0.keys.codes`, and bytes.
     pub blocks: Vec<(String, Vec<u8>)>,
 }
 
-/// A layer's keys and values as attention takes them, and what they weigh.
+/// Keys and values of a layer as attention takes them, and their bytes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Decoded {
     /// `[kv_heads, positions, m]`
@@ -108,6 +118,14 @@ pub struct Decoded {
     pub bytes: [usize; 2],
 }
 
+impl Decoded {
+    /// Adds the keys and values of a KV head.
+    fn extend(&mut self, head: KeyValue<Vec<f32>>) {
+        self.keys.extend(head.keys);
+        self.values.extend(head.values);
+    }
+}
+
 /// Bytes that a cache holds, by part. Dictionaries belong to the model and are not among them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Footprint {
@@ -116,28 +134,36 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Bytes of all parts.
+    /// Adds bytes of a part.
+    fn add(&mut self, name: &'static str, bytes: usize) {
+        match self.parts.iter_mut().find(|part| part.0 == name) {
+            Some(part) => part.1 += bytes,
+            None => self.parts.push((name, bytes)),
+        }
+    }
+
+    /// Returns the bytes of all parts.
     pub fn total(&self) -> usize {
         self.parts.iter().map(|(_, bytes)| bytes).sum()
     }
 }
 
-/// Of `held` positions, how many the next query no longer sees through a sliding window; `None`
-/// until they are enough to be worth moving the rest.
+/// Number of `held` positions that the next query no longer sees through a sliding window; `None` until they are enough
+/// to be worth moving the rest.
 fn outside_window(window: Option<usize>, held: usize) -> Option<usize> {
     const WORTH: usize = 64;
     let outside = held.checked_sub(window?.saturating_sub(1))?;
     (outside >= WORTH).then_some(outside)
 }
 
-/// What a layer is given in a step, in f32.
+/// Queries, keys and values that a layer is given in a step, in f32.
 pub(crate) struct Step {
     /// `[kv_heads, G, t, m]`
-    queries: Vec<f32>,
+    pub(crate) queries: Vec<f32>,
     /// `[kv_heads, t, m]`
-    keys: Vec<f32>,
+    pub(crate) keys: Vec<f32>,
     /// `[kv_heads, t, m]`
-    values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
     shape: (usize, usize, usize),
 }
 
@@ -154,14 +180,15 @@ impl Step {
         })
     }
 
-    /// The new keys and values of every KV head, `[t, m]`.
-    pub(crate) fn heads(&self) -> impl Iterator<Item = (&[f32], &[f32])> {
+    /// Returns the new keys and values of every KV head, `[t, m]`.
+    pub(crate) fn heads(&self) -> impl Iterator<Item = KeyValue<&[f32]>> {
         let (_, t, m) = self.shape;
         let keys = self.keys.chunks_exact(t * m);
-        keys.zip(self.values.chunks_exact(t * m))
+        let pairs = keys.zip(self.values.chunks_exact(t * m));
+        pairs.map(|(keys, values)| KeyValue::new(keys, values))
     }
 
-    /// The queries of every KV head's group, `[G, t, m]`.
+    /// Returns the queries of every KV head's group, `[G, t, m]`.
     pub(crate) fn queries(&self) -> impl Iterator<Item = &[f32]> {
         let (_, t, m) = self.shape;
         let heads = self.keys.len() / (t * m);
@@ -183,7 +210,7 @@ impl Step {
         Ok(())
     }
 
-    /// Attention of every KV head over its `past` and the step's own positions.
+    /// Computes attention of every KV head over its `past` and the step's own positions.
     pub(crate) fn attend<'a, H>(
         &'a self,
         heads: &'a [H],
@@ -191,29 +218,15 @@ impl Step {
         past: impl Fn(&'a H) -> Vec<Source<'a>>,
     ) -> Result<Tensor> {
         let (_, t, m) = self.shape;
-        let group = self.queries.len() / heads.len();
-        let sources: Vec<Vec<Source<'_>>> = heads
-            .iter()
-            .zip(self.heads())
-            .map(|(head, (keys, values))| {
-                let mut sources = past(head);
-                sources.push(Source::Causal { keys, values });
-                sources
-            })
-            .collect();
+        let sources = heads.iter().zip(self.heads());
+        let sources = sources.map(|(head, new)| {
+            let mut sources = past(head);
+            sources.push(Source::Causal(new));
+            sources
+        });
+        let sources: Vec<Vec<Source<'_>>> = sources.collect();
         let mut out = vec![0.0; self.queries.len()];
-        let parts = self
-            .queries
-            .chunks_exact(group)
-            .zip(out.chunks_exact_mut(group));
-        let mut tasks: Vec<Head<'_>> = parts
-            .zip(&sources)
-            .map(|((queries, out), sources)| Head {
-                queries,
-                sources,
-                out,
-            })
-            .collect();
+        let mut tasks = Head::split(&self.queries, &sources, &mut out);
         attend_heads(&mut tasks, m, t, window, &CandleThreads);
         Ok(Tensor::from_vec(out, self.shape, &Device::Cpu)?)
     }

@@ -1,5 +1,5 @@
 use super::method::{Method, Values, option};
-use super::snapkv::{POOLING, SnapKvCache, SnapKvSettings, settings_within};
+use super::snapkv::{POOLING, SnapKvSettings, settings_within};
 use super::{CacheContext, CacheSpec, snapkv};
 use crate::error::Result;
 
@@ -8,36 +8,21 @@ pub(super) static METHOD: Method = Method {
     name: "pyramidkv",
     summary: "as snapkv, the first layers keeping more of the prompt than the last",
     needs_dictionaries: false,
+    saves: false,
     options: &[
-        option(
-            "capacity",
-            Values::Count,
-            "2048",
-            "positions kept of the prompt, the window's among them; mean over the layers",
-        ),
-        option(
-            "window",
-            Values::Count,
-            "8",
-            "last positions of the prompt, whose attention decides",
-        ),
-        option(
-            "kernel",
-            Values::Count,
-            "7",
-            "neighbouring positions that are scored together",
-        ),
-        option("pooling", POOLING, "max", "how neighbours are scored"),
-        option(
-            "beta",
-            Values::Count,
-            "20",
-            "the mean over what the last layer keeps beside the window",
-        ),
+        option("capacity", Values::Count, "2048")
+            .about("positions kept of the prompt, the window's among them; mean over the layers"),
+        option("window", Values::Count, "8")
+            .about("last positions of the prompt, whose attention decides"),
+        option("kernel", Values::Count, "7")
+            .about("neighbouring positions that are scored together"),
+        option("pooling", POOLING, "max").about("how neighbours are scored"),
+        option("beta", Values::Count, "20")
+            .about("the mean over what the last layer keeps beside the window"),
     ],
     build: |spec, context| {
         let settings = settings(spec, context)?;
-        Ok(Box::new(SnapKvCache::new(context.config, settings)))
+        Ok(Box::new(snapkv::cache(context.config, settings)))
     },
     bytes: |spec, context, lengths| Ok(settings(spec, context)?.bytes(context.config, lengths)),
     // The window as of SnapKV: with the authors' 8 of 2,048 positions there is too little to decide by.
@@ -49,31 +34,24 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<SnapKvSettin
     if beta == 0 {
         let reason =
             "it divides the mean; 1 lets all layers keep the same, more makes the pyramid steeper";
-        return Err(spec.refused("beta", reason.to_owned()));
+        return Err(spec.refused("beta", reason));
     }
     snapkv::settings(spec, context, Some(beta))
 }
 
-/// How many positions a layer keeps of a prompt beside the window's, which is longer than `capacity`.
+/// Number of positions that a layer keeps, beside those of the observation window, of a prompt longer than `capacity`.
 ///
-/// As the authors' `PyramidKVCluster` has it: with `c = capacity − window`, the last layer keeps `⌊c/β⌋`, the first
+/// This is what the authors' `PyramidKVCluster` computes: with `c = capacity − window`, the last layer keeps `⌊c/β⌋`, the first
 /// `2c − ⌊c/β⌋` or the whole prompt if that is shorter, those between fall in even, whole steps; a prompt shorter than
 /// `2c` is kept alike by all layers.
-pub(super) fn chosen(
-    layer: usize,
-    layers: usize,
-    capacity: usize,
-    window: usize,
-    beta: usize,
-    positions: usize,
-) -> usize {
-    let mean = capacity - window;
-    if positions < 2 * mean || layers < 2 {
+pub(super) fn chosen(own: &SnapKvSettings, beta: usize, layer: usize, positions: usize) -> usize {
+    let mean = own.capacity - own.window;
+    if positions < 2 * mean || own.layers < 2 {
         return mean;
     }
     let last = mean / beta;
-    let first = (2 * mean - last).min(positions - window);
-    let step = (2 * first - 2 * mean) / (layers - 1);
+    let first = (2 * mean - last).min(positions - own.window);
+    let step = (2 * first - 2 * mean) / (own.layers - 1);
     first - layer * step
 }
 
@@ -82,6 +60,25 @@ mod tests {
     use super::super::evict::testing::*;
     use super::*;
     use crate::cache::KvCache;
+
+    fn chosen(
+        layer: usize,
+        layers: usize,
+        capacity: usize,
+        window: usize,
+        beta: usize,
+        positions: usize,
+    ) -> usize {
+        let settings = SnapKvSettings {
+            capacity,
+            window,
+            kernel: 1,
+            average: false,
+            beta: Some(beta),
+            layers,
+        };
+        super::chosen(&settings, beta, layer, positions)
+    }
 
     /// `max_capacity_prompts=128`, `window_sizes=8`, β = 20 for the 32 layers of Llama 3 8B, as their script runs it:
     /// `min_num = 120 // 20 = 6`, `max_num = 240 − 6 = 234`, `steps = 228 // 31 = 7`.
@@ -138,19 +135,20 @@ mod tests {
             kernel: 3,
             average: false,
             beta: Some(20),
+            layers: 4,
         };
-        let mut cache = SnapKvCache::new(&config, settings);
+        let mut cache = snapkv::cache(&config, settings);
         feed(&mut cache, &config, 100);
         // c = 20: 1 to 39, `steps = 38 // 3 = 12`; with the window's 8.
         for (heads, expected) in cache.layers.iter().zip([47, 35, 23, 11]) {
             for held in heads {
-                let held = held.positions();
+                let held = held.0.positions();
                 assert_eq!(held.len(), expected);
                 assert!(held.ends_with(&(92..100).collect::<Vec<_>>()), "{held:?}");
             }
         }
         feed(&mut cache, &config, 1);
-        assert_eq!(cache.layers[3][1].len(), 12, "what is generated is kept");
+        assert_eq!(cache.layers[3][1].0.len(), 12, "what is generated is kept");
         assert_eq!(cache.len(), 101);
     }
 

@@ -1,41 +1,31 @@
-use candle_core::Tensor;
+use ::lexico::KeyValue;
+use ::lexico::attention::{NumberType, Source};
 
-use super::evict::{Held, accumulated_attention, descending, largest, refuse_sliding_window};
+use super::evict::{accumulated_attention, descending, largest, refuse_sliding_window};
 use super::method::{Budget, Method, Setting, Values, option};
-use super::{CacheContext, CacheSpec, Footprint, KvCache, Lengths, Step, pyramidkv};
+use super::stored::{DenseHead, NewPositions, StoredCache, StoredHead};
+use super::{CacheContext, CacheSpec, Lengths, pyramidkv};
 use crate::config::Config;
 use crate::error::Result;
-use crate::threads::CandleThreads;
 
 // The defaults are those of the authors' experiments on LongBench.
 pub(super) static METHOD: Method = Method {
     name: "snapkv",
     summary: "the prompt's positions that its end attends to most, and all that is generated",
     needs_dictionaries: false,
+    saves: false,
     options: &[
-        option(
-            "capacity",
-            Values::Count,
-            "1024",
-            "positions kept of the prompt, the window's among them",
-        ),
-        option(
-            "window",
-            Values::Count,
-            "32",
-            "last positions of the prompt, whose attention decides",
-        ),
-        option(
-            "kernel",
-            Values::Count,
-            "7",
-            "neighbouring positions that are scored together",
-        ),
-        option("pooling", POOLING, "max", "how neighbours are scored"),
+        option("capacity", Values::Count, "1024")
+            .about("positions kept of the prompt, the window's among them"),
+        option("window", Values::Count, "32")
+            .about("observation window: last positions of the prompt, whose attention decides"),
+        option("kernel", Values::Count, "7")
+            .about("neighbouring positions that are scored together"),
+        option("pooling", POOLING, "max").about("how neighbours are scored"),
     ],
     build: |spec, context| {
         let settings = settings(spec, context, None)?;
-        Ok(Box::new(SnapKvCache::new(context.config, settings)))
+        Ok(Box::new(cache(context.config, settings)))
     },
     bytes: |spec, context, lengths| {
         Ok(settings(spec, context, None)?.bytes(context.config, lengths))
@@ -59,10 +49,11 @@ pub(super) fn settings(
         kernel: spec.number("kernel")?,
         average: spec.text("pooling") == "average",
         beta,
+        layers: context.config.layers,
     };
     if settings.window == 0 {
         let reason = "the attention of at least the prompt's last position is needed";
-        return Err(spec.refused("window", reason.to_owned()));
+        return Err(spec.refused("window", reason));
     }
     if settings.capacity <= settings.window {
         let reason = format!(
@@ -81,46 +72,43 @@ pub(super) fn settings(
     Ok(settings)
 }
 
-/// Capacities that a budget may choose, with a window of 32 or, where that is smaller, a quarter of the budget.
+/// Capacities that a budget may choose, with an observation window of 32 or, where that is smaller, a quarter of the budget.
 pub(super) fn settings_within(context: &CacheContext<'_>, budget: Budget) -> Vec<Setting> {
-    let most = budget.fp16_positions(context.config);
-    let window = (most / 4).clamp(8, 32);
-    let capacities = descending(most.max(window + 1), window + 1);
-    let setting = |capacity: usize| {
-        vec![
-            ("capacity", capacity.to_string()),
-            ("window", window.to_string()),
-        ]
-    };
-    capacities.map(setting).collect()
+    let max = budget.fp16_positions(context.config);
+    let window = (max / 4).clamp(8, 32);
+    let mut settings = descending("capacity", max, window + 1);
+    for setting in &mut settings {
+        setting.push(("window", window.to_string()));
+    }
+    settings
 }
 
-/// Settings of [`SnapKvCache`].
+/// Settings of SnapKV and of PyramidKV.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SnapKvSettings {
     /// Positions kept of a prompt in a layer, on average.
     pub(super) capacity: usize,
-    /// Last positions, kept, whose queries decide about the others.
+    /// Positions of the observation window, the last ones, kept: their queries decide about the others.
     pub(super) window: usize,
     /// Neighbouring scores that are pooled; odd.
     pub(super) kernel: usize,
-    /// Whether their mean is taken rather than the largest.
+    /// True where the mean of neighbours is taken, rather than the largest.
     pub(super) average: bool,
-    /// How much more than the last layer the first one keeps: PyramidKV's. All keep the same where there is none.
+    /// PyramidKV's β, by which the last layer keeps less than the mean; all layers keep the same where there is none.
     pub(super) beta: Option<usize>,
+    /// Layers of the model.
+    pub(super) layers: usize,
 }
 
 impl SnapKvSettings {
-    /// How many of `positions` a layer keeps when a prompt is read.
-    fn kept(&self, layer: usize, layers: usize, positions: usize) -> usize {
+    /// Number of `positions` that a layer keeps when a prompt is read.
+    fn kept(&self, layer: usize, positions: usize) -> usize {
         if positions <= self.capacity {
             return positions;
         }
         let chosen = match self.beta {
             None => self.capacity - self.window,
-            Some(beta) => {
-                pyramidkv::chosen(layer, layers, self.capacity, self.window, beta, positions)
-            }
+            Some(beta) => pyramidkv::chosen(self, beta, layer, positions),
         };
         self.window + chosen
     }
@@ -128,13 +116,13 @@ impl SnapKvSettings {
     pub(super) fn bytes(&self, config: &Config, lengths: Lengths) -> f64 {
         let generated = lengths.end.saturating_sub(lengths.prompt);
         let layers = (0..config.layers).map(|layer| {
-            let kept = self.kept(layer, config.layers, lengths.prompt);
-            Held::expected_bytes(config, kept, generated) + size_of::<Held>()
+            let kept = self.kept(layer, lengths.prompt);
+            DenseHead::expected_bytes(config, kept, generated) + size_of::<Head>()
         });
         (layers.sum::<usize>() * config.kv_heads) as f64
     }
 
-    /// The positions that are kept of those held and the new ones, by the attention that they receive from the newest.
+    /// The positions that are kept of those held and the new ones, by the attention that they have accumulated from the newest.
     fn choose(&self, accumulated_attention: &[f32], count: usize) -> Vec<usize> {
         let (past, _) = accumulated_attention.split_at(accumulated_attention.len() - self.window);
         let mut kept = largest(&self.pooled(past), count - self.window);
@@ -162,63 +150,46 @@ impl SnapKvSettings {
 ///
 /// Li, Huang, Yang, et al.: *SnapKV: LLM Knows What You are Looking for Before Generation* (NeurIPS 2024); with a
 /// pyramid of capacities Cai, Zhang, Gao, et al.: *PyramidKV* (2024). A prompt attends in full; then every KV head
-/// sums the attention that each position receives from the queries of the window, pools it with its neighbours', and
+/// sums the attention that each position accumulates from the queries of this observation window, pools it with its neighbours', and
 /// keeps the positions with most of it. Generated positions are all kept.
 ///
 /// Two things the authors leave open. They hold keys and values for each query head; here they are held once a group,
 /// chosen by the mean over the group's queries. And a further prompt, several positions at once on a cache that holds
-/// some, is treated as a prompt of all that is held and all that is new; its window holds no more queries than it has.
-pub(super) struct SnapKvCache {
-    settings: SnapKvSettings,
-    pub(super) layers: Vec<Vec<Held>>,
-    positions: usize,
+/// some, is treated as a prompt of all that is held and all that is new; its observation window holds no more queries than it has.
+pub(super) struct Head(pub(super) DenseHead);
+
+pub(super) fn cache(config: &Config, settings: SnapKvSettings) -> StoredCache<Vec<Head>> {
+    let head = || Head(DenseHead::new(config.head_dim, NumberType::F16));
+    StoredCache::with_heads(config, settings, head)
 }
 
-impl SnapKvCache {
-    pub(super) fn new(config: &Config, settings: SnapKvSettings) -> Self {
-        Self {
-            settings,
-            layers: Held::layers(config),
-            positions: 0,
-        }
-    }
-}
-
-impl KvCache for SnapKvCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let step = Step::new(q, k, v)?;
-        step.check_finite(layer)?;
-        let out = step.attend(&self.layers[layer], None, |held| vec![held.source()])?;
-        let (_, t, _) = step.shape;
-        let layers = self.layers.len();
-        for ((held, new), queries) in self.layers[layer]
-            .iter_mut()
-            .zip(step.heads())
-            .zip(step.queries())
-        {
-            let all = held.len() + t;
-            let count = self.settings.kept(layer, layers, all);
-            if t == 1 || count == all {
-                held.take(new);
-                continue;
-            }
-            let window = self.settings.window;
-            let accumulated_attention =
-                accumulated_attention(held, queries, new.0, window, &CandleThreads);
-            held.take_kept(new, &self.settings.choose(&accumulated_attention, count));
-        }
-        if layer + 1 == layers {
-            self.positions += t;
-        }
-        Ok(out)
-    }
+impl StoredHead for Head {
+    type Shared = SnapKvSettings;
 
     fn len(&self) -> usize {
-        self.positions
+        self.0.len()
     }
 
-    fn footprint(&self) -> Footprint {
-        Held::footprint(&self.layers)
+    fn sources(&self) -> Vec<Source<'_>> {
+        vec![self.0.source()]
+    }
+
+    fn take(&mut self, settings: &SnapKvSettings, new: NewPositions<'_>) {
+        let (held, vectors) = (&mut self.0, new.vectors);
+        let t = vectors.keys.len() / held.rows.keys.head_dim();
+        let all = held.len() + t;
+        let count = settings.kept(new.layer, all);
+        if t == 1 || count == all {
+            held.extend(vectors);
+            return;
+        }
+        let (keys, window) = (vectors.keys, settings.window);
+        let attention = accumulated_attention(held, new.queries, keys, window);
+        held.keep(vectors, &settings.choose(&attention, count));
+    }
+
+    fn bytes(&self) -> Vec<(&'static str, KeyValue<usize>)> {
+        vec![("kept", self.0.bytes())]
     }
 }
 
@@ -226,6 +197,7 @@ impl KvCache for SnapKvCache {
 mod tests {
     use super::super::evict::testing::*;
     use super::*;
+    use crate::cache::KvCache;
 
     fn settings(capacity: usize, window: usize, kernel: usize, average: bool) -> SnapKvSettings {
         SnapKvSettings {
@@ -234,6 +206,7 @@ mod tests {
             kernel,
             average,
             beta: None,
+            layers: 2,
         }
     }
 
@@ -241,7 +214,7 @@ mod tests {
     /// proportion to `first`, the second to `second`.
     fn kept(settings: SnapKvSettings, first: [f32; 10], second: [f32; 10]) -> Vec<usize> {
         let config = config(1, 2, 1, 2);
-        let mut cache = SnapKvCache::new(&config, settings);
+        let mut cache = super::cache(&config, settings);
         let unit = std::f32::consts::SQRT_2;
         let keys = first
             .iter()
@@ -255,10 +228,10 @@ mod tests {
             tensor(values.collect(), 1, 10),
         );
         cache.attend(0, &q, &k, &v).unwrap();
-        cache.layers[0][0].positions()
+        cache.layers[0][0].0.positions()
     }
 
-    /// As the authors' `update_kv` keeps them. Both queries of the window, positions 8 and 9, weigh positions 0 to 7 in
+    /// Keeps what the authors' `update_kv` keeps. Both queries of the observation window, positions 8 and 9, weigh positions 0 to 7 in
     /// proportion to the numbers given, and those before the window that score highest are kept beside it.
     #[test]
     fn what_the_window_attends_to_is_kept() {
@@ -289,7 +262,7 @@ mod tests {
     #[test]
     fn only_the_window_decides() {
         let config = config(1, 1, 1, 2);
-        let mut cache = SnapKvCache::new(&config, settings(3, 1, 1, false));
+        let mut cache = super::cache(&config, settings(3, 1, 1, false));
         // Queries 0 to 4 look for position 0, the last one for positions 2 and 3.
         let queries = [[9.0, 0.0].repeat(5), vec![0.0, 9.0]].concat();
         let keys = vec![1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0];
@@ -300,7 +273,7 @@ mod tests {
             tensor(values, 1, 6),
         );
         cache.attend(0, &q, &k, &v).unwrap();
-        assert_eq!(cache.layers[0][0].positions(), [2, 3, 5]);
+        assert_eq!(cache.layers[0][0].0.positions(), [2, 3, 5]);
     }
 
     #[test]
@@ -308,7 +281,7 @@ mod tests {
         let config = config(2, 4, 2, 8);
         for (capacity, window) in [(2, 1), (9, 8), (33, 7), (64, 20)] {
             for steps in sessions() {
-                let mut cache = SnapKvCache::new(&config, settings(capacity, window, 1, false));
+                let mut cache = super::cache(&config, settings(capacity, window, 1, false));
                 let mut expected = 0;
                 for t in steps {
                     feed(&mut cache, &config, t);
@@ -318,17 +291,20 @@ mod tests {
                     }
                     let all = cache.len();
                     for held in cache.layers.iter().flatten() {
-                        let held = held.positions();
+                        let held = held.0.positions();
                         assert_eq!(held.len(), expected);
                         assert!(held.is_sorted_by(|a, b| a < b), "{held:?}");
                         let newest: Vec<usize> = (all.saturating_sub(window)..all).collect();
                         assert!(held.ends_with(&newest), "{held:?} of {all}");
                     }
                     // Memory is given back: a later prompt leaves no more than the first.
-                    let most =
-                        4 * Held::expected_bytes(&config, expected + expected.div_ceil(16) + 4, 0);
+                    let most = 4 * DenseHead::expected_bytes(
+                        &config,
+                        expected + expected.div_ceil(16) + 4,
+                        0,
+                    );
                     let bytes = cache.footprint().total();
-                    assert!(t == 1 || bytes <= most + 4 * size_of::<Held>(), "{bytes}");
+                    assert!(t == 1 || bytes <= most + 4 * size_of::<Head>(), "{bytes}");
                 }
             }
         }

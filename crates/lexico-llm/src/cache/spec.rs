@@ -24,11 +24,15 @@ pub static METHODS: &[&Method] = &[
     &h2o::METHOD,
 ];
 
+/// Caches that a comparison of all methods runs beside each method as it is by default: methods of their own in the
+/// literature that are an option of another here.
+const VARIANTS: &[&str] = &["turboquant:norm=eden"];
+
 /// A cache method and its options, as `NAME[:key=value,…]` gives them.
 #[derive(Debug, Clone)]
 pub struct CacheSpec {
     method: &'static Method,
-    /// In the order given.
+    /// Options in the order given.
     options: Vec<(&'static str, String)>,
 }
 
@@ -36,6 +40,30 @@ impl CacheSpec {
     /// The method.
     pub fn method(&self) -> &'static Method {
         self.method
+    }
+
+    /// Every method as it is by default, and the variants that stand beside them in a comparison of all.
+    pub fn all() -> Vec<Self> {
+        let methods = METHODS.iter().flat_map(|method| {
+            let variant = |text: &&str| text.split(':').next() == Some(method.name);
+            let variants = VARIANTS.iter().copied().filter(variant);
+            std::iter::once(method.name).chain(variants)
+        });
+        methods.filter_map(|text| text.parse().ok()).collect()
+    }
+
+    /// Name of the method or, where it is one, of the variant that stands beside it: caches of one family differ in size.
+    pub fn family(&self) -> &'static str {
+        let own = |variant: &&&str| {
+            let variant = variant.parse::<Self>();
+            variant.is_ok_and(|variant| {
+                let mut options = variant.options.iter();
+                variant.method.name == self.method.name
+                    && options.all(|(name, value)| self.text(name) == value)
+            })
+        };
+        let variant = VARIANTS.iter().find(own);
+        variant.unwrap_or(&self.method.name)
     }
 
     /// Makes an empty cache.
@@ -49,13 +77,13 @@ impl CacheSpec {
     /// Bytes that a cache is expected to hold at the end of a sequence.
     ///
     /// # Errors
-    /// As [`CacheSpec::build`].
+    /// Those of [`CacheSpec::build`].
     pub fn expected_bytes(&self, context: &CacheContext<'_>, lengths: Lengths) -> Result<f64> {
         (self.method.bytes)(self, context, lengths)
     }
 
-    /// These options and the best others of those that the method leaves to a budget, so that caches of sequences of
-    /// these `lengths` are expected to keep to it on average; as it is where none are left open.
+    /// Adds to these options the best others of those that the method leaves to a budget, so that caches of sequences of
+    /// these `lengths` are expected to keep to it on average. Nothing is added where none are left open.
     ///
     /// # Errors
     /// [`Error::Budget`] where the method cannot be made as small; those of [`CacheSpec::build`].
@@ -65,12 +93,11 @@ impl CacheSpec {
         lengths: &[Lengths],
         context: &CacheContext<'_>,
     ) -> Result<Self> {
-        // Enough of them, evenly over all.
+        // Enough lengths, evenly over all.
         const MAX: usize = 24;
         let count = lengths.len().clamp(1, MAX);
-        let sample: Vec<Lengths> = (0..count)
-            .filter_map(|i| lengths.get(i * lengths.len() / count).copied())
-            .collect();
+        let nth = |i| lengths.get(i * lengths.len() / count).copied();
+        let sample: Vec<Lengths> = (0..count).filter_map(nth).collect();
         let sampled = sample.len().max(1) as f64;
         let fp16 = |lengths: Lengths| context.config.fp16_cache_bytes(lengths.end) as f64;
         let mean_fp16 = (sample.iter().map(|&l| fp16(l)).sum::<f64>() / sampled).max(1.0);
@@ -78,16 +105,14 @@ impl CacheSpec {
             CacheBudget::Share(share) => share,
             CacheBudget::Bytes(bytes) => bytes / mean_fp16,
         };
+        let over = |lengths: Lengths| match budget {
+            CacheBudget::Share(_) => fp16(lengths).max(1.0),
+            CacheBudget::Bytes(_) => mean_fp16,
+        };
         let share = |spec: &Self| -> Result<f64> {
-            let mut sum = 0.0;
-            for &lengths in &sample {
-                let over = match budget {
-                    CacheBudget::Share(_) => fp16(lengths).max(1.0),
-                    CacheBudget::Bytes(_) => mean_fp16,
-                };
-                sum += spec.expected_bytes(context, lengths)? / over;
-            }
-            Ok(sum / sampled)
+            let shares = sample.iter();
+            let shares = shares.map(|&l| Ok(spec.expected_bytes(context, l)? / over(l)));
+            Ok(shares.sum::<Result<f64>>()? / sampled)
         };
         let of_mean = Budget {
             bytes: allowed * mean_fp16,
@@ -96,9 +121,8 @@ impl CacheSpec {
         let mut refused = None;
         for setting in (self.method.settings)(self, context, of_mean) {
             let open = setting.into_iter();
-            let open: Vec<_> = open
-                .filter(|(name, _)| self.given(name).is_none())
-                .collect();
+            let open = open.filter(|(name, _)| self.given(name).is_none());
+            let open: Vec<_> = open.collect();
             if open.is_empty() {
                 return Ok(self.clone());
             }
@@ -130,7 +154,7 @@ impl CacheSpec {
         })
     }
 
-    /// Whether both make the same caches, whatever is left to defaults and however it is written.
+    /// Returns true where both make the same caches, whatever is left to defaults and however it is written.
     pub fn same_as(&self, other: &Self) -> bool {
         let text = |spec: &Self, name: &str| {
             let text = spec.text(name);
@@ -142,13 +166,13 @@ impl CacheSpec {
             && options.all(|o| text(self, o.name) == text(other, o.name))
     }
 
-    /// What was given for an option; `None` where it was left out.
+    /// Value given for an option; `None` where it was left out.
     pub fn given(&self, option: &str) -> Option<&str> {
         let given = self.options.iter().find(|(name, _)| *name == option);
         given.map(|(_, value)| value.as_str())
     }
 
-    /// An option's value, or its default.
+    /// Value of an option, or its default.
     pub(super) fn text(&self, option: &str) -> &str {
         let default = || self.method.options.iter().find(|o| o.name == option);
         self.given(option)
@@ -156,13 +180,11 @@ impl CacheSpec {
     }
 
     pub(super) fn number<T: FromStr<Err: fmt::Display>>(&self, option: &'static str) -> Result<T> {
-        let value = self.text(option);
-        value
-            .parse()
-            .map_err(|e: T::Err| self.refused(option, e.to_string()))
+        let number = self.text(option).parse();
+        number.map_err(|e: T::Err| self.refused(option, e.to_string()))
     }
 
-    /// A whole number that is 1 at least.
+    /// Whole number that is at least 1.
     pub(super) fn positive(&self, option: &'static str) -> Result<usize> {
         match self.number(option)? {
             0 => Err(self.refused(option, "it must be 1 or more")),
@@ -170,7 +192,7 @@ impl CacheSpec {
         }
     }
 
-    /// The error that an option's value cannot be used.
+    /// Error that an option's value cannot be used.
     pub(super) fn refused(&self, option: &'static str, reason: impl Into<String>) -> Error {
         Error::OptionValue {
             method: self.method.name,
@@ -193,17 +215,13 @@ impl FromStr for CacheSpec {
 
     fn from_str(text: &str) -> Result<Self> {
         let (name, rest) = text.split_once(':').unwrap_or((text, ""));
-        let method = METHODS
-            .iter()
-            .copied()
-            .find(|m| m.name == name)
-            .ok_or_else(|| {
-                let names: Vec<&str> = METHODS.iter().map(|m| m.name).collect();
-                Error::UnknownMethod {
-                    name: name.to_owned(),
-                    known: names.join(", "),
-                }
-            })?;
+        let Some(&method) = METHODS.iter().find(|m| m.name == name) else {
+            let names: Vec<&str> = METHODS.iter().map(|m| m.name).collect();
+            return Err(Error::UnknownMethod {
+                name: name.to_owned(),
+                known: names.join(", "),
+            });
+        };
         let mut options: Vec<(&'static str, String)> = Vec::new();
         for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -224,6 +242,7 @@ impl FromStr for CacheSpec {
             if value.is_empty() {
                 return Err(refused("an option is written key=value".to_owned()));
             }
+            let value = option.current(value);
             if let Some(reason) = option.values.refuse(value) {
                 return Err(refused(reason));
             }
@@ -258,6 +277,30 @@ mod tests {
         }
     }
 
+    #[test]
+    fn former_values_are_read_and_print_as_they_are_called_now() {
+        let spec: CacheSpec = "turboquant:norm=corrected,bits=3".parse().unwrap();
+        assert_eq!(spec.to_string(), "turboquant:norm=eden,bits=3");
+        assert!(spec.same_as(&"turboquant:bits=3,norm=eden".parse().unwrap()));
+    }
+
+    /// TurboQuant with and without EDEN's scale are two rows and two curves.
+    #[test]
+    fn variants_stand_beside_their_methods() {
+        let all: Vec<String> = CacheSpec::all().iter().map(ToString::to_string).collect();
+        assert_eq!(all.len(), METHODS.len() + VARIANTS.len());
+        let at = all.iter().position(|name| name == "turboquant").unwrap();
+        assert_eq!(all[at + 1], "turboquant:norm=eden");
+        for (text, family) in [
+            ("turboquant:bits=2", "turboquant"),
+            ("turboquant:norm=kept", "turboquant"),
+            ("turboquant:bits=2,norm=corrected", "turboquant:norm=eden"),
+            ("lexico:format=i8", "lexico"),
+        ] {
+            assert_eq!(text.parse::<CacheSpec>().unwrap().family(), family);
+        }
+    }
+
     /// Defaults are written once, as text: what is not in words must be a value.
     #[test]
     fn defaults_are_values_or_words() {
@@ -266,8 +309,9 @@ mod tests {
                 "as trained",
                 "sparsity",
                 "measured, where it was",
-                "packed, where it was learned",
+                "additive, where there are codebooks",
             ];
+            assert_ne!(option.summary, "", "{option:?}");
             let words = words.contains(&option.default);
             assert!(
                 words || option.values.refuse(option.default).is_none(),

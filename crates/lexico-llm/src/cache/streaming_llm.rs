@@ -1,9 +1,10 @@
-use ::lexico::attention::{Positions, Source};
+use ::lexico::attention::{NumberType, Positions, Source};
 use candle_core::Tensor;
 
-use super::evict::{Held, descending};
+use super::evict::descending;
 use super::method::{Method, Values, option};
-use super::{CacheContext, CacheSpec, Footprint, KvCache, Step};
+use super::stored::{DenseHead, Place, StoredCache, StoredLayer};
+use super::{CacheContext, CacheSpec, Step};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -11,38 +12,34 @@ pub(super) static METHOD: Method = Method {
     name: "streaming-llm",
     summary: "the first positions and the newest ones, numbered as they lie in the cache",
     needs_dictionaries: false,
+    saves: false,
     options: &[
-        option("sinks", Values::Count, "4", "first positions, always kept"),
-        option("window", Values::Count, "2000", "newest positions kept"),
+        option("sinks", Values::Count, "4").about("first positions, always kept"),
+        option("window", Values::Count, "2000").about("newest positions kept"),
     ],
     build: |spec, context| {
         let settings = settings(spec, context)?;
-        Ok(Box::new(StreamingLlmCache::new(context.config, settings)))
+        Ok(Box::new(cache(context.config, settings)))
     },
     bytes: |spec, context, lengths| {
         let capacity = settings(spec, context)?.capacity();
         let first = lengths.prompt.min(capacity);
         let more = lengths.end.min(capacity).saturating_sub(first);
-        let head = Held::expected_bytes(context.config, first, more) + size_of::<Held>();
+        let held = DenseHead::expected_bytes(context.config, first, more);
+        let head = held + size_of::<DenseHead>();
         Ok((context.config.layers * context.config.kv_heads * head) as f64)
     },
-    settings: |_, context, budget| {
-        let most = budget.fp16_positions(context.config);
-        let windows = descending(most.max(1), 1);
-        windows
-            .map(|window| vec![("window", window.to_string())])
-            .collect()
-    },
+    settings: |_, context, budget| descending("window", budget.fp16_positions(context.config), 1),
 };
 
-fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<StreamingLlmSettings> {
-    let settings = StreamingLlmSettings {
+fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<Settings> {
+    let settings = Settings {
         sinks: spec.number("sinks")?,
         window: spec.number("window")?,
     };
     if settings.window == 0 {
         let reason = "at least the newest position is kept";
-        return Err(spec.refused("window", reason.to_owned()));
+        return Err(spec.refused("window", reason));
     }
     if let Some(model_window) = context.config.window
         && settings.capacity() >= model_window
@@ -57,16 +54,15 @@ fn settings(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<StreamingLlm
     Ok(settings)
 }
 
-/// Settings of [`StreamingLlmCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct StreamingLlmSettings {
+struct Settings {
     /// First positions, which are always kept.
     sinks: usize,
     /// Newest positions.
     window: usize,
 }
 
-impl StreamingLlmSettings {
+impl Settings {
     fn capacity(self) -> usize {
         self.sinks.saturating_add(self.window)
     }
@@ -79,19 +75,22 @@ impl StreamingLlmSettings {
 /// right before those. The keys come rotated, so that those of the sinks are rotated on by the number of evicted
 /// positions as they are read; rotations add up, so that this is what the authors compute. A step's own positions see
 /// each other and all that is held; what is too much is evicted after it.
-struct StreamingLlmCache {
-    settings: StreamingLlmSettings,
-    layers: Vec<Vec<Held>>,
-    /// Of the rotary embedding, `[m / 2]`.
-    frequencies: Vec<f32>,
-    /// The model's sliding window, which counts positions in the cache too.
-    sliding_window: Option<usize>,
-    positions: usize,
+struct Layer {
+    heads: Vec<DenseHead>,
+    /// Positions that are gone, between the sinks and the newest.
+    evicted: usize,
 }
 
-/// What is held of a KV head, the sinks moved forward.
+/// Settings and frequencies, which all layers use.
+struct Shared {
+    settings: Settings,
+    /// Frequencies of the rotary embedding, `[m / 2]`.
+    frequencies: Vec<f32>,
+}
+
+/// Positions held of a KV head, the sinks moved forward.
 struct Shifted<'a> {
-    held: &'a Held,
+    held: &'a DenseHead,
     sinks: usize,
     /// Cosine and sine of how far each pair of numbers turns; empty where nothing is evicted yet.
     turns: &'a [(f32, f32)],
@@ -104,8 +103,8 @@ impl Positions for Shifted<'_> {
 
     fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
         let start = keys.len();
-        self.held.keys.read(first, count, keys);
-        self.held.values.read(first, count, values);
+        self.held.rows.keys.read(first, count, keys);
+        self.held.rows.values.read(first, count, values);
         let half = self.turns.len();
         let sinks = self.sinks.saturating_sub(first).min(count);
         for key in keys[start..].chunks_exact_mut(2 * half).take(sinks) {
@@ -127,70 +126,64 @@ impl<'a> Shifted<'a> {
     }
 }
 
-impl StreamingLlmCache {
-    fn new(config: &Config, settings: StreamingLlmSettings) -> Self {
-        Self {
-            settings,
-            layers: Held::layers(config),
-            frequencies: config.rotary.frequencies(config.head_dim),
-            sliding_window: config.window,
-            positions: 0,
-        }
-    }
+fn cache(config: &Config, settings: Settings) -> StoredCache<Layer> {
+    let shared = Shared {
+        settings,
+        frequencies: config.rotary.frequencies(config.head_dim),
+    };
+    let head = |_| DenseHead::new(config.head_dim, NumberType::F16);
+    StoredCache::with_layers(config, shared, || Layer {
+        heads: (0..config.kv_heads).map(head).collect(),
+        evicted: 0,
+    })
+}
 
-    /// How far a shift by so many positions turns each pair of numbers.
+impl Shared {
+    /// Returns the cosine and sine of how far a shift by so many positions turns each pair of numbers.
     fn turns(&self, positions: usize) -> Vec<(f32, f32)> {
         if positions == 0 || self.settings.sinks == 0 {
             return Vec::new();
         }
-        let angles = self
-            .frequencies
-            .iter()
-            .map(|&f| positions as f64 * f64::from(f));
-        angles
-            .map(|angle| (angle.cos() as f32, angle.sin() as f32))
-            .collect()
+        let turn = |&frequency: &f32| {
+            let angle = positions as f64 * f64::from(frequency);
+            (angle.cos() as f32, angle.sin() as f32)
+        };
+        self.frequencies.iter().map(turn).collect()
     }
 }
 
-impl KvCache for StreamingLlmCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let step = Step::new(q, k, v)?;
-        step.check_finite(layer)?;
-        let StreamingLlmSettings { sinks, window } = self.settings;
-        let held = self.layers[layer].first().map_or(0, Held::len);
-        let turns = self.turns(self.positions.saturating_sub(held));
-        let heads = self.layers[layer].iter();
-        let shifted: Vec<Shifted<'_>> = heads
-            .map(|held| Shifted {
-                held,
-                sinks,
-                turns: &turns,
-            })
-            .collect();
-        let out = step.attend(&shifted, self.sliding_window, |head| vec![head.source()])?;
+impl StoredLayer for Layer {
+    type Shared = Shared;
+
+    fn attend(&mut self, shared: &mut Shared, step: &Step, at: Place) -> Result<Tensor> {
+        let Settings { sinks, window } = shared.settings;
+        let turns = shared.turns(self.evicted);
+        let shifted = |held| Shifted {
+            held,
+            sinks,
+            turns: &turns,
+        };
+        let shifted: Vec<Shifted<'_>> = self.heads.iter().map(shifted).collect();
+        let out = step.attend(&shifted, at.sliding_window, |head| vec![head.source()])?;
         let (_, t, _) = step.shape;
-        let all = held + t;
+        let all = self.heads.first().map_or(0, DenseHead::len) + t;
+        let capacity = shared.settings.capacity();
         let kept: Option<Vec<usize>> =
-            (all > self.settings.capacity()).then(|| (0..sinks).chain(all - window..all).collect());
-        for (held, new) in self.layers[layer].iter_mut().zip(step.heads()) {
+            (all > capacity).then(|| (0..sinks).chain(all - window..all).collect());
+        for (held, new) in self.heads.iter_mut().zip(step.heads()) {
             match &kept {
-                Some(kept) => held.take_kept(new, kept),
-                None => held.take(new),
+                Some(kept) => held.keep(new, kept),
+                None => held.extend(new),
             }
         }
-        if layer + 1 == self.layers.len() {
-            self.positions += t;
-        }
+        self.evicted += all.saturating_sub(capacity);
         Ok(out)
     }
 
-    fn len(&self) -> usize {
-        self.positions
-    }
-
-    fn footprint(&self) -> Footprint {
-        Held::footprint(&self.layers)
+    fn bytes(&self) -> Vec<(&'static str, usize)> {
+        let kept = self.heads.iter().flat_map(DenseHead::bytes);
+        let bookkeeping = self.heads.len() * size_of::<DenseHead>();
+        vec![("kept", kept.sum()), ("bookkeeping", bookkeeping)]
     }
 }
 
@@ -198,12 +191,13 @@ impl KvCache for StreamingLlmCache {
 mod tests {
     use super::super::evict::testing::*;
     use super::*;
+    use crate::cache::KvCache;
 
-    fn cache(config: &Config, sinks: usize, window: usize) -> StreamingLlmCache {
-        StreamingLlmCache::new(config, StreamingLlmSettings { sinks, window })
+    fn cache(config: &Config, sinks: usize, window: usize) -> StoredCache<Layer> {
+        super::cache(config, Settings { sinks, window })
     }
 
-    /// As the authors' `StartRecentKVCache(2, 3)`: of 6 positions 0, 1 and 3, 4, 5; then one newer each step.
+    /// Keeps what the authors' `StartRecentKVCache(2, 3)` keeps: of 6 positions 0, 1 and 3, 4, 5; then one newer each step.
     #[test]
     fn the_sinks_and_the_newest_are_kept() {
         let config = config(2, 4, 2, 8);
@@ -216,7 +210,7 @@ mod tests {
             (9, vec![0, 1, 14, 15, 16]),
         ] {
             feed(&mut cache, &config, t);
-            for held in cache.layers.iter().flatten() {
+            for held in cache.layers.iter().flat_map(|layer| &layer.heads) {
                 assert_eq!(held.positions(), expected);
             }
         }
@@ -231,7 +225,7 @@ mod tests {
                 let mut cache = cache(&config, sinks, window);
                 for t in steps {
                     feed(&mut cache, &config, t);
-                    let (held, all) = (cache.layers[0][0].positions(), cache.len());
+                    let (held, all) = (cache.layers[0].heads[0].positions(), cache.len());
                     let recent = all.saturating_sub(window)..all;
                     let expected: Vec<usize> = (0..all)
                         .filter(|i| *i < sinks || recent.contains(i))

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ::lexico::attention::{Positions, Source};
+use ::lexico::KeyValue;
 use candle_core::{Device, Tensor};
 use half::f16;
 use rand::{Rng, RngExt, SeedableRng};
@@ -9,9 +9,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::bits::{PackedRows, grow, row_bytes};
 use super::method::{Lengths, Method, Values, option};
+use super::stored::{CodedHead, CodedVectors, Place, StoredCache, StoredLayer};
 use super::uniform::held;
-use super::window::Window;
-use super::{CacheContext, CacheSpec, Decoded, Footprint, KvCache, Step, outside_window};
+use super::{CacheContext, CacheSpec, Decoded, Step};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -19,24 +19,23 @@ pub(super) static METHOD: Method = Method {
     name: "turboquant",
     summary: "TurboQuant: vectors rotated at random, each coordinate on the best few numbers",
     needs_dictionaries: false,
+    saves: false,
     options: &[
-        option(
-            "bits",
-            Values::Number,
-            "2.5",
-            "bits a number, 1 to 4; a fraction is the share of channels, the largest, that get one more",
+        option("bits", Values::Number, "2.5").about(
+            "bits a number, 1 to 4; a fraction is the share of channels, the largest, that get \
+             one more",
         ),
-        option(
-            "norm",
-            Values::OneOf(&["kept", "corrected"]),
-            "kept",
-            "norm stored: the vector's (as published), or one that keeps its product with the vector",
-        ),
-        option("window", Values::Count, "0", "newest positions, kept dense"),
+        option("norm", Values::OneOf(&["kept", "eden"]), "kept")
+            .about(
+                "norm stored: the vector's (as published), or EDEN's, which keeps its product with \
+                 the vector",
+            )
+            .with_aliases(&[("corrected", "eden")]),
+        option("window", Values::Count, "0").about("newest positions, kept dense"),
     ],
     build: |spec, context| {
         let settings = Settings::new(spec, context)?;
-        Ok(Box::new(TurboQuantCache::new(context.config, settings)?))
+        Ok(Box::new(cache(context.config, settings)?))
     },
     bytes: |spec, context, lengths| Ok(Settings::new(spec, context)?.bytes(context.config, lengths)),
     settings: |_, context, budget| {
@@ -55,12 +54,12 @@ pub(super) static METHOD: Method = Method {
 
 #[derive(Debug, Clone, Copy)]
 struct Settings {
-    /// Bits of most channels.
+    /// Bits of all channels but the outliers.
     bits: u32,
     /// Channels that have one bit more.
     outliers: usize,
-    /// Whether norms keep the product with the vector.
-    corrected: bool,
+    /// True for EDEN's norms, which keep the product with the vector.
+    eden: bool,
     window: usize,
 }
 
@@ -82,7 +81,7 @@ impl Settings {
         Ok(Self {
             bits: bits as u32,
             outliers,
-            corrected: spec.text("norm") == "corrected",
+            eden: spec.text("norm") == "eden",
             window: spec.number("window")?,
         })
     }
@@ -90,28 +89,22 @@ impl Settings {
     /// Bits and channels of the outliers, where there are any, and of the rest.
     fn parts(self, head_dim: usize) -> impl Iterator<Item = (u32, usize)> {
         let outliers = (self.outliers > 0).then_some((self.bits + 1, self.outliers));
-        outliers
-            .into_iter()
-            .chain([(self.bits, head_dim - self.outliers)])
+        let rest = (self.bits, head_dim - self.outliers);
+        outliers.into_iter().chain([rest])
     }
 
     fn bytes(self, config: &Config, lengths: Lengths) -> f64 {
         let m = config.head_dim;
-        let positions = lengths.end.min(config.window.unwrap_or(usize::MAX));
-        let dense = positions.min(self.window);
-        let vector: usize = self
-            .parts(m)
-            .map(|(bits, width)| row_bytes(bits, width) + size_of::<f16>())
-            .sum();
+        let vector = |(bits, width)| row_bytes(bits, width) + size_of::<f16>();
+        let vector = self.parts(m).map(vector).sum();
         let channels = if self.outliers > 0 { m } else { 0 };
         let parts = self.parts(m).count() * size_of::<Coded>();
-        let part = vector * (positions - dense) + dense * 2 * m + channels + parts;
-        let head = size_of::<Head>() + 2 * part;
-        (config.layers * config.kv_heads * head) as f64
+        let more = config.layers * config.kv_heads * 2 * (channels + parts);
+        Head::expected_bytes(config, lengths, self.window, vector) + more as f64
     }
 }
 
-/// Every vector rotated at random, its coordinates rounded to a codebook made for them, and its norm.
+/// A layer whose vectors are rotated at random, its coordinates rounded to a codebook made for them, and its norm.
 ///
 /// Zandieh et al.: *TurboQuant* (2025), the variant of least squared error (Algorithm 1) for keys and values. The paper does
 /// not say which of its two variants its KV caches use; of the other one (Algorithm 2), which spends a bit on signs of
@@ -124,62 +117,54 @@ impl Settings {
 /// and a norm each. The paper counts 32 of 128 channels with 3 bits, the others with 2, as 2.5 bits: that is 2.25 here, and
 /// 2.5 with the two norms of 16 bits.
 ///
-/// Rounding to the means of cells shrinks vectors: `⟨x, x̂⟩ < ‖x‖²`, and with it all scores. `norm=corrected`, which is not
-/// in the paper, scales `x̂` so that they are equal; it takes no bytes.
+/// Rounding to the means of cells shrinks vectors: `⟨x, x̂⟩ < ‖x‖²`, and with it all scores. `norm=eden` scales `x̂` so that
+/// they are equal; it takes no bytes. The scale is that of EDEN (Vargaftik et al.: *EDEN: Communication-Efficient and Robust
+/// Distributed Mean Estimation for Federated Learning*, ICML 2022), which codes rotated vectors in the same way;
+/// TurboQuant without it is EDEN with another scale (arXiv 2604.18555).
 ///
 /// A layer's attention works on rotated queries, keys and values, so that nothing is rotated back but its output.
 /// Rotations depend on nothing but the head dim: all caches share them, and like dictionaries they are not among a cache's
 /// bytes.
-struct TurboQuantCache {
-    layers: Vec<Vec<Head>>,
-    /// Of the outliers, where there are any, and of the rest.
-    rotations: Vec<Rotation>,
-    codebooks: Vec<Arc<Codebook>>,
-    settings: Settings,
-    head_dim: usize,
-    sliding_window: Option<usize>,
-    positions: usize,
+struct Layer {
+    heads: Vec<Head>,
 }
 
-struct Head {
-    keys: Part,
-    values: Part,
+/// The rotated keys and values of a KV head.
+type Head = CodedHead<Rotated>;
+
+/// Settings, rotations and codebooks, which all layers use.
+struct Shared {
+    settings: Settings,
+    /// Rotation of the outliers, where there are any, and of the rest.
+    rotations: Vec<Rotation>,
+    codebooks: Vec<Arc<Codebook>>,
+    head_dim: usize,
 }
 
 /// The keys, or the values, of a KV head, rotated.
-struct Part {
-    /// Which channels are outliers, where any are to be, from the first step on.
+struct Rotated {
+    /// True for channels that are outliers, where any are to be, from the first step on.
     outliers: Vec<bool>,
-    /// Of the outliers, where there are any, and of the rest.
+    /// Channels of the outliers, where there are any, and the rest.
     coded: Vec<Coded>,
-    window: Window,
 }
 
 /// Some channels of rotated vectors.
 struct Coded {
     codebook: Arc<Codebook>,
     codes: PackedRows,
-    /// What centroids, of the scale of a vector of norm `√width`, are multiplied by.
+    /// Factors of the centroids, which have the scale of a vector of norm `√width`.
     norms: Vec<f16>,
 }
 
 impl Coded {
-    fn new(codebook: Arc<Codebook>, bits: u32, width: usize) -> Self {
-        Self {
-            codebook,
-            codes: PackedRows::new(bits, width),
-            norms: Vec::new(),
-        }
-    }
-
     /// Appends rotated vectors.
-    fn extend<'v>(&mut self, vectors: impl ExactSizeIterator<Item = &'v [f32]>, corrected: bool) {
-        let width = self.codes.width();
+    fn extend<'v>(&mut self, vectors: impl ExactSizeIterator<Item = &'v [f32]>) {
+        let width = self.codes.width;
         grow(&mut self.norms, vectors.len(), 1);
         let mut codes = Vec::with_capacity(vectors.len() * width);
         for vector in vectors {
-            let norm = self.codebook.encode(vector, corrected, &mut codes);
-            self.norms.push(norm);
+            self.norms.push(self.codebook.encode(vector, &mut codes));
         }
         self.codes.extend(&codes);
     }
@@ -188,56 +173,52 @@ impl Coded {
     fn read(&self, row: usize, codes: &mut [u8], out: &mut Vec<f32>) {
         let norm = self.norms[row].to_f32();
         self.codes.read(row, codes);
-        let numbers = codes
-            .iter()
-            .map(|&code| self.codebook.centroids[usize::from(code)]);
+        let centroids = &self.codebook.centroids;
+        let numbers = codes.iter().map(|&code| centroids[usize::from(code)]);
         out.extend(numbers.map(|x| x * norm));
-    }
-
-    fn drop_front(&mut self, count: usize) {
-        self.codes.drop_front(count);
-        self.norms.drain(..count);
-    }
-
-    fn bytes(&self) -> usize {
-        self.codes.bytes() + self.norms.capacity() * size_of::<f16>()
     }
 }
 
-impl Part {
+impl Rotated {
     fn new(settings: Settings, codebooks: &[Arc<Codebook>], head_dim: usize) -> Self {
         let coded = settings.parts(head_dim).zip(codebooks);
+        let coded = coded.map(|((bits, width), codebook)| Coded {
+            codebook: Arc::clone(codebook),
+            codes: PackedRows::new(bits, width),
+            norms: Vec::new(),
+        });
         Self {
             outliers: Vec::new(),
-            coded: coded
-                .map(|((bits, width), codebook)| Coded::new(Arc::clone(codebook), bits, width))
-                .collect(),
-            window: Window::new(head_dim, settings.window),
+            coded: coded.collect(),
         }
     }
 
-    /// Takes rotated vectors `[n, m]`.
-    fn extend(&mut self, new: &[f32], corrected: bool) {
-        let leaving = self.window.take(new);
-        let m = self.coded.iter().map(|coded| coded.codes.width()).sum();
-        let mut first = 0;
-        for coded in &mut self.coded {
-            let own = first..first + coded.codes.width();
-            first = own.end;
-            coded.extend(leaving.chunks_exact(m).map(|v| &v[own.clone()]), corrected);
-        }
+    /// The channels as they are in rotated vectors: the outliers before the rest.
+    fn order(&self, head_dim: usize) -> Vec<usize> {
+        let mut channels: Vec<usize> = (0..head_dim).collect();
+        channels.sort_by_key(|&channel| self.outliers.get(channel) != Some(&true));
+        channels
     }
+}
 
-    fn coded_len(&self) -> usize {
+impl CodedVectors for Rotated {
+    fn len(&self) -> usize {
         self.coded.first().map_or(0, |coded| coded.codes.len())
     }
 
+    fn extend(&mut self, vectors: &[f32]) {
+        let m = self.coded.iter().map(|coded| coded.codes.width).sum();
+        let mut first = 0;
+        for coded in &mut self.coded {
+            let own = first..first + coded.codes.width;
+            first = own.end;
+            coded.extend(vectors.chunks_exact(m).map(|v| &v[own.clone()]));
+        }
+    }
+
     fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
-        let mut codes: Vec<_> = self
-            .coded
-            .iter()
-            .map(|c| vec![0; c.codes.width()])
-            .collect();
+        let codes = |coded: &Coded| vec![0; coded.codes.width];
+        let mut codes: Vec<_> = self.coded.iter().map(codes).collect();
         for row in first..first + count {
             for (coded, codes) in self.coded.iter().zip(&mut codes) {
                 coded.read(row, codes, out);
@@ -246,32 +227,15 @@ impl Part {
     }
 
     fn drop_front(&mut self, count: usize) {
-        self.coded
-            .iter_mut()
-            .for_each(|coded| coded.drop_front(count));
+        for coded in &mut self.coded {
+            coded.codes.drop_front(count);
+            coded.norms.drain(..count);
+        }
     }
 
-    fn coded_bytes(&self) -> usize {
-        self.coded.iter().map(Coded::bytes).sum()
-    }
-
-    /// The channels as they are in rotated vectors: the outliers before the rest.
-    fn order(&self, head_dim: usize) -> Vec<usize> {
-        let is_outlier = |&channel: &usize| self.outliers.get(channel) == Some(&true);
-        let outliers = (0..head_dim).filter(is_outlier);
-        let rest = (0..head_dim).filter(|channel| !is_outlier(channel));
-        outliers.chain(rest).collect()
-    }
-}
-
-impl Positions for Head {
-    fn len(&self) -> usize {
-        self.keys.coded_len()
-    }
-
-    fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
-        self.keys.read(first, count, keys);
-        self.values.read(first, count, values);
+    fn bytes(&self) -> usize {
+        let bytes = |c: &Coded| c.codes.bytes() + c.norms.capacity() * size_of::<f16>();
+        self.coded.iter().map(bytes).sum()
     }
 }
 
@@ -285,9 +249,7 @@ fn largest_channels(vectors: &[f32], head_dim: usize, count: usize) -> Vec<bool>
     let mut channels: Vec<usize> = (0..head_dim).collect();
     channels.sort_by(|&a, &b| sums[b].total_cmp(&sums[a]));
     let mut largest = vec![false; head_dim];
-    channels[..count]
-        .iter()
-        .for_each(|&channel| largest[channel] = true);
+    channels.iter().take(count).for_each(|&c| largest[c] = true);
     largest
 }
 
@@ -295,16 +257,18 @@ fn largest_channels(vectors: &[f32], head_dim: usize, count: usize) -> Vec<bool>
 /// standard normal distribution for many coordinates.
 #[derive(Debug)]
 struct Codebook {
-    /// In rising order.
+    /// Numbers that codes stand for, rising.
     centroids: Vec<f32>,
-    /// Between each centroid and the next, half way.
+    /// Bounds of the codes, half way between each centroid and the next.
     bounds: Vec<f32>,
+    /// True for EDEN's norms.
+    eden: bool,
 }
 
 impl Codebook {
     /// The algorithm of Lloyd (1957, published 1982) and Max (1960) on the distribution itself: coordinates are
     /// `√width·sin θ` with a density of `θ` proportional to `cos^(width − 2) θ`, for a `width` of 2 or more.
-    fn new(bits: u32, width: usize) -> Self {
+    fn new(bits: u32, width: usize, eden: bool) -> Self {
         const CELLS: usize = 1 << 14;
         const ROUNDS: usize = 2000;
         let size = (width as f64).sqrt();
@@ -321,10 +285,8 @@ impl Codebook {
         }
         let up_to = |x: f64| {
             let at = ((x / size).min(1.0).asin() / cell).min(CELLS as f64);
-            let (i, part) = (
-                (at as usize).min(CELLS - 1),
-                at - (at as usize).min(CELLS - 1) as f64,
-            );
+            let i = (at as usize).min(CELLS - 1);
+            let part = at - i as f64;
             let ((all, sum), (next_all, next_sum)) = (below[i], below[i + 1]);
             (all + part * (next_all - all), sum + part * (next_sum - sum))
         };
@@ -348,18 +310,18 @@ impl Codebook {
             }
         }
         let negative = centroids.iter().rev().map(|&x| -x as f32);
-        let centroids: Vec<f32> = negative
-            .chain(centroids.iter().map(|&x| x as f32))
-            .collect();
+        let positive = centroids.iter().map(|&x| x as f32);
+        let centroids: Vec<f32> = negative.chain(positive).collect();
         let bounds = centroids.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0);
         Self {
             bounds: bounds.collect(),
             centroids,
+            eden,
         }
     }
 
     /// Appends the codes of a vector; returns what its centroids are to be multiplied by.
-    fn encode(&self, vector: &[f32], corrected: bool, codes: &mut Vec<u8>) -> f16 {
+    fn encode(&self, vector: &[f32], codes: &mut Vec<u8>) -> f16 {
         let squares: f64 = vector.iter().map(|&x| f64::from(x).powi(2)).sum();
         let norm = (squares / vector.len() as f64).sqrt();
         let scale = if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 };
@@ -370,16 +332,9 @@ impl Codebook {
             product += f64::from(x) * f64::from(self.centroids[code]);
             code as u8
         }));
-        let norm = if corrected && product > 0.0 {
-            squares / product
-        } else {
-            norm
-        };
+        let eden = self.eden && product > 0.0;
+        let norm = if eden { squares / product } else { norm };
         f16::from_f64(norm.min(f16::MAX.to_f64()))
-    }
-
-    fn bytes(&self) -> usize {
-        (self.centroids.capacity() + self.bounds.capacity()) * size_of::<f32>()
     }
 }
 
@@ -448,173 +403,128 @@ pub(super) fn gaussian(rng: &mut impl Rng) -> f64 {
     radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
 }
 
-impl TurboQuantCache {
-    fn new(config: &Config, settings: Settings) -> Result<Self> {
-        let m = config.head_dim;
-        let codebook = |(bits, width)| Arc::new(Codebook::new(bits, width));
-        let codebooks: Vec<_> = settings.parts(m).map(codebook).collect();
-        let head = || Head {
-            keys: Part::new(settings, &codebooks, m),
-            values: Part::new(settings, &codebooks, m),
-        };
-        let layer = || (0..config.kv_heads).map(|_| head()).collect();
-        let rotation = |(_, width)| Rotation::of(width);
-        Ok(Self {
-            layers: (0..config.layers).map(|_| layer()).collect(),
-            rotations: settings.parts(m).map(rotation).collect::<Result<_>>()?,
-            codebooks: codebooks.clone(),
-            settings,
-            head_dim: m,
-            sliding_window: config.window,
-            positions: 0,
-        })
-    }
+fn cache(config: &Config, settings: Settings) -> Result<StoredCache<Layer>> {
+    let m = config.head_dim;
+    let codebook = |(bits, width)| Arc::new(Codebook::new(bits, width, settings.eden));
+    let codebooks: Vec<_> = settings.parts(m).map(codebook).collect();
+    let rotation = |(_, width)| Rotation::of(width);
+    let shared = Shared {
+        settings,
+        rotations: settings.parts(m).map(rotation).collect::<Result<_>>()?,
+        codebooks: codebooks.clone(),
+        head_dim: m,
+    };
+    let rotated = || Rotated::new(settings, &codebooks, m);
+    let head = |_| Head::new(m, settings.window, rotated);
+    let layer = || Layer {
+        heads: (0..config.kv_heads).map(head).collect(),
+    };
+    Ok(StoredCache::with_layers(config, shared, layer))
+}
 
-    /// Vectors `[n, m]` rotated as those of `part` are, or back.
-    fn turn(&self, part: &Part, vectors: &[f32], back: bool) -> Result<Vec<f32>> {
+impl Shared {
+    /// Vectors `[n, m]` rotated as those of `as_in` are, or back.
+    fn turn(&self, as_in: &Rotated, vectors: &[f32], back: bool) -> Result<Vec<f32>> {
         let m = self.head_dim;
-        let order = part.order(m);
+        let order = as_in.order(m);
         let mut out = vec![0.0; vectors.len()];
         let mut first = 0;
         for rotation in &self.rotations {
             let turned: Vec<usize> = (first..first + rotation.width).collect();
             let plain = &order[first..first + rotation.width];
-            let (from, to) = if back {
-                (&turned[..], plain)
-            } else {
-                (plain, &turned[..])
-            };
+            let mut channels = [plain, &turned];
+            if back {
+                channels.reverse();
+            }
+            let [from, to] = channels;
             let vectors = vectors.chunks_exact(m);
             let taken = vectors.flat_map(|vector| from.iter().map(|&channel| vector[channel]));
             let rows = rotation.turn(taken.collect(), back)?;
-            for (out, row) in out
-                .chunks_exact_mut(m)
-                .zip(rows.chunks_exact(rotation.width))
-            {
-                to.iter()
-                    .zip(row)
-                    .for_each(|(&channel, &x)| out[channel] = x);
+            let rows = rows.chunks_exact(rotation.width);
+            for (out, row) in out.chunks_exact_mut(m).zip(rows) {
+                for (&channel, &x) in to.iter().zip(row) {
+                    out[channel] = x;
+                }
             }
             first += rotation.width;
         }
         Ok(out)
     }
+}
 
-    /// The step's queries, keys and values, rotated as those of the layer's heads are.
-    fn rotated(&self, layer: usize, step: &Step) -> Result<Step> {
-        let heads = &self.layers[layer];
-        let group = step.queries.len() / heads.len();
+impl StoredLayer for Layer {
+    type Shared = Shared;
+
+    fn attend(&mut self, shared: &mut Shared, step: &Step, at: Place) -> Result<Tensor> {
+        let Shared {
+            settings, head_dim, ..
+        } = *shared;
+        // What f16 does not hold is no norm either.
+        let held = |x: &[f32]| x.iter().map(|&x| held(x)).collect::<Vec<f32>>();
         let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
-        let given = step.queries.chunks_exact(group).zip(step.heads());
-        for (head, (head_queries, (head_keys, head_values))) in heads.iter().zip(given) {
-            queries.extend(self.turn(&head.keys, head_queries, false)?);
-            keys.extend(self.turn(&head.keys, head_keys, false)?);
-            values.extend(self.turn(&head.values, head_values, false)?);
+        let new = step.queries().zip(step.heads());
+        for (head, (head_queries, vectors)) in self.heads.iter_mut().zip(new) {
+            let vectors = vectors.map(held);
+            for (rotated, vectors) in head.coded.as_mut().zip(vectors.as_ref()) {
+                if settings.outliers > 0 && rotated.outliers.is_empty() {
+                    rotated.outliers = largest_channels(vectors, head_dim, settings.outliers);
+                }
+            }
+            queries.extend(shared.turn(&head.coded.keys, head_queries, false)?);
+            keys.extend(shared.turn(&head.coded.keys, &vectors.keys, false)?);
+            values.extend(shared.turn(&head.coded.values, &vectors.values, false)?);
         }
-        Ok(Step {
+        let rotated = Step {
             queries,
             keys,
             values,
             shape: step.shape,
-        })
+        };
+        let out = self.heads.attend(&mut (), &rotated, at)?;
+        let out = self.turned_back(shared, &out.flatten_all()?.to_vec1()?, |head| &head.values)?;
+        Ok(Tensor::from_vec(out, step.shape, &Device::Cpu)?)
+    }
+
+    fn decoded(&self, shared: &Shared) -> Result<Option<Decoded>> {
+        let Some(rotated) = self.heads.decoded(&())? else {
+            return Ok(None);
+        };
+        Ok(Some(Decoded {
+            keys: self.turned_back(shared, &rotated.keys, |head| &head.keys)?,
+            values: self.turned_back(shared, &rotated.values, |head| &head.values)?,
+            bytes: rotated.bytes,
+        }))
+    }
+
+    fn bytes(&self) -> Vec<(&'static str, usize)> {
+        let mut parts = self.heads.bytes();
+        let rotated = self.heads.iter().flat_map(|head| head.coded.as_ref());
+        let more = rotated.map(|r| r.outliers.capacity() + r.coded.capacity() * size_of::<Coded>());
+        parts.push(("bookkeeping", more.sum()));
+        parts
+    }
+
+    fn shared_bytes(shared: &Shared) -> Vec<(&'static str, usize)> {
+        let codebooks = shared.codebooks.iter();
+        let numbers = codebooks.map(|c| c.centroids.capacity() + c.bounds.capacity());
+        vec![("codebooks", numbers.sum::<usize>() * size_of::<f32>())]
     }
 }
 
-impl KvCache for TurboQuantCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let window = self.sliding_window;
-        let mut step = Step::new(q, k, v)?;
-        step.check_finite(layer)?;
-        // What f16 does not hold is no norm either.
-        let numbers = step.keys.iter_mut().chain(&mut step.values);
-        numbers.for_each(|x| *x = held(*x));
-        if layer + 1 == self.layers.len() {
-            self.positions += k.dim(1)?;
-        }
-        let Settings {
-            outliers,
-            corrected,
-            ..
-        } = self.settings;
-        for (head, (keys, values)) in self.layers[layer].iter_mut().zip(step.heads()) {
-            for (part, vectors) in [(&mut head.keys, keys), (&mut head.values, values)] {
-                if outliers > 0 && part.outliers.is_empty() {
-                    part.outliers = largest_channels(vectors, self.head_dim, outliers);
-                }
-            }
-        }
-        let step = self.rotated(layer, &step)?;
-        let heads = &self.layers[layer];
-        let out = step.attend(heads, window, |head| {
-            vec![
-                Source::Decoded(head),
-                Source::Dense {
-                    keys: head.keys.window.rows(),
-                    values: head.values.window.rows(),
-                },
-            ]
-        })?;
-        let shape = out.dims3()?;
-        let rotated: Vec<f32> = out.flatten_all()?.to_vec1()?;
+impl Layer {
+    /// Numbers of all heads, `[kv_heads, …]`, rotated back as each head's vectors of `part` are.
+    fn turned_back(
+        &self,
+        shared: &Shared,
+        rotated: &[f32],
+        part: impl Fn(&KeyValue<Rotated>) -> &Rotated,
+    ) -> Result<Vec<f32>> {
         let mut out = Vec::with_capacity(rotated.len());
-        let group = rotated.len() / heads.len();
-        for (head, rotated) in heads.iter().zip(rotated.chunks_exact(group)) {
-            out.extend(self.turn(&head.values, rotated, true)?);
+        let own = rotated.chunks_exact((rotated.len() / self.heads.len()).max(1));
+        for (head, rotated) in self.heads.iter().zip(own) {
+            out.extend(shared.turn(part(&head.coded), rotated, true)?);
         }
-        for (head, (keys, values)) in self.layers[layer].iter_mut().zip(step.heads()) {
-            head.keys.extend(keys, corrected);
-            head.values.extend(values, corrected);
-            let coded = head.keys.coded_len();
-            if let Some(outside) = outside_window(window, coded + head.keys.window.rows().len()) {
-                head.keys.drop_front(outside.min(coded));
-                head.values.drop_front(outside.min(coded));
-            }
-        }
-        Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
-    }
-
-    fn len(&self) -> usize {
-        self.positions
-    }
-
-    fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
-        let mut decoded = Decoded::default();
-        for head in &self.layers[layer] {
-            let (mut keys, mut values) = (Vec::new(), Vec::new());
-            head.read(0, Positions::len(head), &mut keys, &mut values);
-            keys.extend(head.keys.window.rows().to_f32());
-            values.extend(head.values.window.rows().to_f32());
-            decoded.keys.extend(self.turn(&head.keys, &keys, true)?);
-            decoded
-                .values
-                .extend(self.turn(&head.values, &values, true)?);
-            for (bytes, part) in decoded.bytes.iter_mut().zip([&head.keys, &head.values]) {
-                *bytes += part.coded_bytes() + part.window.rows().bytes();
-            }
-        }
-        Ok(Some(decoded))
-    }
-
-    fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flatten();
-        let parts = || heads().flat_map(|head| [&head.keys, &head.values]);
-        let bookkeeping =
-            |part: &Part| part.outliers.capacity() + part.coded.capacity() * size_of::<Coded>();
-        let codebooks = self.codebooks.iter().map(|codebook| codebook.bytes());
-        Footprint {
-            parts: vec![
-                ("codes", parts().map(Part::coded_bytes).sum()),
-                (
-                    "window",
-                    parts().map(|part| part.window.rows().bytes()).sum(),
-                ),
-                ("codebooks", codebooks.sum()),
-                (
-                    "bookkeeping",
-                    heads().count() * size_of::<Head>() + parts().map(bookkeeping).sum::<usize>(),
-                ),
-            ],
-        }
+        Ok(out)
     }
 }
 
@@ -648,7 +558,7 @@ mod tests {
                 &[0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
             ),
         ] {
-            let centroids = Codebook::new(bits, 1 << 20).centroids;
+            let centroids = Codebook::new(bits, 1 << 20, false).centroids;
             let (negative, positive) = centroids.split_at(expected.len());
             for ((positive, negative), expected) in
                 positive.iter().zip(negative.iter().rev()).zip(expected)
@@ -665,18 +575,22 @@ mod tests {
     /// Two coordinates are the cosine and sine of a uniform angle: one bit is the mean of half a circle, `√2·2/π`.
     #[test]
     fn codebook_of_two_coordinates() {
-        let centroids = Codebook::new(1, 2).centroids;
+        let centroids = Codebook::new(1, 2, false).centroids;
         assert!((f64::from(centroids[1]) - 2.0 * 2f64.sqrt() / std::f64::consts::PI).abs() < 1e-4);
     }
 
     /// Vectors of a width, drawn from the normal distribution, and what their codes stand for.
-    fn coded(bits: u32, width: usize, corrected: bool) -> (Vec<f32>, Vec<f32>) {
+    fn coded(bits: u32, width: usize, eden: bool) -> (Vec<f32>, Vec<f32>) {
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let vectors: Vec<f32> = (0..2000 * width)
             .map(|_| gaussian(&mut rng) as f32)
             .collect();
-        let mut coded = Coded::new(Arc::new(Codebook::new(bits, width)), bits, width);
-        coded.extend(vectors.chunks_exact(width), corrected);
+        let mut coded = Coded {
+            codebook: Arc::new(Codebook::new(bits, width, eden)),
+            codes: PackedRows::new(bits, width),
+            norms: Vec::new(),
+        };
+        coded.extend(vectors.chunks_exact(width));
         let (mut codes, mut back) = (vec![0; width], Vec::new());
         (0..2000).for_each(|row| coded.read(row, &mut codes, &mut back));
         (vectors, back)
@@ -698,10 +612,10 @@ mod tests {
     }
 
     #[test]
-    fn corrected_norms_keep_the_product_with_the_vector() {
+    fn norms_of_eden_keep_the_product_with_the_vector() {
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-        let kept = |corrected| {
-            let (vectors, back) = coded(2, 64, corrected);
+        let kept = |eden| {
+            let (vectors, back) = coded(2, 64, eden);
             let rows = vectors.chunks_exact(64).zip(back.chunks_exact(64));
             rows.map(|(x, y)| dot(x, y) / dot(x, x))
                 .collect::<Vec<f32>>()

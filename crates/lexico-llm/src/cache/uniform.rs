@@ -4,6 +4,7 @@
 use half::f16;
 
 use super::bits::{PackedRows, grow, row_bytes};
+use super::stored::CodedVectors;
 
 /// The numbers that the codes of a group stand for: `zero + code·scale`.
 #[derive(Debug, Clone, Copy)]
@@ -13,25 +14,25 @@ pub(super) struct Grid {
 }
 
 impl Grid {
-    /// Of `bits` bits from `least` to `most`, of which both are within what f16 holds.
-    fn between((least, most): (f32, f32), bits: u32) -> Self {
-        let zero = f16::from_f32(least);
-        let scale = (most - zero.to_f32()).max(0.0) / max_code(bits);
+    /// Grid of `bits` bits from `min` to `max`, both within what f16 holds.
+    fn between((min, max): (f32, f32), bits: u32) -> Self {
+        let zero = f16::from_f32(min);
+        let scale = (max - zero.to_f32()).max(0.0) / max_code(bits);
         Self {
             zero,
             scale: f16::from_f32(scale.min(f16::MAX.to_f32())),
         }
     }
 
-    /// Of the smallest and largest of a group's numbers.
+    /// Grid from the smallest to the largest of a group's numbers.
     pub(super) fn of(numbers: impl Iterator<Item = f32>, bits: u32) -> Self {
-        let ends = numbers.fold((f32::INFINITY, f32::NEG_INFINITY), |(least, most), x| {
-            (least.min(x), most.max(x))
+        let ends = numbers.fold((f32::INFINITY, f32::NEG_INFINITY), |(min, max), x| {
+            (min.min(x), max.max(x))
         });
         Self::between(ends, bits)
     }
 
-    /// The code nearest to `x`.
+    /// Returns the code nearest to `x`.
     pub(super) fn code(self, x: f32, bits: u32) -> u8 {
         let scale = self.scale.to_f32();
         if scale == 0.0 {
@@ -41,7 +42,7 @@ impl Grid {
         steps.round_ties_even().clamp(0.0, max_code(bits)) as u8
     }
 
-    /// What a code stands for.
+    /// Returns the number that a code stands for.
     pub(super) fn number(self, code: u8) -> f32 {
         self.zero.to_f32() + f32::from(code) * self.scale.to_f32()
     }
@@ -56,144 +57,109 @@ pub(super) fn held(x: f32) -> f32 {
     x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32())
 }
 
-/// A growing list of vectors, each in groups of neighbouring channels.
-#[derive(Debug)]
-pub(super) struct ByToken {
-    codes: PackedRows,
-    /// `[n, groups]`
-    grids: Vec<Grid>,
-    /// Channels in a group; the last one may have fewer.
-    group: usize,
+/// Neighbouring numbers that share a grid.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Block {
+    /// Channels of one vector; the last block may have fewer.
+    Channels(usize),
+    /// One channel of so many positions.
+    Positions(usize),
 }
 
-impl ByToken {
-    pub(super) fn new(bits: u32, head_dim: usize, group: usize) -> Self {
+impl Block {
+    /// Number of positions, and of channels.
+    fn shape(self) -> (usize, usize) {
+        match self {
+            Self::Channels(count) => (1, count),
+            Self::Positions(count) => (count, 1),
+        }
+    }
+}
+
+/// A growing list of vectors, quantised block by block.
+#[derive(Debug)]
+pub(super) struct Quantised {
+    codes: PackedRows,
+    /// `[n / positions, m / channels]` of a block.
+    grids: Vec<Grid>,
+    block: Block,
+}
+
+impl Quantised {
+    pub(super) fn new(bits: u32, head_dim: usize, block: Block) -> Self {
         Self {
             codes: PackedRows::new(bits, head_dim),
             grids: Vec::new(),
-            group,
+            block,
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Bytes of `count` vectors, in whole blocks.
+    pub(super) fn bytes_of(count: usize, bits: u32, head_dim: usize, block: Block) -> usize {
+        let (positions, channels) = block.shape();
+        let grids = count / positions * head_dim.div_ceil(channels);
+        count * row_bytes(bits, head_dim) + grids * size_of::<Grid>()
+    }
+
+    /// Number of grids of a vector.
+    fn row_grids(&self) -> usize {
+        self.codes.width.div_ceil(self.block.shape().1)
+    }
+}
+
+impl CodedVectors for Quantised {
+    fn len(&self) -> usize {
         self.codes.len()
     }
 
-    /// Appends vectors `[n, m]`.
-    pub(super) fn extend(&mut self, vectors: &[f32]) {
-        let (bits, m) = (self.codes.bits(), self.codes.width());
-        let groups = m.div_ceil(self.group);
-        grow(&mut self.grids, vectors.len() / m * groups, groups);
+    /// Appends vectors, `[n, m]`, in whole blocks.
+    fn extend(&mut self, vectors: &[f32]) {
+        let (bits, m) = (self.codes.bits, self.codes.width);
+        let ((positions, channels), each) = (self.block.shape(), self.row_grids());
+        let room = if positions == 1 { each } else { 0 };
+        grow(&mut self.grids, vectors.len() / m / positions * each, room);
         let mut codes = Vec::with_capacity(vectors.len());
-        for vector in vectors.chunks_exact(m) {
-            for group in vector.chunks(self.group) {
-                let grid = Grid::of(group.iter().map(|&x| held(x)), bits);
-                codes.extend(group.iter().map(|&x| grid.code(held(x), bits)));
-                self.grids.push(grid);
+        for vectors in vectors.chunks_exact(positions * m) {
+            let first = self.grids.len();
+            self.grids.extend((0..m).step_by(channels).map(|channel| {
+                let own = channel..m.min(channel + channels);
+                let numbers = vectors.chunks_exact(m).flat_map(|x| &x[own.clone()]);
+                Grid::of(numbers.map(|&x| held(x)), bits)
+            }));
+            for vector in vectors.chunks_exact(m) {
+                for (numbers, grid) in vector.chunks(channels).zip(&self.grids[first..]) {
+                    codes.extend(numbers.iter().map(|&x| grid.code(held(x), bits)));
+                }
             }
         }
         self.codes.extend(&codes);
     }
 
-    /// Appends `count` vectors from `first` on to `out`.
-    pub(super) fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
-        let m = self.codes.width();
-        let groups = m.div_ceil(self.group);
-        let mut codes = vec![0; m];
+    fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
+        let ((positions, channels), each) = (self.block.shape(), self.row_grids());
+        let mut codes = vec![0; self.codes.width];
         for row in first..first + count {
             self.codes.read(row, &mut codes);
-            let grids = &self.grids[row * groups..(row + 1) * groups];
-            for (codes, grid) in codes.chunks(self.group).zip(grids) {
+            let grids = &self.grids[row / positions * each..][..each];
+            if channels == 1 {
+                out.extend(codes.iter().zip(grids).map(|(&c, grid)| grid.number(c)));
+                continue;
+            }
+            for (codes, grid) in codes.chunks(channels).zip(grids) {
                 out.extend(codes.iter().map(|&code| grid.number(code)));
             }
         }
     }
 
-    /// Drops the `count` oldest vectors.
-    pub(super) fn drop_front(&mut self, count: usize) {
-        let groups = self.codes.width().div_ceil(self.group);
+    /// Drops the `count` oldest vectors, whole blocks of them.
+    fn drop_front(&mut self, count: usize) {
         self.codes.drop_front(count);
-        self.grids.drain(..count * groups);
+        let grids = count / self.block.shape().0 * self.row_grids();
+        self.grids.drain(..grids);
     }
 
-    /// Bytes allocated.
-    pub(super) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.codes.bytes() + self.grids.capacity() * size_of::<Grid>()
-    }
-
-    /// Bytes of a vector.
-    pub(super) fn bytes_each(bits: u32, head_dim: usize, group: usize) -> usize {
-        row_bytes(bits, head_dim) + head_dim.div_ceil(group) * size_of::<Grid>()
-    }
-}
-
-/// A growing list of vectors, each channel in groups of neighbouring positions.
-#[derive(Debug)]
-pub(super) struct ByChannel {
-    codes: PackedRows,
-    /// `[groups, m]`
-    grids: Vec<Grid>,
-    /// Positions in a group.
-    group: usize,
-}
-
-impl ByChannel {
-    pub(super) fn new(bits: u32, head_dim: usize, group: usize) -> Self {
-        Self {
-            codes: PackedRows::new(bits, head_dim),
-            grids: Vec::new(),
-            group,
-        }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.codes.len()
-    }
-
-    /// Appends whole groups of vectors, `[n, m]`.
-    pub(super) fn extend(&mut self, vectors: &[f32]) {
-        let (bits, m) = (self.codes.bits(), self.codes.width());
-        grow(&mut self.grids, vectors.len() / self.group, 0);
-        let mut codes = Vec::with_capacity(vectors.len());
-        for group in vectors.chunks_exact(self.group * m) {
-            let first = self.grids.len();
-            self.grids.extend((0..m).map(|channel| {
-                let numbers = group.iter().skip(channel).step_by(m);
-                Grid::of(numbers.map(|&x| held(x)), bits)
-            }));
-            for vector in group.chunks_exact(m) {
-                let numbers = vector.iter().zip(&self.grids[first..]);
-                codes.extend(numbers.map(|(&x, grid)| grid.code(held(x), bits)));
-            }
-        }
-        self.codes.extend(&codes);
-    }
-
-    /// Appends `count` vectors from `first` on to `out`.
-    pub(super) fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
-        let m = self.codes.width();
-        let mut codes = vec![0; m];
-        for row in first..first + count {
-            self.codes.read(row, &mut codes);
-            let grids = &self.grids[row / self.group * m..][..m];
-            out.extend(codes.iter().zip(grids).map(|(&c, grid)| grid.number(c)));
-        }
-    }
-
-    /// Drops the `count` oldest vectors, whole groups of them.
-    pub(super) fn drop_front(&mut self, count: usize) {
-        self.codes.drop_front(count);
-        self.grids.drain(..count / self.group * self.codes.width());
-    }
-
-    /// Bytes allocated.
-    pub(super) fn bytes(&self) -> usize {
-        self.codes.bytes() + self.grids.capacity() * size_of::<Grid>()
-    }
-
-    /// Bytes of so many vectors, in whole groups.
-    pub(super) fn bytes_of(positions: usize, bits: u32, head_dim: usize, group: usize) -> usize {
-        positions * row_bytes(bits, head_dim) + positions / group * head_dim * size_of::<Grid>()
     }
 }
 
@@ -238,7 +204,7 @@ mod tests {
     proptest! {
         #[test]
         fn by_token_errs_by_half_a_step((bits, m, group, numbers) in vectors()) {
-            let mut rows = ByToken::new(bits, m, group);
+            let mut rows = Quantised::new(bits, m, Block::Channels(group));
             rows.extend(&numbers);
             let mut back = Vec::new();
             rows.read(0, numbers.len() / m, &mut back);
@@ -251,7 +217,7 @@ mod tests {
 
         #[test]
         fn by_channel_errs_by_half_a_step((bits, m, group, numbers) in vectors()) {
-            let mut rows = ByChannel::new(bits, m, group);
+            let mut rows = Quantised::new(bits, m, Block::Positions(group));
             rows.extend(&numbers);
             let mut back = Vec::new();
             rows.read(0, numbers.len() / m, &mut back);
@@ -266,7 +232,7 @@ mod tests {
         #[test]
         fn dropping_leaves_the_rest((bits, m, group, numbers) in vectors(), dropped in 0usize..4) {
             let positions = numbers.len() / m;
-            let (mut by_token, mut by_channel) = (ByToken::new(bits, m, group), ByChannel::new(bits, m, group));
+            let (mut by_token, mut by_channel) = (Quantised::new(bits, m, Block::Channels(group)), Quantised::new(bits, m, Block::Positions(group)));
             by_token.extend(&numbers);
             by_channel.extend(&numbers);
             let dropped = (dropped * group).min(positions);
@@ -285,13 +251,13 @@ mod tests {
     #[test]
     fn constants_and_numbers_beyond_f16() {
         for x in [0.0, 0.3, -7.25, 1e-9, 65504.0] {
-            let mut rows = ByToken::new(2, 5, 3);
+            let mut rows = Quantised::new(2, 5, Block::Channels(3));
             rows.extend(&[x; 5]);
             let mut back = Vec::new();
             rows.read(0, 1, &mut back);
             assert_eq!(back, [f16::from_f32(x).to_f32(); 5], "{x}");
         }
-        let mut rows = ByToken::new(8, 2, 2);
+        let mut rows = Quantised::new(8, 2, Block::Channels(2));
         rows.extend(&[-3e38, 3e38]);
         let mut back = Vec::new();
         rows.read(0, 1, &mut back);
@@ -316,7 +282,7 @@ mod tests {
             .map(|_| gaussian(&mut rng) as f32)
             .collect();
         for (bits, expected) in NUMPY {
-            let mut rows = ByToken::new(bits, 64, 32);
+            let mut rows = Quantised::new(bits, 64, Block::Channels(32));
             rows.extend(&numbers);
             let mut back = Vec::new();
             rows.read(0, numbers.len() / 64, &mut back);

@@ -1,4 +1,5 @@
-use ::lexico::attention::{DenseRows, NumberType, Positions, Source};
+use ::lexico::KeyValue;
+use ::lexico::attention::{NumberType, Positions, Source};
 use candle_core::{Device, Tensor};
 use half::f16;
 use rand::{RngExt, SeedableRng};
@@ -6,8 +7,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::bits::{PackedRows, grow, row_bytes};
 use super::method::{Lengths, Method, Values, option};
-use super::uniform::{ByChannel, Grid, held};
-use super::{CacheSpec, Decoded, Footprint, KvCache, Step};
+use super::stored::{CodedVectors, DenseHead, Place, StoredCache, StoredLayer};
+use super::uniform::{Block, Grid, Quantised, held};
+use super::{CacheSpec, Decoded, Step};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -17,27 +19,31 @@ pub(super) static METHOD: Method = Method {
     name: "zipcache",
     summary: "ZipCache: more bits for positions that get more attention",
     needs_dictionaries: false,
+    saves: false,
     options: &[
-        option(
-            "salient",
-            Values::Number,
-            "0.6",
-            "share of positions that get more bits",
-        ),
-        option("bits", BITS, "4", "bits a number of salient positions"),
-        option("other-bits", BITS, "2", "bits a number of the others"),
-        option(
-            "gap",
-            Values::Count,
-            "100",
-            "new positions, dense until then, after which all are quantised anew",
-        ),
+        option("salient", Values::Number, "0.6").about("share of positions that get more bits"),
+        option("bits", BITS, "4").about("bits a number of salient positions"),
+        option("other-bits", BITS, "2").about("bits a number of the others"),
+        option("gap", Values::Count, "100")
+            .about("new positions, dense until then, after which all are quantised anew"),
     ],
     build: |spec, context| {
-        let settings = Settings::new(spec)?;
-        Ok(Box::new(ZipCache::new(context.config, settings)))
+        let settings = Settings::new(spec, context.config)?;
+        let shared = Shared {
+            settings,
+            rng: ChaCha8Rng::seed_from_u64(0),
+        };
+        let head = |_| Head::new(settings);
+        let layer = || Layer {
+            heads: (0..context.config.kv_heads).map(head).collect(),
+            ..Layer::default()
+        };
+        let cache = StoredCache::with_layers(context.config, shared, layer);
+        Ok(Box::new(cache))
     },
-    bytes: |spec, context, lengths| Ok(Settings::new(spec)?.bytes(context.config, lengths)),
+    bytes: |spec, context, lengths| {
+        Ok(Settings::new(spec, context.config)?.bytes(context.config, lengths))
+    },
     settings: |_, _, _| {
         let mut settings = Vec::new();
         for (bits, others) in [("8", "4"), ("4", "2")] {
@@ -62,10 +68,11 @@ struct Settings {
     /// Bits of the salient positions, and of the others.
     bits: [u32; 2],
     gap: usize,
+    head_dim: usize,
 }
 
 impl Settings {
-    fn new(spec: &CacheSpec) -> Result<Self> {
+    fn new(spec: &CacheSpec, config: &Config) -> Result<Self> {
         let salient = spec.number("salient")?;
         if !(0.0..=1.0).contains(&salient) {
             return Err(spec.refused("salient", "it is a share and must be from 0 to 1"));
@@ -74,17 +81,18 @@ impl Settings {
             salient,
             bits: [spec.number("bits")?, spec.number("other-bits")?],
             gap: spec.positive("gap")?,
+            head_dim: config.head_dim,
         })
     }
 
-    /// Of `count` new positions, how many are salient: the others are rounded down, as in the authors' code.
+    /// Number of salient positions among `count` new ones: the others are rounded down, as in the authors' code.
     fn salient_of(self, count: usize) -> usize {
         // A share in decimals is a little off in binary.
         count - ((1.0 - self.salient) * count as f64 + 1e-9) as usize
     }
 
     fn bytes(self, config: &Config, lengths: Lengths) -> f64 {
-        let (m, heads) = (config.head_dim, config.kv_heads);
+        let (m, heads) = (self.head_dim, config.kv_heads);
         let new = lengths.end - lengths.prompt.min(lengths.end);
         let recent = new % self.gap;
         let seen = lengths.end.min(config.window.unwrap_or(usize::MAX));
@@ -117,18 +125,10 @@ impl Settings {
 ///
 /// The paper is followed where the authors' code differs: that divides by how many queries follow rather than by how many
 /// of the probing ones, and probes with the last of 100 steps alone.
-struct ZipCache {
-    layers: Vec<Layer>,
-    settings: Settings,
-    head_dim: usize,
-    sliding_window: Option<usize>,
-    positions: usize,
-    rng: ChaCha8Rng,
-}
-
+#[derive(Default)]
 struct Layer {
     heads: Vec<Head>,
-    /// Of the values of the salient positions and of the others, in order: rows are shared by the heads.
+    /// Grids of the values of the salient positions and of the others, in order: rows are shared by the heads.
     value_grids: [Vec<Grid>; 2],
     /// Probing steps since positions were last quantised.
     probes: u32,
@@ -136,18 +136,23 @@ struct Layer {
     probes_before: Vec<u32>,
 }
 
+/// Settings and random numbers, which all layers use.
+struct Shared {
+    settings: Settings,
+    rng: ChaCha8Rng,
+}
+
 struct Head {
-    /// Which of the quantised positions are salient.
+    /// True for quantised positions that are salient.
     salient: Bits,
-    /// Of the salient positions, and of the others.
-    keys: [Option<ByChannel>; 2],
+    /// Keys of the salient positions, and of the others.
+    keys: [Option<Quantised>; 2],
     values: [PackedRows; 2],
-    /// What values were divided by, `[m]`.
+    /// Divisors of the values, `[m]`.
     value_scales: Vec<f16>,
     /// Positions that are not quantised yet.
-    recent_keys: DenseRows,
-    recent_values: DenseRows,
-    /// Attention that each recent position has got from probing steps.
+    recent: DenseHead,
+    /// Attention that each recent position has accumulated from probing steps.
     attention: Vec<f32>,
 }
 
@@ -160,21 +165,19 @@ struct Bits {
 
 impl Bits {
     fn new(bits: &[bool]) -> Self {
-        let word = |bits: &[bool]| {
-            let bits = bits.iter().enumerate();
-            bits.fold(0, |word, (i, &bit)| word | u64::from(bit) << i)
-        };
-        Self {
-            words: bits.chunks(64).map(word).collect(),
-            len: bits.len(),
+        let len = bits.len();
+        let mut words = vec![0; len.div_ceil(64)];
+        for (at, &bit) in bits.iter().enumerate() {
+            words[at / 64] |= u64::from(bit) << (at % 64);
         }
+        Self { words, len }
     }
 
     fn get(&self, at: usize) -> bool {
         self.words[at / 64] >> (at % 64) & 1 == 1
     }
 
-    /// How many are set before `at`.
+    /// Counts those that are set before `at`.
     fn set_before(&self, at: usize) -> usize {
         let whole: u32 = self.words[..at / 64].iter().map(|w| w.count_ones()).sum();
         let below = (1 << (at % 64)) - 1;
@@ -187,7 +190,6 @@ impl Bits {
 struct Past<'a> {
     head: &'a Head,
     value_grids: &'a [Vec<Grid>; 2],
-    head_dim: usize,
 }
 
 impl Positions for Past<'_> {
@@ -199,7 +201,7 @@ impl Positions for Past<'_> {
         let salient = self.head.salient.set_before(first);
         // The next row of the salient positions, and of the others.
         let mut rows = [salient, first - salient];
-        let mut codes = vec![0; self.head_dim];
+        let mut codes = vec![0; self.head.value_scales.len()];
         for position in first..first + count {
             let class = usize::from(!self.head.salient.get(position));
             let row = rows[class];
@@ -216,35 +218,39 @@ impl Positions for Past<'_> {
 }
 
 impl Head {
-    fn new(settings: Settings, head_dim: usize) -> Self {
-        let rows = || DenseRows::new(head_dim, NumberType::F16);
+    fn new(settings: Settings) -> Self {
+        let m = settings.head_dim;
         Self {
             salient: Bits::default(),
             keys: [None, None],
-            values: settings.bits.map(|bits| PackedRows::new(bits, head_dim)),
+            values: settings.bits.map(|bits| PackedRows::new(bits, m)),
             value_scales: Vec::new(),
-            recent_keys: rows(),
-            recent_values: rows(),
+            recent: DenseHead::new(m, NumberType::F16),
             attention: Vec::new(),
         }
     }
 
+    /// The quantised positions that are salient (class 0), or the others (class 1).
+    fn of_class(&self, class: usize) -> impl Iterator<Item = usize> {
+        (0..self.salient.len).filter(move |&at| self.salient.get(at) == (class == 0))
+    }
+
     /// Quantises the keys of all positions, and brings their values to one scale.
-    fn quantise_keys(&mut self, keys: &[f32], values: &mut [f32], settings: Settings, m: usize) {
+    fn quantise_keys(&mut self, vectors: &mut KeyValue<Vec<f32>>, settings: Settings) {
+        let (KeyValue { keys, values }, m) = (vectors, settings.head_dim);
         for (class, bits) in settings.bits.into_iter().enumerate() {
-            let positions = keys.chunks_exact(m).enumerate();
-            let own = positions.filter(|&(at, _)| self.salient.get(at) == (class == 0));
-            let own: Vec<f32> = own.flat_map(|(_, key)| key).copied().collect();
+            let own = self.of_class(class).flat_map(|at| &keys[at * m..][..m]);
+            let own: Vec<f32> = own.copied().collect();
             self.keys[class] = (!own.is_empty()).then(|| {
-                let mut coded = ByChannel::new(bits, m, own.len() / m);
+                let mut coded = Quantised::new(bits, m, Block::Positions(own.len() / m));
                 coded.extend(&own);
                 coded
             });
         }
         let scale = |channel: usize| {
             let numbers = values.iter().skip(channel).step_by(m);
-            let most = numbers.fold(0f32, |most, &x| most.max(held(x).abs()));
-            let scale = f16::from_f32(most.sqrt());
+            let max = numbers.fold(0f32, |max, &x| max.max(held(x).abs()));
+            let scale = f16::from_f32(max.sqrt());
             if scale > f16::ZERO { scale } else { f16::ONE }
         };
         self.value_scales = (0..m).map(scale).collect();
@@ -254,18 +260,16 @@ impl Head {
         }
     }
 
-    fn bytes(&self) -> usize {
-        let keys = self.keys.iter().flatten().map(ByChannel::bytes);
+    /// Bytes of the codes.
+    fn bytes(&self) -> KeyValue<usize> {
+        let keys = self.keys.iter().flatten().map(Quantised::bytes);
         let values = self.values.iter().map(PackedRows::bytes);
-        self.salient.words.capacity() * size_of::<u64>()
-            + self.value_scales.capacity() * size_of::<f16>()
-            + keys.sum::<usize>()
-            + values.sum::<usize>()
+        KeyValue::new(keys.sum(), values.sum())
     }
 }
 
-/// Which of some new positions are salient: the `count` that got most attention for each of the probing queries that saw
-/// them; of those that got the same, the newer.
+/// Chooses the salient ones of some new positions: the `count` that have accumulated most attention for each of the probing queries that saw
+/// them; of equal ones, the newer.
 fn most_salient(attention: &[f32], probes: &[u32], count: usize) -> Vec<bool> {
     let mean = |at: usize| f64::from(attention[at]) / f64::from(probes[at].max(1));
     let mut order: Vec<usize> = (0..attention.len()).collect();
@@ -275,10 +279,10 @@ fn most_salient(attention: &[f32], probes: &[u32], count: usize) -> Vec<bool> {
     salient
 }
 
-/// Queries that are scored at a time.
+/// Number of queries that are scored at a time.
 const ROWS: usize = 64;
 
-/// Adds up the attention that the positions from `from` on, of those with these `keys` `[n, m]`, get from queries
+/// Adds up the attention that the positions from `from` on, of those with these `keys` `[n, m]`, accumulate from queries
 /// `[probes, m]`. Each query is at a position of those and sees it and what is before, through a sliding window where there is one.
 fn add_attention(
     queries: &[f32],
@@ -297,9 +301,9 @@ fn add_attention(
         for (scores, &at) in scores.chunks_exact(n).zip(at) {
             let first = window.map_or(0, |window| (at + 1).saturating_sub(window));
             let seen = &scores[first..=at];
-            let most = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let scale = 1.0 / (m as f32).sqrt();
-            let weight = |score: f32| ((score - most) * scale).exp();
+            let weight = |score: f32| ((score - max) * scale).exp();
             let sum: f32 = seen.iter().map(|&score| weight(score)).sum();
             for position in first.max(from)..=at {
                 attention[position - from] += weight(scores[position]) / sum;
@@ -309,44 +313,67 @@ fn add_attention(
     Ok(())
 }
 
+impl Past<'_> {
+    /// All keys and values, those not quantised yet among them.
+    fn vectors(&self) -> KeyValue<Vec<f32>> {
+        let mut vectors = KeyValue::<Vec<f32>>::default();
+        self.read(0, self.len(), &mut vectors.keys, &mut vectors.values);
+        let recent = self.head.recent.rows.as_ref();
+        for (vectors, rows) in vectors.as_mut().zip(recent) {
+            rows.read(0, rows.len(), vectors);
+        }
+        vectors
+    }
+}
+
+impl Shared {
+    /// Draws which of `t` new queries probe, in order.
+    fn draw_probes(&mut self, t: usize, recent: usize) -> Vec<usize> {
+        if t == 1 {
+            let gap = self.settings.gap;
+            let probes = recent + 1 > gap - gap / 20 || self.rng.random_bool(0.05);
+            return if probes { vec![0] } else { Vec::new() };
+        }
+        let older = t * 19 / 20;
+        let mut probes: Vec<usize> = (older..t).collect();
+        let all = probes.len() + t / 20;
+        while probes.len() < all.min(t) {
+            let probe = self.rng.random_range(0..older);
+            if !probes.contains(&probe) {
+                probes.push(probe);
+            }
+        }
+        probes.sort_unstable();
+        probes
+    }
+}
+
 impl Layer {
-    fn past(&self, head_dim: usize) -> Vec<Past<'_>> {
+    fn grid_bytes(&self) -> usize {
+        let grids = self.value_grids.iter().map(Vec::capacity);
+        grids.sum::<usize>() * size_of::<Grid>()
+    }
+
+    fn past(&self) -> Vec<Past<'_>> {
         let past = |head| Past {
             head,
             value_grids: &self.value_grids,
-            head_dim,
         };
         self.heads.iter().map(past).collect()
     }
 
     /// Quantises all positions, of which `[n, m]` keys and values are given for each head.
-    fn quantise(
-        &mut self,
-        keys: &[Vec<f32>],
-        values: &mut [Vec<f32>],
-        settings: Settings,
-        m: usize,
-    ) {
-        let heads = self
-            .heads
-            .iter_mut()
-            .zip(keys.iter().zip(values.iter_mut()));
-        for (head, (keys, values)) in heads {
-            head.quantise_keys(keys, values, settings, m);
+    fn quantise(&mut self, vectors: &mut [KeyValue<Vec<f32>>], settings: Settings) {
+        let (heads, m) = (&mut self.heads, settings.head_dim);
+        for (head, vectors) in heads.iter_mut().zip(&mut *vectors) {
+            head.quantise_keys(vectors, settings);
         }
-        let heads = &mut self.heads;
         for (class, bits) in settings.bits.into_iter().enumerate() {
             // The positions of this class, head by head: as many in each but where some have left a sliding window.
-            let rows: Vec<Vec<usize>> = heads
-                .iter()
-                .map(|head| {
-                    let positions = 0..head.salient.len;
-                    let own = positions.filter(|&at| head.salient.get(at) == (class == 0));
-                    own.collect()
-                })
-                .collect();
+            let rows = heads.iter().map(|head| head.of_class(class).collect());
+            let rows: Vec<Vec<usize>> = rows.collect();
             let count = rows.iter().map(Vec::len).max().unwrap_or(0);
-            let value = |head: usize, at: usize| &values[head][at * m..(at + 1) * m];
+            let value = |head: usize, at: usize| &vectors[head].values[at * m..(at + 1) * m];
             self.value_grids[class] = (0..count)
                 .map(|row| {
                     let positions = rows.iter().map(|rows| rows.get(row)).enumerate();
@@ -364,88 +391,38 @@ impl Layer {
             }
         }
     }
-}
-
-impl ZipCache {
-    fn new(config: &Config, settings: Settings) -> Self {
-        let layer = |_| Layer {
-            heads: (0..config.kv_heads)
-                .map(|_| Head::new(settings, config.head_dim))
-                .collect(),
-            value_grids: [Vec::new(), Vec::new()],
-            probes: 0,
-            probes_before: Vec::new(),
-        };
-        Self {
-            layers: (0..config.layers).map(layer).collect(),
-            settings,
-            head_dim: config.head_dim,
-            sliding_window: config.window,
-            positions: 0,
-            rng: ChaCha8Rng::seed_from_u64(0),
-        }
-    }
-
-    /// Which of `t` new queries probe, in order.
-    fn draw_probes(&mut self, t: usize, recent: usize) -> Vec<usize> {
-        if t == 1 {
-            let gap = self.settings.gap;
-            let last = recent + 1 > gap - gap / 20;
-            return if last || self.rng.random_bool(0.05) {
-                vec![0]
-            } else {
-                Vec::new()
-            };
-        }
-        let older = t * 19 / 20;
-        let mut probes: Vec<usize> = (older..t).collect();
-        let all = probes.len() + t / 20;
-        while probes.len() < all.min(t) {
-            let probe = self.rng.random_range(0..older);
-            if !probes.contains(&probe) {
-                probes.push(probe);
-            }
-        }
-        probes.sort_unstable();
-        probes
-    }
 
     /// Takes a step's positions: adds up what attention its probing queries pay, and quantises where it is time to.
-    fn take(&mut self, layer: usize, step: &Step) -> Result<()> {
-        let m = self.head_dim;
-        let settings = self.settings;
-        let (heads, t, _) = step.shape;
-        let group = heads / self.layers[layer].heads.len();
-        let recent = self.layers[layer].probes_before.len();
-        let probes = self.draw_probes(t, recent);
+    fn take(
+        &mut self,
+        shared: &mut Shared,
+        step: &Step,
+        sliding_window: Option<usize>,
+    ) -> Result<()> {
+        let settings = shared.settings;
+        let m = settings.head_dim;
+        let (_, t, _) = step.shape;
+        let recent = self.probes_before.len();
+        let probes = shared.draw_probes(t, recent);
         let full = t > 1 || recent + 1 >= settings.gap;
-        let layer = &mut self.layers[layer];
-        let mut passed = probes.iter().peekable();
-        grow(&mut layer.probes_before, t, 1);
+        grow(&mut self.probes_before, t, 1);
         for i in 0..t {
-            layer.probes_before.push(layer.probes);
-            if passed.next_if_eq(&&i).is_some() {
-                layer.probes += 1;
-            }
+            self.probes_before.push(self.probes);
+            self.probes += u32::from(probes.binary_search(&i).is_ok());
         }
-        let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
+        let mut vectors = Vec::new();
         if full || !probes.is_empty() {
-            for (past, (new_keys, new_values)) in layer.past(m).into_iter().zip(step.heads()) {
-                let (mut keys, mut values) = (Vec::new(), Vec::new());
-                past.read(0, past.len(), &mut keys, &mut values);
-                past.head.recent_keys.read(0, recent, &mut keys);
-                past.head.recent_values.read(0, recent, &mut values);
-                keys.extend_from_slice(new_keys);
-                values.extend_from_slice(new_values);
-                all_keys.push(keys);
-                all_values.push(values);
+            for (past, new) in self.past().into_iter().zip(step.heads()) {
+                let mut all = past.vectors();
+                all.keys.extend_from_slice(new.keys);
+                all.values.extend_from_slice(new.values);
+                vectors.push(all);
             }
         }
-        let queries = step.queries.chunks_exact(group * t * m);
-        for (number, (head, queries)) in layer.heads.iter_mut().zip(queries).enumerate() {
+        for (number, (head, queries)) in self.heads.iter_mut().zip(step.queries()).enumerate() {
             grow(&mut head.attention, t, 1);
             head.attention.resize(recent + t, 0.0);
-            let Some(keys) = all_keys.get(number) else {
+            let Some(KeyValue { keys, .. }) = vectors.get(number) else {
                 continue;
             };
             let from = head.salient.len;
@@ -454,28 +431,25 @@ impl ZipCache {
             for queries in queries.chunks_exact(t * m) {
                 let probing = probes.iter().flat_map(|probe| &queries[probe * m..][..m]);
                 let probing: Vec<f32> = probing.copied().collect();
-                let window = self.sliding_window;
+                let window = sliding_window;
                 add_attention(&probing, &at, keys, window, from, &mut head.attention, m)?;
             }
         }
         if !full {
-            for (head, (keys, values)) in layer.heads.iter_mut().zip(step.heads()) {
-                head.recent_keys.extend(keys);
-                head.recent_values.extend(values);
+            for (head, new) in self.heads.iter_mut().zip(step.heads()) {
+                head.recent.extend(new);
             }
             return Ok(());
         }
         // What the next query no longer sees is not quantised anew.
-        let held = all_keys.first().map_or(0, Vec::len) / m;
-        let unseen = self
-            .sliding_window
-            .map_or(0, |w| held.saturating_sub(w.saturating_sub(1)));
-        for numbers in all_keys.iter_mut().chain(&mut all_values) {
+        let held = vectors.first().map_or(0, |all| all.keys.len() / m);
+        let unseen = sliding_window.map_or(0, |w| held.saturating_sub(w.saturating_sub(1)));
+        for numbers in vectors.iter_mut().flat_map(KeyValue::as_mut) {
             numbers.drain(..unseen * m);
         }
-        let since = |&before: &u32| layer.probes - before;
-        let seen_by: Vec<u32> = layer.probes_before.iter().map(since).collect();
-        for head in &mut layer.heads {
+        let since = |&before: &u32| self.probes - before;
+        let seen_by: Vec<u32> = self.probes_before.iter().map(since).collect();
+        for head in &mut self.heads {
             let old = head.salient.len;
             let kept_old = (unseen.min(old)..old).map(|at| head.salient.get(at));
             let new = unseen.saturating_sub(old)..;
@@ -484,86 +458,57 @@ impl ZipCache {
             let all: Vec<bool> = kept_old.chain(kept_new).collect();
             *head = Head {
                 salient: Bits::new(&all),
-                ..Head::new(settings, m)
+                ..Head::new(settings)
             };
         }
-        layer.quantise(&all_keys, &mut all_values, settings, m);
-        layer.probes = 0;
-        layer.probes_before = Vec::new();
+        self.quantise(&mut vectors, settings);
+        self.probes = 0;
+        self.probes_before = Vec::new();
         Ok(())
     }
 }
 
-impl KvCache for ZipCache {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let step = Step::new(q, k, v)?;
-        step.check_finite(layer)?;
-        if layer + 1 == self.layers.len() {
-            self.positions += k.dim(1)?;
-        }
-        let past = self.layers[layer].past(self.head_dim);
-        let out = step.attend(&past, self.sliding_window, |past| {
-            vec![
-                Source::Decoded(past),
-                Source::Dense {
-                    keys: &past.head.recent_keys,
-                    values: &past.head.recent_values,
-                },
-            ]
+impl StoredLayer for Layer {
+    type Shared = Shared;
+
+    fn attend(&mut self, shared: &mut Shared, step: &Step, at: Place) -> Result<Tensor> {
+        let past = self.past();
+        let out = step.attend(&past, at.sliding_window, |past| {
+            vec![Source::Decoded(past), past.head.recent.source()]
         })?;
-        self.take(layer, &step)?;
+        self.take(shared, step, at.sliding_window)?;
         Ok(out)
     }
 
-    fn len(&self) -> usize {
-        self.positions
-    }
-
-    fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
+    fn decoded(&self, _shared: &Shared) -> Result<Option<Decoded>> {
         let mut decoded = Decoded::default();
-        let own = &self.layers[layer];
-        for past in own.past(self.head_dim) {
-            past.read(0, past.len(), &mut decoded.keys, &mut decoded.values);
-            let head = past.head;
-            decoded.keys.extend(head.recent_keys.to_f32());
-            decoded.values.extend(head.recent_values.to_f32());
-            let keys = head.keys.iter().flatten().map(ByChannel::bytes);
-            decoded.bytes[0] += keys.sum::<usize>() + head.recent_keys.bytes();
-            let values = head.values.iter().map(PackedRows::bytes);
-            decoded.bytes[1] += values.sum::<usize>() + head.recent_values.bytes();
+        for past in self.past() {
+            decoded.extend(past.vectors());
+            let (codes, recent) = (past.head.bytes(), past.head.recent.bytes());
+            decoded.bytes[0] += codes.keys + recent.keys;
+            decoded.bytes[1] += codes.values + recent.values;
         }
-        let grids = own.value_grids.iter().map(Vec::capacity);
-        decoded.bytes[1] += grids.sum::<usize>() * size_of::<Grid>();
+        decoded.bytes[1] += self.grid_bytes();
         Ok(Some(decoded))
     }
 
-    fn footprint(&self) -> Footprint {
-        let heads = || self.layers.iter().flat_map(|layer| &layer.heads);
-        let grids = self.layers.iter().flat_map(|layer| &layer.value_grids);
-        let grids = grids.map(|grids| grids.capacity() * size_of::<Grid>());
-        let recent = heads().map(|head| head.recent_keys.bytes() + head.recent_values.bytes());
+    fn bytes(&self) -> Vec<(&'static str, usize)> {
+        let heads = || self.heads.iter();
+        let recent = heads().flat_map(|head| head.recent.bytes());
         let attention = heads().map(|head| head.attention.capacity() * size_of::<f32>());
-        let probes = self
-            .layers
-            .iter()
-            .map(|layer| layer.probes_before.capacity());
-        Footprint {
-            parts: vec![
-                (
-                    "codes",
-                    heads().map(Head::bytes).sum::<usize>() + grids.sum::<usize>(),
-                ),
-                ("recent", recent.sum()),
-                (
-                    "attention",
-                    attention.sum::<usize>() + probes.sum::<usize>() * size_of::<u32>(),
-                ),
-                (
-                    "bookkeeping",
-                    self.layers.len() * size_of::<Layer>() + heads().count() * size_of::<Head>(),
-                ),
-            ],
-        }
+        let probes = self.probes_before.capacity() * size_of::<u32>();
+        let codes = heads().flat_map(Head::bytes).sum::<usize>() + self.grid_bytes();
+        let tables = heads().map(|head| {
+            head.salient.words.capacity() * size_of::<u64>()
+                + head.value_scales.capacity() * size_of::<f16>()
+        });
+        let bookkeeping = size_of::<Layer>() + heads().count() * size_of::<Head>();
+        vec![
+            ("codes", codes + tables.sum::<usize>()),
+            ("recent", recent.sum()),
+            ("attention", attention.sum::<usize>() + probes),
+            ("bookkeeping", bookkeeping),
+        ]
     }
 }
 
@@ -608,6 +553,7 @@ mod tests {
             salient,
             bits: [4, 2],
             gap: 100,
+            head_dim: 8,
         };
         for (salient, count, expected) in [
             (0.6, 100, 60),
@@ -642,17 +588,14 @@ mod tests {
                 (Just(m), vec(vec(any::<bool>(), n), 2), vec(vec(-1f32..1.0, n * m), 4))
             }),
         ) {
-            let settings = Settings { salient: 0.5, bits: [8, 4], gap: 100 };
-            let head = |salient: &Vec<bool>| Head { salient: Bits::new(salient), ..Head::new(settings, m) };
-            let mut layer = Layer {
-                heads: salient.iter().map(head).collect(),
-                value_grids: [Vec::new(), Vec::new()],
-                probes: 0,
-                probes_before: Vec::new(),
-            };
+            let settings = Settings { salient: 0.5, bits: [8, 4], gap: 100, head_dim: m };
+            let head = |salient: &Vec<bool>| Head { salient: Bits::new(salient), ..Head::new(settings) };
+            let mut layer = Layer { heads: salient.iter().map(head).collect(), ..Layer::default() };
             let (keys, values) = numbers.split_at(2);
-            layer.quantise(keys, &mut values.to_vec(), settings, m);
-            for (past, (salient, (keys, values))) in layer.past(m).iter().zip(salient.iter().zip(keys.iter().zip(values))) {
+            let pairs = keys.iter().cloned().zip(values.iter().cloned());
+            let mut vectors: Vec<_> = pairs.map(|(keys, values)| KeyValue::new(keys, values)).collect();
+            layer.quantise(&mut vectors, settings);
+            for (past, (salient, (keys, values))) in layer.past().iter().zip(salient.iter().zip(keys.iter().zip(values))) {
                 let n = salient.len();
                 let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
                 past.read(0, n / 2, &mut all_keys, &mut all_values);

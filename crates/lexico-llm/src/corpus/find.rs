@@ -1,28 +1,19 @@
-//! Which files an input names: itself, those of a folder, or those of a data set on the hub.
+//! Files that an input names: itself, those of a folder, or those of a data set on the hub.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::refused;
-use crate::error::{Error, Result, io, listed};
-use crate::hub::DatasetName;
+use crate::error::{Error, Result, io, listed, refused};
+use crate::hub::{Dataset, DatasetName};
 
-/// What an input is.
-pub(super) enum Input {
-    Files(Found),
-    /// What can be read but once, by name.
+/// Files of an input, or a stream.
+pub(super) enum Source {
+    Files(Dataset),
+    /// Stream that can be read but once, by name.
     Stream(String),
 }
 
-/// The files of an input.
-pub(super) struct Found {
-    pub(super) name: String,
-    pub(super) files: Vec<PathBuf>,
-    /// Those that hold no text.
-    pub(super) skipped: Vec<String>,
-}
-
-/// How a file holds texts.
+/// Format in which a file holds texts.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Format {
     Text,
@@ -53,19 +44,14 @@ impl Format {
 }
 
 /// Finds an input's files.
-pub(super) fn find(input: &Path, progress: bool) -> Result<Input> {
+pub(super) fn find(input: &Path, progress: bool) -> Result<Source> {
     if input == Path::new("-") {
-        return Ok(Input::Stream("stdin".to_owned()));
+        return Ok(Source::Stream("stdin".to_owned()));
     }
     if let (false, Some(text)) = (input.exists(), input.to_str()) {
         if let Ok(dataset) = text.parse::<DatasetName>() {
             let readable = |file: &str| Format::of(Path::new(file)).is_some();
-            let dataset = dataset.fetch(&readable, progress)?;
-            return Ok(Input::Files(Found {
-                name: dataset.name,
-                files: dataset.files,
-                skipped: dataset.skipped,
-            }));
+            return Ok(Source::Files(dataset.fetch(&readable, progress)?));
         }
         if text.starts_with("hf:") {
             let reason = "a data set on the hub is named hf://datasets/ORG/NAME[@REVISION][/PATH]";
@@ -83,30 +69,26 @@ pub(super) fn find(input: &Path, progress: bool) -> Result<Input> {
         ),
         _ => io(input)(e),
     })?;
-    if metadata.is_file() {
-        return Ok(Input::Files(Found {
-            name,
-            files: vec![input.to_owned()],
-            skipped: Vec::new(),
-        }));
+    if !metadata.is_file() && !metadata.is_dir() {
+        return Ok(Source::Stream(name));
     }
-    if !metadata.is_dir() {
-        return Ok(Input::Stream(name));
-    }
-    let mut found = Found {
+    let mut found = Dataset {
         name,
-        files: Vec::new(),
-        skipped: Vec::new(),
+        ..Dataset::default()
     };
+    if metadata.is_file() {
+        found.files.push(input.to_owned());
+        return Ok(Source::Files(found));
+    }
     walk(input, &mut HashSet::new(), &mut found)?;
     if found.files.is_empty() {
         return Err(no_files(input, &found.skipped));
     }
-    Ok(Input::Files(found))
+    Ok(Source::Files(found))
 }
 
 /// Adds the files of a folder and those in it, in sorted order, each folder once.
-fn walk(folder: &Path, seen: &mut HashSet<PathBuf>, found: &mut Found) -> Result<()> {
+fn walk(folder: &Path, seen: &mut HashSet<PathBuf>, found: &mut Dataset) -> Result<()> {
     if !seen.insert(folder.canonicalize().map_err(io(folder))?) {
         return Ok(());
     }
@@ -131,21 +113,17 @@ fn walk(folder: &Path, seen: &mut HashSet<PathBuf>, found: &mut Found) -> Result
 }
 
 fn no_files(folder: &Path, skipped: &[String]) -> Error {
-    let reason = if skipped.is_empty() {
-        "the folder is empty".to_owned()
-    } else {
-        let skipped: Vec<String> = skipped
-            .iter()
-            .map(|path| {
-                let name = Path::new(path).file_name();
-                name.map_or_else(|| path.clone(), |name| name.to_string_lossy().into_owned())
-            })
-            .collect();
-        format!(
-            "no file in it is .txt, .jsonl, .json or .parquet{}; plain text of another extension is named file by \
-             file",
-            listed(&skipped)
-        )
-    };
-    refused(folder, &reason)
+    if skipped.is_empty() {
+        return refused(folder, "the folder is empty");
+    }
+    let names = skipped.iter().map(|path| {
+        let name = Path::new(path).file_name();
+        name.map_or_else(|| path.clone(), |name| name.to_string_lossy().into_owned())
+    });
+    let there = listed(&names.collect::<Vec<_>>());
+    let reason = format!(
+        "no file in it is .txt, .jsonl, .json or .parquet{there}; plain text of another extension is named file by \
+         file"
+    );
+    refused(folder, reason)
 }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::{MAX_JSON, PIECE, Texts, add, add_share, cut_at, refused};
-use crate::error::{Result, io, listed};
+use super::{MAX_JSON, PIECE, Texts, add, add_share, cut_at};
+use crate::error::{Result, io, listed, refused};
 
 /// Opens a file of JSON: a list where it begins as one, else lines.
 pub(super) fn open(path: &Path, field: &str) -> Result<Box<dyn Texts>> {
@@ -37,7 +37,7 @@ struct LinesFile {
 }
 
 impl LinesFile {
-    /// Where the line begins that holds byte `at`.
+    /// Finds the beginning of the line that holds byte `at`.
     fn line_start(&self, file: &mut File, at: u64) -> std::io::Result<u64> {
         let mut end = at;
         let mut bytes = Vec::with_capacity(PIECE);
@@ -57,32 +57,23 @@ impl LinesFile {
 
     fn refused(&self, start: u64, reason: &str) -> crate::Error {
         match self.line_number(start) {
-            Ok(number) => refused(&self.path, &format!("line {number}: {reason}")),
+            Ok(number) => refused(&self.path, format!("line {number}: {reason}")),
             Err(error) => io(&self.path)(error),
         }
     }
 
     /// The number of the line that begins at byte `start`, the first being 1.
     fn line_number(&self, start: u64) -> std::io::Result<u64> {
-        let mut input = BufReader::new(File::open(&self.path)?.take(start));
+        let mut before = BufReader::new(File::open(&self.path)?.take(start));
         let mut number = 1;
-        loop {
-            let bytes = input.fill_buf()?;
-            if bytes.is_empty() {
-                return Ok(number);
-            }
-            number += bytes.iter().filter(|&&b| b == b'\n').count() as u64;
-            let read = bytes.len();
-            input.consume(read);
+        while before.skip_until(b'\n')? > 0 {
+            number += 1;
         }
+        Ok(number)
     }
 }
 
 impl Texts for LinesFile {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn length(&self) -> u64 {
         self.length
     }
@@ -116,19 +107,18 @@ impl Texts for LinesFile {
 
 /// A file that is one list of objects, held as text: JSON cannot be entered in the middle.
 struct List {
-    path: PathBuf,
     texts: String,
 }
 
 impl List {
     fn read(path: &Path, length: u64, field: &str) -> Result<Self> {
         if length > MAX_JSON {
+            let max = MAX_JSON >> 20;
             let reason = format!(
-                "a list of JSON of more than {} MiB is not read; write each object in a line of its own, as by \
-                 `jq -c '.[]'`, to a .jsonl file",
-                MAX_JSON >> 20
+                "a list of JSON of more than {max} MiB is not read; write each object in a line of its own, as by \
+                 `jq -c '.[]'`, to a .jsonl file"
             );
-            return Err(refused(path, &reason));
+            return Err(refused(path, reason));
         }
         let bytes = std::fs::read(path).map_err(io(path))?;
         let mut texts = String::new();
@@ -137,19 +127,14 @@ impl List {
             field,
             texts: &mut texts,
         };
-        list.deserialize(&mut json)
+        json.deserialize_seq(list)
             .and_then(|()| json.end())
-            .map_err(|e| refused(path, &format!("not a list of JSON objects with texts: {e}")))?;
-        let path = path.to_owned();
-        Ok(Self { path, texts })
+            .map_err(|e| refused(path, format!("not a list of JSON objects with texts: {e}")))?;
+        Ok(Self { texts })
     }
 }
 
 impl Texts for List {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn length(&self) -> u64 {
         self.texts.len() as u64
     }
@@ -169,9 +154,9 @@ pub(super) fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> std::io
 /// The text in `field` of a line; blank lines and `null` have none. Else what is wrong with it.
 pub(super) fn document(line: &[u8], field: &str) -> std::result::Result<Option<String>, String> {
     if line.len() as u64 > MAX_JSON {
+        let max = MAX_JSON >> 20;
         return Err(format!(
-            "it is longer than {} MiB; is this JSON with an object in each line?",
-            MAX_JSON >> 20
+            "it is longer than {max} MiB; is this JSON with an object in each line?"
         ));
     }
     let line = without_mark(line).trim_ascii();
@@ -179,7 +164,7 @@ pub(super) fn document(line: &[u8], field: &str) -> std::result::Result<Option<S
         return Ok(None);
     }
     let mut json = serde_json::Deserializer::from_slice(line);
-    let text = Object { field }.deserialize(&mut json);
+    let text = json.deserialize_any(Object { field });
     text.and_then(|text| json.end().map(|()| text))
         // It counts lines and columns in the line alone.
         .map_err(|e| match e.classify() {
@@ -196,7 +181,7 @@ fn without_place(error: &serde_json::Error) -> String {
     }
 }
 
-/// Without the mark that some programs begin UTF-8 with.
+/// Strips the mark that some programs begin UTF-8 with.
 fn without_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
 }
@@ -240,19 +225,14 @@ impl<'de> Visitor<'de> for Object<'_> {
                 others.push(key);
             }
         }
-        match found {
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(Value::Null) => Ok(None),
-            Some(_) => Err(A::Error::custom(format!(
-                "field {:?} holds no text; --field names another",
-                self.field
-            ))),
-            None => Err(A::Error::custom(format!(
-                "no field {:?}{}; --field names another",
-                self.field,
-                listed(&others)
-            ))),
-        }
+        let field = self.field;
+        let reason = match found {
+            Some(Value::String(text)) => return Ok(Some(text)),
+            Some(Value::Null) => return Ok(None),
+            Some(_) => format!("field {field:?} holds no text"),
+            None => format!("no field {field:?}{}", listed(&others)),
+        };
+        Err(A::Error::custom(format!("{reason}; --field names another")))
     }
 }
 
@@ -260,14 +240,6 @@ impl<'de> Visitor<'de> for Object<'_> {
 struct Objects<'t> {
     field: &'t str,
     texts: &'t mut String,
-}
-
-impl<'de> DeserializeSeed<'de> for Objects<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> std::result::Result<(), D::Error> {
-        json.deserialize_seq(self)
-    }
 }
 
 impl<'de> Visitor<'de> for Objects<'_> {

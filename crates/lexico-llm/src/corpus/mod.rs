@@ -1,4 +1,4 @@
-//! Texts to learn from: files, folders, data sets of the hub and what is piped in, cut into windows.
+//! Texts to learn from: files, folders, data sets of the hub and what is piped in, cut into chunks.
 
 mod find;
 mod json;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, refused};
 use crate::tokenizer::Tokenizer;
 use stream::Stream;
 
@@ -21,19 +21,17 @@ use stream::Stream;
 const PIECE: usize = 1 << 16;
 /// Bytes of a token in prose, about.
 const TOKEN: usize = 4;
-/// The least windows that a block is meant to fill.
-const BLOCK_WINDOWS: usize = 4;
+/// Min chunks that a block is meant to fill.
+const BLOCK_CHUNKS: usize = 4;
 /// Places that a text is read at, about, however many tokens are asked for.
 const PLACES: usize = 1024;
-/// How far on from where a text is to be cut a line end or a space is looked for.
+/// Distance from where a text is to be cut in which a line end or a space is looked for.
 const LOOK: usize = 4096;
 /// The longest line, and the largest list, of JSON: each is held in memory as a whole.
 const MAX_JSON: u64 = 1 << 28;
 
 /// A file of texts that can be entered anywhere.
 trait Texts: Send + Sync {
-    fn path(&self) -> &Path;
-
     /// Bytes of the whole, as a measure of how much text there is.
     fn length(&self) -> u64;
 
@@ -42,18 +40,20 @@ trait Texts: Send + Sync {
     fn read(&self, block: Range<u64>) -> Result<String>;
 }
 
-/// Texts to learn from: files, folders, data sets of the hub and what is piped in, cut into windows.
+/// Texts to learn from: files, folders, data sets of the hub and what is piped in, cut into chunks.
 ///
-/// Files are read in blocks of a few windows, one at a time, so that memory does not grow with them. The
+/// Files are read in blocks of a few chunks, one at a time, so that memory does not grow with them. The
 /// blocks are visited in steps of the golden ratio of their count, from one that the seed names: at every
 /// moment those read so far lie evenly over all files, and wherever the tokens asked for are reached, text
 /// from everywhere was seen and all text was equally likely to be. What surely fits, having no more bytes
 /// than tokens are asked for, is read from beginning to end. The same texts, settings and seed give the
-/// same windows.
+/// same chunks.
 pub struct Corpus {
     names: Vec<String>,
     files: Vec<Box<dyn Texts>>,
-    /// What can be read but once: stdin (`-`) and pipes.
+    /// Path of each file.
+    paths: Vec<PathBuf>,
+    /// Streams, which can be read but once: stdin (`-`) and pipes.
     streams: Vec<PathBuf>,
     /// The field of every line of a stream; without one it is plain text.
     stream_field: Option<String>,
@@ -73,12 +73,13 @@ impl Corpus {
     /// Every file's beginning is read, so that what cannot be used is found before anything is computed.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Hub`], and [`Error::Corpus`] where an input holds no text, is not UTF-8, or
+    /// [`Error::Io`], [`Error::Hub`], and [`Error::File`] where an input holds no text, is not UTF-8, or
     /// not what its name says.
     pub fn open(inputs: &[impl AsRef<Path>], field: Option<&str>, progress: bool) -> Result<Self> {
         let mut corpus = Self {
             names: Vec::new(),
             files: Vec::new(),
+            paths: Vec::new(),
             streams: Vec::new(),
             stream_field: field.map(str::to_owned),
             skipped: Vec::new(),
@@ -87,11 +88,11 @@ impl Corpus {
         for input in inputs {
             let input = input.as_ref();
             let found = match find::find(input, progress)? {
-                find::Input::Files(found) => found,
-                find::Input::Stream(_) if corpus.streams.iter().any(|s| s == input) => {
+                find::Source::Files(found) => found,
+                find::Source::Stream(_) if corpus.streams.iter().any(|s| s == input) => {
                     return Err(refused(input, "it can be read but once"));
                 }
-                find::Input::Stream(name) => {
+                find::Source::Stream(name) => {
                     corpus.names.push(name);
                     corpus.streams.push(input.to_owned());
                     continue;
@@ -118,12 +119,13 @@ impl Corpus {
             } else {
                 found.name
             });
+            corpus.paths.extend(found.files);
             corpus.skipped.extend(found.skipped);
         }
         Ok(corpus)
     }
 
-    /// What each input is called in a dictionary file: files without their folders, data sets with their commit.
+    /// Name of each input in a dictionary file: files without their folders, data sets with their commit.
     #[must_use]
     pub fn names(&self) -> &[String] {
         &self.names
@@ -132,7 +134,7 @@ impl Corpus {
     /// The files that are read; stdin and pipes are none.
     #[must_use]
     pub fn files(&self) -> Vec<&Path> {
-        self.files.iter().map(|file| file.path()).collect()
+        self.paths.iter().map(PathBuf::as_path).collect()
     }
 
     /// Files of folders and data sets whose extension is of no text.
@@ -141,34 +143,34 @@ impl Corpus {
         &self.skipped
     }
 
-    /// The texts as windows of `context` tokens, `tokens` in all at the most.
+    /// Cuts the texts into chunks of `context` tokens, at most `tokens` in all.
     ///
-    /// Every window begins with what the tokenizer begins a text with; only the last one may be shorter.
-    /// Texts follow each other in a window, with a blank line between them where the format tells them
+    /// Every chunk begins with what the tokenizer begins a text with; only the last one may be shorter.
+    /// Texts follow each other in a chunk, with a blank line between them where the format tells them
     /// apart. Stdin and pipes come first, from their beginning, each with an even share of the
     /// inputs' tokens.
     ///
-    /// Windows that were already used are passed over by [`Iterator::skip`], at the cost of tokenising them.
+    /// Chunks that were already used are passed over by [`Iterator::skip`], at the cost of tokenising them.
     ///
     /// # Errors
-    /// [`Error::Corpus`] where there is less than two windows of text; those of reading, here and from the
+    /// [`Error::File`] where there is less than two chunks of text; those of reading, here and from the
     /// iterator, after which it ends.
-    pub fn windows<'a>(
+    pub fn chunks<'a>(
         &'a self,
         tokenizer: &'a Tokenizer,
         context: usize,
         tokens: usize,
         seed: u64,
-    ) -> Result<Windows<'a>> {
+    ) -> Result<Chunks<'a>> {
         let begin = tokenizer.encode_first("")?;
         let body = context.saturating_sub(begin.len()).max(1);
         let wanted = tokens / context.max(1);
-        let block = TOKEN * context * (wanted / PLACES).max(BLOCK_WINDOWS);
+        let block = TOKEN * context * (wanted / PLACES).max(BLOCK_CHUNKS);
         let streams = self.streams.iter().enumerate().map(|(number, path)| {
             let until = wanted * body * (number + 1) / self.names.len();
             Ok((Stream::open(path, self.stream_field.clone())?, until))
         });
-        let mut windows = Windows {
+        let mut chunks = Chunks {
             tokenizer,
             begin,
             body,
@@ -183,34 +185,34 @@ impl Corpus {
             bytes: 0,
             read: 0,
         };
-        windows.fill(body + 1)?;
-        let found = windows.tokens.len();
+        chunks.fill(body + 1)?;
+        let found = chunks.tokens.len();
         if found <= body {
             let reason = if found == 0 {
                 "it holds no text".to_owned()
             } else {
                 format!(
-                    "too little text: its {found} tokens fill less than two windows of {context}; add text or \
+                    "too little text: its {found} tokens fill less than two chunks of {context}; add text or \
                      lower --context"
                 )
             };
-            return Err(refused(Path::new(&self.names.join(", ")), &reason));
+            return Err(refused(Path::new(&self.names.join(", ")), reason));
         }
-        Ok(windows)
+        Ok(chunks)
     }
 }
 
-/// The windows of a [`Corpus`].
-pub struct Windows<'a> {
+/// The chunks of a [`Corpus`].
+pub struct Chunks<'a> {
     tokenizer: &'a Tokenizer,
-    /// What every window begins with.
+    /// Tokens that every chunk begins with.
     begin: Vec<u32>,
-    /// The tokens of a window after that.
+    /// The tokens of a chunk after that.
     body: usize,
     wanted: usize,
     given: usize,
     given_tokens: usize,
-    /// What is left of the streams, each with the count of tokens read at which it has had its share.
+    /// Rest of the streams, each with the count of tokens read at which it has had its share.
     streams: VecDeque<(Stream, usize)>,
     blocks: Blocks<'a>,
     /// Text that is read, of which all from `place` on is to be tokenised.
@@ -222,8 +224,8 @@ pub struct Windows<'a> {
     read: usize,
 }
 
-impl Windows<'_> {
-    /// Tokens that all windows are likely to have together; exact once the last one is given.
+impl Chunks<'_> {
+    /// Estimates the tokens that all chunks are likely to have together; exact once the last one is given.
     #[must_use]
     pub fn total(&self) -> usize {
         let left = self.text.len() - self.place;
@@ -237,9 +239,10 @@ impl Windows<'_> {
         }
         let bytes = self.bytes as f64;
         let of_text = self.read as f64 * (bytes + left as f64) / bytes.max(1.0);
-        let of_all = of_text * self.blocks.count as f64 / self.blocks.visited().max(1) as f64;
-        let windows = of_all / self.body as f64;
-        let tokens = of_all + windows.ceil() * self.begin.len() as f64;
+        let visited = (self.blocks.count - self.blocks.left).max(1);
+        let of_all = of_text * self.blocks.count as f64 / visited as f64;
+        let chunks = of_all / self.body as f64;
+        let tokens = of_all + chunks.ceil() * self.begin.len() as f64;
         (tokens as usize).clamp(self.given_tokens + 1, most)
     }
 
@@ -263,8 +266,8 @@ impl Windows<'_> {
             if let Some((_, until)) = self.streams.front()
                 && self.read > *until
             {
-                self.tokens
-                    .truncate(self.tokens.len() - (self.read - until));
+                let over = self.read - until;
+                self.tokens.truncate(self.tokens.len() - over);
                 self.read = *until;
                 self.place = self.text.len();
             }
@@ -285,7 +288,7 @@ impl Windows<'_> {
     }
 }
 
-impl Iterator for Windows<'_> {
+impl Iterator for Chunks<'_> {
     type Item = Result<Vec<u32>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -302,10 +305,10 @@ impl Iterator for Windows<'_> {
             return None;
         }
         let body = self.tokens.drain(..count);
-        let window: Vec<u32> = self.begin.iter().copied().chain(body).collect();
+        let chunk: Vec<u32> = self.begin.iter().copied().chain(body).collect();
         self.given += 1;
-        self.given_tokens += window.len();
-        Some(Ok(window))
+        self.given_tokens += chunk.len();
+        Some(Ok(chunk))
     }
 }
 
@@ -314,7 +317,7 @@ struct Blocks<'a> {
     files: &'a [Box<dyn Texts>],
     /// Bytes of a block.
     size: u64,
-    /// How many blocks there are up to the end of each file.
+    /// Number of blocks up to the end of each file.
     ends: Vec<u64>,
     count: u64,
     next: u64,
@@ -350,10 +353,6 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    fn visited(&self) -> u64 {
-        self.count - self.left
-    }
-
     fn next(&mut self) -> Result<Option<String>> {
         if self.left == 0 {
             return Ok(None);
@@ -364,9 +363,8 @@ impl<'a> Blocks<'a> {
         let file = self.ends.partition_point(|&end| end <= block);
         let first = file.checked_sub(1).map_or(0, |before| self.ends[before]);
         let start = (block - first) * self.size;
-        self.files[file]
-            .read(start..start.saturating_add(self.size))
-            .map(Some)
+        let block = start..start.saturating_add(self.size);
+        self.files[file].read(block).map(Some)
     }
 }
 
@@ -403,7 +401,7 @@ fn piece(text: &str) -> usize {
     }
 }
 
-/// Where text that begins with `bytes` is best cut after its first byte: behind the first line end, else
+/// Finds where text that begins with `bytes` is best cut after its first byte: behind the first line end, else
 /// before the first space, else before the next character.
 fn cut(bytes: &[u8]) -> usize {
     let bytes = &bytes[..bytes.len().min(LOOK)];
@@ -458,7 +456,7 @@ fn add_share(texts: &mut String, text: &str, place: &Range<u64>, block: &Range<u
     }
 }
 
-/// Whether there is text in a file: read from the beginning, and at a thousand places where it is long.
+/// Returns true where there is text in a file: read from the beginning, and at a thousand places where it is long.
 fn has_text(file: &dyn Texts) -> Result<bool> {
     let size = PIECE as u64;
     let step = size.max(file.length() / PLACES as u64);
@@ -473,18 +471,7 @@ fn has_text(file: &dyn Texts) -> Result<bool> {
     Ok(false)
 }
 
-fn refused(path: &Path, reason: &str) -> Error {
-    Error::Corpus {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
-    }
-}
-
 fn not_text(path: &Path, byte: u64) -> Error {
-    refused(
-        path,
-        &format!(
-            "it is not UTF-8 text (byte {byte}); a corpus is plain text, .jsonl, .json or .parquet"
-        ),
-    )
+    let known = "a corpus is plain text, .jsonl, .json or .parquet";
+    refused(path, format!("it is not UTF-8 text (byte {byte}); {known}"))
 }

@@ -11,13 +11,13 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use super::{Texts, add_share, refused};
-use crate::error::{Error, Result, io, listed};
+use super::{Texts, add_share};
+use crate::error::{Error, Result, io, listed, refused};
 use crate::panics::caught;
 
 /// Rows that are decoded at once.
 const ROWS: usize = 256;
-/// How many bytes of text a byte of a file can stand for; a file that says more is not believed.
+/// Bytes of text that a byte of a file can stand for; a file that says more is not believed.
 const MAX_COMPRESSION: u64 = 1024;
 
 pub(super) struct ParquetFile {
@@ -74,44 +74,27 @@ impl Group {
 
 impl ParquetFile {
     pub(super) fn open(path: &Path, field: &str) -> Result<Self> {
-        guarded(path, || Self::open_unguarded(path, field))
-    }
-
-    fn open_unguarded(path: &Path, field: &str) -> Result<Self> {
-        let reader = reader(path)?;
-        let columns = reader.metadata().file_metadata().schema_descr().columns();
-        let Some(column) = columns.iter().position(|c| c.path().string() == field) else {
-            let names: Vec<String> = columns.iter().map(|c| c.path().string()).collect();
-            let there_are = listed(&names);
-            let reason = format!("no column {field:?}{there_are}; --field names another");
-            return Err(refused(path, &reason));
-        };
-        let texts = columns[column].physical_type() == Type::BYTE_ARRAY;
-        if !texts || columns[column].max_rep_level() > 0 {
-            let reason = format!("column {field:?} holds no texts; --field names another");
-            return Err(refused(path, &reason));
-        }
-        let groups = groups(path, reader.metadata(), column)?;
-        let path = path.to_owned();
-        Ok(Self {
-            path,
-            column,
-            groups,
-        })
-    }
-
-    fn read_unguarded(&self, block: &Range<u64>) -> Result<String> {
-        let reader = reader(&self.path)?;
-        if groups(&self.path, reader.metadata(), self.column)? != self.groups {
-            return Err(changed(&self.path));
-        }
-        let mut texts = String::new();
-        for (number, group) in self.groups.iter().enumerate() {
-            if block.start < group.bytes.end && group.bytes.start < block.end {
-                self.read_group(&reader, number, block, &mut texts)?;
+        guarded(path, || {
+            let reader = reader(path)?;
+            let columns = reader.metadata().file_metadata().schema_descr().columns();
+            let Some(column) = columns.iter().position(|c| c.path().string() == field) else {
+                let names: Vec<String> = columns.iter().map(|c| c.path().string()).collect();
+                let there_are = listed(&names);
+                let reason = format!("no column {field:?}{there_are}; --field names another");
+                return Err(refused(path, reason));
+            };
+            let texts = columns[column].physical_type() == Type::BYTE_ARRAY;
+            if !texts || columns[column].max_rep_level() > 0 {
+                let reason = format!("column {field:?} holds no texts; --field names another");
+                return Err(refused(path, reason));
             }
-        }
-        Ok(texts)
+            let groups = groups(path, reader.metadata(), column)?;
+            Ok(Self {
+                path: path.to_owned(),
+                column,
+                groups,
+            })
+        })
     }
 
     /// Adds what of row group `number` belongs to `block`.
@@ -154,7 +137,7 @@ impl ParquetFile {
             for ((_, row), value) in present.zip(&values) {
                 let Ok(text) = std::str::from_utf8(value.data()) else {
                     let reason = format!("row {row} of row group {number} is not UTF-8 text");
-                    return Err(refused(&self.path, &reason));
+                    return Err(refused(&self.path, reason));
                 };
                 add_share(texts, text, &group.place(row), block);
             }
@@ -165,16 +148,24 @@ impl ParquetFile {
 }
 
 impl Texts for ParquetFile {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn length(&self) -> u64 {
         self.groups.last().map_or(0, |last| last.bytes.end)
     }
 
     fn read(&self, block: Range<u64>) -> Result<String> {
-        guarded(&self.path, || self.read_unguarded(&block))
+        guarded(&self.path, || {
+            let reader = reader(&self.path)?;
+            if groups(&self.path, reader.metadata(), self.column)? != self.groups {
+                return Err(changed(&self.path));
+            }
+            let mut texts = String::new();
+            for (number, group) in self.groups.iter().enumerate() {
+                if block.start < group.bytes.end && group.bytes.start < block.end {
+                    self.read_group(&reader, number, &block, &mut texts)?;
+                }
+            }
+            Ok(texts)
+        })
     }
 }
 
@@ -207,7 +198,7 @@ fn groups(path: &Path, metadata: &ParquetMetaData, column: usize) -> Result<Vec<
 }
 
 fn damaged(path: &Path) -> impl Fn(ParquetError) -> Error + '_ {
-    move |error| refused(path, &format!("not a whole parquet file: {error}"))
+    move |error| refused(path, format!("not a whole parquet file: {error}"))
 }
 
 fn changed(path: &Path) -> Error {

@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::json::{document, read_line};
-use super::{PIECE, add, not_text, refused};
-use crate::error::{Result, io};
+use super::{PIECE, add, not_text};
+use crate::error::{Result, io, refused};
 
 pub(super) struct Stream {
     path: PathBuf,
@@ -37,12 +37,8 @@ impl Stream {
 
     /// The next text, of about a piece; `None` at the end.
     pub(super) fn next(&mut self) -> Result<Option<String>> {
-        let text = match self.field.take() {
-            Some(field) => {
-                let texts = self.documents(&field)?;
-                self.field = Some(field);
-                texts
-            }
+        let text = match self.field.clone() {
+            Some(field) => self.documents(&field)?,
             None => self.plain()?,
         };
         Ok(Some(text).filter(|text| !text.is_empty()))
@@ -56,7 +52,7 @@ impl Stream {
         {
             self.read += 1;
             let text = document(&line, field)
-                .map_err(|reason| refused(&self.path, &format!("line {}: {reason}", self.read)))?;
+                .map_err(|reason| refused(&self.path, format!("line {}: {reason}", self.read)))?;
             add(&mut texts, &text.unwrap_or_default());
         }
         Ok(texts)

@@ -21,7 +21,7 @@ impl TextFile {
         Ok(Self { path, length })
     }
 
-    /// Where a block that is to begin at byte `at` begins.
+    /// Finds the beginning of a block that is to begin at byte `at`.
     fn boundary(&self, file: &mut File, at: u64) -> Result<u64> {
         if at == 0 || at >= self.length {
             return Ok(at.min(self.length));
@@ -35,10 +35,6 @@ impl TextFile {
 }
 
 impl Texts for TextFile {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn length(&self) -> u64 {
         self.length
     }

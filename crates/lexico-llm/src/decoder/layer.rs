@@ -1,25 +1,25 @@
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
 
-use super::Sequence;
 use super::linear::Linear;
 use super::matrix::Matrix;
 use super::rotary::Rotation;
-use crate::config::{Config, LayerWeights, LinearWeights};
-use crate::error::Result;
+use crate::cache::{Sequence, attend_all};
+use crate::config::{Config, LayerWeights, Weight};
+use crate::error::{Error, Result};
 use crate::weights::{Quantize, Weights};
 
 /// Tokens whose feed-forward numbers, the widest of a layer, are held at once: a long prompt's would outgrow its cache.
 const AT_ONCE: usize = 512;
 
-/// One decoder layer.
+/// Decoder layer.
 pub(super) struct Layer {
     attention_norm: Tensor,
     query: Linear,
     key: Linear,
     value: Linear,
-    /// Of every query head, and of every key head, where the family has them.
-    head_norms: Option<(Tensor, Tensor)>,
+    /// Norms of every query head, and of every key head, where the family has them.
+    head_norms: Option<[Tensor; 2]>,
     output: Linear,
     feed_forward_norm: Tensor,
     gate: Linear,
@@ -39,20 +39,16 @@ impl Layer {
             head_norms,
             linears: [query, key, value, output, gate, up, down],
         } = config.layer_weights(layer);
-        let vector = |(name, length): (String, usize)| weights.vector(&name, length);
-        let head_norms = match head_norms {
-            Some([query, key]) => Some((vector(query)?, vector(key)?)),
-            None => None,
-        };
-        let linear = |LinearWeights { matrix, bias }| -> Result<Linear> {
-            let (name, shape) = matrix;
+        let vector = |(name, shape): Weight| weights.vector(&name, shape[0]);
+        let both = |[query, key]: [Weight; 2]| Ok::<_, Error>([vector(query)?, vector(key)?]);
+        let linear = |((name, shape), bias): (Weight, Option<Weight>)| -> Result<Linear> {
             Ok(Linear {
-                matrix: Matrix::load(weights, &name, shape, quantize)?,
+                matrix: Matrix::load(weights, &name, [shape[0], shape[1]], quantize)?,
                 bias: bias.map(vector).transpose()?,
             })
         };
         Ok(Self {
-            head_norms,
+            head_norms: head_norms.map(both).transpose()?,
             attention_norm: vector(attention_norm)?,
             query: linear(query)?,
             key: linear(key)?,
@@ -65,7 +61,7 @@ impl Layer {
         })
     }
 
-    /// The same layer on another device.
+    /// Moves the layer to another device.
     pub(super) fn on(self, device: &Device) -> Result<Self> {
         let linear = |linear: Linear| -> Result<Linear> {
             let bias = linear.bias.map(|bias| bias.to_device(device));
@@ -74,16 +70,16 @@ impl Layer {
                 bias: bias.transpose()?,
             })
         };
-        let head_norms = match self.head_norms {
-            Some((query, key)) => Some((query.to_device(device)?, key.to_device(device)?)),
-            None => None,
+        let moved = |norms: [Tensor; 2]| {
+            let [query, key] = norms.map(|norm| norm.to_device(device));
+            Ok::<_, Error>([query?, key?])
         };
         Ok(Self {
             attention_norm: self.attention_norm.to_device(device)?,
             query: linear(self.query)?,
             key: linear(self.key)?,
             value: linear(self.value)?,
-            head_norms,
+            head_norms: self.head_norms.map(moved).transpose()?,
             output: linear(self.output)?,
             feed_forward_norm: self.feed_forward_norm.to_device(device)?,
             gate: linear(self.gate)?,
@@ -92,7 +88,7 @@ impl Layer {
         })
     }
 
-    /// `x` `[tokens, hidden]`, the tokens of all sequences one after the other.
+    /// Runs `x` `[tokens, hidden]`, the tokens of all sequences one after the other, through the layer.
     pub(super) fn forward(
         &self,
         config: &Config,
@@ -139,31 +135,11 @@ impl Layer {
         let mut q = heads(self.query.forward(x)?, config.heads)?;
         let mut k = heads(self.key.forward(x)?, config.kv_heads)?;
         let v = heads(self.value.forward(x)?, config.kv_heads)?;
-        if let Some((query_norm, key_norm)) = &self.head_norms {
+        if let Some([query_norm, key_norm]) = &self.head_norms {
             q = rms_norm(&q, query_norm, config.norm_epsilon as f32)?;
             k = rms_norm(&k, key_norm, config.norm_epsilon as f32)?;
         }
         let (q, k) = (rotation.apply(&q)?, rotation.apply(&k)?);
-        #[cfg(feature = "cuda")]
-        if let Some(out) = crate::cache::decode_together(layer, &q, &k, &v, sequences)? {
-            return Ok(out.reshape((tokens, config.heads * config.head_dim))?);
-        }
-        let mut start = 0;
-        let mut outputs = Vec::with_capacity(sequences.len());
-        for sequence in sequences.iter_mut() {
-            let t = sequence.tokens.len();
-            let own = |x: &Tensor| x.narrow(1, start, t);
-            let out = sequence
-                .cache
-                .attend(layer, &own(&q)?, &own(&k)?, &own(&v)?)?;
-            // Most caches lie in the processor's memory.
-            let out = out.to_device(x.device())?;
-            outputs.push(
-                out.transpose(0, 1)?
-                    .reshape((t, config.heads * config.head_dim))?,
-            );
-            start += t;
-        }
-        Ok(Tensor::cat(&outputs, 0)?)
+        attend_all(layer, &q, &k, &v, sequences)
     }
 }

@@ -3,7 +3,7 @@ use candle_core::Tensor;
 use super::matrix::Matrix;
 use crate::error::Result;
 
-/// A matrix that rows of activations are multiplied by, and a bias where the family has one.
+/// Matrix that rows of activations are multiplied by, and a bias where the family has one.
 pub(super) struct Linear {
     /// `[out, in]`
     pub(super) matrix: Matrix,
@@ -11,7 +11,7 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    /// `[rows, in]` to `[rows, out]`, in f32.
+    /// Turns `[rows, in]` into `[rows, out]`, in f32.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let product = self.matrix.multiply(x)?;
         Ok(match &self.bias {

@@ -3,21 +3,21 @@ use candle_core::quantized::k_quants::{BlockQ4K, BlockQ6K, BlockQ8_0};
 use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use lexico::matrix::{HalfMatrix, Halves};
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::half_matrix::{HalfMatrix, Halves};
 use crate::threads::CandleThreads;
 use crate::weights::{Quantize, Weights};
 
-/// Rows that are read at a time.
+/// Number of rows that are read at once.
 const CHUNK: usize = 256;
 
-/// A matrix `[rows, columns]` in one of the number types that weights are held in.
+/// Matrix `[rows, columns]` in one of the number types that weights are held in.
 pub(super) enum Matrix {
-    /// In f32, or on a GPU in what it was stored in.
+    /// Numbers in f32, or on a GPU in the type that they were stored in.
     Dense(Tensor),
-    /// On the processor.
+    /// Numbers in f16 or bf16, on the processor.
     Half(HalfMatrix),
     Quantised(QTensor),
 }
@@ -39,11 +39,11 @@ impl Matrix {
             columns,
         };
         match stored {
-            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => match wanted(quantize, columns) {
-                Some(Wanted::Q8_0) => reader.quantise::<BlockQ8_0>(),
-                Some(Wanted::Q6K) => reader.quantise::<BlockQ6K>(),
-                Some(Wanted::Q4K) => reader.quantise::<BlockQ4K>(),
-                None => reader.as_stored(),
+            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => match fitting(quantize, columns) {
+                Quantize::Q8_0 => reader.quantise::<BlockQ8_0>(),
+                Quantize::Q6K => reader.quantise::<BlockQ6K>(),
+                Quantize::Q4K => reader.quantise::<BlockQ4K>(),
+                Quantize::None => reader.as_stored(),
             },
             _ if quantize == Quantize::None => reader.blocks(),
             _ => {
@@ -53,7 +53,7 @@ impl Matrix {
         }
     }
 
-    /// The same matrix on another device.
+    /// Moves the matrix to another device.
     pub(super) fn on(self, device: &Device) -> Result<Self> {
         Ok(match self {
             Matrix::Dense(matrix) => Matrix::Dense(matrix.to_device(device)?),
@@ -71,7 +71,7 @@ impl Matrix {
         })
     }
 
-    /// `[n, columns]` to `[n, rows]`, in f32.
+    /// Turns `[n, columns]` into `[n, rows]`, in f32.
     pub(super) fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Matrix::Dense(matrix) => {
@@ -87,7 +87,7 @@ impl Matrix {
         })
     }
 
-    /// Some of the rows, `[n, columns]` in f32; all of them must be there.
+    /// Returns these rows, `[n, columns]` in f32; all of them must be there.
     pub(super) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
         Ok(match self {
             Matrix::Dense(matrix) => {
@@ -110,22 +110,15 @@ impl Matrix {
     }
 }
 
-enum Wanted {
-    Q8_0,
-    Q6K,
-    Q4K,
-}
-
-/// How a matrix with rows of `width` numbers is to be held: whole blocks only, so that a width that
-/// a format does not divide takes the next wider one; `None` is as stored.
-fn wanted(quantize: Quantize, width: usize) -> Option<Wanted> {
+/// Returns the format for a matrix with rows of `width` numbers: whole blocks only, so that a width that a format does
+/// not divide takes the next wider one, in the end that of the file.
+fn fitting(quantize: Quantize, width: usize) -> Quantize {
     match quantize {
-        Quantize::None => None,
-        Quantize::Q6K if width.is_multiple_of(BlockQ6K::BLCK_SIZE) => Some(Wanted::Q6K),
-        Quantize::Q4K if width.is_multiple_of(BlockQ4K::BLCK_SIZE) => Some(Wanted::Q4K),
-        _ => width
-            .is_multiple_of(BlockQ8_0::BLCK_SIZE)
-            .then_some(Wanted::Q8_0),
+        Quantize::None => Quantize::None,
+        Quantize::Q6K if width.is_multiple_of(BlockQ6K::BLCK_SIZE) => Quantize::Q6K,
+        Quantize::Q4K if width.is_multiple_of(BlockQ4K::BLCK_SIZE) => Quantize::Q4K,
+        _ if width.is_multiple_of(BlockQ8_0::BLCK_SIZE) => Quantize::Q8_0,
+        _ => Quantize::None,
     }
 }
 
@@ -140,24 +133,17 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn as_stored(&self) -> Result<Matrix> {
+        let (rows, columns) = (self.rows, self.columns);
         let halves = match self.stored {
             GgmlDType::F16 => Halves::F16(self.numbers(f16::from_le_bytes)?),
             GgmlDType::BF16 => Halves::BF16(self.numbers(bf16::from_le_bytes)?),
             _ => {
                 let numbers = self.numbers(f32::from_le_bytes)?;
-                let shape = (self.rows, self.columns);
-                return Ok(Matrix::Dense(Tensor::from_vec(
-                    numbers,
-                    shape,
-                    &Device::Cpu,
-                )?));
+                let matrix = Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?;
+                return Ok(Matrix::Dense(matrix));
             }
         };
-        Ok(Matrix::Half(HalfMatrix::new(
-            halves,
-            self.rows,
-            self.columns,
-        )))
+        Ok(Matrix::Half(HalfMatrix::new(halves, rows, columns)))
     }
 
     fn numbers<T, const BYTES: usize>(&self, number: fn([u8; BYTES]) -> T) -> Result<Vec<T>> {

@@ -11,6 +11,7 @@ use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
 
 use crate::cache::KvCache;
+pub use crate::cache::Sequence;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::gguf::GgufModel;
@@ -18,20 +19,12 @@ use crate::weights::{Quantize, Weights};
 use layer::Layer;
 use matrix::Matrix;
 
-/// Some new tokens of one sequence, and the cache that holds what came before them.
-pub struct Sequence<'a> {
-    /// The new tokens; at least one.
-    pub tokens: &'a [u32],
-    /// The keys and values so far; the new ones are added.
-    pub cache: &'a mut dyn KvCache,
-}
-
-/// Of which positions [`Decoder::forward`] computes logits.
+/// Positions of which [`Decoder::forward`] computes logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Logits {
-    /// Of each sequence's last token: `[sequences, vocabulary]`.
+    /// Each sequence's last token: `[sequences, vocabulary]`.
     Last,
-    /// Of every new token, sequence after sequence: `[tokens, vocabulary]`.
+    /// Every new token, sequence after sequence: `[tokens, vocabulary]`.
     All,
 }
 
@@ -45,7 +38,7 @@ pub struct Decoder {
     /// `[vocabulary, hidden]`; the embedding's where they are tied.
     head: Option<Matrix>,
     device: Device,
-    /// Of the rotary embedding, `[m / 2]`.
+    /// Frequencies of the rotary embedding, `[m / 2]`.
     frequencies: Vec<f32>,
 }
 
@@ -53,7 +46,7 @@ impl Decoder {
     /// Loads the decoder alone of a folder in Hugging Face layout, or of a GGUF file.
     ///
     /// # Errors
-    /// As [`Model::load`](crate::Model::load).
+    /// Those of [`Model::load`](crate::Model::load).
     pub fn open(path: &Path, quantize: Quantize) -> Result<Self> {
         if path.is_file() {
             let gguf = GgufModel::open(path)?;
@@ -71,12 +64,10 @@ impl Decoder {
             true => None,
             false => Some(matrix("lm_head.weight")?),
         };
-        let layers = (0..config.layers)
-            .map(|l| Layer::load(&config, weights, quantize, l))
-            .collect::<Result<_>>()?;
+        let layers = (0..config.layers).map(|l| Layer::load(&config, weights, quantize, l));
         Ok(Self {
             embedding,
-            layers,
+            layers: layers.collect::<Result<_>>()?,
             norm: weights.vector("model.norm.weight", config.hidden)?,
             frequencies: config.rotary.frequencies(config.head_dim),
             head,
@@ -85,10 +76,10 @@ impl Decoder {
         })
     }
 
-    /// The same decoder on another device.
+    /// Moves the decoder to another device.
     ///
     /// # Errors
-    /// Where its memory does not suffice.
+    /// [`Error::Tensor`] where its memory does not suffice.
     pub fn on(self, device: &Device) -> Result<Self> {
         let layers = self.layers.into_iter().map(|layer| layer.on(device));
         Ok(Self {
@@ -101,14 +92,27 @@ impl Decoder {
         })
     }
 
-    /// Where it computes.
+    /// Device that computes.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The shape of the model.
+    /// Shape of the model.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Runs the new tokens of one sequence through the model.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::forward`].
+    pub fn forward_one(
+        &self,
+        tokens: &[u32],
+        cache: &mut dyn KvCache,
+        wanted: Logits,
+    ) -> Result<Tensor> {
+        self.forward(&mut [Sequence { tokens, cache }], wanted)
     }
 
     /// Runs the new tokens of several sequences through the model at once.
@@ -117,27 +121,21 @@ impl Decoder {
     /// [`Error::EmptyPrompt`] for no sequence or one without new tokens, [`Error::TokenOutside`],
     /// [`Error::ContextFull`], and what the caches return.
     pub fn forward(&self, sequences: &mut [Sequence<'_>], wanted: Logits) -> Result<Tensor> {
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        for sequence in sequences.iter() {
-            let past = sequence.cache.len();
-            let end = past + sequence.tokens.len();
-            if sequence.tokens.is_empty() {
-                return Err(Error::EmptyPrompt);
-            }
-            if end > self.config.context {
-                return Err(Error::ContextFull {
-                    wanted: end,
-                    context: self.config.context,
-                });
-            }
-            tokens.extend_from_slice(sequence.tokens);
-            positions.extend(past..end);
-        }
-        if tokens.is_empty() {
+        let (vocabulary, context) = (self.config.vocabulary, self.config.context);
+        let empty = |sequence: &Sequence<'_>| sequence.tokens.is_empty();
+        if sequences.is_empty() || sequences.iter().any(empty) {
             return Err(Error::EmptyPrompt);
         }
-        let vocabulary = self.config.vocabulary;
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        for sequence in sequences.iter() {
+            let past = sequence.cache.len();
+            let wanted = past + sequence.tokens.len();
+            if wanted > context {
+                return Err(Error::ContextFull { wanted, context });
+            }
+            tokens.extend_from_slice(sequence.tokens);
+            positions.extend(past..wanted);
+        }
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
             return Err(Error::TokenOutside { token, vocabulary });
         }
@@ -148,13 +146,11 @@ impl Decoder {
         }
         if wanted == Logits::Last {
             let mut end = 0;
-            let last: Vec<u32> = sequences
-                .iter()
-                .map(|sequence| {
-                    end += sequence.tokens.len() as u32;
-                    end - 1
-                })
-                .collect();
+            let last = sequences.iter().map(|sequence| {
+                end += sequence.tokens.len() as u32;
+                end - 1
+            });
+            let last: Vec<u32> = last.collect();
             x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
         }
         let x = rms_norm(&x, &self.norm, self.config.norm_epsilon as f32)?;

@@ -19,11 +19,8 @@ impl Rotation {
             .collect();
         let shape = (positions.len(), frequencies.len());
         let tensor = |f: fn(f32) -> f32| {
-            Tensor::from_vec(
-                angles.iter().map(|&a| f(a)).collect::<Vec<f32>>(),
-                shape,
-                device,
-            )
+            let numbers: Vec<f32> = angles.iter().map(|&a| f(a)).collect();
+            Tensor::from_vec(numbers, shape, device)
         };
         Ok(Self {
             cos: tensor(f32::cos)?,

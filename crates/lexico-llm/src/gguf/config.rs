@@ -1,10 +1,10 @@
-//! What a GGUF file says of the decoder's shape, in the words of `config.json`.
+//! The decoder's shape as a GGUF file gives it, in the words of `config.json`.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::file::GgufFile;
 use super::tokenizer::token_id;
-use crate::config::{Config, RotaryScaling};
+use crate::config::{Config, LLAMA3, Llama3Scaling, RotaryScaling};
 use crate::error::Result;
 
 /// Architectures in GGUF's words, and the config's.
@@ -24,23 +24,18 @@ const SIZES: [(&str, &str); 5] = [
     ("context_length", "max_position_embeddings"),
 ];
 
-/// The constants of Llama 3's rotary scaling as every published model has them: GGUF files hold the
-/// frequencies' factors only.
-const LLAMA3: (f64, f64, f64) = (1.0, 4.0, 8192.0);
-
 /// The tensor of the factors that the rotary embedding's frequencies are divided by.
 pub(super) const FACTORS: &str = "rope_freqs.weight";
 
 pub(super) fn architecture(file: &GgufFile) -> Result<&'static str> {
     let Some(name) = file.text("general.architecture")? else {
-        return Err(file.error("it does not name its general.architecture".to_owned()));
+        return Err(file.error("it does not name its general.architecture"));
     };
     let known = ARCHITECTURES.iter().find(|(own, _)| *own == name);
     known.map(|(own, _)| *own).ok_or_else(|| {
         let known = ARCHITECTURES.map(|(own, _)| own).join(", ");
-        file.error(format!(
-            "architecture {name:?} is not supported; these are: {known}"
-        ))
+        let reason = format!("architecture {name:?} is not supported; these are: {known}");
+        file.error(reason)
     })
 }
 
@@ -52,20 +47,17 @@ pub(super) fn read(files: &[GgufFile]) -> Result<Config> {
     let size = |name: &str| file.unsigned(&key(name));
     let missing = |name: &str| file.error(format!("it lacks the metadata entry {:?}", key(name)));
     let unsupported = |name: &str| {
+        let key = key(name);
         file.error(format!(
-            "its metadata entry {:?} asks for what is not supported",
-            key(name)
+            "its metadata entry {key:?} asks for what is not supported"
         ))
     };
 
-    let mut config = Map::new();
+    let mut config = json!({});
     for (own, name) in SIZES {
-        let number = size(own)?.ok_or_else(|| missing(own))?;
-        config.insert(name.to_owned(), number.into());
+        config[name] = size(own)?.ok_or_else(|| missing(own))?.into();
     }
-    if let Some(number) = size("attention.head_count_kv")? {
-        config.insert("num_key_value_heads".to_owned(), number.into());
-    }
+    config["num_key_value_heads"] = json!(size("attention.head_count_kv")?);
     let context = config["max_position_embeddings"].as_u64().unwrap_or(0);
     let window = size("attention.sliding_window")?.filter(|&w| w > 0 && w < context);
     let class = match ARCHITECTURES.iter().find(|(own, _)| *own == architecture) {
@@ -75,35 +67,27 @@ pub(super) fn read(files: &[GgufFile]) -> Result<Config> {
         Some((_, class)) => class,
         None => architecture,
     };
-    config.insert("architectures".to_owned(), json!([class]));
-    config.insert("sliding_window".to_owned(), json!(window));
+    config["architectures"] = json!([class]);
+    config["sliding_window"] = json!(window);
     let epsilon = file.float(&key("attention.layer_norm_rms_epsilon"))?;
     let epsilon = epsilon.ok_or_else(|| missing("attention.layer_norm_rms_epsilon"))?;
-    config.insert("rms_norm_eps".to_owned(), number(epsilon));
-    if let Some(theta) = file.float(&key("rope.freq_base"))? {
-        config.insert("rope_theta".to_owned(), number(theta));
-    }
-    let key_length = match size("attention.key_length")? {
-        None => size("rope.dimension_count")?,
-        given => given,
-    };
-    if let Some(length) = key_length {
+    config["rms_norm_eps"] = number(epsilon);
+    config["rope_theta"] = json!(file.float(&key("rope.freq_base"))?.map(number));
+    let key_length = size("attention.key_length")?;
+    if let Some(length) = key_length.or(size("rope.dimension_count")?) {
         for other in ["attention.value_length", "rope.dimension_count"] {
             if size(other)?.is_some_and(|other| other != length) {
-                return Err(file.error(format!(
-                    "its {:?} is not its head dim of {length}: that is not supported",
-                    key(other)
-                )));
+                let key = key(other);
+                let reason =
+                    format!("its {key:?} is not its head dim of {length}: that is not supported");
+                return Err(file.error(reason));
             }
         }
-        config.insert("head_dim".to_owned(), length.into());
+        config["head_dim"] = length.into();
     }
-    if let Some(scaling) = file
-        .text(&key("rope.scaling.type"))?
-        .filter(|s| *s != "none")
-    {
-        config.insert("rope_scaling".to_owned(), json!({"rope_type": scaling}));
-    }
+    let scaling = file.text(&key("rope.scaling.type"))?;
+    let scaling = scaling.filter(|kind| *kind != "none");
+    config["rope_scaling"] = json!(scaling.map(|kind| json!({"rope_type": kind})));
     // Linear scaling in files of two ages, experts, and attention to later positions.
     for name in ["rope.scaling.factor", "rope.scale_linear"] {
         if file.float(&key(name))?.is_some_and(|factor| factor != 1.0) {
@@ -117,19 +101,15 @@ pub(super) fn read(files: &[GgufFile]) -> Result<Config> {
         return Err(unsupported("attention.causal"));
     }
     let tensor = |name: &str| files.iter().find_map(|file| file.tensors.get(name));
-    config.insert(
-        "tie_word_embeddings".to_owned(),
-        tensor("output.weight").is_none().into(),
-    );
+    config["tie_word_embeddings"] = tensor("output.weight").is_none().into();
     // The vocabulary is as large as the embedding, whatever the metadata says.
     let embedding = tensor("token_embd.weight");
     let rows = embedding.and_then(|tensor| tensor.shape.first());
-    let rows =
-        rows.ok_or_else(|| file.error("it has no tensor \"token_embd.weight\"".to_owned()))?;
-    config.insert("vocab_size".to_owned(), (*rows).into());
-    config.insert("eos_token_id".to_owned(), json!(end_tokens(file)?));
+    let rows = rows.ok_or_else(|| file.error("it has no tensor \"token_embd.weight\""))?;
+    config["vocab_size"] = (*rows).into();
+    config["eos_token_id"] = json!(end_tokens(file)?);
 
-    let mut config = Config::parse(&Value::Object(config).to_string(), file.path())?;
+    let mut config = Config::parse(&config.to_string(), file.path())?;
     for file in files {
         if let Some(factors) = file.f32_tensor(FACTORS)? {
             config.rotary.scaling = scaling_by(file, &config, factors)?;
@@ -146,20 +126,16 @@ fn number(number: f64) -> Value {
 fn scaling_by(file: &GgufFile, config: &Config, factors: Vec<f32>) -> Result<RotaryScaling> {
     let pairs = config.head_dim / 2;
     if factors.len() != pairs || factors.iter().any(|f| !(*f > 0.0 && f.is_finite())) {
-        return Err(file.error(format!(
-            "its tensor rope_freqs.weight does not hold {pairs} factors above 0"
-        )));
+        let reason = format!("its tensor {FACTORS} does not hold {pairs} factors above 0");
+        return Err(file.error(reason));
     }
     let largest = factors.iter().copied().fold(0.0, f32::max);
     let mut llama3 = config.rotary.clone();
     let plain = llama3.frequencies(config.head_dim);
-    let (low_frequency_factor, high_frequency_factor, original_context) = LLAMA3;
-    llama3.scaling = RotaryScaling::Llama3 {
+    llama3.scaling = RotaryScaling::Llama3(Llama3Scaling {
         factor: f64::from(largest),
-        low_frequency_factor,
-        high_frequency_factor,
-        original_context,
-    };
+        ..LLAMA3
+    });
     let scaled = llama3.frequencies(config.head_dim);
     let mut frequencies = plain.iter().zip(&scaled).zip(&factors);
     // Told by what it does, so that one dictionary serves the model from either kind of file.
@@ -186,12 +162,8 @@ fn end_tokens(file: &GgufFile) -> Result<Vec<u64>> {
     }
     let texts = file.texts("tokenizer.ggml.tokens")?.unwrap_or(&[]);
     let ends = |text: &&String| END_TEXTS.contains(&text.as_str());
-    tokens.extend(
-        (0..)
-            .zip(texts)
-            .filter(|(_, text)| ends(text))
-            .map(|(id, _)| id),
-    );
+    let ending = (0..).zip(texts).filter(|(_, text)| ends(text));
+    tokens.extend(ending.map(|(id, _)| id));
     tokens.sort_unstable();
     tokens.dedup();
     Ok(tokens)

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::string::FromUtf8Error;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::quantized::GgmlDType;
 
-use crate::error::{Error, Result, io};
+use crate::error::{Result, io, refused};
+use crate::weights::numbers;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -30,11 +32,11 @@ pub(crate) struct GgufFile {
 
 /// A tensor's place in its file.
 pub(crate) struct TensorPlace {
-    /// As PyTorch has it: rows first.
+    /// Shape as PyTorch has it: rows first.
     pub(crate) shape: Vec<usize>,
     /// The format's own number for it where it is not known here.
     pub(crate) number_type: std::result::Result<GgmlDType, u32>,
-    /// From the beginning of the file.
+    /// Offset from the beginning of the file.
     start: u64,
     bytes: u64,
 }
@@ -51,31 +53,23 @@ enum Value {
 }
 
 /// The metadata by key.
-#[derive(Default)]
-struct Metadata(HashMap<String, Value>);
+type Metadata = HashMap<String, Value>;
 
 impl GgufFile {
     /// Opens `path`, reads its header and checks every tensor's place against the file's length.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(io(path))?;
         let about = file.metadata().map_err(io(path))?;
-        let error = |reason: String| Error::Gguf {
-            path: path.to_owned(),
-            reason,
-        };
         if !about.is_file() {
-            return Err(error("it is not a regular file".to_owned()));
+            return Err(refused(path, "it is not a regular file"));
         }
         let mut header = Header {
+            path,
             reader: BufReader::new(&file),
             position: 0,
             total: about.len(),
         };
-        let (metadata, tensors) = header.read().map_err(|problem| match problem {
-            Problem::Cut => error("it is cut short: its header goes beyond its end".to_owned()),
-            Problem::Wrong(reason) => error(reason),
-            Problem::Io(reason) => io(path)(reason),
-        })?;
+        let (metadata, tensors) = header.read()?;
         Ok(Self {
             path: path.to_owned(),
             metadata,
@@ -95,7 +89,7 @@ impl GgufFile {
         kind: &str,
         read: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
-        let Some(value) = self.metadata.0.get(key) else {
+        let Some(value) = self.metadata.get(key) else {
             return Ok(None);
         };
         let wrong = || self.error(format!("its metadata entry {key:?} is not {kind}"));
@@ -160,10 +154,7 @@ impl GgufFile {
             let reason = format!("tensor {name:?} has {} bytes, too few", tensor.bytes);
             return Err(self.error(reason));
         }
-        let mut file = self
-            .file
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(tensor.start + first as u64))
             .and_then(|_| file.read_exact(out))
             .map_err(io(&self.path))
@@ -180,43 +171,34 @@ impl GgufFile {
         }
         let mut bytes = vec![0; tensor.bytes as usize];
         self.read_bytes(name, tensor, 0, &mut bytes)?;
-        let numbers = bytes.as_chunks::<4>().0.iter();
-        Ok(Some(numbers.map(|&b| f32::from_le_bytes(b)).collect()))
+        Ok(Some(numbers(GgmlDType::F32, &bytes)))
     }
 }
 
-enum Problem {
-    /// The header claims more than the file has.
-    Cut,
-    Wrong(String),
-    Io(std::io::Error),
-}
-
-type Parsed<T> = std::result::Result<T, Problem>;
-
-fn wrong<T>(reason: impl Into<String>) -> Parsed<T> {
-    Err(Problem::Wrong(reason.into()))
-}
-
 /// A header that is being read; nothing is read or allocated beyond the file's length.
-struct Header<R> {
+struct Header<'p, R> {
+    path: &'p Path,
     reader: R,
     position: u64,
     total: u64,
 }
 
-impl<R: Read> Header<R> {
-    fn read(&mut self) -> Parsed<(Metadata, HashMap<String, TensorPlace>)> {
+impl<R: Read> Header<'_, R> {
+    fn wrong<T>(&self, reason: impl Into<String>) -> Result<T> {
+        Err(refused(self.path, reason))
+    }
+
+    fn read(&mut self) -> Result<(Metadata, HashMap<String, TensorPlace>)> {
         if self.total < 4 || self.bytes::<4>()? != MAGIC {
-            return wrong("it is not a GGUF file");
+            return self.wrong("it is not a GGUF file");
         }
         match u32::from_le_bytes(self.bytes()?) {
             2 | 3 => {}
             version if (1..=16).contains(&version.swap_bytes()) => {
-                return wrong("it is written for big-endian machines, which is not supported");
+                return self.wrong("it is written for big-endian machines, which is not supported");
             }
             version => {
-                return wrong(format!(
+                return self.wrong(format!(
                     "its version {version} is not supported, 2 and 3 are; convert the model again"
                 ));
             }
@@ -226,66 +208,59 @@ impl<R: Read> Header<R> {
         // The least that an entry and a tensor take.
         self.check_room(entry_count, 8 + 4 + 1)?;
         self.check_room(tensor_count, 8 + 4 + 8 + 4 + 8)?;
-        let mut entries = HashMap::new();
+        let mut metadata = Metadata::new();
         for _ in 0..entry_count {
             let key = self.text()?;
             let value = self.value(&key)?;
-            if entries.contains_key(&key) {
-                return wrong(format!("it has two metadata entries {key:?}"));
+            if metadata.contains_key(&key) {
+                return self.wrong(format!("it has two metadata entries {key:?}"));
             }
-            entries.insert(key, value);
+            metadata.insert(key, value);
         }
-        let metadata = Metadata(entries);
         let mut tensors = HashMap::new();
         for _ in 0..tensor_count {
             let name = self.text()?;
             let place = self.tensor_place(&name)?;
             if tensors.contains_key(&name) {
-                return wrong(format!("it has two tensors {name:?}"));
+                return self.wrong(format!("it has two tensors {name:?}"));
             }
             tensors.insert(name, place);
         }
-        let alignment = match metadata.0.get("general.alignment") {
+        let alignment = match metadata.get("general.alignment") {
             None => DEFAULT_ALIGNMENT,
             Some(Value::Unsigned(n)) if n.is_power_of_two() && *n <= 1 << 20 => *n,
-            Some(_) => return wrong("its general.alignment is no power of two up to 1048576"),
+            Some(_) => return self.wrong("its general.alignment is no power of two up to 1048576"),
         };
         let data_start = self.position.next_multiple_of(alignment);
         for (name, tensor) in &mut tensors {
-            let end = tensor
-                .start
-                .checked_add(data_start)
-                .and_then(|start| start.checked_add(tensor.bytes));
-            match end {
-                Some(end) if end <= self.total => tensor.start += data_start,
-                _ => {
-                    return wrong(format!(
-                        "tensor {name:?} of {} bytes at {} goes beyond the end of the file: it is \
-                         cut short or damaged",
-                        tensor.bytes, tensor.start
-                    ));
-                }
+            let start = tensor.start.checked_add(data_start);
+            let end = start.and_then(|start| start.checked_add(tensor.bytes));
+            if end.is_none_or(|end| end > self.total) {
+                return self.wrong(format!(
+                    "tensor {name:?} of {} bytes at {} goes beyond the end of the file: it is cut \
+                     short or damaged",
+                    tensor.bytes, tensor.start
+                ));
             }
+            tensor.start += data_start;
         }
         // A file smaller than its tensors could make any amount of memory.
-        let mut places: Vec<(u64, u64, &String)> = tensors
-            .iter()
-            .map(|(name, tensor)| (tensor.start, tensor.bytes, name))
-            .collect();
+        let places = tensors.iter().map(|(name, t)| (t.start, t.bytes, name));
+        let mut places: Vec<(u64, u64, &String)> = places.collect();
         places.sort_unstable();
         for pair in places.windows(2) {
             let ((start, bytes, name), (next, _, other)) = (pair[0], pair[1]);
             if start + bytes > next {
-                return wrong(format!("its tensors {name:?} and {other:?} overlap"));
+                return self.wrong(format!("its tensors {name:?} and {other:?} overlap"));
             }
         }
         Ok((metadata, tensors))
     }
 
-    fn tensor_place(&mut self, name: &str) -> Parsed<TensorPlace> {
+    fn tensor_place(&mut self, name: &str) -> Result<TensorPlace> {
         let dimensions = u32::from_le_bytes(self.bytes()?);
         if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
-            return wrong(format!("tensor {name:?} has {dimensions} dimensions"));
+            return self.wrong(format!("tensor {name:?} has {dimensions} dimensions"));
         }
         let mut shape = Vec::new();
         let mut count: u64 = 1;
@@ -293,14 +268,11 @@ impl<R: Read> Header<R> {
             let size = self.number()?;
             let product = count.checked_mul(size);
             // A tensor never has more numbers than eight a byte of its file.
-            match product.filter(|&n| n > 0 && n / 8 <= self.total) {
-                Some(product) => count = product,
-                None => {
-                    return wrong(format!(
-                        "tensor {name:?} has an impossible dimension of {size}"
-                    ));
-                }
-            }
+            let Some(product) = product.filter(|&n| n > 0 && n / 8 <= self.total) else {
+                let reason = format!("tensor {name:?} has an impossible dimension of {size}");
+                return self.wrong(reason);
+            };
+            count = product;
             shape.push(size as usize);
         }
         shape.reverse();
@@ -313,7 +285,7 @@ impl<R: Read> Header<R> {
                 let block = known.block_size() as u64;
                 let width = shape.last().copied().unwrap_or(0) as u64;
                 if !width.is_multiple_of(block) {
-                    return wrong(format!(
+                    return self.wrong(format!(
                         "tensor {name:?} has rows of {width} numbers, {known:?} needs a multiple \
                          of {block}"
                     ));
@@ -329,29 +301,27 @@ impl<R: Read> Header<R> {
         })
     }
 
-    fn value(&mut self, key: &str) -> Parsed<Value> {
+    fn value(&mut self, key: &str) -> Result<Value> {
         let kind = u32::from_le_bytes(self.bytes()?);
         match kind {
             8 => Ok(Value::Text(self.text()?)),
             9 => self.array(key),
-            _ => match self.scalar(kind)? {
-                Some(value) => Ok(value),
-                None => wrong(format!(
-                    "its metadata entry {key:?} is of unknown type {kind}"
-                )),
-            },
+            _ => {
+                let unknown = format!("its metadata entry {key:?} is of unknown type {kind}");
+                self.scalar(kind)?.map_or_else(|| self.wrong(unknown), Ok)
+            }
         }
     }
 
-    fn array(&mut self, key: &str) -> Parsed<Value> {
+    fn array(&mut self, key: &str) -> Result<Value> {
         let kind = u32::from_le_bytes(self.bytes()?);
         let count = self.number()?;
         if count > MAX_ELEMENTS {
-            return wrong(format!("its metadata entry {key:?} has {count} elements"));
+            return self.wrong(format!("its metadata entry {key:?} has {count} elements"));
         }
         if kind == 8 {
             self.check_room(count, 8)?;
-            let texts = (0..count).map(|_| self.text()).collect::<Parsed<_>>()?;
+            let texts = (0..count).map(|_| self.text()).collect::<Result<_>>()?;
             return Ok(Value::Texts(texts));
         }
         self.check_room(count, 1)?;
@@ -364,7 +334,7 @@ impl<R: Read> Header<R> {
                 Some(Value::Bool(value)) => f64::from(u8::from(value)),
                 _ => {
                     let reason = format!("its metadata entry {key:?} is an array of type {kind}");
-                    return wrong(reason);
+                    return self.wrong(reason);
                 }
             });
         }
@@ -372,7 +342,7 @@ impl<R: Read> Header<R> {
     }
 
     /// A value that is no text and no array; `None` for a type that is not known.
-    fn scalar(&mut self, kind: u32) -> Parsed<Option<Value>> {
+    fn scalar(&mut self, kind: u32) -> Result<Option<Value>> {
         Ok(Some(match kind {
             0 => Value::Unsigned(u64::from(u8::from_le_bytes(self.bytes()?))),
             1 => Value::Signed(i64::from(i8::from_le_bytes(self.bytes()?))),
@@ -389,47 +359,44 @@ impl<R: Read> Header<R> {
         }))
     }
 
-    fn text(&mut self) -> Parsed<String> {
+    fn text(&mut self) -> Result<String> {
         let length = self.number()?;
         self.check_room(length, 1)?;
         if length > MAX_TEXT_BYTES {
-            return wrong(format!("its header holds a text of {length} bytes"));
+            return self.wrong(format!("its header holds a text of {length} bytes"));
         }
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes)?;
-        Ok(match String::from_utf8(bytes) {
-            Ok(text) => text,
-            // Some vocabularies hold a piece that is no UTF-8; no prompt can contain it.
-            Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
-        })
+        // Some vocabularies hold a piece that is no UTF-8; no prompt can contain it.
+        let lossy = |e: FromUtf8Error| String::from_utf8_lossy(e.as_bytes()).into_owned();
+        Ok(String::from_utf8(bytes).unwrap_or_else(lossy))
     }
 
-    fn number(&mut self) -> Parsed<u64> {
+    fn number(&mut self) -> Result<u64> {
         Ok(u64::from_le_bytes(self.bytes()?))
     }
 
-    fn bytes<const N: usize>(&mut self) -> Parsed<[u8; N]> {
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
         let mut bytes = [0; N];
         self.fill(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn fill(&mut self, out: &mut [u8]) -> Parsed<()> {
+    fn fill(&mut self, out: &mut [u8]) -> Result<()> {
         self.check_room(out.len() as u64, 1)?;
-        self.reader.read_exact(out).map_err(Problem::Io)?;
+        self.reader.read_exact(out).map_err(io(self.path))?;
         self.position += out.len() as u64;
         if self.position > MAX_HEADER_BYTES {
-            return wrong(format!(
-                "its header is larger than {MAX_HEADER_BYTES} bytes"
-            ));
+            let reason = format!("its header is larger than {MAX_HEADER_BYTES} bytes");
+            return self.wrong(reason);
         }
         Ok(())
     }
 
-    fn check_room(&self, count: u64, bytes_each: u64) -> Parsed<()> {
+    fn check_room(&self, count: u64, bytes_each: u64) -> Result<()> {
         match count.checked_mul(bytes_each) {
             Some(bytes) if bytes <= self.total - self.position => Ok(()),
-            _ => Err(Problem::Cut),
+            _ => self.wrong("it is cut short: its header goes beyond its end"),
         }
     }
 }

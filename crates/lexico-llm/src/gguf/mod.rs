@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, refused};
 pub(crate) use file::{GgufFile, TensorPlace};
 pub(crate) use tokenizer::TokenizerTexts;
 
@@ -19,10 +19,10 @@ pub(crate) use tokenizer::TokenizerTexts;
 pub struct GgufModel {
     /// The first holds the metadata.
     files: Vec<GgufFile>,
-    /// What the file calls the model; perhaps nothing.
+    /// Name that the file gives the model; perhaps none.
     name: String,
-    /// Whether rows of queries and keys lie as the llama architecture has them.
-    interleaved: bool,
+    /// True where rows of queries and keys lie as the llama architecture has them.
+    pub(crate) interleaved: bool,
     config: Config,
 }
 
@@ -30,7 +30,7 @@ impl GgufModel {
     /// Opens a file; where it is one of several parts, all of them.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Gguf`], and [`Error::Config`] for a model that cannot run.
+    /// [`Error::Io`], and [`Error::File`], for a model that cannot run too.
     pub fn open(path: &Path) -> Result<Self> {
         let mut files = vec![GgufFile::open(path)?];
         let parts = files[0].unsigned("split.count")?.unwrap_or(1);
@@ -42,10 +42,8 @@ impl GgufModel {
                 );
                 return Err(files[0].error(reason));
             };
-            files = names
-                .iter()
-                .map(|name| GgufFile::open(name))
-                .collect::<Result<_>>()?;
+            let parts = names.iter().map(|name| GgufFile::open(name));
+            files = parts.collect::<Result<_>>()?;
             check_parts(&files)?;
         }
         let architecture = config::architecture(&files[0])?;
@@ -72,7 +70,7 @@ impl GgufModel {
         self.files[0].path()
     }
 
-    /// What the file calls the model.
+    /// Name that the file gives the model.
     pub fn name(&self) -> String {
         if !self.name.is_empty() {
             return self.name.clone();
@@ -81,7 +79,7 @@ impl GgufModel {
         stem.map_or("model".into(), |stem| stem.to_string_lossy().into_owned())
     }
 
-    /// How many tensors there are of every number type, by its name, `Q8_0` say.
+    /// Counts the tensors of every number type, by its name, `Q8_0` say.
     pub fn number_types(&self) -> BTreeMap<String, usize> {
         let mut types = BTreeMap::new();
         for tensor in self.files.iter().flat_map(|file| file.tensors.values()) {
@@ -97,10 +95,6 @@ impl GgufModel {
     /// The tokenizer, as the texts of the files that folders have.
     pub(crate) fn tokenizer(&self) -> Result<TokenizerTexts> {
         tokenizer::read(&self.files[0], self.config.vocabulary)
-    }
-
-    pub(crate) fn interleaves_rotary_pairs(&self) -> bool {
-        self.interleaved
     }
 
     /// A tensor and the file it is in.
@@ -123,11 +117,12 @@ fn check_parts(files: &[GgufFile]) -> Result<()> {
             return Err(file.error(format!("its tensor {name:?} is in another part too")));
         }
     }
+    let held = tensors.len() as u64;
     match files[0].unsigned("split.tensors.count")? {
-        Some(promised) if promised != tensors.len() as u64 => Err(files[0].error(format!(
-            "its parts hold {} tensors, {promised} are promised",
-            tensors.len()
-        ))),
+        Some(promised) if promised != held => {
+            let reason = format!("its parts hold {held} tensors, {promised} are promised");
+            Err(files[0].error(reason))
+        }
         _ => Ok(()),
     }
 }
@@ -140,10 +135,8 @@ fn check_tensors(files: &[GgufFile], config: &Config, architecture: &str) -> Res
     for file in files {
         let mut names = file.tensors.keys();
         if let Some(name) = names.find(|name| !known.contains(*name) && *name != config::FACTORS) {
-            let reason = format!(
-                "a model of architecture {architecture:?} and {} layers has no tensor {name:?}",
-                config.layers
-            );
+            let (model, layers) = (format!("architecture {architecture:?}"), config.layers);
+            let reason = format!("a model of {model} and {layers} layers has no tensor {name:?}");
             return Err(file.error(reason));
         }
     }
@@ -199,11 +192,8 @@ pub(crate) fn part_paths(path: &Path) -> Option<Vec<PathBuf>> {
 }
 
 impl GgufFile {
-    fn error(&self, reason: String) -> Error {
-        Error::Gguf {
-            path: self.path().to_owned(),
-            reason,
-        }
+    fn error(&self, reason: impl Into<String>) -> Error {
+        refused(self.path(), reason)
     }
 }
 

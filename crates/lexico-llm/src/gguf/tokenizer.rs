@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::file::GgufFile;
 use crate::error::Result;
@@ -29,7 +29,7 @@ const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// How text is split before its bytes are merged.
+/// Splitting of text before its bytes are merged.
 struct Split {
     names: &'static [&'static str],
     /// GPT-2's own where there is none.
@@ -38,7 +38,7 @@ struct Split {
     nfc: bool,
     /// Whole words of the vocabulary are tokens whatever the merges say.
     ignore_merges: bool,
-    /// Whether texts begin with the beginning token where the file does not say.
+    /// True where texts begin with the beginning token though the file does not say.
     begins: bool,
 }
 
@@ -89,20 +89,14 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
         return error("it has no vocabulary (tokenizer.ggml.tokens)".to_owned());
     };
     let kinds = file.numbers("tokenizer.ggml.token_type")?.unwrap_or(&[]);
-    if tokens.len() > size {
-        let reason = format!(
-            "its vocabulary of {} exceeds the model's {size}",
-            tokens.len()
-        );
-        return error(reason);
+    let (count, with_kinds) = (tokens.len(), kinds.len());
+    if count > size {
+        return error(format!(
+            "its vocabulary of {count} exceeds the model's {size}"
+        ));
     }
-    if !kinds.is_empty() && kinds.len() != tokens.len() {
-        let reason = format!(
-            "it has {} tokens, but kinds of {}",
-            tokens.len(),
-            kinds.len()
-        );
-        return error(reason);
+    if with_kinds != 0 && with_kinds != count {
+        return error(format!("it has {count} tokens, but kinds of {with_kinds}"));
     }
     let vocabulary = Vocabulary {
         file,
@@ -113,31 +107,27 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
         "gpt2" => vocabulary.byte_level()?,
         "llama" => (vocabulary.sentence_pieces()?, true),
         other => {
-            return error(format!(
-                "tokenizer {other:?} is not supported; these are: gpt2, llama"
-            ));
+            let reason = format!("tokenizer {other:?} is not supported; these are: gpt2, llama");
+            return error(reason);
         }
     };
     tokenizer["version"] = "1.0".into();
     tokenizer["added_tokens"] = vocabulary.added_tokens();
 
-    let mut config = Map::new();
+    let mut config = json!({});
     for name in ["bos_token", "eos_token"] {
-        if let Some(id) = token_id(file, &format!("{name}_id"))? {
-            config.insert(name.to_owned(), json!(tokens[id]));
-        }
+        let id = token_id(file, &format!("{name}_id"))?;
+        config[name] = json!(id.map(|id| &tokens[id]));
     }
     let begins = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(begins);
-    if begins && !config.contains_key("bos_token") {
+    if begins && config["bos_token"].is_null() {
         return error("it does not name the token that texts begin with".to_owned());
     }
-    config.insert("add_bos_token".to_owned(), begins.into());
-    if let Some(template) = file.text("tokenizer.chat_template")? {
-        config.insert("chat_template".to_owned(), template.into());
-    }
+    config["add_bos_token"] = begins.into();
+    config["chat_template"] = json!(file.text("tokenizer.chat_template")?);
     Ok(TokenizerTexts {
         tokenizer: tokenizer.to_string(),
-        config: Value::Object(config).to_string(),
+        config: config.to_string(),
     })
 }
 
@@ -158,13 +148,10 @@ pub(super) fn token_id(file: &GgufFile, name: &str) -> Result<Option<usize>> {
     let Some(tokens) = file.texts("tokenizer.ggml.tokens")? else {
         return Ok(None);
     };
-    match usize::try_from(id) {
-        Ok(id) if id < tokens.len() => Ok(Some(id)),
-        _ => Err(file.error(format!(
-            "its {key:?} is {id}, outside its vocabulary of {}",
-            tokens.len()
-        ))),
-    }
+    let count = tokens.len();
+    let inside = usize::try_from(id).ok().filter(|&id| id < count);
+    let outside = || format!("its {key:?} is {id}, outside its vocabulary of {count}");
+    inside.map(Some).ok_or_else(|| file.error(outside()))
 }
 
 impl Vocabulary<'_> {
@@ -202,27 +189,19 @@ impl Vocabulary<'_> {
 
     /// Byte pairs as GPT-2 merges them; and whether texts begin with the beginning token.
     fn byte_level(&self) -> Result<(Value, bool)> {
-        let known = || {
-            let names = SPLITS.iter().flat_map(|split| split.names);
-            names.copied().collect::<Vec<_>>().join(", ")
-        };
         let Some(name) = self.file.text("tokenizer.ggml.pre")? else {
-            return Err(self.file.error(
-                "it does not say how text is split into words (tokenizer.ggml.pre): convert the \
-                 model again with a newer llama.cpp"
-                    .to_owned(),
-            ));
+            let reason = "it does not say how text is split into words (tokenizer.ggml.pre): \
+                          convert the model again with a newer llama.cpp";
+            return Err(self.file.error(reason));
         };
         let Some(split) = SPLITS.iter().find(|split| split.names.contains(&name)) else {
-            let reason = format!(
-                "splitting text as {name:?} is not supported; these are: {}",
-                known()
-            );
+            let known = SPLITS.map(|split| split.names.join(", ")).join(", ");
+            let reason = format!("splitting text as {name:?} is not supported; these are: {known}");
             return Err(self.file.error(reason));
         };
         let Some(merges) = self.file.texts("tokenizer.ggml.merges")? else {
             let reason = "it has no merges (tokenizer.ggml.merges)";
-            return Err(self.file.error(reason.to_owned()));
+            return Err(self.file.error(reason));
         };
         let vocabulary = self.numbers()?;
         let merges: Vec<&str> = merges.iter().map(String::as_str).collect();
@@ -256,11 +235,11 @@ impl Vocabulary<'_> {
         let numbers = self.numbers()?;
         let Some(scores) = self.file.numbers("tokenizer.ggml.scores")? else {
             let reason = "its pieces have no scores (tokenizer.ggml.scores)";
-            return Err(self.file.error(reason.to_owned()));
+            return Err(self.file.error(reason));
         };
-        if scores.len() != self.tokens.len() {
-            let (scores, tokens) = (scores.len(), self.tokens.len());
-            let reason = format!("it has {tokens} tokens, but scores of {scores}");
+        let (with_scores, count) = (scores.len(), self.tokens.len());
+        if with_scores != count {
+            let reason = format!("it has {count} tokens, but scores of {with_scores}");
             return Err(self.file.error(reason));
         }
         let Some(merges) = merges(&numbers, scores) else {
@@ -270,10 +249,8 @@ impl Vocabulary<'_> {
         let unknown = token_id(self.file, "unknown_token_id")?.map(|id| &self.tokens[id]);
         let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let prefix = json!({"type": "Prepend", "prepend": "▁"});
-        let prefixed = self
-            .file
-            .bool("tokenizer.ggml.add_space_prefix")?
-            .unwrap_or(true);
+        let prefixed = self.file.bool("tokenizer.ggml.add_space_prefix")?;
+        let prefixed = prefixed.unwrap_or(true);
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
             json!({"type": "ByteFallback"}),
@@ -317,9 +294,8 @@ fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Option<Vec<[String;
         let by_score = scores[b.0].total_cmp(&scores[a.0]);
         by_score.then_with(|| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))
     });
-    let merges = found.into_iter();
-    let merges = merges.map(|(.., left, right)| [left.to_owned(), right.to_owned()]);
-    Some(merges.collect())
+    let pair = |(.., left, right): (_, _, _, &str, &str)| [left.to_owned(), right.to_owned()];
+    Some(found.into_iter().map(pair).collect())
 }
 
 #[cfg(test)]

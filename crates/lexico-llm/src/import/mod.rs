@@ -6,11 +6,12 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use half::{bf16, f16};
+use candle_core::quantized::GgmlDType;
 use lexico::dictionary::{LayerDictionaries, MAX_ATOMS, ModelIdentity, Training};
 use lexico::{Dictionary, DictionarySet};
 
-use crate::error::{Error, Result, io};
+use crate::error::{Result, io, refused};
+use crate::weights::numbers;
 use pickle::SavedTensor;
 #[cfg(test)]
 pub(crate) use pickle::read_tensor;
@@ -23,19 +24,11 @@ const MAX_PICKLE_BYTES: u64 = 1 << 20;
 /// matrix that already are of it as nearly as a dictionary file's stay bit for bit as they are.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Import`] where it is no PyTorch file of one such tensor.
+/// [`Error::Io`](crate::Error::Io), and [`Error::File`](crate::Error::File) where it is no PyTorch file of one such tensor.
 pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionarySet> {
-    let error = |reason: String| Error::Import {
-        path: path.to_owned(),
-        reason,
-    };
+    let error = |reason: String| refused(path, format!("cannot import it: {reason}"));
     let (tensor, numbers) = read(path, model.layers.saturating_mul(2), model.head_dim)?;
-    let SavedTensor {
-        shape,
-        strides,
-        offset,
-        ..
-    } = &tensor;
+    let (shape, strides, offset) = (&tensor.shape, &tensor.strides, tensor.offset);
     let wanted = 2 * model.layers;
     let (&[matrices, m, atoms], &[matrix_stride, row_stride, column_stride]) =
         (shape.as_slice(), strides.as_slice())
@@ -50,14 +43,9 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
             model.name, model.head_dim
         )));
     }
-    let last = [
-        (matrices, matrix_stride),
-        (m, row_stride),
-        (atoms, column_stride),
-    ]
-    .into_iter()
-    .try_fold(*offset, |at, (size, stride)| {
-        at.checked_add((size - 1).checked_mul(stride)?)
+    let mut dimensions = shape.iter().zip(strides);
+    let last = dimensions.try_fold(offset, |at, (size, stride)| {
+        at.checked_add((size - 1).checked_mul(*stride)?)
     });
     if last.is_none_or(|last| last >= numbers.len()) {
         return Err(error(format!(
@@ -76,8 +64,8 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
     let layers = (0..model.layers)
         .map(|l| {
             Ok(LayerDictionaries {
-                keys: dictionary(2 * l)?,
-                values: dictionary(2 * l + 1)?,
+                keys: dictionary(2 * l)?.into(),
+                values: dictionary(2 * l + 1)?.into(),
                 codebooks: None,
             })
         })
@@ -100,18 +88,12 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
 
 /// The one tensor that `torch.save` wrote, and all numbers of its storage.
 fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, Vec<f32>)> {
-    let error = |reason: String| Error::Import {
-        path: path.to_owned(),
-        reason,
-    };
+    let error = |reason: String| refused(path, format!("cannot import it: {reason}"));
     let foreign = |e: &dyn std::fmt::Display| error(format!("not a PyTorch file: {e}"));
     let file = File::open(path).map_err(io(path))?;
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| foreign(&e))?;
-    let names: Vec<String> = archive
-        .file_names()
-        .flatten()
-        .map(|n| n.into_owned())
-        .collect();
+    let names = archive.file_names().flatten().map(|n| n.into_owned());
+    let names: Vec<String> = names.collect();
     let pickle = names.iter().find(|name| name.ends_with("data.pkl"));
     let pickle = pickle.ok_or_else(|| foreign(&"no data.pkl in it"))?;
     let mut entry = |name: &str, most: u64| -> Result<Vec<u8>> {
@@ -121,9 +103,10 @@ fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, V
         Ok(bytes)
     };
     let tensor = pickle::read_tensor(&entry(pickle, MAX_PICKLE_BYTES)?).map_err(error)?;
-    let width = match tensor.storage.as_str() {
-        "FloatStorage" => 4,
-        "HalfStorage" | "BFloat16Storage" => 2,
+    let stored = match tensor.storage.as_str() {
+        "FloatStorage" => GgmlDType::F32,
+        "HalfStorage" => GgmlDType::F16,
+        "BFloat16Storage" => GgmlDType::BF16,
         other => {
             let reason = format!("its numbers are a {other}; f32, f16 or bf16 are needed");
             return Err(error(reason));
@@ -132,18 +115,8 @@ fn read(path: &Path, matrices: usize, head_dim: usize) -> Result<(SavedTensor, V
     let data = pickle.trim_end_matches("data.pkl");
     // A compressed entry could unpack without end: no dictionaries of this model take more, even
     // as a part of something larger.
-    let most = (matrices as u64).saturating_mul((head_dim * MAX_ATOMS * width * 4) as u64);
+    let most =
+        (matrices as u64).saturating_mul((head_dim * MAX_ATOMS * stored.type_size() * 4) as u64);
     let bytes = entry(&format!("{data}data/{}", tensor.key), most)?;
-    let pairs = || bytes.as_chunks::<2>().0.iter();
-    let numbers = match tensor.storage.as_str() {
-        "FloatStorage" => bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|&b| f32::from_le_bytes(b))
-            .collect(),
-        "HalfStorage" => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-        _ => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-    };
-    Ok((tensor, numbers))
+    Ok((tensor, numbers(stored, &bytes)))
 }

@@ -16,7 +16,7 @@ pub(crate) struct SavedTensor {
     /// First element, counted in elements.
     pub(crate) offset: usize,
     pub(crate) shape: Vec<usize>,
-    /// In elements.
+    /// Offset in elements.
     pub(crate) strides: Vec<usize>,
 }
 
@@ -32,7 +32,7 @@ enum Value {
     Name(String),
     Tuple(Vec<Rc<Value>>),
     Dict(Vec<(Rc<Value>, Rc<Value>)>),
-    /// What a persistent id stands for: a storage.
+    /// Storage that a persistent id stands for.
     Persistent(Rc<Value>),
     /// A call, kept as it stands.
     Call(Rc<Value>, Rc<Value>),
@@ -46,10 +46,8 @@ pub(crate) fn read_tensor(bytes: &[u8]) -> Result<SavedTensor, String> {
     let mut value = value.as_ref();
     if let Value::Dict(entries) = value {
         let [(_, only)] = entries.as_slice() else {
-            return Err(format!(
-                "it holds {} objects, not one tensor",
-                entries.len()
-            ));
+            let count = entries.len();
+            return Err(format!("it holds {count} objects, not one tensor"));
         };
         value = only.as_ref();
     }
@@ -61,10 +59,8 @@ fn tensor(value: &Value) -> Option<SavedTensor> {
     let Value::Call(function, arguments) = value else {
         return None;
     };
-    let Value::Name(name) = function.as_ref() else {
-        return None;
-    };
-    if name != "torch._utils _rebuild_tensor_v2" {
+    let rebuilds = |name: &str| name == "torch._utils _rebuild_tensor_v2";
+    if !matches!(function.as_ref(), Value::Name(name) if rebuilds(name)) {
         return None;
     }
     let [storage, offset, shape, strides, ..] = tuple(arguments)? else {
@@ -77,14 +73,10 @@ fn tensor(value: &Value) -> Option<SavedTensor> {
     let [_, class, key, ..] = tuple(id)? else {
         return None;
     };
-    let Value::Name(class) = class.as_ref() else {
+    let (Value::Name(class), Value::Text(key)) = (class.as_ref(), key.as_ref()) else {
         return None;
     };
-    let Value::Text(key) = key.as_ref() else {
-        return None;
-    };
-    let sizes =
-        |value: &Rc<Value>| -> Option<Vec<usize>> { tuple(value)?.iter().map(size).collect() };
+    let sizes = |value| tuple(value)?.iter().map(size).collect::<Option<Vec<_>>>();
     Some(SavedTensor {
         storage: class.strip_prefix("torch ")?.to_owned(),
         key: key.clone(),
@@ -151,9 +143,8 @@ impl Machine {
                     let negative = digits.last().is_some_and(|d| d & 0x80 != 0);
                     let mut number = [if negative { 0xff } else { 0 }; 8];
                     let place = number.get_mut(..digits.len());
-                    place
-                        .ok_or("a number is too large")?
-                        .copy_from_slice(digits);
+                    let place = place.ok_or("a number is too large")?;
+                    place.copy_from_slice(digits);
                     Value::Number(i64::from_le_bytes(number))
                 }
                 // NONE, NEWTRUE, NEWFALSE
@@ -205,9 +196,8 @@ impl Machine {
                     continue;
                 }
                 other => {
-                    return Err(format!(
-                        "instruction {other:#04x} is none of a saved tensor's"
-                    ));
+                    let reason = format!("instruction {other:#04x} is none of a saved tensor's");
+                    return Err(reason);
                 }
             };
             self.stack.push(Rc::new(value));
@@ -220,10 +210,8 @@ impl Machine {
     }
 
     fn pop_to_mark(&mut self) -> Result<Vec<Rc<Value>>, String> {
-        let mark = self
-            .stack
-            .iter()
-            .rposition(|v| matches!(v.as_ref(), Value::Mark));
+        let is_mark = |value: &Rc<Value>| matches!(value.as_ref(), Value::Mark);
+        let mark = self.stack.iter().rposition(is_mark);
         let values = self.stack.split_off(mark.ok_or_else(cut)? + 1);
         self.stack.pop();
         Ok(values)

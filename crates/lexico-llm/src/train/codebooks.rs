@@ -1,4 +1,4 @@
-//! All dictionaries for codes of one atom a group, one after the other.
+//! Learning of all codebooks, one dictionary after the other.
 
 use lexico::dictionary::{CodebookSizes, Codebooks};
 use lexico::learn::{CodebookOptions, learn_codebooks};
@@ -9,23 +9,23 @@ use super::state::{State, damaged};
 use super::{OnProgress, PARTS, TrainProgress, go_on};
 use crate::error::Result;
 
-/// A dictionary, as a file keeps it.
-pub(super) struct One {
+/// Codebooks, as a file of the state keeps them.
+pub(super) struct Learned {
     pub(super) dictionary: Codebooks,
     pub(super) held_out_error: f32,
 }
 
-/// Learns the keys' and the values' dictionary of every layer from `vectors` vectors at the most.
+/// Learns the keys' and the values' codebooks of every layer from at most `vectors` vectors.
 pub(super) fn learn_all(
     reading: &Reading,
     vectors: usize,
     options: &CodebookOptions,
     state: &State,
     progress: &mut OnProgress<'_>,
-) -> Result<Vec<[One; 2]>> {
-    let mut one = |number| learn_one(number, reading, vectors, options, state, progress);
-    (0..reading.samples().len() / 2)
-        .map(|layer| Ok([one(2 * layer)?, one(2 * layer + 1)?]))
+) -> Result<Vec<[Learned; 2]>> {
+    let mut learn = |number| learn_one(number, reading, vectors, options, state, progress);
+    (0..reading.samples.len() / 2)
+        .map(|layer| Ok([learn(2 * layer)?, learn(2 * layer + 1)?]))
         .collect()
 }
 
@@ -36,52 +36,54 @@ fn learn_one(
     options: &CodebookOptions,
     state: &State,
     progress: &mut OnProgress<'_>,
-) -> Result<One> {
+) -> Result<Learned> {
     let (layer, part) = (number / 2, PARTS[number % 2]);
-    let head_dim = reading.head_dim();
+    let head_dim = reading.head_dim;
+    // States of earlier versions call codebooks so.
     let file = format!("{}.groups", name(number));
-    let one = match state.load(&file)? {
-        Some(saved) => One::load(&saved, head_dim).ok_or_else(|| damaged(&state.path(&file)))?,
+    let learned = match state.load(&file)? {
+        Some(saved) => {
+            Learned::load(&saved, head_dim).ok_or_else(|| damaged(&state.path(&file)))?
+        }
         None => {
-            let sample = &reading.samples()[number];
+            let sample = &reading.samples[number];
             let held_out = sample.held_out.rows.read_first(reading.held_out_count())?;
             let vectors = sample.train.rows.read_first(reading.count(vectors))?;
             let options = CodebookOptions {
                 seed: options.seed.wrapping_add(number as u64),
                 ..options.clone()
             };
-            let mut tell = |progress_of_one| {
+            let mut tell = |step| {
                 progress(TrainProgress::LearningCodebooks {
                     layer,
                     part,
-                    progress: progress_of_one,
+                    progress: step,
                 })
             };
-            let learned =
-                learn_codebooks(vectors, &held_out, head_dim, &options, &Rayon, &mut tell)?;
-            let one = One {
-                dictionary: learned.dictionary.in_half_precision()?,
-                // A corpus has two windows at the least, of which one is held out.
-                held_out_error: learned.held_out_error.unwrap_or(f32::NAN),
+            let found = learn_codebooks(vectors, &held_out, head_dim, &options, &Rayon, &mut tell)?;
+            let learned = Learned {
+                dictionary: found.codebooks.in_half_precision()?,
+                // A corpus has at least two chunks, of which one is held out.
+                held_out_error: found.held_out_error.unwrap_or(f32::NAN),
             };
-            state.save(&file, &one.save())?;
-            one
+            state.save(&file, &learned.save())?;
+            learned
         }
     };
     go_on(progress(TrainProgress::LearnedCodebooks {
         layer,
         part,
-        held_out_error: one.held_out_error,
+        held_out_error: learned.held_out_error,
     }))?;
-    Ok(one)
+    Ok(learned)
 }
 
-impl One {
+impl Learned {
     fn save(&self) -> Vec<u8> {
-        let first = self.dictionary.groups().first as u64;
+        let first = self.dictionary.sizes().first as u64;
         let mut out = first.to_le_bytes().to_vec();
         out.extend_from_slice(&self.held_out_error.to_le_bytes());
-        let atoms = self.dictionary.dictionary().atoms();
+        let atoms = self.dictionary.atoms();
         out.extend(atoms.iter().flat_map(|x| x.to_le_bytes()));
         out
     }

@@ -1,4 +1,4 @@
-//! All dictionaries, side by side.
+//! Learning of all dictionaries for sparse codes, side by side.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,30 +12,30 @@ use super::reading::{Reading, name};
 use super::rows::OnDisk;
 use super::state::{State, damaged};
 use super::{Epoch, OnProgress, PARTS, TrainOptions, TrainProgress, go_on};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Bytes of vectors that all dictionaries at work hold in memory together; more are read as they are needed.
+/// Max bytes of vectors that all dictionaries at work hold in memory together; more are read as they are needed.
 const IN_MEMORY: usize = 1 << 30;
 
-/// A dictionary, and how it came about.
-pub(super) struct One {
+/// Learned dictionary, with the epochs that led to it.
+pub(super) struct Learned {
     pub(super) dictionary: Dictionary,
     pub(super) held_out_error: f32,
-    pub(super) course: Vec<Epoch>,
+    pub(super) epochs: Vec<Epoch>,
 }
 
-/// What the threads at work share.
-struct Shared<'a, 'p> {
+/// Work that is shared by the threads.
+struct Work<'a, 'p> {
     reading: &'a Reading,
     options: &'a TrainOptions,
     state: &'a State,
     progress: Mutex<&'a mut OnProgress<'p>>,
     /// The next dictionary to be learned.
     next: AtomicUsize,
-    /// Threads that still have one.
+    /// Threads that still learn one.
     working: AtomicUsize,
     threads: usize,
-    /// Whether vectors fit in memory.
+    /// Holds vectors in memory, rather than reading them when they are needed.
     in_memory: bool,
     stop: AtomicBool,
 }
@@ -46,12 +46,12 @@ pub(super) fn learn_all(
     options: &TrainOptions,
     state: &State,
     progress: &mut OnProgress<'_>,
-) -> Result<Vec<[One; 2]>> {
-    let count = reading.samples().len();
+) -> Result<Vec<[Learned; 2]>> {
+    let count = reading.samples.len();
     let threads = Rayon.count();
     let workers = threads.min(count);
-    let one = reading.count(options.vectors) * reading.head_dim() * size_of::<f32>();
-    let shared = Shared {
+    let bytes = reading.count(options.vectors) * reading.head_dim * size_of::<f32>();
+    let work = Work {
         reading,
         options,
         state,
@@ -59,51 +59,45 @@ pub(super) fn learn_all(
         next: AtomicUsize::new(0),
         working: AtomicUsize::new(workers),
         threads,
-        in_memory: workers.saturating_mul(one) <= IN_MEMORY,
+        in_memory: workers.saturating_mul(bytes) <= IN_MEMORY,
         stop: AtomicBool::new(false),
     };
-    let done: Vec<Mutex<Option<Result<One>>>> = (0..count).map(|_| Mutex::new(None)).collect();
+    let done: Vec<Mutex<Option<Result<Learned>>>> = (0..count).map(|_| Mutex::new(None)).collect();
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
                 loop {
-                    let number = shared.next.fetch_add(1, Ordering::SeqCst);
+                    let number = work.next.fetch_add(1, Ordering::SeqCst);
                     let Some(place) = done.get(number) else { break };
-                    let one = shared.learn_one(number);
-                    if one.is_err() {
-                        shared.stop.store(true, Ordering::SeqCst);
+                    let learned = work.learn(number);
+                    if learned.is_err() {
+                        work.stop.store(true, Ordering::SeqCst);
                     }
-                    *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(one);
+                    *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(learned);
                 }
-                shared.working.fetch_sub(1, Ordering::SeqCst);
+                work.working.fetch_sub(1, Ordering::SeqCst);
             });
         }
     });
     let mut all = Vec::with_capacity(count);
-    let mut interrupted = None;
-    for one in done {
-        match one.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(Ok(one)) => all.push(one),
+    let mut interrupted = false;
+    for learned in done {
+        match learned.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(Ok(learned)) => all.push(learned),
             // What broke off because of another's error is not the one to tell of.
-            Some(Err(error @ crate::Error::Codec(lexico::Error::Interrupted))) => {
-                interrupted = Some(error);
-            }
+            None | Some(Err(Error::Codec(lexico::Error::Interrupted))) => interrupted = true,
             Some(Err(error)) => return Err(error),
-            None => interrupted = Some(lexico::Error::Interrupted.into()),
         }
     }
-    if let Some(error) = interrupted {
-        return Err(error);
+    if interrupted {
+        return Err(lexico::Error::Interrupted.into());
     }
-    let mut layers = Vec::with_capacity(count / 2);
     let mut all = all.into_iter();
-    while let (Some(keys), Some(values)) = (all.next(), all.next()) {
-        layers.push([keys, values]);
-    }
-    Ok(layers)
+    let pairs = std::iter::from_fn(|| Some([all.next()?, all.next()?]));
+    Ok(pairs.collect())
 }
 
-impl Shared<'_, '_> {
+impl Work<'_, '_> {
     fn tell(&self, progress: TrainProgress) -> Result<()> {
         let mut tell = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         if self.stop.load(Ordering::SeqCst) {
@@ -112,25 +106,28 @@ impl Shared<'_, '_> {
         go_on(tell(progress))
     }
 
-    fn learn_one(&self, number: usize) -> Result<One> {
-        let sample = &self.reading.samples()[number];
+    fn learn(&self, number: usize) -> Result<Learned> {
+        let sample = &self.reading.samples[number];
         let count = self.reading.count(self.options.vectors);
-        let held_out = sample
-            .held_out
-            .rows
-            .read_first(self.reading.held_out_count())?;
+        let judged_by = self.reading.held_out_count();
+        let held_out = sample.held_out.rows.read_first(judged_by)?;
         if !self.in_memory {
             let rows = &sample.train.rows;
             return self.learn_from(number, &OnDisk { rows, count }, &held_out);
         }
         let vectors = sample.train.rows.read_first(count)?;
-        let vectors = InMemory::new(&vectors, self.reading.head_dim())?;
+        let vectors = InMemory::new(&vectors, self.reading.head_dim)?;
         self.learn_from(number, &vectors, &held_out)
     }
 
-    fn learn_from(&self, number: usize, vectors: &dyn Vectors, held_out: &[f32]) -> Result<One> {
+    fn learn_from(
+        &self,
+        number: usize,
+        vectors: &dyn Vectors,
+        held_out: &[f32],
+    ) -> Result<Learned> {
         let (layer, part) = (number / 2, PARTS[number % 2]);
-        let head_dim = self.reading.head_dim();
+        let head_dim = self.reading.head_dim;
         let mut options = self.options.learn.clone();
         options.seed = options.seed.wrapping_add(number as u64);
         let file = format!("{}.learning", name(number));
@@ -165,29 +162,29 @@ impl Shared<'_, '_> {
                 part,
                 progress,
             });
-            if told.is_err() || learner.is_done() || saved.elapsed() >= self.state.every() {
+            if told.is_err() || learner.is_done() || saved.elapsed() >= self.state.every {
                 save(&learner, &course)?;
                 saved = Instant::now();
             }
             told?;
         }
         let learned = learner.finish();
-        // A corpus has two windows at the least, of which one is held out.
+        // A corpus has at least two chunks, of which one is held out.
         let held_out_error = learned.held_out_error.unwrap_or(f32::NAN);
         self.tell(TrainProgress::Learned {
             layer,
             part,
             held_out_error,
         })?;
-        Ok(One {
+        Ok(Learned {
             dictionary: learned.dictionary,
             held_out_error,
-            course: course.epochs,
+            epochs: course.epochs,
         })
     }
 }
 
-/// How long a dictionary took so far.
+/// Time and epochs of a dictionary so far.
 #[derive(Default)]
 struct Course {
     spent: Duration,

@@ -1,13 +1,14 @@
-//! What codes do to attention, on windows that no dictionary learned from.
+//! The errors of attention on codes, on windows that no dictionary learned from.
 
 use ::lexico::attention::NumberType;
+use ::lexico::cache::{Coder, Coding};
 use ::lexico::dictionary::LayerDictionaries;
-use ::lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, Pursuit};
+use ::lexico::threads::Rayon;
+use ::lexico::{CoefficientFormat, Fit};
 use candle_core::Tensor;
 
-use super::check_finite;
-use crate::cache::{Footprint, FullCache, KvCache};
-use crate::decoder::{Logits, Sequence};
+use crate::cache::{Footprint, FullCache, KvCache, Step};
+use crate::decoder::Logits;
 use crate::error::Result;
 use crate::model::Model;
 
@@ -16,7 +17,13 @@ const WINDOWS: usize = 2;
 /// Queries of a head and window that are looked at.
 const QUERIES: usize = 64;
 
-/// How far codes at the training sparsity, f32 coefficients, lead attention astray in one layer.
+/// The codes whose errors are told: those that dictionaries are learned with.
+const CODING: Coding = Coding::Sparse {
+    coefficients: CoefficientFormat::F32,
+    tolerance: 0.0,
+};
+
+/// Errors that codes at the training sparsity, f32 coefficients, make in one layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct AttentionErrors {
     /// Root mean square of what coded keys change a score by, `q·(k − k̂)/√m`, over queries and the positions
@@ -44,11 +51,9 @@ pub(super) fn attention_errors(
             sliding: config.window.unwrap_or(usize::MAX),
             sums: &mut sums,
         };
-        let mut sequences = [Sequence {
-            tokens: window,
-            cache: &mut cache,
-        }];
-        model.decoder.forward(&mut sequences, Logits::Last)?;
+        model
+            .decoder
+            .forward_one(window, &mut cache, Logits::Last)?;
     }
     Ok(sums.iter().map(Sums::errors).collect())
 }
@@ -114,29 +119,19 @@ struct Measured<'a> {
     sums: &'a mut [Sums],
 }
 
-impl Measured<'_> {
-    /// The vectors as their codes have them.
-    fn coded(&self, dictionary: &Dictionary, vectors: &[f32]) -> Result<Vec<f32>> {
-        let mut codes = Codes::new(CodeFormat {
-            sparsity: self.sparsity,
-            variable: false,
-            coefficients: CoefficientFormat::F32,
-        })?;
-        codes.extend(&Pursuit::new(dictionary, self.sparsity)?.encode(vectors)?);
-        Ok(codes.decode(dictionary)?)
-    }
-}
-
 impl KvCache for Measured<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (heads, t, m) = q.dims3()?;
         let group = heads / k.dim(0)?;
-        let numbers = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.flatten_all()?.to_vec1()?) };
-        let (queries, keys, values) = (numbers(q)?, numbers(k)?, numbers(v)?);
-        check_finite(layer, "key", &keys, m)?;
-        check_finite(layer, "value", &values, m)?;
-        let coded_keys = self.coded(&self.layers[layer].keys, &keys)?;
-        let coded_values = self.coded(&self.layers[layer].values, &values)?;
+        let step = Step::new(q, k, v)?;
+        step.check_finite(layer)?;
+        let (queries, keys, values) = (&step.queries, &step.keys, &step.values);
+        let coded = |coder: &Coder, vectors: &[f32]| {
+            coder.reconstruct(vectors, self.sparsity, Fit::LeastSquares, &Rayon)
+        };
+        let coders = CODING.coders(&self.layers[layer])?;
+        let coded_keys = coded(&coders.keys, keys)?;
+        let coded_values = coded(&coders.values, values)?;
         let step = t.div_ceil(QUERIES).max(1);
         for head in 0..heads {
             let first = head / group * t * m;

@@ -12,42 +12,41 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use lexico::DictionarySet;
-use lexico::dictionary::{LayerCodebooks, LayerDictionaries, LayerErrors, Training};
-use lexico::learn::{CodebookOptions, CodebookProgress, LearnOptions, LearnProgress};
+use lexico::dictionary::{CodeFamily, LayerDictionaries, LayerErrors, Training};
+use lexico::learn::{CodebookOptions, CodebookProgress, LearnError, LearnOptions, LearnProgress};
+use lexico::{DictionarySet, KeyValue};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::corpus::Corpus;
 use crate::error::{Error, Result, io};
 use crate::model::Model;
-use losses::Kind;
 use reading::{Reading, read};
 use state::State;
 
 pub use losses::measure_losses;
 pub use measure::AttentionErrors;
-pub use state::{StateOptions, remove_state};
+pub use state::{StateError, StateOptions, remove_state};
 
 /// Settings of [`train`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainOptions {
-    /// Most tokens to read, in windows drawn evenly from all texts.
+    /// Max tokens to read, in chunks drawn evenly from all texts.
     pub tokens: usize,
-    /// Tokens that the model sees at once.
+    /// Tokens that the model sees at once, the length of a chunk.
     pub context: usize,
-    /// Vectors that each dictionary learns from at the most, an unbiased sample of all.
+    /// Max vectors that each dictionary learns from, an unbiased sample of all.
     pub vectors: usize,
-    /// How each dictionary is learned.
+    /// Settings of each dictionary for sparse codes.
     pub learn: LearnOptions,
-    /// How each dictionary for codes of one atom a group is learned beside; `None` where none is. The seed is that of
-    /// the first, every other has the next.
-    pub groups: Option<CodebookOptions>,
-    /// Dictionaries that are kept as they are, with what was measured of them: only those of `groups` are learned, and
-    /// replace any that are there.
+    /// Settings of the codebooks for additive codes; `None` learns none. The seed is that of the first dictionary, every
+    /// other has the next.
+    pub codebooks: Option<CodebookOptions>,
+    /// Dictionaries that are kept as they are, with what was measured of them: only codebooks are learned, and replace
+    /// any that are there.
     pub kept: Option<DictionarySet>,
-    /// Where what was done is kept, so that training can go on after whatever ended the program. Without it
-    /// nothing is kept, and sampled vectors lie among the system's temporary files.
+    /// State of the training on disk, so that it can go on after whatever ended the program. Without it nothing is
+    /// kept, and sampled vectors lie among the system's temporary files.
     pub state: Option<StateOptions>,
     /// A safetensors file to write the sampled vectors to, `layers.{l}.keys` and `layers.{l}.values`, `[n, m]`.
     pub keep_vectors: Option<PathBuf>,
@@ -60,7 +59,7 @@ impl Default for TrainOptions {
             context: 1024,
             vectors: 200_000,
             learn: LearnOptions::default(),
-            groups: Some(CodebookOptions::default()),
+            codebooks: Some(CodebookOptions::default()),
             kept: None,
             state: None,
             keep_vectors: None,
@@ -72,98 +71,83 @@ impl TrainOptions {
     /// Checks all that can be checked before the text is read.
     ///
     /// # Errors
-    /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], and [`lexico::Error::Learn`] where the settings
-    /// contradict each other.
+    /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], [`lexico::Error::Learn`] for more atoms than
+    /// vectors, [`Error::NothingToLearn`], [`Error::TrainContext`] and [`Error::TrainTokens`].
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.kept.is_none() {
             self.learn.check(config.head_dim)?;
         }
-        if let Some(groups) = &self.groups {
-            groups.check()?;
+        if let Some(codebooks) = &self.codebooks {
+            codebooks.check()?;
         }
-        let max_context = config.context;
-        let refuse = |reason: String| Err(lexico::Error::Learn(reason).into());
-        if self.kept.is_some() && self.groups.is_none() {
-            let reason = "dictionaries that are kept and no groups leave nothing to learn";
-            return refuse(reason.to_owned());
+        if self.kept.is_some() && self.codebooks.is_none() {
+            return Err(Error::NothingToLearn);
         }
-        if self.kept.is_none() && self.learn.atoms > self.vectors {
-            let (atoms, vectors) = (self.learn.atoms, self.vectors);
-            return refuse(format!(
-                "{atoms} atoms cannot be learned from {vectors} vectors"
-            ));
+        let (atoms, vectors) = (self.learn.atoms, self.vectors);
+        if self.kept.is_none() && atoms > vectors {
+            return Err(lexico::Error::Learn(LearnError::FewVectors { atoms, vectors }).into());
         }
-        if u32::try_from(self.vectors).is_err() {
-            let vectors = self.vectors;
-            return refuse(format!(
-                "{vectors} vectors a dictionary: at most {} are possible",
-                u32::MAX
-            ));
+        if u32::try_from(vectors).is_err() {
+            return Err(lexico::Error::Learn(LearnError::Vectors(vectors)).into());
         }
-        if self.context > max_context {
-            let context = self.context;
-            return refuse(format!(
-                "the model's context is {max_context}, not {context} tokens"
-            ));
+        let (tokens, context, max) = (self.tokens, self.context, config.context);
+        if context > max {
+            return Err(Error::TrainContext { context, max });
         }
-        if self.context < 2 || self.tokens / 2 < self.context {
-            let (tokens, context) = (self.tokens, self.context);
-            return refuse(format!(
-                "{tokens} tokens in windows of {context} are too few: one window is to learn \
-                 from, one to judge by, and a window has at least 2 tokens"
-            ));
+        if context < 2 || tokens / 2 < context {
+            return Err(Error::TrainTokens { tokens, context });
         }
         Ok(())
     }
 }
 
-/// How far training has come.
+/// Progress of [`train`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum TrainProgress {
-    /// The model is reading.
+    /// Reading of the corpus by the model.
     Reading {
         /// Tokens read.
         tokens: usize,
         /// Tokens to read in all: at first an estimate, in the end exact.
         total: usize,
     },
-    /// A dictionary is being learned; several are at the same time.
+    /// Learning of a dictionary; several are learned at the same time.
     Learning {
         /// The layer.
         layer: usize,
-        /// `keys` or `values`.
+        /// Part of the layer, `keys` or `values`.
         part: &'static str,
-        /// How far it has come.
+        /// Progress within the dictionary.
         progress: LearnProgress,
     },
-    /// A dictionary is learned.
+    /// End of a dictionary's learning.
     Learned {
         /// The layer.
         layer: usize,
-        /// `keys` or `values`.
+        /// Part of the layer, `keys` or `values`.
         part: &'static str,
         /// Held-out mean relative error.
         held_out_error: f32,
     },
-    /// A dictionary for codes of one atom a group is being learned, one after the other.
+    /// Learning of codebooks, one dictionary after the other.
     LearningCodebooks {
         /// The layer.
         layer: usize,
-        /// `keys` or `values`.
+        /// Part of the layer, `keys` or `values`.
         part: &'static str,
-        /// How far it has come.
+        /// Progress within the dictionary.
         progress: CodebookProgress,
     },
-    /// A dictionary for codes of one atom a group is learned.
+    /// End of the learning of a dictionary's codebooks.
     LearnedCodebooks {
         /// The layer.
         layer: usize,
-        /// `keys` or `values`.
+        /// Part of the layer, `keys` or `values`.
         part: &'static str,
         /// Held-out mean relative error.
         held_out_error: f32,
     },
-    /// The model predicts with the keys or the values of one head coded, and of another.
+    /// Measurement of losses: the model predicts with the keys or the values of one head after the other coded.
     Measuring {
         /// Cases measured.
         done: usize,
@@ -172,21 +156,21 @@ pub enum TrainProgress {
     },
 }
 
-/// What is told of training's progress, from whichever thread is at work; it may break off.
+/// Callback that is told of training's progress, from whichever thread is at work; it may break off.
 pub type OnProgress<'a> = dyn FnMut(TrainProgress) -> ControlFlow<()> + Send + 'a;
 
-/// Dictionaries and what they came of.
+/// Outcome of [`train`].
 #[derive(Debug, Clone)]
 pub struct Trained {
     /// The dictionaries, with their held-out errors.
     pub dictionaries: DictionarySet,
     /// Vectors that each dictionary learned from.
     pub vectors: usize,
-    /// What the codes do to attention in every layer, on held-out windows.
+    /// Errors of attention on the codes in every layer, on held-out chunks.
     pub attention: Vec<AttentionErrors>,
-    /// How the keys' and the values' dictionary of every layer came about; nothing of those that were kept.
+    /// Epochs of the keys' and the values' dictionary of every layer; none of those that were kept.
     pub courses: Vec<[Vec<Epoch>; 2]>,
-    /// Time that reading took in this run; what was read before training was broken off does not count.
+    /// Time that reading took in this run, without what was read before training was broken off.
     pub reading: Duration,
     /// Time that learning took in this run.
     pub learning: Duration,
@@ -195,30 +179,29 @@ pub struct Trained {
 /// A pass over the vectors of one dictionary.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Epoch {
-    /// Seconds spent on the dictionary up to its end.
+    /// Seconds spent on the dictionary up to the epoch's end.
     pub seconds: f64,
-    /// Held-out mean relative error after it.
+    /// Held-out mean relative error after the epoch.
     pub held_out_error: f32,
 }
 
-/// Names of what each layer has a dictionary of.
+/// Parts of a layer that have a dictionary each.
 const PARTS: [&str; 2] = ["keys", "values"];
-/// The state's file of what was read.
+/// File of the state that says how much was read.
 const READING: &str = "reading";
 
-/// Learns every layer's dictionaries of `model` from `corpus`: two for codes of any atoms, and two for codes of one atom
-/// a group.
+/// Learns every layer's dictionaries of `model` from `corpus`: two for sparse codes, and two of codebooks for additive
+/// codes.
 ///
-/// The first are learned side by side, one a core where there are as many, the others one after the other on all cores
-/// with all vectors in memory; the same settings and seed
-/// give the same ones whatever the number of threads, as far as the model's own keys and values are the same, and
-/// whether or not training was broken off and resumed.
+/// The first are learned side by side, one a core where there are as many; the others one after the other on all cores
+/// with all vectors in memory. The same settings and seed give the same ones whatever the number of threads, as far as
+/// the model's own keys and values are the same, and whether or not training was broken off and resumed.
 ///
 /// `progress` is called throughout and may break off. A state that is kept stays in its folder when all is done,
 /// until [`remove_state`].
 ///
 /// # Errors
-/// Those of [`Corpus::windows`], [`Error::Coding`] where the model gives what is no number,
+/// Those of [`Corpus::chunks`], [`Error::Coding`] where the model gives numbers that are not finite,
 /// [`lexico::Error::Learn`] where there are fewer vectors than atoms, [`lexico::Error::OtherModel`] where those that
 /// are kept are of another, [`Error::State`],
 /// [`lexico::Error::Interrupted`] where `progress` broke off.
@@ -248,7 +231,9 @@ pub fn train(
     };
     let began = Instant::now();
     let reading = read(model, corpus, options, &state, progress).or_else(|error| {
-        state.remove_if_nothing_saved()?;
+        if !state.path(READING).exists() {
+            state.remove()?;
+        }
         Err(error)
     })?;
     let reading_took = began.elapsed();
@@ -256,10 +241,7 @@ pub fn train(
     if options.kept.is_none() && atoms > vectors {
         // With these settings there is nothing to go on with.
         state.remove()?;
-        let reason = format!(
-            "{atoms} atoms need at least as many vectors, and the text gave {vectors}; give more text or fewer atoms"
-        );
-        return Err(lexico::Error::Learn(reason).into());
+        return Err(lexico::Error::Learn(LearnError::FewVectors { atoms, vectors }).into());
     }
     if let Some(path) = &options.keep_vectors {
         reading.keep(path)?;
@@ -272,31 +254,31 @@ pub fn train(
             (with_corpus(kept, corpus), courses)
         }
         None => {
-            measured.push(Kind::Sparse);
-            learn_ordinary(model, corpus, options, &reading, &state, progress)?
+            measured.push(CodeFamily::Sparse);
+            learn_sparse(model, corpus, options, &reading, &state, progress)?
         }
     };
-    if let Some(groups) = &options.groups {
-        measured.push(Kind::Additive);
-        let learned = codebooks::learn_all(&reading, options.vectors, groups, &state, progress)?;
+    if let Some(codebooks) = &options.codebooks {
+        measured.push(CodeFamily::Additive);
+        let learned = codebooks::learn_all(&reading, options.vectors, codebooks, &state, progress)?;
         let errors = learned.iter().map(|[keys, values]| LayerErrors {
             keys: keys.held_out_error,
             values: values.held_out_error,
         });
         dictionaries.training.additive_relative_error = Some(errors.collect());
         for (layer, [keys, values]) in dictionaries.layers.iter_mut().zip(learned) {
-            layer.codebooks = Some(LayerCodebooks {
-                keys: keys.dictionary,
-                values: values.dictionary,
-            });
+            layer.codebooks = Some(KeyValue::new(
+                keys.dictionary.into(),
+                values.dictionary.into(),
+            ));
         }
     }
     let learning_took = began.elapsed();
-    // Measuring may take the model as many tokens as this share of those that it read.
-    let tokens = reading.tokens() / 4;
-    let windows = reading.judged();
+    // Measuring may cost the model this share of the tokens that it read.
+    let tokens = reading.progress.tokens / 4;
+    let windows = &reading.progress.judged;
     let state = Some(&state);
-    losses::measure_kinds(
+    losses::measure_families(
         model,
         &mut dictionaries,
         &measured,
@@ -317,8 +299,8 @@ pub fn train(
     })
 }
 
-/// Learns the dictionaries for codes of any atoms.
-fn learn_ordinary(
+/// Learns the dictionaries for sparse codes.
+fn learn_sparse(
     model: &Model,
     corpus: &Corpus,
     options: &TrainOptions,
@@ -335,10 +317,10 @@ fn learn_ordinary(
             keys: keys.held_out_error,
             values: values.held_out_error,
         });
-        courses.push([keys.course, values.course]);
+        courses.push([keys.epochs, values.epochs]);
         layers.push(LayerDictionaries {
-            keys: keys.dictionary,
-            values: values.dictionary,
+            keys: keys.dictionary.into(),
+            values: values.dictionary.into(),
             codebooks: None,
         });
     }
@@ -348,7 +330,7 @@ fn learn_ordinary(
         training: Training {
             sparsity: options.learn.sparsity,
             corpus: corpus.names().to_vec(),
-            tokens: reading.tokens(),
+            tokens: reading.progress.tokens,
             relative_error: errors,
             tool: program(),
             ..Training::default()
@@ -357,7 +339,7 @@ fn learn_ordinary(
     Ok((dictionaries, courses))
 }
 
-/// The dictionaries, with the names of the texts that their groups are learned from.
+/// Adds the names of the texts that codebooks are learned from.
 fn with_corpus(kept: &DictionarySet, corpus: &Corpus) -> DictionarySet {
     let mut dictionaries = kept.clone();
     let texts = &mut dictionaries.training.corpus;
@@ -373,7 +355,7 @@ fn program() -> String {
     format!("lexico {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// All that a training's outcome depends on, by names that people understand.
+/// Collects all settings that the outcome depends on, by names that people understand.
 fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Map<String, Value>> {
     let learn = &options.learn;
     let files = corpus.files().into_iter();
@@ -385,10 +367,15 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         identity.rotary.kind, identity.rotary.theta, identity.rotary.parameters
     );
     let none = || "none".to_owned();
-    let groups = options.groups.as_ref().map(|groups| {
+    let codebooks = options.codebooks.as_ref().map(|options| {
         format!(
             "{}, the first of {} atoms, judged at sparsity {}, {} rounds, beam {}, seed {}",
-            groups.groups, groups.first, groups.sparsity, groups.rounds, groups.beam, groups.seed
+            options.codebooks,
+            options.first,
+            options.sparsity,
+            options.rounds,
+            options.beam,
+            options.seed
         )
     });
     let kept = options.kept.as_ref().map(|kept| {
@@ -410,7 +397,8 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "tokens": options.tokens,
         "context": options.context,
         "vectors": options.vectors,
-        "learner": format!("{:?}", learn.method),
+        // Earlier versions had others too; a state of theirs is refused.
+        "learner": "Adam",
         "atoms": learn.atoms,
         "sparsity": learn.sparsity,
         "epochs": learn.epochs,
@@ -420,7 +408,8 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "re-seeding": learn.reseed,
         "patience": learn.patience,
         "seed": learn.seed,
-        "groups": groups.unwrap_or_else(none),
+        // States of earlier versions call codebooks so.
+        "groups": codebooks.unwrap_or_else(none),
         "dictionaries kept": kept.unwrap_or_else(none),
         "program": program(),
     });
@@ -434,17 +423,5 @@ fn go_on(flow: ControlFlow<()>) -> Result<()> {
     match flow {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(lexico::Error::Interrupted.into()),
-    }
-}
-
-/// Refuses numbers of a layer that are none.
-fn check_finite(layer: usize, part: &'static str, numbers: &[f32], head_dim: usize) -> Result<()> {
-    match numbers.iter().position(|x| !x.is_finite()) {
-        None => Ok(()),
-        Some(at) => Err(Error::Coding {
-            layer,
-            part,
-            reason: lexico::Error::NotFinite { row: at / head_dim },
-        }),
     }
 }

@@ -1,4 +1,4 @@
-//! The model reads; a sample of its keys and values is kept.
+//! Reading of the corpus by the model, and sampling of its keys and values.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -12,44 +12,46 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::rows::{Reservoir, Rows};
-use super::state::{State, damaged, refused};
-use super::{OnProgress, PARTS, READING, TrainOptions, TrainProgress, check_finite, go_on};
-use crate::cache::{Footprint, FullCache, KvCache};
-use crate::corpus::{Corpus, Windows};
-use crate::decoder::{Logits, Sequence};
+use super::state::{State, StateError, damaged, refused};
+use super::{OnProgress, PARTS, READING, TrainOptions, TrainProgress, go_on};
+use crate::cache::{Footprint, FullCache, KvCache, Step};
+use crate::corpus::{Chunks, Corpus};
+use crate::decoder::Logits;
 use crate::error::{Error, Result};
 use crate::model::Model;
 
-/// One window in so many is kept apart to judge the dictionaries on.
+/// Period of held-out chunks: the last of so many is kept apart to judge the dictionaries on.
 const HELD_OUT: usize = 20;
-/// Vectors that a dictionary is judged on at the most.
+/// Max vectors that a dictionary is judged on.
 const HELD_OUT_VECTORS: usize = 4096;
-/// Held-out windows that the model reads again in the end, its keys and values coded.
+/// Max held-out chunks that the model reads again in the end, its keys and values coded.
 pub(super) const JUDGED_WINDOWS: usize = 16;
 
-/// How far reading has come.
+/// Progress of reading.
 #[derive(Default, Serialize, Deserialize)]
-struct Progress {
+pub(super) struct Progress {
     windows: usize,
-    tokens: usize,
-    /// Of all tokens read, so that another text under the same name is noticed.
+    pub(super) tokens: usize,
+    /// Checksum of all tokens read, so that another text under the same name is noticed.
     checksum: u32,
-    /// Vectors that each sample to learn from, and each to judge by, was offered.
+    /// Vectors offered so far to each sample to learn from, and to each to judge by.
     seen: u64,
     seen_held_out: u64,
-    judged: Vec<Vec<u32>>,
+    /// Chunks that attention is judged on.
+    pub(super) judged: Vec<Vec<u32>>,
     done: bool,
 }
 
-/// What was read: samples of the keys and the values of every layer.
+/// Samples of the keys and the values of every layer.
 pub(super) struct Reading {
-    progress: Progress,
-    samples: Vec<Sample>,
-    head_dim: usize,
+    pub(super) progress: Progress,
+    /// Samples of keys and values in turn, layer after layer.
+    pub(super) samples: Vec<Sample>,
+    pub(super) head_dim: usize,
     kv_heads: usize,
 }
 
-/// Of one layer's keys or values.
+/// Samples of the keys or the values of a layer.
 pub(super) struct Sample {
     pub(super) train: Reservoir,
     pub(super) held_out: Reservoir,
@@ -61,11 +63,11 @@ impl Reading {
         let progress: Progress = state.load_json(READING)?.unwrap_or_default();
         let mut samples = Vec::with_capacity(2 * config.layers);
         for number in 0..2 * config.layers {
-            let reservoir = |ending: &str, most| {
+            let reservoir = |ending: &str, max| {
                 let path = state.path(&format!("{}.{ending}", name(number)));
-                let rows = Rows::open(&path, config.head_dim, most);
+                let rows = Rows::open(&path, config.head_dim, max);
                 let rows = rows.map_err(|error| state.not_saved(error))?;
-                Ok::<_, Error>(Reservoir { rows, most })
+                Ok::<_, Error>(Reservoir { rows, max })
             };
             samples.push(Sample {
                 train: reservoir("vectors", options.vectors)?,
@@ -80,44 +82,25 @@ impl Reading {
         })
     }
 
-    /// Samples of keys and values in turn, layer after layer.
-    pub(super) fn samples(&self) -> &[Sample] {
-        &self.samples
+    /// Counts the vectors of each sample to learn from, at most `max`.
+    pub(super) fn count(&self, max: usize) -> usize {
+        self.progress.seen.min(max as u64) as usize
     }
 
-    pub(super) fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
-    pub(super) fn tokens(&self) -> usize {
-        self.progress.tokens
-    }
-
-    /// The windows that attention is to be judged on.
-    pub(super) fn judged(&self) -> &[Vec<u32>] {
-        &self.progress.judged
-    }
-
-    /// Vectors of each sample to learn from, `most` at the most.
-    pub(super) fn count(&self, most: usize) -> usize {
-        self.progress.seen.min(most as u64) as usize
-    }
-
-    /// Vectors of each sample to judge by.
+    /// Counts the vectors of each sample to judge by.
     pub(super) fn held_out_count(&self) -> usize {
         self.progress.seen_held_out.min(HELD_OUT_VECTORS as u64) as usize
     }
 
     /// Writes the samples to learn from for other tools.
     pub(super) fn keep(&self, path: &Path) -> Result<()> {
-        let mut names = Vec::with_capacity(self.samples.len());
-        for (number, sample) in self.samples.iter().enumerate() {
-            names.push((name(number), self.count(sample.train.most)));
-        }
-        let shapes: Vec<_> = names
-            .iter()
-            .map(|(name, count)| (name.as_str(), Dtype::F32, vec![*count, self.head_dim]))
-            .collect();
+        let samples = self.samples.iter().enumerate();
+        let names = samples.map(|(number, sample)| (name(number), self.count(sample.train.max)));
+        let names: Vec<(String, usize)> = names.collect();
+        let shape = |count| vec![count, self.head_dim];
+        let shapes = names.iter();
+        let shapes = shapes.map(|(name, count)| (name.as_str(), Dtype::F32, shape(*count)));
+        let shapes: Vec<_> = shapes.collect();
         let mut failed = None;
         let written = tensor_file::write_in_turn(path, &shapes, |number| {
             let vectors = self.samples[number].train.rows.read_first(names[number].1);
@@ -140,7 +123,7 @@ impl Reading {
         state.save_json(READING, &self.progress)
     }
 
-    /// Counts a window, which is `held_out` or not.
+    /// Counts a chunk, which is `held_out` or not.
     fn add(&mut self, window: Vec<u32>, held_out: bool) {
         let progress = &mut self.progress;
         progress.windows += 1;
@@ -158,7 +141,7 @@ impl Reading {
     }
 }
 
-/// The name of a layer's keys (even numbers) or values.
+/// Names a layer's keys (even numbers) or values.
 pub(super) fn name(number: usize) -> String {
     format!("layers.{}.{}", number / 2, PARTS[number % 2])
 }
@@ -171,7 +154,7 @@ fn checksum(before: u32, window: &[u32]) -> u32 {
     hasher.finalize()
 }
 
-/// Lets the model read what it has not read yet.
+/// Lets the model read the rest of the corpus.
 pub(super) fn read(
     model: &Model,
     corpus: &Corpus,
@@ -189,12 +172,12 @@ pub(super) fn read(
         return Ok(reading);
     }
     let seed = options.learn.seed;
-    let mut windows = corpus.windows(&model.tokenizer, options.context, options.tokens, seed)?;
-    // Where there are fewer windows than a period has, the last one is held out.
+    let mut windows = corpus.chunks(&model.tokenizer, options.context, options.tokens, seed)?;
+    // Where there are fewer chunks than a period has, the last one is held out.
     let first: Vec<Vec<u32>> = windows.by_ref().take(HELD_OUT).collect::<Result<_>>()?;
     let period = first.len();
     let mut first = first.into_iter();
-    let mut next = |windows: &mut Windows<'_>| first.next().map(Ok).or_else(|| windows.next());
+    let mut next = |windows: &mut Chunks<'_>| first.next().map(Ok).or_else(|| windows.next());
     pass_over(&reading.progress, || next(&mut windows), state)?;
     let mut saved = Instant::now();
     while let Some(window) = next(&mut windows) {
@@ -208,16 +191,13 @@ pub(super) fn read(
             held_out,
             seed,
         };
-        let mut sequences = [Sequence {
-            tokens: &window,
-            cache: &mut collector,
-        }];
-        model.decoder.forward(&mut sequences, Logits::Last)?;
+        let decoder = &model.decoder;
+        decoder.forward_one(&window, &mut collector, Logits::Last)?;
         reading.add(window, held_out);
         let tokens = reading.progress.tokens;
         let total = windows.total();
         let flow = progress(TrainProgress::Reading { tokens, total });
-        if flow == ControlFlow::Break(()) || saved.elapsed() >= state.every() {
+        if flow == ControlFlow::Break(()) || saved.elapsed() >= state.every {
             reading.save(state)?;
             saved = Instant::now();
         }
@@ -228,7 +208,7 @@ pub(super) fn read(
     Ok(reading)
 }
 
-/// Passes over the windows that were read before, which must be the same.
+/// Passes over the chunks that were read before, which must be the same.
 fn pass_over(
     before: &Progress,
     mut next: impl FnMut() -> Option<Result<Vec<u32>>>,
@@ -240,9 +220,7 @@ fn pass_over(
         again = checksum(again, &window?);
     }
     if again != before.checksum {
-        let reason = "the corpus is another than the state was begun with, though it is called the same; give the \
-                      same text to go on, or remove the state's folder to give it up";
-        return Err(refused(&state.path(READING), reason.to_owned()));
+        return Err(refused(&state.path(READING), StateError::OtherCorpus));
     }
     if before.windows > 0 && before.seen == 0 && before.seen_held_out == 0 {
         return Err(damaged(&state.path(READING)));
@@ -250,7 +228,7 @@ fn pass_over(
     Ok(())
 }
 
-/// A cache for one window that samples the keys and values it is given.
+/// Cache for one chunk that samples the keys and values it is given.
 struct Collector<'a> {
     cache: FullCache,
     reading: &'a Reading,
@@ -262,19 +240,18 @@ struct Collector<'a> {
 impl KvCache for Collector<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let progress = &self.reading.progress;
-        for (number, part, x) in [(2 * layer, "key", k), (2 * layer + 1, "value", v)] {
-            let vectors = x.flatten_all()?.to_vec1::<f32>()?;
-            check_finite(layer, part, &vectors, self.reading.head_dim)?;
+        let step = Step::new(q, k, v)?;
+        step.check_finite(layer)?;
+        for (number, vectors) in [(2 * layer, &step.keys), (2 * layer + 1, &step.values)] {
             let sample = &self.reading.samples[number];
-            // What is drawn for a window depends on nothing before it: it can be read again.
+            // The draws for a chunk depend on nothing before it: it can be read again.
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
             rng.set_stream((progress.windows * self.reading.samples.len() + number) as u64);
-            let offered = if self.held_out {
-                let seen = progress.seen_held_out;
-                sample.held_out.offer(&vectors, seen, &mut rng)
-            } else {
-                sample.train.offer(&vectors, progress.seen, &mut rng)
+            let (reservoir, seen) = match self.held_out {
+                true => (&sample.held_out, progress.seen_held_out),
+                false => (&sample.train, progress.seen),
             };
+            let offered = reservoir.offer(vectors, seen, &mut rng);
             offered.map_err(|error| self.state.not_saved(error))?;
         }
         self.cache.attend(layer, q, k, v)

@@ -1,4 +1,4 @@
-//! Sampled vectors on disk.
+//! Files of sampled vectors.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -11,8 +11,8 @@ use rand::{Rng, RngExt};
 use super::state::damaged;
 use crate::error::{Error, Result, io};
 
-/// Vectors in a file of fixed size, each at its place and with a checksum: `m` numbers in f32, and the CRC-32
-/// of the place's number and them.
+/// File of fixed size with vectors, each at its place and with a checksum: `m` numbers in f32, and the CRC-32 of the
+/// place's number and them.
 ///
 /// The file is read and written rather than mapped: the system keeps in memory what fits, as it would of a
 /// map, but a full or failing disk is an error and not a signal.
@@ -23,8 +23,8 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Opens the file, or makes it with room for `most` vectors.
-    pub(super) fn open(path: &Path, head_dim: usize, most: usize) -> Result<Self> {
+    /// Opens the file, or makes it with room for `max` vectors.
+    pub(super) fn open(path: &Path, head_dim: usize, max: usize) -> Result<Self> {
         let mut open = OpenOptions::new();
         let file = open.read(true).write(true).create(true).truncate(false);
         let file = file.open(path).map_err(io(path))?;
@@ -33,7 +33,7 @@ impl Rows {
             file: Mutex::new(file),
             head_dim,
         };
-        let size = (most * rows.row_bytes()) as u64;
+        let size = (max * rows.row_bytes()) as u64;
         rows.with_file(|file| match file.metadata()?.len() {
             0 => file.set_len(size).map(|()| true),
             length => Ok(length == size),
@@ -51,7 +51,7 @@ impl Rows {
         work(&mut file).map_err(io(&self.path))
     }
 
-    /// Puts `vectors` `[n, m]` at the places from `first` on.
+    /// Writes `vectors` `[n, m]` to the places from `first` on.
     fn write(&self, first: usize, vectors: &[f32]) -> Result<()> {
         let mut bytes = Vec::with_capacity(vectors.len() / self.head_dim * self.row_bytes());
         for (number, x) in vectors.chunks_exact(self.head_dim).enumerate() {
@@ -67,7 +67,7 @@ impl Rows {
         })
     }
 
-    /// Returns when all that was written will outlast a power cut.
+    /// Waits until all that was written will outlast a power cut.
     pub(super) fn sync(&self) -> Result<()> {
         self.with_file(|file| file.sync_data())
     }
@@ -100,7 +100,7 @@ impl Rows {
         Ok(())
     }
 
-    /// The first `count` vectors.
+    /// Reads the first `count` vectors.
     pub(super) fn read_first(&self, count: usize) -> Result<Vec<f32>> {
         let mut vectors = vec![0.0; count * self.head_dim];
         self.read(0, &mut vectors)?;
@@ -115,7 +115,7 @@ fn checksum(place: usize, numbers: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// The first so many vectors of a file, read as they are needed.
+/// First `count` vectors of a file, read when they are needed.
 pub(super) struct OnDisk<'a> {
     pub(super) rows: &'a Rows,
     pub(super) count: usize,
@@ -132,26 +132,26 @@ impl Vectors for OnDisk<'_> {
                 .read(number as usize, out)
                 .map_err(|error| match error {
                     Error::Io { path, reason } => lexico::Error::Io { path, reason },
-                    other => lexico::Error::Learn(other.to_string()),
+                    other => lexico::Error::Vectors(Box::new(other)),
                 })?;
         }
         Ok(())
     }
 }
 
-/// An unbiased sample of a stream of vectors (Vitter's algorithm R, 1985), of `most` at the most.
+/// Unbiased sample of at most `max` vectors of a stream (algorithm R: Vitter 1985).
 pub(super) struct Reservoir {
     pub(super) rows: Rows,
-    pub(super) most: usize,
+    pub(super) max: usize,
 }
 
 impl Reservoir {
     /// Offers `vectors` `[n, m]`, before which `seen` were offered.
     ///
-    /// What `rng` draws decides alone where vectors go, so that offering them again changes nothing.
+    /// The draws of `rng` alone decide where vectors go, so that offering them again changes nothing.
     pub(super) fn offer(&self, vectors: &[f32], seen: u64, rng: &mut impl Rng) -> Result<()> {
         let m = self.rows.head_dim;
-        let vacant = (self.most as u64).saturating_sub(seen) as usize;
+        let vacant = (self.max as u64).saturating_sub(seen) as usize;
         let (first, rest) = vectors.split_at(vectors.len().min(vacant * m));
         if !first.is_empty() {
             self.rows.write(seen as usize, first)?;
@@ -159,7 +159,7 @@ impl Reservoir {
         let before = seen + (first.len() / m) as u64;
         for (number, vector) in rest.chunks_exact(m).enumerate() {
             let place = rng.random_range(0..=before + number as u64);
-            if place < self.most as u64 {
+            if place < self.max as u64 {
                 self.rows.write(place as usize, vector)?;
             }
         }
@@ -177,12 +177,12 @@ mod tests {
     #[test]
     fn every_vector_is_as_likely_to_be_kept() {
         let folder = tempfile::tempdir().unwrap();
-        let (most, stream, runs) = (20, 100, 400);
+        let (max, stream, runs) = (20, 100, 400);
         let mut kept = vec![0u32; stream];
         for run in 0..runs {
             let path = folder.path().join(format!("{run}"));
-            let rows = Rows::open(&path, 1, most).unwrap();
-            let reservoir = Reservoir { rows, most };
+            let rows = Rows::open(&path, 1, max).unwrap();
+            let reservoir = Reservoir { rows, max };
             let vectors: Vec<f32> = (0..stream).map(|v| v as f32).collect();
             let mut seen = 0;
             for (number, vectors) in vectors.chunks(7).enumerate() {
@@ -191,7 +191,7 @@ mod tests {
                 reservoir.offer(vectors, seen, &mut rng).unwrap();
                 seen += vectors.len() as u64;
             }
-            for v in reservoir.rows.read_first(most).unwrap() {
+            for v in reservoir.rows.read_first(max).unwrap() {
                 kept[v as usize] += 1;
             }
         }

@@ -1,7 +1,7 @@
-//! What training has done so far, in a folder: whatever ends the program, it can go on from there.
+//! State of a training in a folder: whatever ends the program, it can go on from there.
 //!
 //! Small files are written beside their target and renamed, and end in a checksum. Sampled vectors lie in
-//! files of fixed size and are overwritten in place (see [`Rows`](super::rows::Rows)): windows that were read
+//! files of fixed size and are overwritten in place (see [`Rows`](super::rows::Rows)): chunks that were read
 //! after the last saving are read again, and do the same again to the same places.
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -12,22 +12,22 @@ use lexico::tensor_file::write_atomically;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::losses::Kind;
+use super::losses;
 use crate::error::{Error, Result, io};
 
-/// What every file of a state begins with.
+/// First bytes of every file of a state.
 const MAGIC: &[u8] = b"lexico training state 1\n";
 const SETTINGS: &str = "settings";
 const LOCK: &str = "lock";
-/// What files are called while they are written.
+/// First letters of the names of files that are being written.
 const UNFINISHED: &str = ".lexico-";
 
-/// Where [`train`](super::train) keeps what it has done so far.
+/// Settings of the state that [`train`](super::train) keeps on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateOptions {
-    /// A folder of its own, made where it is not there.
+    /// Folder for the state alone, made where it is not there.
     pub folder: PathBuf,
-    /// Whether to go on with what is in the folder. Otherwise there may be nothing.
+    /// Goes on with the state in the folder, if any; without it the folder must hold none.
     pub resume: bool,
     /// Time between two savings.
     pub every: Duration,
@@ -43,18 +43,50 @@ impl Default for StateOptions {
     }
 }
 
-/// An open folder, which no other program can open meanwhile.
+/// Reason why the state of a training cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// A folder of something else.
+    #[error("it is there and no state of a training; name another")]
+    Foreign,
+    /// A state that another program has open.
+    #[error("another training is at work in it")]
+    InUse,
+    /// A state that is there and is not to be resumed.
+    #[error(
+        "it holds a training that was not finished: --resume goes on with it, and removing the folder gives it up"
+    )]
+    Unfinished,
+    /// A state of other settings.
+    #[error(
+        "it is of other settings: {}; give those of the state to go on with it, or remove the folder to give it up",
+        .0.join(", ")
+    )]
+    OtherSettings(Vec<String>),
+    /// A state of another text under the same name.
+    #[error(
+        "the corpus is another than the state was begun with, though it is called the same; give the same text to go \
+         on, or remove the state's folder to give it up"
+    )]
+    OtherCorpus,
+    /// A file that is damaged.
+    #[error("it is damaged or cut short; remove the folder of the state and train anew")]
+    Damaged,
+}
+
+/// Open folder of a state, which no other program can open meanwhile.
 pub(super) struct State {
     folder: PathBuf,
-    every: Duration,
+    /// Time between two savings.
+    pub(super) every: Duration,
     _lock: File,
 }
 
 impl State {
-    /// Opens the folder; where it holds a state, it must be one of these settings, and to be resumed.
+    /// Opens the folder; a state in it must have the same settings, and `resume` be set.
     pub(super) fn open(options: &StateOptions, settings: &Map<String, Value>) -> Result<Self> {
         let folder = &options.folder;
-        let refuse = |reason: String| refused(folder, reason);
         if let Err(error) = std::fs::create_dir(folder)
             && !folder.is_dir()
         {
@@ -67,20 +99,14 @@ impl State {
         };
         let begun = [SETTINGS, super::READING].map(|name| folder.join(name).exists());
         if !begun[0] && entries(folder)?.into_iter().any(foreign) {
-            return Err(refuse(
-                "it is there and no state of a training; name another".to_owned(),
-            ));
+            return Err(refused(folder, StateError::Foreign));
         }
         let mut open = OpenOptions::new();
         let lock = open.write(true).create(true).truncate(false).open(&path);
         let lock = lock.map_err(io(&path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(refuse("another training is at work in it".to_owned()));
-            }
-            // Some file systems know no locks.
-            Err(TryLockError::Error(_)) => {}
+        // Some file systems know no locks: that is no reason to stop.
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            return Err(refused(folder, StateError::InUse));
         }
         // Before the first saving there is nothing to lose or to go on with.
         if begun == [true, false] {
@@ -96,30 +122,14 @@ impl State {
             return Ok(state);
         }
         if !options.resume {
-            return Err(refuse(
-                "it holds a training that was not finished: --resume goes on with it, and removing the folder \
-                 gives it up"
-                    .to_owned(),
-            ));
+            return Err(refused(folder, StateError::Unfinished));
         }
         let there: Map<String, Value> = state.load_json(SETTINGS)?.unwrap_or_default();
         let differ = differences(&there, settings);
         if !differ.is_empty() {
-            return Err(refuse(format!(
-                "it is of other settings: {}; give those of the state to go on with it, or remove the folder to \
-                 give it up",
-                differ.join(", ")
-            )));
+            return Err(refused(folder, StateError::OtherSettings(differ)));
         }
         Ok(state)
-    }
-
-    /// Removes a state in which nothing was saved.
-    pub(super) fn remove_if_nothing_saved(&self) -> Result<()> {
-        if self.path(super::READING).exists() {
-            return Ok(());
-        }
-        self.remove()
     }
 
     /// Removes a state that cannot lead anywhere.
@@ -131,75 +141,54 @@ impl State {
         self.folder.join(name)
     }
 
-    /// Time between two savings.
-    pub(super) fn every(&self) -> Duration {
-        self.every
-    }
-
     /// Replaces a file of the state; one that is there stays whole until the new one is.
     pub(super) fn save(&self, name: &str, content: &[u8]) -> Result<()> {
-        let mut bytes = Vec::with_capacity(MAGIC.len() + content.len() + 4);
-        bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(content);
+        let mut bytes = [MAGIC, content].concat();
         let checksum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&checksum.to_le_bytes());
         write_atomically(&self.path(name), &bytes).map_err(|error| self.not_saved(error.into()))
     }
 
-    /// What was last saved under this name; `None` where nothing was.
+    /// Loads the content last saved under this name; `None` where nothing was.
     pub(super) fn load(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let path = self.path(name);
-        let mut bytes = match std::fs::read(&path) {
+        let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io(&path)(error)),
         };
-        let Some((content, checksum)) = bytes.split_last_chunk::<4>() else {
-            return Err(damaged(&path));
-        };
-        let whole = crc32fast::hash(content) == u32::from_le_bytes(*checksum);
-        if !whole || !content.starts_with(MAGIC) {
-            return Err(damaged(&path));
-        }
-        bytes.truncate(content.len());
-        bytes.drain(..MAGIC.len());
-        Ok(Some(bytes))
+        let whole = bytes.split_last_chunk().filter(|(content, checksum)| {
+            crc32fast::hash(content) == u32::from_le_bytes(**checksum)
+        });
+        let content = whole.and_then(|(content, _)| content.strip_prefix(MAGIC));
+        let content = content.ok_or_else(|| damaged(&path))?;
+        Ok(Some(content.to_vec()))
     }
 
     pub(super) fn save_json(&self, name: &str, content: &impl serde::Serialize) -> Result<()> {
-        let json = serde_json::to_vec(content)
-            .map_err(|error| refused(&self.path(name), error.to_string()))?;
+        let json =
+            serde_json::to_vec(content).map_err(|error| io(&self.path(name))(error.into()))?;
         self.save(name, &json)
     }
 
     pub(super) fn load_json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
-        let Some(json) = self.load(name)? else {
-            return Ok(None);
-        };
-        let content = serde_json::from_slice(&json);
-        content.map(Some).map_err(|_| damaged(&self.path(name)))
+        let content = self.load(name)?.map(|json| serde_json::from_slice(&json));
+        content.transpose().map_err(|_| damaged(&self.path(name)))
     }
 
-    /// An error of writing, with what is still there and what helps.
+    /// Turns an error of writing into one that says what is still there and what helps.
     pub(super) fn not_saved(&self, error: Error) -> Error {
-        let reason = match error {
-            Error::Io { path, reason } => format!("{}: {reason}", path.display()),
-            Error::Codec(lexico::Error::Io { path, reason }) => {
-                format!("{}: {reason}", path.display())
+        match error {
+            Error::Io { .. } | Error::Codec(lexico::Error::Io { .. }) => {
+                let (folder, source) = (self.folder.clone(), Box::new(error));
+                Error::StateNotSaved { folder, source }
             }
-            other => return other,
-        };
-        refused(
-            &self.folder,
-            format!(
-                "what was done since the last saving could not be saved ({reason}); all before is whole: make \
-                 room and go on with --resume, or name a roomier --work-dir"
-            ),
-        )
+            other => other,
+        }
     }
 }
 
-/// Removes a state that is of no more use, and the folder with it where nothing else is in there.
+/// Removes a state that is no longer needed, and the folder with it where nothing else is in there.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -212,15 +201,15 @@ pub fn remove_state(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes all of a state but the lock, in an order in which what is left is never taken for a whole one, or
-/// for something else.
+/// Removes all of a state but the lock, in an order that never leaves what looks like a whole state, or like something
+/// else.
 fn remove_files(folder: &Path) -> Result<()> {
     let remove = |path: PathBuf| match std::fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io(&path)(error)),
         _ => Ok(()),
     };
     remove(folder.join(super::READING))?;
-    let losses = Kind::ALL.map(Kind::file);
+    let losses = losses::FAMILIES.map(losses::file);
     for entry in entries(folder)? {
         let name = entry.file_name();
         let name = name.to_string_lossy();
@@ -242,19 +231,17 @@ fn differences(there: &Map<String, Value>, now: &Map<String, Value>) -> Vec<Stri
         Some(value) => value.to_string(),
         None => "none".to_owned(),
     };
-    let names = there
-        .keys()
-        .chain(now.keys().filter(|&name| !there.contains_key(name)));
-    names
-        .filter(|&name| there.get(name) != now.get(name))
-        .map(|name| {
-            let (there, now) = (text(there, name), text(now, name));
-            format!("{name} ({there} in the state, {now} now)")
-        })
-        .collect()
+    let added = now.keys().filter(|&name| !there.contains_key(name));
+    let names = there.keys().chain(added);
+    let differ = names.filter(|&name| there.get(name) != now.get(name));
+    let differ = differ.map(|name| {
+        let (there, now) = (text(there, name), text(now, name));
+        format!("{name} ({there} in the state, {now} now)")
+    });
+    differ.collect()
 }
 
-pub(super) fn refused(path: &Path, reason: String) -> Error {
+pub(super) fn refused(path: &Path, reason: StateError) -> Error {
     Error::State {
         path: path.to_owned(),
         reason,
@@ -262,8 +249,7 @@ pub(super) fn refused(path: &Path, reason: String) -> Error {
 }
 
 pub(super) fn damaged(path: &Path) -> Error {
-    let reason = "it is damaged or cut short; remove the folder of the state and train anew";
-    refused(path, reason.to_owned())
+    refused(path, StateError::Damaged)
 }
 
 #[cfg(test)]

@@ -28,8 +28,8 @@ pub(super) fn read_rows(
 ) -> Result<()> {
     let (own, file, tensor) = find(model, name)?;
     let row_bytes = out.len() / rows.len().max(1);
-    let interleaved = model.interleaves_rotary_pairs()
-        && (own.ends_with("attn_q.weight") || own.ends_with("attn_k.weight"));
+    let interleaved =
+        model.interleaved && (own.ends_with("attn_q.weight") || own.ends_with("attn_k.weight"));
     if !interleaved {
         return file.read_bytes(&own, tensor, rows.start * row_bytes, out);
     }
@@ -49,7 +49,7 @@ fn find<'m>(model: &'m GgufModel, name: &str) -> Result<(String, &'m GgufFile, &
     }
 }
 
-/// Where a query or key row lies in files of the llama architecture: the two rows of a rotary pair
+/// Place of a query or key row in files of the llama architecture: the two rows of a rotary pair
 /// side by side, where the decoder and safetensors files have them half a head apart.
 fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim, row % head_dim);

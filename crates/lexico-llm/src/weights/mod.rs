@@ -16,15 +16,15 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use lexico::tensor_file::TensorFile;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, refused};
 use crate::gguf::{GgufModel, own_name};
 pub(crate) use safetensors::{INDEX, SINGLE, shard_names};
 
-/// How a model's matrices are held, the embedding among them. They are quantised some rows at a
+/// Format in which a model's matrices are held, the embedding among them. They are quantised some rows at a
 /// time as they are read; norms and biases are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Quantize {
-    /// As they are stored.
+    /// Format in which they are stored.
     #[default]
     None,
     /// 8.5 bits a number; as stored where rows are no multiple of 32.
@@ -47,9 +47,8 @@ impl FromStr for Quantize {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let found = QUANTIZE_NAMES
-            .iter()
-            .find(|(name, _)| text.eq_ignore_ascii_case(name));
+        let mut known = QUANTIZE_NAMES.iter();
+        let found = known.find(|(name, _)| text.eq_ignore_ascii_case(name));
         found.map(|&(_, quantize)| quantize).ok_or_else(|| {
             let names = QUANTIZE_NAMES.map(|(name, _)| name);
             format!("{text:?} is none of {}", names.join(", "))
@@ -59,9 +58,9 @@ impl FromStr for Quantize {
 
 /// Named weights.
 pub(crate) enum Weights {
-    /// Of one safetensors file or several.
+    /// Weights of one safetensors file or several.
     Safetensors(safetensors::Shards),
-    /// Of a GGUF file, or one in parts.
+    /// Weights of a GGUF file, or one in parts.
     Gguf(GgufModel),
     /// Drawn, each by its name.
     Random,
@@ -77,7 +76,7 @@ impl Weights {
         Self::Safetensors(safetensors::Shards::single(file))
     }
 
-    /// How the numbers of a weight are stored, which must have this shape.
+    /// Number type of a weight, which must have this shape.
     pub(crate) fn number_type(&self, name: &str, shape: &[usize]) -> Result<GgmlDType> {
         match self {
             Self::Safetensors(shards) => shards.number_type(name, shape),
@@ -114,15 +113,7 @@ impl Weights {
         let count = rows.len() * columns;
         let mut bytes = vec![0; count * stored.type_size()];
         self.read_rows(name, rows, &mut bytes)?;
-        let pairs = || bytes.as_chunks::<2>().0.iter();
-        Ok(match stored {
-            GgmlDType::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-            GgmlDType::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            _ => {
-                let fours = bytes.as_chunks::<4>().0.iter();
-                fours.map(|&b| f32::from_le_bytes(b)).collect()
-            }
-        })
+        Ok(numbers(stored, &bytes))
     }
 
     /// A vector, a norm's or bias's, in f32.
@@ -141,12 +132,19 @@ impl Weights {
     }
 }
 
-fn weight_error(path: &Path, name: &str, reason: String) -> Error {
-    Error::Weight {
-        path: path.to_owned(),
-        name: name.to_owned(),
-        reason,
+/// Numbers of little-endian bytes in f16, bf16 or else f32.
+pub(crate) fn numbers(stored: GgmlDType, bytes: &[u8]) -> Vec<f32> {
+    let pairs = || bytes.as_chunks::<2>().0.iter();
+    let fours = || bytes.as_chunks::<4>().0.iter();
+    match stored {
+        GgmlDType::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        GgmlDType::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+        _ => fours().map(|&b| f32::from_le_bytes(b)).collect(),
     }
+}
+
+fn weight_error(path: &Path, name: &str, reason: String) -> Error {
+    refused(path, format!("weight {name:?}: {reason}"))
 }
 
 /// The complaint about a weight whose shape is not what the config asks for.

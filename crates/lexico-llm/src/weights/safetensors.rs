@@ -1,6 +1,6 @@
 //! One safetensors file, or shards with an index.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,8 @@ use lexico::tensor_file::{Dtype, TensorFile};
 use serde::Deserialize;
 
 use super::{check_shape, weight_error};
-use crate::error::{Error, Result, io};
+use crate::config::missing;
+use crate::error::{Result, io, refused};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -18,10 +19,11 @@ const NEEDED: &str = "config.json, tokenizer.json, and model.safetensors or its 
 
 /// The files of a model's weights.
 pub(crate) struct Shards {
-    files: Vec<TensorFile>,
-    /// Which file holds a weight.
-    file_of: HashMap<String, usize>,
-    /// What messages name where no file holds a weight.
+    /// Files by their names.
+    files: BTreeMap<String, TensorFile>,
+    /// Name of the file that holds each weight.
+    shard_of: BTreeMap<String, String>,
+    /// Name in messages where no file holds a weight.
     path: PathBuf,
 }
 
@@ -33,47 +35,33 @@ impl Shards {
         }
         let index = folder.join(INDEX);
         if !index.is_file() {
-            return Err(Error::MissingFile {
-                folder: folder.to_owned(),
-                file: SINGLE.to_owned(),
-                needed: NEEDED,
-            });
+            return Err(missing(folder, SINGLE, NEEDED));
         }
-        let mut files = Vec::new();
-        let mut numbers: HashMap<String, usize> = HashMap::new();
-        let mut file_of = HashMap::new();
-        for (weight, shard) in read_index(&index)? {
-            let number = match numbers.get(&shard) {
-                Some(&number) => number,
-                None => {
-                    let path = folder.join(&shard);
-                    if !path.is_file() {
-                        return Err(Error::MissingFile {
-                            folder: folder.to_owned(),
-                            file: shard,
-                            needed: "every shard that its index names",
-                        });
-                    }
-                    files.push(TensorFile::open(path)?);
-                    numbers.insert(shard, files.len() - 1);
-                    files.len() - 1
-                }
-            };
-            file_of.insert(weight, number);
+        let shard_of = read_index(&index)?;
+        let mut files = BTreeMap::new();
+        for shard in shard_of.values() {
+            if files.contains_key(shard) {
+                continue;
+            }
+            let path = folder.join(shard);
+            if !path.is_file() {
+                return Err(missing(folder, shard, "every shard that its index names"));
+            }
+            files.insert(shard.clone(), TensorFile::open(path)?);
         }
         Ok(Self {
             files,
-            file_of,
+            shard_of,
             path: index,
         })
     }
 
     pub(super) fn single(file: TensorFile) -> Self {
         let path = file.path().to_owned();
-        let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
+        let names = file.names().into_iter();
         Self {
-            files: vec![file],
-            file_of,
+            shard_of: names.map(|name| (name, SINGLE.to_owned())).collect(),
+            files: BTreeMap::from([(SINGLE.to_owned(), file)]),
             path,
         }
     }
@@ -83,10 +71,9 @@ impl Shards {
     }
 
     fn file(&self, name: &str) -> Result<&TensorFile> {
-        match self.file_of.get(name) {
-            Some(&number) => Ok(&self.files[number]),
-            None => Err(weight_error(&self.path, name, "it is missing".to_owned())),
-        }
+        let shard = self.shard_of.get(name);
+        let file = shard.and_then(|shard| self.files.get(shard));
+        file.ok_or_else(|| weight_error(&self.path, name, "it is missing".to_owned()))
     }
 
     pub(super) fn number_type(&self, name: &str, shape: &[usize]) -> Result<GgmlDType> {
@@ -111,33 +98,26 @@ impl Shards {
     }
 }
 
-/// Which shard holds each weight. Shards are plain file names: one with folders in it could reach
+/// Reads which shard holds each weight. Shards are plain file names: one with folders in it could reach
 /// outside the model.
 fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let error = |reason: String| Error::Config {
-        path: index.to_owned(),
-        reason,
-    };
     let text = std::fs::read_to_string(index).map_err(io(index))?;
-    let parsed: Index =
-        serde_json::from_str(&text).map_err(|e| error(format!("not an index of shards: {e}")))?;
+    let parsed: Index = serde_json::from_str(&text)
+        .map_err(|e| refused(index, format!("not an index of shards: {e}")))?;
     for (weight, shard) in &parsed.weight_map {
         if Path::new(shard).file_name() != Some(shard.as_ref()) {
             let reason = format!("the shard {shard:?} of weight {weight:?} is not a file name");
-            return Err(error(reason));
+            return Err(refused(index, reason));
         }
     }
     Ok(parsed.weight_map)
 }
 
 /// The shards that an index names, each once.
-pub(crate) fn shard_names(index: &Path) -> Result<Vec<String>> {
-    let mut names: Vec<String> = read_index(index)?.into_values().collect();
-    names.sort_unstable();
-    names.dedup();
-    Ok(names)
+pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(read_index(index)?.into_values().collect())
 }

@@ -7,28 +7,17 @@ use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
 use lexico::codes::stored;
-use lexico::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_FIRST_ATOMS};
-use lexico::matrix::{HalfMatrix, Halves};
-use lexico::threads::Threads;
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
+use lexico::dictionary::{CodebookSizes, Codebooks, MAX_FIRST_ATOMS};
+use lexico::threads::Alone;
+use lexico::{
+    AdditiveFormat, BeamSearch, CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch,
+    Encoder, KeyValue, Pursuit, SparseFormat,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Length of all vectors.
 pub(crate) const HEAD_DIM: usize = 128;
-
-/// Runs tasks one after the other.
-struct OneThread;
-
-impl Threads for OneThread {
-    fn count(&self) -> usize {
-        1
-    }
-
-    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        (0..tasks).for_each(task);
-    }
-}
 
 fn rng() -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(7)
@@ -57,36 +46,36 @@ fn drawn_codes(rng: &mut ChaCha8Rng, count: usize, sparsity: usize, atoms: usize
     }
 }
 
-fn codes(sparsity: usize, batch: &EncodedBatch) -> Codes {
-    let mut codes = Codes::new(CodeFormat {
-        sparsity,
-        variable: false,
-        coefficients: CoefficientFormat::I8,
-    })
-    .expect("such codes there are");
+fn codes(format: impl Into<CodeFormat>, batch: &EncodedBatch) -> Codes {
+    let mut codes = Codes::new(format).expect("such codes there are");
     codes.extend(batch);
     codes
 }
 
-/// Codes of as many vectors as a stored block holds, over 4096 atoms or, `packed`, over groups whose atoms are used so
+/// Sparse codes with coefficients of a byte.
+fn sparse(sparsity: usize, batch: &EncodedBatch) -> Codes {
+    let format = SparseFormat {
+        sparsity,
+        variable: false,
+        coefficients: CoefficientFormat::I8,
+    };
+    codes(format, batch)
+}
+
+/// Codes of as many vectors as a stored block holds, over 4096 atoms or, `additive`, over codebooks whose atoms are used so
 /// unevenly that they have 7.7 bits.
-pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
+pub(crate) fn page(sparsity: usize, additive: bool) -> Codes {
     const VECTORS: usize = 8192;
     let mut rng = rng();
-    if !packed {
-        return codes(sparsity, &drawn_codes(&mut rng, VECTORS, sparsity, 4096));
+    if !additive {
+        return sparse(sparsity, &drawn_codes(&mut rng, VECTORS, sparsity, 4096));
     }
-    let groups = CodebookSizes {
+    let sizes = CodebookSizes {
         first: MAX_FIRST_ATOMS,
     };
-    let mut index = |group: usize| {
-        let atoms = if group == 0 {
-            groups.first
-        } else {
-            CODEBOOK_ATOMS
-        };
-        let own = rng.random::<f32>().powf(1.75) * atoms as f32;
-        (groups.start(group) + own as usize) as u16
+    let mut index = |codebook: usize| {
+        let own = rng.random::<f32>().powf(1.75) * sizes.size(codebook) as f32;
+        (sizes.start(codebook) + own as usize) as u16
     };
     let indices: Vec<u16> = (0..VECTORS * sparsity)
         .map(|i| index(i % sparsity))
@@ -99,14 +88,7 @@ pub(crate) fn page(sparsity: usize, packed: bool) -> Codes {
         coefficients: scales.collect(),
         relative_errors: vec![0.0; VECTORS],
     };
-    let format = CodeFormat {
-        sparsity,
-        variable: false,
-        coefficients: CoefficientFormat::InAtoms(groups),
-    };
-    let mut codes = Codes::new(format).expect("such codes there are");
-    codes.extend(&batch);
-    codes
+    codes(AdditiveFormat { sparsity, sizes }, &batch)
 }
 
 /// A page to its stored form.
@@ -132,7 +114,7 @@ pub(crate) fn pursuit(vectors: usize, atoms: usize, sparsity: usize) -> impl FnM
     let vectors = drawn(&mut rng, vectors * HEAD_DIM);
     move || {
         let pursuit = Pursuit::new(&dictionary, sparsity).expect("a possible sparsity");
-        let batch = pursuit.encode_on(&vectors, &OneThread);
+        let batch = pursuit.encode_on(&vectors, &Alone);
         black_box(batch).expect("finite vectors");
     }
 }
@@ -141,7 +123,7 @@ pub(crate) fn pursuit(vectors: usize, atoms: usize, sparsity: usize) -> impl FnM
 pub(crate) fn to_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
     let batch = drawn_codes(&mut rng(), vectors, sparsity, 4096);
     move || {
-        black_box(codes(sparsity, &batch));
+        black_box(sparse(sparsity, &batch));
     }
 }
 
@@ -149,10 +131,7 @@ pub(crate) fn to_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
 pub(crate) fn from_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
     let mut rng = rng();
     let dictionary = dictionary(&mut rng, 4096);
-    let codes = codes(
-        sparsity,
-        &drawn_codes(&mut rng, vectors, sparsity, dictionary.len()),
-    );
+    let codes = sparse(sparsity, &drawn_codes(&mut rng, vectors, sparsity, 4096));
     move || {
         black_box(codes.decode(&dictionary)).expect("codes of this dictionary");
     }
@@ -163,55 +142,54 @@ pub(crate) fn from_bytes(vectors: usize, sparsity: usize) -> impl FnMut() {
 pub(crate) fn coded(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
     let mut rng = rng();
     let (keys, values) = (dictionary(&mut rng, 256), dictionary(&mut rng, 256));
-    let mut drawn_codes = || {
-        codes(
-            sparsity,
-            &drawn_codes(&mut rng, positions, sparsity, keys.len()),
-        )
-    };
+    let mut drawn_codes = || sparse(sparsity, &drawn_codes(&mut rng, positions, sparsity, 256));
     let (key_codes, value_codes) = (drawn_codes(), drawn_codes());
     let mut attend = attention(&mut rng, group);
     move || {
         attend(&[Source::Codes {
-            keys: &key_codes,
-            values: &value_codes,
-            key_atoms: (&keys).into(),
-            value_atoms: (&values).into(),
+            codes: KeyValue::new(&key_codes, &value_codes),
+            atoms: KeyValue::new((&keys).into(), (&values).into()),
         }]);
     }
 }
 
-/// As [`coded`], codes of one atom of each group of 256.
-pub(crate) fn packed(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
+/// Codebooks of 256 atoms each.
+fn codebooks(rng: &mut ChaCha8Rng, count: usize) -> Codebooks {
+    let sizes = CodebookSizes { first: 256 };
+    let atoms = drawn(rng, sizes.atoms(count) * HEAD_DIM);
+    Codebooks::new(atoms, HEAD_DIM, sizes).expect("whole codebooks")
+}
+
+/// Codes `vectors` vectors over `sparsity` codebooks.
+pub(crate) fn beam_search(vectors: usize, sparsity: usize) -> impl FnMut() {
     let mut rng = rng();
-    let groups = CodebookSizes { first: 256 };
-    let mut dictionary = || {
-        let atoms = drawn(&mut rng, groups.atoms(sparsity) * HEAD_DIM);
-        Codebooks::new(atoms, HEAD_DIM, groups).expect("whole groups")
-    };
-    let (keys, values) = (dictionary(), dictionary());
+    let codebooks = codebooks(&mut rng, sparsity);
+    let vectors = drawn(&mut rng, vectors * HEAD_DIM);
+    move || {
+        let search = BeamSearch::new(&codebooks, sparsity).expect("a possible sparsity");
+        let batch = search.encode_on(&vectors, &Alone);
+        black_box(batch).expect("finite vectors");
+    }
+}
+
+/// Does what [`coded`] does with additive codes over codebooks of 256 atoms each.
+pub(crate) fn additive(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
+    let mut rng = rng();
+    let (keys, values) = (codebooks(&mut rng, sparsity), codebooks(&mut rng, sparsity));
+    let sizes = keys.sizes();
     let mut drawn_codes = || {
-        let mut codes = Codes::new(CodeFormat {
-            sparsity,
-            variable: false,
-            coefficients: CoefficientFormat::InAtoms(groups),
-        })
-        .expect("such codes there are");
         let mut batch = drawn_codes(&mut rng, positions, sparsity, 256);
-        for (nonzero, index) in batch.indices.iter_mut().enumerate() {
-            *index += groups.start(nonzero % sparsity) as u16;
+        for (atom, index) in batch.indices.iter_mut().enumerate() {
+            *index += sizes.start(atom % sparsity) as u16;
         }
-        codes.extend(&batch);
-        codes
+        codes(AdditiveFormat { sparsity, sizes }, &batch)
     };
     let (key_codes, value_codes) = (drawn_codes(), drawn_codes());
     let mut attend = attention(&mut rng, group);
     move || {
         attend(&[Source::Codes {
-            keys: &key_codes,
-            values: &value_codes,
-            key_atoms: keys.atoms(sparsity),
-            value_atoms: values.atoms(sparsity),
+            codes: KeyValue::new(&key_codes, &value_codes),
+            atoms: KeyValue::new(keys.first(sparsity), values.first(sparsity)),
         }]);
     }
 }
@@ -227,10 +205,7 @@ pub(crate) fn dense(positions: usize, number_type: NumberType, group: usize) -> 
     let (keys, values) = (rows(), rows());
     let mut attend = attention(&mut rng, group);
     move || {
-        attend(&[Source::Dense {
-            keys: &keys,
-            values: &values,
-        }]);
+        attend(&[Source::Dense(KeyValue::new(&keys, &values))]);
     }
 }
 
@@ -244,19 +219,7 @@ fn attention(rng: &mut ChaCha8Rng, group: usize) -> impl FnMut(&[Source<'_>]) + 
             sources,
             out: &mut out,
         };
-        attend_heads(&mut [head], HEAD_DIM, 1, None, &OneThread);
+        attend_heads(&mut [head], HEAD_DIM, 1, None, &Alone);
         black_box(&out);
-    }
-}
-
-/// Products of one vector with the rows of a matrix in half precision.
-pub(crate) fn matrix(rows: usize, columns: usize) -> impl FnMut() {
-    let mut rng = rng();
-    let numbers = drawn(&mut rng, rows * columns).into_iter();
-    let numbers = Halves::F16(numbers.map(half::f16::from_f32).collect());
-    let matrix = HalfMatrix::new(numbers, rows, columns);
-    let x = drawn(&mut rng, columns);
-    move || {
-        black_box(matrix.multiply(&x, &OneThread));
     }
 }

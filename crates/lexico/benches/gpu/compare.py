@@ -1,8 +1,7 @@
 """Pursuit and decode attention on one NVIDIA GPU: ours beside PyTorch's, in one run.
 
-    cargo build --release --features cuda
     pip install torch
-    python crates/lexico/benches/gpu/compare.py --program target/release/lexico
+    python crates/lexico/benches/gpu/compare.py
 
 Pursuit is compared with the reference algorithm: batched orthogonal matching pursuit by an inverse Cholesky factor over the Gram
 matrix (Lubonja, Kallel, Zhang 2022, "v0"), in batches of whatever size is fastest, its products with TF32 where that is faster. Attention is compared with the fastest of
@@ -160,18 +159,18 @@ def dense_attention(batch, heads, kv_heads, m, context):
     return times
 
 
-def ours(program, *arguments):
-    run = subprocess.run([program, "bench", *arguments, "--device", "cuda", "--json"], stdout=subprocess.PIPE, check=True)
+def ours(bench, *arguments):
+    command = ["cargo", "bench", "-q", "-p", "lexico", "--features", "cuda", "--bench", bench, "--"]
+    run = subprocess.run([*command, *arguments, "--device", "cuda", "--json"], stdout=subprocess.PIPE, check=True)
     return json.loads(run.stdout)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", default="target/release/lexico")
     parser.add_argument("--vectors", type=int, default=1 << 17)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
-    parser.add_argument("--format", default="packed:16,f8:16,i8:16")
+    parser.add_argument("--format", default="additive:16,f8:16,i8:16")
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
     if arguments.cpu:
@@ -181,12 +180,12 @@ def main():
     shape = ["--head-dim", str(m), "--sparsity", str(sparsity)]
     reference = reference_pursuit(m, atoms, sparsity, arguments.vectors)
     torch.cuda.empty_cache()
-    own = ours(arguments.program, "pursuit", *shape, "--atoms", str(atoms), "--vectors", str(arguments.vectors))
+    own = ours("pursuit", *shape, "--atoms", str(atoms), "--vectors", str(arguments.vectors))
     rate = 1e6 / own["microseconds_per_vector"]
     print(json.dumps({"pursuit": own, "reference": reference, "ratio": rate / reference["vectors_per_second"]}))
     print(f"pursuit: {rate / 1e6:.2f} M vectors/s, {rate / reference['vectors_per_second']:.1f} times the reference's")
-    packed = ours(arguments.program, "pursuit", "--packed", *shape, "--vectors", str(arguments.vectors))
-    print(json.dumps({"packed": packed}))
+    additive = ours("pursuit", "--additive", *shape, "--vectors", str(arguments.vectors))
+    print(json.dumps({"additive": additive}))
     for batch in arguments.batch:
         for context in arguments.context:
             if batch * context > 8 * 131072:
@@ -195,7 +194,7 @@ def main():
             torch.cuda.empty_cache()
             best = min(dense, key=dense.get)
             run = ours(
-                arguments.program, "attention", "--head-dim", str(m), "--atoms", str(atoms), "--group", "4", "--kv-heads", "8",
+                "attention", "--head-dim", str(m), "--atoms", str(atoms), "--group", "4", "--kv-heads", "8",
                 "--batch", str(batch), "--context", str(context), "--format", arguments.format,
             )
             print(json.dumps({"batch": batch, "context": context, "dense_milliseconds": dense, "ours": run}))

@@ -2,13 +2,13 @@ use std::ops::Range;
 
 use super::ROWS;
 use crate::kernels::matmul::{Matrix, multiply};
-use crate::kernels::softmax;
+use crate::kernels::softmax::softmax;
 use crate::threads::{Threads, for_each};
 
 /// Sums that tasks keep apart: they are added in the same order for any number of threads.
 const PARTS: usize = 16;
 
-/// Attention that each of one KV head's positions receives: the softmax weights of the `newest` last of the queries
+/// Accumulated attention of each of one KV head's positions: the softmax weights of the `newest` last of the queries
 /// `[G, t, m]` on the keys `[n, m]`, summed over those queries, `[n]`.
 ///
 /// The queries are at the `t` newest of the `n` positions, and each sees its own and all before it; scores are scaled

@@ -1,13 +1,14 @@
 //! Coded positions: scores from `p = Dₖq`, values by way of `u`, which is summed as codes.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::RunningSoftmax;
 use crate::codes::Codes;
 use crate::dictionary::{Atoms, MAX_ATOMS};
 use crate::kernels::dense::{combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
-use crate::kernels::{accumulate, scores};
+use crate::key_value::KeyValue;
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
 const ATOM_BLOCK: usize = 64;
@@ -15,15 +16,28 @@ const ATOM_BLOCK: usize = 64;
 /// place in the first cache, so few that their weights stay in the second.
 const BLOCK: usize = 8192;
 
-/// Codes of one KV head.
-#[derive(Clone, Copy)]
+/// Codes of one KV head, and the positions of them that are seen.
 pub(super) struct Coded<'a> {
-    pub(super) keys: &'a Codes,
-    pub(super) values: &'a Codes,
-    /// The first position that is seen.
-    pub(super) first: usize,
-    /// The position after the last that is seen.
-    pub(super) end: usize,
+    codes: KeyValue<&'a Codes>,
+    seen: Range<usize>,
+}
+
+impl<'a> Coded<'a> {
+    /// Checks that there are as many values as keys, and that all atoms are there.
+    pub(super) fn new(
+        codes: KeyValue<&'a Codes>,
+        atoms: KeyValue<Atoms<'_>>,
+        seen: Range<usize>,
+    ) -> Self {
+        assert_eq!(codes.keys.len(), codes.values.len(), "one value a key");
+        for (codes, atoms) in codes.zip(atoms) {
+            assert!(
+                codes.is_empty() || usize::from(codes.largest_index()) < atoms.len(),
+                "codes name atoms that there are"
+            );
+        }
+        Self { codes, seen }
+    }
 }
 
 /// Tables with a row for every index that a code can hold, so that none needs a check; only the rows
@@ -42,7 +56,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// What a cache reads at a time, in numbers.
+/// Numbers that the processor's cache reads at a time.
 const CACHE_LINE: usize = 16;
 
 /// Tables for so many numbers, none of which has been touched where they are new. They begin with a cache line, so
@@ -62,28 +76,22 @@ pub(super) fn add_heads(
     softmaxes: &mut [RunningSoftmax],
     queries: &[f32],
     codes: &[Coded<'_>],
-    key_atoms: Atoms<'_>,
-    value_atoms: Atoms<'_>,
+    atoms: KeyValue<Atoms<'_>>,
 ) {
-    let (m, group) = (key_atoms.head_dim(), softmaxes[0].rows());
-    if codes.iter().all(|codes| codes.first >= codes.end) {
+    let (m, group) = (atoms.keys.head_dim(), softmaxes[0].rows());
+    if codes.iter().all(|codes| codes.seen.is_empty()) {
         return;
     }
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, codes.len() * table);
-        for (first, count, atoms) in key_atoms.blocks(ATOM_BLOCK) {
+        for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
             let heads = p
                 .chunks_exact_mut(table)
                 .zip(queries.chunks_exact(group * m));
             for (p, queries) in heads {
-                dots(
-                    atoms,
-                    queries,
-                    m,
-                    group,
-                    &mut p[first * group..][..count * group],
-                );
+                let p = &mut p[first * group..][..count * group];
+                dots(rows, queries, m, group, p);
             }
         }
         let u = tables(&mut scratch.u, codes.len() * table);
@@ -93,15 +101,15 @@ pub(super) fn add_heads(
             .zip(p.chunks_exact(table))
             .zip(u.chunks_exact_mut(table))
         {
-            let atoms = value_atoms.len();
-            u[..atoms * group].fill(0.0);
+            let n = atoms.values.len();
+            u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
-            sum_codes(softmax, codes, atoms, p, u, weights, |_, _| ());
+            sum_codes(softmax, codes, n, p, u, weights, |_, _| ());
         }
-        for (first, count, atoms) in value_atoms.blocks(ATOM_BLOCK) {
+        for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
             for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
                 let u = &u[first * group..][..count * group];
-                combine(u, atoms, m, group, &mut softmax.output);
+                combine(u, rows, m, group, &mut softmax.output);
             }
         }
     });
@@ -114,25 +122,21 @@ pub(super) fn add_many(
     queries: &[f32],
     hidden: &[usize],
     codes: Coded<'_>,
-    key_atoms: Atoms<'_>,
-    value_atoms: Atoms<'_>,
+    atoms: KeyValue<Atoms<'_>>,
 ) {
-    if codes.keys.is_empty() {
+    if codes.seen.is_empty() {
         return;
     }
-    let (m, group) = (key_atoms.head_dim(), softmax.rows());
+    let (m, group) = (atoms.keys.head_dim(), softmax.rows());
     let queries = Matrix::by_rows(queries, group, m);
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
-        for (first, atoms) in key_atoms.matrices() {
-            let n = atoms.len() / m;
-            let p = &mut p[first * group..][..n * group];
-            let atoms = Matrix::by_rows(&atoms, n, m);
-            multiply(p, false, atoms, queries.transposed());
-        }
-        let n = value_atoms.len();
+        let n = atoms.keys.len();
+        let rows = Matrix::by_rows(atoms.keys.numbers(), n, m);
+        multiply(&mut p[..n * group], false, rows, queries.transposed());
+        let n = atoms.values.len();
         u[..n * group].fill(0.0);
         let hide = |first: usize, scores: &mut [f32]| {
             for (query, &hidden) in hidden.iter().enumerate() {
@@ -142,11 +146,9 @@ pub(super) fn add_many(
             }
         };
         sum_codes(softmax, &codes, n, p, u, &mut scratch.weights, hide);
-        for (first, atoms) in value_atoms.matrices() {
-            let n = atoms.len() / m;
-            let u = Matrix::by_rows(&u[first * group..][..n * group], n, group).transposed();
-            multiply(&mut softmax.output, true, u, Matrix::by_rows(&atoms, n, m));
-        }
+        let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
+        let rows = Matrix::by_rows(atoms.values.numbers(), n, m);
+        multiply(&mut softmax.output, true, u, rows);
     });
 }
 
@@ -161,14 +163,13 @@ fn sum_codes(
     mut hide: impl FnMut(usize, &mut [f32]),
 ) {
     let group = softmax.rows();
-    let mut keys = codes.keys.runs_from(codes.first);
-    let mut values = codes.values.runs_from(codes.first);
-    for first in (codes.first..codes.end).step_by(BLOCK) {
-        let count = BLOCK.min(codes.end - first);
+    let Coded { codes, seen } = codes;
+    for first in seen.clone().step_by(BLOCK) {
+        let count = BLOCK.min(seen.end - first);
         weights.resize(count * group, 0.0);
-        keys.next(count, |run, at| {
-            let out = &mut weights[at * group..][..run.len() * group];
-            scores(run, p, group, out);
+        codes.keys.visit(first..first + count, |block, at| {
+            let out = &mut weights[at * group..][..block.len() * group];
+            block.scores(p, group, out);
         });
         hide(first, weights);
         if let Some(kept) = softmax.weigh(weights) {
@@ -176,21 +177,8 @@ fn sum_codes(
                 u.iter_mut().zip(&kept).for_each(|(u, kept)| *u *= kept);
             }
         }
-        values.next(count, |run, at| {
-            accumulate(run, &weights[at * group..][..run.len() * group], group, u);
+        codes.values.visit(first..first + count, |block, at| {
+            block.accumulate(&weights[at * group..][..block.len() * group], group, u);
         });
-    }
-}
-
-impl Coded<'_> {
-    /// Checks that there are as many values as keys, and that all atoms are there.
-    pub(super) fn check(&self, key_atoms: Atoms<'_>, value_atoms: Atoms<'_>) {
-        assert_eq!(self.keys.len(), self.values.len(), "one value a key");
-        for (codes, atoms) in [(self.keys, key_atoms), (self.values, value_atoms)] {
-            assert!(
-                codes.is_empty() || usize::from(codes.largest_index()) < atoms.len(),
-                "codes name atoms that there are"
-            );
-        }
     }
 }

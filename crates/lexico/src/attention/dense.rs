@@ -6,13 +6,14 @@ use half::slice::HalfFloatSliceExt;
 use super::{Positions, RunningSoftmax};
 use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
+use crate::key_value::KeyValue;
 
 /// Positions that are scored at a time.
 const BLOCK: usize = 256;
 /// Rows by which storage grows at the least.
 const GROWTH: usize = 4;
 
-/// How dense keys and values are stored.
+/// Number type of dense keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum NumberType {
     /// Half precision; a number beyond its range is held at ±65,504.
@@ -20,6 +21,16 @@ pub enum NumberType {
     F16,
     /// Single precision, for tests and comparison.
     F32,
+}
+
+impl NumberType {
+    /// The bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F16 => size_of::<f16>(),
+            Self::F32 => size_of::<f32>(),
+        }
+    }
 }
 
 /// A growing list of dense vectors.
@@ -74,7 +85,7 @@ impl DenseRows {
         }
     }
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -111,11 +122,19 @@ impl DenseRows {
         }
     }
 
-    /// All vectors in f32, `[n, m]`: for tests.
+    /// All vectors in f32, `[n, m]`.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = Vec::new();
         self.read(0, self.len(), &mut out);
         out
+    }
+
+    /// The numbers as they are stored, little-endian.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        match &self.numbers {
+            Numbers::F16(numbers) => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Numbers::F32(numbers) => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        }
     }
 
     /// Appends `count` vectors from `first` on to `out`, in f32.
@@ -158,28 +177,32 @@ fn keep<T: Copy>(numbers: &mut Vec<T>, rows: &[usize], head_dim: usize) {
     numbers.shrink_to(numbers.len() + (GROWTH * head_dim).max(numbers.len() / 16));
 }
 
+impl Positions for KeyValue<&DenseRows> {
+    fn len(&self) -> usize {
+        assert_eq!(self.keys.len(), self.values.len(), "one value a key");
+        self.keys.len()
+    }
+
+    fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        self.keys.read(first, count, keys);
+        self.values.read(first, count, values);
+    }
+}
+
 /// Adds some dense positions for the few queries of one position; `queries` `[group, m]` are scaled already.
 pub(super) fn add_few(
     softmax: &mut RunningSoftmax,
     queries: &[f32],
     positions: Range<usize>,
-    keys: &DenseRows,
-    values: &DenseRows,
+    rows: KeyValue<&DenseRows>,
 ) {
-    assert_eq!(keys.len(), values.len(), "one value a key");
-    for first in positions.clone().step_by(BLOCK) {
-        let count = BLOCK.min(positions.end - first);
-        add_rows(
-            softmax,
-            queries,
-            keys.rows(first, count),
-            values.rows(first, count),
-            count,
-        );
+    for (first, count) in blocks(positions) {
+        let rows = rows.map(|rows| rows.rows(first, count));
+        add_rows(softmax, queries, rows, count);
     }
 }
 
-/// As [`add_few`], of positions that are turned back into vectors.
+/// Adds, like [`add_few`], positions that are turned back into vectors.
 pub(super) fn add_few_decoded(
     softmax: &mut RunningSoftmax,
     queries: &[f32],
@@ -187,60 +210,52 @@ pub(super) fn add_few_decoded(
     decoded: &dyn Positions,
 ) {
     let (mut keys, mut values) = (Vec::new(), Vec::new());
-    for first in positions.clone().step_by(BLOCK) {
-        let count = BLOCK.min(positions.end - first);
+    for (first, count) in blocks(positions) {
         keys.clear();
         values.clear();
         decoded.read(first, count, &mut keys, &mut values);
-        add_rows(
-            softmax,
-            queries,
-            Rows::F32(&keys),
-            Rows::F32(&values),
-            count,
-        );
+        let rows = KeyValue::new(Rows::F32(&keys), Rows::F32(&values));
+        add_rows(softmax, queries, rows, count);
     }
 }
 
-/// Adds the one position that the queries themselves are at.
-pub(super) fn add_own(softmax: &mut RunningSoftmax, queries: &[f32], key: &[f32], value: &[f32]) {
-    assert_eq!(key.len(), value.len(), "one value a key");
-    add_rows(softmax, queries, Rows::F32(key), Rows::F32(value), 1);
+/// The first position and the number of positions of each block.
+fn blocks(positions: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let starts = positions.clone().step_by(BLOCK);
+    starts.map(move |first| (first, BLOCK.min(positions.end - first)))
 }
 
-fn add_rows(
-    softmax: &mut RunningSoftmax,
-    queries: &[f32],
-    keys: Rows<'_>,
-    values: Rows<'_>,
-    count: usize,
-) {
+/// Adds the one position that the queries themselves are at.
+pub(super) fn add_own(softmax: &mut RunningSoftmax, queries: &[f32], own: KeyValue<&[f32]>) {
+    assert_eq!(own.keys.len(), own.values.len(), "one value a key");
+    add_rows(softmax, queries, own.map(Rows::F32), 1);
+}
+
+fn add_rows(softmax: &mut RunningSoftmax, queries: &[f32], rows: KeyValue<Rows<'_>>, count: usize) {
     let (m, group) = (softmax.head_dim, softmax.rows());
     let mut weights = [0f32; BLOCK * MAX_GROUP];
     let weights = &mut weights[..count * group];
-    dots(keys, queries, m, group, weights);
+    dots(rows.keys, queries, m, group, weights);
     softmax.weigh(weights);
-    combine(weights, values, m, group, &mut softmax.output);
+    combine(weights, rows.values, m, group, &mut softmax.output);
 }
 
-/// Adds `len` positions, which `read` appends as vectors; `queries` `[rows, m]` are scaled already and do not see the
-/// first `hidden[row]` of them.
+/// Adds positions that are turned back into vectors; `queries` `[rows, m]` are scaled already and do not see the first
+/// `hidden[row]` of them.
 pub(super) fn add(
     softmax: &mut RunningSoftmax,
     queries: &[f32],
     hidden: &[usize],
-    len: usize,
-    read: impl Fn(usize, usize, &mut Vec<f32>, &mut Vec<f32>),
+    positions: &dyn Positions,
 ) {
-    let (mut key_block, mut value_block) = (Vec::new(), Vec::new());
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
     let unseen = hidden.iter().min().copied().unwrap_or(0);
-    for first in (unseen..len).step_by(BLOCK) {
-        let count = BLOCK.min(len - first);
-        key_block.clear();
-        value_block.clear();
-        read(first, count, &mut key_block, &mut value_block);
+    for (first, count) in blocks(unseen..positions.len()) {
+        keys.clear();
+        values.clear();
+        positions.read(first, count, &mut keys, &mut values);
         let sees = |row: usize, i: usize| first + i >= hidden[row];
-        add_block(softmax, queries, &key_block, &value_block, sees);
+        add_block(softmax, queries, &keys, &values, sees);
     }
 }
 
@@ -250,8 +265,7 @@ pub(super) fn add_causal(
     queries: &[f32],
     hidden: &[usize],
     own: &[usize],
-    keys: &[f32],
-    values: &[f32],
+    KeyValue { keys, values }: KeyValue<&[f32]>,
 ) {
     let m = softmax.head_dim;
     assert_eq!(keys.len(), values.len(), "one value a key");

@@ -15,8 +15,9 @@ use std::ops::Range;
 use crate::codes::Codes;
 use crate::dictionary::Atoms;
 use crate::kernels::dense::MAX_GROUP;
-use crate::kernels::{MAX_QUERIES, softmax};
-use crate::threads::{Rayon, Threads, for_each};
+use crate::kernels::softmax::{MAX_QUERIES, softmax};
+use crate::key_value::KeyValue;
+use crate::threads::{Threads, for_each};
 use coded::Coded;
 
 /// Some positions to attend to.
@@ -24,40 +25,26 @@ use coded::Coded;
 pub enum Source<'a> {
     /// Coded positions, all of them before every query.
     Codes {
-        /// Codes of the keys.
-        keys: &'a Codes,
-        /// Codes of the values.
-        values: &'a Codes,
-        /// What the keys are coded over.
-        key_atoms: Atoms<'a>,
-        /// What the values are coded over.
-        value_atoms: Atoms<'a>,
+        /// Codes of the keys and of the values.
+        codes: KeyValue<&'a Codes>,
+        /// Atoms that the codes are over.
+        atoms: KeyValue<Atoms<'a>>,
     },
     /// Dense positions, all of them before every query.
-    Dense {
-        /// Keys.
-        keys: &'a DenseRows,
-        /// Values.
-        values: &'a DenseRows,
-    },
+    Dense(KeyValue<&'a DenseRows>),
     /// Positions in a form of their own, all of them before every query; turned back into vectors, some at a time,
     /// as they are attended to.
     Decoded(&'a dyn Positions),
     /// The queries' own positions, `[t, m]`: query `i` of `t` sees the first `i + 1`.
-    Causal {
-        /// Keys.
-        keys: &'a [f32],
-        /// Values.
-        values: &'a [f32],
-    },
+    Causal(KeyValue<&'a [f32]>),
 }
 
 /// Keys and values in a form that is turned back into vectors to attend to them.
 pub trait Positions: Sync {
-    /// Positions held.
+    /// Number of positions held.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -67,13 +54,13 @@ pub trait Positions: Sync {
 }
 
 impl Source<'_> {
-    /// Positions.
+    /// Number of positions.
     fn len(&self, head_dim: usize) -> usize {
         match self {
-            Source::Codes { keys, .. } => keys.len(),
-            Source::Dense { keys, .. } => keys.len(),
+            Source::Codes { codes, .. } => codes.keys.len(),
+            Source::Dense(rows) => rows.len(),
             Source::Decoded(positions) => positions.len(),
-            Source::Causal { keys, .. } => keys.len() / head_dim,
+            Source::Causal(vectors) => vectors.keys.len() / head_dim,
         }
     }
 }
@@ -84,40 +71,39 @@ pub struct Head<'a> {
     pub queries: &'a [f32],
     /// The past in order of position, the queries' own positions last.
     pub sources: &'a [Source<'a>],
-    /// Of the queries' shape.
+    /// Room for the result, of the queries' shape.
     pub out: &'a mut [f32],
+}
+
+impl<'a> Head<'a> {
+    /// Takes the queries and the room for results of a layer, `[heads, G, t, m]` each, apart: one part for each of
+    /// `sources`.
+    pub fn split<S: AsRef<[Source<'a>]>>(
+        queries: &'a [f32],
+        sources: &'a [S],
+        out: &'a mut [f32],
+    ) -> Vec<Self> {
+        let each = queries.len() / sources.len();
+        let parts = queries.chunks_exact(each).zip(out.chunks_exact_mut(each));
+        let heads = parts.zip(sources).map(|((queries, out), sources)| Self {
+            queries,
+            sources: sources.as_ref(),
+            out,
+        });
+        heads.collect()
+    }
 }
 
 /// Rows of queries that one task takes where there are many positions: prefill splits evenly.
 const ROWS: usize = MAX_QUERIES;
-
-/// Attention of the queries `[G, t, m]` of one KV head; as [`attend_heads`] of it alone.
-///
-/// # Panics
-/// As [`attend_heads`].
-pub fn attend(
-    queries: &[f32],
-    head_dim: usize,
-    t: usize,
-    window: Option<usize>,
-    sources: &[Source<'_>],
-    out: &mut [f32],
-) {
-    let head = Head {
-        queries,
-        sources,
-        out,
-    };
-    attend_heads(&mut [head], head_dim, t, window, &Rayon);
-}
 
 /// Attention of each of a layer's KV heads over its sources, scores scaled by `1/√m`.
 ///
 /// Query `r` of a head is at position `r % t` of the `t` newest ones, as [`Source::Causal`] counts
 /// them. With a sliding window of `window` positions a query sees its own and the `window − 1`
 /// before it. Outputs are zero where there is nothing to attend to. Codes are never turned back
-/// into vectors: scores come from `p = Dₖq`, values from the accumulator `u` (METHOD: `O(N·m)` a
-/// query plus `O(s)` a position). In decoding the context of each head is split where there are more threads than
+/// into vectors: scores come from `p = Dₖq`, the products of the query with all atoms, and outputs from `u`, the
+/// weights summed up by atom: `O(N·m)` a query plus `O(s)` a position. In decoding the context of each head is split where there are more threads than
 /// heads; but for the order of those sums, results do not depend on the number of threads.
 ///
 /// A NaN in a query, key or value makes the outputs it reaches NaN.
@@ -179,31 +165,26 @@ fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>, threads: 
         .unwrap_or(usize::MAX)
         .min(heads.iter().map(past).max().unwrap_or(0));
     let parts = (count / heads.len()).min(seen / PART).max(1);
-    if parts == 1 {
-        let share = heads.len().div_ceil(count);
-        for_each(threads, heads.chunks_mut(share), |heads| {
-            let softmaxes = attend_part(heads, m, window, 0, 1);
-            for (head, softmax) in heads.iter_mut().zip(softmaxes) {
+    // A task takes some whole heads, for which it reads the dictionaries once, or a part of the context of one.
+    let share = if parts == 1 {
+        heads.len().div_ceil(count)
+    } else {
+        1
+    };
+    let tasks = heads.len().div_ceil(share) * parts;
+    let mut found: Vec<Vec<RunningSoftmax>> = (0..tasks).map(|_| Vec::new()).collect();
+    for_each(threads, found.iter_mut().enumerate(), |(task, found)| {
+        let first = task / parts * share;
+        let own = &heads[first..heads.len().min(first + share)];
+        *found = attend_part(own, m, window, task % parts, parts);
+    });
+    for (heads, found) in heads.chunks_mut(share).zip(found.chunks_exact_mut(parts)) {
+        for head in heads.iter_mut().rev() {
+            let mut parts = found.iter_mut().filter_map(Vec::pop);
+            if let Some(mut softmax) = parts.next() {
+                parts.for_each(|part| softmax.merge(part));
                 softmax.finish(head.out);
             }
-        });
-        return;
-    }
-    let mut softmaxes: Vec<Option<RunningSoftmax>> =
-        (0..heads.len() * parts).map(|_| None).collect();
-    for_each(
-        threads,
-        softmaxes.iter_mut().enumerate(),
-        |(task, softmax)| {
-            let head = task / parts;
-            *softmax = attend_part(&heads[head..=head], m, window, task % parts, parts).pop();
-        },
-    );
-    for (head, parts) in heads.iter_mut().zip(softmaxes.chunks_exact_mut(parts)) {
-        let mut parts = parts.iter_mut().filter_map(Option::take);
-        if let Some(mut softmax) = parts.next() {
-            parts.for_each(|part| softmax.merge(&part));
-            softmax.finish(head.out);
         }
     }
 }
@@ -236,7 +217,7 @@ fn attend_part(
         .collect();
     let mut before = vec![0; heads.len()];
     for number in 0..heads[0].sources.len() {
-        // Of every head's source, the positions that are seen.
+        // The positions that are seen of every head's source.
         let ranges: Vec<Range<usize>> = heads
             .iter()
             .zip(&seen)
@@ -249,25 +230,18 @@ fn attend_part(
                 range
             })
             .collect();
-        if let Source::Codes {
-            key_atoms,
-            value_atoms,
-            ..
-        } = heads[0].sources[number]
-        {
-            let codes: Vec<Coded<'_>> = heads
-                .iter()
-                .zip(&ranges)
-                .filter_map(|(head, range)| {
-                    head.sources[number].codes(range, key_atoms, value_atoms)
-                })
-                .collect();
-            assert_eq!(
-                codes.len(),
-                heads.len(),
-                "heads of a layer share dictionaries"
-            );
-            coded::add_heads(&mut softmaxes, &queries, &codes, key_atoms, value_atoms);
+        if let Source::Codes { atoms, .. } = heads[0].sources[number] {
+            let codes = heads.iter().zip(&ranges).filter_map(|(head, range)| {
+                let Source::Codes { codes, atoms: own } = head.sources[number] else {
+                    return None;
+                };
+                let shared = own.keys.are(atoms.keys) && own.values.are(atoms.values);
+                shared.then(|| Coded::new(codes, atoms, range.clone()))
+            });
+            let codes: Vec<Coded<'_>> = codes.collect();
+            let alike = codes.len() == heads.len();
+            assert!(alike, "heads of a layer share dictionaries");
+            coded::add_heads(&mut softmaxes, &queries, &codes, atoms);
         }
         let each_head = softmaxes
             .iter_mut()
@@ -276,16 +250,14 @@ fn attend_part(
         for (head, ((softmax, queries), range)) in heads.iter().zip(each_head) {
             match head.sources[number] {
                 Source::Codes { .. } => {}
-                Source::Dense { keys, values } => {
-                    dense::add_few(softmax, queries, range, keys, values);
-                }
+                Source::Dense(rows) => dense::add_few(softmax, queries, range, rows),
                 Source::Decoded(positions) => {
                     dense::add_few_decoded(softmax, queries, range, positions);
                 }
-                Source::Causal { keys, values } => {
-                    assert_eq!(keys.len(), m, "one new position");
+                Source::Causal(vectors) => {
+                    assert_eq!(vectors.keys.len(), m, "one new position");
                     if !range.is_empty() {
-                        dense::add_own(softmax, queries, keys, values);
+                        dense::add_own(softmax, queries, vectors);
                     }
                 }
             }
@@ -305,7 +277,7 @@ fn attend_many(
 ) {
     let queries = scaled(queries, m);
     let mut softmax = RunningSoftmax::new(queries.len() / m, m);
-    // Those that fill up the group see nothing; what they would see is thrown away.
+    // Queries that fill up their number see nothing; what they would see is thrown away.
     let mut own = own.to_vec();
     own.resize(softmax.rows(), 0);
     let is_past = |source: &&Source<'_>| !matches!(source, Source::Causal { .. });
@@ -319,83 +291,24 @@ fn attend_many(
             .collect();
         before += source.len(m);
         match *source {
-            Source::Codes {
-                keys,
-                values,
-                key_atoms,
-                value_atoms,
-            } => {
-                let codes = Coded {
-                    keys,
-                    values,
-                    first: 0,
-                    end: keys.len(),
-                };
-                codes.check(key_atoms, value_atoms);
-                coded::add_many(
-                    &mut softmax,
-                    &queries,
-                    &hidden,
-                    codes,
-                    key_atoms,
-                    value_atoms,
-                );
+            Source::Codes { codes, atoms } => {
+                let codes = Coded::new(codes, atoms, 0..codes.keys.len());
+                coded::add_many(&mut softmax, &queries, &hidden, codes, atoms);
             }
-            Source::Dense { keys, values } => {
-                assert_eq!(keys.len(), values.len(), "one value a key");
-                let read = |first, count, key_block: &mut _, value_block: &mut _| {
-                    keys.read(first, count, key_block);
-                    values.read(first, count, value_block);
-                };
-                dense::add(&mut softmax, &queries, &hidden, keys.len(), read);
-            }
-            Source::Decoded(positions) => {
-                let read = |first, count, keys: &mut _, values: &mut _| {
-                    positions.read(first, count, keys, values);
-                };
-                dense::add(&mut softmax, &queries, &hidden, positions.len(), read);
-            }
-            Source::Causal { keys, values } => {
-                dense::add_causal(&mut softmax, &queries, &hidden, &own, keys, values);
+            Source::Dense(ref rows) => dense::add(&mut softmax, &queries, &hidden, rows),
+            Source::Decoded(positions) => dense::add(&mut softmax, &queries, &hidden, positions),
+            Source::Causal(vectors) => {
+                dense::add_causal(&mut softmax, &queries, &hidden, &own, vectors);
             }
         }
     }
     softmax.finish(out);
 }
 
-impl<'a> Source<'a> {
-    /// Some codes of this source; `None` where it is no codes or over other atoms than these.
-    fn codes(
-        &self,
-        range: &Range<usize>,
-        wanted_keys: Atoms<'_>,
-        wanted_values: Atoms<'_>,
-    ) -> Option<Coded<'a>> {
-        match *self {
-            Source::Codes {
-                keys,
-                values,
-                key_atoms,
-                value_atoms,
-            } if key_atoms.are(wanted_keys) && value_atoms.are(wanted_values) => {
-                let codes = Coded {
-                    keys,
-                    values,
-                    first: range.start,
-                    end: range.end,
-                };
-                codes.check(key_atoms, value_atoms);
-                Some(codes)
-            }
-            _ => None,
-        }
-    }
-}
-
 /// A softmax over scores that come source by source, and its weighted values.
 struct RunningSoftmax {
     head_dim: usize,
-    /// What is taken off each query's scores before the exponential, as [`softmax`] chooses it.
+    /// Number taken off each query's scores before the exponential, as [`softmax`] chooses it.
     references: Vec<f32>,
     /// Sum of `exp(score − reference)` of each query.
     sums: Vec<f32>,
@@ -432,7 +345,7 @@ impl RunningSoftmax {
         factors.iter().any(|&kept| kept != 1.0).then_some(factors)
     }
 
-    /// As [`RunningSoftmax::weigh`], the scores of query `row` alone.
+    /// Turns the scores of query `row` alone into weights, like [`RunningSoftmax::weigh`].
     fn weigh_one(&mut self, row: usize, scores: &mut [f32]) {
         let before = self.references[row];
         let mut sum = [0.0];
@@ -456,27 +369,20 @@ impl RunningSoftmax {
     }
 
     /// Adds what another has summed over other positions.
-    fn merge(&mut self, other: &Self) {
-        let m = self.head_dim;
+    fn merge(&mut self, mut other: Self) {
         for row in 0..self.rows() {
-            let before = self.references[row];
-            let reference = other.references[row];
-            self.references[row] = before.max(reference);
-            self.carry(row, before, 0.0);
-            let kept = if reference == self.references[row] {
-                1.0
-            } else {
-                (reference - self.references[row]).exp()
-            };
-            self.sums[row] += other.sums[row] * kept;
-            let output = &mut self.output[row * m..(row + 1) * m];
-            for (x, &more) in output.iter_mut().zip(&other.output[row * m..]) {
-                *x += more * kept;
+            let (own, others) = (self.references[row], other.references[row]);
+            for (part, before) in [(&mut *self, own), (&mut other, others)] {
+                part.references[row] = own.max(others);
+                part.carry(row, before, 0.0);
             }
+            self.sums[row] += other.sums[row];
         }
+        let outputs = self.output.iter_mut().zip(other.output);
+        outputs.for_each(|(x, more)| *x += more);
     }
 
-    /// Writes the outputs of the queries, without those that filled up the group.
+    /// Writes the outputs of the queries, without those that filled up their number.
     fn finish(self, out: &mut [f32]) {
         let rows = self.output.chunks_exact(self.head_dim).zip(&self.sums);
         for (out, (row, &sum)) in out.chunks_exact_mut(self.head_dim).zip(rows) {

@@ -1,7 +1,7 @@
 use half::f16;
 
 use super::codes::format_number;
-use super::device::{Argument, COMMON, Device, Grid, Program, check_shared, upload};
+use super::device::{Argument, CODES, COMMON, Device, Grid, PAIR, Program, check_shared, upload};
 use super::pair::{DevicePast, describe};
 use crate::codes::CodeFormat;
 use crate::dictionary::Atoms;
@@ -26,13 +26,14 @@ const PROJECT_BLOCKS: usize = 16;
 pub struct DeviceAttention<D: Device> {
     program: Program,
     /// `[N, m]`, halves.
-    key_atoms: D::Memory,
-    value_atoms: D::Memory,
+    pub(super) key_atoms: D::Memory,
+    pub(super) value_atoms: D::Memory,
     key_count: usize,
     value_count: usize,
     head_dim: usize,
     group: usize,
-    format: usize,
+    /// The codes' format as kernels name it.
+    pub(super) format: usize,
 }
 
 impl<D: Device> DeviceAttention<D> {
@@ -43,11 +44,12 @@ impl<D: Device> DeviceAttention<D> {
     /// does not suffice.
     pub fn new(
         device: &D,
-        format: CodeFormat,
+        format: impl Into<CodeFormat>,
         key_atoms: Atoms<'_>,
         value_atoms: Atoms<'_>,
         group: usize,
     ) -> Result<Self> {
+        let format = format_number(format.into())?;
         let head_dim = key_atoms.head_dim();
         if !head_dim.is_multiple_of(16) || !(1..=8).contains(&group) {
             return Err(Error::Device(format!(
@@ -59,26 +61,14 @@ impl<D: Device> DeviceAttention<D> {
         let scored = key_atoms.len() * group * size_of::<f16>();
         check_shared(device, scored, "attention")?;
         let halves = |atoms: Atoms<'_>| {
-            let mut bytes = Vec::new();
-            for (_, atoms) in atoms.matrices() {
-                bytes.extend(atoms.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
-            }
-            upload(device, &bytes)
+            let halves = atoms.numbers().iter().map(|&x| f16::from_f32(x));
+            upload(device, halves.flat_map(f16::to_le_bytes))
         };
         Ok(Self {
             program: Program {
                 name: "attention",
-                parts: &[
-                    COMMON,
-                    include_str!("kernels/codes.cuh"),
-                    include_str!("kernels/pair.cuh"),
-                    include_str!("kernels/attention.cu"),
-                ],
-                constants: vec![
-                    ("M", head_dim),
-                    ("G", group),
-                    ("FORMAT", format_number(format)?),
-                ],
+                parts: &[COMMON, CODES, PAIR, include_str!("kernels/attention.cu")],
+                constants: vec![("M", head_dim), ("G", group), ("FORMAT", format)],
             },
             key_atoms: halves(key_atoms)?,
             value_atoms: halves(value_atoms)?,
@@ -86,18 +76,8 @@ impl<D: Device> DeviceAttention<D> {
             value_count: value_atoms.len(),
             head_dim,
             group,
-            format: format_number(format)?,
+            format,
         })
-    }
-
-    /// Atoms of keys and values, `[N, m]`, halves.
-    pub(super) fn atoms(&self) -> [&D::Memory; 2] {
-        [&self.key_atoms, &self.value_atoms]
-    }
-
-    /// How kernels name the codes' format.
-    pub(super) fn format_number(&self) -> usize {
-        self.format
     }
 
     /// Attends with `queries` `[pairs, G, m]` in f32, scaled by `1/√m`; `out` is of their shape. Both are addresses of the device's
@@ -127,7 +107,7 @@ impl<D: Device> DeviceAttention<D> {
                 format!("attention of {pairs} KV heads at once; at most {MAX_PAIRS} are possible");
             return Err(Error::Device(reason));
         }
-        let coded = pasts.iter().map(|past| past.keys.len() - past.hidden);
+        let coded = pasts.iter().map(|past| past.keys.len - past.hidden);
         let longest = coded.max().unwrap_or(0);
         let room = pasts.iter().map(DevicePast::positions).max();
         let room = room.unwrap_or(0).max(1);
@@ -135,7 +115,7 @@ impl<D: Device> DeviceAttention<D> {
         let parts = parts.clamp(1, longest.div_ceil(LEAST_PART).max(1));
         let slices = self.value_count.div_ceil(COMBINED);
         let (m, g) = (self.head_dim, self.group);
-        let described = upload(device, &describe(pasts))?;
+        let described = upload(device, describe(pasts))?;
         let allocate = |numbers: usize| device.allocate(numbers * size_of::<f32>());
         let products = allocate((pairs * self.key_count * g).div_ceil(2))?;
         let scores = allocate(pairs * room * g)?;
@@ -143,92 +123,48 @@ impl<D: Device> DeviceAttention<D> {
         let accumulated = allocate(parts * pairs * g * self.value_count)?;
         let totals = allocate(parts * pairs * g)?;
         let outputs = allocate(slices * pairs * g * m)?;
-        let at = |memory: &D::Memory| Argument::Address(D::address(memory));
-        let int = |number: usize| Argument::Integer(number as i32);
-        let launch = |kernel, blocks: [usize; 2], threads, shared, arguments: &[Argument]| {
+        let (at, int) = (Argument::of::<D>, Argument::int);
+        // Those of every kernel, `ARGUMENTS` in kernels/attention.cu.
+        let arguments = [
+            at(&described),
+            int(pairs),
+            at(&self.key_atoms),
+            int(self.key_count),
+            at(&self.value_atoms),
+            int(self.value_count),
+            Argument::Address(queries),
+            at(&products),
+            at(&scores),
+            int(room),
+            at(&maxima),
+            int(parts),
+            at(&accumulated),
+            at(&totals),
+            int(COMBINED),
+            int(slices),
+            at(&outputs),
+            Argument::Address(out),
+        ];
+        let projected = self.key_count.div_ceil(PROJECTED);
+        let columns = (pairs * g).div_ceil(8).min(PROJECT_BLOCKS);
+        let key_products = self.key_count * g * size_of::<f16>();
+        let value_sums = self.value_count * g * size_of::<i32>();
+        let combined = g * COMBINED * size_of::<f32>();
+        for (kernel, blocks, threads, shared) in [
+            ("project", [projected, columns], PROJECT_THREADS, 0),
+            ("score", [parts + 1, pairs], THREADS, key_products),
+            ("accumulate", [parts, pairs], THREADS, value_sums),
+            ("combine", [slices, pairs], m as u32, combined),
+            ("finish", [pairs, 1], m as u32, 0),
+        ] {
             let grid = Grid {
                 blocks: blocks.map(|b| b as u32),
                 threads,
                 shared,
             };
-            // SAFETY: the arguments below are those of the kernels in kernels/attention.cu, with room for what they write; the rest is
-            // the caller's.
-            unsafe { device.launch(&self.program, kernel, grid, arguments) }
-        };
-        let columns = (pairs * g).div_ceil(8).min(PROJECT_BLOCKS);
-        launch(
-            "project",
-            [self.key_count.div_ceil(PROJECTED), columns],
-            PROJECT_THREADS,
-            0,
-            &[
-                at(&self.key_atoms),
-                int(self.key_count),
-                Argument::Address(queries),
-                int(pairs),
-                at(&products),
-            ],
-        )?;
-        launch(
-            "score",
-            [parts + 1, pairs],
-            THREADS,
-            self.key_count * g * size_of::<f16>(),
-            &[
-                at(&described),
-                at(&products),
-                int(self.key_count),
-                Argument::Address(queries),
-                at(&scores),
-                int(room),
-                at(&maxima),
-            ],
-        )?;
-        launch(
-            "accumulate",
-            [parts, pairs],
-            THREADS,
-            self.value_count * g * size_of::<i32>(),
-            &[
-                at(&described),
-                int(self.value_count),
-                at(&scores),
-                int(room),
-                at(&maxima),
-                at(&accumulated),
-                at(&totals),
-            ],
-        )?;
-        launch(
-            "combine",
-            [slices, pairs],
-            m as u32,
-            g * COMBINED * size_of::<f32>(),
-            &[
-                at(&self.value_atoms),
-                int(self.value_count),
-                at(&accumulated),
-                int(parts),
-                int(COMBINED),
-                at(&outputs),
-            ],
-        )?;
-        launch(
-            "finish",
-            [pairs, 1],
-            m as u32,
-            0,
-            &[
-                at(&described),
-                at(&scores),
-                int(room),
-                at(&maxima),
-                at(&totals),
-                int(parts),
-                at(&outputs),
-                int(slices),
-                Argument::Address(out),
-            ],
-        )
+            // SAFETY: the kernels have room for what they write; the rest is the caller's.
+            unsafe { device.launch(&self.program, kernel, grid, &arguments)? };
+        }
+        Ok(())
     }
 }

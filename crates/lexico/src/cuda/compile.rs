@@ -56,7 +56,7 @@ pub fn compile(program: &Program, architecture: &str) -> Result<Vec<u8>> {
     }
 }
 
-/// Whether the compiler's library is there.
+/// Returns whether the compiler's library is there.
 fn is_present() -> bool {
     // SAFETY: asks for the library's presence only.
     #[cfg(not(feature = "cuda-linked"))]
@@ -78,11 +78,11 @@ unsafe fn code_of(source: sys::nvrtcProgram) -> std::result::Result<Vec<u8>, res
     }
 }
 
-/// As [`compile`], from a file in `folder` where the same text was compiled for the same architecture before; what is compiled is
+/// Does what [`compile`] does, from a file in `folder` where the same text was compiled for the same architecture before; what is compiled is
 /// kept there.
 ///
 /// # Errors
-/// As [`compile`]. A folder that cannot be read or written is no error: there is only no cache then.
+/// Those of [`compile`]. A folder that cannot be read or written is no error: there is only no cache then.
 pub fn compile_cached(program: &Program, architecture: &str, folder: &Path) -> Result<Vec<u8>> {
     let text = format!("{architecture}\n{}", program.text());
     let file = file_of(program, &text, folder);
@@ -97,7 +97,7 @@ pub fn compile_cached(program: &Program, architecture: &str, folder: &Path) -> R
     Ok(code)
 }
 
-/// Where compiled kernels are kept, beside other programs' caches; `None` where the environment names no such place.
+/// The folder where compiled kernels are kept, beside other programs' caches; `None` where the environment names no such place.
 pub fn kernel_folder() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));

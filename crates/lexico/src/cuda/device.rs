@@ -2,7 +2,7 @@ use std::hash::{Hash, Hasher};
 
 use crate::{Error, Result};
 
-/// Where kernels run, with memory of its own: a stream of a GPU, or in tests the host in its place. What is asked of it is done
+/// A place where kernels run, with memory of its own: a stream of a GPU, or in tests the host in its place. What is asked of it is done
 /// in the order in which it is asked.
 pub trait Device {
     /// Bytes there. When it is dropped they are freed once all is done that was asked before of the stream that allocated them.
@@ -16,7 +16,7 @@ pub trait Device {
     /// [`Error::Device`](crate::Error::Device) where there is not so much.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
 
-    /// Where a kernel finds the memory.
+    /// The address at which a kernel finds the memory.
     fn address(memory: &Self::Memory) -> u64;
 
     /// Copies bytes to the memory, from byte `at` on.
@@ -88,9 +88,9 @@ pub trait Device {
 
 /// Two streams of a device: decoding does not wait for the codes that are made beside it.
 pub struct Streams<D> {
-    /// What decodes, and what all memory is allocated by.
+    /// The stream that decodes and that allocates all memory.
     pub main: D,
-    /// What codes.
+    /// The stream that codes.
     pub background: D,
 }
 
@@ -106,7 +106,7 @@ pub struct Program {
 }
 
 impl Hash for Program {
-    /// Of what tells programs apart; the source is long.
+    /// Prints what tells programs apart; the source is long.
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.name.hash(state);
         self.constants.hash(state);
@@ -127,7 +127,7 @@ impl Program {
     }
 }
 
-/// How many blocks of how many threads, with how much shared memory.
+/// A number of blocks, of threads in each, and of bytes of shared memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid {
     /// Blocks along x and y.
@@ -138,7 +138,7 @@ pub struct Grid {
     pub shared: usize,
 }
 
-/// What a kernel is given.
+/// An argument of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub enum Argument {
     /// A pointer.
@@ -148,7 +148,17 @@ pub enum Argument {
 }
 
 impl Argument {
-    /// Where the value lies, as the driver takes it.
+    /// The address of memory.
+    pub(super) fn of<D: Device>(memory: &D::Memory) -> Self {
+        Self::Address(D::address(memory))
+    }
+
+    /// A number that is checked or small: kernels count in `int`.
+    pub(super) fn int(number: usize) -> Self {
+        Self::Integer(number as i32)
+    }
+
+    /// The address of the value, as the driver takes it.
     pub fn place(&self) -> *const u8 {
         match self {
             Self::Address(value) => std::ptr::from_ref(value).cast(),
@@ -157,48 +167,15 @@ impl Argument {
     }
 }
 
-/// Memory that holds these numbers.
-pub(super) fn upload<D: Device>(device: &D, bytes: &[u8]) -> Result<D::Memory> {
+/// Memory that holds these bytes.
+pub(super) fn upload<D: Device>(
+    device: &D,
+    bytes: impl IntoIterator<Item = u8>,
+) -> Result<D::Memory> {
+    let bytes: Vec<u8> = bytes.into_iter().collect();
     let mut memory = device.allocate(bytes.len())?;
-    device.write(&mut memory, 0, bytes)?;
+    device.write(&mut memory, 0, &bytes)?;
     Ok(memory)
-}
-
-/// The first bytes of the memory.
-pub(super) fn download<D: Device>(device: &D, from: &D::Memory, bytes: usize) -> Result<Vec<u8>> {
-    let mut read = vec![0; bytes];
-    device.read(from, 0, &mut read)?;
-    Ok(read)
-}
-
-/// As [`download`], of `count` numbers.
-pub(super) fn download_f32<D: Device>(
-    device: &D,
-    from: &D::Memory,
-    count: usize,
-) -> Result<Vec<f32>> {
-    let bytes = download(device, from, count * size_of::<f32>())?;
-    Ok(bytes
-        .as_chunks()
-        .0
-        .iter()
-        .map(|&b| f32::from_le_bytes(b))
-        .collect())
-}
-
-/// As [`download`], of `count` numbers.
-pub(super) fn download_u16<D: Device>(
-    device: &D,
-    from: &D::Memory,
-    count: usize,
-) -> Result<Vec<u16>> {
-    let bytes = download(device, from, count * size_of::<u16>())?;
-    Ok(bytes
-        .as_chunks()
-        .0
-        .iter()
-        .map(|&b| u16::from_le_bytes(b))
-        .collect())
 }
 
 /// Refuses what takes more shared memory than a block has, with some to spare for what kernels declare themselves.
@@ -214,28 +191,9 @@ pub(super) fn check_shared<D: Device>(device: &D, bytes: usize, what: &str) -> R
     )))
 }
 
-/// Memory of rows `[n, m]`, filled up with zeros to `padded` numbers each.
-pub(super) fn upload_rows<D: Device>(
-    device: &D,
-    rows: &[f32],
-    m: usize,
-    padded: usize,
-) -> Result<D::Memory> {
-    let numbers = padded_rows(rows, m, padded).into_iter();
-    upload(
-        device,
-        &numbers.flat_map(f32::to_le_bytes).collect::<Vec<u8>>(),
-    )
-}
-
-/// Rows filled up with zeros.
-pub(super) fn padded_rows(rows: &[f32], m: usize, padded: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows.len() / m * padded];
-    for (row, out) in rows.chunks_exact(m).zip(out.chunks_exact_mut(padded)) {
-        out[..m].copy_from_slice(row);
-    }
-    out
-}
-
 /// The source that every program begins with.
 pub(super) const COMMON: &str = include_str!("kernels/device.cuh");
+/// The source of what reads codes.
+pub(super) const CODES: &str = include_str!("kernels/codes.cuh");
+/// The source of what reads what KV heads hold.
+pub(super) const PAIR: &str = include_str!("kernels/pair.cuh");

@@ -18,12 +18,13 @@ const BLOCKS: u32 = 4;
 const OLDEST: (i32, i32) = (8, 0);
 
 /// A stream of an NVIDIA GPU, by CUDA's driver; its primary context is that of other libraries in the process too.
+#[derive(Clone)]
 pub struct Gpu {
     stream: Arc<CudaStream>,
     architecture: String,
     blocks: u32,
     most_shared: usize,
-    /// Where compiled programs are kept.
+    /// The folder where compiled programs are kept.
     folder: Option<PathBuf>,
     modules: Arc<Mutex<HashMap<Program, Module>>>,
 }
@@ -114,11 +115,7 @@ impl Gpu {
         let stream = self.context().new_stream();
         let background = Self {
             stream: stream.map_err(failed("a stream"))?,
-            architecture: self.architecture.clone(),
-            blocks: self.blocks,
-            most_shared: self.most_shared,
-            folder: self.folder.clone(),
-            modules: Arc::clone(&self.modules),
+            ..self.clone()
         };
         Ok(Streams {
             main: self,
@@ -128,22 +125,6 @@ impl Gpu {
 
     fn context(&self) -> &Arc<CudaContext> {
         self.stream.context()
-    }
-
-    /// The GPU's name, as the driver has it.
-    ///
-    /// # Errors
-    /// [`Error::Device`].
-    pub fn name(&self) -> Result<String> {
-        self.context().name().map_err(failed("its name"))
-    }
-
-    /// Bytes of memory that are free, and bytes that there are.
-    ///
-    /// # Errors
-    /// [`Error::Device`].
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.context().mem_get_info().map_err(failed("its memory"))
     }
 
     fn function(&self, program: &Program, kernel: &'static str) -> Result<sys::CUfunction> {
@@ -195,7 +176,7 @@ impl Device for Gpu {
         // SAFETY: bytes are numbers whatever they hold.
         let slice = unsafe { self.stream.alloc::<u8>(bytes.max(1)) };
         let slice = slice.map_err(|error| {
-            let (free, all) = self.memory().unwrap_or_default();
+            let (free, all) = self.context().mem_get_info().unwrap_or_default();
             Error::Device(format!(
                 "{bytes} bytes of its memory, of which {free} of {all} are free: {error}"
             ))

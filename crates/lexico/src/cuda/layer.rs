@@ -1,13 +1,15 @@
 use std::sync::Arc;
 
 use super::attention::DeviceAttention;
-use super::beam::{DeviceBeamSearch, FoundSums};
 use super::codes::DeviceCodes;
-use super::device::{Argument, COMMON, Device, Grid, Program, Streams, upload};
+use super::device::{Argument, CODES, COMMON, Device, Grid, PAIR, Program, Streams, upload};
+use super::encode::{DEVICE_BEAM, DeviceEncoder, FoundCodes};
 use super::pair::{DevicePast, DeviceRows, describe};
-use super::pursuit::{DevicePursuit, FoundCodes};
+use crate::attention::NumberType;
+use crate::cache::{Coder, Coding, LayerFootprint, LayerSettings, Leaving};
 use crate::codes::{CodeFormat, CoefficientFormat};
-use crate::dictionary::{Codebooks, Dictionary, LayerSparsities};
+use crate::dictionary::LayerDictionaries;
+use crate::key_value::KeyValue;
 use crate::{Error, Result};
 
 /// Positions of a prompt that are coded at once.
@@ -15,50 +17,13 @@ const AT_ONCE: usize = 4096;
 /// Blocks along x at the most, each of which goes through rows in strides.
 const MAX_BLOCKS: usize = 4096;
 
-/// What a layer's keys and values are coded over.
-#[derive(Debug, Clone, Copy)]
-pub enum DeviceDictionaries<'a> {
-    /// One atom a group.
-    Additive {
-        /// Of the keys.
-        keys: &'a Codebooks,
-        /// Of the values.
-        values: &'a Codebooks,
-    },
-    /// Any atoms, with coefficients of a byte.
-    Sparse {
-        /// Of the keys.
-        keys: &'a Dictionary,
-        /// Of the values.
-        values: &'a Dictionary,
-        /// How coefficients are stored.
-        coefficients: CoefficientFormat,
-    },
-}
-
-/// Settings of [`DeviceLayer`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct DeviceLayerSettings {
-    /// Atoms of each head's keys and values.
-    pub sparsities: LayerSparsities,
-    /// Whether codes are scaled up so that no score is shrunk.
-    pub unbiased: bool,
-    /// Queries of a KV head.
-    pub group: usize,
-    /// Newest positions, kept dense.
-    pub window: usize,
-    /// How many positions leave the window at once.
-    pub batch: usize,
-    /// Steps after which those that leave it take their place among the codes.
-    pub due: usize,
-}
-
-/// What the sequences of one layer share on a device: dictionaries, and the kernels over them.
+/// The part of a layer that its sequences share on a device: dictionaries, and the kernels over them.
 pub struct DeviceLayer<D: Device> {
     streams: Arc<Streams<D>>,
-    settings: DeviceLayerSettings,
-    keys: Pursuit<D>,
-    values: Pursuit<D>,
+    settings: LayerSettings,
+    query_group: usize,
+    coders: KeyValue<Coder>,
+    encoders: KeyValue<DeviceEncoder<D>>,
     attention: DeviceAttention<D>,
     program: Program,
     head_dim: usize,
@@ -66,55 +31,35 @@ pub struct DeviceLayer<D: Device> {
     room: usize,
 }
 
-/// How keys, or values, are coded.
-struct Pursuit<D: Device> {
-    search: Search<D>,
-    coefficients: CoefficientFormat,
-    sparsities: Vec<usize>,
-}
-
-enum Search<D: Device> {
-    Additive(DeviceBeamSearch<D>),
-    Sparse(DevicePursuit<D>),
-}
-
-enum Found<D: Device> {
-    Additive(FoundSums<D>),
-    Sparse(FoundCodes<D>),
-}
-
 /// One sequence's keys and values in one layer, in a device's memory: codes, then the newest positions dense.
 pub struct DeviceSequence<D: Device> {
-    keys: Vec<DeviceCodes<D>>,
-    values: Vec<DeviceCodes<D>>,
-    /// `[heads, room, m]`, halves.
-    window_keys: D::Memory,
-    window_values: D::Memory,
+    /// Those of each head.
+    codes: KeyValue<Vec<DeviceCodes<D>>>,
+    /// The recent window, `[heads, room, m]`, halves.
+    recent: KeyValue<D::Memory>,
     room: usize,
+    sliding_window: Option<usize>,
     /// The window's first row, and how many there are.
     start: usize,
     held: usize,
-    leaving: Option<Leaving<D>>,
+    leaving: Option<Leaving<DeviceBatch<D>>>,
     /// Positions that have come.
     positions: usize,
 }
 
-/// The window's oldest positions, which are being coded.
-struct Leaving<D: Device> {
-    /// Steps since it began.
-    age: usize,
-    keys: Found<D>,
-    values: Found<D>,
+/// Positions that are being coded on the second stream.
+struct DeviceBatch<D: Device> {
+    found: KeyValue<FoundCodes<D>>,
     /// Vectors of each head.
     count: usize,
-    /// Where the search ends.
+    /// The end of the search.
     done: D::Mark,
-    /// What it reads.
-    _vectors: [D::Memory; 2],
+    /// The vectors that it reads.
+    _vectors: KeyValue<D::Memory>,
     streams: Arc<Streams<D>>,
 }
 
-impl<D: Device> Drop for Leaving<D> {
+impl<D: Device> Drop for DeviceBatch<D> {
     /// The search may still be on its way, and its memory is the main stream's.
     fn drop(&mut self) {
         // Where the device has failed, all that follows fails too, and says so.
@@ -130,157 +75,93 @@ impl<D: Device> Drop for DeviceLayer<D> {
     }
 }
 
-impl<D: Device> Pursuit<D> {
-    fn code(
-        &self,
-        streams: &Streams<D>,
-        vectors: &D::Memory,
-        count: usize,
-        unbiased: bool,
-    ) -> Result<Found<D>> {
-        let n = count * self.sparsities.len();
-        Ok(match &self.search {
-            Search::Additive(pursuit) => {
-                let found = pursuit.encode_heads(streams, vectors, n, &self.sparsities, unbiased);
-                Found::Additive(found?)
-            }
-            Search::Sparse(pursuit) => {
-                Found::Sparse(pursuit.encode_heads(streams, vectors, n, &self.sparsities)?)
-            }
-        })
-    }
-
-    fn codes(&self, device: &D) -> Result<Vec<DeviceCodes<D>>> {
-        let format = |&sparsity: &usize| CodeFormat {
-            sparsity,
-            variable: false,
-            coefficients: self.coefficients,
-        };
-        let heads = self.sparsities.iter().map(format);
-        heads.map(|f| DeviceCodes::new(device, f)).collect()
-    }
-}
-
-impl<D: Device> Found<D> {
-    fn store(&self, device: &D, heads: &mut [DeviceCodes<D>], unbiased: bool) -> Result<()> {
-        match self {
-            Self::Additive(found) => DeviceCodes::extend_additive(device, heads, found),
-            Self::Sparse(found) => DeviceCodes::extend_sparse(device, heads, found, unbiased),
+/// Checks that a device can do what the settings ask for.
+fn check(settings: &LayerSettings) -> Result<()> {
+    let (setting, value, reason) = match settings.coding {
+        Coding::Additive { beam_width } if beam_width != DEVICE_BEAM => {
+            let reason = "on a GPU the search follows 8 sums";
+            ("beam", beam_width.to_string(), reason)
         }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Additive(found) => found.bytes(),
-            Self::Sparse(found) => found.bytes(),
+        Coding::Sparse {
+            coefficients: CoefficientFormat::F32,
+            ..
+        } => {
+            let reason = "on a GPU coefficients take a byte: i8 or f8";
+            ("format", "f32".to_owned(), reason)
         }
-    }
+        Coding::Sparse { tolerance, .. } if tolerance > 0.0 => {
+            let reason = "on a GPU all codes have as many atoms";
+            ("tolerance", tolerance.to_string(), reason)
+        }
+        _ if settings.number_type != NumberType::F16 => {
+            let reason = "on a GPU the recent window is in f16";
+            ("dense", "f32".to_owned(), reason)
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Setting {
+        setting,
+        value,
+        reason: reason.to_owned(),
+    })
 }
 
 impl<D: Device> DeviceLayer<D> {
-    /// A layer whose KV heads are as many as the sparsities.
+    /// Brings a layer's dictionaries to a device. `query_group` query heads share a KV head. The second stream codes
+    /// in the background whatever [`LayerSettings::background`] says.
     ///
     /// # Errors
-    /// [`Error::Device`] for what devices do not take, a head dim that is no multiple of 16, say, or where memory does not suffice;
-    /// those of the dictionaries for sparsities that they do not have.
+    /// [`Error::Setting`] and those of [`LayerCache::new`](crate::cache::LayerCache::new) for settings that cannot be, on a device or at all;
+    /// [`Error::Device`] for shapes that devices do not take, a head dim that is no multiple of 16, say, or where memory
+    /// does not suffice.
     pub fn new(
         streams: Arc<Streams<D>>,
-        dictionaries: DeviceDictionaries<'_>,
-        settings: DeviceLayerSettings,
+        dictionaries: &LayerDictionaries,
+        settings: LayerSettings,
+        query_group: usize,
     ) -> Result<Self> {
-        let device = &streams.main;
-        let own = &settings.sparsities;
-        let most = |sparsities: &[usize]| sparsities.iter().copied().max().unwrap_or(1);
-        let (max_keys, max_values) = (most(&own.keys), most(&own.values));
-        if settings.batch == 0 || own.keys.is_empty() || own.keys.len() != own.values.len() {
-            let reason = "a layer on a device needs KV heads, and a batch of at least one position";
-            return Err(Error::Device(reason.to_owned()));
-        }
-        let parts = [
-            settings.window,
-            settings.batch,
-            settings.batch,
-            settings.due,
-        ];
+        check(&settings)?;
+        let coders = settings.coders(dictionaries)?;
+        let (window, batch) = (settings.recent_window, settings.batch);
+        let parts = [window, batch, batch, settings.delay];
         let room = parts.into_iter().try_fold(1usize, usize::checked_add);
         // Kernels count rows in `int`.
         let Some(room) = room.filter(|&room| i32::try_from(room).is_ok()) else {
             return Err(Error::Device(format!(
-                "a window of {} positions, of which {} leave at once; less than 2³¹ are possible",
-                settings.window, settings.batch
+                "a window of {window} positions, of which {batch} leave at once; less than 2³¹ are possible"
             )));
         };
-        let format = |coefficients| CodeFormat {
-            sparsity: max_keys,
-            variable: false,
-            coefficients,
-        };
-        let (keys, values, attention, head_dim) = match dictionaries {
-            DeviceDictionaries::Additive { keys, values } => {
-                if keys.groups() != values.groups() {
-                    let reason = "keys and values whose first groups differ in size";
-                    return Err(Error::Device(reason.to_owned()));
-                }
-                let coder = |dictionary: &Codebooks, own: &[usize]| -> Result<_> {
-                    Ok(Pursuit {
-                        search: Search::Additive(DeviceBeamSearch::new(
-                            device,
-                            dictionary,
-                            most(own),
-                        )?),
-                        coefficients: CoefficientFormat::InAtoms(dictionary.groups()),
-                        sparsities: own.to_vec(),
-                    })
-                };
-                let attention = DeviceAttention::new(
-                    device,
-                    format(CoefficientFormat::InAtoms(keys.groups())),
-                    keys.atoms(max_keys),
-                    values.atoms(max_values),
-                    settings.group,
-                )?;
-                let coders = (coder(keys, &own.keys)?, coder(values, &own.values)?);
-                (coders.0, coders.1, attention, keys.head_dim())
-            }
-            DeviceDictionaries::Sparse {
-                keys,
-                values,
-                coefficients,
-            } => {
-                let coder = |dictionary: &Dictionary, own: &[usize]| -> Result<_> {
-                    let pursuit = DevicePursuit::new(device, dictionary, most(own))?;
-                    Ok(Pursuit {
-                        search: Search::Sparse(pursuit),
-                        coefficients,
-                        sparsities: own.to_vec(),
-                    })
-                };
-                let attention = DeviceAttention::new(
-                    device,
-                    format(coefficients),
-                    keys.into(),
-                    values.into(),
-                    settings.group,
-                )?;
-                let coders = (coder(keys, &own.keys)?, coder(values, &own.values)?);
-                (coders.0, coders.1, attention, keys.head_dim())
-            }
-        };
+        let device = &streams.main;
+        let largest = |own: &Vec<usize>| own.iter().copied().max().unwrap_or(1);
+        let parts = coders
+            .as_ref()
+            .zip(settings.sparsities.as_ref().map(largest));
+        let formats = parts.map(|(coder, max)| coder.format(max));
+        if let (CodeFormat::Additive(keys), CodeFormat::Additive(values)) =
+            (formats.keys, formats.values)
+            && keys.sizes != values.sizes
+        {
+            let reason = "keys and values whose first codebooks differ in size";
+            return Err(Error::Device(reason.to_owned()));
+        }
+        let encoders = parts.try_map(|(coder, max)| match coder {
+            Coder::Additive { codebooks, .. } => DeviceEncoder::beam_search(device, codebooks, max),
+            Coder::Sparse { dictionary, .. } => DeviceEncoder::pursuit(device, dictionary, max),
+        })?;
+        let KeyValue { keys, values } = parts.map(|(coder, max)| coder.atoms(max));
+        let attention = DeviceAttention::new(device, formats.keys, keys, values, query_group)?;
+        let head_dim = keys.head_dim();
         let program = Program {
             name: "window",
-            parts: &[
-                COMMON,
-                include_str!("kernels/codes.cuh"),
-                include_str!("kernels/pair.cuh"),
-                include_str!("kernels/window.cu"),
-            ],
-            constants: vec![("M", head_dim), ("FORMAT", attention.format_number())],
+            parts: &[COMMON, CODES, PAIR, include_str!("kernels/window.cu")],
+            constants: vec![("M", head_dim), ("FORMAT", attention.format)],
         };
         Ok(Self {
+            coders,
             streams,
             settings,
-            keys,
-            values,
+            query_group,
+            encoders,
             attention,
             program,
             head_dim,
@@ -295,12 +176,17 @@ impl<D: Device> DeviceLayer<D> {
     pub fn sequence(&self) -> Result<DeviceSequence<D>> {
         let device = &self.streams.main;
         let bytes = self.heads() * self.room * self.head_dim * size_of::<u16>();
+        let parts = self.coders.as_ref().zip(self.settings.sparsities.as_ref());
+        let codes = |(coder, sparsities): (&Coder, &Vec<usize>)| -> Result<_> {
+            let heads = sparsities.iter();
+            let heads = heads.map(|&sparsity| DeviceCodes::new(device, coder.format(sparsity)));
+            heads.collect()
+        };
         Ok(DeviceSequence {
-            keys: self.keys.codes(device)?,
-            values: self.values.codes(device)?,
-            window_keys: device.allocate(bytes)?,
-            window_values: device.allocate(bytes)?,
+            codes: parts.try_map(codes)?,
+            recent: KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?),
             room: self.room,
+            sliding_window: self.settings.sliding_window,
             start: 0,
             held: 0,
             leaving: None,
@@ -310,16 +196,16 @@ impl<D: Device> DeviceLayer<D> {
 
     /// KV heads.
     pub fn heads(&self) -> usize {
-        self.keys.sparsities.len()
+        self.settings.sparsities.keys.len()
     }
 
-    /// Queries of a KV head.
-    pub fn group(&self) -> usize {
-        self.settings.group
+    /// Query heads that share a KV head.
+    pub fn query_group(&self) -> usize {
+        self.query_group
     }
 
     /// Takes one new position of each sequence, keys and values `[sequences, heads, m]`, and attends with `queries` `[sequences,
-    /// heads, G, m]`, scaled by `1/√m`, over all that a sliding window of so many positions shows; `out` is of the queries' shape.
+    /// heads, G, m]`, scaled by `1/√m`, over all that the sliding window shows; `out` is of the queries' shape.
     /// All are addresses of f32.
     ///
     /// # Errors
@@ -330,20 +216,19 @@ impl<D: Device> DeviceLayer<D> {
     pub unsafe fn decode(
         &self,
         sequences: &mut [&mut DeviceSequence<D>],
-        [keys, values]: [u64; 2],
+        new: KeyValue<u64>,
         queries: u64,
         out: u64,
-        sliding: Option<usize>,
     ) -> Result<()> {
         for sequence in &mut *sequences {
             sequence.held += 1;
             sequence.positions += 1;
         }
         // SAFETY: the caller's; the windows have room for a row more.
-        unsafe { self.append(sequences, [keys, values], 1, 0, 1)? };
+        unsafe { self.append(sequences, new, 1, 0, 1)? };
         let pasts: Vec<DevicePast<'_, D>> = sequences
             .iter()
-            .flat_map(|sequence| self.pasts(sequence, sliding))
+            .flat_map(|sequence| self.pasts(sequence, sequence.hidden()))
             .collect();
         // SAFETY: the caller's.
         unsafe {
@@ -352,7 +237,7 @@ impl<D: Device> DeviceLayer<D> {
         }
         for sequence in sequences {
             self.take_turn(sequence)?;
-            self.drop_hidden(sequence, sliding)?;
+            self.drop_hidden(sequence)?;
         }
         Ok(())
     }
@@ -368,22 +253,20 @@ impl<D: Device> DeviceLayer<D> {
     pub unsafe fn take(
         &self,
         sequence: &mut DeviceSequence<D>,
-        [keys, values]: [u64; 2],
+        new: KeyValue<u64>,
         t: usize,
-        sliding: Option<usize>,
     ) -> Result<()> {
-        self.settle(sequence)?;
+        if let Some(leaving) = sequence.leaving.take() {
+            self.settle(sequence, leaving.codes)?;
+        }
         sequence.positions += t;
         let held = sequence.held;
-        let mut surplus = (held + t).saturating_sub(self.settings.window);
-        if surplus < self.settings.batch {
-            surplus = 0;
-        }
+        let surplus = self.settings.surplus(held, t);
         for first in (0..surplus).step_by(AT_ONCE) {
             let count = AT_ONCE.min(surplus - first);
             // SAFETY: the caller's.
-            let leaving = unsafe { self.code(sequence, [keys, values], t, first, count)? };
-            self.store(sequence, leaving)?;
+            let batch = unsafe { self.encode(sequence, new, t, first, count)? };
+            self.store(sequence, batch)?;
         }
         let from_window = surplus.min(held);
         sequence.drop_rows(from_window);
@@ -391,12 +274,12 @@ impl<D: Device> DeviceLayer<D> {
         sequence.held += t - passing;
         let mut sequences = [sequence];
         // SAFETY: the caller's; no more rows are left than the window has room for.
-        unsafe { self.append(&mut sequences, [keys, values], t, passing, t - passing)? };
+        unsafe { self.append(&mut sequences, new, t, passing, t - passing)? };
         let [sequence] = sequences;
-        self.drop_hidden(sequence, sliding)
+        self.drop_hidden(sequence)
     }
 
-    /// What a sequence's codes and window stand for, as far as the next query sees them: keys and values `[heads, positions, m]`,
+    /// Writes what a sequence's codes and window stand for, as far as the next query sees them: keys and values `[heads, positions, m]`,
     /// f32, written to memory at these addresses.
     ///
     /// # Errors
@@ -404,62 +287,55 @@ impl<D: Device> DeviceLayer<D> {
     ///
     /// # Safety
     /// There must be room for [`DeviceSequence::seen`] positions of every head at each address until the main stream has done this.
-    pub unsafe fn read_back(
-        &self,
-        sequence: &DeviceSequence<D>,
-        [keys, values]: [u64; 2],
-        sliding: Option<usize>,
-    ) -> Result<()> {
-        let positions = sequence.seen(sliding);
+    pub unsafe fn read_back(&self, sequence: &DeviceSequence<D>, out: KeyValue<u64>) -> Result<()> {
+        let positions = sequence.seen();
         if positions == 0 {
             return Ok(());
         }
-        let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, sliding).collect();
-        let pairs = upload(&self.streams.main, &describe(&pasts))?;
-        let [key_atoms, value_atoms] = self.attention.atoms();
+        let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, sequence.hidden()).collect();
+        let pairs = upload(&self.streams.main, describe(&pasts))?;
         let arguments = [
-            Argument::Address(D::address(&pairs)),
-            Argument::Address(D::address(key_atoms)),
-            Argument::Address(D::address(value_atoms)),
-            Argument::Integer(positions as i32),
-            Argument::Address(keys),
-            Argument::Address(values),
+            Argument::of::<D>(&pairs),
+            Argument::of::<D>(&self.attention.key_atoms),
+            Argument::of::<D>(&self.attention.value_atoms),
+            Argument::int(positions),
+            Argument::Address(out.keys),
+            Argument::Address(out.values),
         ];
         // SAFETY: the arguments are those of `decode` in kernels/window.cu; room for what it writes is the caller's.
         unsafe { self.launch("decode", positions, pasts.len(), &arguments) }
     }
 
-    /// Bytes of device memory that a sequence holds.
-    pub fn bytes(&self, sequence: &DeviceSequence<D>) -> DeviceBytes {
+    /// The bytes that a sequence holds, by part: whole pages of codes in the device's memory.
+    pub fn footprint(&self, sequence: &DeviceSequence<D>) -> LayerFootprint {
         let rows = |count: usize, number: usize| 2 * self.heads() * count * self.head_dim * number;
         let leaving = sequence.leaving.iter();
         let leaving = leaving.map(|leaving| {
+            let found = leaving.codes.found.as_ref().into_iter();
             rows(self.settings.batch, size_of::<f32>())
-                + leaving.keys.bytes()
-                + leaving.values.bytes()
+                + found.map(|found| found.bytes).sum::<usize>()
         });
-        DeviceBytes {
-            codes: [&sequence.keys, &sequence.values]
-                .map(|codes| codes.iter().map(DeviceCodes::bytes).sum()),
-            window: rows(sequence.room, size_of::<u16>()),
+        let codes = sequence.codes.as_ref();
+        LayerFootprint {
+            codes: codes.map(|codes| codes.iter().map(DeviceCodes::bytes).sum()),
+            recent_window: rows(sequence.room, size_of::<u16>()),
             leaving: leaving.sum(),
+            bookkeeping: size_of::<DeviceSequence<D>>(),
         }
     }
 
+    /// Returns what each head holds but for the oldest `hidden` positions.
     fn pasts<'a>(
         &self,
         sequence: &'a DeviceSequence<D>,
-        sliding: Option<usize>,
+        hidden: usize,
     ) -> impl Iterator<Item = DevicePast<'a, D>> {
-        let hidden = sequence.hidden(sliding);
         let hidden_codes = hidden.min(sequence.coded());
         let hidden_rows = (hidden - hidden_codes).min(sequence.held);
         let ring = (sequence.room * self.head_dim * size_of::<u16>()) as u64;
-        let (keys, values) = (
-            D::address(&sequence.window_keys),
-            D::address(&sequence.window_values),
-        );
-        let heads = sequence.keys.iter().zip(&sequence.values).zip(0u64..);
+        let KeyValue { keys, values } = sequence.recent.as_ref().map(D::address);
+        let codes = &sequence.codes;
+        let heads = codes.keys.iter().zip(&codes.values).zip(0u64..);
         heads.map(move |((key_codes, value_codes), head)| DevicePast {
             keys: key_codes,
             values: value_codes,
@@ -488,58 +364,53 @@ impl<D: Device> DeviceLayer<D> {
             threads: self.head_dim as u32,
             shared: 0,
         };
+        let device = &self.streams.main;
         // SAFETY: the caller's.
-        unsafe {
-            self.streams
-                .main
-                .launch(&self.program, kernel, grid, arguments)
-        }
+        unsafe { device.launch(&self.program, kernel, grid, arguments) }
     }
 
     /// Writes new rows, `count` from `first` on of each head's `t`, to the places of the windows' newest.
     ///
     /// # Safety
-    /// As that of [`DeviceLayer::take`].
+    /// That of [`DeviceLayer::take`].
     unsafe fn append(
         &self,
         sequences: &mut [&mut DeviceSequence<D>],
-        [keys, values]: [u64; 2],
+        new: KeyValue<u64>,
         t: usize,
         first: usize,
         count: usize,
     ) -> Result<()> {
         let pasts: Vec<DevicePast<'_, D>> = sequences
             .iter()
-            .flat_map(|sequence| self.pasts(sequence, None))
+            .flat_map(|sequence| self.pasts(sequence, 0))
             .collect();
         if count == 0 || pasts.is_empty() {
             return Ok(());
         }
         // SAFETY: `append` takes nothing more; what is at the addresses is the caller's.
-        unsafe { self.launch_rows("append", &pasts, [keys, values], [t, first, count], &[]) }
+        unsafe { self.launch_rows("append", &pasts, new, [t, first, count], &[]) }
     }
 
     /// Has a kernel go through rows, `count` from `first` on, of new keys and values `[pairs, t, m]` and windows.
     ///
     /// # Safety
-    /// As that of [`DeviceLayer::take`]; `more` must be what the kernel takes beside, with room for what it writes.
+    /// That of [`DeviceLayer::take`]; `more` must be what the kernel takes beside, with room for what it writes.
     unsafe fn launch_rows(
         &self,
         kernel: &'static str,
         pasts: &[DevicePast<'_, D>],
-        [keys, values]: [u64; 2],
+        new: KeyValue<u64>,
         [t, first, count]: [usize; 3],
         more: &[Argument],
     ) -> Result<()> {
-        let pairs = upload(&self.streams.main, &describe(pasts))?;
+        let pairs = upload(&self.streams.main, describe(pasts))?;
         let mut arguments = vec![
-            Argument::Address(D::address(&pairs)),
-            Argument::Address(keys),
-            Argument::Address(values),
-            Argument::Integer(t as i32),
-            Argument::Integer(first as i32),
-            Argument::Integer(count as i32),
+            Argument::of::<D>(&pairs),
+            Argument::Address(new.keys),
+            Argument::Address(new.values),
         ];
+        arguments.extend([t, first, count].map(Argument::int));
         arguments.extend_from_slice(more);
         // SAFETY: the caller's.
         unsafe { self.launch(kernel, count, pasts.len(), &arguments) }
@@ -548,37 +419,33 @@ impl<D: Device> DeviceLayer<D> {
     /// Begins to code positions, `count` from `first` on of the window's and then the new ones' `[heads, t, m]`.
     ///
     /// # Safety
-    /// As that of [`DeviceLayer::take`].
-    unsafe fn code(
+    /// That of [`DeviceLayer::take`].
+    unsafe fn encode(
         &self,
         sequence: &DeviceSequence<D>,
-        [keys, values]: [u64; 2],
+        new: KeyValue<u64>,
         t: usize,
         first: usize,
         count: usize,
-    ) -> Result<Leaving<D>> {
+    ) -> Result<DeviceBatch<D>> {
         let device = &self.streams.main;
-        let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, None).collect();
+        let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, 0).collect();
         let bytes = self.heads() * count * self.head_dim * size_of::<f32>();
-        let vectors = [device.allocate(bytes)?, device.allocate(bytes)?];
-        let out = vectors
-            .each_ref()
-            .map(|memory| Argument::Address(D::address(memory)));
+        let vectors = KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?);
+        let KeyValue { keys, values } = vectors.as_ref().map(Argument::of::<D>);
+        let out = [keys, values];
         // SAFETY: `gather` takes the places of what it writes too; the rest is the caller's.
-        unsafe {
-            self.launch_rows("gather", &pasts, [keys, values], [t, first, count], &out)?;
-        }
-        let unbiased = self.settings.unbiased;
-        let code =
-            |pursuit: &Pursuit<D>, vectors| pursuit.code(&self.streams, vectors, count, unbiased);
-        let keys = code(&self.keys, &vectors[0])?;
-        let values = code(&self.values, &vectors[1]);
+        unsafe { self.launch_rows("gather", &pasts, new, [t, first, count], &out)? };
+        let (settings, n) = (&self.settings, count * self.heads());
+        let parts = self.encoders.as_ref().zip(settings.sparsities.as_ref());
+        let parts = parts.zip(vectors.as_ref());
+        let found = parts.try_map(|((encoder, own), vectors)| {
+            encoder.encode_heads(&self.streams, vectors, n, own, settings.fit)
+        });
         // What is dropped where that failed is still in use.
-        let values = values.inspect_err(|_| drop(device.wait_for(&self.streams.background)))?;
-        Ok(Leaving {
-            age: 0,
-            keys,
-            values,
+        let found = found.inspect_err(|_| drop(device.wait_for(&self.streams.background)))?;
+        Ok(DeviceBatch {
+            found,
             count,
             done: self.streams.background.mark()?,
             _vectors: vectors,
@@ -587,81 +454,69 @@ impl<D: Device> DeviceLayer<D> {
     }
 
     /// Puts what was coded among a sequence's codes.
-    fn store(&self, sequence: &mut DeviceSequence<D>, leaving: Leaving<D>) -> Result<()> {
+    fn store(&self, sequence: &mut DeviceSequence<D>, batch: DeviceBatch<D>) -> Result<()> {
         let device = &self.streams.main;
         // Keys and values grow together or not at all.
-        for codes in sequence.keys.iter_mut().chain(&mut sequence.values) {
-            codes.reserve(device, leaving.count)?;
+        for codes in sequence.codes.as_mut().into_iter().flatten() {
+            codes.reserve(device, batch.count)?;
         }
-        device.wait_until(&leaving.done)?;
-        let unbiased = self.settings.unbiased;
-        leaving.keys.store(device, &mut sequence.keys, unbiased)?;
-        leaving.values.store(device, &mut sequence.values, unbiased)
+        device.wait_until(&batch.done)?;
+        let parts = batch.found.as_ref().zip(sequence.codes.as_mut());
+        parts.try_map(|(found, codes)| DeviceCodes::store(device, codes, found))?;
+        Ok(())
     }
 
     /// Begins to code the oldest positions where the window is full, or ends it where it is due.
     fn take_turn(&self, sequence: &mut DeviceSequence<D>) -> Result<()> {
-        let full = self.settings.window + self.settings.batch;
-        if sequence.leaving.is_none() && sequence.held >= full {
-            // SAFETY: nothing new is read.
-            let leaving = unsafe { self.code(sequence, [0; 2], 0, 0, self.settings.batch)? };
-            sequence.leaving = Some(leaving);
-        }
-        match &mut sequence.leaving {
-            Some(leaving) if leaving.age < self.settings.due => leaving.age += 1,
-            Some(_) => self.settle(sequence)?,
-            None => {}
-        }
+        let mut leaving = sequence.leaving.take();
+        // SAFETY: nothing new is read.
+        let begin =
+            || unsafe { self.encode(sequence, KeyValue::default(), 0, 0, self.settings.batch) };
+        let due = Leaving::step(&mut leaving, &self.settings, sequence.held, begin);
+        sequence.leaving = leaving;
+        due?.map_or(Ok(()), |batch| self.settle(sequence, batch))
+    }
+
+    /// Puts the batch that is leaving the window among the codes.
+    fn settle(&self, sequence: &mut DeviceSequence<D>, batch: DeviceBatch<D>) -> Result<()> {
+        self.store(sequence, batch)?;
+        sequence.drop_rows(self.settings.batch);
         Ok(())
     }
 
-    /// Ends the coding of what is leaving the window.
-    fn settle(&self, sequence: &mut DeviceSequence<D>) -> Result<()> {
-        if let Some(leaving) = sequence.leaving.take() {
-            self.store(sequence, leaving)?;
-            sequence.drop_rows(self.settings.batch);
-        }
-        Ok(())
+    fn drop_hidden(&self, sequence: &mut DeviceSequence<D>) -> Result<()> {
+        let hidden = sequence.hidden();
+        let mut codes = sequence.codes.as_mut().into_iter().flatten();
+        codes.try_for_each(|codes| codes.drop_hidden(&self.streams.main, hidden))
     }
-
-    fn drop_hidden(&self, sequence: &mut DeviceSequence<D>, sliding: Option<usize>) -> Result<()> {
-        let hidden = sequence.hidden(sliding);
-        let device = &self.streams.main;
-        let mut codes = sequence.keys.iter_mut().chain(&mut sequence.values);
-        codes.try_for_each(|codes| codes.drop_hidden(device, hidden))
-    }
-}
-
-/// Bytes of device memory, by part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct DeviceBytes {
-    /// Of the keys' codes and of the values', whole pages of them.
-    pub codes: [usize; 2],
-    /// Of the dense window.
-    pub window: usize,
-    /// Of what is being coded.
-    pub leaving: usize,
 }
 
 impl<D: Device> DeviceSequence<D> {
-    /// Positions that have come.
+    /// The number of positions that have come.
     pub fn positions(&self) -> usize {
         self.positions
     }
 
-    /// Positions that the next query sees, or one more.
-    pub fn seen(&self, sliding: Option<usize>) -> usize {
-        self.coded() + self.held - self.hidden(sliding)
+    /// The number of positions that the next query sees, or one more.
+    pub fn seen(&self) -> usize {
+        self.coded() + self.held - self.hidden()
     }
 
-    fn coded(&self) -> usize {
-        self.keys.first().map_or(0, DeviceCodes::len)
+    /// The number of positions that are codes.
+    pub fn coded(&self) -> usize {
+        self.codes.keys.first().map_or(0, |codes| codes.len)
     }
 
-    /// Of the positions that are held, how many of the oldest the newest one, or the next, does not see.
-    fn hidden(&self, sliding: Option<usize>) -> usize {
-        let Some(sliding) = sliding else { return 0 };
-        (self.coded() + self.held).saturating_sub(sliding.max(1))
+    /// The number of positions that are dense.
+    pub fn dense(&self) -> usize {
+        self.held
+    }
+
+    /// The number of the oldest positions that the newest one, or the next, does not see.
+    fn hidden(&self) -> usize {
+        let held = self.coded() + self.held;
+        let sliding = self.sliding_window;
+        sliding.map_or(0, |sliding| held.saturating_sub(sliding.max(1)))
     }
 
     fn drop_rows(&mut self, count: usize) {

@@ -4,23 +4,19 @@
 //! device by [`Device`] alone, so that tests run the same text on the host, where there is no GPU.
 
 mod attention;
-mod beam;
 mod codes;
 mod compile;
 mod device;
+mod encode;
 mod gpu;
 mod layer;
 mod pair;
-mod pursuit;
 
 pub use attention::DeviceAttention;
-pub use beam::{DEVICE_BEAM, DeviceBeamSearch, FoundSums};
 pub use codes::DeviceCodes;
 pub use compile::{compile, compile_cached, kernel_folder};
 pub use device::{Argument, Device, Grid, Program, Streams};
+pub use encode::{DEVICE_BEAM, DeviceEncoder, FoundCodes};
 pub use gpu::{Gpu, GpuMemory};
-pub use layer::{
-    DeviceBytes, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence,
-};
+pub use layer::{DeviceLayer, DeviceSequence};
 pub use pair::{DevicePast, DeviceRows};
-pub use pursuit::{DevicePursuit, FoundCodes};

@@ -1,93 +1,56 @@
-use super::Dictionary;
-use crate::dictionary::extension::Atoms;
+use super::atoms::{AtomMatrix, Atoms};
+use super::{CODEBOOK_ATOMS, CodebookSizes, MAX_FIRST_ATOMS};
 use crate::{Error, Result};
 
-/// Atoms of every group but the first: what one byte tells apart.
-pub const CODEBOOK_ATOMS: usize = 256;
-
-/// The most atoms of the first group: what eleven bits tell apart.
-pub const MAX_FIRST_ATOMS: usize = 2048;
-
-/// How the atoms of a [`Codebooks`] fall into groups: the first has a size of its own, every other has
-/// [`CODEBOOK_ATOMS`] atoms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CodebookSizes {
-    /// Atoms of the first group.
-    pub first: usize,
-}
-
-impl CodebookSizes {
-    /// The number of the first atom of group `group`.
-    pub fn start(self, group: usize) -> usize {
-        match group {
-            0 => 0,
-            group => self.first + (group - 1) * CODEBOOK_ATOMS,
-        }
-    }
-
-    /// Atoms of group `group`.
-    pub fn size(self, group: usize) -> usize {
-        match group {
-            0 => self.first,
-            _ => CODEBOOK_ATOMS,
-        }
-    }
-
-    /// Atoms of the first `groups` groups.
-    pub fn atoms(self, groups: usize) -> usize {
-        self.start(groups)
-    }
-
-    /// CodebookSizes that `atoms` atoms fill.
-    fn count(self, atoms: usize) -> usize {
-        1 + (atoms - self.first) / CODEBOOK_ATOMS
-    }
-}
-
-/// Atoms in groups: a code of sparsity `s` is the sum of one atom of each of the first `s` groups, so that an index
-/// needs no more bits than its group has atoms and no coefficient is stored. Every group codes what the
-/// groups before it left over, and its atoms have the length that this has.
+/// Codebooks for additive codes: a code of sparsity `s` is the sum of one atom of each of the first `s` codebooks, so
+/// that an index needs no more bits than its codebook has atoms, and no coefficient is stored. Every codebook codes what
+/// those before it left over, and its atoms have the length that this has.
 ///
-/// Residual and additive quantisation (Chen, Guan, Wang 2010; Babenko & Lempitsky 2014), which for one atom a
-/// group of a Gaussian's residual reaches the rate-distortion function (sparse regression codes, Venkataramanan,
-/// Sarkar, Tatikonda 2014).
+/// Residual and additive quantisation (Chen, Guan, Wang 2010; Babenko & Lempitsky 2014), which for a Gaussian
+/// reaches the rate-distortion function (sparse regression codes, Venkataramanan, Sarkar, Tatikonda 2014).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebooks {
-    atoms: Dictionary,
-    groups: CodebookSizes,
+    atoms: AtomMatrix,
+    sizes: CodebookSizes,
+}
+
+impl<'a> From<&'a Codebooks> for Atoms<'a> {
+    fn from(codebooks: &'a Codebooks) -> Self {
+        Self::new(&codebooks.atoms, codebooks.atoms.len())
+    }
 }
 
 impl Codebooks {
-    /// Takes `[N, m]` atoms of any length, the groups one after the other.
+    /// Takes `[N, m]` atoms of any length, one codebook after the other.
     ///
     /// # Errors
-    /// [`Error::Dictionary`] where the numbers do not fill whole rows and groups, `N` is above 65,536, or an atom
+    /// [`Error::Dictionary`] where the numbers do not fill whole rows and codebooks, `N` is above 65,536, or an atom
     /// is not finite.
-    pub fn new(atoms: Vec<f32>, head_dim: usize, groups: CodebookSizes) -> Result<Self> {
-        let atoms = Dictionary::of_any_length(atoms, head_dim)?;
-        let count = atoms.len();
-        if !(1..=MAX_FIRST_ATOMS).contains(&groups.first)
-            || count < groups.first
-            || !(count - groups.first).is_multiple_of(CODEBOOK_ATOMS)
+    pub fn new(atoms: Vec<f32>, head_dim: usize, sizes: CodebookSizes) -> Result<Self> {
+        let atoms = AtomMatrix::new(atoms, head_dim)?;
+        let (count, first) = (atoms.len(), sizes.first);
+        if !(1..=MAX_FIRST_ATOMS).contains(&first)
+            || count < first
+            || !(count - first).is_multiple_of(CODEBOOK_ATOMS)
         {
-            let first = groups.first;
             let reason = format!(
-                "{count} atoms are not a first group of {first}, {MAX_FIRST_ATOMS} at the most, and others of {CODEBOOK_ATOMS} each"
+                "{count} atoms are not a first codebook of {first}, of up to {MAX_FIRST_ATOMS}, and others of \
+                 {CODEBOOK_ATOMS} each"
             );
             return Err(Error::Dictionary(reason));
         }
-        Ok(Self { atoms, groups })
+        Ok(Self { atoms, sizes })
     }
 
-    /// How the atoms fall into groups.
-    pub fn groups(&self) -> CodebookSizes {
-        self.groups
+    /// The sizes of the codebooks.
+    pub fn sizes(&self) -> CodebookSizes {
+        self.sizes
     }
 
-    /// Number of groups, and so the largest sparsity.
-    #[allow(clippy::len_without_is_empty)] // there is always a first group
+    /// The number of codebooks, and so the largest sparsity.
+    #[allow(clippy::len_without_is_empty)] // there is always a first codebook
     pub fn len(&self) -> usize {
-        self.groups.count(self.atoms.len())
+        self.sizes.count(self.atoms.len())
     }
 
     /// `m`, the length of an atom.
@@ -95,52 +58,65 @@ impl Codebooks {
         self.atoms.head_dim()
     }
 
-    /// All atoms, group by group.
-    pub fn dictionary(&self) -> &Dictionary {
-        &self.atoms
+    /// The atoms of all codebooks, `[N, m]` row by row.
+    pub fn atoms(&self) -> &[f32] {
+        self.atoms.numbers()
     }
 
-    /// What codes of sparsity `sparsity` or less are over: the atoms of the first groups.
+    /// Atom `i` of all codebooks'.
     ///
     /// # Panics
-    /// Where there are fewer groups.
-    pub fn atoms(&self, sparsity: usize) -> Atoms<'_> {
-        Atoms::first(&self.atoms, self.groups.atoms(sparsity))
+    /// Where there are not so many.
+    pub fn atom(&self, i: usize) -> &[f32] {
+        self.atoms.atom(i)
     }
 
-    /// The atoms of one group, `[N, m]` row by row.
-    pub(crate) fn group(&self, group: usize) -> &[f32] {
+    /// The atoms of the first `codebooks` codebooks: what codes of that sparsity or less are over.
+    ///
+    /// # Panics
+    /// Where there are fewer codebooks.
+    pub fn first(&self, codebooks: usize) -> Atoms<'_> {
+        Atoms::new(&self.atoms, self.sizes.atoms(codebooks))
+    }
+
+    /// The atoms of one codebook, `[N, m]` row by row.
+    ///
+    /// # Panics
+    /// Where there is no such codebook.
+    pub fn codebook(&self, codebook: usize) -> &[f32] {
         let m = self.head_dim();
-        &self.atoms.atoms()[self.groups.start(group) * m..self.groups.start(group + 1) * m]
+        &self.atoms()[self.sizes.start(codebook) * m..self.sizes.start(codebook + 1) * m]
     }
 
-    /// Checks that codes over this dictionary can have `sparsity` atoms: 1 to the number of groups.
+    /// Checks that codes can have `sparsity` atoms: 1 to the number of codebooks.
     ///
     /// # Errors
-    /// [`Error::CodebookSizes`].
+    /// [`Error::Codebooks`].
     pub fn check_sparsity(&self, sparsity: usize) -> Result<()> {
         if (1..=self.len()).contains(&sparsity) {
             return Ok(());
         }
-        Err(Error::CodebookSizes {
+        Err(Error::Codebooks {
             sparsity,
-            groups: self.len(),
+            codebooks: self.len(),
         })
     }
 
-    /// The dictionary as a file keeps it: atoms in half precision.
+    /// The codebooks as a file keeps them: atoms in half precision.
     ///
     /// # Errors
     /// [`Error::Dictionary`] where a number lies beyond half precision's range.
     pub fn in_half_precision(self) -> Result<Self> {
-        let m = self.head_dim();
-        let numbers = self.atoms.atoms().iter();
-        let rounded = numbers.map(|&x| half::f16::from_f32(x).to_f32()).collect();
-        Self::new(rounded, m, self.groups)
+        Self::new(self.atoms.in_half_precision(), self.head_dim(), self.sizes)
     }
 
-    /// A checksum of the atoms and groups, so that codes can say which dictionary they need.
+    /// The bytes held: those of the atoms; once codes have been attended to, of a copy in f16.
+    pub fn bytes(&self) -> usize {
+        self.atoms.bytes()
+    }
+
+    /// A checksum of the atoms and sizes, so that codes can say which codebooks they need.
     pub fn checksum(&self) -> u32 {
-        self.atoms.checksum() ^ self.groups.first as u32
+        self.atoms.checksum() ^ self.sizes.first as u32
     }
 }

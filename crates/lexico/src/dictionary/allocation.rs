@@ -1,8 +1,10 @@
-//! How many atoms each head's keys and values get, for one total.
+//! The allocation of atoms to the heads' keys and values, for one total.
 
 use serde::{Deserialize, Serialize};
 
-/// What it costs a model's predictions to code the keys, or the values, of one KV head and nothing else.
+use crate::key_value::KeyValue;
+
+/// Losses of a model's predictions where the keys, or the values, of one KV head are coded and nothing else.
 ///
 /// A loss is the mean KL divergence of the next token's distribution, in nats, from that of the same
 /// model without codes, on text that no dictionary learned from. Heads differ by orders of magnitude in it,
@@ -16,23 +18,11 @@ pub struct CodingLosses {
     pub layers: Vec<LayerLosses>,
 }
 
-/// Losses of one layer, `[kv_heads][sparsities]`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct LayerLosses {
-    /// Of coding a head's keys.
-    pub keys: Vec<Vec<f32>>,
-    /// Of coding a head's values.
-    pub values: Vec<Vec<f32>>,
-}
+/// The losses of one layer, `[kv_heads][sparsities]`.
+pub type LayerLosses = KeyValue<Vec<Vec<f32>>>;
 
-/// Sparsities of one layer, `[kv_heads]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerSparsities {
-    /// Of each head's keys.
-    pub keys: Vec<usize>,
-    /// Of each head's values.
-    pub values: Vec<usize>,
-}
+/// The sparsities of one layer, `[kv_heads]`.
+pub type LayerSparsities = KeyValue<Vec<usize>>;
 
 impl LayerSparsities {
     /// The same sparsity for all heads' keys, and for all heads' values.
@@ -45,7 +35,7 @@ impl LayerSparsities {
     }
 }
 
-/// The most atoms that a head is given where the mean is below: more are slower to attend to, and other heads gain
+/// Max atoms that a head is given where the mean is below: more are slower to attend to, and other heads gain
 /// more.
 pub(super) const MAX_ALLOCATED: usize = 32;
 
@@ -56,7 +46,7 @@ const LEAST: f64 = 3.0;
 const NEGLIGIBLE: f64 = 1e-9;
 
 impl CodingLosses {
-    /// What is wrong with them for a model of this shape, if anything is.
+    /// Returns what is wrong with them for a model of this shape, if anything is.
     pub(super) fn refuse(&self, layers: usize, kv_heads: usize) -> Option<String> {
         let rising = self.sparsities.is_sorted_by(|a, b| a < b);
         if self.sparsities.len() < 2 || self.sparsities[0] == 0 || !rising {
@@ -88,21 +78,21 @@ impl CodingLosses {
         None
     }
 
-    /// The sparsities up to `most` whose mean over all heads' keys and values is at most `mean`, and whose
+    /// Returns the sparsities up to `max` whose mean over all heads' keys and values is at most `mean`, and whose
     /// summed loss is the least, but none below a third of the mean: losses were measured on some text, and on
     /// another a head that hardly needs atoms there may need them.
     ///
     /// Losses in between are interpolated, their logarithms linearly in the sparsity. Atoms go one
     /// after another to where the loss falls most, which is the best there is for convex losses (Fox, 1966); others are
-    /// replaced by their convex hulls. `O(heads · (most² + most · log heads))`.
-    pub(super) fn allocate(&self, mean: f64, most: usize) -> Vec<LayerSparsities> {
+    /// replaced by their convex hulls. `O(heads · (max² + max · log heads))`.
+    pub(super) fn allocate(&self, mean: f64, max: usize) -> Vec<LayerSparsities> {
         let heads = self
             .layers
             .iter()
             .flat_map(|layer| layer.keys.iter().chain(&layer.values));
-        let curves: Vec<Vec<f64>> = heads.map(|losses| self.curve(losses, most)).collect();
+        let curves: Vec<Vec<f64>> = heads.map(|losses| self.curve(losses, max)).collect();
         let gains: Vec<Vec<f64>> = curves.iter().map(|curve| gains(curve)).collect();
-        let least = ((mean / LEAST).ceil() as usize).clamp(1, most);
+        let least = ((mean / LEAST).ceil() as usize).clamp(1, max);
         let mut sparsities = vec![least; gains.len()];
         let total = (mean * gains.len() as f64 + 1e-6) as usize;
         // All gains that can be had, the largest first: a head's own fall, so that they come in order.
@@ -119,18 +109,15 @@ impl CodingLosses {
             sparsities[head] += 1;
         }
         let mut rest = sparsities.into_iter();
-        let mut take = |count: usize| rest.by_ref().take(count).collect();
-        self.layers
-            .iter()
-            .map(|layer| LayerSparsities {
-                keys: take(layer.keys.len()),
-                values: take(layer.values.len()),
-            })
-            .collect()
+        let layers = self.layers.iter().map(|layer| {
+            let take = |heads: &Vec<_>| rest.by_ref().take(heads.len()).collect();
+            layer.as_ref().map(take)
+        });
+        layers.collect()
     }
 
-    /// The losses at 1 to `most` atoms.
-    fn curve(&self, losses: &[f32], most: usize) -> Vec<f64> {
+    /// Returns the losses at 1 to `max` atoms.
+    fn curve(&self, losses: &[f32], max: usize) -> Vec<f64> {
         let logarithm = |i: usize| f64::from(losses[i]).max(NEGLIGIBLE).ln();
         let at = |s: usize| {
             let above = self.sparsities.partition_point(|&measured| measured < s);
@@ -141,11 +128,11 @@ impl CodingLosses {
             let (a, b) = (logarithm(above - 1), logarithm(above));
             (a + along * (b - a)).exp()
         };
-        (1..=most).map(at).collect()
+        (1..=max).map(at).collect()
     }
 }
 
-/// What each next atom takes off a loss `[s - 1]`, by the loss's convex hull.
+/// Returns what each next atom takes off a loss `[s - 1]`, by the loss's convex hull.
 fn gains(curve: &[f64]) -> Vec<f64> {
     let mut gains = Vec::with_capacity(curve.len());
     while gains.len() + 1 < curve.len() {
@@ -174,10 +161,10 @@ mod tests {
         }
     }
 
-    fn summed(losses: &CodingLosses, sparsities: &[usize], most: usize) -> f64 {
+    fn summed(losses: &CodingLosses, sparsities: &[usize], max: usize) -> f64 {
         let layer = &losses.layers[0];
         let heads = layer.keys.iter().chain(&layer.values);
-        let curves = heads.map(|l| losses.curve(l, most));
+        let curves = heads.map(|l| losses.curve(l, max));
         curves.zip(sparsities).map(|(c, s)| c[s - 1]).sum()
     }
 

@@ -1,11 +1,15 @@
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::allocation::MAX_ALLOCATED;
-use super::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, CodingLosses, Dictionary, LayerSparsities};
+use super::{
+    CODEBOOK_ATOMS, CodeFamily, CodebookSizes, Codebooks, CodingLosses, Dictionary, LayerSparsities,
+};
+use crate::key_value::KeyValue;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
@@ -26,7 +30,7 @@ pub struct ModelIdentity {
     pub kv_heads: usize,
     /// `m`.
     pub head_dim: usize,
-    /// How its keys are rotated: keys are coded after rotary embedding.
+    /// Rotary embedding of its keys, which are coded after it.
     pub rotary: RotaryIdentity,
 }
 
@@ -42,7 +46,7 @@ pub struct RotaryIdentity {
     pub parameters: BTreeMap<String, f64>,
 }
 
-/// How a dictionary set was learned.
+/// Record of how a dictionary set was learned.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Training {
     /// Nonzeros a vector during learning.
@@ -55,18 +59,18 @@ pub struct Training {
     pub relative_error: Vec<LayerErrors>,
     /// The program and version that learned it.
     pub tool: String,
-    /// What coding one head alone costs, where it was measured.
+    /// Losses of coding one head alone by sparse codes, where they were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub losses: Option<CodingLosses>,
-    /// Held-out mean relative error of each layer with codes of [`additive_sparsity`] atoms, one a group, where there
-    /// are groups.
+    /// Held-out mean relative error of each layer with additive codes of [`additive_sparsity`] atoms, where there are
+    /// codebooks.
     #[serde(
         rename = "grouped_relative_error",
         default,
         skip_serializing_if = "Option::is_none"
     )]
     pub additive_relative_error: Option<Vec<LayerErrors>>,
-    /// What coding one head alone costs with codes of one atom a group.
+    /// Losses of coding one head alone by additive codes, where they were measured.
     #[serde(
         rename = "grouped_losses",
         default,
@@ -75,54 +79,40 @@ pub struct Training {
     pub additive_losses: Option<CodingLosses>,
 }
 
-/// The usual sparsity of codes of one atom a group, beside dictionaries trained at sparsity `trained`: about as near as
-/// so many nonzeros of a pursuit that may choose any atom. At least 1, at most `groups` where there are any.
+/// The usual sparsity of additive codes beside dictionaries learned at sparsity `trained`: so many atoms come about as
+/// near as sparse codes of that sparsity. At least 1, at most `codebooks` where there are any.
 #[must_use]
-pub fn additive_sparsity(trained: usize, groups: usize) -> usize {
-    (trained.saturating_mul(3) / 2).clamp(1, groups.max(1))
+pub fn additive_sparsity(trained: usize, codebooks: usize) -> usize {
+    (trained.saturating_mul(3) / 2).clamp(1, codebooks.max(1))
 }
 
-/// Held-out mean relative error of one layer at the training sparsity, f32 coefficients.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct LayerErrors {
-    /// Of keys.
-    pub keys: f32,
-    /// Of values.
-    pub values: f32,
-}
+/// The held-out mean relative error of one layer at the training sparsity, f32 coefficients.
+pub type LayerErrors = KeyValue<f32>;
 
-/// One layer's two dictionaries, shared by all its KV heads.
+/// One layer's two dictionaries, shared by all its KV heads and by all sequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerDictionaries {
     /// For keys after rotary embedding.
-    pub keys: Dictionary,
+    pub keys: Arc<Dictionary>,
     /// For values.
-    pub values: Dictionary,
-    /// The same for codes of one atom a group, where they were learned.
-    pub codebooks: Option<LayerCodebooks>,
-}
-
-/// One layer's two dictionaries for codes of one atom a group, shared by all its KV heads.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LayerCodebooks {
-    /// For keys after rotary embedding.
-    pub keys: Codebooks,
-    /// For values.
-    pub values: Codebooks,
-}
-
-impl LayerCodebooks {
-    /// The largest sparsity that both dictionaries allow.
-    pub fn max_atoms(&self) -> usize {
-        self.keys.len().min(self.values.len())
-    }
+    pub values: Arc<Dictionary>,
+    /// Codebooks of the keys and of the values, where they were learned.
+    pub codebooks: Option<KeyValue<Arc<Codebooks>>>,
 }
 
 impl LayerDictionaries {
-    /// The largest sparsity that both dictionaries allow.
-    pub fn max_nonzeros(&self) -> usize {
-        let most = |dictionary: &Dictionary| dictionary.head_dim().min(dictionary.len());
-        most(&self.keys).min(most(&self.values))
+    /// The largest sparsity of codes of a family over both dictionaries, or both codebooks; 0 where there are none.
+    pub fn max_sparsity(&self, family: CodeFamily) -> usize {
+        match family {
+            CodeFamily::Sparse => {
+                let max = |dictionary: &Dictionary| dictionary.head_dim().min(dictionary.len());
+                max(&self.keys).min(max(&self.values))
+            }
+            CodeFamily::Additive => {
+                let codebooks = self.codebooks.as_ref();
+                codebooks.map_or(0, |both| both.keys.len().min(both.values.len()))
+            }
+        }
     }
 }
 
@@ -133,7 +123,7 @@ pub struct DictionarySet {
     pub layers: Vec<LayerDictionaries>,
     /// The model they serve.
     pub model: ModelIdentity,
-    /// How they were learned.
+    /// Record of how they were learned.
     pub training: Training,
 }
 
@@ -142,7 +132,7 @@ impl DictionarySet {
     ///
     /// # Errors
     /// Those of [`TensorFile`]; [`Error::Format`], [`Error::Metadata`], and [`Error::Tensor`] for
-    /// a tensor that is not finite, not of unit rows, or not of the head dim the metadata gives.
+    /// a tensor that is not finite, whose rows are not of unit length, or not of the head dim that the metadata gives.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         Self::read(&TensorFile::open(path)?)
     }
@@ -150,12 +140,11 @@ impl DictionarySet {
     /// Reads an open dictionary file; see [`DictionarySet::load`].
     ///
     /// # Errors
-    /// As [`DictionarySet::load`].
+    /// Those of [`DictionarySet::load`].
     pub fn read(file: &TensorFile) -> Result<Self> {
         file.check_format(FORMAT, CURE)?;
-        let metadata = file.metadata();
-        let model: ModelIdentity = json_entry(file, &metadata, "model")?;
-        let training: Training = json_entry(file, &metadata, "training")?;
+        let model: ModelIdentity = file.entry("model", |text| serde_json::from_str(text))?;
+        let training: Training = file.entry("training", |text| serde_json::from_str(text))?;
         // A hostile layer count must not drive the loop: every layer needs tensors in the file.
         let names = file.names();
         let has_codebooks = names.iter().any(|name| name.ends_with(FIRST));
@@ -167,51 +156,37 @@ impl DictionarySet {
                 model.layers,
                 names.len()
             );
-            return Err(Error::Metadata {
-                path: file.path().to_owned(),
-                key: "model",
-                reason,
-            });
+            return Err(file.bad_entry("model", reason));
         }
         let mut losses = training.losses.iter().chain(&training.additive_losses);
         if let Some(reason) = losses.find_map(|l| l.refuse(model.layers, model.kv_heads)) {
-            return Err(Error::Metadata {
-                path: file.path().to_owned(),
-                key: "training",
-                reason,
-            });
+            return Err(file.bad_entry("training", reason));
         }
-        let read = |name: String| {
-            let dictionary = Dictionary::read(file, &name)?;
+        let read = |name: &String| {
+            let dictionary = Dictionary::read(file, name)?;
             if dictionary.head_dim() != model.head_dim {
                 let reason = format!(
                     "its atoms have length {}, but the metadata gives head dim {}",
                     dictionary.head_dim(),
                     model.head_dim
                 );
-                return Err(Error::tensor(file.path(), &name, reason));
+                return Err(Error::tensor(file.path(), name, reason));
             }
-            Ok(dictionary)
+            Ok(Arc::new(dictionary))
         };
-        let layers = (0..model.layers)
-            .map(|l| {
-                let codebooks = |part| {
-                    let name = format!("layers.{l}.{part}");
-                    Codebooks::read(file, &name, model.head_dim)
-                };
-                let codebooks = || {
-                    Ok(LayerCodebooks {
-                        keys: codebooks("keys")?,
-                        values: codebooks("values")?,
-                    })
-                };
-                Ok(LayerDictionaries {
-                    keys: read(format!("layers.{l}.keys"))?,
-                    values: read(format!("layers.{l}.values"))?,
-                    codebooks: has_codebooks.then(codebooks).transpose()?,
-                })
+        let layers = (0..model.layers).map(|l| {
+            let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
+            let KeyValue { keys, values } = names.as_ref().try_map(read)?;
+            let codebooks =
+                |name: &String| Codebooks::read(file, name, model.head_dim).map(Arc::new);
+            let codebooks = has_codebooks.then(|| names.as_ref().try_map(codebooks));
+            Ok(LayerDictionaries {
+                keys,
+                values,
+                codebooks: codebooks.transpose()?,
             })
-            .collect::<Result<_>>()?;
+        });
+        let layers = layers.collect::<Result<_>>()?;
         Ok(Self {
             layers,
             model,
@@ -226,32 +201,37 @@ impl DictionarySet {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut tensors = Vec::with_capacity(2 * self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
-            for (part, dictionary) in [("keys", &layer.keys), ("values", &layer.values)] {
+            let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
+            let dictionaries = KeyValue::new(&layer.keys, &layer.values);
+            for (name, dictionary) in names.as_ref().zip(dictionaries) {
                 let shape = [dictionary.len(), dictionary.head_dim()];
-                let name = format!("layers.{l}.{part}");
-                tensors.push(halves(&name, &shape, dictionary.atoms()));
+                tensors.push(halves(name, &shape, dictionary.atoms()));
             }
             if let Some(codebooks) = &layer.codebooks {
-                tensors.extend(codebooks.keys.tensors(&format!("layers.{l}.keys")));
-                tensors.extend(codebooks.values.tensors(&format!("layers.{l}.values")));
+                let codebooks = names.as_ref().zip(codebooks.as_ref()).into_iter();
+                tensors.extend(codebooks.flat_map(|(name, own)| own.tensors(name)));
             }
         }
         let path = path.as_ref();
-        let mut metadata = HashMap::from([("format".to_owned(), FORMAT.to_owned())]);
-        let mut put = |key: &'static str, json: serde_json::Result<String>| {
-            let json = json.map_err(|e| Error::Metadata {
+        let json = |key, json: serde_json::Result<String>| {
+            json.map_err(|e| Error::Metadata {
                 path: path.to_owned(),
                 key,
                 reason: e.to_string(),
-            })?;
-            metadata.insert(key.to_owned(), json);
-            Ok(())
+            })
         };
-        put("model", serde_json::to_string(&self.model))?;
-        put("training", serde_json::to_string(&self.training))?;
         let atoms = self.layers.first().map_or(0, |layer| layer.keys.len());
-        put("atoms", Ok(atoms.to_string()))?;
-        tensor_file::write(path, &tensors, metadata)
+        let metadata = [
+            ("format", FORMAT.to_owned()),
+            ("model", json("model", serde_json::to_string(&self.model))?),
+            (
+                "training",
+                json("training", serde_json::to_string(&self.training))?,
+            ),
+            ("atoms", atoms.to_string()),
+        ];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+        tensor_file::write(path, &tensors, metadata.into())
     }
 
     /// Checks that the set serves a model of this identity. The name is for people and may differ.
@@ -259,85 +239,104 @@ impl DictionarySet {
     /// # Errors
     /// [`Error::OtherModel`], saying which property differs.
     pub fn check_fits(&self, model: &ModelIdentity) -> Result<()> {
-        let own = &self.model;
-        let differ = |what: &str, own: &dyn std::fmt::Display, other: &dyn std::fmt::Display| {
-            Err(Error::OtherModel(format!(
-                "it was learned for {} ({what} {own}), the model {} has {what} {other}",
-                self.model.name, model.name
-            )))
+        let properties = |model: &ModelIdentity| {
+            let RotaryIdentity {
+                kind,
+                theta,
+                parameters,
+            } = &model.rotary;
+            [
+                ("architecture", model.architecture.clone()),
+                ("layers", model.layers.to_string()),
+                ("KV heads", model.kv_heads.to_string()),
+                ("head dim", model.head_dim.to_string()),
+                (
+                    "rotary embedding",
+                    format!("{kind} with theta {theta} {parameters:?}"),
+                ),
+            ]
         };
-        if own.architecture != model.architecture {
-            return differ("architecture", &own.architecture, &model.architecture);
-        }
-        if own.layers != model.layers {
-            return differ("layers", &own.layers, &model.layers);
-        }
-        if own.kv_heads != model.kv_heads {
-            return differ("KV heads", &own.kv_heads, &model.kv_heads);
-        }
-        if own.head_dim != model.head_dim {
-            return differ("head dim", &own.head_dim, &model.head_dim);
-        }
-        if own.rotary != model.rotary {
-            let text = |r: &RotaryIdentity| {
-                format!("{} with theta {} {:?}", r.kind, r.theta, r.parameters)
-            };
-            return differ("rotary embedding", &text(&own.rotary), &text(&model.rotary));
-        }
-        Ok(())
+        let mut pairs = properties(&self.model).into_iter().zip(properties(model));
+        let Some(((what, own), (_, other))) = pairs.find(|(own, other)| own != other) else {
+            return Ok(());
+        };
+        Err(Error::OtherModel(format!(
+            "it was learned for {} ({what} {own}), the model {} has {what} {other}",
+            self.model.name, model.name
+        )))
     }
 
-    /// The largest sparsity that all dictionaries allow.
-    pub fn max_nonzeros(&self) -> usize {
-        let layers = self.layers.iter().map(LayerDictionaries::max_nonzeros);
-        layers.min().unwrap_or(0)
+    /// The largest sparsity of codes of a family in every layer; 0 where there is nothing that they could be over.
+    pub fn max_sparsity(&self, family: CodeFamily) -> usize {
+        let layers = self.layers.iter();
+        layers.map(|l| l.max_sparsity(family)).min().unwrap_or(0)
+    }
+
+    /// The losses of coding each head by codes of a family, where they were measured.
+    pub fn losses(&self, family: CodeFamily) -> Option<&CodingLosses> {
+        match family {
+            CodeFamily::Sparse => self.training.losses.as_ref(),
+            CodeFamily::Additive => self.training.additive_losses.as_ref(),
+        }
+    }
+
+    /// The family of codes that serves best: additive codes where there are codebooks, else sparse ones.
+    pub fn usual_family(&self) -> CodeFamily {
+        match self.max_sparsity(CodeFamily::Additive) {
+            0 => CodeFamily::Sparse,
+            _ => CodeFamily::Additive,
+        }
+    }
+
+    /// The usual sparsity of codes of a family: that of learning, and [`additive_sparsity`] beside it.
+    pub fn usual_sparsity(&self, family: CodeFamily) -> usize {
+        let trained = self.training.sparsity;
+        match family {
+            CodeFamily::Sparse => trained,
+            CodeFamily::Additive => additive_sparsity(trained, self.max_sparsity(family)),
+        }
     }
 
     /// Sparsities of all heads' keys and values whose mean is at most `mean`, by what coding each of them costs;
-    /// `None` where that was not measured.
-    pub fn allocate(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
-        let most = MAX_ALLOCATED.max(mean.ceil() as usize);
-        let losses = self.training.losses.as_ref()?;
-        Some(losses.allocate(mean, most.min(self.max_nonzeros())))
-    }
-
-    /// As [`DictionarySet::allocate`], for codes of one atom a group; `None` too where there are no groups.
-    pub fn allocate_additive(&self, mean: f64) -> Option<Vec<LayerSparsities>> {
-        let losses = self.training.additive_losses.as_ref()?;
-        let most = self.max_codebooks();
-        (most > 0).then(|| losses.allocate(mean, most))
-    }
-
-    /// The largest sparsity that all dictionaries allow for codes of one atom a group; 0 where there are none.
-    pub fn max_codebooks(&self) -> usize {
-        let layers = self.layers.iter().map(|layer| layer.codebooks.as_ref());
-        let most = layers.map(|codebooks| codebooks.map_or(0, LayerCodebooks::max_atoms));
-        most.min().unwrap_or(0)
+    /// `None` where that was not measured, or there is nothing that such codes could be over.
+    pub fn allocate(&self, family: CodeFamily, mean: f64) -> Option<Vec<LayerSparsities>> {
+        let losses = self.losses(family)?;
+        let possible = self.max_sparsity(family);
+        let max = match family {
+            CodeFamily::Sparse => possible.min(MAX_ALLOCATED.max(mean.ceil() as usize)),
+            CodeFamily::Additive => possible,
+        };
+        (max > 0).then(|| losses.allocate(mean, max))
     }
 
     /// Bytes held by all dictionaries.
     pub fn bytes(&self) -> usize {
         let layers = self.layers.iter();
-        layers
-            .map(|layer| {
-                let codebooks = layer.codebooks.as_ref();
-                let codebooks = codebooks.map_or(0, |g| g.keys.bytes() + g.values.bytes());
-                layer.keys.bytes() + layer.values.bytes() + codebooks
-            })
-            .sum()
+        let dictionaries = layers
+            .clone()
+            .flat_map(|layer| [&layer.keys, &layer.values]);
+        let codebooks = layers.flat_map(|layer| &layer.codebooks);
+        let codebooks = codebooks.flat_map(KeyValue::as_ref);
+        dictionaries.map(|own| own.bytes()).sum::<usize>()
+            + codebooks.map(|own| own.bytes()).sum::<usize>()
     }
 }
 
-/// Ends of the names of a codebooks dictionary's tensors: atoms of the first group, and of the others.
+/// Ends of the names of the tensors of codebooks: atoms of the first codebook, and of the others.
 const FIRST: &str = ".first";
 const OTHERS: &str = ".others";
 
 impl Codebooks {
-    /// Reads the atoms of one dictionary file's keys or values, `name` as in `layers.0.keys`. Of the metadata
+    /// Returns whether a dictionary file has codebooks for keys or values, `name` as in `layers.0.keys`.
+    pub fn are_in(file: &TensorFile, name: &str) -> bool {
+        file.info(&format!("{name}{FIRST}")).is_ok()
+    }
+
+    /// Reads the codebooks of one dictionary file's keys or values, `name` as in `layers.0.keys`. Of the metadata
     /// only `format` is needed.
     ///
     /// # Errors
-    /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensors are no groups of atoms.
+    /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensors are no codebooks.
     pub fn load(path: impl AsRef<Path>, name: &str) -> Result<Self> {
         let file = TensorFile::open(path)?;
         file.check_format(FORMAT, CURE)?;
@@ -346,27 +345,27 @@ impl Codebooks {
         Self::read(&file, name, head_dim)
     }
 
-    /// Reads two tensors, `[N, m]` atoms of the first group and `[groups, 256, m]` of the others.
+    /// Reads two tensors, `[N, m]` atoms of the first codebook and `[codebooks - 1, 256, m]` of the others.
     fn read(file: &TensorFile, name: &str, head_dim: usize) -> Result<Self> {
         let (mut atoms, first) = file.f32_tensor(&format!("{name}{FIRST}"), 2)?;
         let others_name = format!("{name}{OTHERS}");
         let (others, shape) = file.f32_tensor(&others_name, 3)?;
         if first[1] != head_dim || shape[1..] != [CODEBOOK_ATOMS, head_dim] {
             let reason = format!(
-                "shapes {first:?} and {shape:?}, but [N, {head_dim}] and [groups, {CODEBOOK_ATOMS}, {head_dim}] are needed"
+                "shapes {first:?} and {shape:?}, but [N, {head_dim}] and [codebooks, {CODEBOOK_ATOMS}, {head_dim}] are needed"
             );
             return Err(Error::tensor(file.path(), &others_name, reason));
         }
         atoms.extend(others);
-        let groups = CodebookSizes { first: first[0] };
-        Self::new(atoms, head_dim, groups)
+        let sizes = CodebookSizes { first: first[0] };
+        Self::new(atoms, head_dim, sizes)
             .map_err(|e| Error::tensor(file.path(), &others_name, e.to_string()))
     }
 
     fn tensors(&self, name: &str) -> [NewTensor; 2] {
         let m = self.head_dim();
-        let first = self.groups().first;
-        let (own, others) = self.dictionary().atoms().split_at(first * m);
+        let first = self.sizes().first;
+        let (own, others) = self.atoms().split_at(first * m);
         [
             halves(&format!("{name}{FIRST}"), &[first, m], own),
             halves(
@@ -376,10 +375,6 @@ impl Codebooks {
             ),
         ]
     }
-
-    fn bytes(&self) -> usize {
-        self.dictionary().bytes()
-    }
 }
 
 /// Numbers in half precision.
@@ -387,20 +382,4 @@ fn halves(name: &str, shape: &[usize], numbers: &[f32]) -> NewTensor {
     let bytes = numbers.iter();
     let bytes = bytes.flat_map(|&x| f16::from_f32(x).to_le_bytes());
     NewTensor::new(name, Dtype::F16, shape, bytes.collect())
-}
-
-fn json_entry<T: for<'a> Deserialize<'a>>(
-    file: &TensorFile,
-    metadata: &HashMap<String, String>,
-    key: &'static str,
-) -> Result<T> {
-    let error = |reason: String| Error::Metadata {
-        path: file.path().to_owned(),
-        key,
-        reason,
-    };
-    let text = metadata
-        .get(key)
-        .ok_or_else(|| error("it is missing".to_owned()))?;
-    serde_json::from_str(text).map_err(|e| error(e.to_string()))
 }

@@ -1,16 +1,16 @@
-//! What the processor has, asked once.
+//! Levels of instructions that kernels are compiled for, and the one that the program runs at.
 
 use std::sync::OnceLock;
 
-/// Instructions that there are kernels for.
+/// Instructions that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Level {
-    /// Those of every processor of the architecture.
+    /// Instructions of every processor of the architecture.
     Portable,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// And products of 8-bit integers, by AVX-VNNI.
+    /// AVX2 and products of 8-bit integers, by AVX-VNNI.
     #[cfg(target_arch = "x86_64")]
     AvxVnni,
     /// AVX-512 F, BW, DQ, VL and VNNI.
@@ -19,24 +19,24 @@ pub(super) enum Level {
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon,
-    /// And products of 8-bit integers.
+    /// NEON and products of 8-bit integers.
     #[cfg(target_arch = "aarch64")]
     DotProduct,
 }
 
 impl Level {
-    /// Those of this processor, the best last.
-    pub(super) fn all() -> Vec<Self> {
+    /// Levels of this processor by their names in the environment variable, the best last.
+    pub(super) fn all() -> Vec<(&'static str, Self)> {
         #[allow(unused_mut, reason = "other architectures have one level")]
-        let mut all = vec![Self::Portable];
+        let mut all = vec![("portable", Self::Portable)];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
         {
-            all.push(Self::Avx2);
+            all.push(("avx2", Self::Avx2));
             if is_x86_feature_detected!("avxvnni") {
-                all.push(Self::AvxVnni);
+                all.push(("avx-vnni", Self::AvxVnni));
             }
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -44,50 +44,114 @@ impl Level {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512vnni")
             {
-                all.push(Self::Avx512);
+                all.push(("avx512", Self::Avx512));
             }
         }
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
         if std::arch::is_aarch64_feature_detected!("neon") {
-            all.push(Self::Neon);
+            all.push(("neon", Self::Neon));
             if std::arch::is_aarch64_feature_detected!("dotprod") {
-                all.push(Self::DotProduct);
+                all.push(("dotprod", Self::DotProduct));
             }
         }
         all
     }
+}
 
-    /// As the environment variable has it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Portable => "portable",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2",
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => "avx-vnni",
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => "neon",
-            #[cfg(target_arch = "aarch64")]
-            Self::DotProduct => "dotprod",
-        }
+/// Environment variable that holds the program to a lower level, for tests and measurements of every path.
+const LEVEL_VARIABLE: &str = "LEXICO_LEVEL";
+
+/// `LEXICO_LEVEL` names no level of this processor.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{LEVEL_VARIABLE}={found:?} is no level of this processor, which has {known}; unset it for the best of them",
+    known = known.join(", ")
+)]
+pub struct LevelError {
+    /// The variable's value.
+    pub found: String,
+    /// Levels that this processor has, the best last.
+    pub known: Vec<&'static str>,
+}
+
+static LEVEL: OnceLock<Level> = OnceLock::new();
+
+/// Checks that `LEXICO_LEVEL` is unset or names one of this processor's levels. Programs call it once at their
+/// start; dictionaries and codes check it when they are made.
+///
+/// # Errors
+/// [`LevelError`] where it names another.
+pub fn check_level() -> Result<(), LevelError> {
+    if LEVEL.get().is_none() {
+        let level = chosen(held_to())?;
+        LEVEL.get_or_init(|| level);
+    }
+    Ok(())
+}
+
+/// The level that the program runs at: the best that this processor has, unless it is held to another.
+///
+/// # Panics
+/// Where `LEXICO_LEVEL` names no level of this processor, which [`check_level`] would have said.
+#[allow(
+    clippy::panic,
+    reason = "running at another level than the one asked for would go unnoticed"
+)]
+pub(super) fn level() -> Level {
+    #[cfg(test)]
+    if let Some(level) = super::testing::HELD.get() {
+        return level;
+    }
+    *LEVEL.get_or_init(|| chosen(held_to()).unwrap_or_else(|error| panic!("{error}")))
+}
+
+fn held_to() -> Option<String> {
+    let name = std::env::var_os(LEVEL_VARIABLE)?;
+    Some(name.to_string_lossy().into_owned())
+}
+
+fn chosen(held_to: Option<String>) -> Result<Level, LevelError> {
+    let all = Level::all();
+    let Some(found) = held_to else {
+        return Ok(all.last().map_or(Level::Portable, |&(_, level)| level));
+    };
+    match all.iter().find(|(name, _)| *name == found) {
+        Some(&(_, level)) => Ok(level),
+        None => Err(LevelError {
+            found,
+            known: all.into_iter().map(|(name, _)| name).collect(),
+        }),
     }
 }
 
-/// The environment variable that holds the program to a lower level, for tests and measurements of every
-/// path.
-const LEVEL_VARIABLE: &str = "LEXICO_LEVEL";
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The level that the program runs at: the best that this processor has, unless it is held to another.
-pub(super) fn level() -> Level {
-    static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        let held_to = std::env::var(LEVEL_VARIABLE);
+    #[test]
+    fn a_level_is_chosen_by_name_and_by_no_other() {
         let all = Level::all();
-        let named = all
-            .iter()
-            .find(|level| held_to.as_deref() == Ok(level.name()));
-        named.or(all.last()).copied().unwrap_or(Level::Portable)
-    })
+        assert_eq!(chosen(None), Ok(all[all.len() - 1].1));
+        for &(name, level) in &all {
+            assert_eq!(chosen(Some(name.to_owned())), Ok(level));
+        }
+        for wrong in ["avx3", "AVX2", " portable", ""] {
+            let error = chosen(Some(wrong.to_owned())).unwrap_err();
+            assert_eq!(error.found, wrong);
+            assert_eq!(error.known.len(), all.len());
+            let message = error.to_string();
+            assert!(message.contains(&format!("{wrong:?}")), "{message}");
+            assert!(message.contains("portable"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_level_of_another_processor_is_none_of_this_one() {
+        let other = if cfg!(target_arch = "aarch64") {
+            "avx2"
+        } else {
+            "neon"
+        };
+        assert!(chosen(Some(other.to_owned())).is_err());
+    }
 }

@@ -4,7 +4,7 @@ use gemm::Parallelism;
 
 /// A matrix in a slice: element `(i, j)` lies at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
-pub(crate) struct Matrix<'a> {
+pub struct Matrix<'a> {
     data: &'a [f32],
     rows: usize,
     columns: usize,
@@ -14,7 +14,7 @@ pub(crate) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// `rows × columns` numbers, row by row.
-    pub(crate) fn by_rows(data: &'a [f32], rows: usize, columns: usize) -> Self {
+    pub fn by_rows(data: &'a [f32], rows: usize, columns: usize) -> Self {
         assert_eq!(data.len(), rows * columns, "a matrix fills its slice");
         Self {
             data,
@@ -26,7 +26,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// The same numbers with rows and columns exchanged.
-    pub(crate) fn transposed(self) -> Self {
+    pub fn transposed(self) -> Self {
         Self {
             data: self.data,
             rows: self.columns,
@@ -39,7 +39,7 @@ impl<'a> Matrix<'a> {
 
 /// `out = left · right`, or `out += left · right` where it is to `accumulate`; `out` is row by row.
 /// Runs on the calling thread: callers split their work over vectors and heads.
-pub(crate) fn multiply(out: &mut [f32], accumulate: bool, left: Matrix<'_>, right: Matrix<'_>) {
+pub fn multiply(out: &mut [f32], accumulate: bool, left: Matrix<'_>, right: Matrix<'_>) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
     assert_eq!(k, right.rows, "inner sizes agree");
     assert_eq!(out.len(), m * n, "the product fills its slice");

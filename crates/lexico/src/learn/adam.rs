@@ -1,23 +1,24 @@
-//! Adam on the sphere.
+//! Adam on unit atoms.
 
+use super::LearnError;
 use super::state::{Reader, Writer};
-use super::subtract_code;
 use crate::dictionary::{Dictionary, norm};
 use crate::encode::EncodedBatch;
+use crate::kernels::vector::{add_scaled, dot};
 use crate::{Error, Result};
 
-/// Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
+/// Optimiser Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
 ///
 /// Only atoms that a step's codes use are moved, and only their moments fade: the others have no gradient.
 pub(super) struct Adam {
     head_dim: usize,
     first: Vec<f32>,
     second: Vec<f32>,
-    /// Steps of each atom since it started.
+    /// Steps of each atom since it started afresh.
     steps: Vec<u32>,
-    /// `[N, m]`; only what belongs to `used` atoms is of meaning. Made anew by every step.
+    /// Gradient `[N, m]` of the step; only rows of `used` atoms have a meaning.
     gradient: Vec<f32>,
-    /// The atoms that the batch's codes use.
+    /// Atoms that the batch's codes use.
     used: Vec<usize>,
     is_used: Vec<bool>,
 }
@@ -56,8 +57,7 @@ impl Adam {
             self.move_atom(i, atom, rate);
             let length = norm(atom);
             if !length.is_normal() {
-                let reason = format!("it diverged at a learning rate of {rate}: give a lower one");
-                return Err(Error::Learn(reason));
+                return Err(Error::Learn(LearnError::Diverged(rate)));
             }
             let scale = (1.0 / length) as f32;
             atom.iter_mut().for_each(|x| *x *= scale);
@@ -65,7 +65,7 @@ impl Adam {
         Ok(())
     }
 
-    /// Gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
+    /// Computes the gradient of the minibatch's mean squared error, tangent to the sphere at every used atom.
     fn find_gradient(&mut self, dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) {
         let m = self.head_dim;
         for i in self.used.drain(..) {
@@ -75,8 +75,10 @@ impl Adam {
         let mut residual = vec![0.0; m];
         for (v, x) in batch.chunks_exact(m).enumerate() {
             residual.copy_from_slice(x);
-            subtract_code(&mut residual, dictionary, codes, v);
             let (indices, coefficients) = codes.row(v);
+            for (&i, &c) in indices.iter().zip(coefficients) {
+                add_scaled(&mut residual, -c, dictionary.atom(usize::from(i)));
+            }
             for (&i, &c) in indices.iter().zip(coefficients) {
                 let i = usize::from(i);
                 let gradient = &mut self.gradient[i * m..(i + 1) * m];
@@ -85,13 +87,13 @@ impl Adam {
                     self.used.push(i);
                     gradient.fill(0.0);
                 }
-                crate::kernels::add_scaled(gradient, scale * c, &residual);
+                add_scaled(gradient, scale * c, &residual);
             }
         }
         for &i in &self.used {
             let (atom, gradient) = (dictionary.atom(i), &mut self.gradient[i * m..(i + 1) * m]);
-            let along = crate::kernels::dot(gradient, atom);
-            crate::kernels::add_scaled(gradient, -along, atom);
+            let along = dot(gradient, atom);
+            add_scaled(gradient, -along, atom);
         }
     }
 

@@ -1,38 +1,40 @@
-//! Learning dictionaries for codes of one atom a group.
+//! Learning of codebooks for additive quantisation.
 
 use std::ops::ControlFlow;
 
+use rand::seq::index::sample;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::LearnError;
 use crate::dictionary::{CODEBOOK_ATOMS, CodebookSizes, Codebooks, MAX_ATOMS, MAX_FIRST_ATOMS};
-use crate::encode::BeamSearch;
-use crate::kernels::{add_scaled, square};
+use crate::encode::{BeamSearch, Encoder};
+use crate::kernels::vector::{add_scaled, square};
 use crate::threads::{Threads, for_each};
 use crate::{Error, Result};
 
-/// Passes of k-means over what each group is to code.
+/// Passes of k-means over the residuals that a codebook is to code.
 const ITERATIONS: usize = 10;
-/// Vectors that k-means looks at for each atom, at the most.
+/// Max vectors that k-means looks at for each atom.
 const VECTORS_AN_ATOM: usize = 256;
-/// Vectors below which an atom is none of use.
+/// Vectors below which an atom counts as unused.
 const USERS: usize = 2;
-/// Once there are so many groups, and whenever twice as many, all vectors are coded anew over all of them: a search finds
-/// more than one group after the other.
+/// Number of codebooks from which on, at every power of two, all vectors are coded anew over all of them: a search over
+/// all finds better codes than one codebook after the other.
 const CODEBOOKS_TO_SEARCH: usize = 4;
-/// Passes over the groups for the same codes.
+/// Passes over the codebooks for the same codes.
 const SWEEPS: usize = 2;
 /// Share of a round's move that the next round adds to its own.
 const MOMENTUM: f32 = 0.8;
-/// So many groups more, and the error of a code counts twice as much: about as it falls.
+/// Number of further codebooks with which the error of a code counts twice as much: about as it falls.
 const CODEBOOKS_TO_HALVE: f64 = 5.0;
-/// An atom moves as if so many vectors wanted it to stay.
+/// Number of imaginary vectors that hold an atom where it is.
 const INERTIA: f64 = 2.0;
-/// Real vectors for each mixture that is learned from too.
+/// Real vectors for each added mixture.
 const VECTORS_A_MIXTURE: usize = 64;
 /// Vectors in a mixture.
 const MIXED: usize = 16;
-/// Vectors that are coded between two calls of the progress.
+/// Vectors coded between two calls of the progress.
 const SLICE: usize = 8192;
 /// Vectors, and atoms, of one task.
 const TASK_VECTORS: usize = 1024;
@@ -41,34 +43,34 @@ const TASK_ATOMS: usize = 16;
 /// Settings of [`learn_codebooks`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CodebookOptions {
-    /// Atoms of the first group, at most 2,048; as many as there are vectors, where these are fewer.
+    /// Atoms of the first codebook, at most 2,048; as many as there are vectors, where these are fewer.
     pub first: usize,
-    /// CodebookSizes, and so the most atoms of a code.
-    pub groups: usize,
-    /// Atoms of the codes that the held-out error is of; all groups where those are fewer.
+    /// Number of codebooks, and so the max atoms of a code.
+    pub codebooks: usize,
+    /// Atoms of the codes that the held-out error is measured with, at most one a codebook.
     pub sparsity: usize,
-    /// How often all vectors are coded and the atoms fitted to the codes, once there are all groups.
+    /// Rounds of coding all vectors and fitting the atoms to the codes, once all codebooks are there.
     pub rounds: usize,
-    /// Sums that the search for codes follows while it learns.
+    /// Beam width of the search for codes while learning.
     pub beam: usize,
-    /// Seed of every random choice: the same seed gives the same dictionary on any number of threads.
+    /// Seed of every random choice: the same seed gives the same codebooks on any number of threads.
     pub seed: u64,
 }
 
 impl Default for CodebookOptions {
-    /// Suits a head dim of 64.
+    /// Returns the settings for a head dim of 64.
     fn default() -> Self {
         Self::of(64)
     }
 }
 
 impl CodebookOptions {
-    /// Settings that suit a head dim: `m/2` groups, judged at `3m/16` of them.
+    /// Returns the settings for a head dim `m`: `m/2` codebooks, judged at `3m/16` of them.
     #[must_use]
     pub fn of(head_dim: usize) -> Self {
         Self {
             first: 2048,
-            groups: (head_dim / 2).max(1),
+            codebooks: (head_dim / 2).max(1),
             sparsity: (3 * head_dim / 16).max(1),
             rounds: 10,
             beam: 4,
@@ -81,66 +83,62 @@ impl CodebookOptions {
     /// # Errors
     /// [`Error::Learn`] for a setting that is 0 or too many atoms.
     pub fn check(&self) -> Result<()> {
-        if self.first == 0 || self.groups == 0 || self.sparsity == 0 || self.beam == 0 {
-            let reason =
-                "the atoms of the first group, groups, sparsity and beam must be at least 1";
-            return Err(Error::Learn(reason.to_owned()));
+        crate::kernels::check_level().map_err(Error::Level)?;
+        if self.first == 0 || self.codebooks == 0 || self.sparsity == 0 || self.beam == 0 {
+            let zero = "the atoms of the first codebook, codebooks, sparsity and beam";
+            return Err(Error::Learn(LearnError::Zero(zero)));
         }
         if self.first > MAX_FIRST_ATOMS {
-            let reason = format!(
-                "a first group of {} atoms; at most {MAX_FIRST_ATOMS} are possible",
-                self.first
-            );
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::FirstCodebook(self.first)));
         }
-        let others = (self.groups - 1).saturating_mul(CODEBOOK_ATOMS);
+        let others = (self.codebooks - 1).saturating_mul(CODEBOOK_ATOMS);
         let atoms = self.first.saturating_add(others);
         if atoms > MAX_ATOMS {
-            let reason = format!(
-                "{} groups of {CODEBOOK_ATOMS} atoms, the first of {}, are {atoms} atoms; at most {MAX_ATOMS} are possible",
-                self.groups, self.first
-            );
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::ManyCodebooks {
+                codebooks: self.codebooks,
+                first: self.first,
+                atoms,
+            }));
         }
         Ok(())
     }
 }
 
-/// How far [`learn_codebooks`] has come.
+/// Progress of [`learn_codebooks`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CodebookProgress {
-    /// Steps done; a step codes some thousands of vectors over one group.
+    /// Steps done; a step codes some thousands of vectors over one codebook.
     pub step: usize,
     /// Steps in all.
     pub steps: usize,
 }
 
-/// A learned dictionary for codes of one atom a group.
+/// Learned codebooks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LearnedCodebooks {
-    /// The dictionary.
-    pub dictionary: Codebooks,
+    /// The codebooks.
+    pub codebooks: Codebooks,
     /// Mean relative error of the held-out vectors at [`CodebookOptions::sparsity`]; `None` where there were none.
     pub held_out_error: Option<f32>,
 }
 
-/// Learns a dictionary of which a code takes one atom a group, for `vectors` `[n, m]`, judged on `held_out` `[n', m]`.
+/// Learns codebooks for vectors `[n, m]`, judged on `held_out` `[n', m]`; an additive code takes one atom of each.
 ///
-/// Unlike [`learn`](super::learn) it takes the vectors at their lengths, which the atoms keep, so that the loss is
-/// the squared error. Each group begins as the means that k-means (Lloyd 1982) finds in what the groups before it
-/// leave of the vectors (residual quantisation: Juang & Gray 1982; Chen, Guan, Wang 2010). Then, in rounds, a beam
-/// search codes all vectors, and with the codes fixed group after group moves to where the loss is
-/// least (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), and on by a share of the round
-/// before's move, since codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). Of every code all
-/// beginnings count too, so that the first groups alone serve smaller sparsities well. An atom that k-means leaves
-/// unused becomes a vector drawn by its squared error.
+/// Unlike a [`Learner`](super::Learner) it takes the vectors at their lengths, which the atoms keep, so that the loss is
+/// the squared error. Each codebook begins as the means that k-means (Lloyd 1982) finds in the residuals that the
+/// codebooks before it leave (residual quantisation: Juang & Gray 1982; Chen, Guan, Wang 2010). Then, in rounds, a
+/// beam search codes all vectors, and with the codes fixed codebook after codebook moves to where the loss is least
+/// (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), and on by a share of the move of the
+/// round before, since codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). All
+/// beginnings of a code count too, so that the first codebooks alone serve smaller sparsities well. An atom that
+/// k-means leaves unused becomes a vector drawn by its squared error.
 ///
-/// One in 65 of the vectors learned from are mixtures of real ones: random vectors of their mean and covariance. A first
-/// group that knows nearly all of a corpus's vectors by heart would leave nothing to learn for the other groups, and
-/// these then nothing to code vectors of other texts with.
+/// One in 65 of the vectors learned from is a mixture of real ones: random vectors of their mean and covariance. A
+/// first codebook that knows nearly all vectors of a corpus by heart would leave nothing to learn for the other
+/// codebooks, which could then not code vectors of other texts.
 ///
-/// `O(n·N·m·b)` a round for `N` atoms and a beam of `b`, and a few times that for the beginning; `3·n·m` numbers of
-/// memory. The vectors are taken because they are scaled in place.
+/// Takes `O(n·N·m·b)` time a round for `N` atoms and a beam of `b`, a few times that for the beginning, and memory for
+/// `3·n·m` numbers. The vectors are taken because they are scaled in place.
 ///
 /// `progress` is called every few thousand vectors and may break off.
 ///
@@ -162,8 +160,7 @@ pub fn learn_codebooks(
     }
     let n = vectors.len() / head_dim;
     if n == 0 || n > u32::MAX as usize {
-        let reason = format!("{n} vectors; between 1 and {} are possible", u32::MAX);
-        return Err(Error::Learn(reason));
+        return Err(Error::Learn(LearnError::Vectors(n)));
     }
     // Whatever the vectors' lengths, squares of what is left of them are numbers that f32 has.
     let scale = (square(&vectors) / n as f64).sqrt();
@@ -171,7 +168,7 @@ pub fn learn_codebooks(
     vectors
         .iter_mut()
         .for_each(|x| *x = (f64::from(*x) / scale) as f32);
-    let groups = CodebookSizes {
+    let sizes = CodebookSizes {
         first: options.first.min(n),
     };
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
@@ -180,14 +177,14 @@ pub fn learn_codebooks(
     let mut learner = CodebookLearner {
         vectors: &vectors,
         head_dim,
-        groups,
+        sizes,
         options,
         rng,
         threads,
         progress,
         done: CodebookProgress {
             step: 0,
-            steps: options.steps(n, groups),
+            steps: options.steps(n, sizes),
         },
     };
     let mut atoms = learner.begin()?;
@@ -209,25 +206,23 @@ pub fn learn_codebooks(
     atoms
         .iter_mut()
         .for_each(|x| *x = (f64::from(*x) * scale) as f32);
-    let dictionary = Codebooks::new(atoms, head_dim, groups)?;
-    let sparsity = options.sparsity.min(options.groups);
-    let pursuit = BeamSearch::new(&dictionary, sparsity)?;
-    let codes = pursuit.encode_on(held_out, threads)?;
+    let codebooks = Codebooks::new(atoms, head_dim, sizes)?;
+    let sparsity = options.sparsity.min(options.codebooks);
+    let search = BeamSearch::new(&codebooks, sparsity)?;
+    let codes = search.encode_on(held_out, threads)?;
     let held_out_error = (!codes.is_empty()).then(|| codes.mean_relative_error());
     Ok(LearnedCodebooks {
-        dictionary,
+        codebooks,
         held_out_error,
     })
 }
 
-/// Appends mixtures of the vectors `[n, m]`: their mean plus sums of differences from it, of random signs.
+/// Appends mixtures of the vectors `[n, m]`: their mean plus sums of differences from it with random signs.
 fn add_mixtures(vectors: &mut Vec<f32>, m: usize, rng: &mut ChaCha8Rng) {
     let n = vectors.len() / m;
     let mut sums = vec![0f64; m];
     for x in vectors.chunks_exact(m) {
-        sums.iter_mut()
-            .zip(x)
-            .for_each(|(sum, &x)| *sum += f64::from(x));
+        add(&mut sums, x);
     }
     let mean: Vec<f32> = sums.iter().map(|sum| (sum / n as f64) as f32).collect();
     let share = 1.0 / (MIXED as f32).sqrt();
@@ -244,25 +239,23 @@ fn add_mixtures(vectors: &mut Vec<f32>, m: usize, rng: &mut ChaCha8Rng) {
 }
 
 impl CodebookOptions {
-    /// Steps that `n` vectors take.
-    fn steps(&self, n: usize, groups: CodebookSizes) -> usize {
+    /// Counts the steps that `n` vectors take.
+    fn steps(&self, n: usize, sizes: CodebookSizes) -> usize {
         let all = n.div_ceil(SLICE);
-        let beginning = |group: usize| {
-            let sample = n.min(VECTORS_AN_ATOM * groups.size(group)).div_ceil(SLICE);
-            let coded = match self.coded_after(group) {
-                Some(groups) => all * groups,
-                None => 0,
-            };
+        let beginning = |codebook: usize| {
+            let sample = n.min(VECTORS_AN_ATOM * sizes.size(codebook));
+            let sample = sample.div_ceil(SLICE);
+            let coded = all * self.coded_after(codebook).unwrap_or(0);
             ITERATIONS * sample + coded
         };
-        (0..self.groups).map(beginning).sum::<usize>() + self.rounds * all * self.groups
+        (0..self.codebooks).map(beginning).sum::<usize>() + self.rounds * all * self.codebooks
     }
 
-    /// Over how many groups all vectors are coded once group `group` is there: all groups, only the new one, or none
-    /// after the last.
-    fn coded_after(&self, group: usize) -> Option<usize> {
-        let there = group + 1;
-        if there == self.groups {
+    /// Returns the number of codebooks over which all vectors are coded once codebook `codebook` is there: all, only the
+    /// new one, or none after the last.
+    fn coded_after(&self, codebook: usize) -> Option<usize> {
+        let there = codebook + 1;
+        if there == self.codebooks {
             None
         } else if there >= CODEBOOKS_TO_SEARCH && there.is_power_of_two() {
             Some(there)
@@ -276,7 +269,7 @@ struct CodebookLearner<'a> {
     /// `[n, m]`
     vectors: &'a [f32],
     head_dim: usize,
-    groups: CodebookSizes,
+    sizes: CodebookSizes,
     options: &'a CodebookOptions,
     rng: ChaCha8Rng,
     threads: &'a dyn Threads,
@@ -293,19 +286,19 @@ impl CodebookLearner<'_> {
         }
     }
 
-    /// The atoms of all groups, each learned from what those before it leave.
+    /// Learns each codebook from the residuals that those before it leave; returns all atoms.
     fn begin(&mut self) -> Result<Vec<f32>> {
         let m = self.head_dim;
         let mut atoms = Vec::new();
         let mut residuals = self.vectors.to_vec();
-        for group in 0..self.options.groups {
-            let own = self.means(&residuals, self.groups.size(group))?;
+        for codebook in 0..self.options.codebooks {
+            let own = self.means(&residuals, self.sizes.size(codebook))?;
             atoms.extend_from_slice(&own);
-            match self.options.coded_after(group) {
+            match self.options.coded_after(codebook) {
                 None => {}
                 Some(1) => {
-                    let nearest = self.nearest(&own, &residuals)?;
-                    subtract(self.threads, &mut residuals, &own, m, &nearest.indices);
+                    let (nearest, _) = self.nearest(&own, &residuals)?;
+                    subtract(self.threads, &mut residuals, &own, m, &nearest);
                 }
                 Some(_) => {
                     let codes = self.code(&atoms)?;
@@ -317,76 +310,64 @@ impl CodebookLearner<'_> {
         Ok(atoms)
     }
 
-    /// Codes all vectors over the groups that these atoms fill; gives the atoms' numbers, `[n, groups]`.
+    /// Codes all vectors over the codebooks that these atoms fill; returns the atoms' numbers, `[n, codebooks]`.
     fn code(&mut self, atoms: &[f32]) -> Result<Vec<u16>> {
-        let dictionary = Codebooks::new(atoms.to_vec(), self.head_dim, self.groups)?;
+        let codebooks = Codebooks::new(atoms.to_vec(), self.head_dim, self.sizes)?;
         let beam = self.options.beam;
-        Ok(self.search(&dictionary, self.vectors, beam)?.indices)
+        Ok(self.search(&codebooks, self.vectors, beam)?.0)
     }
 
-    /// The nearest of these atoms to each vector.
+    /// Finds the nearest of these atoms to each vector.
     fn nearest(&mut self, atoms: &[f32], vectors: &[f32]) -> Result<Found> {
         let first = atoms.len() / self.head_dim;
         let alone = Codebooks::new(atoms.to_vec(), self.head_dim, CodebookSizes { first })?;
         self.search(&alone, vectors, 1)
     }
 
-    fn search(&mut self, dictionary: &Codebooks, vectors: &[f32], beam: usize) -> Result<Found> {
-        let groups = dictionary.len();
-        let pursuit = BeamSearch::new(dictionary, groups)?.with_beam(beam);
-        let mut found = Found::default();
+    fn search(&mut self, codebooks: &Codebooks, vectors: &[f32], beam: usize) -> Result<Found> {
+        let sparsity = codebooks.len();
+        let search = BeamSearch::new(codebooks, sparsity)?.with_beam_width(beam);
+        let (mut indices, mut errors) = Found::default();
         for slice in vectors.chunks(SLICE * self.head_dim) {
-            let codes = pursuit.encode_on(slice, self.threads)?;
-            found.indices.extend(codes.indices);
-            found.relative_errors.extend(codes.relative_errors);
-            self.tell(groups)?;
+            let codes = search.encode_on(slice, self.threads)?;
+            indices.extend(codes.indices);
+            errors.extend(codes.relative_errors);
+            self.tell(sparsity)?;
         }
-        Ok(found)
+        Ok((indices, errors))
     }
 
-    /// `count` means of what lies near each in `vectors`, by k-means on a sample.
+    /// Finds `count` means of `vectors` by k-means on a sample.
     fn means(&mut self, vectors: &[f32], count: usize) -> Result<Vec<f32>> {
         let m = self.head_dim;
         let n = vectors.len() / m;
         let row = |v: usize| &vectors[v * m..(v + 1) * m];
-        let sample: Vec<f32>;
+        let drawn: Vec<f32>;
         let vectors = if n > VECTORS_AN_ATOM * count {
-            sample = drawn(n, VECTORS_AN_ATOM * count, &mut self.rng)
+            drawn = sample(&mut self.rng, n, VECTORS_AN_ATOM * count)
+                .iter()
                 .flat_map(|v| row(v).iter().copied())
                 .collect();
-            &sample
+            &drawn
         } else {
             vectors
         };
         let n = vectors.len() / m;
         let row = |v: usize| &vectors[v * m..(v + 1) * m];
         let mut atoms = vec![0.0; count * m];
-        for (atom, v) in atoms
-            .chunks_exact_mut(m)
-            .zip(drawn(n, count.min(n), &mut self.rng))
-        {
+        let first = sample(&mut self.rng, n, count.min(n));
+        for (atom, v) in atoms.chunks_exact_mut(m).zip(first) {
             atom.copy_from_slice(row(v));
         }
         for _ in 0..ITERATIONS {
-            let nearest = self.nearest(&atoms, vectors)?;
-            let users = Users::new(&nearest.indices, count);
-            let tasks = atoms.chunks_mut(TASK_ATOMS * m).enumerate();
-            for_each(self.threads, tasks, |(task, atoms)| {
-                let mut sum = vec![0.0; m];
-                for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
-                    let users = users.of(task * TASK_ATOMS + i);
-                    sum.fill(0.0);
-                    for &v in users {
-                        add(&mut sum, row(v as usize));
-                    }
-                    if !users.is_empty() {
-                        mean(atom, &sum, users.len() as f64);
-                    }
-                }
+            let (nearest, errors) = self.nearest(&atoms, vectors)?;
+            let users = Users::new(&nearest, count);
+            users.move_atoms(self.threads, &mut atoms, m, 0.0, |v, sum| {
+                add(sum, row(v));
             });
             // Vectors badly coded, each as likely as its squared error is large.
             let mut total = 0.0;
-            let errors = nearest.relative_errors.iter().enumerate();
+            let errors = errors.iter().enumerate();
             let sums: Vec<f64> = errors
                 .map(|(v, &error)| {
                     total += square(row(v)) * f64::from(error).powi(2);
@@ -406,16 +387,16 @@ impl CodebookLearner<'_> {
         Ok(atoms)
     }
 
-    /// One pass of coordinate descent: moves each group's atoms to where the codes' weighted errors are least, while
-    /// those of the other groups stay.
+    /// Makes one pass of coordinate descent: moves the atoms of each codebook to where the codes' weighted errors are
+    /// least, while those of the other codebooks stay.
     ///
-    /// The first `l` atoms of a code leave an error whose weight is `w_l`. The atom of group `g` has part in
+    /// The first `l` atoms of a code leave an error whose weight is `w_l`. The atom of codebook `g` has part in
     /// those of `l > g`: with `W_g = Σ_{l>g} w_l` it is best where it is the mean, over its vectors, of
     /// `x − Σ_{h<g} c_h − Σ_{h>g} c_h · W_h / W_g`.
     fn fit(&mut self, atoms: &mut [f32], codes: &[u16]) -> Result<()> {
-        let (m, s) = (self.head_dim, self.options.groups);
+        let (m, s) = (self.head_dim, self.options.codebooks);
         let weights = summed_weights(s);
-        // What the groups before leave of every vector, and what those after add with their weights.
+        // What the codebooks before leave of every vector, and what those after add with their weights.
         let mut before = self.vectors.to_vec();
         let mut after = vec![0.0; before.len()];
         let all: &[f32] = atoms;
@@ -429,35 +410,24 @@ impl CodebookLearner<'_> {
                 }
             }
         });
-        for group in 0..s {
-            let first = self.groups.start(group);
+        for codebook in 0..s {
+            let first = self.sizes.start(codebook);
             let own: Vec<u16> = codes
                 .chunks_exact(s)
-                .map(|code| code[group] - first as u16)
+                .map(|code| code[codebook] - first as u16)
                 .collect();
-            let size = self.groups.size(group);
+            let size = self.sizes.size(codebook);
             let users = Users::new(&own, size);
             let moved = &mut atoms[first * m..(first + size) * m];
-            let share = -1.0 / weights[group];
-            let tasks = moved.chunks_mut(TASK_ATOMS * m).enumerate();
-            for_each(self.threads, tasks, |(task, atoms)| {
-                let mut sum = vec![0.0; m];
-                for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
-                    let users = users.of(task * TASK_ATOMS + i);
-                    for (sum, &x) in sum.iter_mut().zip(&*atom) {
-                        *sum = INERTIA * f64::from(x);
-                    }
-                    for &v in users {
-                        let place = v as usize * m..(v as usize + 1) * m;
-                        let wanted = before[place.clone()].iter().zip(&after[place]);
-                        for (sum, (&before, &after)) in sum.iter_mut().zip(wanted) {
-                            *sum += f64::from(before) + share * f64::from(after);
-                        }
-                    }
-                    mean(atom, &sum, users.len() as f64 + INERTIA);
+            let share = -1.0 / weights[codebook];
+            users.move_atoms(self.threads, moved, m, INERTIA, |v, sum| {
+                let place = v * m..(v + 1) * m;
+                let wanted = before[place.clone()].iter().zip(&after[place]);
+                for (sum, (&before, &after)) in sum.iter_mut().zip(wanted) {
+                    *sum += f64::from(before) + share * f64::from(after);
                 }
             });
-            let next = weights.get(group + 1).map(|&weight| -weight as f32);
+            let next = weights.get(codebook + 1).map(|&weight| -weight as f32);
             let all: &[f32] = atoms;
             let rows = before
                 .chunks_mut(TASK_VECTORS * m)
@@ -466,9 +436,9 @@ impl CodebookLearner<'_> {
             for_each(self.threads, rows, |((before, after), codes)| {
                 let rows = before.chunks_exact_mut(m).zip(after.chunks_exact_mut(m));
                 for ((before, after), code) in rows.zip(codes.chunks_exact(s)) {
-                    add_scaled(before, -1.0, atom(all, m, code[group]));
+                    add_scaled(before, -1.0, atom(all, m, code[codebook]));
                     if let Some(weight) = next {
-                        add_scaled(after, weight, atom(all, m, code[group + 1]));
+                        add_scaled(after, weight, atom(all, m, code[codebook + 1]));
                     }
                 }
             });
@@ -478,16 +448,12 @@ impl CodebookLearner<'_> {
     }
 }
 
-/// What a search found: atoms of each vector, one after the other, and relative errors.
-#[derive(Default)]
-struct Found {
-    indices: Vec<u16>,
-    relative_errors: Vec<f32>,
-}
+/// Atoms that a search found for each vector, one after the other, and the vectors' relative errors.
+type Found = (Vec<u16>, Vec<f32>);
 
-/// For every atom, the vectors whose code has it, rising.
+/// Vectors whose code has an atom, for every atom, rising.
 struct Users {
-    /// Where each atom's begin, and where the last one's end.
+    /// Start of each atom's vectors, and the end of the last one's.
     starts: Vec<usize>,
     vectors: Vec<u32>,
 }
@@ -515,13 +481,45 @@ impl Users {
     fn of(&self, atom: usize) -> &[u32] {
         &self.vectors[self.starts[atom]..self.starts[atom + 1]]
     }
+
+    /// Moves each atom `[m]` to the mean of what `add` adds for each of its vectors and of itself, `inertia` times; one
+    /// without any stays.
+    fn move_atoms(
+        &self,
+        threads: &dyn Threads,
+        atoms: &mut [f32],
+        m: usize,
+        inertia: f64,
+        add: impl Fn(usize, &mut [f64]) + Sync,
+    ) {
+        let tasks = atoms.chunks_mut(TASK_ATOMS * m).enumerate();
+        for_each(threads, tasks, |(task, atoms)| {
+            let mut sum = vec![0.0; m];
+            for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
+                let users = self.of(task * TASK_ATOMS + i);
+                let count = users.len() as f64 + inertia;
+                if count == 0.0 {
+                    continue;
+                }
+                sum.fill(0.0);
+                if inertia > 0.0 {
+                    let own = sum.iter_mut().zip(&*atom);
+                    own.for_each(|(sum, &x)| *sum = inertia * f64::from(x));
+                }
+                users.iter().for_each(|&v| add(v as usize, &mut sum));
+                for (x, sum) in atom.iter_mut().zip(&sum) {
+                    *x = (sum / count) as f32;
+                }
+            }
+        });
+    }
 }
 
-/// For every group the sum of the weights of the codes that have an atom of it.
-fn summed_weights(groups: usize) -> Vec<f64> {
+/// Returns, for every codebook, the sum of the weights of the codes that have an atom of it.
+fn summed_weights(codebooks: usize) -> Vec<f64> {
     let mut sum = 0.0;
-    let weights = (0..groups).rev().map(|group| {
-        sum += (group as f64 / CODEBOOKS_TO_HALVE).exp2();
+    let weights = (0..codebooks).rev().map(|codebook| {
+        sum += (codebook as f64 / CODEBOOKS_TO_HALVE).exp2();
         sum
     });
     let mut weights: Vec<f64> = weights.collect();
@@ -529,16 +527,11 @@ fn summed_weights(groups: usize) -> Vec<f64> {
     weights
 }
 
-/// `count` different numbers below `n`, in any order.
-fn drawn(n: usize, count: usize, rng: &mut ChaCha8Rng) -> impl Iterator<Item = usize> + use<> {
-    rand::seq::index::sample(rng, n, count).into_iter()
-}
-
 fn atom(atoms: &[f32], m: usize, i: u16) -> &[f32] {
     &atoms[usize::from(i) * m..][..m]
 }
 
-/// Takes the atoms of each vector's code off it.
+/// Subtracts the atoms of its code from each vector.
 fn subtract(threads: &dyn Threads, vectors: &mut [f32], atoms: &[f32], m: usize, codes: &[u16]) {
     let each = codes.len() * m / vectors.len();
     let tasks = vectors
@@ -556,12 +549,6 @@ fn subtract(threads: &dyn Threads, vectors: &mut [f32], atoms: &[f32], m: usize,
 fn add(sum: &mut [f64], x: &[f32]) {
     for (sum, &x) in sum.iter_mut().zip(x) {
         *sum += f64::from(x);
-    }
-}
-
-fn mean(out: &mut [f32], sum: &[f64], count: f64) {
-    for (out, sum) in out.iter_mut().zip(sum) {
-        *out = (sum / count) as f32;
     }
 }
 
@@ -594,7 +581,7 @@ mod tests {
     fn options() -> CodebookOptions {
         CodebookOptions {
             first: 64,
-            groups: 5,
+            codebooks: 5,
             sparsity: 3,
             ..CodebookOptions::of(M)
         }
@@ -631,23 +618,23 @@ mod tests {
             learned(&vectors, &options, &Rayon)
         };
         let (begun, whole) = (learned_in(0), learned_in(3));
-        let errors: Vec<f64> = (1..=5).map(|s| error(&whole.dictionary, s)).collect();
+        let errors: Vec<f64> = (1..=5).map(|s| error(&whole.codebooks, s)).collect();
         assert!(errors.is_sorted_by(|a, b| *b < 0.8 * a), "{errors:?}");
         // With all five there are hardly more vectors than atoms can learn by heart.
         for s in 2..=4 {
-            let before = error(&begun.dictionary, s);
+            let before = error(&begun.codebooks, s);
             assert!(errors[s - 1] < before, "{s} atoms: {errors:?}, {before}");
         }
         assert!(whole.held_out_error < begun.held_out_error);
         // Atoms of the same numbers that were never learned.
-        let mut random = whole.dictionary.dictionary().atoms().to_vec();
-        let groups = whole.dictionary.groups();
+        let mut random = whole.codebooks.atoms().to_vec();
+        let sizes = whole.codebooks.sizes();
         let mut rng = ChaCha8Rng::seed_from_u64(5);
-        for group in 0..5 {
-            let own = &mut random[groups.start(group) * M..groups.start(group + 1) * M];
+        for codebook in 0..5 {
+            let own = &mut random[sizes.start(codebook) * M..sizes.start(codebook + 1) * M];
             rand::seq::SliceRandom::shuffle(own, &mut rng);
         }
-        let random = Codebooks::new(random, M, groups).unwrap();
+        let random = Codebooks::new(random, M, sizes).unwrap();
         for s in 1..=5 {
             assert!(errors[s - 1] < 0.7 * error(&random, s), "{s} atoms");
         }
@@ -658,7 +645,7 @@ mod tests {
         // More than are coded at once, and than k-means looks at.
         let vectors = drawn_vectors(1, 20_000);
         let options = CodebookOptions {
-            groups: 2,
+            codebooks: 2,
             rounds: 1,
             ..options()
         };
@@ -676,16 +663,16 @@ mod tests {
     fn atoms_move_to_where_the_weighted_error_is_less() {
         let vectors = drawn_vectors(3, 700);
         let options = options();
-        let groups = CodebookSizes { first: 64 };
-        let (n, s) = (700, options.groups);
+        let sizes = CodebookSizes { first: 64 };
+        let (n, s) = (700, options.codebooks);
         let mut rng = ChaCha8Rng::seed_from_u64(4);
-        let mut atoms: Vec<f32> = (0..groups.atoms(s) * M)
+        let mut atoms: Vec<f32> = (0..sizes.atoms(s) * M)
             .map(|_| rng.random_range(-0.5..0.5))
             .collect();
         let mut codes = Vec::new();
         for _ in 0..n {
             codes.extend(
-                (0..s).map(|g| (groups.start(g) + rng.random_range(0..groups.size(g))) as u16),
+                (0..s).map(|g| (sizes.start(g) + rng.random_range(0..sizes.size(g))) as u16),
             );
         }
         // By the definition, in f64: of the first 1, 2 ... atoms of every code.
@@ -693,12 +680,12 @@ mod tests {
             let mut loss = 0.0;
             for (x, code) in vectors.chunks(M).zip(codes.chunks(s)) {
                 let mut rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
-                for (group, &i) in code.iter().enumerate() {
+                for (place, &i) in code.iter().enumerate() {
                     for (rest, &a) in rest.iter_mut().zip(atom(atoms, M, i)) {
                         *rest -= f64::from(a);
                     }
                     let square: f64 = rest.iter().map(|r| r * r).sum();
-                    loss += 2f64.powf(group as f64 / 5.0) * square;
+                    loss += 2f64.powf(place as f64 / 5.0) * square;
                 }
             }
             loss
@@ -707,7 +694,7 @@ mod tests {
         let mut learner = CodebookLearner {
             vectors: &vectors,
             head_dim: M,
-            groups,
+            sizes,
             options: &options,
             rng,
             threads: &Rayon,
@@ -722,7 +709,7 @@ mod tests {
             losses.is_sorted_by(|a, b| *b <= a * (1.0 + 1e-6)),
             "{losses:?}"
         );
-        // At the least loss no group's atom has a better place: what its vectors want of it sums to nothing.
+        // At the least loss no atom has a better place: what its vectors want of it sums to nothing.
         let before = losses[40];
         for (i, step) in [(3, 1e-2), (64 + 7, -1e-2), (64 + 256 + 9, 1e-2)] {
             let mut other = atoms.clone();
@@ -759,8 +746,8 @@ mod tests {
             });
             let learned = learned.unwrap();
             let n = held_out.len() / M;
-            assert_eq!(learned.dictionary.len(), 5, "{name}");
-            assert_eq!(learned.dictionary.groups().first, n.min(64), "{name}");
+            assert_eq!(learned.codebooks.len(), 5, "{name}");
+            assert_eq!(learned.codebooks.sizes().first, n.min(64), "{name}");
             let error = learned.held_out_error.unwrap();
             if name == "one far off" {
                 assert!(error.is_finite());
@@ -785,11 +772,11 @@ mod tests {
         for refused in [
             run(&[], &[], same),
             run(&vectors, &[], |o| o.first = 0),
-            run(&vectors, &[], |o| o.groups = 0),
+            run(&vectors, &[], |o| o.codebooks = 0),
             run(&vectors, &[], |o| o.sparsity = 0),
             run(&vectors, &[], |o| o.beam = 0),
-            run(&vectors, &[], |o| o.groups = 257),
-            run(&vectors, &[], |o| o.groups = usize::MAX),
+            run(&vectors, &[], |o| o.codebooks = 257),
+            run(&vectors, &[], |o| o.codebooks = usize::MAX),
         ] {
             assert!(matches!(refused, Err(Error::Learn(_))), "{refused:?}");
         }

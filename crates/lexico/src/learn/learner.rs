@@ -3,66 +3,46 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::adam::Adam;
-use super::reseed::{near_duplicates, worst_first};
+use super::reseed::near_duplicates;
 use super::state::{Reader, Writer, damaged};
 use super::vectors::{Vectors, read_units};
-use super::{
-    InitialAtoms, LearnMethod, LearnOptions, LearnProgress, Learned, ksvd, optimal_directions,
-};
+use super::{InitialAtoms, LearnError, LearnOptions, LearnProgress, Learned};
 use crate::dictionary::Dictionary;
-use crate::encode::{EncodedBatch, Pursuit};
+use crate::encode::{EncodedBatch, Encoder, Fit, Pursuit};
 use crate::threads::Threads;
 use crate::{Error, Result};
 
 /// Steps between two looks for unused atoms.
 const RESEED_STEPS: usize = 50;
-/// Share of the run after which no atom is re-seeded: a new atom needs time to settle.
+/// Share of the run after which no atom is replaced: a new atom needs time to settle.
 const RESEED_UNTIL: f32 = 0.8;
 
-/// A dictionary that is being learned, a step at a time; see [`learn`](super::learn).
+/// Learns a dictionary for vectors `[n, m]`, a step at a time.
 ///
-/// What it holds can be saved after any step, and a learner that goes on from there ends with the same
-/// dictionary, bit for bit, on any number of threads.
+/// Every vector is scaled to unit length first, so that the loss `‖x − x̂‖²` is the squared relative error. A step
+/// codes a minibatch by [`Pursuit`] with the dictionary fixed, then moves the atoms by one step of Adam
+/// (Kingma & Ba 2015) against the loss's gradient, made tangent to the sphere, and scales them back to unit length.
+/// Atoms start as drawn vectors. Atoms that no code uses, and near duplicates, become the vectors coded worst. Of the
+/// dictionaries after each epoch the one with the lowest held-out error is kept.
+///
+/// Its state can be saved after any step, and a learner that goes on from there ends with the same dictionary, bit for
+/// bit, on any number of threads.
 pub struct Learner<'v> {
     vectors: &'v dyn Vectors,
     held_out: &'v [f32],
     options: LearnOptions,
-    dictionary: Dictionary,
-    update: Update,
-    /// How often the codes of the steps since the last look used each atom.
+    pub(super) dictionary: Dictionary,
+    adam: Adam,
+    /// Uses of each atom by the codes of the steps since the last look.
     uses: Vec<u32>,
     step: usize,
     reseeded: usize,
     best: Option<(Dictionary, f32)>,
-    /// Epochs that ended without a better dictionary, since the best.
+    /// Epochs since the best dictionary.
     without_gain: usize,
-    scratch: Scratch,
-}
-
-/// What moves the atoms, with what it remembers.
-enum Update {
-    Adam(Adam),
-    Ksvd,
-    OptimalDirections,
-}
-
-impl Update {
-    fn new(options: &LearnOptions, head_dim: usize) -> Self {
-        match options.method {
-            LearnMethod::Adam => Self::Adam(Adam::new(options.atoms, head_dim)),
-            LearnMethod::Ksvd => Self::Ksvd,
-            LearnMethod::OptimalDirections => Self::OptimalDirections,
-        }
-    }
-}
-
-/// What a step needs and the next one makes anew.
-#[derive(Default)]
-struct Scratch {
-    /// The vectors of an epoch in the order of its steps, and which epoch that is.
+    /// Vectors of an epoch in the order of its steps, and the epoch's number.
     order: Vec<u32>,
     epoch: Option<usize>,
-    batch: Vec<f32>,
 }
 
 impl<'v> Learner<'v> {
@@ -80,15 +60,13 @@ impl<'v> Learner<'v> {
         options.check(head_dim)?;
         let n = vectors.count();
         if n > u32::MAX as usize {
-            let reason = format!("{n} vectors; at most {} are possible", u32::MAX);
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::Vectors(n)));
         }
         if options.atoms > n {
-            let reason = format!(
-                "{} atoms need at least as many vectors, and there are {n}; give more vectors or fewer atoms",
-                options.atoms
-            );
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::FewVectors {
+                atoms: options.atoms,
+                vectors: n,
+            }));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         let dictionary = match options.initial {
@@ -110,13 +88,14 @@ impl<'v> Learner<'v> {
             vectors,
             held_out,
             options: options.clone(),
-            update: Update::new(options, dictionary.head_dim()),
+            adam: Adam::new(options.atoms, dictionary.head_dim()),
             uses: vec![0; options.atoms],
             step: 0,
             reseeded: 0,
             best: None,
             without_gain: 0,
-            scratch: Scratch::default(),
+            order: Vec::new(),
+            epoch: None,
             dictionary,
         }
     }
@@ -141,9 +120,7 @@ impl<'v> Learner<'v> {
         };
         let current = dictionary(&mut saved)?;
         let mut learner = Self::with_dictionary(vectors, held_out, current, options);
-        if let Update::Adam(adam) = &mut learner.update {
-            adam.load(&mut saved)?;
-        }
+        learner.adam.load(&mut saved)?;
         learner.uses = saved.counts(options.atoms)?;
         let mut number = || saved.number().map(|n| n as usize);
         learner.step = number()?;
@@ -159,14 +136,12 @@ impl<'v> Learner<'v> {
         Ok(learner)
     }
 
-    /// Everything that [`Learner::resume`] needs, in 16 bytes or less a number of the dictionary.
+    /// Returns all that [`Learner::resume`] needs, in 16 bytes or less a number of the dictionary.
     #[must_use]
     pub fn save(&self) -> Vec<u8> {
         let mut out = Writer::default();
         out.floats(self.dictionary.atoms());
-        if let Update::Adam(adam) = &self.update {
-            adam.save(&mut out);
-        }
+        self.adam.save(&mut out);
         out.counts(&self.uses);
         for number in [self.step, self.reseeded, self.without_gain] {
             out.number(number as u64);
@@ -179,15 +154,8 @@ impl<'v> Learner<'v> {
         out.0
     }
 
-    /// The dictionary as it is now.
-    #[must_use]
-    pub fn dictionary(&self) -> &Dictionary {
-        &self.dictionary
-    }
-
-    /// Steps in all, as far as no early stop shortens them.
-    #[must_use]
-    pub fn steps(&self) -> usize {
+    /// Counts the steps in all, unless learning stops early.
+    fn steps(&self) -> usize {
         self.options.epochs.saturating_mul(self.steps_an_epoch())
     }
 
@@ -195,14 +163,14 @@ impl<'v> Learner<'v> {
         self.vectors.count().div_ceil(self.options.batch)
     }
 
-    /// Whether there is nothing more to do.
+    /// Returns true where all steps are done, or learning stops early.
     #[must_use]
     pub fn is_done(&self) -> bool {
         let patience = self.options.patience;
         self.step >= self.steps() || (patience > 0 && self.without_gain >= patience)
     }
 
-    /// One step: codes a minibatch, moves the dictionary, and after an epoch's last judges it.
+    /// Makes one step: codes a minibatch, moves the dictionary, and measures it at the end of an epoch.
     ///
     /// # Errors
     /// [`Error::NotFinite`], [`Error::Learn`] where learning diverges, and those of the vectors.
@@ -211,12 +179,12 @@ impl<'v> Learner<'v> {
         let (steps, an_epoch) = (self.steps(), self.steps_an_epoch());
         let (epoch, within) = (self.step / an_epoch, self.step % an_epoch);
         self.shuffle(epoch);
-        let chosen = self.scratch.order[within * self.options.batch..].iter();
+        let chosen = self.order[within * self.options.batch..].iter();
         let chosen: Vec<u32> = chosen.take(self.options.batch).copied().collect();
-        let mut batch = std::mem::take(&mut self.scratch.batch);
-        read_units(self.vectors, &chosen, head_dim, &mut batch)?;
-        let codes =
-            Pursuit::new(&self.dictionary, self.options.sparsity)?.encode_on(&batch, threads)?;
+        let batch = read_units(self.vectors, &chosen, head_dim)?;
+        let codes = Pursuit::new(&self.dictionary, self.options.sparsity)?
+            .with_fit(Fit::LeastSquares)
+            .encode_on(&batch, threads)?;
         for v in 0..codes.len() {
             for &i in codes.row(v).0 {
                 self.uses[usize::from(i)] += 1;
@@ -225,12 +193,7 @@ impl<'v> Learner<'v> {
         let done = self.step as f32 / steps as f32;
         let falling = 0.5 * (1.0 + (std::f32::consts::PI * done).cos());
         let rate = self.options.learning_rate * falling;
-        let dictionary = &mut self.dictionary;
-        match &mut self.update {
-            Update::Adam(adam) => adam.step(dictionary, &batch, &codes, rate)?,
-            Update::Ksvd => ksvd::step(dictionary, &batch, &codes),
-            Update::OptimalDirections => optimal_directions::step(dictionary, &batch, &codes),
-        }
+        self.adam.step(&mut self.dictionary, &batch, &codes, rate)?;
         self.step += 1;
         let ends_epoch = self.step.is_multiple_of(an_epoch);
         if self.step.is_multiple_of(RESEED_STEPS) || ends_epoch {
@@ -239,7 +202,6 @@ impl<'v> Learner<'v> {
             }
             self.uses.fill(0);
         }
-        self.scratch.batch = batch;
         let held_out_error = if ends_epoch {
             self.judge(threads)?
         } else {
@@ -254,7 +216,7 @@ impl<'v> Learner<'v> {
         })
     }
 
-    /// The dictionary that did best on the held-out vectors; without those, as it is now.
+    /// Returns the dictionary that did best on the held-out vectors; without those, the last.
     #[must_use]
     pub fn finish(self) -> Learned {
         let (dictionary, held_out_error) = match self.best {
@@ -268,21 +230,20 @@ impl<'v> Learner<'v> {
         }
     }
 
-    /// Every epoch has an order of its own, which only the seed and the epoch's number decide.
+    /// Shuffles the vectors for an epoch, by the seed and the epoch's number alone.
     fn shuffle(&mut self, epoch: usize) {
-        if self.scratch.epoch == Some(epoch) {
+        if self.epoch == Some(epoch) {
             return;
         }
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
         rng.set_stream(epoch as u64 + 1);
-        self.scratch.order.clear();
-        self.scratch.order.extend(0..self.vectors.count() as u32);
-        self.scratch.order.shuffle(&mut rng);
-        self.scratch.epoch = Some(epoch);
+        self.order.clear();
+        self.order.extend(0..self.vectors.count() as u32);
+        self.order.shuffle(&mut rng);
+        self.epoch = Some(epoch);
     }
 
-    /// Replaces unused atoms, and after an epoch those that are nearly another, by the vectors of the batch
-    /// that were coded worst.
+    /// Replaces unused atoms, and after an epoch near duplicates, by the vectors of the batch that were coded worst.
     fn reseed(
         &mut self,
         batch: &[f32],
@@ -300,19 +261,18 @@ impl<'v> Learner<'v> {
             useless.dedup();
         }
         // What is coded already has nothing to add, and zero is no direction.
-        let worst = worst_first(codes).into_iter();
-        let worst = worst.take_while(|&v| codes.relative_errors[v] > 0.0);
+        let errors = &codes.relative_errors;
+        let mut worst: Vec<usize> = (0..codes.len()).filter(|&v| errors[v] > 0.0).collect();
+        worst.sort_by(|&a, &b| errors[b].total_cmp(&errors[a]));
         for (i, v) in useless.into_iter().zip(worst) {
             let atom = &mut self.dictionary.atoms_mut()[i * m..(i + 1) * m];
             atom.copy_from_slice(&batch[v * m..(v + 1) * m]);
-            if let Update::Adam(adam) = &mut self.update {
-                adam.forget(i);
-            }
+            self.adam.forget(i);
             self.reseeded += 1;
         }
     }
 
-    /// Held-out error of the dictionary, which is kept where it is the best so far.
+    /// Measures the held-out error of the dictionary, which is kept where it is the best so far.
     fn judge(&mut self, threads: &dyn Threads) -> Result<Option<f32>> {
         if self.held_out.is_empty() {
             return Ok(None);
@@ -331,7 +291,7 @@ impl<'v> Learner<'v> {
     }
 }
 
-/// Drawn vectors as atoms, moved a little so that no two are alike.
+/// Draws vectors as atoms, moved a little so that no two are alike.
 fn drawn_vectors(
     vectors: &dyn Vectors,
     head_dim: usize,
@@ -343,18 +303,13 @@ fn drawn_vectors(
     let mut order: Vec<u32> = (0..n as u32).collect();
     let mut undrawn = order.as_mut_slice();
     let mut rows = Vec::with_capacity(atoms * head_dim);
-    let mut drawn = Vec::new();
     while rows.len() < atoms * head_dim {
         let missing = atoms - rows.len() / head_dim;
         if undrawn.is_empty() {
-            let reason = format!(
-                "{atoms} atoms need as many vectors that are not zero, {missing} more than there are; give more \
-                 text or fewer atoms"
-            );
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::ZeroVectors { atoms, missing }));
         }
         let (chosen, rest) = undrawn.partial_shuffle(rng, missing);
-        read_units(vectors, chosen, head_dim, &mut drawn)?;
+        let drawn = read_units(vectors, chosen, head_dim)?;
         for x in drawn.chunks_exact(head_dim) {
             if x.iter().any(|&x| x != 0.0) {
                 rows.extend(x.iter().map(|x| x + noise * rng.random_range(-1f32..1.0)));
@@ -365,7 +320,7 @@ fn drawn_vectors(
     Dictionary::normalised(rows, head_dim)
 }
 
-/// Directions drawn evenly from the sphere.
+/// Draws directions evenly from the sphere.
 fn random_atoms(head_dim: usize, atoms: usize, rng: &mut ChaCha8Rng) -> Result<Dictionary> {
     // Sums of twelve even draws are normal enough for a direction (Box, Muller 1958 would be exact).
     let normal = |rng: &mut ChaCha8Rng| (0..12).map(|_| rng.random_range(-0.5f32..0.5)).sum();

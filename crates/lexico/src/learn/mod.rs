@@ -2,36 +2,20 @@
 
 mod adam;
 mod codebooks;
-mod ksvd;
 mod learner;
-mod optimal_directions;
 mod reseed;
 mod state;
 mod vectors;
 
-use std::ops::ControlFlow;
-
 use crate::dictionary::{Dictionary, MAX_ATOMS, check_sparsity};
-use crate::encode::EncodedBatch;
-use crate::threads::Rayon;
 use crate::{Error, Result};
 
+pub use crate::error::LearnError;
 pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
 pub use learner::Learner;
 pub use vectors::{InMemory, Vectors};
 
-/// How atoms are moved while the codes stay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LearnMethod {
-    /// One step of Adam (Kingma & Ba 2015) on the sphere, for minibatches.
-    Adam,
-    /// K-SVD (Aharon et al. 2006; approximate, Rubinstein et al. 2008): atom after atom, for all vectors at once.
-    Ksvd,
-    /// The method of optimal directions, MOD (Engan et al. 1999): least squares, for all vectors at once.
-    OptimalDirections,
-}
-
-/// What atoms are before the first step.
+/// Atoms before the first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InitialAtoms {
     /// Drawn vectors.
@@ -40,26 +24,24 @@ pub enum InitialAtoms {
     Random,
 }
 
-/// Settings of [`learn`].
+/// Settings of a [`Learner`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct LearnOptions {
-    /// What moves the atoms.
-    pub method: LearnMethod,
-    /// `N`.
+    /// Number of atoms, `N`.
     pub atoms: usize,
-    /// `s` during learning.
+    /// Sparsity during learning, `s`.
     pub sparsity: usize,
     /// Passes over the vectors.
     pub epochs: usize,
-    /// Vectors a step, which memory holds; where there are fewer, all.
+    /// Vectors of a step, held in memory; all of them where there are fewer.
     pub batch: usize,
-    /// Adam's step size at the start; it falls to 0 along a half cosine.
+    /// Step size of Adam at the start; it falls to 0 along a half cosine.
     pub learning_rate: f32,
-    /// What atoms begin as.
+    /// Atoms at the start.
     pub initial: InitialAtoms,
-    /// Whether atoms that nothing uses, and those that are nearly another, become the vectors coded worst.
+    /// Replaces atoms that no code uses, and near duplicates, by the vectors coded worst.
     pub reseed: bool,
-    /// Learning stops after so many epochs in a row without a lower held-out error; 0 never stops early.
+    /// Epochs in a row without a lower held-out error after which learning stops; 0 never stops early.
     pub patience: usize,
     /// Seed of every random choice: the same seed gives the same dictionary on any number of threads.
     pub seed: u64,
@@ -68,7 +50,6 @@ pub struct LearnOptions {
 impl Default for LearnOptions {
     fn default() -> Self {
         Self {
-            method: LearnMethod::Adam,
             atoms: 4096,
             sparsity: 8,
             epochs: 24,
@@ -82,39 +63,7 @@ impl Default for LearnOptions {
     }
 }
 
-impl LearnOptions {
-    /// Settings that suit a method: Adam's are the default, the others take all vectors in each step.
-    #[must_use]
-    pub fn of(method: LearnMethod) -> Self {
-        let adam = Self::default();
-        let batch = match method {
-            LearnMethod::Adam => adam.batch,
-            LearnMethod::Ksvd | LearnMethod::OptimalDirections => usize::MAX,
-        };
-        Self {
-            method,
-            batch,
-            ..adam
-        }
-    }
-
-    /// The recipe of the reference implementation (Kim et al. 2025): 20 epochs of minibatches of 64 at a rate
-    /// of 1e-4, random initial atoms, no re-seeding, no early stop.
-    #[must_use]
-    pub fn paper() -> Self {
-        Self {
-            epochs: 20,
-            batch: 64,
-            learning_rate: 1e-4,
-            initial: InitialAtoms::Random,
-            reseed: false,
-            patience: 0,
-            ..Self::default()
-        }
-    }
-}
-
-/// How far learning has come.
+/// Progress of learning.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearnProgress {
     /// Steps done.
@@ -125,7 +74,7 @@ pub struct LearnProgress {
     pub relative_error: f32,
     /// Mean relative error of the held-out vectors, after an epoch's last step.
     pub held_out_error: Option<f32>,
-    /// Atoms re-seeded so far.
+    /// Atoms replaced so far.
     pub reseeded: usize,
 }
 
@@ -137,40 +86,8 @@ pub struct Learned {
     /// Mean relative error of the held-out vectors at the training sparsity, f32 coefficients;
     /// `None` where there were none.
     pub held_out_error: Option<f32>,
-    /// Atoms re-seeded in all.
+    /// Atoms replaced in all.
     pub reseeded: usize,
-}
-
-/// Learns a dictionary for `vectors` `[n, m]`, judged on `held_out` `[n', m]`.
-///
-/// Every vector is scaled to unit length first, so that the loss `‖x − x̂‖²` is the squared
-/// relative error. A step codes a minibatch by [`Pursuit`](crate::Pursuit) with the dictionary fixed, then
-/// moves the dictionary with the codes fixed: [`LearnMethod::Adam`] against the loss's gradient, made tangent
-/// to the sphere (METHOD.md, "Universal dictionary"), the others to the least loss. Every atom is scaled back to
-/// unit length.
-/// Atoms start as drawn vectors; those that nothing uses, and those that are nearly another, become the
-/// vectors coded worst. Of the dictionaries after each epoch the one with the lowest held-out error is kept.
-///
-/// `progress` is called after every step and may break off. [`Learner`] takes the steps one by one.
-///
-/// # Errors
-/// [`Error::Learn`] where there are fewer vectors than atoms or a setting is 0,
-/// [`Error::Sparsity`], [`Error::NotFinite`], and [`Error::Interrupted`] where `progress` broke off.
-pub fn learn(
-    vectors: &[f32],
-    held_out: &[f32],
-    head_dim: usize,
-    options: &LearnOptions,
-    progress: &mut dyn FnMut(LearnProgress) -> ControlFlow<()>,
-) -> Result<Learned> {
-    let vectors = InMemory::new(vectors, head_dim)?;
-    let mut learner = Learner::new(&vectors, held_out, head_dim, options)?;
-    while !learner.is_done() {
-        if progress(learner.step(&Rayon)?).is_break() {
-            return Err(Error::Interrupted);
-        }
-    }
-    Ok(learner.finish())
 }
 
 impl LearnOptions {
@@ -179,54 +96,19 @@ impl LearnOptions {
     /// # Errors
     /// [`Error::Learn`] for a setting that is 0 or not a number, [`Error::Sparsity`].
     pub fn check(&self, head_dim: usize) -> Result<()> {
+        crate::kernels::check_level().map_err(Error::Level)?;
         if self.atoms == 0 || self.epochs == 0 || self.batch == 0 {
-            let reason = "atoms, epochs and batch must be at least 1";
-            return Err(Error::Learn(reason.to_owned()));
+            return Err(Error::Learn(LearnError::Zero("atoms, epochs and batch")));
         }
         if self.atoms > MAX_ATOMS {
-            let reason = format!("{} atoms; at most {MAX_ATOMS} are possible", self.atoms);
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::ManyAtoms(self.atoms)));
         }
         // Atoms have unit length: a step of 1 already leaves nothing of one.
         if !(self.learning_rate > 0.0 && self.learning_rate <= 1.0) {
-            let reason = format!(
-                "a learning rate of {} is impossible: it must be above 0 and at most 1",
-                self.learning_rate
-            );
-            return Err(Error::Learn(reason));
+            return Err(Error::Learn(LearnError::LearningRate(self.learning_rate)));
         }
         check_sparsity(self.sparsity, head_dim, self.atoms)
     }
-}
-
-/// Takes what the code of vector `v` of the batch stands for off `x` `[m]`.
-fn subtract_code(x: &mut [f32], dictionary: &Dictionary, codes: &EncodedBatch, v: usize) {
-    let (indices, coefficients) = codes.row(v);
-    for (&i, &c) in indices.iter().zip(coefficients) {
-        crate::kernels::add_scaled(x, -c, dictionary.atom(usize::from(i)));
-    }
-}
-
-/// What the codes leave of every vector, `[n, m]`.
-fn residuals(dictionary: &Dictionary, batch: &[f32], codes: &EncodedBatch) -> Vec<f32> {
-    let mut residuals = batch.to_vec();
-    let rows = residuals.chunks_exact_mut(dictionary.head_dim());
-    for (v, residual) in rows.enumerate() {
-        subtract_code(residual, dictionary, codes, v);
-    }
-    residuals
-}
-
-/// For every atom, the vectors that use it, with their coefficients.
-fn users(codes: &EncodedBatch, atoms: usize) -> Vec<Vec<(u32, f32)>> {
-    let mut users = vec![Vec::new(); atoms];
-    for v in 0..codes.len() {
-        let (indices, coefficients) = codes.row(v);
-        for (&i, &c) in indices.iter().zip(coefficients) {
-            users[usize::from(i)].push((v as u32, c));
-        }
-    }
-    users
 }
 
 #[cfg(test)]
@@ -234,7 +116,28 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use std::ops::ControlFlow;
+
     use super::*;
+    use crate::threads::Rayon;
+
+    /// Takes all steps of learning; `progress` is called after every one and may break off.
+    fn learn(
+        vectors: &[f32],
+        held_out: &[f32],
+        head_dim: usize,
+        options: &LearnOptions,
+        progress: &mut dyn FnMut(LearnProgress) -> ControlFlow<()>,
+    ) -> Result<Learned> {
+        let vectors = InMemory::new(vectors, head_dim)?;
+        let mut learner = Learner::new(&vectors, held_out, head_dim, options)?;
+        while !learner.is_done() {
+            if progress(learner.step(&Rayon)?).is_break() {
+                return Err(Error::Interrupted);
+            }
+        }
+        Ok(learner.finish())
+    }
 
     /// Vectors made of two atoms each of a hidden dictionary.
     fn planted(seed: u64, count: usize, atoms: usize, m: usize) -> Vec<f32> {
@@ -248,39 +151,10 @@ mod tests {
         for x in vectors.chunks_exact_mut(m) {
             for _ in 0..2 {
                 let c = rng.random_range(0.5f32..2.0);
-                crate::kernels::add_scaled(x, c, hidden.atom(rng.random_range(0..atoms)));
+                crate::kernels::vector::add_scaled(x, c, hidden.atom(rng.random_range(0..atoms)));
             }
         }
         vectors
-    }
-
-    /// Drawn vectors, more than there are atoms or fewer, and their codes over drawn atoms.
-    pub(super) fn drawn_codes(seed: u64) -> (Dictionary, Vec<f32>, EncodedBatch) {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let m = rng.random_range(1..20);
-        let (atoms, count) = (rng.random_range(1..24), rng.random_range(1..100));
-        let mut draw = |count: usize| (0..count).map(|_| rng.random_range(-1f32..1.0)).collect();
-        let dictionary = Dictionary::normalised(draw(atoms * m), m).unwrap();
-        let batch: Vec<f32> = draw(count * m);
-        let sparsity = m.min(atoms).min(3);
-        let codes = crate::Pursuit::new(&dictionary, sparsity).unwrap();
-        let codes = codes.encode(&batch).unwrap();
-        (dictionary, batch, codes)
-    }
-
-    const METHODS: [LearnMethod; 3] = [
-        LearnMethod::Adam,
-        LearnMethod::Ksvd,
-        LearnMethod::OptimalDirections,
-    ];
-
-    fn options_of(method: LearnMethod) -> LearnOptions {
-        let batch = LearnOptions::of(method).batch.max(options().batch);
-        LearnOptions {
-            method,
-            batch,
-            ..options()
-        }
     }
 
     fn options() -> LearnOptions {
@@ -299,10 +173,15 @@ mod tests {
     fn finds_a_planted_dictionary_and_repeats_itself() {
         let vectors = planted(1, 4000, 16, 12);
         let held_out = planted(2, 500, 16, 12);
-        for method in METHODS {
+        for initial in [InitialAtoms::Vectors, InitialAtoms::Random] {
+            let options = LearnOptions {
+                initial,
+                reseed: initial == InitialAtoms::Vectors,
+                ..options()
+            };
             let mut first_error = None;
             let run = |first: &mut Option<f32>| {
-                learn(&vectors, &held_out, 12, &options_of(method), &mut |p| {
+                learn(&vectors, &held_out, 12, &options, &mut |p| {
                     first.get_or_insert(p.relative_error);
                     ControlFlow::Continue(())
                 })
@@ -310,9 +189,10 @@ mod tests {
             };
             let learned = run(&mut first_error);
             let error = learned.held_out_error.unwrap();
-            assert!(error < 0.1, "{method:?}: {error}");
-            assert!(error < 0.5 * first_error.unwrap(), "{method:?}: {error}");
-            assert_eq!(learned, run(&mut None), "{method:?}");
+            assert!(error < 0.1, "{initial:?}: {error}");
+            assert!(error < 0.5 * first_error.unwrap(), "{initial:?}: {error}");
+            assert!(options.reseed || learned.reseeded == 0);
+            assert_eq!(learned, run(&mut None), "{initial:?}");
         }
     }
 
@@ -364,7 +244,7 @@ mod tests {
         };
         let vectors = InMemory::new(&vectors, 12).unwrap();
         let mut learner = Learner::new(&vectors, &[], 12, &options).unwrap();
-        let before = reseed::near_duplicates(learner.dictionary(), &Rayon).len();
+        let before = reseed::near_duplicates(&learner.dictionary, &Rayon).len();
         while !learner.is_done() {
             learner.step(&Rayon).unwrap();
         }
@@ -403,32 +283,29 @@ mod tests {
     fn a_saved_learner_goes_on_bit_for_bit() {
         let vectors = planted(1, 700, 16, 12);
         let held_out = planted(2, 100, 16, 12);
-        for method in METHODS {
-            let of_method = options_of(method);
-            let options = LearnOptions {
-                batch: of_method.batch.min(64),
-                epochs: 6,
-                ..of_method
-            };
-            let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
-                ControlFlow::Continue(())
-            });
-            let vectors = InMemory::new(&vectors, 12).unwrap();
-            let mut learner = Learner::new(&vectors, &held_out, 12, &options).unwrap();
-            while !learner.is_done() {
-                learner.step(&crate::threads::Alone).unwrap();
-                let saved = learner.save();
-                learner = Learner::resume(&vectors, &held_out, 12, &options, &saved).unwrap();
-            }
+        let options = LearnOptions {
+            batch: 64,
+            epochs: 6,
+            ..options()
+        };
+        let whole = learn(&vectors, &held_out, 12, &options, &mut |_| {
+            ControlFlow::Continue(())
+        });
+        let vectors = InMemory::new(&vectors, 12).unwrap();
+        let mut learner = Learner::new(&vectors, &held_out, 12, &options).unwrap();
+        while !learner.is_done() {
+            learner.step(&crate::threads::Alone).unwrap();
             let saved = learner.save();
-            assert_eq!(learner.finish(), whole.unwrap());
-            for length in (0..saved.len()).step_by(37) {
-                let cut = Learner::resume(&vectors, &held_out, 12, &options, &saved[..length]);
-                assert!(matches!(cut, Err(Error::Learn(_))), "{length} bytes");
-            }
-            let more = [&saved[..], &[0]].concat();
-            assert!(Learner::resume(&vectors, &held_out, 12, &options, &more).is_err());
+            learner = Learner::resume(&vectors, &held_out, 12, &options, &saved).unwrap();
         }
+        let saved = learner.save();
+        assert_eq!(learner.finish(), whole.unwrap());
+        for length in (0..saved.len()).step_by(37) {
+            let cut = Learner::resume(&vectors, &held_out, 12, &options, &saved[..length]);
+            assert!(matches!(cut, Err(Error::Learn(_))), "{length} bytes");
+        }
+        let more = [&saved[..], &[0]].concat();
+        assert!(Learner::resume(&vectors, &held_out, 12, &options, &more).is_err());
     }
 
     #[test]

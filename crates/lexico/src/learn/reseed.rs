@@ -1,16 +1,15 @@
-//! Which atoms are worth nothing, and what takes their place.
+//! Atoms that are worth nothing.
 
 use crate::dictionary::Dictionary;
-use crate::encode::EncodedBatch;
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::threads::{Threads, for_each};
 
-/// Atoms of which one does as well as both: a cosine above this, whatever the sign.
+/// Cosine, whatever the sign, above which one of two atoms does as well as both.
 const ALIKE: f32 = 0.99;
-/// Atoms that are compared with all others at once.
+/// Number of atoms that are compared with all others at once.
 const BLOCK: usize = 128;
 
-/// Atoms that are nearly an earlier one, or its opposite, in rising order: `O(N²·m)`.
+/// Finds the atoms that are nearly an earlier one, or its opposite, in rising order: `O(N²·m)`.
 pub(super) fn near_duplicates(dictionary: &Dictionary, threads: &dyn Threads) -> Vec<usize> {
     let (m, n) = (dictionary.head_dim(), dictionary.len());
     let atoms = dictionary.atoms();
@@ -36,12 +35,4 @@ pub(super) fn near_duplicates(dictionary: &Dictionary, threads: &dyn Threads) ->
         }
     }
     (0..n).filter(|&i| double[i]).collect()
-}
-
-/// The vectors of a coded batch, the worst coded first.
-pub(super) fn worst_first(codes: &EncodedBatch) -> Vec<usize> {
-    let mut worst: Vec<usize> = (0..codes.len()).collect();
-    let errors = &codes.relative_errors;
-    worst.sort_by(|&a, &b| errors[b].total_cmp(&errors[a]));
-    worst
 }

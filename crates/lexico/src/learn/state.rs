@@ -1,5 +1,6 @@
-//! Numbers as bytes, little-endian, for a learner's saved state.
+//! Reading and writing of a learner's saved state, little-endian numbers.
 
+use super::LearnError;
 use crate::{Error, Result};
 
 #[derive(Default)]
@@ -45,5 +46,5 @@ impl Reader<'_> {
 }
 
 pub(super) fn damaged() -> Error {
-    Error::Learn("the saved state is damaged, or of other settings".to_owned())
+    Error::Learn(LearnError::State)
 }

@@ -3,7 +3,7 @@ use crate::{Error, Result};
 
 /// Vectors to learn from, wherever they are held.
 pub trait Vectors: Sync {
-    /// `n`.
+    /// Number of vectors, `n`.
     fn count(&self) -> usize;
 
     /// Fills `out` `[numbers, m]` with the vectors of these numbers, each below [`Vectors::count`].
@@ -50,15 +50,14 @@ impl Vectors for InMemory<'_> {
     }
 }
 
-/// The vectors of these numbers, scaled to unit length; one that is zero stays so.
+/// Reads the vectors of these numbers, scaled to unit length; a zero vector stays zero.
 pub(super) fn read_units(
     vectors: &dyn Vectors,
     numbers: &[u32],
     head_dim: usize,
-    out: &mut Vec<f32>,
-) -> Result<()> {
-    out.resize(numbers.len() * head_dim, 0.0);
-    vectors.read(numbers, out)?;
+) -> Result<Vec<f32>> {
+    let mut out = vec![0.0; numbers.len() * head_dim];
+    vectors.read(numbers, &mut out)?;
     for (&number, x) in numbers.iter().zip(out.chunks_exact_mut(head_dim)) {
         let length = norm(x);
         if !length.is_finite() {
@@ -70,5 +69,5 @@ pub(super) fn read_units(
                 .for_each(|v| *v = (f64::from(*v) / length) as f32);
         }
     }
-    Ok(())
+    Ok(out)
 }

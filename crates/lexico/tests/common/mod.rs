@@ -1,5 +1,7 @@
 #![allow(dead_code)] // each test file uses a part
 
+pub(crate) mod oracle;
+
 use std::path::PathBuf;
 
 use lexico::Dictionary;

@@ -11,15 +11,19 @@ use emulator::Emulator;
 use std::sync::Arc;
 
 use half::f16;
-use lexico::attention::{DenseRows, NumberType, Source, attend};
+use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
+use lexico::cache::{Coding, LayerCache, LayerSettings};
+use lexico::codes::{AdditiveFormat, SparseFormat};
 use lexico::cuda::{
-    DEVICE_BEAM, Device, DeviceAttention, DeviceBeamSearch, DeviceCodes, DeviceDictionaries,
-    DeviceLayer, DeviceLayerSettings, DevicePast, DevicePursuit, DeviceRows, DeviceSequence,
-    Program, Streams, compile, compile_cached,
+    DEVICE_BEAM, Device, DeviceAttention, DeviceCodes, DeviceEncoder, DeviceLayer, DevicePast,
+    DeviceRows, DeviceSequence, FoundCodes, Program, Streams, compile, compile_cached,
 };
-use lexico::dictionary::{Atoms, CODEBOOK_ATOMS, CodebookSizes, Codebooks, LayerSparsities};
-use lexico::encode::BeamSearch;
-use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, Pursuit};
+use lexico::dictionary::{
+    Atoms, CODEBOOK_ATOMS, CodebookSizes, Codebooks, LayerDictionaries, LayerSparsities,
+};
+use lexico::encode::{BeamSearch, Encoder, Fit};
+use lexico::threads::Alone;
+use lexico::{CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, KeyValue, Pursuit};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -40,6 +44,35 @@ fn drawn(rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.random_range(-1f32..1.0)).collect()
 }
 
+/// Codes vectors of `m` numbers, which are filled up with zeros to a multiple of 16.
+fn encode(
+    encoder: &DeviceEncoder<Emulator>,
+    streams: &Streams<Emulator>,
+    vectors: &[f32],
+    m: usize,
+    sparsities: &[usize],
+    fit: Fit,
+) -> FoundCodes<Emulator> {
+    let zeros = vec![0.0; m.next_multiple_of(16) - m];
+    let rows: Vec<&[f32]> = vectors.chunks_exact(m).flat_map(|x| [x, &zeros]).collect();
+    let rows = numbers(&streams.main, &rows.concat());
+    encoder
+        .encode_heads(streams, &rows, vectors.len() / m, sparsities, fit)
+        .unwrap()
+}
+
+fn bytes(emulator: &Emulator, from: &Vec<u64>, count: usize) -> Vec<u8> {
+    let mut bytes = vec![0; count];
+    emulator.read(from, 0, &mut bytes).unwrap();
+    bytes
+}
+
+fn indices(emulator: &Emulator, found: &FoundCodes<Emulator>, count: usize) -> Vec<u16> {
+    let bytes = bytes(emulator, &found.indices, 2 * count);
+    let numbers = bytes.as_chunks().0.iter();
+    numbers.map(|&b| u16::from_le_bytes(b)).collect()
+}
+
 #[test]
 fn pursuit_is_that_of_the_cpu() {
     let streams = emulator!();
@@ -56,8 +89,25 @@ fn pursuit_is_that_of_the_cpu() {
             .in_half_precision()
             .unwrap();
         let vectors = drawn(&mut rng, count * m);
-        let device = DevicePursuit::new(emulator, &dictionary, sparsity).unwrap();
-        let found = device.encode(&streams, &vectors).unwrap();
+        let device = DeviceEncoder::pursuit(emulator, &dictionary, sparsity).unwrap();
+        let found = encode(
+            &device,
+            &streams,
+            &vectors,
+            m,
+            &[sparsity],
+            Fit::LeastSquares,
+        );
+        let found = EncodedBatch {
+            sparsity,
+            lengths: bytes(emulator, &found.lengths, count)
+                .into_iter()
+                .map(u16::from)
+                .collect(),
+            indices: indices(emulator, &found, count * sparsity),
+            coefficients: read(emulator, &found.coefficients, count * sparsity),
+            relative_errors: read(emulator, &found.errors, count),
+        };
         let on_cpu = Pursuit::new(&dictionary, sparsity)
             .unwrap()
             .encode(&vectors)
@@ -88,64 +138,63 @@ fn pursuit_is_that_of_the_cpu() {
     }
 }
 
-/// CodebookSizes each nearer to zero than the one before.
-fn codebooks(rng: &mut ChaCha8Rng, m: usize, first: usize, groups: usize) -> Codebooks {
-    let count = first + (groups - 1) * CODEBOOK_ATOMS;
-    let mut atoms = drawn(rng, count * m);
+/// Codebooks each nearer to zero than the one before.
+fn codebooks(rng: &mut ChaCha8Rng, m: usize, first: usize, count: usize) -> Codebooks {
+    let mut atoms = drawn(rng, (first + (count - 1) * CODEBOOK_ATOMS) * m);
     for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
-        let group = i.saturating_sub(first).div_ceil(CODEBOOK_ATOMS);
+        let codebook = i.saturating_sub(first).div_ceil(CODEBOOK_ATOMS);
         atom.iter_mut()
-            .for_each(|x| *x *= 0.8f32.powi(group as i32));
+            .for_each(|x| *x *= 0.8f32.powi(codebook as i32));
     }
-    let groups = CodebookSizes { first };
-    Codebooks::new(atoms, m, groups)
+    Codebooks::new(atoms, m, CodebookSizes { first })
         .unwrap()
         .in_half_precision()
         .unwrap()
 }
 
 #[test]
-fn packed_codes_are_those_of_the_cpu() {
+fn additive_codes_are_those_of_the_cpu() {
     let streams = emulator!();
     let emulator = &streams.main;
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    for (m, first, groups, sparsities, each) in [
+    for (m, first, count, sparsities, each) in [
         (32, 100, 6, vec![6, 3], 11),
         (20, 300, 3, vec![1, 2, 3], 5),
         (48, 7, 9, vec![9], 0),
     ] {
-        let dictionary = codebooks(&mut rng, m, first, groups);
+        let codebooks = codebooks(&mut rng, m, first, count);
         let vectors = drawn(&mut rng, sparsities.len() * each * m);
-        for unbiased in [false, true] {
-            let device = DeviceBeamSearch::new(emulator, &dictionary, groups).unwrap();
-            let found = device
-                .encode(&streams, &vectors, &sparsities, unbiased)
-                .unwrap();
-            let found = found
-                .batch(emulator, dictionary.groups(), &sparsities)
-                .unwrap();
-            let on_cpu = BeamSearch::new(&dictionary, groups).unwrap();
-            let on_cpu = on_cpu.with_beam(DEVICE_BEAM).unbiased(unbiased);
-            let heads = on_cpu
-                .encode_heads_on(&vectors, &sparsities, &lexico::threads::Alone)
-                .unwrap();
+        for fit in [Fit::LeastSquares, Fit::Unbiased] {
+            let device = DeviceEncoder::beam_search(emulator, &codebooks, count).unwrap();
+            let found = encode(&device, &streams, &vectors, m, &sparsities, fit);
+            let n = sparsities.len() * each;
+            let paths = indices(emulator, &found, n * count);
+            let scales = bytes(emulator, &found.coefficients, n);
+            let errors = read(emulator, &found.errors, n);
+            let on_cpu = BeamSearch::new(&codebooks, count).unwrap();
+            let on_cpu = on_cpu.with_beam_width(DEVICE_BEAM).with_fit(fit);
+            let heads = on_cpu.encode_heads(&vectors, &sparsities, &Alone).unwrap();
             let wanted: Vec<_> = heads
                 .iter()
                 .flat_map(|head| (0..each).map(|v| (head.row(v), head.relative_errors[v])))
                 .collect();
             let mut same = 0;
-            for (v, ((indices, scales), error)) in wanted.iter().enumerate() {
-                let (own, own_scales) = found.row(v);
+            for (v, ((indices, wanted_scales), error)) in wanted.iter().enumerate() {
+                let path = paths[v * count..][..indices.len()].iter();
+                let own = path
+                    .zip(0..)
+                    .map(|(atom, i)| atom + codebooks.sizes().start(i) as u16);
+                let scale = 2f32.powf(f32::from(scales[v]) / 32.0);
                 // Products of halves may prefer another sum, as near.
-                let ratio = found.relative_errors[v] / error;
+                let ratio = errors[v] / error;
                 assert!(
                     (0.97..1.03).contains(&ratio),
                     "m = {m}, vector {v}: {ratio}"
                 );
-                if own == *indices {
+                if own.eq(indices.iter().copied()) {
                     same += 1;
                     // One step at the most.
-                    assert!((own_scales[0] - scales[0]).abs() < 0.03 * scales[0]);
+                    assert!((scale - wanted_scales[0]).abs() < 0.03 * wanted_scales[0]);
                 }
             }
             assert!(
@@ -170,8 +219,7 @@ fn numbers(emulator: &Emulator, numbers: &[f32]) -> Vec<u64> {
 }
 
 fn read(emulator: &Emulator, from: &Vec<u64>, count: usize) -> Vec<f32> {
-    let mut bytes = vec![0; 4 * count];
-    emulator.read(from, 0, &mut bytes).unwrap();
+    let bytes = bytes(emulator, from, 4 * count);
     let numbers = bytes.as_chunks().0.iter();
     numbers.map(|&b| f32::from_le_bytes(b)).collect()
 }
@@ -189,18 +237,16 @@ fn ring(emulator: &Emulator, rows: &[f32], m: usize, room: usize, start: usize) 
 
 /// Codes that nothing was searched for.
 fn any_batch(rng: &mut ChaCha8Rng, format: CodeFormat, atoms: usize, n: usize) -> EncodedBatch {
-    let s = format.sparsity;
-    let packed = match format.coefficients {
-        CoefficientFormat::InAtoms(groups) => Some(groups),
-        _ => None,
-    };
-    let index = |i: usize, rng: &mut ChaCha8Rng| match packed {
-        Some(groups) => rng.random_range(groups.start(i % s)..groups.start(i % s + 1)) as u16,
-        None => rng.random_range(0..atoms) as u16,
+    let s = format.sparsity();
+    let index = |i: usize, rng: &mut ChaCha8Rng| match format {
+        CodeFormat::Additive(AdditiveFormat { sizes, .. }) => {
+            rng.random_range(sizes.start(i % s)..sizes.start(i % s + 1)) as u16
+        }
+        CodeFormat::Sparse(_) => rng.random_range(0..atoms) as u16,
     };
     let indices = (0..n * s).map(|i| index(i, rng)).collect();
     let mut coefficients = drawn(rng, n * s);
-    if packed.is_some() {
+    if let CodeFormat::Additive(_) = format {
         for row in coefficients.chunks_exact_mut(s) {
             row.fill(1.0 + row[0].abs() / 2.0);
         }
@@ -220,35 +266,30 @@ fn attention_is_that_of_the_cpu() {
     let emulator = &streams.main;
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let m = 32;
-    for (coefficients, s, group) in [
-        (
-            CoefficientFormat::InAtoms(CodebookSizes { first: 70 }),
-            1,
-            1,
-        ),
-        (
-            CoefficientFormat::InAtoms(CodebookSizes { first: 100 }),
-            2,
-            2,
-        ),
-        (
-            CoefficientFormat::InAtoms(CodebookSizes { first: 300 }),
-            8,
-            4,
-        ),
-        (CoefficientFormat::I8, 6, 8),
-        (CoefficientFormat::F8, 7, 4),
-        (CoefficientFormat::InAtoms(CodebookSizes { first: 9 }), 3, 7),
-        (CoefficientFormat::I8, 2, 3),
-    ] {
-        let format = CodeFormat {
-            sparsity: s,
-            variable: false,
+    let sparse = |coefficients, sparsity| {
+        let variable = false;
+        CodeFormat::from(SparseFormat {
+            sparsity,
+            variable,
             coefficients,
-        };
-        let count = match coefficients {
-            CoefficientFormat::InAtoms(groups) => groups.atoms(s),
-            _ => 150,
+        })
+    };
+    let additive = |first, sparsity| {
+        let sizes = CodebookSizes { first };
+        CodeFormat::from(AdditiveFormat { sparsity, sizes })
+    };
+    for (format, group) in [
+        (additive(70, 1), 1),
+        (additive(100, 2), 2),
+        (additive(300, 8), 4),
+        (sparse(CoefficientFormat::I8, 6), 8),
+        (sparse(CoefficientFormat::F8, 7), 4),
+        (additive(9, 3), 7),
+        (sparse(CoefficientFormat::I8, 2), 3),
+    ] {
+        let count = match format {
+            CodeFormat::Additive(format) => format.sizes.atoms(format.sparsity),
+            CodeFormat::Sparse(_) => 150,
         };
         let [key_atoms, value_atoms] = [(); 2].map(|()| {
             let atoms = Dictionary::normalised(drawn(&mut rng, count * m), m).unwrap();
@@ -316,23 +357,23 @@ fn attention_is_that_of_the_cpu() {
             seen_values.drop_front(hidden[i]);
             let sources = [
                 Source::Codes {
-                    keys: &seen_keys,
-                    values: &seen_values,
-                    key_atoms: keys,
-                    value_atoms: values,
+                    codes: KeyValue::new(&seen_keys, &seen_values),
+                    atoms: KeyValue::new(keys, values),
                 },
-                Source::Dense {
-                    keys: &window_keys,
-                    values: &window_values,
-                },
+                Source::Dense(KeyValue::new(&window_keys, &window_values)),
             ];
             let own = i * group * m..(i + 1) * group * m;
             let mut wanted = vec![f32::NAN; group * m];
-            attend(&queries[own.clone()], m, 1, None, &sources, &mut wanted);
+            let head = Head {
+                queries: &queries[own.clone()],
+                sources: &sources,
+                out: &mut wanted,
+            };
+            attend_heads(&mut [head], m, 1, None, &Alone);
             for (found, wanted) in found[own].iter().zip(&wanted) {
                 assert!(
                     (found - wanted).abs() < 2e-3,
-                    "{coefficients:?}, pair {i}: {found} for {wanted}"
+                    "{format:?}, pair {i}: {found} for {wanted}"
                 );
             }
         }
@@ -372,24 +413,28 @@ fn relative_error(found: &[f32], wanted: &[f32]) -> f32 {
 /// step.
 fn goes_on(
     streams: &Arc<Streams<Emulator>>,
-    dictionaries: DeviceDictionaries<'_>,
+    dictionaries: &LayerDictionaries,
+    coding: Coding,
     sliding: Option<usize>,
 ) {
     const M: usize = 16;
     const HEADS: usize = 2;
-    let (group, window, batch, due) = (3, 5, 4, 2);
-    let settings = DeviceLayerSettings {
-        sparsities: LayerSparsities {
+    let (group, window, batch, delay) = (3, 5, 4, 2);
+    let settings = LayerSettings {
+        coding,
+        fit: Fit::LeastSquares,
+        recent_window: window,
+        batch,
+        delay,
+        sliding_window: sliding,
+        ..LayerSettings::new(LayerSparsities {
             keys: vec![4, 2],
             values: vec![3, 5],
-        },
-        unbiased: false,
-        group,
-        window,
-        batch,
-        due,
+        })
     };
-    let layer = DeviceLayer::new(streams.clone(), dictionaries, settings).unwrap();
+    let on_cpu = || LayerCache::new(dictionaries, settings.clone()).unwrap();
+    let mut on_cpu = [on_cpu(), on_cpu()];
+    let layer = DeviceLayer::new(streams.clone(), dictionaries, settings.clone(), group).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(21);
     let emulator = &streams.main;
     let at = Emulator::address;
@@ -398,13 +443,13 @@ fn goes_on(
     let mut keys = vec![vec![Rows::new(); HEADS]; 2];
     let mut values = keys.clone();
     let check = |sequence: &DeviceSequence<Emulator>, keys: &[Rows], values: &[Rows]| {
-        let seen = sequence.seen(sliding);
+        let seen = sequence.seen();
         let all = keys[0].len() / M;
         assert_eq!(sequence.positions(), all);
         assert_eq!(seen, sliding.map_or(all, |sliding| all.min(sliding)));
         let found = [(); 2].map(|()| emulator.allocate(HEADS * seen * M * 4).unwrap());
         // SAFETY: there is room for as many.
-        unsafe { layer.read_back(sequence, [at(&found[0]), at(&found[1])], sliding) }.unwrap();
+        unsafe { layer.read_back(sequence, KeyValue::new(at(&found[0]), at(&found[1]))) }.unwrap();
         let found = found.map(|memory| read(emulator, &memory, HEADS * seen * M));
         for (found, wanted) in found.iter().zip([keys, values]) {
             for (found, wanted) in found.chunks_exact((seen * M).max(1)).zip(wanted) {
@@ -418,7 +463,7 @@ fn goes_on(
                     .count();
                 let coded = &errors[..seen - exact];
                 assert!(
-                    exact >= window.min(seen) && exact <= window + batch + due,
+                    exact >= window.min(seen) && exact <= window + batch + delay,
                     "{exact}"
                 );
                 let mean = coded.iter().sum::<f32>() / coded.len().max(1) as f32;
@@ -434,9 +479,12 @@ fn goes_on(
             keys[i][head].extend(&k[head * t * M..][..t * M]);
             values[i][head].extend(&v[head * t * M..][..t * M]);
         }
-        let [k, v] = [&k, &v].map(|rows| numbers(emulator, rows));
+        let new = KeyValue::new(&k[..], &v[..]);
+        on_cpu[i].append(new, &Alone).unwrap();
+        let new = new.map(|rows| numbers(emulator, rows));
         // SAFETY: as many numbers are there.
-        unsafe { layer.take(&mut sequences[i], [at(&k), at(&v)], t, sliding) }.unwrap();
+        unsafe { layer.take(&mut sequences[i], new.as_ref().map(at), t) }.unwrap();
+        same_steps(&sequences[i], &on_cpu[i]);
         check(&sequences[i], &keys[i], &values[i]);
     }
     for step in 0..20 {
@@ -450,8 +498,12 @@ fn goes_on(
         let mut together = Vec::new();
         if step % 5 == 0 {
             for sequence in &sequences {
-                together.push(check_before(&layer, emulator, sequence, sliding, HEADS, M));
+                together.push(check_before(&layer, emulator, sequence, HEADS, M));
             }
+        }
+        let each = k.chunks_exact(HEADS * M).zip(v.chunks_exact(HEADS * M));
+        for (cache, (k, v)) in on_cpu.iter_mut().zip(each) {
+            cache.append(KeyValue::new(k, v), &Alone).unwrap();
         }
         let [k, v, q] = [&k, &v, &queries].map(|rows| numbers(emulator, rows));
         let out = emulator.allocate(4 * queries.len()).unwrap();
@@ -460,10 +512,9 @@ fn goes_on(
         unsafe {
             layer.decode(
                 &mut [first, second],
-                [at(&k), at(&v)],
+                KeyValue::new(at(&k), at(&v)),
                 at(&q),
                 at(&out),
-                sliding,
             )
         }
         .unwrap();
@@ -491,13 +542,39 @@ fn goes_on(
             }
         }
         for (i, sequence) in sequences.iter().enumerate() {
+            same_steps(sequence, &on_cpu[i]);
             if step % 5 > 1 {
                 check(sequence, &keys[i], &values[i]);
             }
         }
     }
-    let bytes = layer.bytes(&sequences[1]);
-    assert!(bytes.codes.iter().all(|&b| b > 0) && bytes.window > 0);
+    let bytes = layer.footprint(&sequences[1]);
+    assert!(bytes.codes.into_iter().all(|b| b > 0) && bytes.recent_window > 0);
+}
+
+/// Checks that positions have moved as they do in a processor's cache.
+fn same_steps(sequence: &DeviceSequence<Emulator>, on_cpu: &LayerCache) {
+    assert_eq!(sequence.dense(), on_cpu.dense());
+    if on_cpu.settings().sliding_window.is_none() {
+        assert_eq!(sequence.coded(), on_cpu.coded());
+    }
+}
+
+/// One layer's dictionaries, keys and values alike.
+fn alike(dictionary: Dictionary, codebooks: Codebooks) -> LayerDictionaries {
+    let (dictionary, codebooks) = (Arc::new(dictionary), Arc::new(codebooks));
+    LayerDictionaries {
+        keys: dictionary.clone(),
+        values: dictionary,
+        codebooks: Some(KeyValue::new(codebooks.clone(), codebooks)),
+    }
+}
+
+fn sparse(coefficients: CoefficientFormat) -> Coding {
+    Coding::Sparse {
+        coefficients,
+        tolerance: 0.0,
+    }
 }
 
 /// What a sequence holds of each head, keys and values.
@@ -505,15 +582,14 @@ fn check_before(
     layer: &DeviceLayer<Emulator>,
     emulator: &Emulator,
     sequence: &DeviceSequence<Emulator>,
-    sliding: Option<usize>,
     heads: usize,
     m: usize,
 ) -> [Vec<Rows>; 2] {
-    let each = sequence.seen(sliding) * m;
+    let each = sequence.seen() * m;
     let found = [(); 2].map(|()| emulator.allocate(heads * each * 4).unwrap());
     let at = Emulator::address;
     // SAFETY: there is room for as many.
-    unsafe { layer.read_back(sequence, [at(&found[0]), at(&found[1])], sliding) }.unwrap();
+    unsafe { layer.read_back(sequence, KeyValue::new(at(&found[0]), at(&found[1]))) }.unwrap();
     found.map(|memory| {
         let rows = read(emulator, &memory, heads * each);
         rows.chunks_exact(each.max(1))
@@ -527,32 +603,51 @@ fn a_layer_holds_and_attends_to_what_came() {
     let streams = Arc::new(emulator!());
     let mut rng = ChaCha8Rng::seed_from_u64(20);
     let dictionary = Dictionary::normalised(drawn(&mut rng, 300 * 16), 16).unwrap();
-    let groups = codebooks(&mut rng, 16, 100, 5);
-    let packed = DeviceDictionaries::Additive {
-        keys: &groups,
-        values: &groups,
-    };
-    let sparse = DeviceDictionaries::Sparse {
-        keys: &dictionary,
-        values: &dictionary,
-        coefficients: CoefficientFormat::I8,
-    };
-    for (window, batch) in [(usize::MAX, 1), (1, usize::MAX), (1 << 31, 1)] {
-        let settings = DeviceLayerSettings {
-            sparsities: LayerSparsities::same(1, 2, 2),
-            unbiased: true,
-            group: 1,
-            window,
+    let dictionaries = alike(dictionary, codebooks(&mut rng, 16, 100, 5));
+    let new = |settings| DeviceLayer::new(streams.clone(), &dictionaries, settings, 1);
+    let usual = || LayerSettings::new(LayerSparsities::same(1, 2, 2));
+    for (recent_window, batch) in [(usize::MAX, 1), (1, usize::MAX), (1 << 31, 1)] {
+        let settings = LayerSettings {
+            recent_window,
             batch,
-            due: 0,
+            ..usual()
         };
-        let refused = DeviceLayer::new(streams.clone(), packed, settings).err();
-        let message = refused.unwrap().to_string();
+        let message = new(settings).err().unwrap().to_string();
         assert!(message.contains("window"), "{message}");
     }
+    let coded = |coding| LayerSettings { coding, ..usual() };
+    for (settings, words) in [
+        (coded(Coding::Additive { beam_width: 4 }), "beam=4"),
+        (coded(sparse(CoefficientFormat::F32)), "format=f32"),
+        (
+            coded(Coding::Sparse {
+                coefficients: CoefficientFormat::I8,
+                tolerance: 0.5,
+            }),
+            "tolerance=0.5",
+        ),
+        (
+            LayerSettings {
+                number_type: NumberType::F32,
+                ..usual()
+            },
+            "dense=f32",
+        ),
+        (
+            LayerSettings {
+                batch: 0,
+                ..usual()
+            },
+            "batch=0",
+        ),
+    ] {
+        let message = new(settings).err().unwrap().to_string();
+        assert!(message.contains(words), "{message}");
+    }
     for sliding in [None, Some(30), Some(3)] {
-        goes_on(&streams, packed, sliding);
-        goes_on(&streams, sparse, sliding);
+        for coding in [Coding::default(), sparse(CoefficientFormat::I8)] {
+            goes_on(&streams, &dictionaries, coding, sliding);
+        }
     }
 }
 
@@ -574,45 +669,35 @@ fn every_kernel_compiles_for_every_architecture() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let m = 128;
     let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
-    let groups = codebooks(&mut rng, m, 300, 3);
-    let sparse = |coefficients| DeviceDictionaries::Sparse {
-        keys: &dictionary,
-        values: &dictionary,
-        coefficients,
-    };
-    for dictionaries in [
-        DeviceDictionaries::Additive {
-            keys: &groups,
-            values: &groups,
-        },
+    let dictionaries = alike(dictionary, codebooks(&mut rng, m, 300, 3));
+    for coding in [
+        Coding::default(),
         sparse(CoefficientFormat::I8),
         sparse(CoefficientFormat::F8),
     ] {
         for group in 1..=8 {
-            let settings = DeviceLayerSettings {
-                sparsities: LayerSparsities::same(2, 3, 2),
-                unbiased: true,
-                group,
-                window: 4,
+            let settings = LayerSettings {
+                coding,
+                recent_window: 4,
                 batch: 2,
-                due: 0,
+                delay: 0,
+                ..LayerSettings::new(LayerSparsities::same(2, 3, 2))
             };
-            let layer = DeviceLayer::new(streams.clone(), dictionaries, settings).unwrap();
+            let layer = DeviceLayer::new(streams.clone(), &dictionaries, settings, group).unwrap();
             let mut sequence = layer.sequence().unwrap();
             // SAFETY: nothing runs.
             unsafe {
-                layer.take(&mut sequence, [0; 2], 9, None).unwrap();
-                layer.read_back(&sequence, [0; 2], None).unwrap();
-                layer
-                    .decode(&mut [&mut sequence], [0; 2], 0, 0, None)
-                    .unwrap();
+                let nowhere = KeyValue::default();
+                layer.take(&mut sequence, nowhere, 9).unwrap();
+                layer.read_back(&sequence, nowhere).unwrap();
+                layer.decode(&mut [&mut sequence], nowhere, 0, 0).unwrap();
             }
         }
     }
     let names = [
         "pursue",
         "search",
-        "store_packed",
+        "store_additive",
         "store_sparse",
         "project",
         "score",

@@ -1,3 +1,4 @@
+use ::lexico::KeyValue;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
@@ -86,8 +87,7 @@ pub(crate) struct DeviceFullCache {
 
 /// Keys and values `[kv_heads, room, m]`, of which the first `held` are there.
 struct Layer {
-    keys: Tensor,
-    values: Tensor,
+    rows: KeyValue<Tensor>,
     held: usize,
 }
 
@@ -106,9 +106,15 @@ impl DeviceFullCache {
 }
 
 impl Layer {
+    /// Keys and values that are held.
+    fn all(&self) -> Result<KeyValue<Tensor>> {
+        let rows = self.rows.as_ref();
+        Ok(rows.try_map(|rows| rows.narrow(1, 0, self.held))?)
+    }
+
     /// Makes room for `count` positions more, giving up those that no further query sees.
     fn reserve(&mut self, count: usize, window: Option<usize>) -> Result<()> {
-        let room = self.keys.dim(1)?;
+        let room = self.rows.keys.dim(1)?;
         if self.held + count <= room {
             return Ok(());
         }
@@ -116,7 +122,7 @@ impl Layer {
         let dropped = self.held - kept;
         // Copied seldom, and little of it empty.
         let room = (kept + count + kept / 8).next_multiple_of(ROOM);
-        for rows in [&mut self.keys, &mut self.values] {
+        for rows in self.rows.as_mut() {
             let (heads, _, m) = rows.dims3()?;
             let new = Tensor::zeros((heads, room, m), rows.dtype(), rows.device())?;
             if kept > 0 {
@@ -141,20 +147,17 @@ impl KvCache for DeviceFullCache {
             Some(layer) => layer,
             empty => {
                 let rows = || Tensor::zeros((heads, ROOM, m), dtype, k.device());
-                empty.insert(Layer {
-                    keys: rows()?,
-                    values: rows()?,
-                    held: 0,
-                })
+                let rows = KeyValue::new(rows()?, rows()?);
+                empty.insert(Layer { rows, held: 0 })
             }
         };
         layer.reserve(t, window)?;
-        let rounded = |x: &Tensor| x.to_dtype(dtype)?.contiguous();
-        layer.keys.slice_set(&rounded(k)?, 1, layer.held)?;
-        layer.values.slice_set(&rounded(v)?, 1, layer.held)?;
+        for (rows, new) in layer.rows.as_ref().zip(KeyValue::new(k, v)) {
+            rows.slice_set(&new.to_dtype(dtype)?.contiguous()?, 1, layer.held)?;
+        }
         layer.held += t;
-        let all = |rows: &Tensor| rows.narrow(1, 0, layer.held);
-        attend(q, &all(&layer.keys)?, &all(&layer.values)?, window)
+        let KeyValue { keys, values } = layer.all()?;
+        attend(q, &keys, &values, window)
     }
 
     fn len(&self) -> usize {
@@ -165,28 +168,23 @@ impl KvCache for DeviceFullCache {
         let Some(layer) = &self.layers[layer] else {
             return Ok(Some(Decoded::default()));
         };
-        let rows = |rows: &Tensor| -> Result<Vec<f32>> {
-            let rows = rows.narrow(1, 0, layer.held)?.to_dtype(DType::F32)?;
-            Ok(rows.flatten_all()?.to_vec1()?)
-        };
+        let numbers = |rows: Tensor| rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+        let KeyValue { keys, values } = layer.all()?.try_map(numbers)?;
         Ok(Some(Decoded {
-            keys: rows(&layer.keys)?,
-            values: rows(&layer.values)?,
-            bytes: [&layer.keys, &layer.values].map(bytes),
+            keys,
+            values,
+            bytes: [&layer.rows.keys, &layer.rows.values].map(bytes),
         }))
     }
 
     fn footprint(&self) -> Footprint {
         let layers = self.layers.iter().flatten();
-        let dense = layers.map(|layer| bytes(&layer.keys) + bytes(&layer.values));
+        let dense = layers
+            .flat_map(|layer| layer.rows.as_ref().map(bytes))
+            .sum();
+        let bookkeeping = self.layers.len() * size_of::<Option<Layer>>();
         Footprint {
-            parts: vec![
-                ("dense", dense.sum()),
-                (
-                    "bookkeeping",
-                    self.layers.len() * size_of::<Option<Layer>>(),
-                ),
-            ],
+            parts: vec![("dense", dense), ("bookkeeping", bookkeeping)],
         }
     }
 }

@@ -39,7 +39,7 @@ pub(super) fn in_a_row(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_dtype(DType::F32)?.contiguous()?)
 }
 
-/// Where the numbers of a tensor that [`in_a_row`] gave lie. They stay as long as the tensor, and what was asked of candle's stream
+/// The address of the numbers of a tensor that [`in_a_row`] gave. They stay as long as the tensor, and what was asked of candle's stream
 /// before it is dropped still finds them.
 pub(super) fn address(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();

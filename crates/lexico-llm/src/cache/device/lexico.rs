@@ -1,136 +1,94 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use ::lexico::attention::NumberType;
-use ::lexico::cuda::{
-    DEVICE_BEAM, DeviceDictionaries, DeviceLayer, DeviceLayerSettings, DeviceSequence, Gpu,
-};
-use ::lexico::{CoefficientFormat, DictionarySet};
+use ::lexico::cache::LayerSettings;
+use ::lexico::cuda::{DeviceLayer, DeviceSequence, Gpu};
+use ::lexico::{DictionarySet, KeyValue};
 use candle_core::{DType, Device, Tensor};
 
 use super::dense;
 use super::gpu::{address, in_a_row, refused, room, streams};
-use crate::cache::lexico::{Format, LexicoSettings};
+use crate::cache::lexico::{bytes_by_part, explained, footprint};
 use crate::cache::{Decoded, Footprint, KvCache};
 use crate::config::Config;
 use crate::decoder::Sequence;
 use crate::error::{Error, Result};
 
-/// [`LexicoCache`](crate::cache::LexicoCache) in a GPU's memory: codes, window and dictionaries, attended to by kernels of our own.
+/// [`LexicoCache`](crate::cache::lexico) in a GPU's memory: codes, window and dictionaries, attended to by kernels of
+/// our own.
 ///
 /// What leaves the window is coded on a second stream, while the next tokens are decoded.
 pub(crate) struct DeviceLexicoCache {
-    shared: Arc<Shared>,
+    model: Arc<ModelOnDevice>,
     layers: Vec<DeviceSequence<Gpu>>,
-    sliding: Option<usize>,
+    /// The model's sliding window.
+    sliding_window: Option<usize>,
 }
 
-/// What all sequences of one model with the same settings share.
-struct Shared {
+/// The part that all sequences of one model with the same settings share.
+struct ModelOnDevice {
     dictionaries: Arc<DictionarySet>,
-    settings: LexicoSettings,
+    settings: Vec<LayerSettings>,
     device: Device,
     layers: Vec<DeviceLayer<Gpu>>,
 }
 
 /// Those that some sequence uses.
-static SHARED: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+static MODELS: Mutex<Vec<Weak<ModelOnDevice>>> = Mutex::new(Vec::new());
 
-fn impossible(option: &'static str, value: String, reason: &str) -> Error {
-    Error::OptionValue {
-        method: "lexico",
-        option,
-        value,
-        reason: reason.to_owned(),
-    }
-}
-
-impl Shared {
-    fn of(
+impl ModelOnDevice {
+    /// The one that other sequences use, or a new one.
+    fn find_or_make(
         config: &Config,
         dictionaries: &Arc<DictionarySet>,
-        settings: LexicoSettings,
+        settings: Vec<LayerSettings>,
         device: &Device,
     ) -> Result<Arc<Self>> {
-        let mut all = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|shared| shared.strong_count() > 0);
-        let same = |shared: &Arc<Self>| {
-            Arc::ptr_eq(&shared.dictionaries, dictionaries)
-                && shared.settings == settings
-                && shared.device.same_device(device)
+        let mut all = MODELS.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|model| model.strong_count() > 0);
+        let same = |model: &Arc<Self>| {
+            Arc::ptr_eq(&model.dictionaries, dictionaries)
+                && model.settings == settings
+                && model.device.same_device(device)
         };
-        if let Some(shared) = all.iter().filter_map(Weak::upgrade).find(same) {
-            return Ok(shared);
-        }
-        let shared = Arc::new(Self::new(config, dictionaries, settings, device)?);
-        all.push(Arc::downgrade(&shared));
-        Ok(shared)
-    }
-
-    fn new(
-        config: &Config,
-        dictionaries: &Arc<DictionarySet>,
-        settings: LexicoSettings,
-        device: &Device,
-    ) -> Result<Self> {
-        dictionaries.check_fits(&config.identity("at hand"))?;
-        if settings.adaptive > 0 {
-            let reason = "sessions add no atoms on a GPU; leave it out, or use --device cpu";
-            return Err(impossible(
-                "adaptive",
-                settings.adaptive.to_string(),
-                reason,
-            ));
-        }
-        if let Format::Additive { beam } = settings.format
-            && beam != DEVICE_BEAM
-        {
-            let reason = "on a GPU the search follows 8 sums; leave it out, or use --device cpu";
-            return Err(impossible("beam", beam.to_string(), reason));
+        if let Some(model) = all.iter().filter_map(Weak::upgrade).find(same) {
+            return Ok(model);
         }
         let streams = streams(device)?;
-        let mut layers = Vec::with_capacity(config.layers);
-        for (number, (own, sparsities)) in dictionaries
-            .layers
-            .iter()
-            .zip(&settings.sparsities)
-            .enumerate()
-        {
-            let over = match (settings.format, &own.codebooks) {
-                (Format::Additive { .. }, Some(codebooks)) => DeviceDictionaries::Additive {
-                    keys: &codebooks.keys,
-                    values: &codebooks.values,
-                },
-                (Format::Additive { .. }, None) => {
-                    let reason = "these dictionaries have no groups";
-                    return Err(impossible("format", "packed".to_owned(), reason));
-                }
-                (Format::Sparse(CoefficientFormat::F32), _) => {
-                    let reason = "on a GPU coefficients take a byte; choose i8 or f8";
-                    return Err(impossible("format", "f32".to_owned(), reason));
-                }
-                (Format::Sparse(coefficients), _) => DeviceDictionaries::Sparse {
-                    keys: &own.keys,
-                    values: &own.values,
-                    coefficients,
-                },
-            };
-            let settings = DeviceLayerSettings {
-                sparsities: sparsities.clone(),
-                unbiased: settings.unbiased,
-                group: config.heads / config.kv_heads,
-                window: settings.window,
-                batch: settings.batch,
-                due: settings.due(number),
-            };
-            let layer = DeviceLayer::new(Arc::clone(&streams), over, settings);
-            layers.push(layer.map_err(|reason| refused(device, &reason))?);
-        }
-        Ok(Self {
+        let layers = dictionaries.layers.iter().zip(&settings).enumerate();
+        let query_group = config.heads / config.kv_heads;
+        let layers = layers.map(|(number, (own, settings))| {
+            let layer = DeviceLayer::new(streams.clone(), own, settings.clone(), query_group);
+            layer.map_err(|error| match error {
+                ::lexico::Error::Device(_) => refused(device, &error),
+                _ => on_cpu(explained(number, error)),
+            })
+        });
+        let model = Arc::new(Self {
+            layers: layers.collect::<Result<_>>()?,
             dictionaries: Arc::clone(dictionaries),
             settings,
             device: device.clone(),
-            layers,
-        })
+        });
+        all.push(Arc::downgrade(&model));
+        Ok(model)
+    }
+}
+
+/// Adds the cure to what a GPU does not take.
+fn on_cpu(error: Error) -> Error {
+    match error {
+        Error::OptionValue {
+            method,
+            option,
+            value,
+            reason,
+        } => Error::OptionValue {
+            method,
+            option,
+            value,
+            reason: format!("{reason}; leave it out, or use --device cpu"),
+        },
+        other => other,
     }
 }
 
@@ -138,50 +96,37 @@ impl DeviceLexicoCache {
     /// An empty cache for a model of this shape.
     ///
     /// # Errors
-    /// As [`LexicoCache::new`](crate::cache::LexicoCache::new), and for what GPUs do not take.
+    /// Those of [`DeviceLayer::new`].
     pub(crate) fn new(
         config: &Config,
         dictionaries: &Arc<DictionarySet>,
-        settings: LexicoSettings,
+        settings: Vec<LayerSettings>,
         device: &Device,
     ) -> Result<Self> {
-        if settings.tolerance > 0.0 {
-            let reason = "on a GPU all codes have as many atoms; leave it out, or use --device cpu";
-            return Err(impossible(
-                "tolerance",
-                settings.tolerance.to_string(),
-                reason,
-            ));
-        }
-        if settings.dense != NumberType::F16 {
-            let reason = "on a GPU the window is in f16; leave it out, or use --device cpu";
-            return Err(impossible("dense", "f32".to_owned(), reason));
-        }
-        let shared = Shared::of(config, dictionaries, settings, device)?;
-        let sequences = shared.layers.iter().map(DeviceLayer::sequence);
+        let model = ModelOnDevice::find_or_make(config, dictionaries, settings, device)?;
+        let sequences = model.layers.iter().map(DeviceLayer::sequence);
         let layers = sequences.collect::<::lexico::Result<_>>();
         Ok(Self {
             layers: layers.map_err(|reason| refused(device, &reason))?,
-            shared,
-            sliding: config.window,
+            model,
+            sliding_window: config.window,
         })
     }
 
     /// Keys and values of what the next query sees, `[kv_heads, positions, m]` each; `None` where there is nothing.
-    fn past(&self, layer: usize) -> Result<Option<[Tensor; 2]>> {
-        let (own, sequence) = (&self.shared.layers[layer], &self.layers[layer]);
-        let seen = sequence.seen(self.sliding);
+    fn past(&self, layer: usize) -> Result<Option<KeyValue<Tensor>>> {
+        let (own, sequence) = (&self.model.layers[layer], &self.layers[layer]);
+        let seen = sequence.seen();
         if seen == 0 {
             return Ok(None);
         }
-        let m = self.shared.dictionaries.layers[layer].keys.head_dim();
-        let device = &self.shared.device;
+        let m = self.model.dictionaries.layers[layer].keys.head_dim();
+        let device = &self.model.device;
         let rows = || room((own.heads(), seen, m), device);
-        let past = [rows()?, rows()?];
-        let addresses = [address(&past[0])?, address(&past[1])?];
+        let past = KeyValue::new(rows()?, rows()?);
+        let addresses = past.as_ref().try_map(address)?;
         // SAFETY: there is room for all positions that are seen, and what is asked of candle's stream finds it there.
-        unsafe { own.read_back(sequence, addresses, self.sliding) }
-            .map_err(|reason| refused(device, &reason))?;
+        unsafe { own.read_back(sequence, addresses) }.map_err(|reason| refused(device, &reason))?;
         Ok(Some(past))
     }
 }
@@ -208,11 +153,8 @@ pub(crate) fn decode_together(
     let Some(first) = caches.first() else {
         return Ok(None);
     };
-    let shared = &first.shared;
-    if caches
-        .iter()
-        .any(|cache| !Arc::ptr_eq(&cache.shared, shared))
-    {
+    let model = &first.model;
+    if caches.iter().any(|cache| !Arc::ptr_eq(&cache.model, model)) {
         return Ok(None);
     }
     attend_to_one_more(layer, q, k, v, &mut caches).map(Some)
@@ -226,17 +168,17 @@ fn attend_to_one_more(
     v: &Tensor,
     caches: &mut [&mut DeviceLexicoCache],
 ) -> Result<Tensor> {
-    let (shared, sliding) = (Arc::clone(&caches[0].shared), caches[0].sliding);
+    let model = Arc::clone(&caches[0].model);
     let (heads, count, m) = q.dims3()?;
-    let own = &shared.layers[layer];
-    if heads != own.heads() * own.group() {
+    let own = &model.layers[layer];
+    if heads != own.heads() * own.query_group() {
         let reason = format!("{heads} query heads of {} KV heads", own.heads());
-        return Err(refused(&shared.device, &::lexico::Error::Device(reason)));
+        return Err(refused(&model.device, &::lexico::Error::Device(reason)));
     }
     let by_sequence = |x: &Tensor| in_a_row(&x.transpose(0, 1)?);
     let scaled = (by_sequence(q)? * (1.0 / (m as f64).sqrt()))?;
     let (k, v) = (by_sequence(k)?, by_sequence(v)?);
-    let out = room((count, heads, m), &shared.device)?;
+    let out = room((count, heads, m), &model.device)?;
     let mut held: Vec<&mut DeviceSequence<Gpu>> = caches
         .iter_mut()
         .map(|cache| &mut cache.layers[layer])
@@ -245,13 +187,12 @@ fn attend_to_one_more(
     unsafe {
         own.decode(
             &mut held,
-            [address(&k)?, address(&v)?],
+            KeyValue::new(address(&k)?, address(&v)?),
             address(&scaled)?,
             address(&out)?,
-            sliding,
         )
     }
-    .map_err(|reason| refused(&shared.device, &reason))?;
+    .map_err(|reason| refused(&model.device, &reason))?;
     Ok(out)
 }
 
@@ -266,17 +207,17 @@ impl KvCache for DeviceLexicoCache {
         // As the uncompressed cache attends.
         let halves = |x: &Tensor| x.to_dtype(DType::F16);
         let out = match self.past(layer)? {
-            Some([keys, values]) => {
+            Some(KeyValue { keys, values }) => {
                 let keys = Tensor::cat(&[&halves(&keys)?, &halves(&k)?], 1)?;
                 let values = Tensor::cat(&[&halves(&values)?, &halves(&v)?], 1)?;
-                dense::attend(q, &keys, &values, self.sliding)?
+                dense::attend(q, &keys, &values, self.sliding_window)?
             }
-            None => dense::attend(q, &halves(&k)?, &halves(&v)?, self.sliding)?,
+            None => dense::attend(q, &halves(&k)?, &halves(&v)?, self.sliding_window)?,
         };
-        let (own, sequence) = (&self.shared.layers[layer], &mut self.layers[layer]);
+        let (own, sequence) = (&self.model.layers[layer], &mut self.layers[layer]);
         // SAFETY: the tensors are of the shapes that are asked for, and what is asked of candle's stream finds them there.
-        unsafe { own.take(sequence, [address(&k)?, address(&v)?], t, self.sliding) }
-            .map_err(|reason| refused(&self.shared.device, &reason))?;
+        unsafe { own.take(sequence, KeyValue::new(address(&k)?, address(&v)?), t) }
+            .map_err(|reason| refused(&self.model.device, &reason))?;
         Ok(out)
     }
 
@@ -289,13 +230,12 @@ impl KvCache for DeviceLexicoCache {
     }
 
     fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
-        let bytes = self.shared.layers[layer].bytes(&self.layers[layer]);
-        let each = (bytes.window + bytes.leaving) / 2;
+        let footprint = self.model.layers[layer].footprint(&self.layers[layer]);
         let mut decoded = Decoded {
-            bytes: bytes.codes.map(|codes| codes + each),
+            bytes: bytes_by_part(&footprint),
             ..Decoded::default()
         };
-        if let Some([keys, values]) = self.past(layer)? {
+        if let Some(KeyValue { keys, values }) = self.past(layer)? {
             decoded.keys = keys.flatten_all()?.to_vec1()?;
             decoded.values = values.flatten_all()?.to_vec1()?;
         }
@@ -303,18 +243,7 @@ impl KvCache for DeviceLexicoCache {
     }
 
     fn footprint(&self) -> Footprint {
-        let layers = || self.shared.layers.iter().zip(&self.layers);
-        let bytes = || layers().map(|(layer, sequence)| layer.bytes(sequence));
-        Footprint {
-            parts: vec![
-                ("codes", bytes().flat_map(|bytes| bytes.codes).sum()),
-                ("window", bytes().map(|bytes| bytes.window).sum()),
-                ("leaving", bytes().map(|bytes| bytes.leaving).sum()),
-                (
-                    "bookkeeping",
-                    self.layers.len() * size_of::<DeviceSequence<Gpu>>(),
-                ),
-            ],
-        }
+        let layers = self.model.layers.iter().zip(&self.layers);
+        footprint(layers.map(|(layer, sequence)| layer.footprint(sequence)))
     }
 }

@@ -5,18 +5,18 @@ use super::input::{Input, damaged};
 use super::rans::Model;
 use crate::Result;
 
-/// How a column of bytes is kept: the byte before it.
+/// Way in which a column of bytes is kept: the byte before it.
 const RAW: u8 = 0;
 const CODED: u8 = 1;
 /// Each byte less the one before, coded.
 const DIFFERENCES: u8 = 2;
 
-/// How some columns of one kind are kept: the byte before them.
+/// Way in which columns of one kind are kept: the byte before them.
 const APART: u8 = 0;
-/// As one column, with one distribution.
+/// All in one column, with one distribution.
 const TOGETHER: u8 = 1;
 
-/// What columns are made of: bytes, or 16 bits.
+/// Symbol of a column: a byte, or 16 bits.
 pub(super) trait Symbol: Copy {
     fn write(column: &[Self], out: &mut Vec<u8>);
     fn read(input: &mut Input<'_>, count: usize) -> Result<Vec<Self>>;
@@ -70,9 +70,11 @@ pub(super) fn read<S: Symbol>(input: &mut Input<'_>, lengths: &[usize]) -> Resul
     }
 }
 
-fn counts(column: impl Iterator<Item = u8>) -> [u32; 256] {
+fn counts(column: &[u8]) -> [u32; 256] {
     let mut counts = [0; 256];
-    column.for_each(|byte| counts[usize::from(byte)] += 1);
+    column
+        .iter()
+        .for_each(|&byte| counts[usize::from(byte)] += 1);
     counts
 }
 
@@ -86,27 +88,20 @@ fn differences(column: &[u8]) -> impl Iterator<Item = u8> {
 
 impl Symbol for u8 {
     fn write(column: &[u8], out: &mut Vec<u8>) {
-        let of_counts = |counts: [u32; 256]| {
+        let ways = [
+            (CODED, column.to_vec()),
+            (DIFFERENCES, differences(column).collect()),
+        ];
+        let costs = ways.into_iter().filter_map(|(way, bytes)| {
+            let counts = counts(&bytes);
             let model = Model::of_counts(&counts)?;
-            Some((model.cost(&counts), model))
-        };
-        let coded = of_counts(counts(column.iter().copied()));
-        let of_differences = of_counts(counts(differences(column)));
-        let cost = |way: &Option<(usize, Model)>| way.as_ref().map_or(usize::MAX, |way| way.0);
-        let (way, best) = if cost(&of_differences) < cost(&coded) {
-            (DIFFERENCES, of_differences)
-        } else {
-            (CODED, coded)
-        };
-        match best {
-            Some((cost, model)) if cost < column.len() => {
+            Some((model.cost(&counts), way, model, bytes))
+        });
+        match costs.min_by_key(|&(cost, ..)| cost) {
+            Some((cost, way, model, bytes)) if cost < column.len() => {
                 out.push(way);
                 model.write(out);
-                if way == CODED {
-                    model.encode(column, out);
-                } else {
-                    model.encode(&differences(column).collect::<Vec<_>>(), out);
-                }
+                model.encode(&bytes, out);
             }
             _ => {
                 out.push(RAW);
@@ -152,13 +147,11 @@ impl Symbol for u16 {
 
     fn read(input: &mut Input<'_>, count: usize) -> Result<Vec<u16>> {
         let high = u8::read(input, count)?;
-        let mut low = Vec::with_capacity(256);
-        for count in counts(high.iter().copied()) {
-            low.push(match count {
-                0 => Vec::new(),
-                count => u8::read(input, count as usize)?,
-            });
-        }
+        let low = counts(&high).into_iter().map(|count| match count {
+            0 => Ok(Vec::new()),
+            count => u8::read(input, count as usize),
+        });
+        let low = low.collect::<Result<Vec<_>>>()?;
         let mut low: Vec<_> = low.iter().map(|column| column.iter()).collect();
         let symbols = high.iter().map(|&high| {
             // As many as were counted are there.
@@ -213,7 +206,7 @@ mod tests {
         #[test]
         fn skewed_columns_come_back(seed: u64, count in 0usize..5000, power in 0.1f32..20.0) {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            let mut draw = |most: f32| (rng.random::<f32>().powf(power) * most) as u16;
+            let mut draw = |max: f32| (rng.random::<f32>().powf(power) * max) as u16;
             let wide: Vec<u16> = (0..count).map(|_| draw(65535.9)).collect();
             let narrow: Vec<u8> = (0..count).map(|_| draw(255.9) as u8).collect();
             round_trip(&[wide]);
@@ -238,21 +231,21 @@ mod tests {
         const COUNT: usize = 100_000;
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         for power in [1.2f32, 2.0, 5.0, 30.0] {
-            let mut draw = |most: f32| (rng.random::<f32>().powf(power) * most) as u16;
+            let mut draw = |max: f32| (rng.random::<f32>().powf(power) * max) as u16;
             // A distribution's bytes, and three hundredths of a bit a symbol.
             let allowed = |entropy: f64, distributions: f64| {
                 entropy + 160.0 * distributions + 0.03 / 8.0 * COUNT as f64
             };
             let column: Vec<u8> = (0..COUNT).map(|_| draw(256.0) as u8).collect();
-            let most = allowed(entropy(&column), 1.0);
+            let max = allowed(entropy(&column), 1.0);
             let found = round_trip(&[column]) as f64;
-            assert!(found < most, "power {power}: {found} bytes, {most} allowed");
+            assert!(found < max, "power {power}: {found} bytes, {max} allowed");
             let wide: Vec<u16> = (0..COUNT).map(|_| draw(4096.0)).collect();
-            let most = allowed(entropy(&wide), 17.0);
+            let max = allowed(entropy(&wide), 17.0);
             let found = round_trip(&[wide]) as f64;
             assert!(
-                found < most,
-                "power {power}, 12 bits: {found} bytes, {most} allowed"
+                found < max,
+                "power {power}, 12 bits: {found} bytes, {max} allowed"
             );
         }
     }

@@ -24,7 +24,7 @@ impl<'a> Input<'a> {
         Ok(taken)
     }
 
-    /// What is not read yet.
+    /// The bytes that are not read yet.
     pub(super) fn rest(&self) -> &'a [u8] {
         self.rest
     }

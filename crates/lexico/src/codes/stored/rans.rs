@@ -6,6 +6,7 @@
 
 use super::input::{Input, damaged};
 use crate::Result;
+use crate::tensor_file::numbers;
 
 /// Frequencies sum to `2^BITS`.
 const BITS: u32 = 12;
@@ -20,7 +21,7 @@ const STEPS: f64 = 2.0;
 /// The largest weight: so rare a byte as `2^(-15)` of the most frequent one is told apart.
 const MAX_WEIGHT: u8 = 31;
 
-/// How frequent each byte is.
+/// Distribution of bytes.
 ///
 /// Frequencies are written as *weights*, their logarithms in steps of a factor √2: 3 or 4 bits each where exact
 /// ones took 12. What is coded grows by less than a hundredth of a bit a byte.
@@ -34,16 +35,17 @@ pub(super) struct Model {
 impl Model {
     /// A model of bytes that occur so often; `None` where none does.
     pub(super) fn of_counts(counts: &[u32; 256]) -> Option<Self> {
-        let largest = counts.iter().copied().max().filter(|&most| most > 0)?;
-        let weight = |&count: &u32| match count {
+        let largest = counts
+            .iter()
+            .copied()
+            .max()
+            .filter(|&largest| largest > 0)?;
+        Some(Self::of_weights(counts.map(|count| match count {
             0 => 0,
             count => {
                 let below = STEPS * (f64::from(largest) / f64::from(count)).log2();
                 (f64::from(MAX_WEIGHT) - below.round()).max(1.0) as u8
             }
-        };
-        Some(Self::of_weights(std::array::from_fn(|b| {
-            weight(&counts[b])
         })))
     }
 
@@ -96,12 +98,12 @@ impl Model {
         let last = (0..=255).rev().find(occurs).unwrap_or(0);
         let present = self.weights.iter().copied().filter(|&w| w > 0);
         let least = present.clone().min().unwrap_or(1);
-        let most = present.max().unwrap_or(1);
+        let largest = present.max().unwrap_or(1);
         (
             first,
             last,
             least,
-            u8::BITS - (most - least + 1).leading_zeros(),
+            u8::BITS - (largest - least + 1).leading_zeros(),
         )
     }
 
@@ -131,12 +133,12 @@ impl Model {
         }
         let bits = u32::from(bits);
         let count = usize::from(last - first) + 1;
-        let mut packed = input.take((count * bits as usize).div_ceil(8))?.iter();
+        let mut bytes = input.take((count * bits as usize).div_ceil(8))?.iter();
         let mut weights = [0; 256];
         let (mut held, mut filled) = (0u32, 0);
         for weight in &mut weights[usize::from(first)..=usize::from(last)] {
             if filled < bits {
-                held |= u32::from(packed.next().copied().unwrap_or(0)) << filled;
+                held |= u32::from(bytes.next().copied().unwrap_or(0)) << filled;
                 filled += 8;
             }
             let number = (held & ((1 << bits) - 1)) as u8;
@@ -179,12 +181,11 @@ impl Model {
         for state in &mut states {
             *state = u32::from_le_bytes(*input.array()?);
         }
-        // A state takes a word a byte at the most.
+        // A state takes at most one word a byte.
         if count > out.len() {
             return Err(damaged("a count of words"));
         }
-        let words = input.take(2 * count)?.as_chunks::<2>().0;
-        let mut words: Vec<u16> = words.iter().map(|&word| u16::from_le_bytes(word)).collect();
+        let mut words = numbers(input.take(2 * count)?, u16::from_le_bytes);
         // So that a step can look at as many as it may need.
         words.resize(count + STREAMS, 0);
         let table = self.table();

@@ -4,10 +4,18 @@
 
 const int THREADS = 256;
 
-// products[pair][atom][G], halves: the product of each atom with each query. atoms [count, M] halves; queries [pairs, G, M],
-// scaled by 1/√m. A block: 64 atoms, four warps of 16, and all pairs of its slice of the grid.
+// What every kernel takes, though none uses all. held [pairs]: what each KV head has; key_atoms [key_count, M], value_atoms
+// [value_count, M], halves; queries [pairs, G, M], scaled by 1/√m; room: positions of a pair in `scores`; parts: those of the
+// codes; each: atoms of a slice. The other arrays are described where they are written.
+#define ARGUMENTS                                                                                                                      \
+    const Pair *held, int pairs, const u16 *key_atoms, int key_count, const u16 *value_atoms, int value_count, const float *queries,   \
+        u16 *products, float *scores, int room, float *maxima, int parts, float *accumulated, float *totals, int each, int slices,     \
+        float *outputs, float *out
+
+// products[pair][atom][G], halves: the product of each atom with each query. A block: 64 atoms, four warps of 16, and all
+// pairs of its slice of the grid.
 extern "C" __global__ void __launch_bounds__(128)
-project(const u16 *atoms, int count, const float *queries, int pairs, u16 *products) {
+project(ARGUMENTS) {
     SHARED __align__(16) u16 columns[8 * (M + 8)];
     const int SLICES = M / 16;
     int first = blockIdx.x * 64 + warp() * 16;
@@ -18,7 +26,7 @@ project(const u16 *atoms, int count, const float *queries, int pairs, u16 *produ
         for (int part = 0; part < 4; ++part) {
             int atom = first + lane() / 4 + part % 2 * 8;
             rows[slice][part] =
-                atom < count ? *(const u32 *)&atoms[(size_t)atom * M + slice * 16 + lane() % 4 * 2 + part / 2 * 8] : 0;
+                atom < key_count ? *(const u32 *)&key_atoms[(size_t)atom * M + slice * 16 + lane() % 4 * 2 + part / 2 * 8] : 0;
         }
     }
     int all = pairs * G;
@@ -35,8 +43,8 @@ project(const u16 *atoms, int count, const float *queries, int pairs, u16 *produ
         UNROLL
         for (int j = 0; j < 4; ++j) {
             int atom = first + lane() / 4 + j / 2 * 8, column = start + lane() % 4 * 2 + j % 2;
-            if (atom < count && column < all)
-                products[((size_t)(column / G) * count + atom) * G + column % G] = to_half(sums[j]);
+            if (atom < key_count && column < all)
+                products[((size_t)(column / G) * key_count + atom) * G + column % G] = to_half(sums[j]);
         }
     }
 }
@@ -73,15 +81,15 @@ __device__ inline void block_max(Sums &largest, float *room) {
     int warps = blockDim.x / WARP;
     UNROLL
     for (int g = 0; g < G; ++g) {
-        float most = warp_max(largest.of[g]);
-        if (lane() == 0) room[g * warps + warp()] = most;
+        float top = warp_max(largest.of[g]);
+        if (lane() == 0) room[g * warps + warp()] = top;
     }
     __syncthreads();
     UNROLL
     for (int g = 0; g < G; ++g) {
-        float most = room[g * warps];
-        for (int w = 1; w < warps; ++w) most = fmaxf(most, room[g * warps + w]);
-        largest.of[g] = most;
+        float top = room[g * warps];
+        for (int w = 1; w < warps; ++w) top = fmaxf(top, room[g * warps + w]);
+        largest.of[g] = top;
     }
     __syncthreads();
 }
@@ -106,23 +114,23 @@ __device__ inline void block_sum(Sums &sums, float *room) {
 // scores[pair][room][G]: of coded positions that are seen, then of the window's; and the largest of each part, maxima[pair][parts + 1][G]. Part
 // `parts` of a pair is its window. Grid: (parts + 1, pairs). Shared: the products of a pair.
 extern "C" __global__ void __launch_bounds__(THREADS)
-score(const Pair *pairs, const u16 *products, int atoms, const float *queries, float *scores, int room, float *maxima) {
+score(ARGUMENTS) {
     extern __shared__ __align__(16) u8 shared[];
     SHARED float reduced[G * THREADS / WARP];
-    const Pair &pair = pairs[blockIdx.y];
-    int parts = gridDim.x - 1, part = blockIdx.x;
+    const Pair &pair = held[blockIdx.y];
+    int part = blockIdx.x;
     float *own = scores + (size_t)blockIdx.y * room * G;
     Sums largest;
     UNROLL
     for (int g = 0; g < G; ++g) largest.of[g] = nothing();
     if (part < parts) {
         u16 *table = (u16 *)shared;
-        const u16 *from = products + (size_t)blockIdx.y * atoms * G;
+        const u16 *from = products + (size_t)blockIdx.y * key_count * G;
         // Products of every pair begin at whole words where there is an even number of them.
-        if (atoms * G % 2 == 0)
-            for (int i = threadIdx.x; i < atoms * G / 2; i += THREADS) ((u32 *)table)[i] = ((const u32 *)from)[i];
+        if (key_count * G % 2 == 0)
+            for (int i = threadIdx.x; i < key_count * G / 2; i += THREADS) ((u32 *)table)[i] = ((const u32 *)from)[i];
         else
-            for (int i = threadIdx.x; i < atoms * G; i += THREADS) table[i] = from[i];
+            for (int i = threadIdx.x; i < key_count * G; i += THREADS) table[i] = from[i];
         __syncthreads();
         int coded = pair.coded - pair.hidden, end = (int)((long long)coded * (part + 1) / parts);
         for (int t = (int)((long long)coded * part / parts) + threadIdx.x; t < end; t += THREADS) {
@@ -153,10 +161,10 @@ score(const Pair *pairs, const u16 *products, int atoms, const float *queries, f
     }
     block_max(largest, reduced);
     if (threadIdx.x < G) {
-        float most = largest.of[0];
+        float top = largest.of[0];
         UNROLL
-        for (int g = 1; g < G; ++g) most = threadIdx.x == g ? largest.of[g] : most;
-        maxima[((size_t)blockIdx.y * gridDim.x + part) * G + threadIdx.x] = most;
+        for (int g = 1; g < G; ++g) top = threadIdx.x == g ? largest.of[g] : top;
+        maxima[((size_t)blockIdx.y * gridDim.x + part) * G + threadIdx.x] = top;
     }
 }
 KERNEL(score)
@@ -175,28 +183,28 @@ __device__ inline Sums references(const float *maxima, int pair, int parts) {
 }
 
 // The largest magnitude that a coefficient can have, before its scale.
-__device__ inline float most_coefficient() { return FORMAT == PACKED ? 1.0f : FORMAT == I8 ? 128.0f : 448.0f; }
+__device__ inline float max_coefficient() { return FORMAT == ADDITIVE ? 1.0f : FORMAT == I8 ? 128.0f : 448.0f; }
 
 __device__ inline float scale_of(const Head &head, int position) {
     const u8 *page = head.pages[position / PAGE];
     int at = position % PAGE, bytes = record_bytes(FORMAT, head.sparsity);
-    if (FORMAT != PACKED) return power(record_byte(page, bytes, bytes - 1, at));
-    return packed_scale(record_byte(page, bytes, 0, at) | record_byte(page, bytes, 1, at) << 8);
+    if (FORMAT != ADDITIVE) return power(record_byte(page, bytes, bytes - 1, at));
+    return additive_scale(record_byte(page, bytes, 0, at) | record_byte(page, bytes, 1, at) << 8);
 }
 
 // accumulated[part][pair][G][atoms]: the weighted codes of a part's values; totals[part][pair][G]: its weights' sum. Sums are
 // made in whole numbers, which shared memory adds at once where it takes turns for floats, and which come out the same in
 // whatever order: in steps of what all terms together can be at the most, over 2^30. Grid: (parts, pairs). Shared: the sums.
 extern "C" __global__ void __launch_bounds__(THREADS)
-accumulate(const Pair *pairs, int atoms, const float *scores, int room, const float *maxima, float *accumulated, float *totals) {
+accumulate(ARGUMENTS) {
     extern __shared__ __align__(16) u8 shared[];
     SHARED float reduced[G * THREADS / WARP];
     int *table = (int *)shared;
-    const Pair &pair = pairs[blockIdx.y];
-    int parts = gridDim.x, part = blockIdx.x;
+    const Pair &pair = held[blockIdx.y];
+    int part = blockIdx.x;
     const float *own = scores + (size_t)blockIdx.y * room * G;
     Sums reference = references(maxima, blockIdx.y, parts + 1);
-    for (int i = threadIdx.x; i < G * atoms; i += THREADS) table[i] = 0;
+    for (int i = threadIdx.x; i < G * value_count; i += THREADS) table[i] = 0;
     int coded = pair.coded - pair.hidden;
     int start = (int)((long long)coded * part / parts), end = (int)((long long)coded * (part + 1) / parts);
     Sums total, bound;
@@ -216,7 +224,7 @@ accumulate(const Pair *pairs, int atoms, const float *scores, int room, const fl
     Sums steps, inverse;
     UNROLL
     for (int g = 0; g < G; ++g) {
-        steps.of[g] = bound.of[g] * most_coefficient() / (float)(1 << 30);
+        steps.of[g] = bound.of[g] * max_coefficient() / (float)(1 << 30);
         inverse.of[g] = steps.of[g] > 0.0f ? 1.0f / steps.of[g] : 0.0f;
     }
     for (int t = start + threadIdx.x; t < end; t += THREADS) {
@@ -226,14 +234,15 @@ accumulate(const Pair *pairs, int atoms, const float *scores, int room, const fl
         for (int g = 0; g < G; ++g) weights[g] = expf(own[(size_t)t * G + g] - reference.of[g]) * scale * inverse.of[g];
         visit_code(pair.values, pair.hidden + t, [&](int atom, float c) {
             UNROLL
-            for (int g = 0; g < G; ++g) atomicAdd(&table[g * atoms + atom], __float2int_rn(c * weights[g]));
+            for (int g = 0; g < G; ++g) atomicAdd(&table[g * value_count + atom], __float2int_rn(c * weights[g]));
         });
     }
     __syncthreads();
-    float *out = accumulated + ((size_t)part * gridDim.y + blockIdx.y) * G * atoms;
+    float *sums = accumulated + ((size_t)part * gridDim.y + blockIdx.y) * G * value_count;
     UNROLL
     for (int g = 0; g < G; ++g)
-        for (int i = threadIdx.x; i < atoms; i += THREADS) out[g * atoms + i] = (float)table[g * atoms + i] * steps.of[g];
+        for (int i = threadIdx.x; i < value_count; i += THREADS)
+            sums[g * value_count + i] = (float)table[g * value_count + i] * steps.of[g];
     if (threadIdx.x == 0) {
         UNROLL
         for (int g = 0; g < G; ++g) totals[((size_t)part * gridDim.y + blockIdx.y) * G + g] = total.of[g];
@@ -244,15 +253,15 @@ KERNEL(accumulate)
 // outputs[slice][pair][G][M]: the accumulated codes of a slice of `each` atoms, times these. Grid: (slices, pairs); a thread a
 // column. Shared: [G][each] floats.
 extern "C" __global__ void __launch_bounds__(M)
-combine(const u16 *atoms, int count, const float *accumulated, int parts, int each, float *outputs) {
+combine(ARGUMENTS) {
     extern __shared__ __align__(16) u8 shared[];
     float *own = (float *)shared;
-    int first = blockIdx.x * each, here = min(each, count - first);
+    int first = blockIdx.x * each, here = min(each, value_count - first);
     for (int i = threadIdx.x; i < G * here; i += M) {
         int g = i / here, atom = i % here;
         float sum = 0.0f;
         for (int part = 0; part < parts; ++part)
-            sum += accumulated[(((size_t)part * gridDim.y + blockIdx.y) * G + g) * count + first + atom];
+            sum += accumulated[(((size_t)part * gridDim.y + blockIdx.y) * G + g) * value_count + first + atom];
         own[g * each + atom] = sum;
     }
     __syncthreads();
@@ -260,7 +269,7 @@ combine(const u16 *atoms, int count, const float *accumulated, int parts, int ea
     UNROLL
     for (int g = 0; g < G; ++g) sums.of[g] = 0.0f;
     for (int atom = 0; atom < here; ++atom) {
-        float number = from_half(atoms[(size_t)(first + atom) * M + threadIdx.x]);
+        float number = from_half(value_atoms[(size_t)(first + atom) * M + threadIdx.x]);
         UNROLL
         for (int g = 0; g < G; ++g) sums.of[g] += own[g * each + atom] * number;
     }
@@ -272,9 +281,8 @@ KERNEL(combine)
 
 // out[pair][G][M]: the slices' sum and the window's weighted rows, over the sum of all weights. Grid: pairs; a thread a column.
 extern "C" __global__ void __launch_bounds__(M)
-finish(const Pair *pairs, const float *scores, int room, const float *maxima, const float *totals, int parts, const float *outputs,
-       int slices, float *out) {
-    const Pair &pair = pairs[blockIdx.x];
+finish(ARGUMENTS) {
+    const Pair &pair = held[blockIdx.x];
     Sums reference = references(maxima, blockIdx.x, parts + 1);
     Sums sums, total;
     UNROLL

@@ -1,7 +1,7 @@
-// The beam search for packed codes, as pursuit/grouped.rs makes it, of many vectors at once.
+// The beam search for additive codes, as encode/beam.rs makes it, of many vectors at once.
 //
 // M: the head dim, a multiple of 16. A warp follows BEAM sums of each of two vectors, whose residuals, as halves, are the 16 rows
-// that it multiplies with the atoms of one group after another. Each lane keeps the best of what it sees; the best of all
+// that it multiplies with the atoms of one codebook after another. Each lane keeps the best of what it sees; the best of all
 // lanes are the sums to go on with.
 
 const int BEAM = 8;
@@ -13,7 +13,7 @@ const int TILE = 64;
 const int STRIDE = M + 8;
 const int SLICES = M / 16;
 const int OWN = (M + WARP - 1) / WARP;
-const int GROUP = 256;
+const int CODEBOOK = 256;
 // What no sum gains.
 const float WORST = -3e38f;
 
@@ -78,13 +78,13 @@ __device__ inline void fetch(u16 *tile, float *losses, const u16 *atoms, const f
     copies_end();
 }
 
-// vectors [heads, each, M], each head with as many atoms as `sparsities` has, up to `most`; atoms [first + 256 · (most − 1), M],
-// halves, and half the square of each. Of each vector: paths [count, most], the numbers of its atoms within their groups; scales
+// vectors [heads, each, M], each head with as many atoms as `sparsities` has, up to `max_atoms`; atoms [first + 256 · (max_atoms − 1), M],
+// halves, and half the square of each. Of each vector: paths [count, max_atoms], the numbers of its atoms within their codebooks; scales
 // [count], the number of the scale with which ⟨x, x̂⟩ = ‖x‖², or 0 unless `unbiased`; errors [count], the norm of what is
 // left over its own.
 extern "C" __global__ void __launch_bounds__(THREADS)
-search(const float *vectors, int count, int each, const int *sparsities, int most, const u16 *atoms, const float *half_squares,
-       int first_size, int unbiased, u16 *paths, u8 *scales, float *errors) {
+search(const float *vectors, int count, int each, const int *sparsities, int max_atoms, const u16 *atoms, u16 *paths, u8 *scales,
+       float *errors, const float *half_squares, int first_size, int unbiased) {
     extern __shared__ __align__(16) u8 shared[];
     u16 *tiles = (u16 *)shared;
     float *losses = (float *)(tiles + 2 * TILE * STRIDE);
@@ -118,9 +118,9 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
         // What each row's sum has gained: ‖x‖² less what is left, halved.
         float gains[2] = {lane() / 4 == 0 ? 0.0f : WORST, lane() / 4 == 0 ? 0.0f : WORST};
         __syncwarp();
-        int group_start = 0;
+        int codebook_start = 0;
         for (int step = 0; step < longest; ++step) {
-            int group_end = group_start + (step == 0 ? first_size : GROUP);
+            int codebook_end = codebook_start + (step == 0 ? first_size : CODEBOOK);
             // A row's own power of two keeps its halves within their range, whatever the vector's size.
             u32 rows[SLICES][4];
             for (int half = 0; half < 2; ++half) {
@@ -144,12 +144,12 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                 lists[0].gains[i] = lists[1].gains[i] = WORST;
                 lists[0].names[i] = lists[1].names[i] = ALL;
             }
-            fetch(tiles, losses, atoms, half_squares, group_start, group_end);
+            fetch(tiles, losses, atoms, half_squares, codebook_start, codebook_end);
             int buffer = 0;
-            for (int first = group_start; first < group_end; first += TILE, buffer ^= 1) {
-                if (first + TILE < group_end) {
+            for (int first = codebook_start; first < codebook_end; first += TILE, buffer ^= 1) {
+                if (first + TILE < codebook_end) {
                     int other = buffer ^ 1;
-                    fetch(tiles + other * TILE * STRIDE, losses + other * TILE, atoms, half_squares, first + TILE, group_end);
+                    fetch(tiles + other * TILE * STRIDE, losses + other * TILE, atoms, half_squares, first + TILE, codebook_end);
                     copied<1>();
                 } else {
                     copied<0>();
@@ -163,9 +163,9 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                     UNROLL
                     for (int j = 0; j < 4; ++j) {
                         int at = eight + lane() % 4 * 2 + j % 2;
-                        if (first + at < group_end) {
+                        if (first + at < codebook_end) {
                             float gain = gains[j / 2] + sums[j] * units[j / 2] - losses[buffer * TILE + at];
-                            u32 name = (u32)(lane() / 4) << 16 | (u32)(first + at - group_start);
+                            u32 name = (u32)(lane() / 4) << 16 | (u32)(first + at - codebook_start);
                             if (gains[j / 2] > WORST) insert(lists[j / 2], gain, name);
                         }
                     }
@@ -192,7 +192,7 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                     for (int j = 0; j < OWN; ++j) {
                         int at = lane() + j * WARP;
                         left[beam][j] = at < M ? own_residuals[(half * BEAM + parent) * M + at] -
-                                                     from_half(atoms[(size_t)(group_start + atom) * M + at])
+                                                     from_half(atoms[(size_t)(codebook_start + atom) * M + at])
                                                : 0.0f;
                     }
                     if (lane() == 0)
@@ -213,7 +213,7 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                         int beam = 0;
                         for (int back = step; back >= 0; --back) {
                             u16 name = own_history[(size_t)back * WARPS * ROWS + half * BEAM + beam];
-                            paths[(size_t)number * most + back] = name & 0x7ff;
+                            paths[(size_t)number * max_atoms + back] = name & 0x7ff;
                             beam = name >> 11;
                         }
                     }
@@ -240,7 +240,7 @@ search(const float *vectors, int count, int each, const int *sparsities, int mos
                     __syncwarp();
                 }
             }
-            group_start = group_end;
+            codebook_start = codebook_end;
         }
         __syncthreads();
     }

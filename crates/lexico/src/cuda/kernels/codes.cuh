@@ -1,6 +1,6 @@
 // Codes as they lie in device memory.
 //
-// A code is a record of some bytes: of packed codes the first atom and scale in two, then an atom a byte; of codes with
+// A code is a record of some bytes: of additive codes the first atom and scale in two, then an atom a byte; of codes with
 // coefficients of a byte four nonzeros in twelve, their indices before their coefficients, what is left over likewise, and
 // the scale's exponent last. Records lie in pages of PAGE, sliced so that neighbouring threads read neighbouring words: first
 // the first four bytes of all records, then the next four, and at last two and one that are left.
@@ -25,7 +25,7 @@ __device__ inline u32 record_byte(const u8 *page, int bytes, int byte, int at) {
 }
 
 // The numbers that coefficients of a byte stand for, before their vector's scale.
-enum Format { PACKED = 0, I8 = 1, F8 = 2 };
+enum Format { ADDITIVE = 0, I8 = 1, F8 = 2 };
 
 __device__ inline float coefficient(int format, u32 byte) {
     if (format == I8) return (float)(signed char)byte;
@@ -35,7 +35,7 @@ __device__ inline float coefficient(int format, u32 byte) {
 
 const int ATOM_BITS = 11;
 
-__device__ inline float packed_scale(u32 leading) { return exp2f((float)(leading >> ATOM_BITS) / 32.0f); }
+__device__ inline float additive_scale(u32 leading) { return exp2f((float)(leading >> ATOM_BITS) / 32.0f); }
 
 // The power of two of an exponent with E8M0's bias; the smallest is a subnormal number.
 __device__ inline float power(u32 exponent) { return __uint_as_float(exponent == 0 ? 1 << 22 : exponent << 23); }
@@ -45,35 +45,35 @@ struct Head {
     const u8 *const *pages;
     // Atoms of a vector.
     int sparsity;
-    // Atoms of the first group, of packed codes.
+    // Atoms of the first codebook, of additive codes.
     int first;
 };
 
-__device__ inline int record_bytes(int format, int sparsity) { return format == PACKED ? sparsity + 1 : 3 * sparsity + 1; }
+__device__ inline int record_bytes(int format, int sparsity) { return format == ADDITIVE ? sparsity + 1 : 3 * sparsity + 1; }
 
 // Calls `visit` with the number of each atom of the code at a position and what it is multiplied by, but for the code's scale, which
 // is returned.
 template <class Visit> __device__ inline float visit_code(const Head &head, int position, Visit visit) {
     const u8 *page = head.pages[position / PAGE];
     int at = position % PAGE, s = head.sparsity, bytes = record_bytes(FORMAT, s);
-    if (FORMAT == PACKED) {
+    if (FORMAT == ADDITIVE) {
         // The word of the first atom holds two more; the others hold four.
         u32 leading = bytes >= 4 ? record_word(page, 0, at) : record_byte(page, bytes, 0, at) | record_byte(page, bytes, 1, at) << 8;
         visit((int)(leading & ((1 << ATOM_BITS) - 1)), 1.0f);
-        int group = head.first;
+        int codebook = head.first;
         if (bytes >= 4) {
-            visit(group + (int)(leading >> 16 & 0xff), 1.0f);
-            visit(group + 256 + (int)(leading >> 24), 1.0f);
-            group += 512;
-            for (int word = 1; word < bytes / 4; ++word, group += 1024) {
+            visit(codebook + (int)(leading >> 16 & 0xff), 1.0f);
+            visit(codebook + 256 + (int)(leading >> 24), 1.0f);
+            codebook += 512;
+            for (int word = 1; word < bytes / 4; ++word, codebook += 1024) {
                 u32 atoms = record_word(page, word, at);
                 UNROLL
-                for (int j = 0; j < 4; ++j) visit(group + j * 256 + (int)(atoms >> 8 * j & 0xff), 1.0f);
+                for (int j = 0; j < 4; ++j) visit(codebook + j * 256 + (int)(atoms >> 8 * j & 0xff), 1.0f);
             }
         }
-        for (int byte = bytes >= 4 ? bytes / 4 * 4 : 2; byte < bytes; ++byte, group += 256)
-            visit(group + (int)record_byte(page, bytes, byte, at), 1.0f);
-        return packed_scale(leading & 0xffff);
+        for (int byte = bytes >= 4 ? bytes / 4 * 4 : 2; byte < bytes; ++byte, codebook += 256)
+            visit(codebook + (int)record_byte(page, bytes, byte, at), 1.0f);
+        return additive_scale(leading & 0xffff);
     }
     int fours = s / 4;
     for (int four = 0; four < fours; ++four) {

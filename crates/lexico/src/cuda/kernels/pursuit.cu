@@ -85,20 +85,20 @@ __device__ inline void choose(const u32 (&rows)[SLICES][4], const u16 *atoms, in
     }
 }
 
-// vectors [heads, each, M], each head with as many atoms as `sparsities` has, up to `most`; atoms [atom_count, M], halves; basis:
-// room for [gridDim.x, ROWS, most, M]; triangles: for [gridDim.x, ROWS, most, most]. Of each vector: length, indices [most],
-// coefficients [most], and the norm of what is left over its own.
+// vectors [heads, each, M], each head with as many atoms as `sparsities` has, up to `max_atoms`; atoms [atom_count, M], halves; basis:
+// room for [gridDim.x, ROWS, max_atoms, M]; triangles: for [gridDim.x, ROWS, max_atoms, max_atoms]. Of each vector: length, indices [max_atoms],
+// coefficients [max_atoms], and the norm of what is left over its own.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pursue(const float *vectors, int count, int each, const int *sparsities, const u16 *atoms, int atom_count, int most, float *basis,
-       float *triangles, u16 *indices, float *coefficients, u8 *lengths, float *errors) {
+pursue(const float *vectors, int count, int each, const int *sparsities, int max_atoms, const u16 *atoms, u16 *indices,
+       float *coefficients, float *errors, int atom_count, float *basis, float *triangles, u8 *lengths) {
     extern __shared__ __align__(16) u8 shared[];
     u16 *tiles = (u16 *)shared;
     float *residuals = (float *)(tiles + 2 * TILE * STRIDE);
     float *projections = residuals + ROWS * M;
-    int *chosen = (int *)(projections + ROWS * most);
+    int *chosen = (int *)(projections + ROWS * max_atoms);
     int *states = chosen + ROWS;
-    basis += (size_t)blockIdx.x * ROWS * most * M;
-    triangles += (size_t)blockIdx.x * ROWS * most * most;
+    basis += (size_t)blockIdx.x * ROWS * max_atoms * M;
+    triangles += (size_t)blockIdx.x * ROWS * max_atoms * max_atoms;
     for (int start = blockIdx.x * ROWS; start < count; start += gridDim.x * ROWS) {
         // Each row scaled to length 1, so that halves hold it whatever its size; a state is its number of atoms, or less
         // than 0 where it is done: -1 - that number.
@@ -127,7 +127,7 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
             if (lane() == 0) states[row] = norm > 0.0f ? 0 : -1;
         }
         __syncthreads();
-        for (int round = 0; round < most; ++round) {
+        for (int round = 0; round < max_atoms; ++round) {
             int going = 0;
             for (int row = threadIdx.x; row < ROWS; row += THREADS) going |= states[row] >= 0;
             if (!__syncthreads_or(going)) break;
@@ -152,8 +152,8 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
                 int row = warp() * WARP_ROWS + r;
                 if (states[row] < 0) continue;
                 const u16 *atom = &atoms[(size_t)chosen[row] * M];
-                float *own_basis = basis + (size_t)row * most * M;
-                float *triangle = triangles + (size_t)row * most * most + round * most;
+                float *own_basis = basis + (size_t)row * max_atoms * M;
+                float *triangle = triangles + (size_t)row * max_atoms * max_atoms + round * max_atoms;
                 float left[OWN], residual[OWN];
                 for (int j = 0; j < OWN; ++j) {
                     int at = lane() + j * WARP;
@@ -198,8 +198,8 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
                 rest = sqrtf(warp_sum(rest));
                 if (lane() == 0) {
                     triangle[round] = norm;
-                    projections[row * most + round] = along;
-                    indices[(size_t)(start + row) * most + round] = chosen[row];
+                    projections[row * max_atoms + round] = along;
+                    indices[(size_t)(start + row) * max_atoms + round] = chosen[row];
                     states[row] = rest > 0.0f && round + 1 < sparsities[(start + row) / each] ? round + 1 : -2 - round;
                     errors[start + row] = rest;
                 }
@@ -212,20 +212,20 @@ pursue(const float *vectors, int count, int each, const int *sparsities, const u
             int row = warp() * WARP_ROWS + lane();
             if (start + row < count) {
                 int length = states[row] < 0 ? -1 - states[row] : states[row];
-                const float *triangle = triangles + (size_t)row * most * most;
-                float *own = &coefficients[(size_t)(start + row) * most];
+                const float *triangle = triangles + (size_t)row * max_atoms * max_atoms;
+                float *own = &coefficients[(size_t)(start + row) * max_atoms];
                 float norm = 0.0f;
                 UNROLL
                 for (int r = 0; r < WARP_ROWS; ++r) norm = r == lane() ? norms[r] : norm;
                 for (int k = length - 1; k >= 0; --k) {
-                    float sum = projections[row * most + k];
-                    for (int later = k + 1; later < length; ++later) sum -= triangle[later * most + k] * own[later];
-                    own[k] = sum / triangle[k * most + k];
+                    float sum = projections[row * max_atoms + k];
+                    for (int later = k + 1; later < length; ++later) sum -= triangle[later * max_atoms + k] * own[later];
+                    own[k] = sum / triangle[k * max_atoms + k];
                 }
                 for (int k = 0; k < length; ++k) own[k] *= norm;
-                for (int k = length; k < most; ++k) {
+                for (int k = length; k < max_atoms; ++k) {
                     own[k] = 0.0f;
-                    indices[(size_t)(start + row) * most + k] = 0;
+                    indices[(size_t)(start + row) * max_atoms + k] = 0;
                 }
                 lengths[start + row] = length;
                 if (length == 0) errors[start + row] = norm > 0.0f ? 1.0f : 0.0f;

@@ -20,7 +20,7 @@ __device__ inline Record record_of(const Target &target, int vector, int bytes) 
 }
 
 // paths [count, most]: the numbers of each vector's atoms within their groups; scales [count]: the numbers of their scales.
-extern "C" __global__ void store_packed(const Target *targets, int each, int count, int most, const u16 *paths, const u8 *scales) {
+extern "C" __global__ void store_additive(const Target *targets, int each, int count, int most, const u16 *paths, const u8 *scales) {
     for (int v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += gridDim.x * blockDim.x) {
         const Target &target = targets[v / each];
         Record record = record_of(target, v % each, target.sparsity + 1);
@@ -30,7 +30,7 @@ extern "C" __global__ void store_packed(const Target *targets, int each, int cou
         for (int group = 1; group < target.sparsity; ++group) record.put(group + 1, paths[(size_t)v * most + group]);
     }
 }
-KERNEL(store_packed)
+KERNEL(store_additive)
 
 // The exponent of the smallest power of two under which `largest` is at most `limit`, as a byte with E8M0's bias.
 __device__ inline u32 exponent_of(float largest, float limit) {
@@ -52,9 +52,9 @@ __device__ inline u32 to_f8(float x) {
 }
 
 // indices, coefficients [count, most]: the first lengths[v] of each vector's are its code, which is filled up with zeros. Where
-// `unbiased`, coefficients are scaled up by 1 / (1 − error²), as SparseBatch::unbias does. Indices are sorted in place.
-extern "C" __global__ void store_sparse(const Target *targets, int each, int count, int most, int format, int unbiased, u16 *indices,
-                                        float *coefficients, const u8 *lengths, const float *errors) {
+// `unbiased`, coefficients are scaled up by 1 / (1 − error²), as pursuit on the processor does. Indices are sorted in place.
+extern "C" __global__ void store_sparse(const Target *targets, int each, int count, int most, u16 *indices, float *coefficients,
+                                        const u8 *lengths, const float *errors, int unbiased) {
     for (int v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += gridDim.x * blockDim.x) {
         const Target &target = targets[v / each];
         int s = target.sparsity, length = min((int)lengths[v], s);
@@ -73,14 +73,14 @@ extern "C" __global__ void store_sparse(const Target *targets, int each, int cou
             own_indices[at] = index;
             own[at] = c;
         }
-        u32 exponent = exponent_of(largest, format == I8 ? 127.0f : 448.0f);
+        u32 exponent = exponent_of(largest, FORMAT == I8 ? 127.0f : 448.0f);
         Record record = record_of(target, v % each, 3 * s + 1);
         record.put(3 * s, exponent);
         int fours = s / 4 * 4;
         for (int j = 0; j < s; ++j) {
             int first = j / 4 * 4, width = first < fours ? 4 : s - fours;
             float scaled = ldexpf(own[j], 127 - (int)exponent);
-            u32 byte = format == I8 ? (u32)__float2int_rn(scaled) & 0xff : to_f8(scaled);
+            u32 byte = FORMAT == I8 ? (u32)__float2int_rn(scaled) & 0xff : to_f8(scaled);
             record.put(3 * first + 2 * (j - first), own_indices[j] & 0xff);
             record.put(3 * first + 2 * (j - first) + 1, own_indices[j] >> 8);
             record.put(3 * first + 2 * width + j - first, byte);

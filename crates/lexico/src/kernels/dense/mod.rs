@@ -1,21 +1,27 @@
-//! Products of dense rows with the queries of a group, and sums of weighted rows.
+//! Products of dense rows with the queries of a query group, and sums of weighted rows.
 
-pub(super) mod kernels;
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod generic;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use kernels::WIDEST;
 
 #[cfg(target_arch = "aarch64")]
-use super::aarch64::dense as neon;
-use super::level::{Level, level};
-use super::portable;
+use aarch64::{dot_product, neon};
 #[cfg(target_arch = "x86_64")]
-use super::x86_64::dense::{avx2, avx512};
+use x86_64::{avx_vnni, avx2, avx512};
+
+use super::dispatch;
+use super::level::{Level, level};
 
 /// Rows that are widened at a time where there are no kernels for half precision.
 const BLOCK: usize = 16;
-/// The largest group that there are kernels for.
+/// Queries of the largest query group that there are kernels for.
 pub(crate) const MAX_GROUP: usize = 8;
 
 /// Rows of numbers, `[n, m]`.
@@ -36,7 +42,7 @@ impl Rows<'_> {
     fn check(&self, m: usize, group: usize, per_row: usize, per_query: usize) {
         assert!(
             group.is_power_of_two() && group <= MAX_GROUP,
-            "a small group"
+            "a small query group"
         );
         assert!(m > 0 && self.len().is_multiple_of(m), "whole rows");
         assert_eq!(per_row, self.len() / m * group, "a number a row and query");
@@ -59,72 +65,39 @@ impl Rows<'_> {
     }
 }
 
-/// Registers take no rows shorter than themselves.
-fn level_for(level: Level, m: usize) -> Level {
-    if m < WIDEST { Level::Portable } else { level }
+/// Numbers that the widest register holds.
+const WIDEST: usize = 16;
+
+/// The level for rows of `m` numbers: registers take no rows shorter than themselves.
+fn level_for(m: usize) -> Level {
+    if m < WIDEST { Level::Portable } else { level() }
 }
 
-/// `out[t][g] = ⟨rows_t, queries_g⟩`: `queries` `[group, m]`, `out` `[n, group]`, `group` a power of two up to
-/// [`MAX_GROUP`].
+/// `out[t][g] = ⟨rows_t, queries_g⟩`: `queries` `[group, m]`, `out` `[n, group]`, the query group
+/// `group` a power of two up to [`MAX_GROUP`].
 pub(crate) fn dots(rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
-    dots_at(level(), rows, queries, m, group, out);
-}
-
-fn dots_at(level: Level, rows: Rows<'_>, queries: &[f32], m: usize, group: usize, out: &mut [f32]) {
     rows.check(m, group, out.len(), queries.len());
-    match level_for(level, m) {
-        Level::Portable => rows.widened(m, |first, rows| {
-            let out = &mut out[first * group..][..rows.len() / m * group];
-            portable::dots_f32(rows, queries, m, group, out);
-        }),
-        // SAFETY: such levels are only where their instructions are; the sizes are checked.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::AvxVnni => unsafe { avx2::dots(rows, queries, m, group, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::dots(rows, queries, m, group, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon | Level::DotProduct => unsafe { neon::dots(rows, queries, m, group, out) },
-    }
+    dispatch!(level_for(m), dots(rows, queries, m, out))
 }
 
-/// `out[g] += Σ_t weights[t][g] · rows_t`: `weights` `[n, group]`, `out` `[group, m]`, `group` a power of two up
-/// to [`MAX_GROUP`].
+/// `out[g] += Σ_t weights[t][g] · rows_t`: `weights` `[n, group]`, `out` `[group, m]`, the query
+/// group `group` a power of two up to [`MAX_GROUP`].
 pub(crate) fn combine(weights: &[f32], rows: Rows<'_>, m: usize, group: usize, out: &mut [f32]) {
-    combine_at(level(), weights, rows, m, group, out);
+    rows.check(m, group, weights.len(), out.len());
+    dispatch!(level_for(m), combine(weights, rows, m, out))
 }
 
-fn combine_at(
-    level: Level,
-    weights: &[f32],
-    rows: Rows<'_>,
-    m: usize,
-    group: usize,
-    out: &mut [f32],
-) {
-    rows.check(m, group, weights.len(), out.len());
-    match level_for(level, m) {
-        Level::Portable => rows.widened(m, |first, rows| {
-            let weights = &weights[first * group..][..rows.len() / m * group];
-            portable::combine_f32(weights, rows, m, group, out);
-        }),
-        // SAFETY: such levels are only where their instructions are; the sizes are checked.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::AvxVnni => unsafe { avx2::combine(weights, rows, m, group, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::combine(weights, rows, m, group, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon | Level::DotProduct => unsafe { neon::combine(weights, rows, m, group, out) },
-    }
+/// `⟨a, b⟩`, the product of vectors of one length.
+pub fn dot_f16(a: &[f16], b: &[f32]) -> f32 {
+    dispatch!(dot_f16(a, b))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernels::testing::{at_level, close, every_level, levels};
 
     proptest! {
         #[test]
@@ -148,9 +121,17 @@ mod tests {
             let queries: Vec<f32> = (0..group * m).map(|_| draw()).collect();
             let weights: Vec<f32> = (0..n * group).map(|_| draw()).collect();
             let start: Vec<f32> = (0..group * m).map(|_| draw()).collect();
-            for level in Level::all() {
+            for t in 0..n {
+                let (row, query) = (&halves[t * m..][..m], &queries[..m]);
+                let pairs = row.iter().zip(query);
+                let want: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                for got in every_level!(dot_f16(row, query)) {
+                    prop_assert!(close(got, want, m as f64));
+                }
+            }
+            for level in levels() {
                 let mut products = vec![f32::NAN; n * group];
-                dots_at(level, rows, &queries, m, group, &mut products);
+                at_level(level, || dots(rows, &queries, m, group, &mut products));
                 for t in 0..n {
                     for g in 0..group {
                         let pairs = numbers[t * m..][..m].iter().zip(&queries[g * m..][..m]);
@@ -160,7 +141,7 @@ mod tests {
                     }
                 }
                 let mut sums = start.clone();
-                combine_at(level, &weights, rows, m, group, &mut sums);
+                at_level(level, || combine(&weights, rows, m, group, &mut sums));
                 for g in 0..group {
                     for k in 0..m {
                         let terms = (0..n).map(|t| f64::from(weights[t * group + g]) * f64::from(numbers[t * m + k]));

@@ -1,0 +1,404 @@
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+
+use super::{Coder, LayerSettings, Leaving};
+use crate::attention::{DenseRows, Head, Source, attend_heads};
+use crate::codes::Codes;
+use crate::dictionary::{Atoms, LayerDictionaries, LayerSparsities};
+use crate::encode::EncodedBatch;
+use crate::key_value::KeyValue;
+use crate::threads::{Alone, Threads};
+use crate::{Error, Result};
+
+/// Max positions of a prompt that are coded at once: enough to read a dictionary seldom.
+const AT_ONCE: usize = 1024;
+/// The fewest positions behind a sliding window that are worth moving the rest.
+const WORTH_DROPPING: usize = 64;
+
+/// The keys and values of one layer of one sequence: the past as codes over the model's dictionaries, the newest
+/// positions dense.
+///
+/// A step [attends](LayerCache::attend) with its own keys and values at full precision, then
+/// [appends](LayerCache::append) them. What the recent window cannot hold of a prompt is coded right then. In decode
+/// positions leave the recent window in batches of [`LayerSettings::batch`]; a batch takes its place among the codes
+/// [`LayerSettings::delay`] steps later, coded in the background where the settings say so, and is attended to as dense
+/// until then. Results depend neither on timing nor, but for the order of sums over long contexts, on the number of
+/// threads.
+pub struct LayerCache {
+    pub(super) coders: KeyValue<Coder>,
+    head_dim: usize,
+    pub(super) settings: Arc<LayerSettings>,
+    pub(super) heads: Box<[KeyValue<HeadRows>]>,
+    pub(super) leaving: Option<Leaving<Background>>,
+}
+
+/// The codes of a batch that another thread makes, in a mutex so that a cache can be shared by threads; `None` where
+/// they are made when they are due.
+pub(super) type Background = Option<Mutex<Receiver<Result<Batch>>>>;
+
+/// The keys, or the values, of one KV head: the past as codes, then the recent window.
+pub(super) struct HeadRows {
+    pub(super) codes: Codes,
+    pub(super) recent: DenseRows,
+}
+
+/// The codes of some positions, head by head.
+pub(super) type Batch = KeyValue<Vec<EncodedBatch>>;
+
+/// The bytes that a layer's cache holds, by part. Dictionaries belong to the model and are not among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LayerFootprint {
+    /// The codes of the keys and of the values, room for growth included.
+    pub codes: KeyValue<usize>,
+    /// The recent window.
+    pub recent_window: usize,
+    /// Copies of what is being coded in the background.
+    pub leaving: usize,
+    /// Everything else.
+    pub bookkeeping: usize,
+}
+
+impl LayerFootprint {
+    /// The bytes of all parts.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.codes.into_iter().sum::<usize>() + self.recent_window + self.leaving + self.bookkeeping
+    }
+}
+
+/// The bytes that a layer's cache takes beside what it holds.
+pub(super) fn bookkeeping(sparsities: &LayerSparsities) -> usize {
+    let heads = sparsities.keys.len();
+    size_of::<LayerCache>()
+        + size_of::<LayerSettings>()
+        + heads * (size_of::<KeyValue<HeadRows>>() + 2 * size_of::<usize>())
+}
+
+impl LayerCache {
+    /// Makes an empty cache of a layer with these dictionaries.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where the batch is 0, there are not sparsities for all KV heads, or there are no codebooks for
+    /// additive codes; [`Error::Sparsity`], [`Error::Codebooks`] or [`Error::Tolerance`] where these cannot be.
+    pub fn new(dictionaries: &LayerDictionaries, settings: LayerSettings) -> Result<Self> {
+        let coders = settings.coders(dictionaries)?;
+        let sparsities = &settings.sparsities;
+        let head_dim = dictionaries.keys.head_dim();
+        let heads = sparsities.keys.iter().zip(&sparsities.values);
+        let heads = heads.map(|(&keys, &values)| {
+            let parts = coders.as_ref().zip(KeyValue { keys, values });
+            parts.try_map(|(coder, sparsity)| {
+                Ok(HeadRows {
+                    codes: Codes::new(coder.format(sparsity))?,
+                    recent: DenseRows::new(head_dim, settings.number_type),
+                })
+            })
+        });
+        Ok(Self {
+            heads: heads.collect::<Result<_>>()?,
+            coders,
+            head_dim,
+            settings: Arc::new(settings),
+            leaving: None,
+        })
+    }
+
+    /// The number of positions held.
+    pub fn len(&self) -> usize {
+        self.coded() + self.dense()
+    }
+
+    /// Returns whether no positions are held.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The number of positions that are codes.
+    pub fn coded(&self) -> usize {
+        self.heads.first().map_or(0, |head| head.keys.codes.len())
+    }
+
+    /// The number of positions that are dense.
+    pub fn dense(&self) -> usize {
+        self.heads.first().map_or(0, |head| head.keys.recent.len())
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &LayerSettings {
+        &self.settings
+    }
+
+    /// Attention of `queries` `[kv_heads, G, t, m]` over all positions held and, causally, over `t` new ones, keys and
+    /// values `[kv_heads, t, m]`, which are not appended; scores are scaled by `1/√m`. Without new positions `t` is 1 and
+    /// the query sees what is held. `out` is of the queries' shape.
+    ///
+    /// # Panics
+    /// Where the slices' lengths do not agree.
+    pub fn attend(
+        &self,
+        queries: &[f32],
+        new: Option<KeyValue<&[f32]>>,
+        out: &mut [f32],
+        threads: &dyn Threads,
+    ) {
+        let heads = self.heads.len();
+        let m = self.head_dim;
+        let t = new.map_or(1, |new| new.keys.len() / (heads * m));
+        assert!(
+            new.is_none_or(
+                |new| new.keys.len() == heads * t * m && new.values.len() == new.keys.len()
+            ),
+            "new keys and values of every head"
+        );
+        assert_eq!(queries.len(), out.len(), "one output a query");
+        if queries.is_empty() {
+            return;
+        }
+        let atoms = self.atoms();
+        let sources: Vec<Vec<Source<'_>>> = self
+            .heads
+            .iter()
+            .enumerate()
+            .map(|(h, head)| {
+                let rows = head.as_ref();
+                let mut sources = vec![
+                    Source::Codes {
+                        codes: rows.map(|rows| &rows.codes),
+                        atoms,
+                    },
+                    Source::Dense(rows.map(|rows| &rows.recent)),
+                ];
+                if let Some(new) = new {
+                    let own = new.map(|x| &x[h * t * m..(h + 1) * t * m]);
+                    sources.push(Source::Causal(own));
+                }
+                sources
+            })
+            .collect();
+        let mut tasks = Head::split(queries, &sources, out);
+        attend_heads(&mut tasks, m, t, self.settings.sliding_window, threads);
+    }
+
+    /// Takes new positions, keys and values `[kv_heads, t, m]`; one is a step of decode, several are a prompt.
+    ///
+    /// # Errors
+    /// [`Error::Coding`] for a key or value that is not finite, at the latest when it is coded; the cache cannot be used
+    /// any further then.
+    ///
+    /// # Panics
+    /// Where the numbers are not as many for each head, or keys and values differ in number.
+    pub fn append(&mut self, new: KeyValue<&[f32]>, threads: &dyn Threads) -> Result<()> {
+        let row = self.heads.len() * self.head_dim;
+        assert!(
+            new.keys.len().is_multiple_of(row) && new.keys.len() == new.values.len(),
+            "new keys and values of every head"
+        );
+        let t = new.keys.len() / row;
+        if t == 1 && self.settings.delay > 0 {
+            self.append_one(new, threads)?;
+        } else {
+            self.append_many(new, t, threads)?;
+        }
+        // What a sliding window hides from the next query.
+        if let Some(sliding) = self.settings.sliding_window {
+            let hidden = self.len().saturating_sub(sliding.saturating_sub(1));
+            if hidden >= WORTH_DROPPING {
+                self.drop_front(hidden.min(self.coded()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the `count` oldest positions.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    pub fn drop_front(&mut self, count: usize) {
+        let coded = count.min(self.coded());
+        if count > coded {
+            // What is on its way to the codes would be other positions.
+            self.leaving = None;
+        }
+        for rows in self.heads.iter_mut().flat_map(KeyValue::as_mut) {
+            rows.codes.drop_front(coded);
+            rows.recent.drop_front(count - coded);
+        }
+    }
+
+    /// The keys and values of all positions, `[kv_heads, positions, m]`, as attention takes them.
+    ///
+    /// # Errors
+    /// Those of [`Codes::decode`].
+    pub fn decode(&self) -> Result<KeyValue<Vec<f32>>> {
+        let atoms = self.atoms();
+        let mut all = KeyValue::<Vec<f32>>::default();
+        for head in &self.heads {
+            for ((all, rows), atoms) in all.as_mut().zip(head.as_ref()).zip(atoms) {
+                all.extend(rows.codes.decode(atoms)?);
+                all.extend(rows.recent.to_f32());
+            }
+        }
+        Ok(all)
+    }
+
+    /// The bytes allocated now, by part.
+    pub fn footprint(&self) -> LayerFootprint {
+        let mut footprint = LayerFootprint {
+            bookkeeping: bookkeeping(&self.settings.sparsities),
+            ..LayerFootprint::default()
+        };
+        for head in &self.heads {
+            for (codes, rows) in footprint.codes.as_mut().zip(head.as_ref()) {
+                *codes += rows.codes.bytes();
+                footprint.recent_window += rows.recent.bytes();
+            }
+        }
+        if self.leaving.as_ref().is_some_and(|l| l.codes.is_some()) {
+            let numbers = 2 * self.heads.len() * self.settings.batch * self.head_dim;
+            footprint.leaving = numbers * size_of::<f32>();
+        }
+        footprint
+    }
+
+    /// `m`, the length of a key or value of one head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// The atoms that keys and values are coded over.
+    pub(super) fn atoms(&self) -> KeyValue<Atoms<'_>> {
+        let parts = self.coders.as_ref().zip(self.settings.sparsities.as_ref());
+        parts.map(|(coder, sparsities)| coder.atoms(max(sparsities)))
+    }
+
+    /// Takes the new position of a step of decode.
+    fn append_one(&mut self, new: KeyValue<&[f32]>, threads: &dyn Threads) -> Result<()> {
+        self.extend_recent(new, 0);
+        let mut leaving = self.leaving.take();
+        let begin = || Ok(self.begin());
+        let due = Leaving::step(&mut leaving, &self.settings, self.dense(), begin);
+        self.leaving = leaving;
+        match due? {
+            Some(codes) => self.finish(codes, threads),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes new positions and codes at once what the recent window cannot hold: those of a prompt, and where batches are
+    /// too small to wait.
+    fn append_many(
+        &mut self,
+        new: KeyValue<&[f32]>,
+        t: usize,
+        threads: &dyn Threads,
+    ) -> Result<()> {
+        if let Some(leaving) = self.leaving.take() {
+            self.finish(leaving.codes, threads)?;
+        }
+        let held = self.dense();
+        let surplus = self.settings.surplus(held, t);
+        for first in (0..surplus).step_by(AT_ONCE) {
+            let vectors = self.read(first, AT_ONCE.min(surplus - first), new);
+            let batch = encode(&self.coders, &self.settings, &vectors, threads)?;
+            self.extend_codes(&batch);
+        }
+        self.drop_recent(surplus.min(held));
+        self.extend_recent(new, surplus.saturating_sub(held));
+        Ok(())
+    }
+
+    /// Hands the oldest dense positions over to be coded.
+    fn begin(&self) -> Background {
+        self.settings.background.then(|| {
+            let vectors = self.read(0, self.settings.batch, KeyValue::default());
+            let (coders, settings) = (self.coders.clone(), Arc::clone(&self.settings));
+            let (sender, receiver) = channel();
+            rayon::spawn(move || {
+                // Where the cache is gone nobody waits for them.
+                let _ = sender.send(encode(&coders, &settings, &vectors, &Alone));
+            });
+            Mutex::new(receiver)
+        })
+    }
+
+    /// Puts the batch that is leaving the recent window among the codes.
+    fn finish(&mut self, codes: Background, threads: &dyn Threads) -> Result<()> {
+        let count = self.settings.batch;
+        // A worker that is gone without an answer has panicked; what it had to code is still there.
+        let codes = codes.and_then(|codes| codes.into_inner().ok()?.recv().ok());
+        let batch = codes.unwrap_or_else(|| {
+            let vectors = self.read(0, count, KeyValue::default());
+            encode(&self.coders, &self.settings, &vectors, threads)
+        })?;
+        self.extend_codes(&batch);
+        self.drop_recent(count);
+        Ok(())
+    }
+
+    /// Keys and values of `count` positions of all heads, from `first` on, of the dense and then the new ones.
+    fn read(&self, first: usize, count: usize, new: KeyValue<&[f32]>) -> KeyValue<Vec<f32>> {
+        let (m, held) = (self.head_dim, self.dense());
+        let dense = count.min(held.saturating_sub(first));
+        let passing = first.max(held) - held;
+        let mut vectors = KeyValue::<Vec<f32>>::default();
+        for (h, head) in self.heads.iter().enumerate() {
+            for ((out, rows), new) in vectors.as_mut().zip(head.as_ref()).zip(new) {
+                rows.recent.read(first.min(held), dense, out);
+                let own = &new[h * new.len() / self.heads.len()..];
+                out.extend_from_slice(&own[passing * m..][..(count - dense) * m]);
+            }
+        }
+        vectors
+    }
+
+    fn extend_codes(&mut self, batch: &Batch) {
+        let batches = batch.keys.iter().zip(&batch.values);
+        for (head, (keys, values)) in self.heads.iter_mut().zip(batches) {
+            head.keys.codes.extend(keys);
+            head.values.codes.extend(values);
+        }
+    }
+
+    /// Appends the new positions from `first` on to the recent window.
+    fn extend_recent(&mut self, new: KeyValue<&[f32]>, first: usize) {
+        let (m, heads) = (self.head_dim, self.heads.len());
+        for (h, head) in self.heads.iter_mut().enumerate() {
+            for (rows, new) in head.as_mut().zip(new) {
+                let each = new.len() / heads;
+                rows.recent
+                    .extend(&new[h * each..(h + 1) * each][first * m..]);
+            }
+        }
+    }
+
+    fn drop_recent(&mut self, count: usize) {
+        for rows in self.heads.iter_mut().flat_map(KeyValue::as_mut) {
+            rows.recent.drop_front(count);
+        }
+    }
+}
+
+/// Codes keys and values `[kv_heads, positions, m]`. All heads at once: every reading of a dictionary serves as many
+/// vectors as there are.
+fn encode(
+    coders: &KeyValue<Coder>,
+    settings: &LayerSettings,
+    vectors: &KeyValue<Vec<f32>>,
+    threads: &dyn Threads,
+) -> Result<Batch> {
+    let parts = KeyValue::new("key", "value").zip(coders.as_ref());
+    let parts = parts.zip(settings.sparsities.as_ref().zip(vectors.as_ref()));
+    parts.try_map(|((part, coder), (sparsities, vectors))| {
+        let encoder = coder.encoder(max(sparsities), settings.fit)?;
+        let batches = encoder.encode_heads(vectors, sparsities, threads);
+        batches.map_err(|source| Error::Coding {
+            part,
+            source: Box::new(source),
+        })
+    })
+}
+
+/// The largest sparsity of a layer's heads.
+fn max(sparsities: &[usize]) -> usize {
+    sparsities.iter().copied().max().unwrap_or(1)
+}

@@ -1,0 +1,13 @@
+//! The cache of one layer: the past as codes, the newest positions dense. No model, no tensors.
+
+mod coding;
+mod layer;
+mod leaving;
+mod saved;
+mod settings;
+
+pub use coding::{Coder, Coding};
+pub use layer::{LayerCache, LayerFootprint};
+pub(crate) use leaving::Leaving;
+pub use saved::LayerState;
+pub use settings::LayerSettings;

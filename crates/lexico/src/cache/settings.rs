@@ -1,0 +1,105 @@
+use super::{Coder, Coding};
+use crate::attention::NumberType;
+use crate::dictionary::{LayerDictionaries, LayerSparsities};
+use crate::encode::Fit;
+use crate::key_value::KeyValue;
+use crate::{Error, Result};
+
+/// The settings of the cache of one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSettings {
+    /// The kind of codes, and how they are found.
+    pub coding: Coding,
+    /// The length of what codes stand for.
+    pub fit: Fit,
+    /// Max atoms of each KV head's keys and values.
+    pub sparsities: LayerSparsities,
+    /// `n_b`: the newest positions, kept dense.
+    pub recent_window: usize,
+    /// `n_a`: the positions that leave the recent window at once.
+    pub batch: usize,
+    /// The steps of decode between the one at which a batch begins to leave the recent window and the one at which it
+    /// takes its place among the codes. Layers with delays of their own do not all make the same token wait.
+    pub delay: usize,
+    /// The numbers of the recent window.
+    pub number_type: NumberType,
+    /// The positions that a query sees, its own included, where the model's attention is limited to so many.
+    pub sliding_window: Option<usize>,
+    /// Codes a batch that leaves on another thread while the next tokens are decoded, rather than at the step that it
+    /// is due at. Results are the same.
+    pub background: bool,
+}
+
+impl LayerSettings {
+    /// The usual settings: additive codes, a recent window of 128 positions, of which 16 leave at once, in f16.
+    #[must_use]
+    pub fn new(sparsities: LayerSparsities) -> Self {
+        Self {
+            coding: Coding::default(),
+            fit: Fit::default(),
+            sparsities,
+            recent_window: 128,
+            batch: 16,
+            delay: 4,
+            number_type: NumberType::default(),
+            sliding_window: None,
+            background: false,
+        }
+    }
+
+    /// The coders of a layer's keys and values, once all settings are known to be possible: what cannot be is refused
+    /// before the first window is full.
+    pub(crate) fn coders(&self, dictionaries: &LayerDictionaries) -> Result<KeyValue<Coder>> {
+        if self.batch == 0 {
+            let reason = "at least one position leaves the window at once";
+            return Err(Error::setting("batch", "0", reason));
+        }
+        let sparsities = &self.sparsities;
+        if sparsities.keys.is_empty() || sparsities.keys.len() != sparsities.values.len() {
+            let reason = "one for every head's keys and values is needed";
+            let given = format!(
+                "{} for keys, {} for values",
+                sparsities.keys.len(),
+                sparsities.values.len()
+            );
+            return Err(Error::setting("sparsity", given, reason));
+        }
+        let coders = self.coding.coders(dictionaries)?;
+        for (coder, sparsities) in coders.as_ref().zip(sparsities.as_ref()) {
+            sparsities.iter().try_for_each(|&s| coder.check(s))?;
+        }
+        Ok(coders)
+    }
+
+    /// The positions to code at once when `new` ones come to `held` dense ones in a prompt: those that the recent window
+    /// cannot hold, unless they are fewer than leave it at once.
+    pub(crate) fn surplus(&self, held: usize, new: usize) -> usize {
+        let surplus = (held + new).saturating_sub(self.recent_window);
+        if surplus < self.batch { 0 } else { surplus }
+    }
+
+    /// The bytes that the cache is expected to hold after `positions`, within a few per cent.
+    #[must_use]
+    pub fn expected_bytes(&self, head_dim: usize, positions: usize) -> f64 {
+        // Batches leave whole, each layer's at its own step, and the window keeps the room that it needed for them.
+        let leaving = self.batch.saturating_mul(3) / 2;
+        let dense = positions.min(self.recent_window.saturating_add(leaving)) as f64;
+        let coded = positions as f64 - dense;
+        let heads = self.sparsities.keys.iter().chain(&self.sparsities.values);
+        let code: usize = heads.map(|&s| self.coding.bytes(s)).sum();
+        let numbers = 2 * self.sparsities.keys.len() * head_dim;
+        // Codes grow by a 64th, at least by four vectors; half of that is empty.
+        let grown = coded + (coded / 128.0).max(2.0).min(coded);
+        // A batch that is coded in the background is held in f32 too, half of the time.
+        let background = if self.background && self.batch > 1 {
+            self.batch.min(positions)
+        } else {
+            0
+        };
+        let copied = background as f64 * numbers as f64 * size_of::<f32>() as f64 / 2.0;
+        grown * code as f64
+            + dense * (numbers * self.number_type.bytes()) as f64
+            + copied
+            + super::layer::bookkeeping(&self.sparsities) as f64
+    }
+}

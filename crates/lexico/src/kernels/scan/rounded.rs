@@ -1,0 +1,151 @@
+//! A quick look over all atoms, in 8-bit integers, for those with which a residual may correlate best.
+//!
+//! Rounding moves a correlation by no more than the two rounding errors' lengths allow
+//! (Cauchy–Schwarz), so that the atoms whose rounded correlation comes within twice that of the
+//! largest hold the true largest for certain; those few are then compared exactly.
+
+use super::{LANES, Operands, QUAD, STRIP_TILES, TILE_ATOMS, largest_number, scan};
+use crate::kernels::vector::{norm, peak, round_to_bytes};
+
+/// Atoms rounded to 8 bits: `N·m` bytes and a scale each.
+#[derive(Debug, Clone)]
+pub(crate) struct RoundedAtoms {
+    /// Sixteen atoms side by side, four of their numbers at a time: `[N / 16, m / 4, 16, 4]`, what is
+    /// missing at the edges filled up with zeros; every number has 128 added. Whole strips of tiles.
+    tiles: Vec<u8>,
+    /// The unit that an atom's numbers are multiples of, `[N]` filled up with zeros.
+    scales: Vec<f32>,
+    /// Quads in an atom, `m / 4`.
+    quads: usize,
+    /// Length of what rounding took from an atom, at the most.
+    rounding: f32,
+}
+
+/// A block's residuals rounded to 8 bits.
+#[derive(Debug, Default)]
+pub(crate) struct RoundedVectors {
+    /// `[vectors / LANES, m / 4, LANES]`, four numbers in each.
+    quads: Vec<u32>,
+    /// One vector, filled up with zeros.
+    bytes: Vec<i8>,
+    /// The largest rounded correlation of each vector, among the atoms of each place in a tile.
+    largest: Vec<[f32; TILE_ATOMS]>,
+    /// Largest error of a scanned correlation, in the scan's own units, `[vectors]`.
+    bounds: Vec<f32>,
+    /// The unit that each vector's numbers are multiples of.
+    units: Vec<f32>,
+}
+
+impl RoundedAtoms {
+    pub(crate) fn new(atoms: &[f32], head_dim: usize) -> Self {
+        let quads = head_dim.div_ceil(QUAD);
+        let count = atoms.len() / head_dim;
+        let filled = count.next_multiple_of(STRIP_TILES * TILE_ATOMS);
+        let mut tiles = vec![128; filled * quads * QUAD];
+        let mut scales = vec![0.0; filled];
+        let mut rounding = 0f64;
+        let mut rest = vec![0.0; head_dim];
+        for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
+            let scale = unit(atom, 127);
+            scales[i] = scale;
+            for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
+                let rounded = (x / scale).round_ties_even();
+                *rest = x - rounded * scale;
+                let tile = (i / TILE_ATOMS * quads + k / QUAD) * TILE_ATOMS + i % TILE_ATOMS;
+                tiles[tile * QUAD + k % QUAD] = (rounded as i16 + 128) as u8;
+            }
+            rounding = rounding.max(norm(&rest));
+        }
+        Self {
+            tiles,
+            scales,
+            quads,
+            rounding: rounding as f32,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.tiles.capacity() + self.scales.capacity() * size_of::<f32>()
+    }
+
+    /// Number of candidates, each of several atoms.
+    pub(crate) fn room(&self) -> usize {
+        self.scales.len() / STRIP_TILES
+    }
+
+    /// The atoms that a candidate stands for; numbers from `N` on are no atoms.
+    pub(crate) fn atoms_of(candidate: u32) -> impl Iterator<Item = usize> {
+        let candidate = candidate as usize;
+        let strip = candidate / TILE_ATOMS * STRIP_TILES;
+        (strip..strip + STRIP_TILES).map(move |tile| tile * TILE_ATOMS + candidate % TILE_ATOMS)
+    }
+
+    /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`: for each
+    /// candidate that of the atom with the largest.
+    pub(crate) fn scan(&self, vectors: &mut RoundedVectors, count: usize, out: &mut [f32]) {
+        vectors.largest.clear();
+        vectors.largest.resize(count, [0.0; TILE_ATOMS]);
+        let operands = Operands {
+            tiles: &self.tiles,
+            scales: &self.scales,
+            vectors: &vectors.quads,
+            quads: self.quads,
+        };
+        scan(
+            operands,
+            &mut out[..count * self.room()],
+            &mut vectors.largest,
+        );
+    }
+
+    /// Rounds a vector, none of whose numbers may be beyond the powers of two that f32 inverts, as
+    /// number `slot` of a block.
+    pub(crate) fn round(&self, x: &[f32], slot: usize, block: &mut RoundedVectors) {
+        let filled = (slot / LANES + 1) * self.quads * LANES;
+        if block.quads.len() < filled {
+            block.quads.resize(filled, 0);
+        }
+        block.bytes.resize(self.quads * QUAD, 0);
+        let unit = unit(x, largest_number());
+        let inverse = 1.0 / unit;
+        let (rest, whole) = round_to_bytes(x, inverse, &mut block.bytes[..x.len()]);
+        let first = slot / LANES * self.quads * LANES + slot % LANES;
+        let places = block.quads[first..].iter_mut().step_by(LANES);
+        for (place, bytes) in places.zip(block.bytes.as_chunks::<QUAD>().0) {
+            *place = u32::from_le_bytes(bytes.map(|byte| byte as u8));
+        }
+        // The atom's rounding against the vector, the vector's against the rounded atom; and the
+        // bound's own rounding.
+        let (whole, rest) = (whole.sqrt(), rest.sqrt());
+        let bound = self.rounding * whole + (1.02 + self.rounding) * rest + 1e-5 * whole;
+        let slots = block.bounds.len().max(slot + 1);
+        block.bounds.resize(slots, 0.0);
+        block.bounds[slot] = bound;
+        block.units.resize(slots, 0.0);
+        block.units[slot] = unit;
+    }
+}
+
+impl RoundedVectors {
+    /// The least that the rounded correlation of the truly largest atom with vector `slot` can be: the largest
+    /// less twice what rounding may have moved one.
+    pub(crate) fn enough(&self, slot: usize) -> f32 {
+        let largest = self.largest[slot].iter().fold(0f32, |a, &b| a.max(b));
+        largest - 2.0 * self.bounds[slot]
+    }
+
+    /// The most that a correlation with vector `slot` can be, whose rounded one is `rounded`.
+    pub(crate) fn at_most(&self, slot: usize, rounded: f32) -> f32 {
+        (rounded + self.bounds[slot]) * self.units[slot]
+    }
+}
+
+/// The unit that a vector's numbers are rounded to multiples of: the largest is `max` of them.
+fn unit(x: &[f32], max: u8) -> f32 {
+    let largest = peak(x);
+    if largest > 0.0 {
+        largest / f32::from(max)
+    } else {
+        1.0
+    }
+}

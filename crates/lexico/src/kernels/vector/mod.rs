@@ -1,0 +1,156 @@
+//! Sums, products and searches over vectors.
+
+pub(super) mod portable;
+
+use half::bf16;
+
+use super::{compile, dispatch};
+
+compile! {
+    peak(a: &[f32]) -> f32;
+    square(a: &[f32]) -> f64;
+    dot_mixed(a: &[f32], b: &[f64]) -> f64;
+    subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
+    round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
+    raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]);
+    add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
+    dot(a: &[f32], b: &[f32]) -> f32;
+    dot_bf16(a: &[bf16], b: &[f32]) -> f32;
+}
+
+/// The largest magnitude, 0 for no numbers.
+pub(crate) fn peak(a: &[f32]) -> f32 {
+    dispatch!(peak(a))
+}
+
+/// The sum of squares.
+pub(crate) fn square(a: &[f32]) -> f64 {
+    dispatch!(square(a))
+}
+
+/// `⟨a, b⟩`, in f64.
+pub(crate) fn dot_mixed(a: &[f32], b: &[f64]) -> f64 {
+    dispatch!(dot_mixed(a, b))
+}
+
+/// Euclidean length, in f64: that of any finite vector is finite.
+pub(crate) fn norm(x: &[f32]) -> f64 {
+    square(x).sqrt()
+}
+
+/// `a -= scale · b`, in f64.
+pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]) {
+    dispatch!(subtract_scaled(a, scale, b))
+}
+
+/// Rounds `x · inverse` to bytes, ties to even; returns the sums of squares of what rounding took and of
+/// the whole, in the bytes' units.
+pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32) {
+    dispatch!(round_to_bytes(x, inverse, out))
+}
+
+/// `gains += by − losses`, and every entry of `largest` that one of them exceeds is raised to it.
+pub(crate) fn raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]) {
+    dispatch!(raise(gains, by, losses, largest))
+}
+
+/// `a += scale · b`.
+pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[f32]) {
+    dispatch!(add_scaled(a, scale, b))
+}
+
+/// `⟨a, b⟩`.
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    dispatch!(dot(a, b))
+}
+
+/// `⟨a, b⟩`.
+pub fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 {
+    dispatch!(dot_bf16(a, b))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernels::matmul::{Matrix, multiply};
+    use crate::kernels::testing::{close, every_level};
+
+    fn vectors(rows: usize, columns: usize) -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-4f32..4.0, rows * columns)
+    }
+
+    proptest! {
+        #[test]
+        fn products_agree_with_f64((n, m, rows, x) in (1usize..40, 1usize..140)
+            .prop_flat_map(|(n, m)| (Just(n), Just(m), vectors(n, m), vectors(1, m))))
+        {
+            let exact: Vec<f64> = rows.chunks(m)
+                .map(|row| row.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum())
+                .collect();
+            let mut out = vec![0.0; n];
+            let (matrix, vector) = (Matrix::by_rows(&rows, n, m), Matrix::by_rows(&x, 1, m));
+            multiply(&mut out, false, matrix, vector.transposed());
+            for (row, (&got, &want)) in rows.chunks(m).zip(out.iter().zip(&exact)) {
+                prop_assert!(close(got, want, 16.0 * m as f64));
+                for got in every_level!(dot(row, &x)) {
+                    prop_assert!(close(got, want, 16.0 * m as f64));
+                }
+            }
+            for row in rows.chunks(m) {
+                let brains: Vec<bf16> = row.iter().map(|&x| bf16::from_f32(x)).collect();
+                let product = |numbers: Vec<f32>| -> f64 {
+                    numbers.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+                };
+                let want = product(brains.iter().map(|x| x.to_f32()).collect());
+                for got in every_level!(dot_bf16(&brains, &x)) {
+                    prop_assert!(close(got, want, 16.0 * m as f64));
+                }
+            }
+            // The levels run one after the other on the same numbers.
+            let mut sum = rows[..m].to_vec();
+            let levels = every_level!(add_scaled(&mut sum, 0.5, &x)).len() as f64;
+            for ((&got, &a), &b) in sum.iter().zip(&rows).zip(&x) {
+                prop_assert!(close(got, f64::from(a) + levels * 0.5 * f64::from(b), 8.0));
+            }
+        }
+
+        #[test]
+        fn the_peak_is_the_largest_magnitude(a in prop::collection::vec(-9f32..9.0, 0..600)) {
+            let largest = a.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            for magnitude in every_level!(peak(&a)) {
+                prop_assert_eq!(magnitude, largest);
+            }
+        }
+
+        #[test]
+        fn sums_in_f64_and_rounded_bytes(a in prop::collection::vec(-9f32..9.0, 0..300), inverse in 0.1f32..14.0) {
+            let wide: Vec<f64> = a.iter().map(|&x| 1.0 + f64::from(x) / 3.0).collect();
+            let exact: f64 = a.iter().map(|&x| f64::from(x).powi(2)).sum();
+            let mixed: f64 = a.iter().zip(&wide).map(|(&x, y)| f64::from(x) * y).sum();
+            for got in every_level!(square(&a)) {
+                prop_assert!((got - exact).abs() <= 1e-12 * exact);
+            }
+            for got in every_level!(dot_mixed(&a, &wide)) {
+                prop_assert!((got - mixed).abs() <= 1e-9);
+            }
+            let mut rest = wide.clone();
+            let levels = every_level!(subtract_scaled(&mut rest, 0.5, &a)).len() as f64;
+            for ((rest, wide), &a) in rest.iter().zip(&wide).zip(&a) {
+                prop_assert!((rest - (wide - levels * 0.5 * f64::from(a))).abs() <= 1e-12);
+            }
+            let mut bytes = vec![0; a.len()];
+            for (taken, whole) in every_level!(round_to_bytes(&a, inverse, &mut bytes)) {
+                let scaled = || a.iter().map(|&x| f64::from(x * inverse));
+                let rests: f64 = scaled().zip(&bytes).map(|(x, &b)| (x - f64::from(b)).powi(2)).sum();
+                prop_assert!((f64::from(taken) - rests).abs() <= 1e-4 * rests + 1e-6);
+                let wholes: f64 = scaled().map(|x| x * x).sum();
+                prop_assert!((f64::from(whole) - wholes).abs() <= 1e-4 * wholes);
+                for (x, &b) in scaled().zip(&bytes) {
+                    prop_assert!((x - f64::from(b)).abs() <= 0.5);
+                }
+            }
+        }
+    }
+}

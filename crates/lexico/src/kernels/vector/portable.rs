@@ -1,0 +1,150 @@
+//! Sums, products and searches over vectors in plain Rust, which vectorises at any width.
+
+use half::bf16;
+
+use crate::kernels::{LANES, larger, multiply_add};
+
+#[inline(always)]
+pub(in crate::kernels) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
+    dot_of::<FMA, f32>(a, b, |&a| a)
+}
+
+#[inline(always)]
+pub(super) fn dot_bf16<const FMA: bool>(a: &[bf16], b: &[f32]) -> f32 {
+    dot_of::<FMA, bf16>(a, b, |a| f32::from_bits(u32::from(a.to_bits()) << 16))
+}
+
+/// `⟨a, b⟩`, each number of `a` widened first.
+#[inline(always)]
+pub(in crate::kernels) fn dot_of<const FMA: bool, T>(
+    a: &[T],
+    b: &[f32],
+    widen: impl Fn(&T) -> f32,
+) -> f32 {
+    let mut sums = [0f32; LANES];
+    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for l in 0..LANES {
+            sums[l] = multiply_add::<FMA>(widen(&a[l]), b[l], sums[l]);
+        }
+    }
+    for (l, (a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[l] = multiply_add::<FMA>(widen(a), b, sums[l]);
+    }
+    // A tree keeps the addition vectorised.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            sums[l] += sums[l + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[inline(always)]
+pub(in crate::kernels) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) {
+    for (a, &b) in a.iter_mut().zip(b) {
+        *a = multiply_add::<FMA>(scale, b, *a);
+    }
+}
+
+#[inline(always)]
+pub(super) fn raise<const FMA: bool>(
+    gains: &mut [f32],
+    by: f32,
+    losses: &[f32],
+    largest: &mut [f32],
+) {
+    for ((gain, &loss), largest) in gains.iter_mut().zip(losses).zip(largest) {
+        *gain += by - loss;
+        *largest = larger(*gain, *largest);
+    }
+}
+
+/// Independent sums in f64: a register of the widest kind holds eight.
+const LANES_F64: usize = 16;
+
+/// `⟨a, b⟩`, in f64.
+#[inline(always)]
+fn dot_f64<T: Copy + Into<f64>>(a: &[f32], b: &[T]) -> f64 {
+    let mut sums = [0f64; LANES_F64];
+    let (a_blocks, a_rest) = a.as_chunks::<LANES_F64>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES_F64>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for l in 0..LANES_F64 {
+            sums[l] += f64::from(a[l]) * b[l].into();
+        }
+    }
+    for ((sum, &a), &b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+        *sum += f64::from(a) * b.into();
+    }
+    sums.iter().sum()
+}
+
+#[inline(always)]
+pub(super) fn square<const FMA: bool>(a: &[f32]) -> f64 {
+    dot_f64(a, a)
+}
+
+#[inline(always)]
+pub(super) fn dot_mixed<const FMA: bool>(a: &[f32], b: &[f64]) -> f64 {
+    dot_f64(a, b)
+}
+
+/// `a -= scale · b`, in f64.
+#[inline(always)]
+pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[f32]) {
+    let scale = f64::from(scale);
+    for (a, &b) in a.iter_mut().zip(b) {
+        *a -= scale * f64::from(b);
+    }
+}
+
+/// Rounds `x · inverse` to bytes; returns the sums of squares of what rounding took, and of `x`, both in
+/// the bytes' units.
+#[inline(always)]
+pub(super) fn round_to_bytes<const FMA: bool>(
+    x: &[f32],
+    inverse: f32,
+    out: &mut [i8],
+) -> (f32, f32) {
+    let mut rests = [0f32; LANES];
+    let mut wholes = [0f32; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    let (out_blocks, out_rest) = out.as_chunks_mut::<LANES>();
+    let mut one = |x: f32, out: &mut i8, l: usize| {
+        let scaled = x * inverse;
+        let rounded = scaled.round_ties_even();
+        let off = scaled - rounded;
+        rests[l] = multiply_add::<FMA>(off, off, rests[l]);
+        wholes[l] = multiply_add::<FMA>(scaled, scaled, wholes[l]);
+        *out = rounded as i8;
+    };
+    for (x, out) in blocks.iter().zip(out_blocks) {
+        for l in 0..LANES {
+            one(x[l], &mut out[l], l);
+        }
+    }
+    for (l, (&x, out)) in rest.iter().zip(out_rest).enumerate() {
+        one(x, out, l);
+    }
+    (rests.iter().sum(), wholes.iter().sum())
+}
+
+/// The largest magnitude.
+#[inline(always)]
+pub(super) fn peak<const FMA: bool>(a: &[f32]) -> f32 {
+    let mut peaks = [0f32; LANES];
+    let (blocks, rest) = a.as_chunks::<LANES>();
+    for a in blocks {
+        for l in 0..LANES {
+            peaks[l] = larger(a[l].abs(), peaks[l]);
+        }
+    }
+    for (peak, a) in peaks.iter_mut().zip(rest) {
+        *peak = peak.max(a.abs());
+    }
+    peaks.iter().fold(0f32, |peak, &x| peak.max(x))
+}
