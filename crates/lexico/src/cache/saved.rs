@@ -23,7 +23,7 @@ pub struct LayerState {
 }
 
 impl LayerCache {
-    /// The checksums of the dictionaries or codebooks that the codes are over. `O(N·m)`.
+    /// The checksums of the dictionaries or codebooks that the codes are over. `O(N·m)` the first time.
     pub fn checksums(&self) -> KeyValue<u32> {
         self.coders.as_ref().map(super::Coder::checksum)
     }

@@ -15,6 +15,8 @@ pub(super) struct AtomMatrix {
     /// The numbers in f16, where that is exactly what they are, as it is after reading a file; made when a
     /// decoding step first needs them.
     halves: OnceLock<Option<Vec<f16>>>,
+    /// Made once: it takes a pass over all numbers, and is asked for whenever a cache is saved or loaded.
+    checksum: OnceLock<u32>,
 }
 
 impl PartialEq for AtomMatrix {
@@ -44,6 +46,7 @@ impl AtomMatrix {
             numbers,
             head_dim,
             halves: OnceLock::new(),
+            checksum: OnceLock::new(),
         })
     }
 
@@ -53,6 +56,7 @@ impl AtomMatrix {
 
     pub(super) fn numbers_mut(&mut self) -> &mut [f32] {
         self.halves.take();
+        self.checksum.take();
         &mut self.numbers
     }
 
@@ -87,15 +91,17 @@ impl AtomMatrix {
 
     /// A checksum of the numbers, so that codes can say what they are over.
     pub(super) fn checksum(&self) -> u32 {
-        let mut hasher = crc32fast::Hasher::new();
-        // An atom at a time: the hasher is slow on few bytes.
-        let mut bytes = Vec::with_capacity(size_of::<f32>() * self.head_dim);
-        for atom in self.numbers.chunks_exact(self.head_dim) {
-            bytes.clear();
-            bytes.extend(atom.iter().flat_map(|x| x.to_le_bytes()));
-            hasher.update(&bytes);
-        }
-        hasher.finalize()
+        *self.checksum.get_or_init(|| {
+            let mut hasher = crc32fast::Hasher::new();
+            // An atom at a time: the hasher is slow on few bytes.
+            let mut bytes = Vec::with_capacity(size_of::<f32>() * self.head_dim);
+            for atom in self.numbers.chunks_exact(self.head_dim) {
+                bytes.clear();
+                bytes.extend(atom.iter().flat_map(|x| x.to_le_bytes()));
+                hasher.update(&bytes);
+            }
+            hasher.finalize()
+        })
     }
 
     /// Atoms `first` to `first + count`, in the fewest bytes that hold them exactly.
