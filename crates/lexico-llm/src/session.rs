@@ -410,7 +410,9 @@ mod tests {
         assert!(matches!(answer(&mut failed), Err(Error::NotFinite)));
         assert!(failed.cache.is_empty());
         let again = answer(&mut failed).unwrap();
-        assert_eq!(again, answer(&mut session()).unwrap());
+        let other = answer(&mut session()).unwrap();
+        assert_eq!(again.generated.tokens, other.generated.tokens);
+        assert_eq!(again.new_tokens, other.new_tokens);
         assert_eq!(failed.cache().len(), again.new_tokens + 4);
     }
 }
