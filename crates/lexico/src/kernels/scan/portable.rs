@@ -35,6 +35,7 @@ pub(super) fn scan<const FMA: bool>(
 }
 
 /// Products of a tile's atoms with a vector, added to `start`.
+#[inline(always)]
 fn tile_sums(tile: &[[u8; TILE_ATOMS * QUAD]], x: &[[i16; QUAD]], start: i32) -> [i32; TILE_ATOMS] {
     let mut sums = [start; TILE_ATOMS];
     for (atoms, x) in tile.iter().zip(x) {
