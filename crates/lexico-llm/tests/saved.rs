@@ -517,14 +517,18 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
 #[test]
 fn caches_that_version_0_1_saved_go_on() {
     let model = Model::tiny().unwrap();
+    let folder = Folder::new();
     let fixture = |name: &str| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/saved");
         folder.join(format!("{name}.cache"))
     };
     for name in ["packed", "packed-beam", "i8", "f8-tolerance", "f32"] {
-        let path = fixture(name);
-        let bytes = std::fs::read(&path).unwrap();
-        let mut run = Run::resume(&model, &path, &sampling(0.0), "");
+        // Processors differ in the last bits of what the model says, and so in its fingerprint.
+        let bytes = with_header(&std::fs::read(fixture(name)).unwrap(), |header| {
+            header["fingerprint"] = model.fingerprint().unwrap().into();
+        });
+        std::fs::write(folder.file(), &bytes).unwrap();
+        let mut run = Run::resume(&model, &folder.file(), &sampling(0.0), "");
         // Written again the blocks are the same; the first holds the tokens.
         let state = run.state();
         let saved = blocks(&bytes).into_iter().skip(1);
