@@ -210,8 +210,8 @@ impl StoredHead for Head {
 
 #[cfg(test)]
 mod tests {
-    use super::super::outside_window;
     use super::*;
+    use ::lexico::cache::outside_window;
 
     fn settings(bits: u32, group: usize, residual: usize) -> Settings {
         Settings {

@@ -148,14 +148,6 @@ impl Footprint {
     }
 }
 
-/// Number of `held` positions that the next query no longer sees through a sliding window; `None` until they are enough
-/// to be worth moving the rest.
-fn outside_window(window: Option<usize>, held: usize) -> Option<usize> {
-    const WORTH: usize = 64;
-    let outside = held.checked_sub(window?.saturating_sub(1))?;
-    (outside >= WORTH).then_some(outside)
-}
-
 /// Queries, keys and values that a layer is given in a step, in f32.
 pub(crate) struct Step {
     /// `[kv_heads, G, t, m]`

@@ -3,11 +3,12 @@
 
 use ::lexico::KeyValue;
 use ::lexico::attention::{DenseRows, NumberType, Positions, Source};
+use ::lexico::cache::outside_window;
 use candle_core::Tensor;
 
 use super::method::Lengths;
 use super::recent_window::RecentWindow;
-use super::{Decoded, Footprint, KvCache, Step, outside_window};
+use super::{Decoded, Footprint, KvCache, Step};
 use crate::config::Config;
 use crate::error::Result;
 

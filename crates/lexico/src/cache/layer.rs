@@ -12,8 +12,13 @@ use crate::{Error, Result};
 
 /// Max positions of a prompt that are coded at once: enough to read a dictionary seldom.
 const AT_ONCE: usize = 1024;
-/// The fewest positions behind a sliding window that are worth moving the rest.
-const WORTH_DROPPING: usize = 64;
+/// The number of `held` positions that the next query no longer sees through a sliding window; `None` until they are
+/// enough to be worth moving the rest.
+pub fn outside_window(sliding_window: Option<usize>, held: usize) -> Option<usize> {
+    const WORTH: usize = 64;
+    let outside = held.checked_sub(sliding_window?.saturating_sub(1))?;
+    (outside >= WORTH).then_some(outside)
+}
 
 /// The keys and values of one layer of one sequence: the past as codes over the model's dictionaries, the newest
 /// positions dense.
@@ -199,12 +204,8 @@ impl LayerCache {
         } else {
             self.append_many(new, t, threads)?;
         }
-        // What a sliding window hides from the next query.
-        if let Some(sliding) = self.settings.sliding_window {
-            let hidden = self.len().saturating_sub(sliding.saturating_sub(1));
-            if hidden >= WORTH_DROPPING {
-                self.drop_front(hidden.min(self.coded()));
-            }
+        if let Some(outside) = outside_window(self.settings.sliding_window, self.len()) {
+            self.drop_front(outside.min(self.coded()));
         }
         Ok(())
     }

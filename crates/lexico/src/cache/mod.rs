@@ -7,7 +7,7 @@ mod saved;
 mod settings;
 
 pub use coding::{Coder, Coding};
-pub use layer::{LayerCache, LayerFootprint};
+pub use layer::{LayerCache, LayerFootprint, outside_window};
 pub(crate) use leaving::Leaving;
 pub use saved::LayerState;
 pub use settings::LayerSettings;
