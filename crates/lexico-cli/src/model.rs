@@ -9,7 +9,7 @@ use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
-use lexico_llm::{DICTIONARY_FILE, DeviceName, Model, Quantize};
+use lexico_llm::{DICTIONARY_FILE, Device, DeviceName, Model, Quantize};
 
 #[derive(Args)]
 pub(crate) struct ModelArguments {
@@ -35,7 +35,7 @@ impl ModelArguments {
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
         // What is not there is found before the model is read.
         let device = self.device.open()?;
-        let mut model = load_model(&self.model, self.quantize)?.on(&device)?;
+        let mut model = load_model(&self.model, self.quantize, &device)?;
         let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
         if let Some(path) = &self.dictionary {
             self.read(&mut model, path)?;
@@ -68,11 +68,11 @@ pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<Di
     })
 }
 
-pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {
+pub(crate) fn load_model(name: &str, quantize: Quantize, device: &Device) -> anyhow::Result<Model> {
     if name == "tiny" {
-        return Ok(Model::tiny_quantised(quantize)?);
+        return Ok(Model::tiny_on(quantize, device)?);
     }
-    let mut model = Model::load(&path_of(name)?, quantize)?;
+    let mut model = Model::load_on(&path_of(name)?, quantize, device)?;
     if let Some(hub) = hub_name(name) {
         // The folder in the hub's cache is named by commit, and many GGUF files by nobody.
         model.name = hub.repository;

@@ -25,6 +25,7 @@
 //! # Ok::<(), lexico_llm::Error>(())
 //! ```
 
+mod block_matrix;
 pub mod cache;
 pub mod chat;
 pub mod config;
@@ -49,6 +50,7 @@ mod tokenizer;
 pub mod train;
 mod weights;
 
+pub use candle_core::Device;
 pub use corpus::{Chunks, Corpus};
 pub use device::DeviceName;
 pub use error::{Error, Result};

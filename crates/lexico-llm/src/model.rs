@@ -58,14 +58,14 @@ impl Model {
     /// # Errors
     /// None in a sound build: the tests load it.
     pub fn tiny() -> Result<Self> {
-        Self::tiny_quantised(Quantize::None)
+        Self::tiny_on(Quantize::None, &Device::Cpu)
     }
 
-    /// Opens the model of [`Model::tiny`], its matrices held as `quantize` says.
+    /// Opens the model of [`Model::tiny`], its matrices held as `quantize` says, to compute on a device.
     ///
     /// # Errors
-    /// Those of [`Model::tiny`].
-    pub fn tiny_quantised(quantize: Quantize) -> Result<Self> {
+    /// Where the device's memory does not suffice.
+    pub fn tiny_on(quantize: Quantize, device: &Device) -> Result<Self> {
         macro_rules! embedded {
             ($file:literal) => {
                 include_bytes!(concat!("../../../models/tiny/", $file))
@@ -85,7 +85,7 @@ impl Model {
                 embedded!("model.safetensors"),
             )?),
         };
-        let mut model = Self::assemble("tiny", files, quantize)?;
+        let mut model = Self::assemble("tiny", files, quantize, device)?;
         model.set_dictionaries(DictionarySet::read(&TensorFile::from_static(
             "tiny/dictionary.safetensors",
             embedded!("dictionary.safetensors"),
@@ -100,14 +100,22 @@ impl Model {
     /// The missing-file, config, GGUF, tokenizer and weight variants of [`crate::Error`], and
     /// those of the files themselves.
     pub fn load(path: &Path, quantize: Quantize) -> Result<Self> {
+        Self::load_on(path, quantize, &Device::Cpu)
+    }
+
+    /// Loads a model as [`Model::load`] does, to compute on a device.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`], and where the device's memory does not suffice.
+    pub fn load_on(path: &Path, quantize: Quantize, device: &Device) -> Result<Self> {
         if path.is_file() {
-            Self::load_gguf(path, quantize)
+            Self::load_gguf(path, quantize, device)
         } else {
-            Self::load_folder(path, quantize)
+            Self::load_folder(path, quantize, device)
         }
     }
 
-    fn load_gguf(path: &Path, quantize: Quantize) -> Result<Self> {
+    fn load_gguf(path: &Path, quantize: Quantize, device: &Device) -> Result<Self> {
         let gguf = GgufModel::open(path)?;
         let texts = gguf.tokenizer()?;
         let tokenizer =
@@ -119,12 +127,12 @@ impl Model {
             end_tokens: config.end_tokens.clone(),
             stop_texts: Vec::new(),
             tokenizer,
-            decoder: Decoder::load(config, &Weights::Gguf(gguf), quantize)?,
+            decoder: Decoder::load(config, &Weights::Gguf(gguf), quantize, device)?,
             dictionaries: None,
         })
     }
 
-    fn load_folder(folder: &Path, quantize: Quantize) -> Result<Self> {
+    fn load_folder(folder: &Path, quantize: Quantize, device: &Device) -> Result<Self> {
         let optional = |file: &str| {
             let path = folder.join(file);
             let read = || std::fs::read_to_string(&path).map_err(io(&path));
@@ -141,7 +149,7 @@ impl Model {
         };
         let name = folder.canonicalize().map_err(io(folder))?;
         let name = name.file_name().map(|name| name.to_string_lossy());
-        Self::assemble(&name.unwrap_or("model".into()), files, quantize)
+        Self::assemble(&name.unwrap_or("model".into()), files, quantize, device)
     }
 
     /// The model's chat template, where it has one.
@@ -161,7 +169,12 @@ impl Model {
         self.set_dictionaries(DictionarySet::load(path)?)
     }
 
-    fn assemble(name: &str, files: ModelFiles, quantize: Quantize) -> Result<Self> {
+    fn assemble(
+        name: &str,
+        files: ModelFiles,
+        quantize: Quantize,
+        device: &Device,
+    ) -> Result<Self> {
         let path = files.folder.join("generation_config.json");
         let text = files.generation_config;
         let generation = text.map(|text| GenerationConfig::parse(&text, &path));
@@ -179,7 +192,7 @@ impl Model {
             end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
             stop_texts: stop_texts.unwrap_or_default(),
             tokenizer,
-            decoder: Decoder::load(files.config, &files.weights, quantize)?,
+            decoder: Decoder::load(files.config, &files.weights, quantize, device)?,
             dictionaries: None,
         })
     }
@@ -209,17 +222,6 @@ impl Model {
             hasher.update(&logit.to_le_bytes());
         }
         Ok(format!("{:08x}", hasher.finalize()))
-    }
-
-    /// The same model, computing on another device.
-    ///
-    /// # Errors
-    /// Where its memory does not suffice.
-    pub fn on(self, device: &Device) -> Result<Self> {
-        Ok(Self {
-            decoder: self.decoder.on(device)?,
-            ..self
-        })
     }
 
     /// Identity that a dictionary must agree with to serve this model.

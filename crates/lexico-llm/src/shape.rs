@@ -79,12 +79,12 @@ pub fn config(name: &str) -> Option<Config> {
 }
 
 impl Decoder {
-    /// A decoder of this shape with random weights, the same for the same config.
+    /// A decoder of this shape with random weights, the same for the same config, that computes on a device.
     ///
     /// # Errors
     /// Where memory or the tensor library fails.
-    pub fn random(config: Config, quantize: Quantize) -> Result<Self> {
-        Self::load(config, &Weights::Random, quantize)
+    pub fn random(config: Config, quantize: Quantize, device: &Device) -> Result<Self> {
+        Self::load(config, &Weights::Random, quantize, device)
     }
 }
 
@@ -217,7 +217,7 @@ mod tests {
         let saved = logits(Decoder::open(&path, Quantize::Q8_0).unwrap());
         assert_eq!(
             saved,
-            logits(Decoder::random(config.clone(), Quantize::Q8_0).unwrap())
+            logits(Decoder::random(config.clone(), Quantize::Q8_0, &Device::Cpu).unwrap())
         );
         // What is there is never written over.
         assert!(save(&config, &path, &mut || ControlFlow::Continue(())).is_err());

@@ -97,7 +97,7 @@ impl Decode {
         bar.set_message("weights");
         let started = Instant::now();
         let device = self.device.open()?;
-        let decoder = Decoder::random(config.clone(), self.quantize)?.on(&device)?;
+        let decoder = Decoder::random(config.clone(), self.quantize, &device)?;
         let load_seconds = started.elapsed().as_secs_f64();
         bar.inc(1);
         let context = CacheContext {

@@ -7,7 +7,7 @@ use super::method::{CacheContext, Setting};
 use super::stored::DenseHead;
 use crate::config::Config;
 use crate::error::Result;
-use crate::threads::CandleThreads;
+use crate::threads::ModelThreads;
 
 // Keys are rotated already, so that neither their place among the rows nor what is gone between them matters to
 // attention.
@@ -46,7 +46,7 @@ pub(super) fn accumulated_attention(
     let m = held.rows.keys.head_dim();
     let t = keys.len() / m;
     let keys = [&held.rows.keys.to_f32(), keys].concat();
-    ::lexico::attention::accumulated_attention(queries, m, t, newest.min(t), &keys, &CandleThreads)
+    ::lexico::attention::accumulated_attention(queries, m, t, newest.min(t), &keys, &ModelThreads)
 }
 
 /// Places of the `count` largest scores, ascending; of equal ones the first.

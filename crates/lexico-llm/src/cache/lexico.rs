@@ -13,7 +13,7 @@ use super::device::DeviceLexicoCache;
 use super::method::{CacheContext, Method, NUMBER_TYPES, Values, option};
 use super::{CacheSpec, CacheState, Decoded, Footprint, KvCache, Step};
 use crate::error::{Error, Result};
-use crate::threads::{CandleThreads, cores_to_spare};
+use crate::threads::{ModelThreads, cores_to_spare};
 
 pub(super) static METHOD: Method = Method {
     name: "lexico",
@@ -303,8 +303,8 @@ impl KvCache for LexicoCache {
         let new = KeyValue::new(&step.keys[..], &step.values[..]);
         let mut out = vec![0.0; step.queries.len()];
         let own = &mut self.layers[layer];
-        own.attend(&step.queries, Some(new), &mut out, &CandleThreads);
-        own.append(new, &CandleThreads)
+        own.attend(&step.queries, Some(new), &mut out, &ModelThreads);
+        own.append(new, &ModelThreads)
             .map_err(|error| explained(layer, error))?;
         Ok(Tensor::from_vec(out, step.shape, &Device::Cpu)?)
     }

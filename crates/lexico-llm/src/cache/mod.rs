@@ -39,7 +39,7 @@ pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Value
 pub use spec::{CacheSpec, METHODS};
 
 use crate::error::{Error, Result};
-use crate::threads::CandleThreads;
+use crate::threads::ModelThreads;
 
 /// Keys and values of one sequence, in every layer, however they are stored.
 pub trait KvCache: Send {
@@ -219,7 +219,7 @@ impl Step {
         let sources: Vec<Vec<Source<'_>>> = sources.collect();
         let mut out = vec![0.0; self.queries.len()];
         let mut tasks = Head::split(&self.queries, &sources, &mut out);
-        attend_heads(&mut tasks, m, t, window, &CandleThreads);
+        attend_heads(&mut tasks, m, t, window, &ModelThreads);
         Ok(Tensor::from_vec(out, self.shape, &Device::Cpu)?)
     }
 }

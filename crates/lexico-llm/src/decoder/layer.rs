@@ -1,5 +1,7 @@
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
+use lexico::kernels::gate;
+use lexico::threads::for_each;
 
 use super::linear::Linear;
 use super::matrix::Matrix;
@@ -7,10 +9,27 @@ use super::rotary::Rotation;
 use crate::cache::{Sequence, attend_all};
 use crate::config::{Config, LayerWeights, Weight};
 use crate::error::{Error, Result};
+use crate::threads::ModelThreads;
 use crate::weights::{Quantize, Weights};
 
 /// Tokens whose feed-forward numbers, the widest of a layer, are held at once: a long prompt's would outgrow its cache.
 const AT_ONCE: usize = 512;
+
+/// Numbers that one task gates.
+const GATED_AT_ONCE: usize = 1 << 14;
+
+/// `silu(gate) · up`
+fn gated(gates: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if !gates.device().is_cpu() {
+        return Ok((silu(gates)? * up)?);
+    }
+    let mut numbers = gates.flatten_all()?.to_vec1::<f32>()?;
+    let up = up.flatten_all()?.to_vec1::<f32>()?;
+    let parts = numbers.chunks_mut(GATED_AT_ONCE);
+    let parts = parts.zip(up.chunks(GATED_AT_ONCE));
+    for_each(&ModelThreads, parts, |(gates, up)| gate(gates, up));
+    Ok(Tensor::from_vec(numbers, gates.shape(), &Device::Cpu)?)
+}
 
 /// Decoder layer.
 pub(super) struct Layer {
@@ -33,17 +52,20 @@ impl Layer {
         weights: &Weights,
         quantize: Quantize,
         layer: usize,
+        device: &Device,
     ) -> Result<Self> {
         let LayerWeights {
             norms: [attention_norm, feed_forward_norm],
             head_norms,
             linears: [query, key, value, output, gate, up, down],
         } = config.layer_weights(layer);
-        let vector = |(name, shape): Weight| weights.vector(&name, shape[0]);
+        let vector = |(name, shape): Weight| -> Result<Tensor> {
+            Ok(weights.vector(&name, shape[0])?.to_device(device)?)
+        };
         let both = |[query, key]: [Weight; 2]| Ok::<_, Error>([vector(query)?, vector(key)?]);
         let linear = |((name, shape), bias): (Weight, Option<Weight>)| -> Result<Linear> {
             Ok(Linear {
-                matrix: Matrix::load(weights, &name, [shape[0], shape[1]], quantize)?,
+                matrix: Matrix::load(weights, &name, [shape[0], shape[1]], quantize, device)?,
                 bias: bias.map(vector).transpose()?,
             })
         };
@@ -58,33 +80,6 @@ impl Layer {
             gate: linear(gate)?,
             up: linear(up)?,
             down: linear(down)?,
-        })
-    }
-
-    /// Moves the layer to another device.
-    pub(super) fn on(self, device: &Device) -> Result<Self> {
-        let linear = |linear: Linear| -> Result<Linear> {
-            let bias = linear.bias.map(|bias| bias.to_device(device));
-            Ok(Linear {
-                matrix: linear.matrix.on(device)?,
-                bias: bias.transpose()?,
-            })
-        };
-        let moved = |norms: [Tensor; 2]| {
-            let [query, key] = norms.map(|norm| norm.to_device(device));
-            Ok::<_, Error>([query?, key?])
-        };
-        Ok(Self {
-            attention_norm: self.attention_norm.to_device(device)?,
-            query: linear(self.query)?,
-            key: linear(self.key)?,
-            value: linear(self.value)?,
-            head_norms: self.head_norms.map(moved).transpose()?,
-            output: linear(self.output)?,
-            feed_forward_norm: self.feed_forward_norm.to_device(device)?,
-            gate: linear(self.gate)?,
-            up: linear(self.up)?,
-            down: linear(self.down)?,
         })
     }
 
@@ -115,7 +110,8 @@ impl Layer {
 
     fn feed_forward(&self, x: &Tensor, epsilon: f32) -> Result<Tensor> {
         let normed = rms_norm(x, &self.feed_forward_norm, epsilon)?;
-        let gated = (silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?;
+        let products = Linear::forward_all([&self.gate, &self.up], &normed)?;
+        let gated = gated(&products[0], &products[1])?;
         Ok((x + self.down.forward(&gated)?)?)
     }
 
@@ -128,13 +124,14 @@ impl Layer {
         sequences: &mut [Sequence<'_>],
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
-        let heads = |x: Tensor, heads: usize| -> Result<Tensor> {
+        let products = Linear::forward_all([&self.query, &self.key, &self.value], x)?;
+        let heads = |x: &Tensor, heads: usize| -> Result<Tensor> {
             let split = x.reshape((tokens, heads, config.head_dim))?;
             Ok(split.transpose(0, 1)?.contiguous()?)
         };
-        let mut q = heads(self.query.forward(x)?, config.heads)?;
-        let mut k = heads(self.key.forward(x)?, config.kv_heads)?;
-        let v = heads(self.value.forward(x)?, config.kv_heads)?;
+        let mut q = heads(&products[0], config.heads)?;
+        let mut k = heads(&products[1], config.kv_heads)?;
+        let v = heads(&products[2], config.kv_heads)?;
         if let Some([query_norm, key_norm]) = &self.head_norms {
             q = rms_norm(&q, query_norm, config.norm_epsilon as f32)?;
             k = rms_norm(&k, key_norm, config.norm_epsilon as f32)?;

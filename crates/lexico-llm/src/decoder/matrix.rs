@@ -1,14 +1,18 @@
-use bytemuck::cast_slice_mut;
+use std::borrow::Cow;
+use std::ops::Range;
+
 use candle_core::quantized::k_quants::{BlockQ4K, BlockQ6K, BlockQ8_0};
 use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
+use lexico::kernels::blocks::{BlockMatrix, GROUP};
 use rayon::prelude::*;
 
+use crate::block_matrix::multiply_all;
 use crate::error::Result;
 use crate::half_matrix::{HalfMatrix, Halves};
-use crate::threads::CandleThreads;
-use crate::weights::{Quantize, Weights};
+use crate::threads::ModelThreads;
+use crate::weights::{Quantize, Weights, block_type};
 
 /// Number of rows that are read at once.
 const CHUNK: usize = 256;
@@ -19,16 +23,20 @@ pub(super) enum Matrix {
     Dense(Tensor),
     /// Numbers in f16 or bf16, on the processor.
     Half(HalfMatrix),
+    /// ggml's blocks, on the processor.
+    Blocks(BlockMatrix),
+    /// ggml's blocks, on a GPU.
     Quantised(QTensor),
 }
 
 impl Matrix {
-    /// Reads a matrix some rows at a time, quantising it on the way where that is wanted.
+    /// Reads a matrix some rows at a time, quantising it on the way where that is wanted and makes it smaller.
     pub(super) fn load(
         weights: &Weights,
         name: &str,
         [rows, columns]: [usize; 2],
         quantize: Quantize,
+        device: &Device,
     ) -> Result<Self> {
         let stored = weights.number_type(name, &[rows, columns])?;
         let reader = Reader {
@@ -37,38 +45,19 @@ impl Matrix {
             stored,
             rows,
             columns,
+            device,
         };
-        match stored {
-            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => match fitting(quantize, columns) {
-                Quantize::Q8_0 => reader.quantise::<BlockQ8_0>(),
-                Quantize::Q6K => reader.quantise::<BlockQ6K>(),
-                Quantize::Q4K => reader.quantise::<BlockQ4K>(),
-                Quantize::None => reader.as_stored(),
+        let bits = |dtype: GgmlDType| dtype.type_size() as f64 / dtype.block_size() as f64;
+        let smaller = |dtype: GgmlDType| bits(dtype) < bits(stored);
+        match fitting(quantize, columns) {
+            Quantize::Q8_0 if smaller(GgmlDType::Q8_0) => reader.quantise::<BlockQ8_0>(),
+            Quantize::Q6K if smaller(GgmlDType::Q6K) => reader.quantise::<BlockQ6K>(),
+            Quantize::Q4K if smaller(GgmlDType::Q4K) => reader.quantise::<BlockQ4K>(),
+            _ => match block_type(stored) {
+                Some(_) => reader.blocks(),
+                None => reader.as_stored(),
             },
-            _ if quantize == Quantize::None => reader.blocks(),
-            _ => {
-                let reason = format!("it is stored as {stored:?} already; leave --quantize out");
-                Err(weights.error(name, reason))
-            }
         }
-    }
-
-    /// Moves the matrix to another device.
-    pub(super) fn on(self, device: &Device) -> Result<Self> {
-        Ok(match self {
-            Matrix::Dense(matrix) => Matrix::Dense(matrix.to_device(device)?),
-            Matrix::Half(matrix) => {
-                let shape = (matrix.rows(), matrix.columns());
-                Matrix::Dense(match matrix.into_numbers() {
-                    Halves::F16(numbers) => Tensor::from_vec(numbers, shape, device)?,
-                    Halves::BF16(numbers) => Tensor::from_vec(numbers, shape, device)?,
-                })
-            }
-            Matrix::Quantised(matrix) => {
-                let storage = QStorage::from_data(matrix.data()?, device, matrix.dtype())?;
-                Matrix::Quantised(QTensor::new(storage, matrix.shape())?)
-            }
-        })
     }
 
     /// Turns `[n, columns]` into `[n, rows]`, in f32.
@@ -80,33 +69,56 @@ impl Matrix {
             }
             Matrix::Half(matrix) => {
                 let n = x.dim(0)?;
-                let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?, &CandleThreads);
+                let product = matrix.multiply(&x.flatten_all()?.to_vec1::<f32>()?, &ModelThreads);
                 Tensor::from_vec(product, (n, matrix.rows()), &Device::Cpu)?
             }
+            Matrix::Blocks(matrix) => Self::multiply_blocks(&[matrix], x)?.remove(0),
             Matrix::Quantised(matrix) => x.apply_op1_no_bwd(matrix)?,
         })
     }
 
+    /// Products of `x` with several matrices of as many columns.
+    pub(super) fn multiply_all(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let blocks = matrices.iter().map(|matrix| match matrix {
+            Matrix::Blocks(blocks) => Some(blocks),
+            _ => None,
+        });
+        match blocks.collect::<Option<Vec<_>>>() {
+            Some(blocks) => Self::multiply_blocks(&blocks, x),
+            None => matrices.iter().map(|matrix| matrix.multiply(x)).collect(),
+        }
+    }
+
+    fn multiply_blocks(matrices: &[&BlockMatrix], x: &Tensor) -> Result<Vec<Tensor>> {
+        let n = x.dim(0)?;
+        let products = multiply_all(matrices, &x.flatten_all()?.to_vec1::<f32>()?, &ModelThreads);
+        let tensor = |(product, matrix): (_, &&BlockMatrix)| {
+            Ok(Tensor::from_vec(product, (n, matrix.rows()), &Device::Cpu)?)
+        };
+        products.into_iter().zip(matrices).map(tensor).collect()
+    }
+
     /// Returns these rows, `[n, columns]` in f32; all of them must be there.
     pub(super) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
-        Ok(match self {
+        let read = |columns: usize, read_row: &dyn Fn(usize, &mut [f32])| -> Result<Tensor> {
+            let mut out = vec![0f32; rows.len() * columns];
+            for (&row, out) in rows.iter().zip(out.chunks_exact_mut(columns)) {
+                read_row(row as usize, out);
+            }
+            Ok(Tensor::from_vec(out, (rows.len(), columns), &Device::Cpu)?)
+        };
+        match self {
             Matrix::Dense(matrix) => {
                 let rows = matrix.index_select(&Tensor::new(rows, matrix.device())?, 0)?;
-                rows.to_dtype(DType::F32)?
+                Ok(rows.to_dtype(DType::F32)?)
             }
-            Matrix::Half(matrix) => {
-                let columns = matrix.columns();
-                let mut out = vec![0f32; rows.len() * columns];
-                for (&row, out) in rows.iter().zip(out.chunks_exact_mut(columns)) {
-                    matrix.read_row(row as usize, out);
-                }
-                Tensor::from_vec(out, (rows.len(), columns), &Device::Cpu)?
-            }
+            Matrix::Half(matrix) => read(matrix.columns(), &|row, out| matrix.read_row(row, out)),
+            Matrix::Blocks(matrix) => read(matrix.columns(), &|row, out| matrix.read_row(row, out)),
             Matrix::Quantised(matrix) => {
                 let rows = Tensor::new(rows, &matrix.device())?;
-                matrix.embedding(&rows)?.to_dtype(DType::F32)?
+                Ok(matrix.embedding(&rows)?.to_dtype(DType::F32)?)
             }
-        })
+        }
     }
 }
 
@@ -129,6 +141,7 @@ struct Reader<'a> {
     stored: GgmlDType,
     rows: usize,
     columns: usize,
+    device: &'a Device,
 }
 
 impl Reader<'_> {
@@ -139,11 +152,18 @@ impl Reader<'_> {
             GgmlDType::BF16 => Halves::BF16(self.numbers(bf16::from_le_bytes)?),
             _ => {
                 let numbers = self.numbers(f32::from_le_bytes)?;
-                let matrix = Tensor::from_vec(numbers, (rows, columns), &Device::Cpu)?;
+                let matrix = Tensor::from_vec(numbers, (rows, columns), self.device)?;
                 return Ok(Matrix::Dense(matrix));
             }
         };
-        Ok(Matrix::Half(HalfMatrix::new(halves, rows, columns)))
+        if self.device.is_cpu() {
+            return Ok(Matrix::Half(HalfMatrix::new(halves, rows, columns)));
+        }
+        let shape = (rows, columns);
+        Ok(Matrix::Dense(match halves {
+            Halves::F16(numbers) => Tensor::from_vec(numbers, shape, self.device)?,
+            Halves::BF16(numbers) => Tensor::from_vec(numbers, shape, self.device)?,
+        }))
     }
 
     fn numbers<T, const BYTES: usize>(&self, number: fn([u8; BYTES]) -> T) -> Result<Vec<T>> {
@@ -159,12 +179,8 @@ impl Reader<'_> {
     }
 
     fn quantise<T: GgmlType + 'static>(&self) -> Result<Matrix> {
-        let row_blocks = self.columns / T::BLCK_SIZE;
-        let mut blocks = vec![T::zeros(); self.rows * row_blocks];
-        let chunks = blocks.par_chunks_mut(CHUNK * row_blocks).enumerate();
-        chunks.try_for_each(|(chunk, blocks)| -> Result<()> {
-            let first = chunk * CHUNK;
-            let rows = first..first + blocks.len() / row_blocks;
+        self.fill(T::DTYPE, |rows| {
+            let count = rows.len();
             let (name, stored) = (self.name, self.stored);
             let numbers = self.weights.f32_rows(name, stored, self.columns, rows)?;
             // Blocks would make sound numbers of them.
@@ -172,25 +188,48 @@ impl Reader<'_> {
                 let reason = "it holds a NaN or an infinity: the file is damaged".to_owned();
                 return Err(self.weights.error(name, reason));
             }
-            T::from_float(&numbers, blocks);
-            Ok(())
-        })?;
-        self.tensor(QStorage::Cpu(Box::new(blocks)))
+            let mut blocks = vec![T::zeros(); numbers.len() / T::BLCK_SIZE];
+            T::from_float(&numbers, &mut blocks);
+            let blocks = QStorage::Cpu(Box::new(blocks));
+            let blocks = QTensor::new(blocks, (count, self.columns))?;
+            Ok(blocks.data()?.into_owned())
+        })
     }
 
     /// A matrix that is stored in quantised blocks, as it is.
     fn blocks(&self) -> Result<Matrix> {
-        let bytes = self.rows * self.columns / self.stored.block_size() * self.stored.type_size();
-        // candle takes the bytes for blocks where they lie, so they must be aligned as blocks are.
-        let mut aligned = vec![0u64; bytes.div_ceil(size_of::<u64>())];
-        let data = &mut cast_slice_mut::<u64, u8>(&mut aligned)[..bytes];
-        self.weights.read_rows(self.name, 0..self.rows, data)?;
-        let data: &[u8] = data;
-        self.tensor(QStorage::from_data(data.into(), &Device::Cpu, self.stored)?)
+        self.fill(self.stored, |rows| {
+            let blocks = rows.len() * self.columns / self.stored.block_size();
+            let mut bytes = vec![0; blocks * self.stored.type_size()];
+            self.weights.read_rows(self.name, rows, &mut bytes)?;
+            Ok(bytes)
+        })
     }
 
-    fn tensor(&self, storage: QStorage) -> Result<Matrix> {
-        let tensor = QTensor::new(storage, (self.rows, self.columns))?;
-        Ok(Matrix::Quantised(tensor))
+    /// A matrix of blocks, of which `read` gives some rows at a time.
+    fn fill(
+        &self,
+        dtype: GgmlDType,
+        read: impl Fn(Range<usize>) -> Result<Vec<u8>> + Sync,
+    ) -> Result<Matrix> {
+        let kind = block_type(dtype).filter(|_| self.device.is_cpu());
+        let Some(kind) = kind else {
+            let mut bytes = Vec::new();
+            for first in (0..self.rows).step_by(CHUNK) {
+                bytes.extend(read(first..(first + CHUNK).min(self.rows))?);
+            }
+            let storage = QStorage::from_data(Cow::Owned(bytes), self.device, dtype)?;
+            let tensor = QTensor::new(storage, (self.rows, self.columns))?;
+            return Ok(Matrix::Quantised(tensor));
+        };
+        let mut matrix = BlockMatrix::new(kind, self.rows, self.columns);
+        let parts = matrix.parts_mut(CHUNK / GROUP);
+        parts
+            .into_par_iter()
+            .try_for_each(|mut part| -> Result<()> {
+                part.fill(&read(part.rows())?);
+                Ok(())
+            })?;
+        Ok(Matrix::Blocks(matrix))
     }
 }

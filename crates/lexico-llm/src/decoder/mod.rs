@@ -43,52 +43,49 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Loads the decoder alone of a folder in Hugging Face layout, or of a GGUF file.
+    /// Loads the decoder alone of a folder in Hugging Face layout, or of a GGUF file, to compute on the processor.
     ///
     /// # Errors
     /// Those of [`Model::load`](crate::Model::load).
     pub fn open(path: &Path, quantize: Quantize) -> Result<Self> {
         if path.is_file() {
             let gguf = GgufModel::open(path)?;
-            return Self::load(gguf.config().clone(), &Weights::Gguf(gguf), quantize);
+            let config = gguf.config().clone();
+            return Self::load(config, &Weights::Gguf(gguf), quantize, &Device::Cpu);
         }
-        Self::load(Config::load(path)?, &Weights::open(path)?, quantize)
+        Self::load(
+            Config::load(path)?,
+            &Weights::open(path)?,
+            quantize,
+            &Device::Cpu,
+        )
     }
 
-    pub(crate) fn load(config: Config, weights: &Weights, quantize: Quantize) -> Result<Self> {
+    pub(crate) fn load(
+        config: Config,
+        weights: &Weights,
+        quantize: Quantize,
+        device: &Device,
+    ) -> Result<Self> {
         let shape = [config.vocabulary, config.hidden];
         // The largest matrices first: what reading them needs in passing, the layers take later.
-        let matrix = |name: &str| Matrix::load(weights, name, shape, quantize);
+        let matrix = |name: &str| Matrix::load(weights, name, shape, quantize, device);
         let embedding = matrix("model.embed_tokens.weight")?;
         let head = match config.tied_head {
             true => None,
             false => Some(matrix("lm_head.weight")?),
         };
-        let layers = (0..config.layers).map(|l| Layer::load(&config, weights, quantize, l));
+        let layers = (0..config.layers).map(|l| Layer::load(&config, weights, quantize, l, device));
         Ok(Self {
             embedding,
             layers: layers.collect::<Result<_>>()?,
-            norm: weights.vector("model.norm.weight", config.hidden)?,
+            norm: weights
+                .vector("model.norm.weight", config.hidden)?
+                .to_device(device)?,
             frequencies: config.rotary.frequencies(config.head_dim),
             head,
-            device: Device::Cpu,
-            config,
-        })
-    }
-
-    /// Moves the decoder to another device.
-    ///
-    /// # Errors
-    /// [`Error::Tensor`] where its memory does not suffice.
-    pub fn on(self, device: &Device) -> Result<Self> {
-        let layers = self.layers.into_iter().map(|layer| layer.on(device));
-        Ok(Self {
-            embedding: self.embedding.on(device)?,
-            layers: layers.collect::<Result<_>>()?,
-            norm: self.norm.to_device(device)?,
-            head: self.head.map(|head| head.on(device)).transpose()?,
             device: device.clone(),
-            ..self
+            config,
         })
     }
 

@@ -19,7 +19,7 @@ use crate::corpus::Corpus;
 use crate::decoder::Logits;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::threads::CandleThreads;
+use crate::threads::ModelThreads;
 
 /// Fewest and most tokens of a window whose predictions are looked at; all before them is coded.
 const PREDICTED: (usize, usize) = (16, 128);
@@ -106,7 +106,7 @@ fn coding_losses(
             let KeyValue { keys, values } = &coders[layer];
             let (coder, fit) = ([keys, values][part], Fit::default());
             let vectors = past.rows(layer, head, part).to_f32();
-            let coded = coder.reconstruct(&vectors, sparsity, fit, &CandleThreads)?;
+            let coded = coder.reconstruct(&vectors, sparsity, fit, &ModelThreads)?;
             let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
             rows.extend(&coded);
             past.changed = Some((layer, head, part, rows));

@@ -14,6 +14,7 @@ use std::str::FromStr;
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
+use lexico::kernels::blocks::{BlockMatrix, BlockType};
 use lexico::tensor_file::TensorFile;
 
 use crate::error::{Error, Result, refused};
@@ -21,7 +22,7 @@ use crate::gguf::{GgufModel, own_name};
 pub(crate) use safetensors::{INDEX, SINGLE, shard_names};
 
 /// Format in which a model's matrices are held, the embedding among them. They are quantised some rows at a
-/// time as they are read; norms and biases are f32.
+/// time as they are read; those that take less as they are stored stay so. Norms and biases are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Quantize {
     /// Format in which they are stored.
@@ -97,7 +98,7 @@ impl Weights {
         }
     }
 
-    /// Rows of a weight that is stored in floating point, in f32.
+    /// Rows of a weight, in f32.
     pub(crate) fn f32_rows(
         &self,
         name: &str,
@@ -105,20 +106,29 @@ impl Weights {
         columns: usize,
         rows: Range<usize>,
     ) -> Result<Vec<f32>> {
-        let floats = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16];
-        if !floats.contains(&stored) {
-            let reason = format!("its numbers are {stored:?}, floating point is needed");
-            return Err(self.error(name, reason));
-        }
-        let count = rows.len() * columns;
-        let mut bytes = vec![0; count * stored.type_size()];
+        let count = rows.len();
+        let blocks = count * columns / stored.block_size();
+        let mut bytes = vec![0; blocks * stored.type_size()];
         self.read_rows(name, rows, &mut bytes)?;
-        Ok(numbers(stored, &bytes))
+        let Some(kind) = block_type(stored) else {
+            return Ok(numbers(stored, &bytes));
+        };
+        let blocks = BlockMatrix::from_blocks(kind, count, columns, &bytes);
+        let mut numbers = vec![0.0; count * columns];
+        for (row, numbers) in numbers.chunks_exact_mut(columns).enumerate() {
+            blocks.read_row(row, numbers);
+        }
+        Ok(numbers)
     }
 
     /// A vector, a norm's or bias's, in f32.
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
         let stored = self.number_type(name, &[length])?;
+        let floats = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16];
+        if !floats.contains(&stored) {
+            let reason = format!("its numbers are {stored:?}, floating point is needed");
+            return Err(self.error(name, reason));
+        }
         let numbers = self.f32_rows(name, stored, length, 0..1)?;
         Ok(Tensor::from_vec(numbers, length, &Device::Cpu)?)
     }
@@ -130,6 +140,23 @@ impl Weights {
             Self::Random => weight_error(Path::new("random"), name, reason),
         }
     }
+}
+
+/// The block type of quantised numbers; `None` for floating point and what no matrix is stored in.
+pub(crate) fn block_type(stored: GgmlDType) -> Option<BlockType> {
+    Some(match stored {
+        GgmlDType::Q4_0 => BlockType::Q4_0,
+        GgmlDType::Q4_1 => BlockType::Q4_1,
+        GgmlDType::Q5_0 => BlockType::Q5_0,
+        GgmlDType::Q5_1 => BlockType::Q5_1,
+        GgmlDType::Q8_0 => BlockType::Q8_0,
+        GgmlDType::Q2K => BlockType::Q2K,
+        GgmlDType::Q3K => BlockType::Q3K,
+        GgmlDType::Q4K => BlockType::Q4K,
+        GgmlDType::Q5K => BlockType::Q5K,
+        GgmlDType::Q6K => BlockType::Q6K,
+        _ => return None,
+    })
 }
 
 /// Numbers of little-endian bytes in f16, bf16 or else f32.

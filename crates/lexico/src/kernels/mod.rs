@@ -10,8 +10,10 @@
 //! own weights need too, and [`check_level`].
 
 pub(crate) mod additive;
+pub mod blocks;
 pub(crate) mod dense;
 mod dispatch;
+mod gate;
 mod level;
 pub mod matmul;
 mod memory;
@@ -23,6 +25,7 @@ pub(crate) mod vector;
 
 pub use dense::dot_f16;
 use dispatch::{compile, dispatch};
+pub use gate::gate;
 pub use level::{LevelError, check_level};
 pub(crate) use memory::prefetch_first;
 pub use vector::dot_bf16;

@@ -3,6 +3,7 @@
 mod portable;
 
 use super::{compile, dispatch};
+pub(super) use portable::exp;
 
 compile! {
     largest(scores: &[f32], largest: &mut [f32]);

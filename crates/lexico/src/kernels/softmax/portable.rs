@@ -9,7 +9,7 @@ const ROUNDING: f32 = 12_582_912.0;
 
 /// `eˣ` for `x ≤ 88`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
+pub(in crate::kernels) fn exp<const FMA: bool>(x: f32) -> f32 {
     // A power of two, and the rest within ln 2 / 2 of 0 by the polynomial of Cephes' expf (Moshier 1989);
     // ln 2 in two parts, so that the product with the first is exact (Cody & Waite 1980).
     let rounded = multiply_add::<FMA>(x, std::f32::consts::LOG2_E, ROUNDING);
