@@ -118,16 +118,22 @@ impl Model {
     fn load_gguf(path: &Path, quantize: Quantize, device: &Device) -> Result<Self> {
         let gguf = GgufModel::open(path)?;
         let texts = gguf.tokenizer()?;
-        let tokenizer =
-            Tokenizer::parse(texts.tokenizer.as_bytes(), Some(&texts.config), gguf.path())?;
-        let config = gguf.config().clone();
+        let (name, config, path) = (gguf.name(), gguf.config().clone(), gguf.path().to_owned());
+        let end_tokens = config.end_tokens.clone();
+        let weights = Weights::Gguf(gguf);
+        // Both take about as long.
+        let (tokenizer, decoder) = rayon::join(
+            || Tokenizer::parse(texts.tokenizer.as_bytes(), Some(&texts.config), &path),
+            || Decoder::load(config, &weights, quantize, device),
+        );
+        let tokenizer = tokenizer?;
         Ok(Self {
-            name: gguf.name(),
+            name,
             chat_template: tokenizer.chat_template.clone(),
-            end_tokens: config.end_tokens.clone(),
+            end_tokens,
             stop_texts: Vec::new(),
             tokenizer,
-            decoder: Decoder::load(config, &Weights::Gguf(gguf), quantize, device)?,
+            decoder: decoder?,
             dictionaries: None,
         })
     }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
+use rayon::prelude::*;
 
 use crate::cache::KvCache;
 pub use crate::cache::Sequence;
@@ -75,10 +76,15 @@ impl Decoder {
             true => None,
             false => Some(matrix("lm_head.weight")?),
         };
-        let layers = (0..config.layers).map(|l| Layer::load(&config, weights, quantize, l, device));
+        let layer = |l| Layer::load(&config, weights, quantize, l, device);
+        let layers: Result<Vec<Layer>> = match device.is_cpu() {
+            // Laying out blocks takes longer than reading them.
+            true => (0..config.layers).into_par_iter().map(layer).collect(),
+            false => (0..config.layers).map(layer).collect(),
+        };
         Ok(Self {
             embedding,
-            layers: layers.collect::<Result<_>>()?,
+            layers: layers?,
             norm: weights
                 .vector("model.norm.weight", config.hidden)?
                 .to_device(device)?,

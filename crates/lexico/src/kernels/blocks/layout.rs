@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bytemuck::{Zeroable, zeroed_vec};
 use half::f16;
 
 use super::product::low_bits;
@@ -12,6 +13,9 @@ use crate::kernels::{compile, dispatch};
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u8; LINE]);
+
+// SAFETY: bytes of zero are a line.
+unsafe impl Zeroable for Line {}
 
 compile! {
     lay_out(kind: BlockType, rows: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u8]);
@@ -45,7 +49,8 @@ impl BlockMatrix {
             kind,
             rows,
             columns,
-            quants: vec![Line([0; LINE]); groups * units * lines],
+            // Pages that are first touched by the thread that fills them.
+            quants: zeroed_vec(groups * units * lines),
             scales: vec![0; groups * units / layout.units() * layout.scale_bytes()],
         }
     }

@@ -1,7 +1,7 @@
 //! ggml's blocks laid out for the kernels, in plain Rust.
 
 use super::layout::Line;
-use super::types::Layout;
+use super::types::{Kind, Layout, kind, with_kind};
 use super::{BlockType, GROUP, LINE, STEP, STEPS, UNIT};
 
 /// Lays out the blocks of sixteen rows or fewer.
@@ -13,7 +13,12 @@ pub(super) fn lay_out<const FMA: bool>(
     quants: &mut [Line],
     scales: &mut [u8],
 ) {
-    let layout = kind.layout();
+    with_kind!(kind, lay_out_kind(rows, row_bytes, quants, scales));
+}
+
+#[inline(always)]
+fn lay_out_kind<K: Kind>(rows: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u8]) {
+    let (kind, layout) = (K::TYPE, &const { K::LAYOUT });
     let units = kind.numbers() / UNIT;
     let lines = layout.quant_bytes() / LINE;
     let scale_bytes = units / layout.units() * layout.scale_bytes();
@@ -182,10 +187,12 @@ fn nibbles(bytes: &[u8], out: &mut [u8; 256]) {
 /// The fifth bits of 32 numbers.
 #[inline(always)]
 fn fifth_bits(bytes: &[u8], out: &mut [u8; 256]) {
-    for (bits, out) in bytes.iter().zip(out.as_chunks_mut::<8>().0) {
-        for (at, out) in out.iter_mut().enumerate() {
-            *out |= (bits >> at & 1) << 4;
-        }
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    for (&bits, out) in bytes.iter().zip(out.as_chunks_mut::<8>().0) {
+        // Bit `i` of byte `i`, then moved to the fifth place of each byte where it is set.
+        let apart = (u64::from(bits) * ONES) & 0x8040_2010_0804_0201;
+        let fifth = ((apart + 0x7f * ONES) >> 7 & ONES) << 4;
+        *out = (u64::from_le_bytes(*out) | fifth).to_le_bytes();
     }
 }
 

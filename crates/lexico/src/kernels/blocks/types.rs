@@ -80,6 +80,7 @@ impl Layout {
 
 /// The layout of a block type as a type, so that kernels are compiled for each.
 pub(super) trait Kind {
+    const TYPE: BlockType;
     const LAYOUT: Layout;
 }
 
@@ -92,6 +93,7 @@ macro_rules! kinds {
         }
 
         $(impl Kind for kind::$name {
+            const TYPE: BlockType = BlockType::$name;
             const LAYOUT: Layout = Layout {
                 low: $low, high: $high, columns: $columns, zero: $zero, signed: $signed, least: $least, nested: $nested,
             };
@@ -144,21 +146,24 @@ kinds! {
     Q6K: 4 + 2 bits, 16 columns, zero Some(5), signed false, least false, nested true, block of 256 in 210 bytes, floats at [208];
 }
 
-/// Calls a function that is generic in the kind with that of a block type.
+/// Calls a function that is generic in the kind, the last of its types, with that of a block type.
 macro_rules! with_kind {
-    ($kind:expr, $function:ident::<$lanes:ty>($($value:expr),*)) => {
+    ($kind:expr, $function:ident::<$($lanes:ty)?>$arguments:tt) => {
         match $kind {
-            BlockType::Q4_0 => $function::<$lanes, kind::Q4_0>($($value),*),
-            BlockType::Q4_1 => $function::<$lanes, kind::Q4_1>($($value),*),
-            BlockType::Q5_0 => $function::<$lanes, kind::Q5_0>($($value),*),
-            BlockType::Q5_1 => $function::<$lanes, kind::Q5_1>($($value),*),
-            BlockType::Q8_0 => $function::<$lanes, kind::Q8_0>($($value),*),
-            BlockType::Q2K => $function::<$lanes, kind::Q2K>($($value),*),
-            BlockType::Q3K => $function::<$lanes, kind::Q3K>($($value),*),
-            BlockType::Q4K => $function::<$lanes, kind::Q4K>($($value),*),
-            BlockType::Q5K => $function::<$lanes, kind::Q5K>($($value),*),
-            BlockType::Q6K => $function::<$lanes, kind::Q6K>($($value),*),
+            BlockType::Q4_0 => with_kind!(@ Q4_0, $function::<$($lanes)?>$arguments),
+            BlockType::Q4_1 => with_kind!(@ Q4_1, $function::<$($lanes)?>$arguments),
+            BlockType::Q5_0 => with_kind!(@ Q5_0, $function::<$($lanes)?>$arguments),
+            BlockType::Q5_1 => with_kind!(@ Q5_1, $function::<$($lanes)?>$arguments),
+            BlockType::Q8_0 => with_kind!(@ Q8_0, $function::<$($lanes)?>$arguments),
+            BlockType::Q2K => with_kind!(@ Q2K, $function::<$($lanes)?>$arguments),
+            BlockType::Q3K => with_kind!(@ Q3K, $function::<$($lanes)?>$arguments),
+            BlockType::Q4K => with_kind!(@ Q4K, $function::<$($lanes)?>$arguments),
+            BlockType::Q5K => with_kind!(@ Q5K, $function::<$($lanes)?>$arguments),
+            BlockType::Q6K => with_kind!(@ Q6K, $function::<$($lanes)?>$arguments),
         }
+    };
+    (@ $name:ident, $function:ident::<$($lanes:ty)?>($($value:expr),*)) => {
+        $function::<$($lanes,)? kind::$name>($($value),*)
     };
 }
 pub(super) use with_kind;
