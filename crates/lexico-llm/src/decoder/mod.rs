@@ -15,6 +15,7 @@ pub use crate::cache::Sequence;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::gguf::GgufModel;
+use crate::model::untie;
 use crate::weights::{Quantize, Weights};
 use layer::Layer;
 use matrix::Matrix;
@@ -52,7 +53,10 @@ impl Decoder {
             let gguf = GgufModel::open(path)?;
             return Self::load(gguf.config().clone(), &Weights::Gguf(gguf), quantize);
         }
-        Self::load(Config::load(path)?, &Weights::open(path)?, quantize)
+        let (mut config, weights) = (Config::load(path)?, Weights::open(path)?);
+        weights.check_names(&config)?;
+        untie(&mut config, &weights)?;
+        Self::load(config, &weights, quantize)
     }
 
     pub(crate) fn load(config: Config, weights: &Weights, quantize: Quantize) -> Result<Self> {
