@@ -182,6 +182,12 @@ impl Model {
         let (mut config, mut notes) = (files.config, files.notes);
         notes.extend(files.weights.check_names(&config)?);
         notes.extend(untie(&mut config, &files.weights)?);
+        let (known, held) = (tokenizer.vocabulary(), config.vocabulary);
+        if known > held {
+            notes.push(format!(
+                "the tokenizer has {known} tokens and the model {held} (vocab_size): text with the others is refused"
+            ));
+        }
         let of_generation = generation.eos_token_id.map(OneOrMany::list);
         let end_tokens = end_tokens(&config, of_generation, &tokenizer, &mut notes);
         let folder = shown_path(&files.folder);

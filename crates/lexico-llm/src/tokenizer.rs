@@ -103,6 +103,11 @@ impl Tokenizer {
         self.inner.token_to_id(text)
     }
 
+    /// Number of its tokens.
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
     /// The text of a token that decoding leaves out, a special one.
     pub(crate) fn hidden_text(&self, token: u32) -> Option<&str> {
         self.hidden.get(&token).map(String::as_str)
