@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lexico_llm::import::import_reference;
-use lexico_llm::{Device, Quantize};
+use lexico_llm::Quantize;
 
 use crate::{model, ui};
 
@@ -21,7 +21,7 @@ pub(crate) struct Import {
 impl Import {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         ui::check_dictionary_out(&self.out, &[&self.file])?;
-        let model = model::load_model(&self.model, Quantize::None, &Device::Cpu)?;
+        let model = model::load_model(&self.model, Quantize::None)?;
         let set = import_reference(&self.file, model.identity())?;
         set.save(&self.out)?;
         let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());

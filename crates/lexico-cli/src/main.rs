@@ -8,6 +8,7 @@ mod export;
 mod import;
 mod inspect;
 mod interrupt;
+mod lines;
 mod measure;
 mod memory;
 mod model;
@@ -56,7 +57,7 @@ enum Command {
     Inspect(inspect::Inspect),
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage; 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.";
 
 fn main() -> ExitCode {
     lexico_llm::hide_caught_panics();
@@ -70,15 +71,15 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => error.exit(),
     };
-    match work(arguments) {
-        Ok(()) if interrupt::happened() => ExitCode::from(130),
-        Ok(()) => ExitCode::SUCCESS,
+    let done = work(arguments);
+    let interrupted = interrupt::exit_code();
+    match done {
+        Ok(()) => ExitCode::from(interrupted.unwrap_or(0)),
         // Whoever read our output has enough of it.
         Err(error) if ui::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             ui::note(&format!("error: {error:#}"));
-            let interrupted = interrupt::happened();
-            ExitCode::from(if interrupted { 130 } else { 1 })
+            ExitCode::from(interrupted.unwrap_or(1))
         }
     }
 }

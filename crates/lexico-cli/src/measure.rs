@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use lexico_llm::train::{TrainOptions, measure_losses};
-use lexico_llm::{Device, Quantize};
+use lexico_llm::Quantize;
 
 use crate::corpus::CorpusArguments;
 use crate::train::Progress;
@@ -34,7 +34,7 @@ impl Measure {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         ui::check_out(&self.out, &[&self.file])?;
         let corpus = self.corpus.open_for(&self.out)?;
-        let model = model::load_model(&self.model, Quantize::None, &Device::Cpu)?;
+        let model = model::load_model(&self.model, Quantize::None)?;
         let config = model.decoder.config();
         let context = self.context.min(config.context);
         anyhow::ensure!(

@@ -11,6 +11,8 @@ use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
 use lexico_llm::{DICTIONARY_FILE, Device, DeviceName, Model, Quantize};
 
+use crate::ui;
+
 #[derive(Args)]
 pub(crate) struct ModelArguments {
     /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
@@ -35,12 +37,15 @@ impl ModelArguments {
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
         // What is not there is found before the model is read.
         let device = self.device.open()?;
-        let mut model = load_model(&self.model, self.quantize, &device)?;
+        let path = (self.model != "tiny")
+            .then(|| path_of(&self.model))
+            .transpose()?;
+        let mut model = load_from(&self.model, path.as_deref(), self.quantize, &device)?;
         let needed = caches.iter().any(|spec| spec.method().needs_dictionaries);
         if let Some(path) = &self.dictionary {
             self.read(&mut model, path)?;
         } else if needed && model.dictionaries.is_none() {
-            let mut places = vec![beside(&path_of(&self.model)?)];
+            let mut places: Vec<PathBuf> = path.iter().map(|path| beside(path)).collect();
             let file = format!("{}.safetensors", model.name.replace('/', "--"));
             places.extend(own_folder().map(|own| own.join(file)));
             let Some(path) = places.iter().find(|place| place.is_file()) else {
@@ -68,11 +73,23 @@ pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<Di
     })
 }
 
-pub(crate) fn load_model(name: &str, quantize: Quantize, device: &Device) -> anyhow::Result<Model> {
-    if name == "tiny" {
+pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {
+    let path = (name != "tiny").then(|| path_of(name)).transpose()?;
+    load_from(name, path.as_deref(), quantize, &Device::Cpu)
+}
+
+/// Loads the model of this name from its folder or file; without one it is the embedded model.
+fn load_from(
+    name: &str,
+    path: Option<&Path>,
+    quantize: Quantize,
+    device: &Device,
+) -> anyhow::Result<Model> {
+    let Some(path) = path else {
         return Ok(Model::tiny_on(quantize, device)?);
-    }
-    let mut model = Model::load_on(&path_of(name)?, quantize, device)?;
+    };
+    let mut model = Model::load_on(path, quantize, device)?;
+    model.notes.iter().for_each(|note| ui::note(note));
     if let Some(hub) = hub_name(name) {
         // The folder in the hub's cache is named by commit, and many GGUF files by nobody.
         model.name = hub.repository;
@@ -92,14 +109,20 @@ pub(crate) fn beside(model: &Path) -> PathBuf {
 /// Returns the folder or file of a model that is not embedded: a path, else a name on the hub.
 pub(crate) fn path_of(name: &str) -> anyhow::Result<PathBuf> {
     match hub_name(name) {
-        Some(hub) => hub
-            .fetch(std::io::stderr().is_terminal())
-            .with_context(|| format!("there is no {name} on this machine, nor could it be had")),
+        Some(hub) => {
+            let fetched = hub
+                .fetch(std::io::stderr().is_terminal())
+                .with_context(|| {
+                    format!("there is no {name} on this machine, nor could it be had")
+                })?;
+            fetched.notes.iter().for_each(|note| ui::note(note));
+            Ok(fetched.path)
+        }
         None => Ok(PathBuf::from(name)),
     }
 }
 
-fn hub_name(name: &str) -> Option<HubName> {
+pub(crate) fn hub_name(name: &str) -> Option<HubName> {
     name.parse().ok().filter(|_| !Path::new(name).exists())
 }
 

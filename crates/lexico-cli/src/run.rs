@@ -1,4 +1,4 @@
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use lexico::shown::shown_path;
 use lexico_llm::cache::{CacheSpec, Footprint};
 use lexico_llm::chat::ChatTemplate;
 use lexico_llm::generate::{Finish, GenerateOptions};
@@ -16,7 +17,8 @@ use lexico_llm::{Error, Model};
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 
-use crate::model::ModelArguments;
+use crate::lines::Lines;
+use crate::model::{ModelArguments, hub_name};
 use crate::{interrupt, ui};
 
 #[derive(Args)]
@@ -28,7 +30,7 @@ pub(crate) struct Run {
     /// The prompt, as llama.cpp takes it
     #[arg(short, long = "prompt", value_name = "PROMPT", conflicts_with = "file")]
     prompt_flag: Option<String>,
-    /// Read the prompt from a file
+    /// Read the prompt from a file, UTF-8; a byte order mark is no part of it, and CRLF is a line end
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     #[command(flatten)]
@@ -36,7 +38,7 @@ pub(crate) struct Run {
     /// The cache method and its options (below) [default: lexico, or as it was saved]
     #[arg(long, value_name = "NAME[:key=value,...]")]
     cache: Option<CacheSpec>,
-    /// Save the cache and the text at the end, also after Ctrl-C, for --load-cache
+    /// Save the cache and the text at the end, also after Ctrl-C, SIGTERM or SIGHUP, for --load-cache
     #[arg(long, value_name = "FILE")]
     save_cache: Option<PathBuf>,
     /// Go on from a saved cache; the sampling settings are those given now
@@ -174,14 +176,18 @@ impl Run {
         let file = self.file.as_ref().filter(|path| path.as_os_str() != "-");
         let given = self.prompt.as_deref().or(self.prompt_flag.as_deref());
         let text = match (file, given) {
-            (Some(path), _) => {
-                std::fs::read_to_string(path).with_context(|| path.display().to_string())?
-            }
+            (Some(path), _) => prompt_of(std::fs::read(path).map_err(Into::into))
+                .with_context(|| shown_path(path))?,
             (None, Some(prompt)) if prompt != "-" => return Ok(Some(prompt.to_owned())),
             (None, None) if self.file.is_none() && std::io::stdin().is_terminal() => {
                 return Ok(None);
             }
-            _ => std::io::read_to_string(std::io::stdin()).context("the prompt on stdin")?,
+            _ => {
+                let mut bytes = Vec::new();
+                let read = std::io::stdin().read_to_end(&mut bytes);
+                let read = read.map(|_| bytes).map_err(Into::into);
+                prompt_of(read).context("the prompt on stdin")?
+            }
         };
         Ok(Some(without_line_end(&text).to_owned()))
     }
@@ -192,6 +198,12 @@ impl Run {
             return Ok(None);
         }
         let chat = model.chat_template().context("--no-chat does without it")?;
+        if chat.is_none() && hub_name(&self.model.model).is_some() {
+            let name = &model.name;
+            ui::note(&format!(
+                "{name} has no chat template: the prompt is taken as plain text"
+            ));
+        }
         if chat.is_none() && self.system_prompt.is_some() {
             bail!(
                 "--system-prompt needs a chat template, and the model {} has none",
@@ -328,7 +340,7 @@ impl Run {
 
     /// Takes lines: each follows the text so far, or is the next question of a conversation.
     fn talk(&self, mut session: Session, plain: bool) -> anyhow::Result<()> {
-        let mut editor = rustyline::DefaultEditor::new()?;
+        let lines = Lines::new()?;
         let manner = match plain {
             false => "It answers what you type.",
             true => "It goes on from what you type.",
@@ -339,9 +351,9 @@ impl Run {
             session.model().name,
             session.spec()
         ));
-        loop {
-            interrupt::forget();
-            let line = match editor.readline("> ") {
+        while !interrupt::ends_program() {
+            interrupt::forget_ctrl_c();
+            let line = match lines.next() {
                 Ok(line) => line,
                 Err(ReadlineError::Interrupted) => continue,
                 Err(ReadlineError::Eof) => break,
@@ -360,7 +372,6 @@ impl Run {
                 }
                 _ => {}
             }
-            editor.add_history_entry(&line)?;
             let question = if plain { format!("{line}\n") } else { line };
             let mut answer = self.answer(&mut session, Some(&question));
             if answer.as_ref().is_err_and(is_context_full) {
@@ -369,6 +380,9 @@ impl Run {
                 answer = self.answer(&mut session, Some(&question));
             }
             let printed = answer.and_then(|(answer, printed)| printed.map(|()| answer));
+            if interrupt::ends_program() {
+                break;
+            }
             match printed {
                 Ok(answer) => ui::note(&Report::new(&session, &answer).line()),
                 Err(error) if ui::is_broken_pipe(&error) => return Err(error),
@@ -380,6 +394,7 @@ impl Run {
                 }
             }
         }
+        drop(lines);
         match &self.save_cache {
             Some(path) if !session.tokens().is_empty() => {
                 ui::note(&save(path, &session)?.0);
@@ -432,6 +447,22 @@ fn seed(text: &str) -> Result<u64, String> {
     }
     text.parse()
         .map_err(|_| "it must be a whole number, or -1".to_owned())
+}
+
+/// The prompt in the bytes of a file: UTF-8 without the mark that some editors begin it with, and with line ends as models
+/// know them.
+fn prompt_of(bytes: anyhow::Result<Vec<u8>>) -> anyhow::Result<String> {
+    let bytes = bytes?;
+    let utf16 = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]);
+    if utf16 || bytes.contains(&0) {
+        bail!("it is UTF-16 text, or no text; save it as UTF-8");
+    }
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let byte = e.utf8_error().valid_up_to();
+        anyhow::anyhow!("it is not UTF-8 text (byte {byte}); save it as UTF-8")
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    Ok(text.replace("\r\n", "\n"))
 }
 
 /// Removes the line end that editors and `echo` add: it is no part of a prompt.

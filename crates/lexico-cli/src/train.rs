@@ -10,7 +10,7 @@ use lexico::learn::{CodebookOptions, LearnOptions};
 use lexico_llm::train::{
     Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
-use lexico_llm::{Device, Model, Quantize};
+use lexico_llm::{Model, Quantize};
 use serde_json::json;
 
 use crate::corpus::CorpusArguments;
@@ -97,7 +97,7 @@ impl Train {
             ui::check_vectors_out(vectors, &self.out, &corpus.files())?;
         }
         let started = Instant::now();
-        let model = model::load_model(&self.model, Quantize::None, &Device::Cpu)?;
+        let model = model::load_model(&self.model, Quantize::None)?;
         let kept = self.kept(&model)?;
         interrupt::listen()?;
         ui::note(&format!(

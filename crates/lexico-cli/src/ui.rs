@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use comfy_table::{CellAlignment, Row, Table, presets};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 use lexico::dictionary::FORMAT;
+use lexico::shown::escaped_lines;
 use lexico::tensor_file::{TensorFile, check_writable};
 use lexico_llm::cache::{METHODS, Values};
 
@@ -17,19 +18,19 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     written.context("stdout")
 }
 
-/// A line on stdout.
+/// A line on stdout, or a table: names from outside stand in both.
 pub(crate) fn line(text: &str) -> anyhow::Result<()> {
-    print(&format!("{text}\n"))
+    print(&format!("{}\n", escaped_lines(text)))
 }
 
 /// One JSON document on stdout.
 pub(crate) fn json(document: &serde_json::Value) -> anyhow::Result<()> {
-    line(&serde_json::to_string_pretty(document)?)
+    print(&format!("{}\n", serde_json::to_string_pretty(document)?))
 }
 
 /// A line on stderr; nothing is to be done where that fails.
 pub(crate) fn note(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = writeln!(io::stderr(), "{}", escaped_lines(text));
 }
 
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {

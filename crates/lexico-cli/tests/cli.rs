@@ -1196,6 +1196,165 @@ fn train_reads_what_a_researcher_has() {
     }
 }
 
+#[test]
+fn prompt_files_are_read_as_editors_write_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    let plain = "One\ntwo é\nthree";
+    let tokens = |bytes: &[u8]| {
+        std::fs::write(&file, bytes).unwrap();
+        let report = json(&[
+            "run",
+            "--cache",
+            "full",
+            "-n",
+            "1",
+            "--json",
+            "-f",
+            path(&file),
+        ]);
+        report["prompt_tokens"].as_u64().unwrap()
+    };
+    let expected = tokens(plain.as_bytes());
+    let marked = format!("\u{feff}{plain}\n");
+    assert_eq!(tokens(marked.as_bytes()), expected);
+    assert_eq!(tokens(marked.replace('\n', "\r\n").as_bytes()), expected);
+    // A mark that is not at the beginning is text.
+    assert!(tokens(format!("{plain}\u{feff}").as_bytes()) > expected);
+    let wide = |order: fn(u16) -> [u8; 2], text: &str| -> Vec<u8> {
+        text.encode_utf16().flat_map(order).collect()
+    };
+    for bytes in [
+        wide(u16::to_le_bytes, "\u{feff}One"),
+        wide(u16::to_be_bytes, "\u{feff}One"),
+        wide(u16::to_le_bytes, "One"),
+        b"caf\xe9".to_vec(),
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        let message = fails(1, &["run", "-f", path(&file)]);
+        assert!(
+            message.contains("save it as UTF-8") && message.contains("prompt.txt"),
+            "{message}"
+        );
+    }
+}
+
+/// Whatever a file holds: its text is not repeated, and nothing of it reaches the terminal as it is.
+#[test]
+fn outside_text_in_messages_is_bounded_and_escaped() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let long = "word ".repeat(400_000);
+    let escape = "\u{1b}]0;owned\u{7}\u{202e}";
+    let checked = |message: String| {
+        assert!(message.len() < 3000, "{} bytes", message.len());
+        let steers = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        assert!(!message.contains(steers), "{message:?}");
+        message
+    };
+    let out = place("d.safetensors");
+    for (name, document) in [
+        ("list.json", serde_json::json!([long])),
+        ("list.json", serde_json::json!([escape])),
+        ("lines.jsonl", serde_json::json!(long)),
+        (
+            "lines.jsonl",
+            serde_json::json!({ escape: 1, long.clone(): 2 }),
+        ),
+        (
+            "list.json",
+            serde_json::json!([{ escape: 1, long.clone(): 2 }]),
+        ),
+    ] {
+        std::fs::write(place(name), document.to_string()).unwrap();
+        let corpus = place(name);
+        checked(fails(
+            1,
+            &["train", "--corpus", path(&corpus), "--out", path(&out)],
+        ));
+    }
+    // A text that is not said whole: its beginning and what was expected.
+    std::fs::write(place("list.json"), serde_json::json!([long]).to_string()).unwrap();
+    let corpus = place("list.json");
+    let message = checked(fails(
+        1,
+        &["train", "--corpus", path(&corpus), "--out", path(&out)],
+    ));
+    assert!(
+        message.contains("\"text\"") && message.contains("line 1"),
+        "{message}"
+    );
+
+    for (file, entry, value) in [
+        ("config.json", "hidden_size", serde_json::json!(long)),
+        ("config.json", "architectures", serde_json::json!([escape])),
+        ("config.json", "hidden_act", serde_json::json!(long)),
+        (
+            "tokenizer_config.json",
+            "bos_token",
+            serde_json::json!(escape),
+        ),
+        (
+            "tokenizer_config.json",
+            "bos_token",
+            serde_json::json!(long),
+        ),
+        (
+            "tokenizer_config.json",
+            "add_bos_token",
+            serde_json::json!(long),
+        ),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            serde_json::json!({ long.clone(): escape }),
+        ),
+        (
+            "generation_config.json",
+            "eos_token_id",
+            serde_json::json!(long),
+        ),
+        (
+            "generation_config.json",
+            "stop_strings",
+            serde_json::json!({ escape: long }),
+        ),
+    ] {
+        let model = tiny_folder();
+        let target = model.path().join(file);
+        let mut config: Value = match std::fs::read(&target) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap(),
+            Err(_) => serde_json::json!({}),
+        };
+        config[entry] = value;
+        std::fs::write(&target, config.to_string()).unwrap();
+        let message = checked(fails(
+            1,
+            &["run", "-m", path(model.path()), "--cache", "full", "x"],
+        ));
+        assert!(
+            message.contains(file) || message.contains("tokenizer.json"),
+            "{message}"
+        );
+    }
+    // Names of files, and a template's own words.
+    let named = place("a\u{1b}[31mb\u{202e}.jsonl");
+    std::fs::write(&named, "{}\n").unwrap();
+    checked(fails(
+        1,
+        &["train", "--corpus", path(&named), "--out", path(&out)],
+    ));
+    let model = tiny_folder();
+    let template = "{{ raise_exception('\u{1b}[2J' ~ messages[0].content) }}";
+    std::fs::write(model.path().join("chat_template.jinja"), template).unwrap();
+    let most = "x ".repeat(20_000);
+    let message = fails(
+        1,
+        &["run", "-m", path(model.path()), "--cache", "full", &most],
+    );
+    checked(message);
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_in_train_leaves_what_was_there() {

@@ -6,8 +6,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 const QUESTION: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. \
                         How many coins does Ana have now?\nAnswer:";
@@ -39,9 +40,30 @@ fn family_file(name: &str) -> PathBuf {
 struct Hub {
     endpoint: String,
     requests: Arc<AtomicUsize>,
-    /// Cut the next large answer after so many bytes.
-    cut: Arc<Mutex<Option<usize>>>,
+    state: Arc<State>,
 }
+
+/// What a hub does otherwise than it should, and what it was asked.
+#[derive(Default)]
+struct State {
+    /// Cut the next large answer after so many bytes.
+    cut: Mutex<Option<usize>>,
+    /// Send so many bytes of the next large answer, and no more.
+    hang: Mutex<Option<usize>>,
+    /// Answer so many requests with a status and `Retry-After: 0`.
+    busy: Mutex<(usize, &'static str)>,
+    /// Take requests and never answer.
+    silent: AtomicBool,
+    /// Send whole files, whatever range is asked for.
+    no_ranges: AtomicBool,
+    /// Checksum that is promised of weights.
+    checksum: Mutex<Option<String>>,
+    /// Path, range and token of every request.
+    log: Mutex<Vec<[String; 3]>>,
+}
+
+/// Bytes that are large enough to be cut.
+const LARGE: usize = 100_000;
 
 impl Hub {
     fn start() -> Self {
@@ -49,14 +71,15 @@ impl Hub {
         let hub = Self {
             endpoint: format!("http://{}", listener.local_addr().unwrap()),
             requests: Arc::default(),
-            cut: Arc::default(),
+            state: Arc::default(),
         };
-        let (requests, cut) = (hub.requests.clone(), hub.cut.clone());
+        let (requests, state) = (hub.requests.clone(), hub.state.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 requests.fetch_add(1, Ordering::SeqCst);
-                // A client that hangs up is its own affair.
-                let _ = answer(stream, &cut);
+                // A client that hangs up is its own affair; one that waits keeps no other waiting.
+                let state = state.clone();
+                std::thread::spawn(move || drop(answer(stream, &state)));
             }
         });
         hub
@@ -73,6 +96,36 @@ impl Hub {
             .stdin(Stdio::null())
             .output()
             .unwrap()
+    }
+
+    /// Runs a model with these variables, no others of the hub's, and HF_HOME in `home`.
+    fn run_with(&self, home: &Path, model: &str, variables: &[(&str, &str)]) -> Output {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("lexico"));
+        let of_hub = std::env::vars_os().filter(|(name, _)| {
+            let name = name.to_string_lossy();
+            name.starts_with("HF_") || name.starts_with("HUGGING") || name == "TRANSFORMERS_OFFLINE"
+        });
+        for (name, _) in of_hub {
+            command.env_remove(name);
+        }
+        command
+            .args([
+                "run", "-m", model, "--cache", "full", "-n", "2", "--json", "x",
+            ])
+            .env("HF_ENDPOINT", &self.endpoint)
+            .env("HF_HOME", home)
+            .envs(variables.iter().copied())
+            .current_dir(home)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// Ranges that were asked for of a file.
+    fn ranges(&self, file: &str) -> Vec<String> {
+        let log = self.state.log.lock().unwrap();
+        let own = log.iter().filter(|[path, ..]| path.ends_with(file));
+        own.map(|[_, range, _]| range.clone()).collect()
     }
 }
 
@@ -93,13 +146,21 @@ fn data_file(name: &str) -> Vec<u8> {
     (0..60).map(line).collect::<String>().into_bytes()
 }
 
-fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<()> {
+fn answer(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or(Ok(String::new()))?;
     let mut from = 0;
     let mut to = usize::MAX;
+    let (mut range, mut token) = (String::new(), String::new());
     for line in lines {
-        let line = line?.to_lowercase();
+        let line = line?;
+        if let Some(given) = line.strip_prefix("authorization: ") {
+            token = given.to_owned();
+        }
+        let line = line.to_lowercase();
+        if let Some(given) = line.strip_prefix("range: ") {
+            range = given.to_owned();
+        }
         if line.is_empty() {
             break;
         }
@@ -112,6 +173,23 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
         }
     }
     let path = request.split_whitespace().nth(1).unwrap_or_default();
+    let entry = [path.to_owned(), range.clone(), token];
+    state.log.lock().unwrap().push(entry);
+    if state.silent.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_secs(60));
+        return Ok(());
+    }
+    let busy = {
+        let mut busy = state.busy.lock().unwrap();
+        busy.0 = busy.0.saturating_sub(1);
+        Some(busy.1).filter(|_| busy.0 > 0)
+    };
+    if let Some(status) = busy {
+        return write!(
+            stream,
+            "HTTP/1.1 {status}\r\nRetry-After: 0\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+    }
     let refuse = |stream: &mut TcpStream, status: &str| {
         write!(
             stream,
@@ -175,22 +253,41 @@ fn answer(mut stream: TcpStream, cut: &Mutex<Option<usize>>) -> std::io::Result<
     let Ok(bytes) = file else {
         return refuse(&mut stream, "404 Not Found");
     };
+    let whole = range.is_empty() || state.no_ranges.load(Ordering::SeqCst);
+    if whole {
+        (from, to) = (0, usize::MAX);
+    }
     let end = bytes.len().min(to.saturating_add(1));
     let from = from.min(end);
+    let first = match whole {
+        true => "200 OK\r\n".to_owned(),
+        false => format!(
+            "206 Partial Content\r\nContent-Range: bytes {from}-{}/{}\r\n",
+            end.max(1) - 1,
+            bytes.len()
+        ),
+    };
+    let checksum = state.checksum.lock().unwrap().clone();
+    let checksum = checksum.filter(|_| bytes.len() > LARGE);
+    let linked = checksum.map_or(String::new(), |sum| format!("X-Linked-ETag: \"{sum}\"\r\n"));
     write!(
         stream,
-        "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{}/{}\r\n\
-         ETag: \"{:x}\"\r\nX-Repo-Commit: {COMMIT}\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 {first}Content-Length: {}\r\nETag: \"{:x}\"\r\n{linked}X-Repo-Commit: {COMMIT}\r\n\
+         Connection: close\r\n\r\n",
         end - from,
-        end.max(1) - 1,
-        bytes.len(),
         bytes.len(),
     )?;
-    let mut body = &bytes[from..end];
-    if body.len() > 100_000
-        && let Some(most) = cut.lock().unwrap().take()
-    {
-        body = &body[..most];
+    let body = &bytes[from..end];
+    if body.len() > LARGE {
+        if let Some(most) = state.cut.lock().unwrap().take() {
+            return stream.write_all(&body[..most]);
+        }
+        let hang = state.hang.lock().unwrap().take();
+        if let Some(most) = hang {
+            stream.write_all(&body[..most])?;
+            std::thread::sleep(Duration::from_secs(60));
+            return Ok(());
+        }
     }
     stream.write_all(body)
 }
@@ -213,7 +310,7 @@ fn a_model_is_downloaded_once_and_then_serves_offline() {
     let home = tempfile::tempdir().unwrap();
     let run = ["run", "-m", "org/open", "--cache", "full", QUESTION];
     // The first download of the weights breaks off; the retry takes it up where it ended.
-    *hub.cut.lock().unwrap() = Some(50_000);
+    *hub.state.cut.lock().unwrap() = Some(50_000);
     let output = hub.lexico(home.path(), &run);
     assert!(
         text(&output.stdout).contains("#### 19"),
@@ -472,4 +569,313 @@ fn data_sets_that_cannot_be_had_are_told_apart() {
         .env("HF_ENDPOINT", "http://127.0.0.1:9")
         .output();
     assert!(status.unwrap().status.success());
+}
+
+/// The cache's folder of `org/open`.
+const OPEN: &str = "models--org--open";
+
+/// Fills a cache as a program does that needs these files only.
+fn fill(cache: &Path, files: &[&str]) -> PathBuf {
+    let snapshot = cache.join(OPEN).join("snapshots").join(COMMIT);
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(cache.join(OPEN).join("refs")).unwrap();
+    std::fs::write(cache.join(OPEN).join("refs/main"), COMMIT).unwrap();
+    for file in files {
+        std::fs::copy(tiny_file(file), snapshot.join(file)).unwrap();
+    }
+    snapshot
+}
+
+const NEEDED: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
+
+#[test]
+fn what_a_cache_lacks_of_a_models_files_is_fetched_once() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let snapshot = fill(&home.path().join("hub"), &NEEDED);
+    let output = hub.run_with(home.path(), "org/open", &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for file in ["generation_config.json", "tokenizer_config.json"] {
+        assert!(snapshot.join(file).is_file(), "{file}");
+    }
+    assert!(hub.ranges("model.safetensors").is_empty(), "it was there");
+    // What the hub does not have is written down as huggingface_hub does.
+    let none = home
+        .path()
+        .join("hub")
+        .join(OPEN)
+        .join(".no_exist")
+        .join(COMMIT);
+    assert!(none.join("chat_template.jinja").is_file());
+    assert!(!none.join("generation_config.json").exists());
+    let asked = hub.requests.load(Ordering::SeqCst);
+    assert!(hub.run_with(home.path(), "org/open", &[]).status.success());
+    assert_eq!(hub.requests.load(Ordering::SeqCst), asked);
+
+    // And what others wrote down is believed.
+    let other = tempfile::tempdir().unwrap();
+    let snapshot = fill(&other.path().join("hub"), &NEEDED);
+    let none = other
+        .path()
+        .join("hub")
+        .join(OPEN)
+        .join(".no_exist")
+        .join(COMMIT);
+    std::fs::create_dir_all(&none).unwrap();
+    let optional = [
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ];
+    for file in optional {
+        std::fs::write(none.join(file), "").unwrap();
+    }
+    let output = hub.run_with(other.path(), "org/open", &[("HF_HUB_OFFLINE", "1")]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(!text(&output.stderr).contains("does not hold"));
+    assert!(hub.run_with(other.path(), "org/open", &[]).status.success());
+    assert_eq!(hub.requests.load(Ordering::SeqCst), asked);
+    assert!(!snapshot.join("generation_config.json").exists());
+}
+
+#[test]
+fn files_that_may_be_missing_are_said_in_one_line() {
+    let hub = Hub::start();
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:9".to_owned(),
+        ..Hub::start()
+    };
+    let home = tempfile::tempdir().unwrap();
+    fill(&home.path().join("hub"), &NEEDED);
+    let said = |hub: &Hub, variables: &[(&str, &str)]| {
+        let output = hub.run_with(home.path(), "org/open", variables);
+        let notes = text(&output.stderr);
+        assert!(output.status.success(), "{notes}");
+        let lines = notes
+            .lines()
+            .filter(|line| line.contains("generation_config.json"));
+        let lines: Vec<String> = lines.map(str::to_owned).collect();
+        assert_eq!(lines.len(), 1, "{notes}");
+        assert!(lines[0].contains("chat_template.jinja"), "{notes}");
+        lines[0].clone()
+    };
+    for name in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
+        assert!(said(&hub, &[(name, "1")]).contains(name));
+    }
+    assert_eq!(hub.requests.load(Ordering::SeqCst), 0);
+    assert!(said(&unreachable, &[]).contains("127.0.0.1:9"));
+    // A hub that does not answer is waited for once.
+    hub.state.silent.store(true, Ordering::SeqCst);
+    let started = Instant::now();
+    said(&hub, &[("HF_HUB_ETAG_TIMEOUT", "1")]);
+    assert!(started.elapsed() < Duration::from_secs(20));
+    assert_eq!(hub.requests.load(Ordering::SeqCst), 1);
+
+    // What the tokenizer's config says is not missed elsewhere.
+    let home = tempfile::tempdir().unwrap();
+    let files = [&NEEDED[..], &["generation_config.json"]].concat();
+    let snapshot = fill(&home.path().join("hub"), &files);
+    let config =
+        "{\"chat_template\": \"{{ 1 }}\", \"bos_token\": \"<s>\", \"eos_token\": \"</s>\"}";
+    std::fs::write(snapshot.join("tokenizer_config.json"), config).unwrap();
+    let output = hub.run_with(home.path(), "org/open", &[("HF_HUB_OFFLINE", "1")]);
+    assert!(
+        !text(&output.stderr).contains("does not hold"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn the_variables_of_huggingface_hub_count() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let cache = home.path().join("elsewhere");
+    fill(&cache, &NEEDED);
+    let offline = ("HF_HUB_OFFLINE", "1");
+    for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+        let output = hub.run_with(
+            home.path(),
+            "org/open",
+            &[offline, (name, cache.to_str().unwrap())],
+        );
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    let own = home.path().to_str().unwrap();
+    let variables = [
+        offline,
+        ("HOME", own),
+        ("HF_HUB_CACHE", "~/$PART"),
+        ("PART", "elsewhere"),
+    ];
+    assert!(
+        hub.run_with(home.path(), "org/open", &variables)
+            .status
+            .success()
+    );
+    assert!(!home.path().join("~").exists());
+    // The token as secrets come, and an address with a slash.
+    let endpoint = format!("{}/", hub.endpoint);
+    let variables = [("HF_TOKEN", "hf_x\r\n"), ("HF_ENDPOINT", endpoint.as_str())];
+    let output = hub.run_with(home.path(), "org/open", &variables);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let log = std::mem::take(&mut *hub.state.log.lock().unwrap());
+    assert!(
+        !log.is_empty()
+            && log
+                .iter()
+                .all(|[path, _, token]| token == "Bearer hf_x" && !path.contains("//")),
+        "{log:?}"
+    );
+    // What cannot be meant is refused with the variable's name.
+    for (name, value) in [
+        ("HF_TOKEN", "two words"),
+        ("HF_ENDPOINT", "huggingface.co"),
+        ("HF_HUB_ETAG_TIMEOUT", "soon"),
+        ("HF_HOME", "~nobody/x"),
+    ] {
+        let output = hub.run_with(home.path(), "org/other", &[(name, value)]);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(
+            message.contains(name) && !message.contains("two words"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn a_busy_hub_is_asked_again_and_not_for_ever() {
+    let hub = Hub::start();
+    for (number, status) in ["429 Too Many Requests", "503 Service Unavailable", "500 Oh"]
+        .into_iter()
+        .enumerate()
+    {
+        let home = tempfile::tempdir().unwrap();
+        *hub.state.busy.lock().unwrap() = (4, status);
+        let output = hub.run_with(home.path(), "org/open", &[]);
+        assert!(
+            output.status.success(),
+            "{number}: {}",
+            text(&output.stderr)
+        );
+    }
+    let home = tempfile::tempdir().unwrap();
+    *hub.state.busy.lock().unwrap() = (usize::MAX, "503 Service Unavailable");
+    let before = hub.requests.load(Ordering::SeqCst);
+    let output = hub.run_with(home.path(), "org/open", &[]);
+    let message = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(1) && message.contains("503"),
+        "{message}"
+    );
+    assert!(hub.requests.load(Ordering::SeqCst) - before < 10);
+}
+
+#[test]
+fn a_hub_that_does_not_answer_is_given_up() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    hub.state.silent.store(true, Ordering::SeqCst);
+    let started = Instant::now();
+    let output = hub.run_with(home.path(), "org/open", &[("HF_HUB_ETAG_TIMEOUT", "1")]);
+    let message = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(1) && message.contains("timeout"),
+        "{message}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn broken_downloads_go_on_and_end_whole() {
+    let hub = Hub::start();
+    let wanted = std::fs::read(tiny_file("model.safetensors")).unwrap();
+    let weights = |home: &Path| {
+        let place = format!("hub/{OPEN}/snapshots/{COMMIT}/model.safetensors");
+        std::fs::read(home.join(place)).ok()
+    };
+    let part = |home: &Path, bytes: &[u8]| {
+        let blobs = home.join("hub").join(OPEN).join("blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        let name = format!("{:x}.incomplete", wanted.len());
+        std::fs::write(blobs.join(name), bytes).unwrap();
+    };
+    let run = |home: &Path| {
+        let output = hub.run_with(home, "org/open", &[("HF_HUB_DOWNLOAD_TIMEOUT", "1")]);
+        (output.status.success(), text(&output.stderr))
+    };
+    let ranges = || {
+        let mut ranges = hub.ranges("model.safetensors");
+        hub.state.log.lock().unwrap().clear();
+        ranges.retain(|range| range != "bytes=0-0");
+        ranges
+    };
+    // It stops in the middle, and hangs or hangs up.
+    for hang in [true, false] {
+        let home = tempfile::tempdir().unwrap();
+        let fault = if hang {
+            &hub.state.hang
+        } else {
+            &hub.state.cut
+        };
+        *fault.lock().unwrap() = Some(50_000);
+        let (success, notes) = run(home.path());
+        assert!(success, "{notes}");
+        assert!(weights(home.path()).unwrap() == wanted);
+        assert_eq!(ranges(), ["", "bytes=50000-"], "hang: {hang}");
+    }
+    // An earlier program was ended.
+    let home = tempfile::tempdir().unwrap();
+    part(home.path(), &wanted[..70_000]);
+    assert!(run(home.path()).0);
+    assert!(weights(home.path()).unwrap() == wanted);
+    assert_eq!(ranges(), ["bytes=70000-"]);
+    // The hub sends all of it again, or less was asked for than there is.
+    hub.state.no_ranges.store(true, Ordering::SeqCst);
+    for there in [70_000, wanted.len(), 0] {
+        let home = tempfile::tempdir().unwrap();
+        part(home.path(), &wanted[..there]);
+        assert!(run(home.path()).0);
+        assert!(weights(home.path()).unwrap() == wanted, "{there}");
+    }
+    let home = tempfile::tempdir().unwrap();
+    part(home.path(), &[&wanted[..], b"more"].concat());
+    assert!(run(home.path()).0);
+    assert!(weights(home.path()).unwrap() == wanted);
+    hub.state.no_ranges.store(false, Ordering::SeqCst);
+}
+
+/// SHA-256 as the hub has it of large files; that of the tiny model is the one `sha256sum` gives.
+#[test]
+fn a_file_that_is_not_what_was_promised_is_not_kept() {
+    let hub = Hub::start();
+    let bytes = std::fs::read(tiny_file("model.safetensors")).unwrap();
+    let sum = Command::new("sha256sum")
+        .arg(tiny_file("model.safetensors"))
+        .output();
+    let Ok(sum) = sum else {
+        return;
+    };
+    let sum = text(&sum.stdout)[..64].to_owned();
+    let blob = |home: &Path, name: &str| home.join("hub").join(OPEN).join("blobs").join(name);
+    let home = tempfile::tempdir().unwrap();
+    *hub.state.checksum.lock().unwrap() = Some("0".repeat(64));
+    let output = hub.run_with(home.path(), "org/open", &[]);
+    let message = text(&output.stderr);
+    assert!(
+        output.status.code() == Some(1) && message.contains("checksum"),
+        "{message}"
+    );
+    assert!(!blob(home.path(), &"0".repeat(64)).exists());
+    // Something else lies where the download would go on.
+    *hub.state.checksum.lock().unwrap() = Some(sum.clone());
+    let part = blob(home.path(), &format!("{sum}.incomplete"));
+    std::fs::write(&part, vec![0; 70_000]).unwrap();
+    let output = hub.run_with(home.path(), "org/open", &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(std::fs::read(blob(home.path(), &sum)).unwrap() == bytes);
+    assert!(!part.exists());
 }

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 use std::rc::Rc;
 
+use lexico::shown::shown;
 use parquet::errors::ParquetError;
 use parquet::file::reader::SerializedFileReader;
 use parquet::record::Field;
@@ -49,7 +50,7 @@ impl Record {
     /// The value of a field.
     pub(crate) fn value(&self, field: &str) -> Result<&Value> {
         self.fields.get(field).ok_or_else(|| {
-            let names: Vec<&str> = self.fields.keys().map(String::as_str).collect();
+            let names: Vec<String> = self.fields.keys().map(shown).collect();
             let there_are = if names.is_empty() {
                 String::new()
             } else {
@@ -163,7 +164,7 @@ pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Vec<Record>> {
     };
     if bytes.trim_ascii_start().first() == Some(&b'[') {
         let list: Vec<Map<String, Value>> = serde_json::from_slice(bytes)
-            .map_err(|e| refused(path, format!("not a list of JSON objects: {e}")))?;
+            .map_err(|e| refused(path, format!("not a list of JSON objects: {}", shown(e))))?;
         let records = (1..).zip(list);
         let records = records.map(|(row, fields)| record(Place::Row(row), fields));
         return some(path, records.collect());
@@ -190,7 +191,7 @@ fn parse_line(text: &[u8]) -> std::result::Result<Map<String, Value>, String> {
         let reason = e.to_string();
         let reason = reason.rsplit_once(" at line ").map(|(reason, _)| reason);
         let reason = reason.unwrap_or("it breaks off");
-        format!("not JSON: {reason} (column {})", e.column())
+        format!("not JSON: {} (column {})", shown(reason), e.column())
     })?;
     match value {
         Value::Object(fields) => Ok(fields),

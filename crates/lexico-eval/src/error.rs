@@ -1,11 +1,13 @@
 use std::path::{Path, PathBuf};
 
+use lexico::shown::{shown_message, shown_path};
+
 /// Everything that can go wrong in this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A data set cannot be read.
-    #[error("{name}, line {line}: {reason}")]
+    #[error("{name}, line {line}: {reason}", name = shown_message(name), reason = shown_message(reason))]
     Data {
         /// The data set.
         name: String,
@@ -15,7 +17,7 @@ pub enum Error {
         reason: String,
     },
     /// A file or folder cannot serve as a data set, as a part of one, or as a report.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown_path(path), reason = shown_message(reason))]
     File {
         /// The file or folder.
         path: PathBuf,
@@ -23,7 +25,7 @@ pub enum Error {
         reason: String,
     },
     /// Settings that no run can meet.
-    #[error("{0}")]
+    #[error("{}", shown_message(.0))]
     Options(String),
     /// The model failed.
     #[error(transparent)]

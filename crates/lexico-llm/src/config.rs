@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
-use serde::Deserialize;
+use lexico::shown::shown;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
-use crate::error::{Error, Result, io, refused};
+use crate::error::{Error, Result, from_json, io, refused};
 
 /// Architectures that the decoder runs: [`Config::biases`] and [`Config::head_norms`] of each.
 const ARCHITECTURES: [(&str, bool, bool); 4] = [
@@ -15,6 +17,10 @@ const ARCHITECTURES: [(&str, bool, bool); 4] = [
     ("Qwen2ForCausalLM", true, false),
     ("Qwen3ForCausalLM", false, true),
 ];
+/// The window of transformers' classes where a config does not name it.
+const USUAL_WINDOW: usize = 4096;
+/// The first layer with a window, of transformers' classes for Qwen, where a config does not name it.
+const USUAL_WINDOW_LAYER: usize = 28;
 /// Kinds of rotary embedding that the decoder runs.
 const ROTARY_KINDS: [&str; 2] = ["default", "llama3"];
 
@@ -169,10 +175,15 @@ impl Config {
     /// # Errors
     /// [`Error::Io`], [`Error::File`], and those of [`Config::parse`].
     pub fn load(folder: &Path) -> Result<Self> {
+        Ok(Self::load_noting(folder)?.0)
+    }
+
+    /// Reads the `config.json` of a model folder; returns what the user should know of it, too.
+    pub(crate) fn load_noting(folder: &Path) -> Result<(Self, Vec<String>)> {
         let path = folder.join("config.json");
         let text = String::from_utf8(read_required(folder, "config.json")?);
         let text = text.map_err(|_| refused(&path, "it is not UTF-8 text"))?;
-        Self::parse(&text, &path)
+        Self::parse_noting(&text, &path)
     }
 
     /// Parses the text of `config.json`; `path` stands in messages.
@@ -181,39 +192,40 @@ impl Config {
     /// [`Error::File`]: not JSON, an entry missing, an architecture or rotary embedding that is
     /// not known, a shape that is impossible.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        Ok(Self::parse_noting(text, path)?.0)
+    }
+
+    /// Parses as [`Config::parse`]; returns where entries disagree and which of them holds, too.
+    pub(crate) fn parse_noting(text: &str, path: &Path) -> Result<(Self, Vec<String>)> {
         let error = |reason: String| refused(path, reason);
         let raw: RawConfig =
-            serde_json::from_str(text).map_err(|e| error(format!("not a model's config: {e}")))?;
+            from_json(text.as_bytes()).map_err(|e| error(format!("not a model's config: {e}")))?;
+        if let Some(method) = raw.quantisation() {
+            return Err(error(quantised(&method)));
+        }
         let architecture = raw.architectures.first().cloned().unwrap_or_default();
         let known = ARCHITECTURES.iter().find(|known| known.0 == architecture);
         let Some(&(_, biases, head_norms)) = known else {
             let known = ARCHITECTURES.map(|(name, ..)| name).join(", ");
+            let architecture = shown(architecture);
             let reason =
-                format!("architecture {architecture:?} is not supported; these are: {known}");
+                format!("architecture \"{architecture}\" is not supported; these are: {known}");
             return Err(error(reason));
         };
-        let mistral = architecture == "MistralForCausalLM";
-        let window = raw.sliding_window.filter(|_| mistral);
-        if raw.attention_bias || raw.mlp_bias {
+        if raw.attention_bias == Some(true) || raw.mlp_bias == Some(true) {
             let reason =
                 format!("biases beyond the usual ones of {architecture} are not supported");
             return Err(error(reason));
         }
-        if raw.use_sliding_window {
-            let reason = "a sliding window in some layers is not supported";
-            return Err(refused(path, reason));
-        }
-        if window == Some(0) {
-            return Err(refused(path, "sliding_window = 0 is impossible"));
-        }
         if raw.hidden_act != "silu" {
             let reason = format!(
-                "activation {:?} is not supported, only \"silu\"",
-                raw.hidden_act
+                "activation \"{}\" is not supported, only \"silu\"",
+                shown(raw.hidden_act)
             );
             return Err(error(reason));
         }
-        let rotary = raw.rotary().map_err(error)?;
+        let mut notes = Vec::new();
+        let rotary = raw.rotary(&mut notes).map_err(error)?;
         let heads = raw.num_attention_heads;
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
         // Far above any model, and low enough that no product of sizes overflows.
@@ -237,12 +249,20 @@ impl Config {
             let reason = format!("{heads} attention heads cannot share {kv_heads} KV heads evenly");
             return Err(error(reason));
         }
+        if raw.head_dim.is_none() && !raw.hidden_size.is_multiple_of(heads) {
+            let reason = format!(
+                "hidden_size = {} is no multiple of num_attention_heads = {heads}, and there is no head_dim",
+                raw.hidden_size
+            );
+            return Err(error(reason));
+        }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 14 {
             let reason =
                 format!("head_dim = {head_dim} is impossible: it must be even and above 0");
             return Err(error(reason));
         }
+        let window = raw.window(&architecture, &mut notes).map_err(error)?;
         for (name, number) in [
             ("rms_norm_eps", raw.rms_norm_eps),
             ("rope_theta", rotary.theta),
@@ -251,7 +271,9 @@ impl Config {
                 return Err(error(format!("{name} = {number} is impossible")));
             }
         }
-        Ok(Self {
+        let notes = notes.iter().map(|note| format!("config.json: {note}"));
+        let notes = notes.collect();
+        let config = Self {
             architecture,
             hidden: raw.hidden_size,
             intermediate: raw.intermediate_size,
@@ -266,9 +288,10 @@ impl Config {
             biases,
             head_norms,
             window,
-            tied_head: raw.tie_word_embeddings,
+            tied_head: raw.tie_word_embeddings.unwrap_or(false),
             end_tokens: raw.eos_token_id.map_or_else(Vec::new, OneOrMany::list),
-        })
+        };
+        Ok((config, notes))
     }
 
     /// Names and shapes of the weights of a layer, or of those outside of the layers.
@@ -395,7 +418,7 @@ pub(crate) struct GenerationConfig {
 
 impl GenerationConfig {
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
-        serde_json::from_str(text).map_err(|e| refused(path, e.to_string()))
+        from_json(text.as_bytes()).map_err(|e| refused(path, e))
     }
 }
 
@@ -414,15 +437,20 @@ struct RawConfig {
     rms_norm_eps: f64,
     #[serde(default = "silu")]
     hidden_act: String,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    sliding_window: Option<usize>,
-    #[serde(default)]
-    use_sliding_window: bool,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    /// `null` is another thing than nothing.
+    #[serde(default, deserialize_with = "there")]
+    sliding_window: Option<Option<usize>>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    original_max_position_embeddings: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    quantization_config: Option<Value>,
+    /// Older name of it.
+    compression_config: Option<Value>,
     eos_token_id: Option<OneOrMany<u32>>,
     /// Name of transformers 4.
     rope_theta: Option<f64>,
@@ -432,11 +460,27 @@ struct RawConfig {
     rope_parameters: Option<RopeParameters>,
 }
 
+/// Takes an entry that is there, `null` too.
+fn there<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    json: D,
+) -> std::result::Result<Option<T>, D::Error> {
+    T::deserialize(json).map(Some)
+}
+
+/// The complaint about weights in a format of quantised ones.
+pub(crate) fn quantised(method: &str) -> String {
+    format!(
+        "its weights are quantised ({}), and only F32, F16 and BF16 are read from safetensors files; use the model that was \
+         quantised, with --quantize perhaps, or a GGUF file of it",
+        shown(method)
+    )
+}
+
 fn silu() -> String {
     "silu".to_owned()
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, PartialEq)]
 struct RopeParameters {
     rope_type: Option<String>,
     /// Name of `rope_type` in older files; those that a newer transformers wrote again have both.
@@ -446,15 +490,175 @@ struct RopeParameters {
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
+impl RopeParameters {
+    /// Returns true where there is no entry; Python takes such a one for none.
+    fn is_empty(&self) -> bool {
+        let Self {
+            rope_type,
+            r#type,
+            others,
+            ..
+        } = self;
+        let numbers = [
+            self.rope_theta,
+            self.factor,
+            self.low_freq_factor,
+            self.high_freq_factor,
+            self.original_max_position_embeddings,
+            self.partial_rotary_factor,
+        ];
+        let texts = rope_type.is_none() && r#type.is_none();
+        texts && others.is_empty() && numbers.iter().all(Option::is_none)
+    }
 }
 
 impl RawConfig {
-    fn rotary(&self) -> std::result::Result<Rotary, String> {
-        let nested = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        let theta = nested.and_then(|p| p.rope_theta).or(self.rope_theta);
+    /// The format of quantised weights that the config names.
+    fn quantisation(&self) -> Option<String> {
+        let config = self.quantization_config.as_ref();
+        let config = config.or(self.compression_config.as_ref());
+        let config = config.filter(|config| !config.is_null())?;
+        let method = config["quant_method"].as_str();
+        Some(method.unwrap_or("quantization_config").to_owned())
+    }
+
+    /// The window of all layers, where they have one; mixed layers are refused.
+    fn window(
+        &self,
+        architecture: &str,
+        notes: &mut Vec<String>,
+    ) -> std::result::Result<Option<usize>, String> {
+        let own = self.sliding_window.unwrap_or(Some(USUAL_WINDOW));
+        let types = self.layer_types.as_deref();
+        let slides = |kind: &String| kind == "sliding_attention";
+        let window = match architecture {
+            "MistralForCausalLM" => own,
+            "Qwen2ForCausalLM" | "Qwen3ForCausalLM" => {
+                let layers = self.num_hidden_layers;
+                let window = own.filter(|_| self.use_sliding_window == Some(true));
+                let first = self.max_window_layers.unwrap_or(USUAL_WINDOW_LAYER);
+                let sliding = match types {
+                    Some(types) if types.len() != layers => {
+                        let count = types.len();
+                        return Err(format!(
+                            "layer_types names {count} layers, num_hidden_layers is {layers}"
+                        ));
+                    }
+                    Some(types) => {
+                        let known = |kind: &&String| slides(kind) || *kind == "full_attention";
+                        if let Some(kind) = types.iter().find(|kind| !known(kind)) {
+                            let kind = shown(kind);
+                            return Err(format!("layers of type \"{kind}\" are not supported"));
+                        }
+                        types.iter().filter(|kind| slides(kind)).count()
+                    }
+                    None if window.is_some() => layers.saturating_sub(first),
+                    None => 0,
+                };
+                match (sliding, window) {
+                    (0, _) => None,
+                    (_, None) => {
+                        let reason = "layer_types asks for a sliding window in some layers, and use_sliding_window or \
+                                      sliding_window for none";
+                        return Err(reason.to_owned());
+                    }
+                    (_, Some(window)) if window >= self.max_position_embeddings => None,
+                    (_, Some(window)) if sliding == layers => Some(window),
+                    _ => {
+                        let reason = format!(
+                            "a sliding window in some layers ({sliding} of {layers}) is not supported"
+                        );
+                        return Err(reason);
+                    }
+                }
+            }
+            _ => {
+                let asked = types.is_some_and(|types| types.iter().any(slides));
+                if asked || self.use_sliding_window == Some(true) {
+                    notes.push(format!(
+                        "it asks for a sliding window, which {architecture} does not have: it has none here, as in \
+                         transformers"
+                    ));
+                }
+                None
+            }
+        };
+        match window {
+            Some(0) => Err("sliding_window = 0 is impossible".to_owned()),
+            window => Ok(window),
+        }
+    }
+
+    fn rotary(&self, notes: &mut Vec<String>) -> std::result::Result<Rotary, String> {
+        let named = [
+            ("rope_scaling", &self.rope_scaling),
+            ("rope_parameters", &self.rope_parameters),
+        ];
+        let mut named = named.into_iter().filter_map(|(name, given)| {
+            let given = given.as_ref().filter(|given| !given.is_empty())?;
+            Some((name, given))
+        });
+        // As transformers 4 and 5 take them.
+        let (first, second) = (named.next(), named.next());
+        let nested = first.map(|(_, given)| given);
+        // The one default that transformers itself has.
+        let theta = nested
+            .and_then(|given| given.rope_theta)
+            .or(self.rope_theta);
+        let theta = theta.unwrap_or(10_000.0);
+        if let (Some((_, given)), Some((_, other))) = (first, second)
+            && given != other
+        {
+            let mut note =
+                "rope_scaling and rope_parameters disagree: rope_scaling holds, as in transformers"
+                    .to_owned();
+            if other.rope_theta.is_some_and(|other| other != theta) {
+                note += &format!(", and with it rope_theta = {theta}");
+            }
+            notes.push(note);
+        } else if let (Some(own), Some(outer)) =
+            (nested.and_then(|n| n.rope_theta), self.rope_theta)
+            && own != outer
+        {
+            notes.push(format!(
+                "rope_theta is {outer} and, in rope_parameters or rope_scaling, {own}: {own} holds, as in transformers"
+            ));
+        }
+        if let Some((name, given)) = first {
+            if let Some(kind) = given.others.iter().find(|(_, value)| value.is_object()) {
+                let kind = shown(kind.0);
+                return Err(format!(
+                    "{name} of its own for each kind of layer (\"{kind}\") is not supported"
+                ));
+            }
+            let kind = given.rope_type.as_ref().or(given.r#type.as_ref());
+            if kind.is_none() && given.factor.is_some_and(|factor| factor != 1.0) {
+                return Err(format!("{name} has a factor and no rope_type"));
+            }
+            if kind.is_some_and(|kind| kind == "default") && given.factor.is_some_and(|f| f != 1.0)
+            {
+                notes.push(format!(
+                    "{name} has a factor, which rope_type \"default\" does not use: it is passed over, as in transformers"
+                ));
+            }
+        }
+        let partial = nested.and_then(|given| given.partial_rotary_factor);
+        let partial = partial.or(self.partial_rotary_factor);
+        if let Some(factor) = partial.filter(|&factor| factor != 1.0) {
+            return Err(format!("partial_rotary_factor = {factor} is not supported"));
+        }
         let kind = match nested.map(|p| (p.rope_type.as_deref(), p.r#type.as_deref())) {
             Some((Some(kind), Some(older))) if kind != older => {
-                return Err(format!("rope_type {kind:?} and type {older:?} disagree"));
+                return Err(format!(
+                    "rope_type \"{}\" and type \"{}\" disagree",
+                    shown(kind),
+                    shown(older)
+                ));
             }
             Some((kind, older)) => kind.or(older).unwrap_or("default"),
             None => "default",
@@ -467,7 +671,17 @@ impl RawConfig {
                     Some(value) => Err(format!("{name} = {value} is impossible")),
                     None => Err(format!("a llama3 rotary embedding needs {name}")),
                 };
-                let original = given.original_max_position_embeddings;
+                let own = given.original_max_position_embeddings;
+                let outer = self.original_max_position_embeddings;
+                if let (Some(own), Some(outer)) = (own, outer)
+                    && own != outer
+                {
+                    return Err(format!(
+                        "original_max_position_embeddings is {outer} and, for the rotary embedding, {own}; versions of \
+                         transformers take one or the other"
+                    ));
+                }
+                let original = own.or(outer);
                 let scaling = Llama3Scaling {
                     low_frequency_factor: parameter("low_freq_factor", given.low_freq_factor)?,
                     high_frequency_factor: parameter("high_freq_factor", given.high_freq_factor)?,
@@ -482,15 +696,12 @@ impl RawConfig {
             _ => {
                 let known = ROTARY_KINDS.join(", ");
                 return Err(format!(
-                    "rotary embedding of type {kind:?} is not supported; these are: {known}"
+                    "rotary embedding of type \"{}\" is not supported; these are: {known}",
+                    shown(kind)
                 ));
             }
         };
-        Ok(Rotary {
-            // The one default that transformers itself has.
-            theta: theta.unwrap_or(10_000.0),
-            scaling,
-        })
+        Ok(Rotary { theta, scaling })
     }
 }
 
@@ -560,6 +771,85 @@ mod tests {
         assert!(two.unwrap_err().to_string().contains("disagree"));
     }
 
+    /// Configs whose entries disagree, and what transformers reads in them: `fixtures/make_configs.py`.
+    #[test]
+    fn entries_that_disagree_are_read_as_transformers_reads_them() {
+        let golden = include_str!("../tests/fixtures/configs.json");
+        let golden: Vec<Value> = serde_json::from_str(golden).unwrap();
+        for case in &golden {
+            let given = &case["config"];
+            let read = Config::parse_noting(&given.to_string(), Path::new("config.json"));
+            let windows: Vec<Option<usize>> =
+                serde_json::from_value(case["windows"].clone()).unwrap();
+            let seen = windows.iter().map(|w| w.filter(|&w| w < 8192));
+            let seen: Vec<Option<usize>> = seen.collect();
+            if seen.iter().any(|window| *window != seen[0]) {
+                let reason = read.unwrap_err().to_string();
+                assert!(reason.contains("1 of 4"), "{given}: {reason}");
+                continue;
+            }
+            let (config, notes) = read.unwrap();
+            assert_eq!(config.window.filter(|&w| w < 8192), seen[0], "{given}");
+            let (rope, rotary) = (&case["rope"], &config.rotary);
+            assert_eq!(rope["rope_theta"], rotary.theta, "{given}");
+            match &rotary.scaling {
+                RotaryScaling::Llama3(own) => {
+                    assert_eq!(rope["rope_type"], "llama3", "{given}");
+                    assert_eq!(rope["factor"], own.factor);
+                    let original = &rope["original_max_position_embeddings"];
+                    assert_eq!(*original, own.original_context);
+                }
+                _ => assert_eq!(rope["rope_type"], "default", "{given}"),
+            }
+            let rope_entries = ["rope_parameters", "rope_scaling", "rope_theta"];
+            let places = rope_entries.map(|entry| given.get(entry));
+            let places = places.iter().flatten().filter(|place| {
+                let empty = place.as_object().is_some_and(|place| place.is_empty());
+                !place.is_null() && !empty
+            });
+            assert_eq!(
+                places.count() > 1 || rope["factor"] == 4.0,
+                !notes.is_empty(),
+                "{given}: {notes:?}"
+            );
+        }
+        assert_eq!(golden.len(), 29);
+    }
+
+    #[test]
+    fn messages_repeat_no_document_and_steer_no_terminal() {
+        let evil = format!("\u{1b}[31m{}", "word ".repeat(200_000));
+        let keys = [
+            "hidden_size",
+            "architectures",
+            "hidden_act",
+            "rope_scaling",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "layer_types",
+            "quantization_config",
+        ];
+        for key in keys {
+            for value in [
+                serde_json::json!(evil),
+                serde_json::json!([evil]),
+                serde_json::json!({ "rope_type": evil, "quant_method": evil }),
+                serde_json::json!({ evil.clone(): evil }),
+            ] {
+                // Some of these are read: an architecture's name in a list is a name.
+                let Err(error) = config(|c| c[key] = value) else {
+                    continue;
+                };
+                let message = error.to_string();
+                assert!(message.len() < 2000, "{key}: {} bytes", message.len());
+                assert!(!message.contains('\u{1b}'), "{key}: {message}");
+            }
+        }
+        // The entry that is wrong is named.
+        let error = config(|c| c["vocab_size"] = "many".into()).unwrap_err();
+        assert!(error.to_string().contains("vocab_size"), "{error}");
+    }
+
     #[test]
     fn end_tokens_are_one_or_many() {
         let one = config(|c| c["eos_token_id"] = 7.into()).unwrap();
@@ -581,7 +871,7 @@ mod tests {
     #[test]
     fn what_cannot_run_is_refused_by_name() {
         let refused = |change: fn(&mut serde_json::Value)| config(change).unwrap_err().to_string();
-        let cases: [(fn(&mut serde_json::Value), &str); 12] = [
+        let cases: [(fn(&mut serde_json::Value), &str); 19] = [
             (
                 |c| c["num_hidden_layers"] = (1u64 << 40).into(),
                 "num_hidden_layers",
@@ -609,6 +899,40 @@ mod tests {
             (|c| c["rope_theta"] = (-1.0).into(), "rope_theta"),
             (|c| c["hidden_act"] = "gelu".into(), "gelu"),
             (|c| c["attention_bias"] = true.into(), "biases"),
+            (
+                |c| c["quantization_config"] = serde_json::json!({"quant_method": "gptq"}),
+                "gptq",
+            ),
+            (
+                |c| c["quantization_config"] = serde_json::json!({"bits": 4}),
+                "GGUF",
+            ),
+            (
+                |c| c["rope_scaling"] = serde_json::json!({"factor": 4.0}),
+                "rope_type",
+            ),
+            (
+                |c| {
+                    c["rope_parameters"] =
+                        serde_json::json!({"full_attention": {"rope_theta": 1e4}})
+                },
+                "full_attention",
+            ),
+            (
+                |c| c["partial_rotary_factor"] = 0.5.into(),
+                "partial_rotary_factor",
+            ),
+            (|c| c["hidden_size"] = 66.into(), "no multiple"),
+            (
+                |c| {
+                    c["original_max_position_embeddings"] = 8.into();
+                    c["rope_scaling"] = serde_json::json!({
+                        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                    });
+                },
+                "original_max_position_embeddings is 8",
+            ),
         ];
         for (change, word) in cases {
             let message = refused(change);

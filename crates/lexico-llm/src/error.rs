@@ -1,5 +1,7 @@
 use std::path::{Path, PathBuf};
 
+use lexico::shown::{shown, shown_message, shown_path};
+
 use crate::train::StateError;
 
 /// Everything that can go wrong in this crate; each message says what was wrong with what.
@@ -7,7 +9,7 @@ use crate::train::StateError;
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown_path(path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -15,7 +17,7 @@ pub enum Error {
         reason: std::io::Error,
     },
     /// A model or a data set cannot be had from the hub.
-    #[error("{name} on the hub: {reason}")]
+    #[error("{name} on the hub: {reason}", name = shown(name), reason = shown_message(reason))]
     Hub {
         /// Its kind, and its name with the revision.
         name: String,
@@ -23,7 +25,7 @@ pub enum Error {
         reason: String,
     },
     /// A file or folder that lacks, or holds, what cannot be used: of a model, a corpus, or dictionaries.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown_path(path), reason = shown_message(reason))]
     File {
         /// The file or folder, or another input.
         path: PathBuf,
@@ -31,13 +33,13 @@ pub enum Error {
         reason: String,
     },
     /// A chat template that does not parse, or that refuses a conversation.
-    #[error("the model's chat template: {0}")]
+    #[error("the model's chat template: {}", shown_message(.0))]
     Chat(String),
     /// A message for a text that is not a conversation.
     #[error("the text so far is plain and no conversation; it goes on only as plain text")]
     PlainText,
     /// No cache method of that name.
-    #[error("no cache method {name:?}; there are: {known}")]
+    #[error("no cache method \"{name}\"; there are: {known}", name = shown(name))]
     UnknownMethod {
         /// The name given.
         name: String,
@@ -45,7 +47,7 @@ pub enum Error {
         known: String,
     },
     /// A cache method has no such option.
-    #[error("cache method {method:?} has no option {option:?}; {known}")]
+    #[error("cache method {method:?} has no option \"{option}\"; {known}", option = shown(option))]
     UnknownOption {
         /// The method.
         method: &'static str,
@@ -55,7 +57,7 @@ pub enum Error {
         known: String,
     },
     /// An option's value cannot be used.
-    #[error("cache method {method:?}: {option}={value}: {reason}")]
+    #[error("cache method {method:?}: {option}={value}: {reason}", value = shown(value), reason = shown_message(reason))]
     OptionValue {
         /// The method.
         method: &'static str,
@@ -82,7 +84,7 @@ pub enum Error {
     },
     /// A cache method needs dictionaries and there are none.
     #[error(
-        "cache method {method:?} needs the dictionaries of the model {model}, and there are none"
+        "cache method {method:?} needs the dictionaries of the model {model}, and there are none", model = shown(model)
     )]
     NoDictionary {
         /// The method.
@@ -91,7 +93,7 @@ pub enum Error {
         model: String,
     },
     /// A device cannot be used.
-    #[error("the device {name}: {reason}")]
+    #[error("the device {name}: {reason}", name = shown(name), reason = shown_message(reason))]
     Device {
         /// Its name.
         name: String,
@@ -161,7 +163,7 @@ pub enum Error {
     #[error("{0}")]
     Measure(String),
     /// The state of a training cannot be used.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown_path(path))]
     State {
         /// Folder of the state, or a file in it.
         path: PathBuf,
@@ -206,10 +208,32 @@ pub(crate) fn refused(path: &Path, reason: impl Into<String>) -> Error {
 
 /// The end of a message that names what there is.
 pub(crate) fn listed(names: &[String]) -> String {
-    const MAX: usize = 12;
-    match names {
-        [] => String::new(),
-        _ if names.len() > MAX => format!("; there are {} and more", names[..MAX].join(", ")),
-        _ => format!("; there are {}", names.join(", ")),
+    if names.is_empty() {
+        return String::new();
     }
+    format!("; there are {}", some_of(names))
+}
+
+/// The first of some names, outside text as they are.
+pub(crate) fn some_of(names: &[String]) -> String {
+    const MAX: usize = 12;
+    let first: Vec<String> = names.iter().take(MAX).map(shown).collect();
+    let more = if names.len() > MAX { " and more" } else { "" };
+    first.join(", ") + more
+}
+
+/// Reads JSON; else says which entry is wrong, and why, without repeating the document.
+pub(crate) fn from_json<T: serde::de::DeserializeOwned>(
+    json: &[u8],
+) -> std::result::Result<T, String> {
+    let mut json = serde_json::Deserializer::from_slice(json);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
+        let path = e.path().to_string();
+        match path.as_str() {
+            "." => shown(e.into_inner()),
+            _ => format!("{}: {}", shown(path), shown(e.into_inner())),
+        }
+    })?;
+    json.end().map_err(shown)?;
+    Ok(value)
 }

@@ -17,7 +17,8 @@ use crate::tokenizer::TextStream;
 pub struct GenerateOptions {
     /// Max number of tokens to generate; with 0 the prompt is not read either.
     pub max_tokens: usize,
-    /// Texts that end the generation; they are not part of what is generated.
+    /// Texts that end the generation; they are not part of what is generated. Special tokens count by their text, although
+    /// that is not generated either.
     pub stop: Vec<String>,
     /// Goes on past the model's end-of-text tokens.
     pub ignore_end: bool,
@@ -223,7 +224,7 @@ impl<'a> Writing<'a> {
         let (mut stop, mut stream) = (StopFilter::new(&options.stop), model.tokenizer.stream());
         for &token in &options.written {
             // The earlier call has given it out.
-            let _ = stop.push(&stream.push(token)?);
+            let _ = push(model, &mut stop, &mut stream, token)?;
         }
         Ok(Self {
             model,
@@ -259,13 +260,12 @@ impl<'a> Writing<'a> {
         self.tokens.push(token);
         self.next = vec![token];
         let ended = !self.options.ignore_end && self.model.end_tokens.contains(&token);
-        let mut piece = String::new();
+        let mut sure = String::new();
         if ended {
             self.finish = Some(Finish::End);
         } else {
-            piece = self.stream.push(token)?;
+            sure = push(self.model, &mut self.stop, &mut self.stream, token)?;
         }
-        let sure = self.stop.push(&piece);
         self.text.push_str(&sure);
         if self.stop.found {
             self.finish.get_or_insert(Finish::Stop);
@@ -280,7 +280,7 @@ impl<'a> Writing<'a> {
         let mut rest = String::new();
         if ended || !self.options.goes_on {
             rest = self.stop.push(&self.stream.finish()?);
-            rest.push_str(&self.stop.held);
+            rest.push_str(&self.stop.rest());
         }
         let generated = Generated {
             text: self.text + &rest,
@@ -293,10 +293,26 @@ impl<'a> Writing<'a> {
     }
 }
 
+/// Takes a token; returns the text that became certain.
+fn push(
+    model: &Model,
+    stop: &mut StopFilter<'_>,
+    stream: &mut TextStream<'_>,
+    token: u32,
+) -> Result<String> {
+    let mut sure = stop.push(&stream.push(token)?);
+    if let Some(text) = model.tokenizer.hidden_text(token) {
+        sure += &stop.push_hidden(text);
+    }
+    Ok(sure)
+}
+
 /// Holds text back while it may be the beginning of a stop text.
 struct StopFilter<'a> {
     stops: &'a [String],
     held: String,
+    /// Places in it of text that counts for stops and is not given out.
+    hidden: Vec<Range<usize>>,
     found: bool,
 }
 
@@ -305,8 +321,16 @@ impl<'a> StopFilter<'a> {
         Self {
             stops,
             held: String::new(),
+            hidden: Vec::new(),
             found: false,
         }
+    }
+
+    /// Takes the text of a special token, which is not given out; returns what cannot be part of a stop text.
+    fn push_hidden(&mut self, text: &str) -> String {
+        let start = self.held.len();
+        self.hidden.push(start..start + text.len());
+        self.push(text)
     }
 
     /// Takes more text; returns what cannot be part of a stop text.
@@ -320,12 +344,34 @@ impl<'a> StopFilter<'a> {
         if let Some(at) = found.min() {
             self.found = true;
             self.held.truncate(at);
-            return std::mem::take(&mut self.held);
+            return self.rest();
         }
         let may_begin = |at: usize| stops().any(|stop| stop.starts_with(&self.held[at..]));
         let mut starts = self.held.char_indices().map(|(at, _)| at);
         let sure = starts.find(|&at| may_begin(at)).unwrap_or(self.held.len());
-        self.held.drain(..sure).collect()
+        self.take(sure)
+    }
+
+    /// All that is held back.
+    fn rest(&mut self) -> String {
+        self.take(self.held.len())
+    }
+
+    /// Takes the first bytes of what is held; returns them without what is hidden.
+    fn take(&mut self, count: usize) -> String {
+        let mut shown = String::new();
+        let mut at = 0;
+        for hidden in &self.hidden {
+            shown.push_str(&self.held[at..hidden.start.clamp(at, count)]);
+            at = hidden.end.clamp(at, count);
+        }
+        shown.push_str(&self.held[at..count]);
+        self.held.drain(..count);
+        let left = |at: usize| at.saturating_sub(count);
+        let hidden = self.hidden.iter().map(|h| left(h.start)..left(h.end));
+        let hidden = hidden.filter(|hidden| !hidden.is_empty());
+        self.hidden = hidden.collect();
+        shown
     }
 }
 
@@ -336,8 +382,36 @@ mod tests {
     fn filtered(stops: &[&str], pieces: &[&str]) -> (Vec<String>, bool, String) {
         let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
         let mut filter = StopFilter::new(&stops);
-        let out = pieces.iter().map(|piece| filter.push(piece)).collect();
-        (out, filter.found, filter.held)
+        // A piece that begins with a bar is hidden.
+        let push = |piece: &&str| match piece.strip_prefix('|') {
+            Some(hidden) => filter.push_hidden(hidden),
+            None => filter.push(piece),
+        };
+        let out = pieces.iter().map(push).collect();
+        let rest = filter.rest();
+        (out, filter.found, rest)
+    }
+
+    #[test]
+    fn hidden_text_stops_and_is_not_given_out() {
+        for stops in [&["</s>"][..], &["b</s>"], &["</s>c"], &["x", "b</s>c"]] {
+            let (out, found, rest) = filtered(stops, &["ab", "|</s>", "cd"]);
+            let before = if stops.iter().any(|stop| stop.starts_with('b')) {
+                "a"
+            } else {
+                "ab"
+            };
+            assert_eq!((out.concat().as_str(), found), (before, true), "{stops:?}");
+            assert!(rest.is_empty());
+        }
+        for stops in [&["<s>"][..], &["</s>d"], &[], &["cd</s>"]] {
+            let (out, found, rest) = filtered(stops, &["ab", "|</s>", "cd", "|</s", "e"]);
+            assert_eq!(out.concat() + &rest, "abcde", "{stops:?}");
+            assert!(!found, "{stops:?}");
+        }
+        // Of hidden text that a stop begins in, what is before is hidden too.
+        let (out, found, _) = filtered(&["s>c"], &["ab", "|</s>", "|x", "c", "|</s>", "c"]);
+        assert_eq!((out.concat().as_str(), found), ("abc", true));
     }
 
     #[test]

@@ -1,32 +1,34 @@
 //! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, and data
-//! sets, `hf://datasets/org/name[@revision][/path]`, through the hub's own cache.
+//! sets, `hf://datasets/org/name[@revision][/path]`, through the cache of `huggingface_hub`.
 //!
-//! `HF_HOME` says where that cache is, `HF_TOKEN` who asks, `HF_ENDPOINT` which hub, and
-//! `HF_HUB_OFFLINE=1` keeps off the network. What is in the cache is used without asking.
+//! The variables of `huggingface_hub` count: `HF_HOME` and `HF_HUB_CACHE` say where the cache is, `HF_TOKEN` who asks,
+//! `HF_ENDPOINT` which hub, `HF_HUB_OFFLINE=1` keeps off the network, and `HF_HUB_ETAG_TIMEOUT` and
+//! `HF_HUB_DOWNLOAD_TIMEOUT` bound the wait. What is in the cache is used without asking.
 
+mod client;
+mod settings;
+
+use std::cell::OnceCell;
+use std::fs::{File, TryLockError};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
-use hf_hub::api::Siblings;
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use lexico::shown::{shown, shown_path};
 use serde::Deserialize;
 
 use crate::error::{Error, Result, listed};
 use crate::gguf::part_paths;
 use crate::weights::{INDEX, SINGLE, shard_names};
+use client::{Client, Metadata, Refusal};
+use settings::Settings;
 
-/// Files that a model may have.
-const OPTIONAL: [&str; 3] = [
-    "generation_config.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-];
-/// Reason why a file cannot be had offline.
-const NOT_CACHED: &str = "is not in the cache, and HF_HUB_OFFLINE forbids to download it";
-/// Values of `HF_HUB_OFFLINE` that keep off the network.
-const YES: [&str; 4] = ["1", "on", "yes", "true"];
-const ENDPOINT: &str = "https://huggingface.co";
+const CONFIG: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
+const TOKENIZER: &str = "tokenizer_config.json";
+const SPECIAL: &str = "special_tokens_map.json";
+/// Places of a chat template, beside the tokenizer's config.
+const TEMPLATES: [&str; 2] = ["chat_template.jinja", "chat_template.json"];
 
 /// A model on the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,56 +100,128 @@ fn split_first(text: &str, count: usize) -> (&str, Option<&str>) {
     }
 }
 
+/// A model's files on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// The folder of the model's files, or its GGUF file.
+    pub path: PathBuf,
+    /// What the user should know: files that may be missing, a line each.
+    pub notes: Vec<String>,
+}
+
 impl HubName {
     /// The folder of the model's files, or its GGUF file, which are downloaded where the cache lacks
     /// them; a download that broke off is taken up again. With `progress`, bars are drawn on stderr.
     ///
+    /// What the cache has is not asked for again. Files that a model may do without are looked for on the hub once, unless
+    /// the cache knows that they are not there; that they could not be looked for is no error, and stands in the notes.
+    ///
     /// # Errors
     /// [`Error::Hub`], which tells apart a model that is not there, one whose licence must be
     /// accepted, a hub out of reach, and being offline.
-    pub fn fetch(&self, progress: bool) -> Result<PathBuf> {
+    pub fn fetch(&self, progress: bool) -> Result<Fetched> {
         let (repository, revision) = (&self.repository, &self.revision);
-        let shown = shown(repository, revision, &self.file);
-        let mut hub = Hub::new(RepoType::Model, repository, revision, shown, progress)?;
-        let forbidden = std::mem::replace(&mut hub.offline, true);
-        // Weights come last: where the cache has them, it has all that the hub had to give.
-        if let Ok(path) = self.gather(&hub) {
-            return Ok(path);
+        let shown = named(repository, revision, &self.file);
+        let hub = Hub::new(Kind::Model, repository, revision, shown, progress)?;
+        if let Some(file) = &self.file {
+            let path = self.required(&hub, file)?;
+            for part in part_paths(Path::new(file)).unwrap_or_default() {
+                self.required(&hub, &part.to_string_lossy())?;
+            }
+            let notes = Vec::new();
+            return Ok(Fetched { path, notes });
         }
-        hub.offline = forbidden;
-        self.gather(&hub)
+        let config = self.required(&hub, CONFIG)?;
+        self.required(&hub, "tokenizer.json")?;
+        for file in self.weights(&hub)? {
+            self.required(&hub, &file)?;
+        }
+        let notes = self.optional(&hub);
+        let path = config.parent().map(PathBuf::from).unwrap_or_default();
+        Ok(Fetched { path, notes })
     }
 
-    /// The folder of the model's files, or its GGUF file, once all of it is there.
-    fn gather(&self, hub: &Hub) -> Result<PathBuf> {
-        if let Some(file) = &self.file {
-            let path = self.required(hub, file)?;
-            for part in part_paths(Path::new(file)).unwrap_or_default() {
-                self.required(hub, &part.to_string_lossy())?;
+    /// The files of the weights: one, or as many as an index names.
+    fn weights(&self, hub: &Hub) -> Result<Vec<String>> {
+        let single = vec![SINGLE.to_owned()];
+        if matches!(hub.cached(SINGLE), Found::Here(_)) {
+            return Ok(single);
+        }
+        let mut index = hub.cached(INDEX);
+        if !matches!(index, Found::Here(_)) {
+            if !matches!(hub.file(SINGLE)?, Found::Absent) {
+                return Ok(single);
             }
-            return Ok(path);
+            index = hub.file(INDEX)?;
         }
-        let config = self.required(hub, "config.json")?;
-        self.required(hub, "tokenizer.json")?;
-        for file in OPTIONAL {
-            hub.file(file)?;
+        match index {
+            Found::Here(index) => Ok(shard_names(&index)?.into_iter().collect()),
+            _ => Ok(single),
         }
-        let weights = match hub.file(INDEX)? {
-            Some(index) => shard_names(&index)?,
-            None => [SINGLE.to_owned()].into(),
+    }
+
+    /// Gets what a model may do without; returns what has to be said of it.
+    fn optional(&self, hub: &Hub) -> Vec<String> {
+        let mut unknown = Vec::new();
+        let mut why = None;
+        let mut find = |file: &'static str| {
+            let found = match why {
+                None => hub.file(file),
+                Some(_) => Ok(hub.cached(file)),
+            };
+            match found {
+                Ok(Found::Here(path)) => return Some(path),
+                Ok(Found::Absent) => return None,
+                Ok(Found::Unknown) => {}
+                // One wait for a hub out of reach is enough.
+                Err(error) => why = Some(error),
+            }
+            unknown.push(file);
+            None
         };
-        for file in weights {
-            self.required(hub, &file)?;
+        find(GENERATION);
+        let tokenizer = find(TOKENIZER);
+        let tokenizer = tokenizer.and_then(|path| std::fs::read_to_string(path).ok());
+        let tokenizer: serde_json::Value = tokenizer
+            .and_then(|text| serde_json::from_str(&text).ok())
+            .unwrap_or_default();
+        let has_tokens = ["bos_token", "eos_token"].map(|key| tokenizer.get(key).is_some());
+        find(SPECIAL);
+        let mut has_template = !tokenizer["chat_template"].is_null();
+        let stated = has_template;
+        for file in TEMPLATES {
+            // The second place is an older one.
+            if !has_template || file == TEMPLATES[0] {
+                has_template |= find(file).is_some();
+            }
         }
-        Ok(config.parent().map(PathBuf::from).unwrap_or_default())
+        // What another file says already is not missed.
+        unknown.retain(|&file| match file {
+            SPECIAL => has_tokens != [true; 2],
+            GENERATION | TOKENIZER => true,
+            _ => !stated && !has_template,
+        });
+        let name = &hub.shown;
+        let mut notes = Vec::new();
+        if !unknown.is_empty() {
+            let reason = match why {
+                Some(Error::Hub { reason, .. }) => reason,
+                Some(error) => error.to_string(),
+                None => format!("{} forbids to look for them on the hub", hub.forbidding()),
+            };
+            notes.push(format!(
+                "{name}: the cache does not hold {}, with which the model may answer otherwise: {reason}",
+                unknown.join(", ")
+            ));
+        }
+        notes
     }
 
     fn required(&self, hub: &Hub, file: &str) -> Result<PathBuf> {
-        if let Some(path) = hub.file(file)? {
-            return Ok(path);
-        }
-        if hub.offline {
-            return Err(hub.error(format!("{file} {NOT_CACHED}")));
+        match hub.file(file)? {
+            Found::Here(path) => return Ok(path),
+            Found::Unknown => return Err(hub.error(hub.not_cached(file))),
+            Found::Absent => {}
         }
         let gguf = hub.gguf_files();
         let mut reason = format!("it has no {file}");
@@ -209,12 +283,12 @@ impl DatasetName {
     /// [`Error::Hub`], as [`HubName::fetch`], and where there is no such file.
     pub fn fetch(&self, wanted: &dyn Fn(&str) -> bool, progress: bool) -> Result<Dataset> {
         let path = self.path.as_deref();
-        let shown = self.shown(&self.revision);
+        let asked = self.shown(&self.revision);
         let (repository, revision) = (&self.repository, &self.revision);
-        let hub = Hub::new(RepoType::Dataset, repository, revision, shown, progress)?;
+        let hub = Hub::new(Kind::Dataset, repository, revision, asked, progress)?;
         let cached = hub.cached_commit();
         if let (Some(path), Some(commit)) = (path, &cached) {
-            let file = hub.cache.pointer_path(commit).join(path);
+            let file = hub.snapshot(commit).join(path);
             if file.is_file() {
                 return Ok(Dataset {
                     name: self.shown(commit),
@@ -223,9 +297,10 @@ impl DatasetName {
                 });
             }
         }
-        let (commit, all) = if hub.offline {
-            let commit = cached.ok_or_else(|| hub.error(format!("it {NOT_CACHED}")))?;
-            let files = files_in(&hub.cache.pointer_path(&commit));
+        let offline = hub.settings.offline.is_some();
+        let (commit, all) = if offline {
+            let commit = cached.ok_or_else(|| hub.error(hub.not_cached("it")))?;
+            let files = files_in(&hub.snapshot(&commit));
             (commit, files)
         } else {
             hub.listing()?
@@ -238,21 +313,19 @@ impl DatasetName {
         names.sort();
         if names.is_empty() {
             let there = if skipped.is_empty() { others } else { skipped };
-            let cache = if hub.offline { " in the cache" } else { "" };
+            let cache = if offline { " in the cache" } else { "" };
             let reason = match path {
                 Some(path) => format!("no file to read at {path:?}{cache}{}", listed(&there)),
                 None => format!("no file to read{cache}{}", listed(&there)),
             };
             return Err(hub.error(reason));
         }
-        let snapshot = hub.cache.pointer_path(&commit);
-        let file = |name: &String| {
-            let cached = snapshot.join(name);
-            if cached.is_file() {
-                return Ok(cached);
-            }
-            let missing = || hub.error(format!("the hub lists {name} and does not have it"));
-            hub.file(name)?.ok_or_else(missing)
+        let file = |name: &String| match hub.file_of(Some(&commit), name)? {
+            Found::Here(path) => Ok(path),
+            _ => Err(hub.error(format!(
+                "the hub lists {} and does not have it",
+                shown(name)
+            ))),
         };
         Ok(Dataset {
             name: self.shown(&commit),
@@ -262,13 +335,13 @@ impl DatasetName {
     }
 
     fn shown(&self, revision: &str) -> String {
-        let shown = shown(&self.repository, revision, &self.path);
+        let shown = named(&self.repository, revision, &self.path);
         format!("hf://datasets/{shown}")
     }
 }
 
 /// A repository, revision and path as people write them.
-fn shown(repository: &str, revision: &str, path: &Option<String>) -> String {
+fn named(repository: &str, revision: &str, path: &Option<String>) -> String {
     match path {
         Some(path) => format!("{repository}@{revision}/{path}"),
         None => format!("{repository}@{revision}"),
@@ -310,91 +383,258 @@ fn files_in(folder: &Path) -> Vec<String> {
     files
 }
 
+/// Kind of a repository.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Model,
+    Dataset,
+}
+
+/// Place of a file of a repository.
+enum Found {
+    Here(PathBuf),
+    /// The hub has no file of that name.
+    Absent,
+    /// The cache has none, and the hub may not be asked.
+    Unknown,
+}
+
 /// The hub, for one repository.
 struct Hub<'a> {
     revision: &'a str,
-    repo: Repo,
-    /// `model` or `data set`, and its name as it was asked for.
-    noun: &'static str,
+    kind: Kind,
+    repository: &'a str,
+    /// Name as it was asked for.
     shown: String,
-    cache: hf_hub::CacheRepo,
     /// The repository's folder in the cache.
     folder: PathBuf,
-    remote: ApiRepo,
-    endpoint: String,
-    token: Option<String>,
-    /// True where only the cache is looked in.
-    offline: bool,
+    client: Client,
+    settings: Settings,
+    /// What the hub says of the revision, once it was asked.
+    about: OnceCell<Option<Info>>,
 }
 
 impl<'a> Hub<'a> {
     fn new(
-        kind: RepoType,
+        kind: Kind,
         repository: &'a str,
         revision: &'a str,
         shown: String,
         progress: bool,
     ) -> Result<Self> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let offline = variable("HF_HUB_OFFLINE");
-        let cache = Cache::from_env();
-        let token = variable("HF_TOKEN").or_else(|| cache.token());
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
-        let repo = Repo::with_revision(repository.to_owned(), kind, revision.to_owned());
-        let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(endpoint.clone())
-            .with_token(token.clone())
-            .with_progress(progress)
-            .with_retries(2);
-        let api = api.build().map_err(|e| Error::Hub {
+        let settings = Settings::from_environment().map_err(|reason| Error::Hub {
             name: shown.clone(),
-            reason: e.to_string(),
+            reason,
         })?;
+        let kinds = if kind == Kind::Model {
+            "models"
+        } else {
+            "datasets"
+        };
+        let folder = format!("{kinds}--{}", repository.replace('/', "--"));
         Ok(Self {
             revision,
-            noun: match kind {
-                RepoType::Dataset => "data set",
-                _ => "model",
-            },
+            kind,
+            repository,
             shown,
-            folder: cache.path().join(repo.folder_name()),
-            cache: cache.repo(repo.clone()),
-            remote: api.repo(repo.clone()),
-            repo,
-            endpoint,
-            token,
-            offline: offline.is_some_and(|told| YES.contains(&told.to_ascii_lowercase().as_str())),
+            folder: settings.cache.join(folder),
+            client: Client::new(&settings, progress),
+            settings,
+            about: OnceCell::new(),
         })
     }
 
-    /// A file of the repository, `None` where it has none of that name.
-    fn file(&self, file: &str) -> Result<Option<PathBuf>> {
-        if let Some(path) = self.cache.get(file) {
-            return Ok(Some(path));
+    /// A file of the repository.
+    fn file(&self, file: &str) -> Result<Found> {
+        self.file_of(self.cached_commit().as_deref(), file)
+    }
+
+    /// A file of a commit, or where none is known yet of the one that the revision stands for.
+    fn file_of(&self, commit: Option<&str>, file: &str) -> Result<Found> {
+        let found = self.cached_of(commit, file);
+        if !matches!(found, Found::Unknown) || self.settings.offline.is_some() {
+            return Ok(found);
         }
-        if self.offline {
-            return Ok(None);
+        let (path, metadata) = match self.ask(commit, file)? {
+            Some(answer) => answer,
+            None => return Ok(Found::Absent),
+        };
+        self.download(&path, &metadata, file).map(Found::Here)
+    }
+
+    /// A file as far as the cache knows.
+    fn cached(&self, file: &str) -> Found {
+        self.cached_of(self.cached_commit().as_deref(), file)
+    }
+
+    fn cached_of(&self, commit: Option<&str>, file: &str) -> Found {
+        let Some(commit) = commit else {
+            return Found::Unknown;
+        };
+        let path = self.snapshot(commit).join(file);
+        if path.is_file() {
+            Found::Here(path)
+        } else if self.no_exist(commit).join(file).is_file() {
+            Found::Absent
+        } else {
+            Found::Unknown
         }
-        match self.remote.download(file) {
-            Ok(path) => Ok(Some(path)),
-            Err(error) => match status(&error) {
-                Some(404) if self.info(&self.repo.api_url()).is_some() => Ok(None),
-                Some(code) => Err(self.refusal(code, file)),
-                None => Err(self.unreachable(file, &error.to_string())),
-            },
+    }
+
+    /// What the hub says of a file, and the path to it there; `None` where it has none of that name.
+    fn ask(&self, commit: Option<&str>, file: &str) -> Result<Option<(String, Metadata)>> {
+        let prefix = if self.kind == Kind::Model {
+            ""
+        } else {
+            "datasets/"
+        };
+        let path = |revision: &str| {
+            let revision = revision.replace('/', "%2F");
+            let file = escaped(file);
+            format!("{prefix}{}/resolve/{revision}/{file}", self.repository)
+        };
+        // The branch may be further than the commit whose files the cache has.
+        let mut asked = path(self.revision);
+        let mut answer = self.client.metadata(&asked);
+        let of = match &answer {
+            Ok(metadata) => Some(&metadata.commit),
+            Err(Refusal::Status { commit, .. }) => commit.as_ref(),
+            Err(_) => None,
+        };
+        if let (Some(commit), Some(of)) = (commit, of)
+            && commit != of
+        {
+            asked = path(commit);
+            answer = self.client.metadata(&asked);
+        }
+        let (code, name, of) = match answer {
+            Ok(metadata) if plain(&metadata.commit) => return Ok(Some((asked, metadata))),
+            Ok(_) => return Err(self.error("the hub's X-Repo-Commit is no commit".to_owned())),
+            Err(Refusal::Status {
+                code,
+                name,
+                commit,
+                wait: None,
+            }) => (code, name, commit),
+            Err(refusal) => return Err(self.refusal(refusal, file)),
+        };
+        let absent = match name.as_deref() {
+            Some(name) => name == "EntryNotFound",
+            None => code == 404 && self.about().is_some(),
+        };
+        if !absent {
+            let refusal = Refusal::Status {
+                code,
+                name,
+                commit: of,
+                wait: None,
+            };
+            return Err(self.refusal(refusal, file));
+        }
+        if let Some(commit) = commit
+            .map(str::to_owned)
+            .or(of)
+            .filter(|commit| plain(commit))
+        {
+            let place = self.no_exist(&commit).join(file);
+            // As `huggingface_hub` does; where it cannot be written down, it is asked again.
+            let folder = place.parent().map(std::fs::create_dir_all);
+            let _ = folder
+                .and_then(|made| made.ok())
+                .map(|()| File::create(&place));
+        }
+        Ok(None)
+    }
+
+    /// Downloads a file to the cache, in the layout of `huggingface_hub`.
+    fn download(&self, path: &str, metadata: &Metadata, file: &str) -> Result<PathBuf> {
+        let (blobs, commit) = (self.folder.join("blobs"), &metadata.commit);
+        let (blob, place) = (blobs.join(&metadata.etag), self.snapshot(commit).join(file));
+        let part = blobs.join(format!("{}.incomplete", metadata.etag));
+        let make = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&blobs)?;
+            place.parent().map_or(Ok(()), std::fs::create_dir_all)
+        };
+        make().map_err(|e| self.unwritable(e))?;
+        let lock = self.lock(&metadata.etag, &part)?;
+        // Another program may have had it while we waited.
+        if !blob.is_file() {
+            let loaded = self.client.download(path, metadata, &part);
+            loaded.map_err(|refusal| self.refusal(refusal, file))?;
+            std::fs::rename(&part, &blob).map_err(|e| self.unwritable(e))?;
+        }
+        self.link(&blob, &place, file)
+            .map_err(|e| self.unwritable(e))?;
+        drop(lock);
+        if self.cached_commit().is_none() && self.revision != commit {
+            let reference = self.folder.join("refs").join(self.revision);
+            let folder = reference.parent().map_or(Ok(()), std::fs::create_dir_all);
+            let written = folder.and_then(|()| std::fs::write(&reference, commit));
+            written.map_err(|e| self.unwritable(e))?;
+        }
+        Ok(place)
+    }
+
+    /// Puts a file's content where its name is: a link, or the content itself where links cannot be.
+    fn link(&self, blob: &Path, place: &Path, file: &str) -> std::io::Result<()> {
+        if place.is_file() {
+            return Ok(());
+        }
+        // A link that leads nowhere.
+        let _ = std::fs::remove_file(place);
+        let up = "../".repeat(file.split('/').count() + 1);
+        let name = blob.file_name().unwrap_or_default();
+        let target = Path::new(&up).join("blobs").join(name);
+        if self.settings.links && symlink(&target, place).is_ok() {
+            return Ok(());
+        }
+        std::fs::rename(blob, place)
+    }
+
+    /// Waits while another program downloads the same; the lock lasts as long as what is returned.
+    fn lock(&self, etag: &str, part: &Path) -> Result<Option<File>> {
+        const POLL: Duration = Duration::from_millis(250);
+        const PATIENCE: Duration = Duration::from_secs(60);
+        let folder = self.folder.file_name().unwrap_or_default();
+        let folder = self.settings.cache.join(".locks").join(folder);
+        let path = folder.join(format!("{etag}.lock"));
+        let file = std::fs::create_dir_all(&folder).and_then(|()| {
+            // Not emptied: it may be another's.
+            File::options().create(true).append(true).open(&path)
+        });
+        let file = file.map_err(|e| self.unwritable(e))?;
+        let length = || std::fs::metadata(part).map_or(0, |metadata| metadata.len());
+        let (mut grown, mut since) = (length(), Instant::now());
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(file)),
+                // Some file systems know no locks.
+                Err(TryLockError::Error(_)) => return Ok(None),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            let now = length();
+            if now != grown {
+                (grown, since) = (now, Instant::now());
+            }
+            if since.elapsed() > PATIENCE {
+                return Err(self.error(format!(
+                    "another program has held {} for {} seconds and not gone on with the download; end it, or \
+                     remove that file",
+                    shown_path(&path),
+                    PATIENCE.as_secs()
+                )));
+            }
+            std::thread::sleep(POLL);
         }
     }
 
     /// The commit of the revision, and all files of it.
     fn listing(&self) -> Result<(String, Vec<String>)> {
         let what = "the list of its files";
-        let text = self.get(&self.repo.api_url());
-        let text = text.map_err(|error| match error {
-            ureq::Error::StatusCode(code) => self.refusal(code, what),
-            error => self.unreachable(what, &error.to_string()),
-        })?;
+        let text = self.client.page(&self.api_page());
+        let text = text.map_err(|refusal| self.refusal(refusal, what))?;
         let info: Info = serde_json::from_str(&text)
-            .map_err(|e| self.error(format!("{what} cannot be understood: {e}")))?;
+            .map_err(|e| self.error(format!("{what} makes no sense: {}", shown(e))))?;
         let files = info.siblings.into_iter().map(|file| file.rfilename);
         // A path that leads out of the cache is no file of a repository.
         let inside = |path: &String| {
@@ -412,39 +652,75 @@ impl<'a> Hub<'a> {
         let reference = std::fs::read_to_string(self.folder.join("refs").join(self.revision));
         let commit = reference.unwrap_or_else(|_| self.revision.to_owned());
         let commit = commit.trim().to_owned();
-        (plain(&commit) && self.cache.pointer_path(&commit).is_dir()).then_some(commit)
+        (plain(&commit) && self.snapshot(&commit).is_dir()).then_some(commit)
+    }
+
+    fn snapshot(&self, commit: &str) -> PathBuf {
+        self.folder.join("snapshots").join(commit)
+    }
+
+    /// Where `huggingface_hub` writes down which files a commit does not have.
+    fn no_exist(&self, commit: &str) -> PathBuf {
+        self.folder.join(".no_exist").join(commit)
     }
 
     /// The GGUF files of the repository, as far as the hub says.
     fn gguf_files(&self) -> Vec<String> {
-        let info = self.info(&self.repo.api_url());
-        let files = info.map(|info| info.siblings).unwrap_or_default();
-        let names = files.into_iter().map(|file| file.rfilename);
+        let files = self.about().map_or(&[][..], |info| &info.siblings);
+        let names = files.iter().map(|file| file.rfilename.clone());
         names.filter(|name| name.ends_with(".gguf")).collect()
     }
 
-    fn refusal(&self, code: u16, file: &str) -> Error {
+    /// The variable that keeps off the network.
+    fn forbidding(&self) -> &'static str {
+        self.settings.offline.unwrap_or("HF_HUB_OFFLINE")
+    }
+
+    fn not_cached(&self, file: &str) -> String {
+        let variable = self.forbidding();
+        format!("{file} is not in the cache, and {variable} forbids to download it")
+    }
+
+    fn refusal(&self, refusal: Refusal, file: &str) -> Error {
+        let (code, wait) = match refusal {
+            Refusal::Status { code, wait, .. } => (code, wait),
+            Refusal::Unreachable(reason) => return self.unreachable(file, &reason),
+            Refusal::Cache(reason) => return self.unwritable(reason),
+        };
         if !matches!(code, 401 | 403 | 404) {
-            return self.error(format!("the hub answered {code} for {file}"));
+            let busy = match (code, wait) {
+                (429, Some(wait)) => format!(
+                    ": too many requests, it asks to wait {} seconds",
+                    wait.as_secs()
+                ),
+                (429, None) => ": too many requests, wait a while".to_owned(),
+                (500.., _) => ": it has a fault of its own, try again later".to_owned(),
+                _ => String::new(),
+            };
+            return self.error(format!("the hub answered {code} for {file}{busy}"));
         }
-        let token = match self.token {
+        let token = match self.settings.token {
             Some(_) => "the account of your token",
             None => "an account, and set HF_TOKEN to a token of it",
         };
         // Gated or not, whatever the revision.
-        let page = self.repo.api_url();
+        let page = self.api_page();
         let page = page.split_once("/revision/");
         let open = [serde_json::Value::Null, false.into()];
         self.error(match page.and_then(|(page, _)| self.info(page)) {
             Some(info) if !open.contains(&info.gated) => {
-                let page = format!("{}/{}", self.endpoint, self.repo.url());
+                let endpoint = &self.settings.endpoint;
+                let page = match self.kind {
+                    Kind::Model => format!("{endpoint}/{}", self.repository),
+                    Kind::Dataset => format!("{endpoint}/datasets/{}", self.repository),
+                };
                 format!("it is gated: accept its licence at {page} with {token}")
             }
             Some(_) => format!("it has no revision {:?}", self.revision),
             None => format!(
                 "there is no such {}, or it is private and HF_TOKEN is not a token that may \
                  read it",
-                self.noun
+                self.noun()
             ),
         })
     }
@@ -453,32 +729,81 @@ impl<'a> Hub<'a> {
         self.error(format!(
             "{file} could not be downloaded from {}: {error}. With no network only what is cached \
              (HF_HUB_OFFLINE=1), files and folders can be used",
-            self.endpoint
+            self.settings.endpoint
         ))
+    }
+
+    fn unwritable(&self, reason: impl std::fmt::Display) -> Error {
+        let cache = shown_path(&self.settings.cache);
+        self.error(format!(
+            "the cache {cache} cannot be written: {reason}; HF_HUB_CACHE names another"
+        ))
+    }
+
+    /// The page of the hub's interface on the revision.
+    fn api_page(&self) -> String {
+        let kinds = if self.kind == Kind::Model {
+            "models"
+        } else {
+            "datasets"
+        };
+        let revision = self.revision.replace('/', "%2F");
+        format!("{kinds}/{}/revision/{revision}", self.repository)
+    }
+
+    /// What the hub says of the revision; `None` where it says nothing.
+    fn about(&self) -> Option<&Info> {
+        let ask = || self.info(&self.api_page());
+        self.about.get_or_init(ask).as_ref()
     }
 
     /// Asks the hub about the repository; `None` where it says nothing.
     fn info(&self, page: &str) -> Option<Info> {
-        serde_json::from_str(&self.get(page).ok()?).ok()
+        serde_json::from_str(&self.client.page(page).ok()?).ok()
     }
 
-    fn get(&self, page: &str) -> std::result::Result<String, ureq::Error> {
-        /// Bytes of an answer: some data sets have a hundred thousand files.
-        const MAX: u64 = 1 << 27;
-        let mut request = ureq::get(format!("{}/api/{page}", self.endpoint));
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
+    fn noun(&self) -> &'static str {
+        match self.kind {
+            Kind::Model => "model",
+            Kind::Dataset => "data set",
         }
-        let mut answer = request.call()?;
-        answer.body_mut().with_config().limit(MAX).read_to_string()
     }
 
     fn error(&self, reason: String) -> Error {
         Error::Hub {
-            name: format!("{} {}", self.noun, self.shown),
+            name: format!("{} {}", self.noun(), self.shown),
             reason,
         }
     }
+}
+
+/// A path in an address: bytes that an address has no room for, as `%` and two digits.
+fn escaped(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    for byte in path.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => {
+                out.push(char::from(byte));
+            }
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+#[cfg(unix)]
+fn symlink(target: &Path, place: &Path) -> std::io::Result<()> {
+    std::os::unix::fs::symlink(target, place)
+}
+
+#[cfg(windows)]
+fn symlink(target: &Path, place: &Path) -> std::io::Result<()> {
+    std::os::windows::fs::symlink_file(target, place)
+}
+
+#[cfg(not(any(unix, windows)))]
+fn symlink(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
 }
 
 /// A repository's page, as far as it is of interest.
@@ -491,19 +816,13 @@ struct Info {
     gated: serde_json::Value,
     /// Files.
     #[serde(default)]
-    siblings: Vec<Siblings>,
+    siblings: Vec<Sibling>,
 }
 
-/// The status with which the hub refused a request, where it came to that.
-fn status(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(error) => match error.as_ref() {
-            ureq::Error::StatusCode(code) => Some(*code),
-            _ => None,
-        },
-        ApiError::TooManyRetries(error) => status(error),
-        _ => None,
-    }
+/// A file on a repository's page.
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use candle_core::Device;
 use lexico::DictionarySet;
 use lexico::attention::NumberType;
 use lexico::dictionary::ModelIdentity;
+use lexico::shown::{shown, shown_path};
 use lexico::tensor_file::TensorFile;
 
 use crate::cache::{CacheContext, CacheSpec, FullCache, KvCache};
@@ -33,6 +34,8 @@ pub struct Model {
     pub end_tokens: Vec<u32>,
     /// Texts that end a generation unless the caller says otherwise.
     pub stop_texts: Vec<String>,
+    /// What the user should know: where the model's files disagree, and which of them holds, a line each.
+    pub notes: Vec<String>,
     /// The source of its chat template, where it has one.
     chat_template: Option<String>,
     /// Dictionaries, where there are any.
@@ -44,6 +47,8 @@ struct ModelFiles {
     /// Name in messages.
     folder: PathBuf,
     config: Config,
+    /// Where the config's entries disagree.
+    notes: Vec<String>,
     generation_config: Option<String>,
     tokenizer: Vec<u8>,
     tokenizer_config: Option<String>,
@@ -75,6 +80,7 @@ impl Model {
         let config = Path::new("tiny/config.json");
         let files = ModelFiles {
             folder: PathBuf::from("tiny"),
+            notes: Vec::new(),
             config: Config::parse(&text(embedded!("config.json")), config)?,
             generation_config: Some(text(embedded!("generation_config.json"))),
             tokenizer: embedded!("tokenizer.json").to_vec(),
@@ -132,6 +138,7 @@ impl Model {
             chat_template: tokenizer.chat_template.clone(),
             end_tokens,
             stop_texts: Vec::new(),
+            notes: Vec::new(),
             tokenizer,
             decoder: decoder?,
             dictionaries: None,
@@ -144,9 +151,11 @@ impl Model {
             let read = || std::fs::read_to_string(&path).map_err(io(&path));
             path.is_file().then(read).transpose()
         };
+        let (config, notes) = Config::load_noting(folder)?;
         let files = ModelFiles {
             folder: folder.to_owned(),
-            config: Config::load(folder)?,
+            config,
+            notes,
             generation_config: optional("generation_config.json")?,
             tokenizer: read_required(folder, "tokenizer.json")?,
             tokenizer_config: optional("tokenizer_config.json")?,
@@ -185,20 +194,33 @@ impl Model {
         let text = files.generation_config;
         let generation = text.map(|text| GenerationConfig::parse(&text, &path));
         let generation = generation.transpose()?.unwrap_or_default();
-        let end_tokens = generation.eos_token_id.map(OneOrMany::list);
         let stop_texts = generation.stop_strings.map(OneOrMany::list);
         let path = files.folder.join("tokenizer.json");
         let tokenizer_config = files.tokenizer_config.as_deref();
         let tokenizer = Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?;
+        let (mut config, mut notes) = (files.config, files.notes);
+        notes.extend(files.weights.check_names(&config)?);
+        notes.extend(untie(&mut config, &files.weights)?);
+        let (known, held) = (tokenizer.vocabulary(), config.vocabulary);
+        if known > held {
+            notes.push(format!(
+                "the tokenizer has {known} tokens and the model {held} (vocab_size): text with the others is refused"
+            ));
+        }
+        let of_generation = generation.eos_token_id.map(OneOrMany::list);
+        let end_tokens = end_tokens(&config, of_generation, &tokenizer, &mut notes);
+        let folder = shown_path(&files.folder);
+        let notes = notes.iter().map(|note| format!("{folder}: {note}"));
         Ok(Self {
             name: name.to_owned(),
             chat_template: files
                 .chat_template
                 .or_else(|| tokenizer.chat_template.clone()),
-            end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
+            end_tokens,
+            notes: notes.collect(),
             stop_texts: stop_texts.unwrap_or_default(),
             tokenizer,
-            decoder: Decoder::load(files.config, &files.weights, quantize, device)?,
+            decoder: Decoder::load(config, &files.weights, quantize, device)?,
             dictionaries: None,
         })
     }
@@ -247,4 +269,75 @@ impl Model {
             device: self.decoder.device(),
         })
     }
+}
+
+/// Tokens that end a text: those of the generation config, else of the config, and the tokenizer's own, at which fine-tunes
+/// of a chat end a turn whatever the configs say.
+fn end_tokens(
+    config: &Config,
+    of_generation: Option<Vec<u32>>,
+    tokenizer: &Tokenizer,
+    notes: &mut Vec<String>,
+) -> Vec<u32> {
+    if let Some(given) = &of_generation
+        && let Some(token) = config
+            .end_tokens
+            .iter()
+            .find(|token| !given.contains(token))
+    {
+        notes.push(format!(
+            "config.json ends a text at token {token}, and generation_config.json does not: generation_config.json holds, \
+             as in transformers"
+        ));
+    }
+    let mut tokens = of_generation.unwrap_or_else(|| config.end_tokens.clone());
+    let mut special = tokenizer.special.iter();
+    if let Some((_, text)) = special.find(|(name, _)| *name == "eos_token") {
+        match tokenizer.id(text) {
+            Some(token) if tokens.contains(&token) => {}
+            Some(token) => {
+                if !tokens.is_empty() {
+                    notes.push(format!(
+                        "tokenizer_config.json ends a text at \"{}\", and the configs do not: it is an end here too",
+                        shown(text)
+                    ));
+                }
+                tokens.push(token);
+            }
+            None => notes.push(format!(
+                "tokenizer_config.json ends a text at \"{}\", which is no token of the tokenizer",
+                shown(text)
+            )),
+        }
+    }
+    if tokens.is_empty() {
+        notes.push("it names no token that ends a text: it goes on until a limit".to_owned());
+    }
+    tokens
+}
+
+/// Where a config says that the output head is the embedding and the weights hold another head, that head is used, as in
+/// transformers 5; returns what has to be said of it.
+pub(crate) fn untie(config: &mut Config, weights: &Weights) -> Result<Option<String>> {
+    /// Rows that are compared at once.
+    const ROWS: usize = 256;
+    let names = ["model.embed_tokens.weight", "lm_head.weight"];
+    if !config.tied_head || !names.iter().all(|name| weights.has(name)) {
+        return Ok(None);
+    }
+    let shape = [config.vocabulary, config.hidden];
+    for first in (0..config.vocabulary).step_by(ROWS) {
+        let rows = first..config.vocabulary.min(first + ROWS);
+        let read = |name: &str| {
+            let stored = weights.number_type(name, &shape)?;
+            weights.f32_rows(name, stored, config.hidden, rows.clone())
+        };
+        if read(names[0])? != read(names[1])? {
+            config.tied_head = false;
+            let note = "config.json says that the output head is the embedding (tie_word_embeddings), and lm_head.weight \
+                        differs from it: lm_head.weight is used, as in transformers 5";
+            return Ok(Some(note.to_owned()));
+        }
+    }
+    Ok(None)
 }

@@ -1,11 +1,13 @@
 //! Text to tokens and back.
 
+use std::collections::HashMap;
 use std::path::Path;
 
+use lexico::shown::shown;
 use serde::Deserialize;
 use tokenizers::Tokenizer as Inner;
 
-use crate::error::{Error, Result, refused};
+use crate::error::{Error, Result, from_json, refused};
 use crate::panics::caught;
 
 /// A model's tokenizer.
@@ -13,6 +15,10 @@ pub struct Tokenizer {
     inner: Inner,
     /// Put first where the tokenizer does not do so itself.
     begin: Option<u32>,
+    /// Put first by the tokenizer itself.
+    own_begin: Option<u32>,
+    /// Texts of special tokens, which decoding leaves out.
+    hidden: HashMap<u32, String>,
     /// Special tokens by the names that chat templates use.
     pub(crate) special: Vec<(&'static str, String)>,
     /// The source of the chat template in the tokenizer's config.
@@ -31,7 +37,9 @@ impl Tokenizer {
         // Files keep what training cut and padded texts to; a prompt is never cut.
         inner.with_truncation(None).map_err(not_one)?;
         inner.with_padding(None);
-        let config = config.map(serde_json::from_str).transpose();
+        let config = config
+            .map(|config| from_json(config.as_bytes()))
+            .transpose();
         let config = config.map_err(|e| error(format!("its tokenizer_config.json: {e}")));
         let config: RawConfig = config?.unwrap_or_default();
         // A template that adds the beginning token itself needs no help. Where there is none, Llama
@@ -45,19 +53,33 @@ impl Tokenizer {
         let eos = config.eos_token.map(SpecialToken::text);
         let begin = bos.as_ref().filter(|_| wanted).map(|token| {
             let id = inner.token_to_id(token);
-            id.ok_or_else(|| error(format!("its vocabulary lacks {token:?}")))
+            id.ok_or_else(|| error(format!("its vocabulary lacks \"{}\"", shown(token))))
         });
         let special = [("bos_token", bos), ("eos_token", eos)].into_iter();
         let template = config.chat_template;
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let hidden = added.filter(|(_, token)| token.special);
+        let hidden: HashMap<u32, String> = hidden.map(|(id, token)| (id, token.content)).collect();
+        let own_begin = match inner.get_post_processor() {
+            Some(_) => {
+                let empty = sound(|| inner.encode_fast("", true)).map_err(not_one)?;
+                let first = empty.get_ids().first().copied();
+                first.filter(|token| hidden.contains_key(token))
+            }
+            None => None,
+        };
         Ok(Self {
             begin: begin.transpose()?,
+            own_begin,
+            hidden,
             inner,
             special: special.filter_map(|(name, t)| Some((name, t?))).collect(),
             chat_template: template.and_then(TemplateSource::default_template),
         })
     }
 
-    /// Tokens of the beginning of a text: with the beginning-of-text token where the model has one.
+    /// Tokens of the beginning of a text: with the beginning-of-text token where the model has one, once, also where the
+    /// text begins with its name.
     ///
     /// # Errors
     /// [`Error::File`] where the tokenizer cannot encode it.
@@ -68,7 +90,27 @@ impl Tokenizer {
         {
             tokens.insert(0, begin);
         }
+        if let (Some(begin), [first, second, ..]) = (self.own_begin, tokens.as_slice())
+            && [*first, *second] == [begin; 2]
+        {
+            tokens.remove(0);
+        }
         Ok(tokens)
+    }
+
+    /// The token of this text, where it is one.
+    pub(crate) fn id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
+    /// Number of its tokens.
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The text of a token that decoding leaves out, a special one.
+    pub(crate) fn hidden_text(&self, token: u32) -> Option<&str> {
+        self.hidden.get(&token).map(String::as_str)
     }
 
     /// Tokens of a text that goes on from another.

@@ -336,3 +336,182 @@ fn dictionaries_load_apart_from_the_model() {
         .to_string();
     assert!(message.contains("dictionary.safetensors"), "{message}");
 }
+
+/// Writes [`write_model`]'s folder with other entries in its config.
+fn write_model_with(folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    write_model(folder);
+    let mut config = small_config();
+    change(&mut config);
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn a_head_that_differs_from_the_embedding_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    write_model(path);
+    let own_head = loaded(path);
+    write_model_with(path, |config| config["tie_word_embeddings"] = true.into());
+    let model = Model::load(path, Quantize::None).unwrap();
+    assert_eq!(logits(&model), own_head);
+    let head = |notes: &[String]| notes.iter().any(|note| note.contains("lm_head.weight"));
+    assert!(head(&model.notes), "{:?}", model.notes);
+    assert!(
+        !Decoder::open(path, Quantize::None)
+            .unwrap()
+            .config()
+            .tied_head
+    );
+
+    // The embedding once more is no head of its own.
+    let mut weights = small_weights();
+    let embedding = weights[0].bytes.clone();
+    weights[1].bytes = embedding;
+    write_weights(&path.join("model.safetensors"), &weights);
+    let model = Model::load(path, Quantize::None).unwrap();
+    assert!(model.decoder.config().tied_head && !head(&model.notes));
+    assert_ne!(logits(&model), own_head);
+}
+
+#[test]
+fn the_tokenizers_end_is_an_end_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let loaded = |own: serde_json::Value, generation: Option<&str>, tokenizer: &str| {
+        write_model_with(path, |config| config["eos_token_id"] = own);
+        let _ = std::fs::remove_file(path.join("generation_config.json"));
+        if let Some(generation) = generation {
+            std::fs::write(path.join("generation_config.json"), generation).unwrap();
+        }
+        std::fs::write(path.join("tokenizer_config.json"), tokenizer).unwrap();
+        let model = Model::load(path, Quantize::None).unwrap();
+        (model.end_tokens, model.notes.join("\n"))
+    };
+    let tokenizer = "{\"eos_token\": \"</s>\"}";
+    let id = 1;
+    assert_eq!(
+        loaded(json!([1, 2]), None, tokenizer),
+        (vec![1, 2], String::new())
+    );
+    let (ends, notes) = loaded(json!(5), None, tokenizer);
+    assert_eq!(ends, [5, id]);
+    assert!(
+        notes.contains("</s>") && notes.contains("tokenizer_config.json"),
+        "{notes}"
+    );
+    let (ends, notes) = loaded(json!(5), Some("{\"eos_token_id\": [7, 1]}"), tokenizer);
+    assert_eq!(ends, [7, id]);
+    assert!(
+        notes.contains("token 5") && notes.contains("generation_config.json"),
+        "{notes}"
+    );
+    assert_eq!(
+        loaded(json!(null), None, tokenizer),
+        (vec![id], String::new())
+    );
+    let (ends, notes) = loaded(json!(null), None, "{}");
+    assert!(
+        ends.is_empty() && notes.contains("no token that ends"),
+        "{notes}"
+    );
+    let (ends, notes) = loaded(json!(5), None, "{\"eos_token\": \"<none>\"}");
+    assert_eq!(ends, [5]);
+    assert!(notes.contains("<none>"), "{notes}");
+}
+
+#[test]
+fn quantised_folders_are_named_with_their_cure() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    for method in [
+        "gptq",
+        "awq",
+        "fp8",
+        "bitsandbytes",
+        "compressed-tensors",
+        "mxfp4",
+    ] {
+        write_model_with(path, |config| {
+            config["quantization_config"] = json!({ "quant_method": method });
+        });
+        let message = refused(path);
+        assert!(
+            message.contains(method) && message.contains("GGUF"),
+            "{message}"
+        );
+    }
+    write_model(path);
+    for (name, word) in [
+        ("model.layers.0.self_attn.q_proj.qweight", "GPTQ or AWQ"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "FP8"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
+        (
+            "model.layers.0.mlp.up_proj.weight_packed",
+            "compressed-tensors",
+        ),
+    ] {
+        let mut weights = small_weights();
+        weights.push(NewTensor::f32(name, &[2], &[1.0, 2.0]));
+        write_weights(&path.join("model.safetensors"), &weights);
+        let message = refused(path);
+        assert!(
+            message.contains(word) && message.contains("GGUF"),
+            "{message}"
+        );
+    }
+}
+
+/// transformers warns of them and goes on.
+#[test]
+fn weights_that_nothing_uses_are_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    write_model(path);
+    assert!(Model::load(path, Quantize::None).unwrap().notes.is_empty());
+    let mut weights = small_weights();
+    let leftover = "model.layers.0.self_attn.rotary_emb.inv_freq";
+    weights.push(NewTensor::f32(leftover, &[2], &[1.0, 2.0]));
+    write_weights(&path.join("model.safetensors"), &weights);
+    assert!(Model::load(path, Quantize::None).unwrap().notes.is_empty());
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    weights.push(NewTensor::f32(bias, &[16], &[1.0; 16]));
+    write_weights(&path.join("model.safetensors"), &weights);
+    let notes = Model::load(path, Quantize::None).unwrap().notes;
+    assert!(notes.len() == 1 && notes[0].contains(bias), "{notes:?}");
+}
+
+/// Whether the tokenizer puts the first token there or we do.
+#[test]
+fn a_prompt_that_names_the_begin_token_begins_with_it_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    write_model(path);
+    let config = "{\"bos_token\": \"<s>\", \"add_bos_token\": true}";
+    std::fs::write(path.join("tokenizer_config.json"), config).unwrap();
+    let tokens = |text: &str| {
+        let model = Model::load(path, Quantize::None).unwrap();
+        model.tokenizer.encode_first(text).unwrap()
+    };
+    let texts = ["<s>Hello", "Hello", "<s>", "", "<s><s>Hello"];
+    let own = texts.map(tokens);
+    assert_eq!(own[0], own[1]);
+    assert_eq!(own[2], own[3]);
+    assert_eq!(own[4].len(), own[0].len() + 1);
+
+    let file = path.join("tokenizer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    json["post_processor"] = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [own[0][0]], "tokens": ["<s>"]}},
+    });
+    std::fs::write(&file, json.to_string()).unwrap();
+    std::fs::write(
+        path.join("tokenizer_config.json"),
+        "{\"bos_token\": \"<s>\"}",
+    )
+    .unwrap();
+    assert_eq!(texts.map(tokens), own);
+}

@@ -6,9 +6,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use lexico_llm::decoder::{Logits, Sequence};
-use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
+use lexico_llm::generate::{Finish, GenerateOptions, Generated, Prompt, generate, generate_batch};
 use lexico_llm::sample::{Sampler, Sampling, most_likely};
-use lexico_llm::{Error, Model};
+use lexico_llm::{Error, Model, Quantize};
 use serde_json::Value;
 
 fn greedy() -> Sampler {
@@ -317,4 +317,106 @@ fn impossible_cache_settings_are_refused() {
             "{spec}: {message:?} does not name {word:?}"
         );
     }
+}
+
+/// The tiny model with `####` as a special token, as `<|im_end|>` is one of chat models.
+fn with_special_token(folder: &Path, stop_strings: &Value) -> Model {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    for file in ["config.json", "model.safetensors", "tokenizer_config.json"] {
+        std::fs::copy(tiny.join(file), folder.join(file)).unwrap();
+    }
+    let text = std::fs::read_to_string(tiny.join("tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&text).unwrap();
+    let id = &tokenizer["model"]["vocab"]["####"];
+    let special = serde_json::json!({
+        "id": id, "content": "####", "special": true, "normalized": false,
+        "single_word": false, "lstrip": false, "rstrip": false,
+    });
+    tokenizer["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(special);
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let generation = serde_json::json!({ "eos_token_id": 1, "stop_strings": stop_strings });
+    std::fs::write(
+        folder.join("generation_config.json"),
+        generation.to_string(),
+    )
+    .unwrap();
+    Model::load(folder, Quantize::None).unwrap()
+}
+
+#[test]
+fn special_tokens_stop_by_their_text() {
+    let plain = Model::tiny().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let special = with_special_token(folder.path(), &serde_json::json!(["####"]));
+    assert_eq!(special.stop_texts, ["####"]);
+    let q = &jsonl("problems_test.jsonl")[0];
+    let prompt = problem(q);
+    let options = |stop: &[&str]| GenerateOptions {
+        max_tokens: 60,
+        stop: stop.iter().map(|&stop| stop.to_owned()).collect(),
+        ..GenerateOptions::default()
+    };
+    let all = run(&plain, "full", &prompt, &options(&[]));
+    assert!(all.text.contains("#### "), "{}", all.text);
+    // Without stops the special token is read over, and its text is not given out.
+    let read_over = run(&special, "full", &prompt, &options(&[]));
+    assert_eq!(read_over.tokens, all.tokens);
+    assert_eq!(
+        read_over.text.replace(' ', ""),
+        all.text.replace("####", "").replace(' ', "")
+    );
+    let (before, after) = all.text.split_once("####").unwrap();
+    let digit = &after[..2];
+    let within = format!("####{digit}");
+    let across = format!("{}####", &before[before.len() - 2..]);
+    for stops in [&["####"][..], &["##"], &["never", &within], &[&across]] {
+        let [own, other] = [&plain, &special].map(|m| run(m, "full", &prompt, &options(stops)));
+        assert_eq!(other.finish, Finish::Stop, "{stops:?}");
+        assert_eq!(
+            (own.text, own.tokens),
+            (other.text, other.tokens),
+            "{stops:?}"
+        );
+    }
+    // As the tasks of lexico-eval ask.
+    let options = options(&["####"]);
+    let tokens = special.tokenizer.encode_first(&prompt).unwrap();
+    let mut cache = special.cache(&"full".parse().unwrap()).unwrap();
+    let mut prompts = [Prompt {
+        tokens: &tokens,
+        cache: cache.as_mut(),
+        options: &options,
+    }];
+    let batch = generate_batch(&special, &mut prompts, &mut || ControlFlow::Continue(()));
+    let batch = batch.unwrap().unwrap();
+    assert_eq!(
+        (batch[0].text.as_str(), batch[0].finish),
+        (before, Finish::Stop)
+    );
+    // A later call that goes on stops where it began in the earlier one.
+    let first = all
+        .tokens
+        .iter()
+        .position(|&t| special.tokenizer.decode(&[t]).unwrap().is_empty());
+    let begun = first.unwrap() + 1;
+    let mut cache = special.cache(&"full".parse().unwrap()).unwrap();
+    let written = all.tokens[..begun].to_vec();
+    let more = GenerateOptions {
+        stop: vec![within],
+        written: written.clone(),
+        ..options
+    };
+    let prompt = [tokens, written].concat();
+    let more = generate(
+        &special,
+        cache.as_mut(),
+        &prompt,
+        &mut greedy(),
+        &more,
+        &mut |_| ControlFlow::Continue(()),
+    );
+    assert_eq!(more.unwrap().finish, Finish::Stop);
 }

@@ -82,6 +82,7 @@ mod error;
 pub mod kernels;
 mod key_value;
 pub mod learn;
+pub mod shown;
 pub mod tensor_file;
 pub mod threads;
 

@@ -6,7 +6,7 @@ use clap::Args;
 use lexico::DictionarySet;
 use lexico::tensor_file::{check_writable, write_atomically};
 use lexico_eval::tasks::dictionary::{CellError, Part, Universality, UniversalityOptions};
-use lexico_llm::{Corpus, Device, Quantize};
+use lexico_llm::{Corpus, Quantize};
 
 use super::Named;
 use crate::{interrupt, model, ui};
@@ -76,7 +76,7 @@ impl DictionaryArguments {
             let name = text.name.clone();
             texts.push((name.unwrap_or_else(|| corpus.names().join(", ")), corpus));
         }
-        let model = model::load_model(&self.model, self.quantize, &Device::Cpu)?;
+        let model = model::load_model(&self.model, self.quantize)?;
         let mut dictionaries: Vec<(String, DictionarySet)> = Vec::new();
         for dictionary in &self.dictionary {
             let set = model::read_dictionaries(&model, &dictionary.path)?;

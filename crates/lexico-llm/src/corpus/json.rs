@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use lexico::shown::shown;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
@@ -129,7 +130,12 @@ impl List {
         };
         json.deserialize_seq(list)
             .and_then(|()| json.end())
-            .map_err(|e| refused(path, format!("not a list of JSON objects with texts: {e}")))?;
+            .map_err(|e| {
+                refused(
+                    path,
+                    format!("not a list of JSON objects with texts: {}", shown(e)),
+                )
+            })?;
         Ok(Self { texts })
     }
 }
@@ -175,10 +181,8 @@ pub(super) fn document(line: &[u8], field: &str) -> std::result::Result<Option<S
 
 fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    match text.rsplit_once(" at line ") {
-        Some((reason, _)) => reason.to_owned(),
-        None => text,
-    }
+    let reason = text.rsplit_once(" at line ").map(|(reason, _)| reason);
+    shown(reason.unwrap_or(&text))
 }
 
 /// Strips the mark that some programs begin UTF-8 with.

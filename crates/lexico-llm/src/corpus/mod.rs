@@ -473,5 +473,7 @@ fn has_text(file: &dyn Texts) -> Result<bool> {
 
 fn not_text(path: &Path, byte: u64) -> Error {
     let known = "a corpus is plain text, .jsonl, .json or .parquet";
-    refused(path, format!("it is not UTF-8 text (byte {byte}); {known}"))
+    let reason =
+        format!("it is not UTF-8 text (byte {byte}; UTF-16 is to be converted first); {known}");
+    refused(path, reason)
 }

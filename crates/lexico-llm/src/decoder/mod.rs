@@ -16,6 +16,7 @@ pub use crate::cache::Sequence;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::gguf::GgufModel;
+use crate::model::untie;
 use crate::weights::{Quantize, Weights};
 use layer::Layer;
 use matrix::Matrix;
@@ -54,12 +55,10 @@ impl Decoder {
             let config = gguf.config().clone();
             return Self::load(config, &Weights::Gguf(gguf), quantize, &Device::Cpu);
         }
-        Self::load(
-            Config::load(path)?,
-            &Weights::open(path)?,
-            quantize,
-            &Device::Cpu,
-        )
+        let (mut config, weights) = (Config::load(path)?, Weights::open(path)?);
+        weights.check_names(&config)?;
+        untie(&mut config, &weights)?;
+        Self::load(config, &weights, quantize, &Device::Cpu)
     }
 
     pub(crate) fn load(

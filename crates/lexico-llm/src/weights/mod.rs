@@ -17,6 +17,7 @@ use half::{bf16, f16};
 use lexico::kernels::blocks::{BlockMatrix, BlockType};
 use lexico::tensor_file::TensorFile;
 
+use crate::config::Config;
 use crate::error::{Error, Result, refused};
 use crate::gguf::{GgufModel, own_name};
 pub(crate) use safetensors::{INDEX, SINGLE, shard_names};
@@ -75,6 +76,24 @@ impl Weights {
 
     pub(crate) fn single(file: TensorFile) -> Self {
         Self::Safetensors(safetensors::Shards::single(file))
+    }
+
+    /// Returns true where there is a weight of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Safetensors(shards) => shards.has(name),
+            Self::Gguf(model) => model.tensor(&own_name(name)).is_some(),
+            Self::Random => true,
+        }
+    }
+
+    /// Refuses quantised weights of a model folder; returns what has to be said of weights that no model of this config uses.
+    /// GGUF files were checked when they were opened.
+    pub(crate) fn check_names(&self, config: &Config) -> Result<Option<String>> {
+        match self {
+            Self::Safetensors(shards) => shards.check_names(config),
+            Self::Gguf(_) | Self::Random => Ok(None),
+        }
     }
 
     /// Number type of a weight, which must have this shape.

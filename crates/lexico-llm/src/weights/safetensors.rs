@@ -1,21 +1,44 @@
 //! One safetensors file, or shards with an index.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
+use lexico::shown::shown;
 use lexico::tensor_file::{Dtype, TensorFile};
 use serde::Deserialize;
 
 use super::{check_shape, weight_error};
-use crate::config::missing;
-use crate::error::{Result, io, refused};
+use crate::config::{Config, missing, quantised};
+use crate::error::{Result, from_json, io, refused, some_of};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const NEEDED: &str = "config.json, tokenizer.json, and model.safetensors or its shards with \
                       model.safetensors.index.json";
+
+/// Ends of tensors' names by which formats of quantised weights are told.
+const QUANTISED: [(&str, &str); 16] = [
+    (".qweight", "GPTQ or AWQ"),
+    (".qzeros", "GPTQ or AWQ"),
+    (".g_idx", "GPTQ"),
+    (".weight_scale_inv", "FP8"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale", "FP8 or compressed-tensors"),
+    (".input_scale", "FP8"),
+    (".SCB", "bitsandbytes"),
+    (".absmax", "bitsandbytes"),
+    (".quant_map", "bitsandbytes"),
+    (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
+    (".quant_state.bitsandbytes__fp4", "bitsandbytes"),
+    ("_proj_blocks", "MXFP4"),
+    ("_proj.weight_blocks", "MXFP4"),
+    (".q_weight", "EXL2"),
+    (".W_q", "HQQ"),
+];
+/// Ends of names of tensors that older programs wrote and that nothing reads.
+const LEFTOVERS: [&str; 2] = [".rotary_emb.inv_freq", ".attn.masked_bias"];
 
 /// The files of a model's weights.
 pub(crate) struct Shards {
@@ -70,6 +93,29 @@ impl Shards {
         &self.path
     }
 
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.shard_of.contains_key(name)
+    }
+
+    pub(super) fn check_names(&self, config: &Config) -> Result<Option<String>> {
+        let format = |name: &String| QUANTISED.iter().find(|(end, _)| name.ends_with(end));
+        if let Some((_, format)) = self.shard_of.keys().find_map(format) {
+            return Err(refused(&self.path, quantised(format)));
+        }
+        let parts = (0..config.layers).map(Some).chain([None]);
+        let known = parts.flat_map(|layer| config.weights(layer));
+        let known: HashSet<String> = known.map(|(name, _)| name).collect();
+        let leftover = |name: &&String| LEFTOVERS.iter().any(|end| name.ends_with(end));
+        let unused = self.shard_of.keys().filter(|name| !known.contains(*name));
+        let unused = unused.filter(|name| !leftover(name) && *name != "lm_head.weight");
+        let unused: Vec<String> = unused.cloned().collect();
+        Ok((!unused.is_empty()).then(|| {
+            let (model, layers) = (&config.architecture, config.layers);
+            let names = some_of(&unused);
+            format!("weights that {model} of {layers} layers does not use are passed over, as in transformers: {names}")
+        }))
+    }
+
     fn file(&self, name: &str) -> Result<&TensorFile> {
         let shard = self.shard_of.get(name);
         let file = shard.and_then(|shard| self.files.get(shard));
@@ -106,11 +152,12 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         weight_map: BTreeMap<String, String>,
     }
     let text = std::fs::read_to_string(index).map_err(io(index))?;
-    let parsed: Index = serde_json::from_str(&text)
+    let parsed: Index = from_json(text.as_bytes())
         .map_err(|e| refused(index, format!("not an index of shards: {e}")))?;
     for (weight, shard) in &parsed.weight_map {
         if Path::new(shard).file_name() != Some(shard.as_ref()) {
-            let reason = format!("the shard {shard:?} of weight {weight:?} is not a file name");
+            let (shard, weight) = (shown(shard), shown(weight));
+            let reason = format!("the shard \"{shard}\" of weight \"{weight}\" is not a file name");
             return Err(refused(index, reason));
         }
     }

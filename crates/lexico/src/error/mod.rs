@@ -5,13 +5,14 @@ pub use learn::LearnError;
 use std::path::{Path, PathBuf};
 
 use crate::kernels::LevelError;
+use crate::shown::{shown, shown_message, shown_path};
 
 /// Everything that can go wrong in this crate; each message says what was wrong with what.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path}: {reason}", path = shown_path(path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -19,7 +20,7 @@ pub enum Error {
         reason: std::io::Error,
     },
     /// A file is not a whole, well-formed safetensors file.
-    #[error("{path}: not a safetensors file, or a damaged one: {reason}", path = path.display())]
+    #[error("{path}: not a safetensors file, or a damaged one: {reason}", path = shown_path(path), reason = shown_message(reason))]
     NotSafetensors {
         /// The file.
         path: PathBuf,
@@ -27,7 +28,7 @@ pub enum Error {
         reason: String,
     },
     /// A safetensors file carries another `format` than the one wanted, or none.
-    #[error("{path}: its metadata says format = {found}, but {wanted:?} is needed; {cure}", path = path.display())]
+    #[error("{path}: its metadata says format = {found}, but {wanted:?} is needed; {cure}", path = shown_path(path), found = shown(found))]
     Format {
         /// The file.
         path: PathBuf,
@@ -39,7 +40,7 @@ pub enum Error {
         cure: &'static str,
     },
     /// A metadata entry is missing or cannot be understood.
-    #[error("{path}: metadata entry {key:?}: {reason}", path = path.display())]
+    #[error("{path}: metadata entry {key:?}: {reason}", path = shown_path(path), reason = shown_message(reason))]
     Metadata {
         /// The file.
         path: PathBuf,
@@ -49,7 +50,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor is not in the file.
-    #[error("{path}: no tensor {name:?}; it holds {present}", path = path.display())]
+    #[error("{path}: no tensor \"{name}\"; it holds {present}", path = shown_path(path), name = shown(name), present = shown_message(present))]
     MissingTensor {
         /// The file.
         path: PathBuf,
@@ -59,7 +60,7 @@ pub enum Error {
         present: String,
     },
     /// A tensor is there but cannot be used.
-    #[error("{path}: tensor {name:?}: {reason}", path = path.display())]
+    #[error("{path}: tensor \"{name}\": {reason}", path = shown_path(path), name = shown(name), reason = shown_message(reason))]
     Tensor {
         /// The file.
         path: PathBuf,
@@ -72,16 +73,16 @@ pub enum Error {
     #[error("the device: {0}")]
     Device(String),
     /// A matrix cannot serve as a dictionary.
-    #[error("not a dictionary: {0}")]
+    #[error("not a dictionary: {}", shown_message(.0))]
     Dictionary(String),
     /// A dictionary file belongs to another model.
-    #[error("the dictionary does not fit the model: {0}")]
+    #[error("the dictionary does not fit the model: {}", shown_message(.0))]
     OtherModel(String),
     /// Codes were made with another dictionary than the one given.
-    #[error("the codes were made with another dictionary than the one given ({0})")]
+    #[error("the codes were made with another dictionary than the one given ({})", shown_message(.0))]
     OtherDictionary(String),
     /// A block of stored codes is damaged or holds other codes than those expected.
-    #[error("stored codes: {0}")]
+    #[error("stored codes: {}", shown_message(.0))]
     Stored(String),
     /// A sparsity outside `1..=min(m, N)`.
     #[error(
