@@ -11,6 +11,8 @@ use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
 use lexico_llm::{DICTIONARY_FILE, DeviceName, Model, Quantize};
 
+use crate::ui;
+
 #[derive(Args)]
 pub(crate) struct ModelArguments {
     /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
@@ -73,6 +75,9 @@ pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model
         return Ok(Model::tiny_quantised(quantize)?);
     }
     let mut model = Model::load(&path_of(name)?, quantize)?;
+    for note in &model.notes {
+        ui::note(&format!("{name}: {note}"));
+    }
     if let Some(hub) = hub_name(name) {
         // The folder in the hub's cache is named by commit, and many GGUF files by nobody.
         model.name = hub.repository;

@@ -33,6 +33,8 @@ pub struct Model {
     pub end_tokens: Vec<u32>,
     /// Texts that end a generation unless the caller says otherwise.
     pub stop_texts: Vec<String>,
+    /// What is taken otherwise than its files say, for people: a line each.
+    pub notes: Vec<String>,
     /// The source of its chat template, where it has one.
     chat_template: Option<String>,
     /// Dictionaries, where there are any.
@@ -118,6 +120,7 @@ impl Model {
             chat_template: tokenizer.chat_template.clone(),
             end_tokens: config.end_tokens.clone(),
             stop_texts: Vec::new(),
+            notes: texts.notes,
             tokenizer,
             decoder: Decoder::load(config, &Weights::Gguf(gguf), quantize)?,
             dictionaries: None,
@@ -178,6 +181,7 @@ impl Model {
                 .or_else(|| tokenizer.chat_template.clone()),
             end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
             stop_texts: stop_texts.unwrap_or_default(),
+            notes: Vec::new(),
             tokenizer,
             decoder: Decoder::load(files.config, &files.weights, quantize)?,
             dictionaries: None,
