@@ -138,7 +138,7 @@ impl Model {
             chat_template: tokenizer.chat_template.clone(),
             end_tokens,
             stop_texts: Vec::new(),
-            notes: Vec::new(),
+            notes: texts.notes,
             tokenizer,
             decoder: decoder?,
             dictionaries: None,

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::file::GgufFile;
-use super::tokenizer::token_id;
+use super::tokenizer::end_tokens;
 use crate::config::{Config, LLAMA3, Llama3Scaling, RotaryScaling};
 use crate::error::Result;
 
@@ -143,28 +143,4 @@ fn scaling_by(file: &GgufFile, config: &Config, factors: Vec<f32>) -> Result<Rot
         return Ok(llama3.scaling);
     }
     Ok(RotaryScaling::Factors(factors))
-}
-
-/// Tokens by whose text these families end a turn or a text, whatever else a file says: as in
-/// llama.cpp.
-const END_TEXTS: [&str; 5] = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-];
-
-fn end_tokens(file: &GgufFile) -> Result<Vec<u64>> {
-    let mut tokens = Vec::new();
-    for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
-        tokens.extend(token_id(file, name)?.map(|id| id as u64));
-    }
-    let texts = file.texts("tokenizer.ggml.tokens")?.unwrap_or(&[]);
-    let ends = |text: &&String| END_TEXTS.contains(&text.as_str());
-    let ending = (0..).zip(texts).filter(|(_, text)| ends(text));
-    tokens.extend(ending.map(|(id, _)| id));
-    tokens.sort_unstable();
-    tokens.dedup();
-    Ok(tokens)
 }

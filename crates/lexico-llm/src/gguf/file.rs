@@ -48,8 +48,16 @@ enum Value {
     Float(f64),
     Bool(bool),
     Text(String),
-    Texts(Vec<String>),
+    Texts(Texts),
     Numbers(Vec<f64>),
+}
+
+/// A list of texts. Some vocabularies hold pieces that are no UTF-8: there the text has replacement characters,
+/// and the bytes are kept beside it.
+pub(super) struct Texts {
+    pub(super) texts: Vec<String>,
+    /// Bytes of those that are no UTF-8, by their place in the list.
+    pub(super) not_utf8: HashMap<usize, Vec<u8>>,
 }
 
 /// The metadata by key.
@@ -127,9 +135,9 @@ impl GgufFile {
         })
     }
 
-    pub(super) fn texts(&self, key: &str) -> Result<Option<&[String]>> {
+    pub(super) fn texts(&self, key: &str) -> Result<Option<&Texts>> {
         self.value(key, "a list of texts", |value| match value {
-            Value::Texts(texts) => Some(texts.as_slice()),
+            Value::Texts(texts) => Some(texts),
             _ => None,
         })
     }
@@ -173,6 +181,11 @@ impl GgufFile {
         self.read_bytes(name, tensor, 0, &mut bytes)?;
         Ok(Some(numbers(GgmlDType::F32, &bytes)))
     }
+}
+
+/// The text with replacement characters where it is no UTF-8.
+fn lossy(error: &FromUtf8Error) -> String {
+    String::from_utf8_lossy(error.as_bytes()).into_owned()
 }
 
 /// A header that is being read; nothing is read or allocated beyond the file's length.
@@ -321,8 +334,7 @@ impl<R: Read> Header<'_, R> {
         }
         if kind == 8 {
             self.check_room(count, 8)?;
-            let texts = (0..count).map(|_| self.text()).collect::<Result<_>>()?;
-            return Ok(Value::Texts(texts));
+            return Ok(Value::Texts(self.texts(count)?));
         }
         self.check_room(count, 1)?;
         let mut numbers = Vec::new();
@@ -359,7 +371,27 @@ impl<R: Read> Header<'_, R> {
         }))
     }
 
+    fn texts(&mut self, count: u64) -> Result<Texts> {
+        let mut list = Texts {
+            texts: Vec::new(),
+            not_utf8: HashMap::new(),
+        };
+        for _ in 0..count {
+            let text = String::from_utf8(self.text_bytes()?).unwrap_or_else(|error| {
+                let text = lossy(&error);
+                list.not_utf8.insert(list.texts.len(), error.into_bytes());
+                text
+            });
+            list.texts.push(text);
+        }
+        Ok(list)
+    }
+
     fn text(&mut self) -> Result<String> {
+        Ok(String::from_utf8(self.text_bytes()?).unwrap_or_else(|error| lossy(&error)))
+    }
+
+    fn text_bytes(&mut self) -> Result<Vec<u8>> {
         let length = self.number()?;
         self.check_room(length, 1)?;
         if length > MAX_TEXT_BYTES {
@@ -367,9 +399,7 @@ impl<R: Read> Header<'_, R> {
         }
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes)?;
-        // Some vocabularies hold a piece that is no UTF-8; no prompt can contain it.
-        let lossy = |e: FromUtf8Error| String::from_utf8_lossy(e.as_bytes()).into_owned();
-        Ok(String::from_utf8(bytes).unwrap_or_else(lossy))
+        Ok(bytes)
     }
 
     fn number(&mut self) -> Result<u64> {
