@@ -20,7 +20,9 @@ use crate::weights::{INDEX, SINGLE, shard_names};
 const OPTIONAL: [&str; 3] = [
     "generation_config.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 /// Reason why a file cannot be had offline.
 const NOT_CACHED: &str = "is not in the cache, and HF_HUB_OFFLINE forbids to download it";

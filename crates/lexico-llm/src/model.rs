@@ -16,6 +16,7 @@ use crate::decoder::{Decoder, Logits};
 use crate::error::{Result, io};
 use crate::gguf::GgufModel;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer_config::TokenizerFiles;
 use crate::weights::{Quantize, Weights};
 
 /// The file beside a model's weights that holds its dictionaries.
@@ -33,8 +34,6 @@ pub struct Model {
     pub end_tokens: Vec<u32>,
     /// Texts that end a generation unless the caller says otherwise.
     pub stop_texts: Vec<String>,
-    /// The source of its chat template, where it has one.
-    chat_template: Option<String>,
     /// Dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
@@ -46,9 +45,7 @@ struct ModelFiles {
     config: Config,
     generation_config: Option<String>,
     tokenizer: Vec<u8>,
-    tokenizer_config: Option<String>,
-    /// `chat_template.jinja`, as transformers 5 writes it.
-    chat_template: Option<String>,
+    tokenizer_files: TokenizerFiles,
     weights: Weights,
 }
 
@@ -78,8 +75,7 @@ impl Model {
             config: Config::parse(&text(embedded!("config.json")), config)?,
             generation_config: Some(text(embedded!("generation_config.json"))),
             tokenizer: embedded!("tokenizer.json").to_vec(),
-            tokenizer_config: Some(text(embedded!("tokenizer_config.json"))),
-            chat_template: None,
+            tokenizer_files: TokenizerFiles::of_config(&text(embedded!("tokenizer_config.json"))),
             weights: Weights::single(TensorFile::from_static(
                 "tiny/model.safetensors",
                 embedded!("model.safetensors"),
@@ -110,12 +106,11 @@ impl Model {
     fn load_gguf(path: &Path, quantize: Quantize) -> Result<Self> {
         let gguf = GgufModel::open(path)?;
         let texts = gguf.tokenizer()?;
-        let tokenizer =
-            Tokenizer::parse(texts.tokenizer.as_bytes(), Some(&texts.config), gguf.path())?;
+        let files = TokenizerFiles::of_config(&texts.config);
+        let tokenizer = Tokenizer::parse(texts.tokenizer.as_bytes(), files, gguf.path())?;
         let config = gguf.config().clone();
         Ok(Self {
             name: gguf.name(),
-            chat_template: tokenizer.chat_template.clone(),
             end_tokens: config.end_tokens.clone(),
             stop_texts: Vec::new(),
             tokenizer,
@@ -135,8 +130,7 @@ impl Model {
             config: Config::load(folder)?,
             generation_config: optional("generation_config.json")?,
             tokenizer: read_required(folder, "tokenizer.json")?,
-            tokenizer_config: optional("tokenizer_config.json")?,
-            chat_template: optional("chat_template.jinja")?,
+            tokenizer_files: TokenizerFiles::read(folder)?,
             weights: Weights::open(folder)?,
         };
         let name = folder.canonicalize().map_err(io(folder))?;
@@ -147,10 +141,9 @@ impl Model {
     /// The model's chat template, where it has one.
     ///
     /// # Errors
-    /// [`Error::Chat`](crate::Error::Chat) where it does not parse.
+    /// Those of [`ChatTemplate::choose`].
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        let parse = |source| ChatTemplate::parse(source, self.tokenizer.special.clone());
-        self.chat_template.as_deref().map(parse).transpose()
+        ChatTemplate::choose(&self.tokenizer.templates, self.tokenizer.special.clone())
     }
 
     /// Loads the model's dictionaries from a file, [`DICTIONARY_FILE`] of its folder, say.
@@ -169,13 +162,9 @@ impl Model {
         let end_tokens = generation.eos_token_id.map(OneOrMany::list);
         let stop_texts = generation.stop_strings.map(OneOrMany::list);
         let path = files.folder.join("tokenizer.json");
-        let tokenizer_config = files.tokenizer_config.as_deref();
-        let tokenizer = Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?;
+        let tokenizer = Tokenizer::parse(&files.tokenizer, files.tokenizer_files, &path)?;
         Ok(Self {
             name: name.to_owned(),
-            chat_template: files
-                .chat_template
-                .or_else(|| tokenizer.chat_template.clone()),
             end_tokens: end_tokens.unwrap_or_else(|| files.config.end_tokens.clone()),
             stop_texts: stop_texts.unwrap_or_default(),
             tokenizer,

@@ -12,18 +12,20 @@ use super::json::to_json;
 use super::methods::{capitalize, has_method, is_letter, lines, replaced, stripped};
 use super::operators::{add, escaped};
 use super::python::{
-    Generator, Kind, Made, Method, arguments, attribute, equal, flag, float, integer,
-    is_space, is_true, items, list, needed, needed_text, order, pairs, spend, split_arguments,
-    text, tuple, whole, wrong,
+    Generator, Kind, Made, Method, arguments, attribute, equal, flag, float, integer, is_space,
+    is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend, split_arguments, text, tuple,
+    whole, wrong,
 };
 
 type Filter = fn(&mut State, &Value, &[Value]) -> Made<Value>;
 
-const FILTERS: [(&str, Filter); 51] = [
+const FILTERS: [(&str, Filter); 54] = [
     ("abs", abs),
     ("attr", attr),
     ("batch", batch),
-    ("capitalize", |_, value, args| plain("capitalize", value, args, capitalize)),
+    ("capitalize", |_, value, args| {
+        plain("capitalize", value, args, capitalize)
+    }),
     ("center", center),
     ("count", length),
     ("d", default),
@@ -33,7 +35,9 @@ const FILTERS: [(&str, Filter); 51] = [
     ("escape", escape),
     ("first", first),
     ("float", to_float),
-    ("forceescape", |_, value, _| Ok(Value::from_safe_string(escaped(&text(value)?)))),
+    ("forceescape", |_, value, _| {
+        Ok(Value::from_safe_string(escaped(&text(value)?)))
+    }),
     ("format", format),
     ("groupby", groupby),
     ("indent", indent),
@@ -46,18 +50,34 @@ const FILTERS: [(&str, Filter); 51] = [
         arguments("list", args, &[])?;
         items(state, value).map(list)
     }),
-    ("lower", |_, value, args| plain("lower", value, args, str::to_lowercase)),
+    ("lower", |_, value, args| {
+        plain("lower", value, args, str::to_lowercase)
+    }),
     ("map", map),
-    ("max", |state, value, args| extreme(state, value, args, Ordering::Greater)),
-    ("min", |state, value, args| extreme(state, value, args, Ordering::Less)),
-    ("reject", |state, value, args| select(state, value, args, false, false)),
-    ("rejectattr", |state, value, args| select(state, value, args, true, false)),
+    ("max", |state, value, args| {
+        extreme(state, value, args, Ordering::Greater)
+    }),
+    ("min", |state, value, args| {
+        extreme(state, value, args, Ordering::Less)
+    }),
+    ("reject", |state, value, args| {
+        select(state, value, args, false, false)
+    }),
+    ("rejectattr", |state, value, args| {
+        select(state, value, args, true, false)
+    }),
     ("replace", replace),
     ("reverse", reverse),
     ("round", round),
-    ("safe", |_, value, _| Ok(Value::from_safe_string(text(value)?))),
-    ("select", |state, value, args| select(state, value, args, false, true)),
-    ("selectattr", |state, value, args| select(state, value, args, true, true)),
+    ("safe", |_, value, _| {
+        Ok(Value::from_safe_string(text(value)?))
+    }),
+    ("select", |state, value, args| {
+        select(state, value, args, false, true)
+    }),
+    ("selectattr", |state, value, args| {
+        select(state, value, args, true, true)
+    }),
     ("slice", slice),
     ("sort", sort),
     ("string", |_, value, args| {
@@ -69,16 +89,23 @@ const FILTERS: [(&str, Filter); 51] = [
     }),
     ("sum", sum),
     ("title", |_, value, args| plain("title", value, args, title)),
-    ("tojson", |state, value, args| to_json(state, value, args).map(Value::from)),
+    ("tojson", |state, value, args| {
+        to_json(state, value, args).map(Value::from)
+    }),
     ("trim", trim),
     ("truncate", truncate),
     ("unique", unique),
-    ("upper", |_, value, args| plain("upper", value, args, str::to_uppercase)),
+    ("upper", |_, value, args| {
+        plain("upper", value, args, str::to_uppercase)
+    }),
     ("urlencode", urlencode),
     ("wordcount", wordcount),
     // What Jinja2 has and a chat has no need of.
     ("filesizeformat", |_, _, _| Err(not_taken("filesizeformat"))),
     ("pprint", |_, _, _| Err(not_taken("pprint"))),
+    ("striptags", |_, _, _| Err(not_taken("striptags"))),
+    ("urlize", |_, _, _| Err(not_taken("urlize"))),
+    ("xmlattr", |_, _, _| Err(not_taken("xmlattr"))),
     ("random", |_, _, _| Err(not_taken("random"))),
     ("wordwrap", |_, _, _| Err(not_taken("wordwrap"))),
 ];
@@ -89,9 +116,12 @@ fn not_taken(name: &str) -> minijinja::Error {
 
 pub(super) fn add_to(environment: &mut Environment) {
     for (name, filter) in FILTERS {
-        environment.add_filter(name, move |state: &mut State, value: Value, args: Rest<ValueOrKwargs>| {
-            filter(state, &value, &args.into_values())
-        });
+        environment.add_filter(
+            name,
+            move |state: &mut State, value: Value, args: Rest<ValueOrKwargs>| {
+                filter(state, &value, &args.into_values())
+            },
+        );
     }
 }
 
@@ -108,7 +138,7 @@ fn some(given: &mut impl Iterator<Item = Option<Value>>) -> Option<Value> {
 
 fn plain(name: &str, value: &Value, args: &[Value], change: fn(&str) -> String) -> Made<Value> {
     arguments(name, args, &[])?;
-    Ok(Value::from(change(&text(value)?)))
+    Ok(like(value, change(&text(value)?)))
 }
 
 /// Jinja2's `title`, which is not Python's: a word begins after white space, `-` and opening brackets.
@@ -132,13 +162,12 @@ fn title(text: &str) -> String {
 fn trim(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let taken = arguments("trim", args, &["chars"])?.pop().flatten();
     let taken = taken.filter(|taken| !taken.is_none());
-    let taken = taken.map(|taken| needed_text("trim", Some(taken))).transpose()?;
+    let taken = taken
+        .map(|taken| needed_text("trim", Some(taken)))
+        .transpose()?;
     let text = text(value)?;
     let stripped = stripped(&text, "strip", taken.as_deref());
-    if value.is_safe() {
-        return Ok(Value::from_safe_string(stripped.to_owned()));
-    }
-    Ok(Value::from(stripped))
+    Ok(like(value, stripped.to_owned()))
 }
 
 fn escape(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -156,6 +185,7 @@ fn center(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 }
 
 fn replace(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
+    no_safe_text("replace", value)?;
     let mut given = arguments("replace", args, &["old", "new", "count"])?.into_iter();
     let old = text(&needed("replace", given.next().flatten())?)?;
     let new = text(&needed("replace", given.next().flatten())?)?;
@@ -167,18 +197,30 @@ fn format(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let (plain, named) = split_arguments(args);
     let values = match (plain, named.is_empty()) {
         (plain, true) => tuple(plain.to_vec()),
-        ([], false) => Value::from_pairs(named.into_iter().map(|(name, value)| (Value::from(name), value))),
+        ([], false) => Value::from_pairs(
+            named
+                .into_iter()
+                .map(|(name, value)| (Value::from(name), value)),
+        ),
         _ => return Err(wrong("format takes values with names or without, not both")),
     };
+    no_safe_text("format", value)?;
     percent(state, &text(value)?, &values).map(Value::from)
 }
 
 fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
+    no_safe_text("indent", value)?;
     let mut given = arguments("indent", args, &["width", "first", "blank"])?.into_iter();
     let width = given.next().flatten().unwrap_or(Value::from(4));
-    let (first, blank) = (flag(given.next().flatten(), false), flag(given.next().flatten(), false));
+    let (first, blank) = (
+        flag(given.next().flatten(), false),
+        flag(given.next().flatten(), false),
+    );
     let Some(text) = value.as_str() else {
-        return Err(wrong(format!("indent takes a text, not {}", Kind::of(value).name())));
+        return Err(wrong(format!(
+            "indent takes a text, not {}",
+            Kind::of(value).name()
+        )));
     };
     let by = match width.as_str() {
         Some(by) => by.to_owned(),
@@ -189,13 +231,20 @@ fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         }
     };
     let text = format!("{text}\n");
-    spend(state, text.len() + lines(&text, false).count().saturating_mul(by.len() + 1))?;
+    spend(
+        state,
+        text.len() + lines(&text, false).count().saturating_mul(by.len() + 1),
+    )?;
     let mut out = String::with_capacity(text.len());
     for (at, line) in lines(&text, false).enumerate() {
         if at > 0 {
             out.push('\n');
         }
-        if if at == 0 { first } else { blank || !line.is_empty() } {
+        if if at == 0 {
+            first
+        } else {
+            blank || !line.is_empty()
+        } {
             out.push_str(&by);
         }
         out.push_str(line);
@@ -213,11 +262,15 @@ fn truncate(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         None => "...".to_owned(),
     };
     let leeway = whole("truncate", some(&mut given), 5)?;
-    let characters: Vec<char> = text(value)?.chars().collect();
+    no_safe_text("truncate", value)?;
+    let text = needed_text("truncate", Some(value.clone()))?;
+    let characters: Vec<char> = text.chars().collect();
     spend(state, characters.len())?;
     let kept = length.saturating_sub(end.chars().count() as i64);
     let Ok(kept) = usize::try_from(kept) else {
-        return Err(wrong("truncate takes a length no less than that of its end"));
+        return Err(wrong(
+            "truncate takes a length no less than that of its end",
+        ));
     };
     if leeway < 0 {
         return Err(wrong("truncate takes no leeway below 0"));
@@ -245,7 +298,9 @@ fn urlencode(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         let mut out = String::new();
         for byte in text(value)?.bytes() {
             match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'.' | b'-' | b'~' => out.push(char::from(byte)),
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'.' | b'-' | b'~' => {
+                    out.push(char::from(byte))
+                }
                 b'/' if !query => out.push('/'),
                 b' ' if query => out.push('+'),
                 _ => {
@@ -258,7 +313,7 @@ fn urlencode(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let kind = Kind::of(value);
     let pairs: Vec<(Value, Value)> = match kind {
         Kind::Dict => pairs(value)?,
-        Kind::List | Kind::Tuple | Kind::View | Kind::Generator => {
+        _ if super::python::is_iterable(value) && kind != Kind::Text => {
             let mut pairs = Vec::new();
             for pair in items(state, value)? {
                 match items(state, &pair)?.as_slice() {
@@ -283,7 +338,9 @@ fn abs(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     arguments("abs", args, &[])?;
     match (integer(value), float(value)) {
         (Some(number), _) => {
-            let size = number.checked_abs().ok_or_else(|| wrong("a number is too large"))?;
+            let size = number
+                .checked_abs()
+                .ok_or_else(|| wrong("a number is too large"))?;
             Ok(Value::from(size))
         }
         (None, Some(number)) => Ok(Value::from(number.abs())),
@@ -340,10 +397,14 @@ fn parse_int(text: &str, base: u32) -> Made<Option<i128>> {
     };
     let lower = digits.to_ascii_lowercase();
     let prefixes = [("0x", 16), ("0o", 8), ("0b", 2)];
-    let prefixed = prefixes.iter().find(|(prefix, of)| lower.starts_with(prefix) && (base == *of || base == 0));
+    let prefixed = prefixes
+        .iter()
+        .find(|(prefix, of)| lower.starts_with(prefix) && (base == *of || base == 0));
     let (digits, base) = match prefixed {
         Some((prefix, of)) => (&digits[prefix.len()..], *of),
-        None if base == 0 && digits.starts_with('0') && digits.bytes().any(|b| b != b'0') => return Ok(None),
+        None if base == 0 && digits.starts_with('0') && digits.bytes().any(|b| b != b'0') => {
+            return Ok(None);
+        }
         None => (digits, if base == 0 { 10 } else { base }),
     };
     if digits.is_empty() || !digits.chars().all(|c| c.is_digit(base)) {
@@ -372,7 +433,9 @@ fn to_int(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         Kind::Undefined => Err(wrong("int of an undefined value")),
         Kind::Text => {
             let text = text(value)?;
-            let base = u32::try_from(base).ok().filter(|base| *base == 0 || (2..=36).contains(base));
+            let base = u32::try_from(base)
+                .ok()
+                .filter(|base| *base == 0 || (2..=36).contains(base));
             if let Some(base) = base
                 && let Some(number) = parse_int(&text, base)?
             {
@@ -412,9 +475,12 @@ fn round(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         Some(method) => needed_text("round", Some(method))?,
         None => "common".to_owned(),
     };
-    let places = i32::try_from(precision).ok().filter(|places| places.abs() <= 300);
+    let places = i32::try_from(precision)
+        .ok()
+        .filter(|places| places.abs() <= 300);
     let places = places.ok_or_else(|| wrong("round takes at most 300 places"))?;
-    let number = float(value).ok_or_else(|| wrong(format!("round of a {}", Kind::of(value).name())))?;
+    let number =
+        float(value).ok_or_else(|| wrong(format!("round of a {}", Kind::of(value).name())))?;
     let scale = 10f64.powi(places);
     match method.as_str() {
         "ceil" => Ok(Value::from((number * scale).ceil() / scale)),
@@ -422,7 +488,9 @@ fn round(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         "common" => match integer(value) {
             Some(whole) if places >= 0 => Ok(Value::from(whole)),
             Some(whole) => {
-                let unit = 10i128.checked_pow(places.unsigned_abs()).unwrap_or(i128::MAX);
+                let unit = 10i128
+                    .checked_pow(places.unsigned_abs())
+                    .unwrap_or(i128::MAX);
                 let (tens, rest) = (whole.div_euclid(unit), whole.rem_euclid(unit));
                 let up = match (rest).cmp(&(unit - rest)) {
                     Ordering::Less => false,
@@ -448,7 +516,11 @@ fn default(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("default", args, &["default_value", "boolean"])?.into_iter();
     let other = given.next().flatten().unwrap_or(Value::from(""));
     let falsy = flag(given.next().flatten(), false);
-    Ok(if value.is_undefined() || (falsy && !is_true(value)) { other } else { value.clone() })
+    Ok(if value.is_undefined() || (falsy && !is_true(value)) {
+        other
+    } else {
+        value.clone()
+    })
 }
 
 fn length(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -487,11 +559,17 @@ fn last(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 fn reverse(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     arguments("reverse", args, &[])?;
     if let Some(text) = value.as_str() {
-        return Ok(Value::from(text.chars().rev().collect::<String>()));
+        return Ok(like(value, text.chars().rev().collect()));
     }
     let mut all = items(state, value)?;
     all.reverse();
-    Ok(if matches!(Kind::of(value), Kind::Generator | Kind::Undefined) { list(all) } else { Generator::of(all) })
+    Ok(
+        if Kind::of(value) == Kind::Generator {
+            list(all)
+        } else {
+            Generator::of(all)
+        },
+    )
 }
 
 /// The parts of `a.b.0`.
@@ -539,9 +617,16 @@ pub(super) fn sorted_places(state: &State, keys: Vec<Value>, backwards: bool) ->
         let mut merged = Vec::with_capacity(places.len());
         for run in places.chunks(2 * width) {
             let (left, right) = run.split_at(width.min(run.len()));
-            let (mut left, mut right) = (left.iter().copied().peekable(), right.iter().copied().peekable());
+            let (mut left, mut right) = (
+                left.iter().copied().peekable(),
+                right.iter().copied().peekable(),
+            );
             while let (Some(&a), Some(&b)) = (left.peek(), right.peek()) {
-                merged.extend(if after(a, b)? { right.next() } else { left.next() });
+                merged.extend(if after(a, b)? {
+                    right.next()
+                } else {
+                    left.next()
+                });
             }
             merged.extend(left.chain(right));
         }
@@ -581,13 +666,18 @@ fn dictsort(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let names = ["case_sensitive", "by", "reverse"];
     let mut given = arguments("dictsort", args, &names)?.into_iter();
     let by_case = flag(given.next().flatten(), false);
-    let by = given.next().flatten().map_or(Ok("key".to_owned()), |by| text(&by))?;
+    let by = given
+        .next()
+        .flatten()
+        .map_or(Ok("key".to_owned()), |by| text(&by))?;
     let backwards = flag(given.next().flatten(), false);
     if by != "key" && by != "value" {
         return Err(wrong("dictsort is by \"key\" or \"value\""));
     }
     let pairs = pairs(value)?;
-    let keys = pairs.iter().map(|(k, v)| folded(if by == "key" { k } else { v }.clone(), by_case));
+    let keys = pairs
+        .iter()
+        .map(|(k, v)| folded(if by == "key" { k } else { v }.clone(), by_case));
     let places = sorted_places(state, keys.collect(), backwards)?;
     let pair = |at: usize| tuple(vec![pairs[at].0.clone(), pairs[at].1.clone()]);
     Ok(list(places.into_iter().map(pair).collect()))
@@ -599,13 +689,17 @@ fn dict_items(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         return Ok(Generator::of(Vec::new()));
     }
     let pairs = pairs(value)?.into_iter();
-    Ok(Generator::of(pairs.map(|(key, value)| tuple(vec![key, value])).collect()))
+    Ok(Generator::of(
+        pairs.map(|(key, value)| tuple(vec![key, value])).collect(),
+    ))
 }
 
 fn unique(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("unique", args, &["case_sensitive", "attribute"])?.into_iter();
     let by_case = flag(given.next().flatten(), false);
-    let path = some(&mut given).map(|named| path(&named)).unwrap_or_default();
+    let path = some(&mut given)
+        .map(|named| path(&named))
+        .unwrap_or_default();
     let (mut seen, mut kept) = (Vec::new(), Vec::new());
     'items: for item in items(state, value)? {
         let key = folded(follow(&item, &path, None)?, by_case);
@@ -624,7 +718,9 @@ fn unique(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 fn extreme(state: &mut State, value: &Value, args: &[Value], wanted: Ordering) -> Made<Value> {
     let mut given = arguments("min or max", args, &["case_sensitive", "attribute"])?.into_iter();
     let by_case = flag(given.next().flatten(), false);
-    let path = some(&mut given).map(|named| path(&named)).unwrap_or_default();
+    let path = some(&mut given)
+        .map(|named| path(&named))
+        .unwrap_or_default();
     let mut best: Option<(Value, Value)> = None;
     for item in items(state, value)? {
         let key = folded(follow(&item, &path, None)?, by_case);
@@ -641,7 +737,9 @@ fn extreme(state: &mut State, value: &Value, args: &[Value], wanted: Ordering) -
 
 fn sum(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("sum", args, &["attribute", "start"])?.into_iter();
-    let path = some(&mut given).map(|named| path(&named)).unwrap_or_default();
+    let path = some(&mut given)
+        .map(|named| path(&named))
+        .unwrap_or_default();
     let mut total = given.next().flatten().unwrap_or(Value::from(0));
     if Kind::of(&total) == Kind::Text {
         return Err(wrong("sum of texts; join joins them"));
@@ -654,8 +752,13 @@ fn sum(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 
 fn join(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("join", args, &["d", "attribute"])?.into_iter();
-    let between = given.next().flatten().map_or(Ok(String::new()), |between| text(&between))?;
-    let path = some(&mut given).map(|named| path(&named)).unwrap_or_default();
+    let between = given
+        .next()
+        .flatten()
+        .map_or(Ok(String::new()), |between| text(&between))?;
+    let path = some(&mut given)
+        .map(|named| path(&named))
+        .unwrap_or_default();
     let mut out = String::new();
     for (at, item) in items(state, value)?.iter().enumerate() {
         if at > 0 {
@@ -686,11 +789,19 @@ fn map(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         }
         return Ok(Generator::of(mapped));
     }
-    let find = |name: &str| named.iter().find(|(known, _)| known == name).map(|(_, value)| value);
+    let find = |name: &str| {
+        named
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value)
+    };
     let Some(attribute) = find("attribute") else {
         return Err(wrong("map takes a filter or an attribute"));
     };
-    if named.iter().any(|(name, _)| name != "attribute" && name != "default") {
+    if named
+        .iter()
+        .any(|(name, _)| name != "attribute" && name != "default")
+    {
         return Err(wrong("map takes no further argument"));
     }
     let path = path(attribute);
@@ -701,7 +812,13 @@ fn map(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 }
 
 /// `select`, `reject`, and those by an attribute.
-fn select(state: &mut State, value: &Value, args: &[Value], by_attribute: bool, wanted: bool) -> Made<Value> {
+fn select(
+    state: &mut State,
+    value: &Value,
+    args: &[Value],
+    by_attribute: bool,
+    wanted: bool,
+) -> Made<Value> {
     let (path, rest) = match args.split_first() {
         Some((named, rest)) if by_attribute => (path(named), rest),
         None if by_attribute => return Err(wrong("selectattr and rejectattr take an attribute")),
@@ -766,11 +883,16 @@ fn groupby(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     for item in &all {
         keys.push(follow(item, &path, default.as_ref())?);
     }
-    let folded: Vec<Value> = keys.iter().map(|key| folded(key.clone(), by_case)).collect();
+    let folded: Vec<Value> = keys
+        .iter()
+        .map(|key| folded(key.clone(), by_case))
+        .collect();
     let mut groups: Vec<(usize, Vec<Value>)> = Vec::new();
     for at in sorted_places(state, folded.clone(), false)? {
         match groups.last_mut() {
-            Some((first, group)) if equal(state, &folded[*first], &folded[at])? => group.push(all[at].clone()),
+            Some((first, group)) if equal(state, &folded[*first], &folded[at])? => {
+                group.push(all[at].clone())
+            }
             _ => groups.push((at, vec![all[at].clone()])),
         }
     }
@@ -833,4 +955,3 @@ fn attr(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         _ => Ok(Value::UNDEFINED),
     }
 }
-

@@ -5,7 +5,9 @@ use std::str::Chars;
 
 use minijinja::{State, Value};
 
-use super::python::{Kind, LARGEST, Made, attribute, float, integer, items, repr, spend, text, wrong};
+use super::python::{
+    Kind, LARGEST, Made, attribute, float, integer, items, repr, spend, text, wrong,
+};
 
 /// How a value is written.
 #[derive(Debug, Clone)]
@@ -51,10 +53,18 @@ impl Spec {
         let missing = self.width.saturating_sub(length);
         spend(state, length + missing.saturating_mul(self.fill.len_utf8()))?;
         let fill = |count: usize| self.fill.to_string().repeat(count);
-        let default = if self.zero && default == '>' { '=' } else { default };
+        let default = if self.zero && default == '>' {
+            '='
+        } else {
+            default
+        };
         Ok(match self.align.unwrap_or(default) {
             '<' => format!("{sign}{body}{}", fill(missing)),
-            '^' => format!("{}{sign}{body}{}", fill(missing / 2), fill(missing - missing / 2)),
+            '^' => format!(
+                "{}{sign}{body}{}",
+                fill(missing / 2),
+                fill(missing - missing / 2)
+            ),
             '=' => format!("{sign}{}{body}", fill(missing)),
             _ => format!("{}{sign}{body}", fill(missing)),
         })
@@ -75,9 +85,13 @@ impl Spec {
             return Ok(digits.to_owned());
         };
         if self.zero && self.width > 0 {
-            return Err(wrong("a format with groups of digits and leading zeros is not taken"));
+            return Err(wrong(
+                "a format with groups of digits and leading zeros is not taken",
+            ));
         }
-        let whole = digits.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(digits.len());
+        let whole = digits
+            .find(|c: char| !c.is_ascii_hexdigit())
+            .unwrap_or(digits.len());
         let (whole, rest) = digits.split_at(whole);
         let mut out = String::new();
         for (at, digit) in whole.chars().enumerate() {
@@ -104,9 +118,18 @@ fn float_digits(value: f64, kind: char, precision: usize, alternate: bool) -> St
         let sign = if exponent < 0 { '-' } else { '+' };
         format!("{digits}e{sign}{:02}", exponent.abs())
     };
-    let point = |digits: String| if alternate && !digits.contains('.') { digits + "." } else { digits };
+    let point = |digits: String| {
+        if alternate && !digits.contains('.') {
+            digits + "."
+        } else {
+            digits
+        }
+    };
     let short = |digits: String| match digits.contains('.') && !alternate {
-        true => digits.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        true => digits
+            .trim_end_matches('0')
+            .trim_end_matches('.')
+            .to_owned(),
         false => digits,
     };
     match kind {
@@ -135,7 +158,9 @@ fn float_value(state: &State, value: f64, spec: &Spec) -> Made<String> {
     let kind = spec.kind.unwrap_or('r');
     let precision = spec.precision.unwrap_or(6);
     if precision > MOST_DIGITS {
-        return Err(wrong(format!("more than {MOST_DIGITS} digits are not taken")));
+        return Err(wrong(format!(
+            "more than {MOST_DIGITS} digits are not taken"
+        )));
     }
     let size = value.abs();
     let lower = kind.to_ascii_lowercase();
@@ -189,7 +214,12 @@ pub(super) fn braces(
     plain: &[Value],
     named: &[(String, Value)],
 ) -> Made<String> {
-    let mut fields = Fields { state, plain, named, next: Some(0) };
+    let mut fields = Fields {
+        state,
+        plain,
+        named,
+        next: Some(0),
+    };
     fields.fill(template, 2)
 }
 
@@ -256,7 +286,10 @@ impl Fields<'_, '_> {
             None => (None, rest.strip_prefix(':').unwrap_or("")),
         };
         let value = self.named_value(name)?;
-        let spec = self.fill(spec, levels - 1)?;
+        let spec = match spec.contains(['{', '}']) {
+            true => self.fill(spec, levels - 1)?,
+            false => spec.to_owned(),
+        };
         let value = match conversion {
             None => value,
             Some("s") => Value::from(text(&value)?),
@@ -272,7 +305,9 @@ impl Fields<'_, '_> {
         let (first, mut rest) = name.split_at(end);
         let place = match first {
             "" => {
-                let place = self.next.ok_or_else(|| wrong("a format numbers some fields, and others not"))?;
+                let place = self
+                    .next
+                    .ok_or_else(|| wrong("a format numbers some fields, and others not"))?;
                 self.next = Some(place + 1);
                 Some(place)
             }
@@ -287,9 +322,16 @@ impl Fields<'_, '_> {
         };
         let mut value = match place {
             Some(place) => self.plain.get(place),
-            None => self.named.iter().find(|(name, _)| name == first).map(|(_, value)| value),
+            None => self
+                .named
+                .iter()
+                .find(|(name, _)| name == first)
+                .map(|(_, value)| value),
         };
-        let mut value = value.take().cloned().ok_or_else(|| wrong("a format lacks a value"))?;
+        let mut value = value
+            .take()
+            .cloned()
+            .ok_or_else(|| wrong("a format lacks a value"))?;
         while !rest.is_empty() {
             let key = if let Some(attribute) = rest.strip_prefix('.') {
                 let end = attribute.find(['.', '[']).unwrap_or(attribute.len());
@@ -322,7 +364,11 @@ fn format_value(state: &State, value: &Value, spec: &str) -> Made<String> {
     let spec = parse_spec(spec)?;
     match (Kind::of(value), spec.kind) {
         (Kind::Text, None | Some('s')) => {
-            if spec.sign != '-' || spec.alternate || spec.grouping.is_some() || spec.align == Some('=') {
+            if spec.sign != '-'
+                || spec.alternate
+                || spec.grouping.is_some()
+                || spec.align == Some('=')
+            {
                 return Err(wrong("a text has no such format"));
             }
             let text = text(value)?;
@@ -389,7 +435,9 @@ fn number(rest: &mut Peekable<Chars>) -> Made<Option<usize>> {
         return Ok(None);
     }
     let number = digits.parse().ok().filter(|number| *number <= LARGEST);
-    number.map(Some).ok_or_else(|| wrong("a format is too wide"))
+    number
+        .map(Some)
+        .ok_or_else(|| wrong("a format is too wide"))
 }
 
 /// `ascii`: what is not ASCII is escaped.
@@ -452,7 +500,9 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
             let value = given.next().ok_or_else(lacking)?;
             let number = integer(&value).and_then(|number| i64::try_from(number).ok());
             let number = number.filter(|number| number.unsigned_abs() <= LARGEST as u64);
-            number.map(Some).ok_or_else(|| wrong("a format's width is no fit number"))
+            number
+                .map(Some)
+                .ok_or_else(|| wrong("a format's width is no fit number"))
         };
         let width = starred(&mut rest)?.unwrap_or(0);
         left |= width < 0;
@@ -462,12 +512,16 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
             spec.precision = Some(usize::try_from(precision).unwrap_or(0));
         }
         while rest.next_if(|c| "hlL".contains(*c)).is_some() {}
-        let conversion = rest.next().ok_or_else(|| wrong("a format ends within a field"))?;
+        let conversion = rest
+            .next()
+            .ok_or_else(|| wrong("a format ends within a field"))?;
         let value = match key {
             Some(key) if kind == Kind::Dict => {
                 named = true;
                 let found = attribute(values, &Value::from(key))?;
-                Some(found).filter(|found| !found.is_undefined()).ok_or_else(lacking)?
+                Some(found)
+                    .filter(|found| !found.is_undefined())
+                    .ok_or_else(lacking)?
             }
             Some(_) => return Err(wrong("a format with names takes a dict")),
             None => given.next().ok_or_else(lacking)?,
@@ -478,7 +532,10 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
         }
     }
     // Python lets what could be indexed go unused.
-    let indexable = matches!(kind, Kind::Dict | Kind::List | Kind::Range | Kind::Undefined);
+    let indexable = matches!(
+        kind,
+        Kind::Dict | Kind::List | Kind::Range | Kind::Undefined
+    );
     if given.next().is_some() && !named && !indexable {
         return Err(wrong("a format leaves values over"));
     }
@@ -513,12 +570,22 @@ fn converted(
     }
     let whole = || -> Made<i128> {
         let number = match Kind::of(value) {
-            Kind::Float => float(value).filter(|v| v.is_finite() && v.abs() < 1e38).map(|v| v as i128),
+            Kind::Float => float(value)
+                .filter(|v| v.is_finite() && v.abs() < 1e38)
+                .map(|v| v as i128),
             _ => integer(value),
         };
-        number.ok_or_else(|| wrong(format!("%{conversion} takes a number, not {}", Kind::of(value).name())))
+        number.ok_or_else(|| {
+            wrong(format!(
+                "%{conversion} takes a number, not {}",
+                Kind::of(value).name()
+            ))
+        })
     };
-    let unsigned = Spec { sign: '-', ..spec.clone() };
+    let unsigned = Spec {
+        sign: '-',
+        ..spec.clone()
+    };
     match conversion {
         's' | 'r' | 'a' => {
             let text = match conversion {
@@ -538,11 +605,18 @@ fn converted(
                 }
                 _ => None,
             };
-            unsigned.padded(state, "", &c.ok_or_else(|| wrong("%c takes a character"))?, '>')
+            unsigned.padded(
+                state,
+                "",
+                &c.ok_or_else(|| wrong("%c takes a character"))?,
+                '>',
+            )
         }
         'd' | 'i' | 'u' | 'o' | 'x' | 'X' => {
             let number = match conversion {
-                'o' | 'x' | 'X' => integer(value).ok_or_else(|| wrong("that format takes a whole number"))?,
+                'o' | 'x' | 'X' => {
+                    integer(value).ok_or_else(|| wrong("that format takes a whole number"))?
+                }
                 _ => whole()?,
             };
             let size = number.unsigned_abs();
@@ -554,14 +628,18 @@ fn converted(
             };
             if let Some(precision) = spec.precision {
                 spend(state, precision)?;
-                digits = format!("{}{digits}", "0".repeat(precision.saturating_sub(digits.len())));
+                digits = format!(
+                    "{}{digits}",
+                    "0".repeat(precision.saturating_sub(digits.len()))
+                );
             }
             let prefix = if spec.alternate { prefix } else { "" };
             let sign = format!("{}{prefix}", spec.sign_of(number < 0));
             spec.padded(state, &sign, &digits, '>')
         }
         'e' | 'E' | 'f' | 'F' | 'g' | 'G' => {
-            let number = float(value).ok_or_else(|| wrong(format!("%{conversion} takes a number")))?;
+            let number =
+                float(value).ok_or_else(|| wrong(format!("%{conversion} takes a number")))?;
             spec.kind = Some(conversion);
             float_value(state, number, &spec)
         }

@@ -17,11 +17,12 @@ type Function = fn(&mut State, &[Value]) -> Made<Value>;
 const LONGEST_RANGE: usize = 100_000;
 
 pub(super) fn add_to(environment: &mut Environment) {
-    let functions: [(&'static str, Function); 6] = [
+    let functions: [(&'static str, Function); 7] = [
         ("range", range),
         ("namespace", namespace),
         ("cycler", cycler),
         ("joiner", joiner),
+        ("lipsum", |_, _| Err(wrong("lipsum() is not taken"))),
         ("raise_exception", raise_exception),
         ("strftime_now", strftime_now),
     ];
@@ -46,7 +47,9 @@ fn range(_: &mut State, args: &[Value]) -> Made<Value> {
     }
     let range = Range { start, stop, step };
     if range.length() > LONGEST_RANGE {
-        return Err(wrong(format!("a range of more than {LONGEST_RANGE} numbers")));
+        return Err(wrong(format!(
+            "a range of more than {LONGEST_RANGE} numbers"
+        )));
     }
     Ok(Value::from_object(range))
 }
@@ -64,7 +67,12 @@ impl Object for Dict {
         dict(state, args)
     }
 
-    fn call_method(self: &Arc<Self>, state: &mut State<'_, '_>, name: &str, args: &[Value]) -> Made<Value> {
+    fn call_method(
+        self: &Arc<Self>,
+        state: &mut State<'_, '_>,
+        name: &str,
+        args: &[Value],
+    ) -> Made<Value> {
         match name {
             "fromkeys" => from_keys(state, args),
             _ => Err(Error::from(ErrorKind::UnknownMethod)),
@@ -93,7 +101,11 @@ fn dict(state: &State, args: &[Value]) -> Made<Value> {
         _ => return Err(wrong("dict() takes one mapping")),
     };
     spend(state, all.len() * 96)?;
-    all.extend(named.into_iter().map(|(name, value)| (Value::from(name), value)));
+    all.extend(
+        named
+            .into_iter()
+            .map(|(name, value)| (Value::from(name), value)),
+    );
     Ok(Value::from_pairs(all))
 }
 
@@ -103,30 +115,41 @@ pub(super) fn from_keys(state: &State, args: &[Value]) -> Made<Value> {
     let keys = items(state, &needed("fromkeys", given.next().flatten())?)?;
     let value = given.next().flatten().unwrap_or(Value::from(()));
     keys.iter().try_for_each(check_key)?;
-    Ok(Value::from_pairs(keys.into_iter().map(|key| (key, value.clone()))))
+    Ok(Value::from_pairs(
+        keys.into_iter().map(|key| (key, value.clone())),
+    ))
 }
 
 fn namespace(state: &mut State, args: &[Value]) -> Made<Value> {
-    let attributes = dict(state, args)?;
-    for (name, _) in pairs(&attributes)? {
+    let mut attributes = pairs(&dict(state, args)?)?;
+    for (name, _) in &attributes {
         if name.as_str().is_none_or(|name| name.starts_with('_')) {
-            return Err(wrong("an attribute of a namespace may not begin with \"_\""));
+            return Err(wrong(
+                "an attribute of a namespace may not begin with \"_\"",
+            ));
         }
     }
-    minijinja::functions::namespace(Some(ValueOrKwargs::from(attributes)))
+    // One that no template can name, lest an empty namespace be false.
+    attributes.push((Value::from(""), Value::from(true)));
+    minijinja::functions::namespace(Some(ValueOrKwargs::from(Value::from_pairs(attributes))))
 }
 
 fn raise_exception(_: &mut State, args: &[Value]) -> Made<Value> {
-    let message = arguments("raise_exception", args, &["message"])?.pop().flatten();
+    let message = arguments("raise_exception", args, &["message"])?
+        .pop()
+        .flatten();
     Err(wrong(text(&needed("raise_exception", message)?)?))
 }
 
 /// The time of day where the program runs, as transformers gives it to templates.
 fn strftime_now(_: &mut State, args: &[Value]) -> Made<Value> {
-    let format = arguments("strftime_now", args, &["format"])?.pop().flatten();
+    let format = arguments("strftime_now", args, &["format"])?
+        .pop()
+        .flatten();
     let format = needed_text("strftime_now", format)?;
     let text = jiff::fmt::strtime::format(&format, jiff::Zoned::now().datetime());
-    text.map(Value::from).map_err(|e| wrong(format!("strftime_now: {e}")))
+    text.map(Value::from)
+        .map_err(|e| wrong(format!("strftime_now: {e}")))
 }
 
 /// `cycler('a', 'b')`: gives its items in turn.
@@ -160,7 +183,12 @@ impl Object for Cycler {
         (key.as_str() == Some("current")).then(|| self.current())
     }
 
-    fn call_method(self: &Arc<Self>, _: &mut State<'_, '_>, name: &str, _: &[Value]) -> Made<Value> {
+    fn call_method(
+        self: &Arc<Self>,
+        _: &mut State<'_, '_>,
+        name: &str,
+        _: &[Value],
+    ) -> Made<Value> {
         match name {
             "next" => {
                 let current = self.current();
@@ -186,7 +214,10 @@ struct Joiner {
 fn joiner(_: &mut State, args: &[Value]) -> Made<Value> {
     let text = arguments("joiner", args, &["sep"])?.pop().flatten();
     let text = text.unwrap_or(Value::from(", "));
-    Ok(Value::from_object(Joiner { text, used: AtomicUsize::new(0) }))
+    Ok(Value::from_object(Joiner {
+        text,
+        used: AtomicUsize::new(0),
+    }))
 }
 
 impl Object for Joiner {

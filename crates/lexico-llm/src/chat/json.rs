@@ -28,14 +28,27 @@ pub(super) fn to_json(state: &State, value: &Value, args: &[Value]) -> Made<Stri
     let ascii = flag(given.next().flatten(), false);
     let indent = given.next().flatten().filter(|indent| !indent.is_none());
     let indent = indent.map(|indent| indent_of(&indent)).transpose()?;
-    let separators = given.next().flatten().filter(|separators| !separators.is_none());
+    let separators = given
+        .next()
+        .flatten()
+        .filter(|separators| !separators.is_none());
     let (between, after_key) = match separators {
         Some(given) => separators_of(state, &given)?,
-        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+        None => (
+            if indent.is_some() { "," } else { ", " }.to_owned(),
+            ": ".to_owned(),
+        ),
     };
     let sorted = flag(given.next().flatten(), false);
     let out = String::new();
-    let mut writer = Writer { out, ascii, indent, between, after_key, sorted };
+    let mut writer = Writer {
+        out,
+        ascii,
+        indent,
+        between,
+        after_key,
+        sorted,
+    };
     writer.value(state, value, 0)?;
     Ok(writer.out)
 }
@@ -72,9 +85,13 @@ impl Writer {
         state.consume_fuel(1)?;
         match Kind::of(value) {
             Kind::None => self.out.push_str("null"),
-            Kind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            Kind::Bool => self
+                .out
+                .push_str(if value.is_true() { "true" } else { "false" }),
             Kind::Integer => self.out.push_str(&value.to_string()),
-            Kind::Float => self.out.push_str(&json_float(float(value).unwrap_or(f64::NAN))),
+            Kind::Float => self
+                .out
+                .push_str(&json_float(float(value).unwrap_or(f64::NAN))),
             Kind::Text => self.text(value.as_str().unwrap_or_default()),
             Kind::List | Kind::Tuple => {
                 let items = value.try_iter()?;

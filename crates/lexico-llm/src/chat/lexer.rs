@@ -136,7 +136,11 @@ impl<'s> Lexer<'s> {
 
     /// The end of a tag where there is one: `%}` with or without a sign.
     fn end(&mut self, close: &str, block: bool) -> bool {
-        let signed = |sign| self.rest.strip_prefix(sign).is_some_and(|r| r.starts_with(close));
+        let signed = |sign| {
+            self.rest
+                .strip_prefix(sign)
+                .is_some_and(|r| r.starts_with(close))
+        };
         if signed('-') {
             self.cut(1 + close.len());
             self.skip_space();
@@ -207,7 +211,9 @@ impl<'s> Lexer<'s> {
                 self.push(if float {
                     Token::Float(digits)
                 } else {
-                    Token::Integer(decimal(&digits).map_or_else(|| self.fail("a number is too large"), Ok)?)
+                    Token::Integer(
+                        decimal(&digits).map_or_else(|| self.fail("a number is too large"), Ok)?,
+                    )
                 });
             } else if first == '_' || first.is_alphabetic() {
                 let word = |c: char| c == '_' || c.is_alphanumeric();
@@ -320,7 +326,9 @@ fn decimal(digits: &str) -> Option<String> {
         _ => 10,
     };
     let digits = if radix == 10 { digits } else { &digits[2..] };
-    i128::from_str_radix(digits, radix).ok().map(|n| n.to_string())
+    i128::from_str_radix(digits, radix)
+        .ok()
+        .map(|n| n.to_string())
 }
 
 /// The text that Python's escapes stand for.
@@ -369,9 +377,15 @@ fn unescape(text: &str) -> Result<String, String> {
                 continue;
             }
             '0'..='7' => {
-                let more = rest.bytes().take(2).take_while(|b| (b'0'..=b'7').contains(b)).count();
+                let more = rest
+                    .bytes()
+                    .take(2)
+                    .take_while(|b| (b'0'..=b'7').contains(b))
+                    .count();
                 let digits = format!("{kind}{}", &rest[..more]);
-                let code = u32::from_str_radix(&digits, 8).ok().and_then(char::from_u32);
+                let code = u32::from_str_radix(&digits, 8)
+                    .ok()
+                    .and_then(char::from_u32);
                 out.extend(code);
                 rest = &rest[more..];
                 continue;

@@ -7,19 +7,69 @@ use unicode_general_category::{GeneralCategory, get_general_category};
 use super::format;
 use super::python::{
     Kind, Made, View, arguments, check_key, equal, flag, float, integer, is_printable, is_space,
-    items, list, needed, needed_text, pairs, spend, split_arguments, tuple, whole, wrong,
+    items, like, list, needed, needed_text, pairs, spend, split_arguments, tuple, whole, wrong,
 };
 
 const TEXT: [&str; 47] = [
-    "capitalize", "casefold", "center", "count", "encode", "endswith", "expandtabs", "find",
-    "format", "format_map", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
-    "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join",
-    "ljust", "lower", "lstrip", "maketrans", "partition", "removeprefix", "removesuffix",
-    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split",
-    "splitlines", "startswith", "strip", "swapcase", "title", "translate", "upper", "zfill",
+    "capitalize",
+    "casefold",
+    "center",
+    "count",
+    "encode",
+    "endswith",
+    "expandtabs",
+    "find",
+    "format",
+    "format_map",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "maketrans",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "translate",
+    "upper",
+    "zfill",
 ];
 const DICT: [&str; 11] = [
-    "clear", "copy", "fromkeys", "get", "items", "keys", "pop", "popitem", "setdefault", "update",
+    "clear",
+    "copy",
+    "fromkeys",
+    "get",
+    "items",
+    "keys",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
     "values",
 ];
 const LIST: [&str; 11] = [
@@ -28,13 +78,34 @@ const LIST: [&str; 11] = [
 ];
 const TUPLE: [&str; 2] = ["count", "index"];
 const NUMBER: [&str; 12] = [
-    "as_integer_ratio", "bit_count", "bit_length", "conjugate", "denominator", "from_bytes",
-    "hex", "imag", "is_integer", "numerator", "real", "to_bytes",
+    "as_integer_ratio",
+    "bit_count",
+    "bit_length",
+    "conjugate",
+    "denominator",
+    "from_bytes",
+    "hex",
+    "imag",
+    "is_integer",
+    "numerator",
+    "real",
+    "to_bytes",
 ];
 
-/// Whether a name is that of a method of any kind of value.
+/// Attributes of a macro, which minijinja's have otherwise or not at all.
+const MACRO: [&str; 5] = [
+    "arguments",
+    "caller",
+    "catch_kwargs",
+    "catch_varargs",
+    "defaults",
+];
+
+/// Whether a name is that of a method of any kind of value, or of a macro's attribute.
 pub(super) fn is_method_name(name: &str) -> bool {
-    [&TEXT[..], &DICT, &LIST, &TUPLE, &NUMBER].iter().any(|names| names.contains(&name))
+    [&TEXT[..], &DICT, &LIST, &TUPLE, &NUMBER, &MACRO]
+        .iter()
+        .any(|names| names.contains(&name))
 }
 
 /// Whether a value has a method of this name.
@@ -53,6 +124,15 @@ pub(super) fn has_method(value: &Value, name: &str) -> bool {
 /// Calls a method of a value that is no object of its own kind.
 pub(super) fn call(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Made<Value> {
     match (Kind::of(value), value.as_str()) {
+        (Kind::Text, Some(text)) if value.is_safe() => {
+            let made = text_method(state, text, name, args)?;
+            let kept = ["strip", "lstrip", "rstrip", "upper", "lower", "title", "capitalize"];
+            match made.as_str() {
+                Some(text) if kept.contains(&name) => Ok(like(value, text.to_owned())),
+                None if Kind::of(&made).is_number() => Ok(made),
+                _ => Err(wrong(format!("{name}() of a safe text is not taken"))),
+            }
+        }
         (Kind::Text, Some(text)) => text_method(state, text, name, args),
         (Kind::Dict, _) => dict_method(state, value, name, args),
         (Kind::List | Kind::Tuple | Kind::Range, _) => list_method(state, value, name, args),
@@ -68,7 +148,9 @@ fn none_of(name: &str, args: &[Value]) -> Made<()> {
 fn number_method(value: &Value, name: &str, args: &[Value]) -> Made<Value> {
     none_of(name, args)?;
     match (name, integer(value), float(value)) {
-        ("bit_length", Some(number), _) => Ok(Value::from(128 - number.unsigned_abs().leading_zeros())),
+        ("bit_length", Some(number), _) => {
+            Ok(Value::from(128 - number.unsigned_abs().leading_zeros()))
+        }
         ("is_integer", None, Some(number)) => Ok(Value::from(number.fract() == 0.0)),
         ("conjugate", ..) => Ok(value.clone()),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
@@ -76,7 +158,9 @@ fn number_method(value: &Value, name: &str, args: &[Value]) -> Made<Value> {
 }
 
 fn changes(name: &str) -> Error {
-    wrong(format!("{name}() would change a list or a dict, which a template may not"))
+    wrong(format!(
+        "{name}() would change a list or a dict, which a template may not"
+    ))
 }
 
 fn dict_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Made<Value> {
@@ -148,21 +232,38 @@ fn list_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Made
 
 /// A place that may count from the end, within `0..=length`.
 fn from_end(at: i64, length: i64) -> i64 {
-    let at = if at < 0 { at.saturating_add(length) } else { at };
+    let at = if at < 0 {
+        at.saturating_add(length)
+    } else {
+        at
+    };
     at.clamp(0, length)
 }
 
 /// The part of a text that `start` and `end` leave, and the number of characters before it.
-fn part<'t>(name: &str, text: &'t str, start: Option<Value>, end: Option<Value>) -> Made<Option<(&'t str, usize)>> {
+fn part<'t>(
+    name: &str,
+    text: &'t str,
+    start: Option<Value>,
+    end: Option<Value>,
+) -> Made<Option<(&'t str, usize)>> {
     let given = |value: Option<Value>| value.filter(|value| !value.is_none());
     let length = text.chars().count() as i64;
     let start = whole(name, given(start), 0)?;
     let end = from_end(whole(name, given(end), length)?, length);
-    let start = if start < 0 { from_end(start, length) } else { start };
+    let start = if start < 0 {
+        from_end(start, length)
+    } else {
+        start
+    };
     if start > end {
         return Ok(None);
     }
-    let byte = |at: i64| text.char_indices().nth(at as usize).map_or(text.len(), |(byte, _)| byte);
+    let byte = |at: i64| {
+        text.char_indices()
+            .nth(at as usize)
+            .map_or(text.len(), |(byte, _)| byte)
+    };
     Ok(Some((&text[byte(start)..byte(end)], start as usize)))
 }
 
@@ -192,7 +293,9 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
         "isalnum" => all(|c| is_letter(c) || c.is_numeric()),
         "isdecimal" => all(is_decimal),
         "isdigit" => all(|c| is_decimal(c) || is_other_digit(c)),
-        "isnumeric" if text.chars().any(is_ideograph) => Err(wrong("isnumeric() of an ideograph is not taken")),
+        "isnumeric" if text.chars().any(is_ideograph) => {
+            Err(wrong("isnumeric() of an ideograph is not taken"))
+        }
         "isnumeric" => all(char::is_numeric),
         "isspace" => all(is_space),
         "isprintable" => {
@@ -212,12 +315,16 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
         "islower" => {
             none_of(name, args)?;
             let other = |c: char| c.is_uppercase() || is_title(c);
-            Ok(Value::from(text.contains(char::is_lowercase) && !text.contains(other)))
+            Ok(Value::from(
+                text.contains(char::is_lowercase) && !text.contains(other),
+            ))
         }
         "isupper" => {
             none_of(name, args)?;
             let other = |c: char| c.is_lowercase() || is_title(c);
-            Ok(Value::from(text.contains(char::is_uppercase) && !text.contains(other)))
+            Ok(Value::from(
+                text.contains(char::is_uppercase) && !text.contains(other),
+            ))
         }
         "istitle" => {
             none_of(name, args)?;
@@ -266,7 +373,10 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
             let mut out = String::new();
             for (at, item) in items(state, &joined)?.iter().enumerate() {
                 let Some(item) = item.as_str() else {
-                    return Err(wrong(format!("join() takes texts, not {}", Kind::of(item).name())));
+                    return Err(wrong(format!(
+                        "join() takes texts, not {}",
+                        Kind::of(item).name()
+                    )));
                 };
                 spend(state, text.len() + item.len())?;
                 if at > 0 {
@@ -293,7 +403,13 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
 
 pub(super) fn is_letter(c: char) -> bool {
     use GeneralCategory as G;
-    let letters = [G::UppercaseLetter, G::LowercaseLetter, G::TitlecaseLetter, G::ModifierLetter, G::OtherLetter];
+    let letters = [
+        G::UppercaseLetter,
+        G::LowercaseLetter,
+        G::TitlecaseLetter,
+        G::ModifierLetter,
+        G::OtherLetter,
+    ];
     letters.contains(&get_general_category(c))
 }
 
@@ -385,7 +501,9 @@ fn is_titled(text: &str) -> bool {
 fn strip(text: &str, name: &str, args: &[Value]) -> Made<Value> {
     let given = arguments(name, args, &["chars"])?.pop().flatten();
     let given = given.filter(|value| !value.is_none());
-    let taken = given.map(|value| needed_text(name, Some(value))).transpose()?;
+    let taken = given
+        .map(|value| needed_text(name, Some(value)))
+        .transpose()?;
     Ok(Value::from(stripped(text, name, taken.as_deref())))
 }
 
@@ -447,7 +565,12 @@ fn split(text: &str, name: &str, args: &[Value]) -> Made<Value> {
 
 /// The lines of a text as Python cuts them, with or without their ends.
 pub(super) fn lines(text: &str, ends: bool) -> impl Iterator<Item = &str> {
-    let is_end = |c: char| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let is_end = |c: char| {
+        matches!(
+            c,
+            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        )
+    };
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -519,7 +642,13 @@ fn replace(state: &State, text: &str, args: &[Value]) -> Made<Value> {
 }
 
 /// A text with the first `count` of a part replaced, all where it is negative.
-pub(super) fn replaced(state: &State, text: &str, old: &str, new: &str, count: i64) -> Made<String> {
+pub(super) fn replaced(
+    state: &State,
+    text: &str,
+    old: &str,
+    new: &str,
+    count: i64,
+) -> Made<String> {
     let most = usize::try_from(count).unwrap_or(usize::MAX);
     let found = text.matches(old).take(most).count();
     spend(state, text.len() + found.saturating_mul(new.len()))?;
@@ -530,7 +659,11 @@ fn widen(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Value> {
     if name == "expandtabs" {
         return expand_tabs(state, text, args);
     }
-    let names: &[&str] = if name == "zfill" { &["width"] } else { &["width", "fillchar"] };
+    let names: &[&str] = if name == "zfill" {
+        &["width"]
+    } else {
+        &["width", "fillchar"]
+    };
     let mut given = arguments(name, args, names)?.into_iter();
     let width = needed(name, given.next().flatten())?;
     let width = usize::try_from(whole(name, Some(width), 0)?).unwrap_or(0);
@@ -575,7 +708,11 @@ fn expand_tabs(state: &State, text: &str, args: &[Value]) -> Made<Value> {
             }
             _ => {
                 out.push(c);
-                column = if matches!(c, '\n' | '\r') { 0 } else { column + 1 };
+                column = if matches!(c, '\n' | '\r') {
+                    0
+                } else {
+                    column + 1
+                };
             }
         }
     }

@@ -30,7 +30,11 @@ impl Message {
     pub fn new(role: &str, content: &str) -> Self {
         let fields = [("role", role), ("content", content)];
         let fields = fields.into_iter();
-        Self(fields.map(|(name, text)| (name.to_owned(), text.into())).collect())
+        Self(
+            fields
+                .map(|(name, text)| (name.to_owned(), text.into()))
+                .collect(),
+        )
     }
 
     /// The message with one more field, or another value of it.
@@ -162,7 +166,9 @@ impl ChatTemplate {
         documents: Option<&Json>,
     ) -> Result<String> {
         if messages.is_empty() {
-            return Err(Error::Chat("a conversation has at least one message".into()));
+            return Err(Error::Chat(
+                "a conversation has at least one message".into(),
+            ));
         }
         let other = self.tool_use.as_deref().filter(|_| tools.is_some());
         let other = other.map(environment).transpose()?;
@@ -187,7 +193,10 @@ impl ChatTemplate {
 fn environment(source: &str) -> Result<Environment<'static>> {
     // Some converters write the name of a template that llama.cpp has built in.
     if !source.contains("{{") && !source.contains("{%") {
-        let reason = format!("it is no template, only the text {:?}", lexer::shortened(source));
+        let reason = format!(
+            "it is no template, only the text {:?}",
+            lexer::shortened(source)
+        );
         return Err(Error::Chat(reason));
     }
     let failed = |why: String| Error::Chat(format!("it does not parse: {}", bounded(&why)));
@@ -213,7 +222,9 @@ fn environment(source: &str) -> Result<Environment<'static>> {
 
 /// What a template gave as its reason, or what went wrong.
 fn reason(error: &minijinja::Error) -> String {
-    let text = error.detail().map_or_else(|| error.to_string(), str::to_owned);
+    let text = error
+        .detail()
+        .map_or_else(|| error.to_string(), str::to_owned);
     bounded(&text)
 }
 
@@ -238,9 +249,13 @@ fn objects(what: &str, given: Option<&Json>) -> Result<Value> {
     let Some(given) = given else {
         return Ok(Value::from(()));
     };
-    let list = given.as_array().filter(|list| list.iter().all(Json::is_object));
+    let list = given
+        .as_array()
+        .filter(|list| list.iter().all(Json::is_object));
     if list.is_none() {
-        return Err(Error::Chat(format!("the {what} are no list of JSON objects")));
+        return Err(Error::Chat(format!(
+            "the {what} are no list of JSON objects"
+        )));
     }
     Ok(value_of(given))
 }
@@ -257,8 +272,10 @@ fn value_of(json: &Json) -> Value {
         },
         Json::String(text) => Value::from(text.as_str()),
         Json::Array(items) => Value::from_iter(items.iter().map(value_of)),
-        Json::Object(fields) => {
-            Value::from_pairs(fields.iter().map(|(name, value)| (name.clone(), value_of(value))))
-        }
+        Json::Object(fields) => Value::from_pairs(
+            fields
+                .iter()
+                .map(|(name, value)| (name.clone(), value_of(value))),
+        ),
     }
 }

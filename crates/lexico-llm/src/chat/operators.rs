@@ -5,7 +5,7 @@ use minijinja::{Environment, State, Value};
 
 use super::python::{
     Kind, LARGEST, Made, Method, Range, attribute, check_depth, contains, equal, float, integer,
-    items, list, order, slice_ends, slice_places, spend, text, tuple, wrong,
+    items, like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole, wrong,
 };
 use super::{format, methods};
 
@@ -20,6 +20,7 @@ pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__slice", slice);
     environment.add_filter("__each", each);
     environment.add_filter("__kept", kept);
+    environment.add_filter("__item", item);
     environment.add_filter("__method", method);
 }
 
@@ -63,12 +64,20 @@ pub(super) fn add(state: &State, left: &Value, right: &Value) -> Made<Value> {
             }
             spend(state, left_text.len() + right_text.len())?;
             let sum = left_text + &right_text;
-            Ok(if safe { Value::from_safe_string(sum) } else { Value::from(sum) })
+            Ok(if safe {
+                Value::from_safe_string(sum)
+            } else {
+                Value::from(sum)
+            })
         }
         (Kind::List, Kind::List) | (Kind::Tuple, Kind::Tuple) => {
             let mut sum = items(state, left)?;
             sum.extend(items(state, right)?);
-            Ok(if left.is_tuple() { tuple(sum) } else { list(sum) })
+            Ok(if left.is_tuple() {
+                tuple(sum)
+            } else {
+                list(sum)
+            })
         }
         _ => Err(unfit("+", left, right)),
     }
@@ -76,7 +85,10 @@ pub(super) fn add(state: &State, left: &Value, right: &Value) -> Made<Value> {
 
 /// A text as it stands in HTML.
 pub(super) fn escaped(text: &str) -> String {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let text = text
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;");
     text.replace('\'', "&#39;").replace('"', "&#34;")
 }
 
@@ -94,13 +106,17 @@ fn times(state: &State, left: &Value, right: &Value) -> Made<Value> {
         Kind::Text => {
             let text = text(repeated)?;
             spend(state, text.len().saturating_mul(times))?;
-            Ok(Value::from(text.repeat(times)))
+            Ok(like(repeated, text.repeat(times)))
         }
         Kind::List | Kind::Tuple => {
             let items = items(state, repeated)?;
             spend(state, items.len().saturating_mul(times).saturating_mul(48))?;
             let all: Vec<Value> = (0..times).flat_map(|_| items.iter().cloned()).collect();
-            Ok(if repeated.is_tuple() { tuple(all) } else { list(all) })
+            Ok(if repeated.is_tuple() {
+                tuple(all)
+            } else {
+                list(all)
+            })
         }
         _ if Kind::of(left).is_number() && Kind::of(right).is_number() => {
             calculate(left, right, i128::checked_mul, |a, b| a * b)
@@ -112,6 +128,7 @@ fn times(state: &State, left: &Value, right: &Value) -> Made<Value> {
 /// `left % right`: the remainder, or a text with values put in.
 pub(super) fn modulo(state: &State, left: &Value, right: &Value) -> Made<Value> {
     if let Some(template) = left.as_str() {
+        no_safe_text("%", left)?;
         return format::percent(state, template, right).map(Value::from);
     }
     if !(Kind::of(left).is_number() && Kind::of(right).is_number()) {
@@ -120,7 +137,15 @@ pub(super) fn modulo(state: &State, left: &Value, right: &Value) -> Made<Value> 
     if float(right) == Some(0.0) {
         return Err(wrong("a remainder of a division by 0"));
     }
-    let whole = |a: i128, b: i128| Some(a.checked_rem(b)?).map(|r| if r != 0 && (r < 0) != (b < 0) { r + b } else { r });
+    let whole = |a: i128, b: i128| {
+        Some(a.checked_rem(b)?).map(|r| {
+            if r != 0 && (r < 0) != (b < 0) {
+                r + b
+            } else {
+                r
+            }
+        })
+    };
     calculate(left, right, whole, |a, b| match a % b {
         0.0 => 0f64.copysign(b),
         r if (r < 0.0) != (b < 0.0) => r + b,
@@ -130,14 +155,20 @@ pub(super) fn modulo(state: &State, left: &Value, right: &Value) -> Made<Value> 
 
 fn negative(value: &Value) -> Made<Value> {
     if !Kind::of(value).is_number() {
-        return Err(wrong(format!("-{} is not possible", Kind::of(value).name())));
+        return Err(wrong(format!(
+            "-{} is not possible",
+            Kind::of(value).name()
+        )));
     }
     calculate(value, &Value::from(0), |a, _| a.checked_neg(), |a, _| -a)
 }
 
 fn positive(value: &Value) -> Made<Value> {
     if !Kind::of(value).is_number() {
-        return Err(wrong(format!("+{} is not possible", Kind::of(value).name())));
+        return Err(wrong(format!(
+            "+{} is not possible",
+            Kind::of(value).name()
+        )));
     }
     calculate(value, &Value::from(0), |a, _| Some(a), |a, _| a)
 }
@@ -181,19 +212,19 @@ fn compare(state: &State, left: &Value, others: Rest<Value>) -> Made<bool> {
 /// `value[start:stop:step]`
 fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value) -> Made<Value> {
     let kind = Kind::of(value);
-    match kind {
-        Kind::Undefined => return Err(wrong("an undefined value has no items")),
-        Kind::Text | Kind::List | Kind::Tuple | Kind::Range => {}
-        // As Jinja2, which takes it for an item that there is not.
-        _ => return Ok(Value::UNDEFINED),
+    if !matches!(kind, Kind::Text | Kind::List | Kind::Tuple | Kind::Range) {
+        return Err(wrong(format!("{} cannot be sliced", kind.name())));
     }
-    let bound = |value: &Value| match integer(value) {
-        Some(at) => Some(Some(i64::try_from(at).unwrap_or(if at < 0 { i64::MIN } else { i64::MAX }))),
-        None => value.is_none().then_some(None),
+    let bound = |value: &Value| {
+        if value.is_none() {
+            return Ok(None);
+        }
+        match integer(value) {
+            Some(at) => whole("slice", Some(Value::from(at)), 0).map(Some),
+            None => Err(wrong(format!("what begins or ends at {} cannot be sliced", Kind::of(value).name()))),
+        }
     };
-    let (Some(start), Some(stop), Some(step)) = (bound(start), bound(stop), bound(step)) else {
-        return Ok(Value::UNDEFINED);
-    };
+    let (start, stop, step) = (bound(start)?, bound(stop)?, bound(step)?);
     let step = step.unwrap_or(1);
     if step == 0 {
         return Err(wrong("a slice's step is 0"));
@@ -202,7 +233,8 @@ fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value
         let characters: Vec<char> = text.chars().collect();
         spend(state, text.len())?;
         let places = slice_places(slice_ends(start, stop, step, characters.len()), step);
-        return Ok(Value::from(places.into_iter().map(|at| characters[at]).collect::<String>()));
+        let part: String = places.into_iter().map(|at| characters[at]).collect();
+        return Ok(like(value, part));
     }
     let ends = slice_ends(start, stop, step, value.len().unwrap_or(0));
     if let Some(range) = value.downcast_object_ref::<Range>() {
@@ -212,15 +244,39 @@ fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value
         return Ok(Value::from_object(Range { start, stop, step }));
     }
     let all = items(state, value)?;
-    let found = slice_places(ends, step).into_iter().map(|at| all[at].clone()).collect();
-    Ok(if kind == Kind::Tuple { tuple(found) } else { list(found) })
+    let found = slice_places(ends, step)
+        .into_iter()
+        .map(|at| all[at].clone())
+        .collect();
+    Ok(if kind == Kind::Tuple {
+        tuple(found)
+    } else {
+        list(found)
+    })
 }
 
-/// What a loop goes through.
-fn each(state: &State, value: &Value) -> Made<Value> {
-    match Kind::of(value) {
-        Kind::List => Ok(value.clone()),
-        _ => items(state, value).map(list),
+/// What a loop goes through; with `unpacked`, each of it gives more than one name its value.
+fn each(state: &State, value: &Value, unpacked: Option<bool>) -> Made<Value> {
+    if unpacked.is_none() && Kind::of(value) == Kind::List {
+        return Ok(value.clone());
+    }
+    let mut all = items(state, value)?;
+    if unpacked.is_some() {
+        for item in &mut all {
+            if matches!(Kind::of(item), Kind::Text | Kind::Dict) {
+                *item = list(items(state, item)?);
+            }
+        }
+    }
+    Ok(list(all))
+}
+
+/// `value[name]`
+fn item(value: &Value, name: &Value) -> Made<Value> {
+    let found = attribute(value, name)?;
+    match name.as_str() {
+        Some(name) if found.is_undefined() => method(value, name),
+        _ => Ok(found),
     }
 }
 
@@ -235,6 +291,11 @@ fn method(value: &Value, name: &str) -> Made<Value> {
     if methods::has_method(value, name) {
         let (of, name) = (value.clone(), name.to_owned());
         return Ok(Value::from_object(Method { of, name }));
+    }
+    if Kind::of(value) == Kind::Callable {
+        return Err(wrong(format!(
+            "{name:?} of a function or macro is not taken"
+        )));
     }
     let found = attribute(value, &Value::from(name))?;
     if found.is_undefined() && name.starts_with("__") {

@@ -25,7 +25,9 @@ pub(super) fn wrong(what: impl Into<String>) -> Error {
 /// Refuses what would take more memory than a template may.
 pub(super) fn spend(state: &State, bytes: usize) -> Made<()> {
     if bytes > LARGEST {
-        return Err(wrong(format!("a text or list of {bytes} bytes or items is too large")));
+        return Err(wrong(format!(
+            "a text or list of {bytes} bytes or items is too large"
+        )));
     }
     state.consume_fuel((bytes / 64) as u64)
 }
@@ -180,7 +182,9 @@ impl Kind {
     }
 
     fn of_object(object: &DynObject) -> Self {
-        if object.downcast_ref::<Tuple>().is_some() || object.downcast_ref::<super::filters::Group>().is_some() {
+        if object.downcast_ref::<Tuple>().is_some()
+            || object.downcast_ref::<super::filters::Group>().is_some()
+        {
             Self::Tuple
         } else if object.downcast_ref::<Range>().is_some() {
             Self::Range
@@ -231,7 +235,10 @@ impl Kind {
 
     fn is_iterable(self) -> bool {
         use Kind::{Dict, Generator, List, Range, Text, Tuple, Undefined, View};
-        matches!(self, Undefined | Text | List | Tuple | Dict | Range | View | Generator)
+        matches!(
+            self,
+            Undefined | Text | List | Tuple | Dict | Range | View | Generator
+        )
     }
 }
 
@@ -266,20 +273,23 @@ pub(super) fn pairs(value: &Value) -> Made<Vec<(Value, Value)>> {
     Ok(pairs.collect())
 }
 
-/// `x.y`, or an item of that name.
+/// The item of a name or place; undefined where there is none.
 pub(super) fn attribute(value: &Value, name: &Value) -> Made<Value> {
-    match Kind::of(value) {
-        Kind::Undefined => Err(wrong(format!("an undefined value has no attribute {}", repr(name)?))),
-        Kind::Text | Kind::List | Kind::Tuple | Kind::Range => match name.as_i64() {
-            Some(at) => Ok(item_at(value, at)),
-            None => Ok(Value::UNDEFINED),
-        },
+    let kind = Kind::of(value);
+    match kind {
+        Kind::Undefined => Err(wrong(format!("an undefined value has no {}", repr(name)?))),
+        Kind::Text | Kind::List | Kind::Tuple | Kind::Range => {
+            let place = integer(name).and_then(|place| i64::try_from(place).ok());
+            let is_named = kind == Kind::Tuple && name.as_str().is_some();
+            match place {
+                Some(place) => Ok(value.get_item(&Value::from(place)).unwrap_or_default()),
+                None if is_named => Ok(value.get_item(name).unwrap_or_default()),
+                None => Ok(Value::UNDEFINED),
+            }
+        }
+        Kind::View | Kind::Generator => Ok(Value::UNDEFINED),
         _ => Ok(value.get_item(name).unwrap_or_default()),
     }
-}
-
-fn item_at(value: &Value, at: i64) -> Value {
-    value.get_item(&Value::from(at)).unwrap_or_default()
 }
 
 /// `str(value)`
@@ -361,7 +371,9 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
             out.push('}');
         }
         Kind::View => {
-            let kind = value.downcast_object_ref::<View>().map_or("items", |view| view.kind);
+            let kind = value
+                .downcast_object_ref::<View>()
+                .map_or("items", |view| view.kind);
             let _ = write!(out, "dict_{kind}([");
             list(&mut value.try_iter()?, out)?;
             out.push_str("])");
@@ -377,7 +389,10 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
             out.push(')');
         }
         kind => {
-            let what = format!("a {} cannot be printed: Jinja2 prints where in memory it is", kind.name());
+            let what = format!(
+                "{} cannot be printed: Python prints what is to it alone",
+                kind.name()
+            );
             return Err(wrong(what));
         }
     }
@@ -385,7 +400,11 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
 }
 
 fn write_text_repr(text: &str, out: &mut String) {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     out.push(quote);
     for c in text.chars() {
         let code = c as u32;
@@ -408,8 +427,14 @@ fn write_text_repr(text: &str, out: &mut String) {
 pub(super) fn is_printable(c: char) -> bool {
     use GeneralCategory as G;
     let hidden = [
-        G::Control, G::Format, G::Surrogate, G::PrivateUse, G::Unassigned,
-        G::LineSeparator, G::ParagraphSeparator, G::SpaceSeparator,
+        G::Control,
+        G::Format,
+        G::Surrogate,
+        G::PrivateUse,
+        G::Unassigned,
+        G::LineSeparator,
+        G::ParagraphSeparator,
+        G::SpaceSeparator,
     ];
     c == ' ' || !hidden.contains(&get_general_category(c))
 }
@@ -451,7 +476,11 @@ pub(super) fn float_text(value: f64) -> String {
         return format!("{digits}e{sign}{:02}", exponent.abs());
     }
     let plain = format!("{value}");
-    if plain.contains('.') { plain } else { format!("{plain}.0") }
+    if plain.contains('.') {
+        plain
+    } else {
+        format!("{plain}.0")
+    }
 }
 
 /// Whether two values are the same to Python.
@@ -460,7 +489,9 @@ pub(super) fn equal(state: &State, left: &Value, right: &Value) -> Made<bool> {
     state.consume_fuel(1 + size as u64 / 8)?;
     let kinds = (Kind::of(left), Kind::of(right));
     match kinds {
-        (a, b) if a.is_number() && b.is_number() => Ok(left == right || integer(left).is_some() && integer(left) == integer(right)),
+        (a, b) if a.is_number() && b.is_number() => {
+            Ok(left == right || integer(left).is_some() && integer(left) == integer(right))
+        }
         (Kind::List | Kind::Tuple, Kind::List | Kind::Tuple) => {
             if kinds.0 != kinds.1 || left.len() != right.len() {
                 return Ok(false);
@@ -500,7 +531,11 @@ pub(super) fn order(state: &State, left: &Value, right: &Value) -> Made<Option<O
             }
             Ok(Some(left.len().cmp(&right.len())))
         }
-        (a, b) => Err(wrong(format!("{} and {} have no order", a.name(), b.name()))),
+        (a, b) => Err(wrong(format!(
+            "{} and {} have no order",
+            a.name(),
+            b.name()
+        ))),
     }
 }
 
@@ -509,17 +544,23 @@ pub(super) fn contains(state: &State, container: &Value, item: &Value) -> Made<b
     match Kind::of(container) {
         Kind::Text => {
             let (Some(text), Some(part)) = (container.as_str(), item.as_str()) else {
-                return Err(wrong(format!("only a text is in a text, not {}", Kind::of(item).name())));
+                return Err(wrong(format!(
+                    "only a text is in a text, not {}",
+                    Kind::of(item).name()
+                )));
             };
             state.consume_fuel(1 + text.len() as u64 / 64)?;
             Ok(text.contains(part))
         }
         Kind::Dict => {
             check_key(item)?;
-            Ok(container.get_item(item).is_ok_and(|found| !found.is_undefined()) || {
-                // A key may stand for a value that is undefined.
-                container.try_iter()?.any(|key| key == *item)
-            })
+            Ok(container
+                .get_item(item)
+                .is_ok_and(|found| !found.is_undefined())
+                || {
+                    // A key may stand for a value that is undefined.
+                    container.try_iter()?.any(|key| key == *item)
+                })
         }
         _ => {
             for other in items(state, container)? {
@@ -545,7 +586,9 @@ pub(super) fn check_key(key: &Value) -> Made<()> {
 /// Refuses lists that are so deep within each other that to let go of them would take too much of the stack.
 pub(super) fn check_depth(state: &State, value: &Value, depth: usize) -> Made<()> {
     if depth > DEEPEST {
-        return Err(wrong(format!("more than {DEEPEST} lists or dicts within each other")));
+        return Err(wrong(format!(
+            "more than {DEEPEST} lists or dicts within each other"
+        )));
     }
     match Kind::of(value) {
         Kind::List | Kind::Tuple => {
@@ -571,14 +614,20 @@ pub(super) fn check_depth(state: &State, value: &Value, depth: usize) -> Made<()
 pub(super) fn arguments(called: &str, args: &[Value], names: &[&str]) -> Made<Vec<Option<Value>>> {
     let (plain, named) = split_arguments(args);
     if plain.len() > names.len() {
-        return Err(wrong(format!("{called} takes {} arguments, not {}", names.len(), plain.len())));
+        return Err(wrong(format!(
+            "{called} takes {} arguments, not {}",
+            names.len(),
+            plain.len()
+        )));
     }
     let mut found: Vec<Option<Value>> = plain.iter().cloned().map(Some).collect();
     found.resize(names.len(), None);
     for (name, value) in named {
         let at = names.iter().position(|known| *known == name);
         let Some(at) = at.filter(|at| found[*at].is_none()) else {
-            return Err(wrong(format!("{called} takes no further argument {name:?}")));
+            return Err(wrong(format!(
+                "{called} takes no further argument {name:?}"
+            )));
         };
         found[at] = Some(value);
     }
@@ -591,7 +640,12 @@ pub(super) fn split_arguments(args: &[Value]) -> (&[Value], Vec<(String, Value)>
         Some((last, plain)) if last.is_kwargs() => {
             let pairs = last.as_object().and_then(|named| named.try_iter_pairs());
             let named = pairs.into_iter().flatten();
-            (plain, named.map(|(name, value)| (name.to_string(), value)).collect())
+            (
+                plain,
+                named
+                    .map(|(name, value)| (name.to_string(), value))
+                    .collect(),
+            )
         }
         _ => (args, Vec::new()),
     }
@@ -607,7 +661,10 @@ pub(super) fn needed_text(called: &str, argument: Option<Value>) -> Made<String>
     let value = needed(called, argument)?;
     match value.as_str() {
         Some(text) => Ok(text.to_owned()),
-        None => Err(wrong(format!("{called} takes a text, not {}", Kind::of(&value).name()))),
+        None => Err(wrong(format!(
+            "{called} takes a text, not {}",
+            Kind::of(&value).name()
+        ))),
     }
 }
 
@@ -617,7 +674,10 @@ pub(super) fn whole(called: &str, argument: Option<Value>, default: i64) -> Made
         return Ok(default);
     };
     let Some(number) = integer(&value) else {
-        return Err(wrong(format!("{called} takes a whole number, not {}", Kind::of(&value).name())));
+        return Err(wrong(format!(
+            "{called} takes a whole number, not {}",
+            Kind::of(&value).name()
+        )));
     };
     Ok(i64::try_from(number).unwrap_or(if number < 0 { i64::MIN } else { i64::MAX }))
 }
@@ -632,6 +692,22 @@ pub(super) fn is_true(value: &Value) -> bool {
     Kind::of(value) == Kind::Namespace || value.is_true()
 }
 
+/// A text made of another one: safe where that was.
+pub(super) fn like(value: &Value, text: String) -> Value {
+    match value.is_safe() {
+        true => Value::from_safe_string(text),
+        false => Value::from(text),
+    }
+}
+
+/// Refuses what escapes a safe text's arguments in Jinja2.
+pub(super) fn no_safe_text(called: &str, value: &Value) -> Made<()> {
+    match value.is_safe() {
+        true => Err(wrong(format!("{called} of a safe text is not taken"))),
+        false => Ok(()),
+    }
+}
+
 /// A list of values.
 pub(super) fn list(items: Vec<Value>) -> Value {
     Value::from(items)
@@ -643,9 +719,18 @@ pub(super) fn tuple(items: Vec<Value>) -> Value {
 }
 
 /// Where a slice begins and ends in `length` items, as Python's `slice.indices` has it.
-pub(super) fn slice_ends(start: Option<i64>, stop: Option<i64>, step: i64, length: usize) -> (i64, i64) {
+pub(super) fn slice_ends(
+    start: Option<i64>,
+    stop: Option<i64>,
+    step: i64,
+    length: usize,
+) -> (i64, i64) {
     let length = length as i64;
-    let (low, high) = if step < 0 { (-1, length - 1) } else { (0, length) };
+    let (low, high) = if step < 0 {
+        (-1, length - 1)
+    } else {
+        (0, length)
+    };
     let bound = |bound: Option<i64>, default: i64| match bound {
         None => default,
         Some(at) if at < 0 => at.saturating_add(length).max(low),

@@ -25,43 +25,86 @@ pub(super) fn add_to(environment: &mut Environment) {
             use Kind::{Dict, List, Range, Text, Tuple, Undefined};
             matches!(kind, Undefined | Text | List | Tuple | Dict | Range)
         }),
-        ("callable", |kind| matches!(kind, Kind::Callable | Kind::Undefined)),
+        ("callable", |kind| {
+            matches!(kind, Kind::Callable | Kind::Undefined)
+        }),
     ];
     for (name, test) in of_kind {
         environment.add_test(name, move |value: Value| test(Kind::of(&value)));
     }
     environment.add_test("iterable", |value: Value| is_iterable(&value));
     environment.add_test("escaped", |value: Value| value.is_safe());
-    environment.add_test("true", |value: Value| Kind::of(&value) == Kind::Bool && value.is_true());
-    environment.add_test("false", |value: Value| Kind::of(&value) == Kind::Bool && !value.is_true());
+    environment.add_test("true", |value: Value| {
+        Kind::of(&value) == Kind::Bool && value.is_true()
+    });
+    environment.add_test("false", |value: Value| {
+        Kind::of(&value) == Kind::Bool && !value.is_true()
+    });
     let of_values: [(&'static str, Test); 22] = [
-        ("even", |state, value, args| remainder(state, value, 2, 0, args)),
-        ("odd", |state, value, args| remainder(state, value, 2, 1, args)),
+        ("even", |state, value, args| {
+            remainder(state, value, 2, 0, args)
+        }),
+        ("odd", |state, value, args| {
+            remainder(state, value, 2, 1, args)
+        }),
         ("divisibleby", divisible),
-        ("lower", |_, value, _| cased(value, char::is_lowercase, char::is_uppercase)),
-        ("upper", |_, value, _| cased(value, char::is_uppercase, char::is_lowercase)),
+        ("lower", |_, value, _| {
+            cased(value, char::is_lowercase, char::is_uppercase)
+        }),
+        ("upper", |_, value, _| {
+            cased(value, char::is_uppercase, char::is_lowercase)
+        }),
         ("eq", is_equal),
         ("equalto", is_equal),
         ("==", is_equal),
-        ("ne", |state, value, args| is_equal(state, value, args).map(|equal| !equal)),
-        ("!=", |state, value, args| is_equal(state, value, args).map(|equal| !equal)),
-        ("lt", |state, value, args| ordered(state, value, args, |o| o.is_lt())),
-        ("<", |state, value, args| ordered(state, value, args, |o| o.is_lt())),
-        ("lessthan", |state, value, args| ordered(state, value, args, |o| o.is_lt())),
-        ("le", |state, value, args| ordered(state, value, args, |o| o.is_le())),
-        ("<=", |state, value, args| ordered(state, value, args, |o| o.is_le())),
-        ("gt", |state, value, args| ordered(state, value, args, |o| o.is_gt())),
-        (">", |state, value, args| ordered(state, value, args, |o| o.is_gt())),
-        ("greaterthan", |state, value, args| ordered(state, value, args, |o| o.is_gt())),
-        ("ge", |state, value, args| ordered(state, value, args, |o| o.is_ge())),
-        (">=", |state, value, args| ordered(state, value, args, |o| o.is_ge())),
-        ("in", |state, value, args| contains(state, &other("in", args)?, value)),
+        ("ne", |state, value, args| {
+            is_equal(state, value, args).map(|equal| !equal)
+        }),
+        ("!=", |state, value, args| {
+            is_equal(state, value, args).map(|equal| !equal)
+        }),
+        ("lt", |state, value, args| {
+            ordered(state, value, args, |o| o.is_lt())
+        }),
+        ("<", |state, value, args| {
+            ordered(state, value, args, |o| o.is_lt())
+        }),
+        ("lessthan", |state, value, args| {
+            ordered(state, value, args, |o| o.is_lt())
+        }),
+        ("le", |state, value, args| {
+            ordered(state, value, args, |o| o.is_le())
+        }),
+        ("<=", |state, value, args| {
+            ordered(state, value, args, |o| o.is_le())
+        }),
+        ("gt", |state, value, args| {
+            ordered(state, value, args, |o| o.is_gt())
+        }),
+        (">", |state, value, args| {
+            ordered(state, value, args, |o| o.is_gt())
+        }),
+        ("greaterthan", |state, value, args| {
+            ordered(state, value, args, |o| o.is_gt())
+        }),
+        ("ge", |state, value, args| {
+            ordered(state, value, args, |o| o.is_ge())
+        }),
+        (">=", |state, value, args| {
+            ordered(state, value, args, |o| o.is_ge())
+        }),
+        ("in", |state, value, args| {
+            contains(state, &other("in", args)?, value)
+        }),
         ("sameas", same),
     ];
     for (name, test) in of_values {
-        environment.add_test(name, move |state: &mut State, value: Value, args: Rest<ValueOrKwargs>| {
-            test(state, &value, &args.into_values())
-        });
+        environment.add_test(
+            name,
+            move |state: &mut State, value: Value, args: Rest<ValueOrKwargs>| {
+                test(state, &value, &args.into_values())
+            },
+        );
     }
     environment.add_test("filter", |name: Value| -> Made<bool> {
         let name = needed_text("filter", Some(name))?;
@@ -83,7 +126,12 @@ fn is_equal(state: &mut State, value: &Value, args: &[Value]) -> Made<bool> {
     equal(state, value, &other("eq", args)?)
 }
 
-fn ordered(state: &mut State, value: &Value, args: &[Value], holds: fn(std::cmp::Ordering) -> bool) -> Made<bool> {
+fn ordered(
+    state: &mut State,
+    value: &Value,
+    args: &[Value],
+    holds: fn(std::cmp::Ordering) -> bool,
+) -> Made<bool> {
     Ok(order(state, value, &other("a comparison", args)?)?.is_some_and(holds))
 }
 
@@ -94,7 +142,10 @@ fn remainder(state: &mut State, value: &Value, of: i64, wanted: i64, args: &[Val
 }
 
 fn divisible(state: &mut State, value: &Value, args: &[Value]) -> Made<bool> {
-    let by = needed("divisibleby", arguments("divisibleby", args, &["num"])?.pop().flatten())?;
+    let by = needed(
+        "divisibleby",
+        arguments("divisibleby", args, &["num"])?.pop().flatten(),
+    )?;
     let rest = modulo(state, value, &by)?;
     equal(state, &rest, &Value::from(0))
 }

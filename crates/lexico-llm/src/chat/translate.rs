@@ -16,6 +16,9 @@ const DEEPEST: usize = 60;
 /// Links of a chain: operators, filters, branches of an `if`.
 const LONGEST_CHAIN: usize = 200;
 
+/// Words that stand between expressions, and name nothing.
+const KEYWORDS: [&str; 7] = ["and", "else", "if", "in", "is", "not", "or"];
+
 /// How tightly an expression holds together: one of less must stand in brackets where more is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 enum Hold {
@@ -74,6 +77,7 @@ pub(super) fn translate(source: &str) -> Parsed<String> {
         line: 1,
         depth: 0,
         in_loop: false,
+        leaves: false,
         in_macro: false,
     };
     parser.body(&[])?;
@@ -88,6 +92,8 @@ struct Parser {
     line: usize,
     depth: usize,
     in_loop: bool,
+    /// Whether the loop has a `break` or `continue`.
+    leaves: bool,
     in_macro: bool,
 }
 
@@ -161,7 +167,9 @@ impl Parser {
     fn deeper<T>(&mut self, work: impl FnOnce(&mut Self) -> Parsed<T>) -> Parsed<T> {
         self.depth += 1;
         if self.depth > DEEPEST {
-            return self.fail(&format!("more than {DEEPEST} brackets or tags within each other"));
+            return self.fail(&format!(
+                "more than {DEEPEST} brackets or tags within each other"
+            ));
         }
         let done = work(self)?;
         self.depth -= 1;
@@ -172,7 +180,9 @@ impl Parser {
     fn link(&self, links: &mut usize) -> Parsed<()> {
         *links += 1;
         if *links > LONGEST_CHAIN {
-            return self.fail(&format!("more than {LONGEST_CHAIN} operators or branches in a row"));
+            return self.fail(&format!(
+                "more than {LONGEST_CHAIN} operators or branches in a row"
+            ));
         }
         Ok(())
     }
@@ -286,15 +296,20 @@ impl Parser {
             }
             "break" | "continue" => {
                 if !self.in_loop {
-                    return self.fail(&format!("{{% {name} %}} outside of a loop"));
+                    return self.fail(&format!(
+                        "{{% {name} %}} outside of a loop, or in a block within it"
+                    ));
                 }
                 self.end_tag()?;
+                self.leaves = true;
                 self.statement(&name);
                 Ok(())
             }
             "include" | "import" | "from" | "extends" | "block" | "autoescape" => {
                 self.at -= 1;
-                self.fail(&format!("{{% {name} %}} is not taken: a chat template stands alone"))
+                self.fail(&format!(
+                    "{{% {name} %}} is not taken: a chat template stands alone"
+                ))
             }
             _ => {
                 self.at -= 1;
@@ -308,7 +323,12 @@ impl Parser {
         if !self.skip_name("in") {
             return self.fail("\"in\" is missing");
         }
-        let iterated = self.tuple(false, &["recursive"])?.through("__each");
+        let each = if target.contains(',') {
+            "__each(true)"
+        } else {
+            "__each"
+        };
+        let iterated = self.tuple(false, &["recursive"])?.through(each);
         let mut inside = format!("for {target} in {}", iterated.text);
         if self.skip_name("if") {
             let condition = self.expression()?;
@@ -320,8 +340,14 @@ impl Parser {
         self.end_tag()?;
         self.statement(&inside);
         let in_loop = std::mem::replace(&mut self.in_loop, true);
+        let leaves = std::mem::take(&mut self.leaves);
         self.body(&["else", "endfor"])?;
         self.in_loop = in_loop;
+        let leaves = std::mem::replace(&mut self.leaves, leaves);
+        if leaves && self.is_name("else") {
+            // Jinja2 goes on there where no item was gone through to its end.
+            return self.fail("{% else %} of a loop with {% break %} or {% continue %} is not taken");
+        }
         if self.skip_name("else") {
             self.end_tag()?;
             self.statement("else");
@@ -407,7 +433,10 @@ impl Parser {
         self.end_tag()?;
         self.statement(&format!("with {}", values.join(", ")));
         self.statement(&format!("with {}", names.join(", ")));
+        // minijinja cannot leave a loop out of it.
+        let in_loop = std::mem::take(&mut self.in_loop);
         self.body_to("endwith")?;
+        self.in_loop = in_loop;
         self.statement("endwith");
         self.statement("endwith");
         Ok(())
@@ -580,7 +609,10 @@ impl Parser {
             return self.comparison();
         }
         let negated = self.deeper(Self::not)?;
-        Ok(Expression::new(format!("not {}", negated.within(Hold::Not)), Hold::Not))
+        Ok(Expression::new(
+            format!("not {}", negated.within(Hold::Not)),
+            Hold::Not,
+        ))
     }
 
     fn comparison(&mut self) -> Parsed<Expression> {
@@ -647,7 +679,8 @@ impl Parser {
         let mut links = 0;
         let mut left = self.power()?;
         loop {
-            let Some(Token::Operator(operator @ ("*" | "/" | "//" | "%"))) = self.now().cloned() else {
+            let Some(Token::Operator(operator @ ("*" | "/" | "//" | "%"))) = self.now().cloned()
+            else {
                 return Ok(left);
             };
             self.at += 1;
@@ -671,7 +704,10 @@ impl Parser {
         while self.skip("**") {
             self.link(&mut links)?;
             let right = self.unary(true)?.within(Hold::Filter);
-            left = Expression::new(format!("{} ** {right}", left.within(Hold::Power)), Hold::Power);
+            left = Expression::new(
+                format!("{} ** {right}", left.within(Hold::Power)),
+                Hold::Power,
+            );
         }
         Ok(left)
     }
@@ -698,9 +734,10 @@ impl Parser {
         self.at += 1;
         let text = match token {
             Token::Name(name) => {
-                let reserved = ["varargs", "kwargs"].contains(&name.as_str());
-                if reserved && self.in_macro {
-                    return self.fail(&format!("{name:?} of a macro is not taken"));
+                let of_macro = self.in_macro && ["varargs", "kwargs"].contains(&name.as_str());
+                if of_macro || name == "self" || KEYWORDS.contains(&name.as_str()) {
+                    self.at -= 1;
+                    return self.fail(&format!("{name:?} is not taken"));
                 }
                 name
             }
@@ -776,8 +813,7 @@ impl Parser {
     fn attribute(&mut self, value: Expression) -> Parsed<Expression> {
         if let Some(Token::Integer(digits)) = self.now().cloned() {
             self.at += 1;
-            let text = format!("{}[{digits}]", value.within(Hold::Primary));
-            return Ok(Expression::new(text, Hold::Primary));
+            return Ok(value.through(&format!("__item({digits})")));
         }
         let name = self.name()?;
         let called = self.is("(");
@@ -815,7 +851,9 @@ impl Parser {
                     break;
                 }
             }
-            let bounds = bounds.into_iter().map(|bound| bound.map_or("none".into(), |b| b.text));
+            let bounds = bounds
+                .into_iter()
+                .map(|bound| bound.map_or("none".into(), |b| b.text));
             slice = Some(bounds.collect::<Vec<_>>().join(", "));
         }
         self.expect("]")?;
@@ -828,8 +866,7 @@ impl Parser {
                     Some(item) if count == 1 => item,
                     last => tuple_of(items.into_iter().chain(last).collect()),
                 };
-                let text = format!("{}[{}]", value.within(Hold::Primary), item.text);
-                Ok(Expression::new(text, Hold::Primary))
+                Ok(value.through(&format!("__item({})", item.text)))
             }
         }
     }
@@ -954,6 +991,9 @@ fn tuple_of(items: Vec<Expression>) -> Expression {
 
 /// A text in minijinja's notation, on one line.
 fn quoted(text: &str) -> String {
-    let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let text = text
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n");
     format!("\"{text}\"")
 }
