@@ -47,6 +47,7 @@ pub mod session;
 pub mod shape;
 mod threads;
 mod tokenizer;
+mod tokenizer_config;
 pub mod train;
 mod weights;
 
@@ -59,4 +60,5 @@ pub use model::{DICTIONARY_FILE, Model};
 pub use panics::{caught, hide_caught_panics};
 pub use threads::threads_in_use;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer_config::TokenizerFiles;
 pub use weights::Quantize;

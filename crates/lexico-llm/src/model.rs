@@ -17,6 +17,7 @@ use crate::decoder::{Decoder, Logits};
 use crate::error::{Result, io};
 use crate::gguf::GgufModel;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer_config::TokenizerFiles;
 use crate::weights::{Quantize, Weights};
 
 /// The file beside a model's weights that holds its dictionaries.
@@ -36,8 +37,6 @@ pub struct Model {
     pub stop_texts: Vec<String>,
     /// What the user should know: where the model's files disagree, and which of them holds, a line each.
     pub notes: Vec<String>,
-    /// The source of its chat template, where it has one.
-    chat_template: Option<String>,
     /// Dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
 }
@@ -51,9 +50,7 @@ struct ModelFiles {
     notes: Vec<String>,
     generation_config: Option<String>,
     tokenizer: Vec<u8>,
-    tokenizer_config: Option<String>,
-    /// `chat_template.jinja`, as transformers 5 writes it.
-    chat_template: Option<String>,
+    tokenizer_files: TokenizerFiles,
     weights: Weights,
 }
 
@@ -84,8 +81,7 @@ impl Model {
             config: Config::parse(&text(embedded!("config.json")), config)?,
             generation_config: Some(text(embedded!("generation_config.json"))),
             tokenizer: embedded!("tokenizer.json").to_vec(),
-            tokenizer_config: Some(text(embedded!("tokenizer_config.json"))),
-            chat_template: None,
+            tokenizer_files: TokenizerFiles::of_config(&text(embedded!("tokenizer_config.json"))),
             weights: Weights::single(TensorFile::from_static(
                 "tiny/model.safetensors",
                 embedded!("model.safetensors"),
@@ -127,15 +123,15 @@ impl Model {
         let (name, config, path) = (gguf.name(), gguf.config().clone(), gguf.path().to_owned());
         let end_tokens = config.end_tokens.clone();
         let weights = Weights::Gguf(gguf);
+        let files = TokenizerFiles::of_config(&texts.config);
         // Both take about as long.
         let (tokenizer, decoder) = rayon::join(
-            || Tokenizer::parse(texts.tokenizer.as_bytes(), Some(&texts.config), &path),
+            || Tokenizer::parse(texts.tokenizer.as_bytes(), files, &path),
             || Decoder::load(config, &weights, quantize, device),
         );
         let tokenizer = tokenizer?;
         Ok(Self {
             name,
-            chat_template: tokenizer.chat_template.clone(),
             end_tokens,
             stop_texts: Vec::new(),
             notes: texts.notes,
@@ -158,8 +154,7 @@ impl Model {
             notes,
             generation_config: optional("generation_config.json")?,
             tokenizer: read_required(folder, "tokenizer.json")?,
-            tokenizer_config: optional("tokenizer_config.json")?,
-            chat_template: optional("chat_template.jinja")?,
+            tokenizer_files: TokenizerFiles::read(folder)?,
             weights: Weights::open(folder)?,
         };
         let name = folder.canonicalize().map_err(io(folder))?;
@@ -170,10 +165,9 @@ impl Model {
     /// The model's chat template, where it has one.
     ///
     /// # Errors
-    /// [`Error::Chat`](crate::Error::Chat) where it does not parse.
+    /// Those of [`ChatTemplate::choose`].
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        let parse = |source| ChatTemplate::parse(source, self.tokenizer.special.clone());
-        self.chat_template.as_deref().map(parse).transpose()
+        ChatTemplate::choose(&self.tokenizer.templates, self.tokenizer.special.clone())
     }
 
     /// Loads the model's dictionaries from a file, [`DICTIONARY_FILE`] of its folder, say.
@@ -196,8 +190,7 @@ impl Model {
         let generation = generation.transpose()?.unwrap_or_default();
         let stop_texts = generation.stop_strings.map(OneOrMany::list);
         let path = files.folder.join("tokenizer.json");
-        let tokenizer_config = files.tokenizer_config.as_deref();
-        let tokenizer = Tokenizer::parse(&files.tokenizer, tokenizer_config, &path)?;
+        let tokenizer = Tokenizer::parse(&files.tokenizer, files.tokenizer_files, &path)?;
         let (mut config, mut notes) = (files.config, files.notes);
         notes.extend(files.weights.check_names(&config)?);
         notes.extend(untie(&mut config, &files.weights)?);
@@ -213,9 +206,6 @@ impl Model {
         let notes = notes.iter().map(|note| format!("{folder}: {note}"));
         Ok(Self {
             name: name.to_owned(),
-            chat_template: files
-                .chat_template
-                .or_else(|| tokenizer.chat_template.clone()),
             end_tokens,
             notes: notes.collect(),
             stop_texts: stop_texts.unwrap_or_default(),

@@ -254,7 +254,7 @@ impl Session {
         let answer = self.read(tokens.clone(), &options, on_text)?;
         self.progress.prompt_tokens = prompt_tokens;
         if let Some(last) = self.progress.messages.last_mut() {
-            last.content.push_str(&answer.generated.text);
+            last.push_content(&answer.generated.text);
         }
         Ok(answer)
     }

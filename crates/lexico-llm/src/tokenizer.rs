@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use lexico::shown::shown;
-use serde::Deserialize;
 use tokenizers::Tokenizer as Inner;
 
-use crate::error::{Error, Result, from_json, refused};
+use crate::chat::{SpecialTokens, TemplateSources};
+use crate::error::{Error, Result, refused};
 use crate::panics::caught;
+use crate::tokenizer_config::{TokenizerConfig, TokenizerFiles};
 
 /// A model's tokenizer.
 pub struct Tokenizer {
@@ -20,43 +21,35 @@ pub struct Tokenizer {
     /// Texts of special tokens, which decoding leaves out.
     hidden: HashMap<u32, String>,
     /// Special tokens by the names that chat templates use.
-    pub(crate) special: Vec<(&'static str, String)>,
-    /// The source of the chat template in the tokenizer's config.
-    pub(crate) chat_template: Option<String>,
+    pub(crate) special: SpecialTokens,
+    /// The sources of chat templates.
+    pub(crate) templates: TemplateSources,
 }
 
 impl Tokenizer {
-    /// Takes the texts of `tokenizer.json` and, where there is one, `tokenizer_config.json`.
+    /// Takes the texts of `tokenizer.json` and of the files beside it.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn parse(json: &[u8], config: Option<&str>, path: &Path) -> Result<Self> {
+    pub fn parse(json: &[u8], files: TokenizerFiles, path: &Path) -> Result<Self> {
         let error = |reason: String| refused(path, reason);
         let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
         let mut inner = sound(|| Inner::from_bytes(json)).map_err(not_one)?;
         // Files keep what training cut and padded texts to; a prompt is never cut.
         inner.with_truncation(None).map_err(not_one)?;
         inner.with_padding(None);
-        let config = config
-            .map(|config| from_json(config.as_bytes()))
-            .transpose();
-        let config = config.map_err(|e| error(format!("its tokenizer_config.json: {e}")));
-        let config: RawConfig = config?.unwrap_or_default();
+        let config = TokenizerConfig::parse(files, path)?;
         // A template that adds the beginning token itself needs no help. Where there is none, Llama
         // tokenizers add it unless told not to; those of other families do not.
-        let class = config.tokenizer_class.as_deref();
+        let class = config.class.as_deref();
         let class = class.unwrap_or("PreTrainedTokenizerFast");
         let llama = class.starts_with("Llama") || class == "PreTrainedTokenizerFast";
         let by_itself = llama && inner.get_post_processor().is_none();
         let wanted = config.add_bos_token.unwrap_or(by_itself);
-        let bos = config.bos_token.map(SpecialToken::text);
-        let eos = config.eos_token.map(SpecialToken::text);
-        let begin = bos.as_ref().filter(|_| wanted).map(|token| {
+        let begin = config.token("bos_token").filter(|_| wanted).map(|token| {
             let id = inner.token_to_id(token);
             id.ok_or_else(|| error(format!("its vocabulary lacks \"{}\"", shown(token))))
         });
-        let special = [("bos_token", bos), ("eos_token", eos)].into_iter();
-        let template = config.chat_template;
         let added = inner.get_added_tokens_decoder().into_iter();
         let hidden = added.filter(|(_, token)| token.special);
         let hidden: HashMap<u32, String> = hidden.map(|(id, token)| (id, token.content)).collect();
@@ -73,8 +66,8 @@ impl Tokenizer {
             own_begin,
             hidden,
             inner,
-            special: special.filter_map(|(name, t)| Some((name, t?))).collect(),
-            chat_template: template.and_then(TemplateSource::default_template),
+            special: config.tokens,
+            templates: config.templates,
         })
     }
 
@@ -215,63 +208,6 @@ impl TextStream<'_> {
     }
 }
 
-#[derive(Deserialize, Default)]
-struct RawConfig {
-    tokenizer_class: Option<String>,
-    add_bos_token: Option<bool>,
-    bos_token: Option<SpecialToken>,
-    eos_token: Option<SpecialToken>,
-    chat_template: Option<TemplateSource>,
-}
-
-/// One chat template, or several by name.
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "chat_template is neither a text nor a list of templates by name"
-)]
-enum TemplateSource {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-impl TemplateSource {
-    fn default_template(self) -> Option<String> {
-        match self {
-            TemplateSource::One(template) => Some(template),
-            TemplateSource::Named(templates) => {
-                let default = templates.into_iter().find(|t| t.name == "default");
-                default.map(|t| t.template)
-            }
-        }
-    }
-}
-
-/// A token as a string, or as the object that older files write.
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "bos_token or eos_token is neither a text nor an object with its content"
-)]
-enum SpecialToken {
-    Text(String),
-    Object { content: String },
-}
-
-impl SpecialToken {
-    fn text(self) -> String {
-        match self {
-            SpecialToken::Text(text) | SpecialToken::Object { content: text } => text,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,8 +244,12 @@ mod tests {
             let mut file = tiny.clone();
             file[entry] = lie.clone();
             let bytes = serde_json::to_vec(&file).expect("JSON");
-            let tokens = Tokenizer::parse(&bytes, None, Path::new("tokenizer.json"))
-                .and_then(|tokenizer| tokenizer.encode_first("How many coins?"));
+            let tokens = Tokenizer::parse(
+                &bytes,
+                TokenizerFiles::default(),
+                Path::new("tokenizer.json"),
+            )
+            .and_then(|tokenizer| tokenizer.encode_first("How many coins?"));
             match tokens {
                 Ok(_) => println!("{lie}: taken"),
                 Err(error) => {

@@ -93,9 +93,9 @@ fn a_conversation_reads_only_its_new_messages() {
     let second = prompt(&mut session, NEXT, 20);
     assert_eq!(second.cached_tokens, first.new_tokens + 19);
     assert!(second.new_tokens < 30, "{}", second.new_tokens);
-    let roles: Vec<&str> = session.messages().iter().map(|m| m.role.as_str()).collect();
+    let roles: Vec<&str> = session.messages().iter().map(|m| m.role()).collect();
     assert_eq!(roles, ["user", "assistant", "user", "assistant"]);
-    assert_eq!(session.messages()[3].content, second.generated.text);
+    assert_eq!(session.messages()[3].content(), second.generated.text);
 
     // A server is given all messages again each time.
     let mut stateless = conversation();
@@ -244,8 +244,11 @@ fn a_saved_conversation_goes_on() {
     assert_eq!(resumed.messages(), session.messages());
     let rest = go_on(&mut resumed, 10);
     let answer = &resumed.messages()[1];
-    assert_eq!(answer.role, "assistant");
-    assert_eq!(answer.content, first.generated.text + &rest.generated.text);
+    assert_eq!(answer.role(), "assistant");
+    assert_eq!(
+        answer.content(),
+        first.generated.text + &rest.generated.text
+    );
     let next = prompt(&mut resumed, NEXT, 5);
     assert!(next.cached_tokens > first.new_tokens);
     assert_eq!(resumed.messages().len(), 4);

@@ -13,7 +13,7 @@ pub(super) fn lay_out<const FMA: bool>(
     quants: &mut [Line],
     scales: &mut [u8],
 ) {
-    with_kind!(kind, lay_out_kind(rows, row_bytes, quants, scales));
+    with_kind!(kind, K => lay_out_kind::<K>(rows, row_bytes, quants, scales));
 }
 
 #[inline(always)]

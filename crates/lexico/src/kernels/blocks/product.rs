@@ -71,10 +71,7 @@ pub(super) unsafe fn multiply_with<L: Lanes>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        with_kind!(
-            matrix.kind(),
-            multiply_kind::<L>(matrix, groups, x, out, stride)
-        );
+        with_kind!(matrix.kind(), K => multiply_kind::<L, K>(matrix, groups, x, out, stride));
     }
 }
 

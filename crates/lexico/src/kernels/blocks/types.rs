@@ -146,24 +146,18 @@ kinds! {
     Q6K: 4 + 2 bits, 16 columns, zero Some(5), signed false, least false, nested true, block of 256 in 210 bytes, floats at [208];
 }
 
-/// Calls a function that is generic in the kind, the last of its types, with that of a block type.
+/// Evaluates an expression with a type that stands for a block type.
 macro_rules! with_kind {
-    ($kind:expr, $function:ident::<$($lanes:ty)?>$arguments:tt) => {
-        match $kind {
-            BlockType::Q4_0 => with_kind!(@ Q4_0, $function::<$($lanes)?>$arguments),
-            BlockType::Q4_1 => with_kind!(@ Q4_1, $function::<$($lanes)?>$arguments),
-            BlockType::Q5_0 => with_kind!(@ Q5_0, $function::<$($lanes)?>$arguments),
-            BlockType::Q5_1 => with_kind!(@ Q5_1, $function::<$($lanes)?>$arguments),
-            BlockType::Q8_0 => with_kind!(@ Q8_0, $function::<$($lanes)?>$arguments),
-            BlockType::Q2K => with_kind!(@ Q2K, $function::<$($lanes)?>$arguments),
-            BlockType::Q3K => with_kind!(@ Q3K, $function::<$($lanes)?>$arguments),
-            BlockType::Q4K => with_kind!(@ Q4K, $function::<$($lanes)?>$arguments),
-            BlockType::Q5K => with_kind!(@ Q5K, $function::<$($lanes)?>$arguments),
-            BlockType::Q6K => with_kind!(@ Q6K, $function::<$($lanes)?>$arguments),
-        }
+    ($block_type:expr, $kind:ident => $evaluated:expr) => {
+        with_kind!(@ $block_type, $kind => $evaluated; Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K)
     };
-    (@ $name:ident, $function:ident::<$($lanes:ty)?>($($value:expr),*)) => {
-        $function::<$($lanes,)? kind::$name>($($value),*)
+    (@ $block_type:expr, $kind:ident => $evaluated:expr; $($name:ident)*) => {
+        match $block_type {
+            $(BlockType::$name => {
+                type $kind = kind::$name;
+                $evaluated
+            })*
+        }
     };
 }
 pub(super) use with_kind;
