@@ -229,3 +229,145 @@ fn templates_of(config: &Map<String, Value>) -> std::result::Result<TemplateSour
         Some(_) => Err(unfit()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// The tokens and templates of a folder with these files.
+    fn read(files: &[(&str, String)]) -> Result<TokenizerConfig> {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            std::fs::write(path, text).expect("written");
+        }
+        let files = TokenizerFiles::read(folder.path())?;
+        TokenizerConfig::parse(files, &folder.path().join("tokenizer.json"))
+    }
+
+    /// As transformers 5's `special_tokens_map` has them.
+    #[test]
+    fn special_tokens_are_those_of_transformers() {
+        let config = |config: Value| ("tokenizer_config.json", config.to_string());
+        let map = |map: Value| ("special_tokens_map.json", map.to_string());
+        let bos = json!({"bos_token": "<s>"});
+        let named = |pairs: &[(&str, &str)]| -> SpecialTokens {
+            let pair = |(name, token): &(&str, &str)| ((*name).to_owned(), (*token).to_owned());
+            pairs.iter().map(pair).collect()
+        };
+        let cases = [
+            (vec![config(bos.clone())], named(&[("bos_token", "<s>")])),
+            // Older fine-tunes have the file alone, or more in it; there it wins.
+            (vec![map(bos.clone())], named(&[("bos_token", "<s>")])),
+            (
+                vec![
+                    config(json!({"bos_token": "<a>"})),
+                    map(json!({"bos_token": {"content": "<b>"}})),
+                ],
+                named(&[("bos_token", "<b>")]),
+            ),
+            (
+                vec![config(bos.clone()), map(json!({"bos_token": null}))],
+                named(&[]),
+            ),
+            // Newer ones list their tokens, and it is not read.
+            (
+                vec![
+                    config(json!({"added_tokens_decoder": {}})),
+                    map(bos.clone()),
+                ],
+                named(&[]),
+            ),
+            (
+                vec![config(json!({
+                    "pad_token": {"__type": "AddedToken", "content": "<p>"},
+                    "eos_token": "</s>",
+                    "image_token": "<i>",
+                    "add_bos_token": true,
+                    "additional_special_tokens": ["<x>"],
+                    "extra_special_tokens": {"video": "<v>"}
+                }))],
+                named(&[
+                    ("eos_token", "</s>"),
+                    ("pad_token", "<p>"),
+                    ("image_token", "<i>"),
+                    ("video", "<v>"),
+                ]),
+            ),
+            (
+                vec![config(
+                    json!({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<e>"}),
+                )],
+                named(&[
+                    ("eos_token", "<e>"),
+                    ("unk_token", "<|endoftext|>"),
+                    ("pad_token", "<|endoftext|>"),
+                ]),
+            ),
+        ];
+        for (files, wanted) in cases {
+            assert_eq!(read(&files).expect("sound").tokens, wanted, "{files:?}");
+        }
+        for (file, word) in [
+            (config(json!({"bos_token": 1})), "bos_token"),
+            (config(json!({"add_bos_token": "yes"})), "add_bos_token"),
+            (config(json!([])), "object"),
+            (map(json!("x")), "special_tokens_map.json"),
+        ] {
+            let error = read(&[file]).expect_err(word).to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn templates_come_from_where_transformers_has_them() {
+        let template = |name, source: Value| (name, json!({"chat_template": source}).to_string());
+        let config = |source| template("tokenizer_config.json", source);
+        let processor = template("chat_template.json", json!("processor"));
+        let file = ("chat_template.jinja", "file".to_owned());
+        let tools = (
+            "additional_chat_templates/tool_use.jinja",
+            "tools".to_owned(),
+        );
+        let list =
+            json!([{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]);
+        let cases = [
+            (vec![], vec![]),
+            (vec![processor.clone()], vec![("default", "processor")]),
+            (
+                vec![processor, config(json!("config"))],
+                vec![("default", "config")],
+            ),
+            (
+                vec![config(json!("config")), file.clone()],
+                vec![("default", "file")],
+            ),
+            (
+                vec![config(list)],
+                vec![("default", "a"), ("tool_use", "b")],
+            ),
+            (
+                vec![tools.clone(), file],
+                vec![("default", "file"), ("tool_use", "tools")],
+            ),
+            (
+                vec![tools, config(json!("config"))],
+                vec![("tool_use", "tools")],
+            ),
+        ];
+        for (files, wanted) in cases {
+            let found = read(&files).expect("sound").templates.0;
+            let found: Vec<_> = found
+                .iter()
+                .map(|(n, s)| (n.as_str(), s.as_str()))
+                .collect();
+            assert_eq!(found, wanted, "{files:?}");
+        }
+        for source in [json!(1), json!(["x"]), json!([{"name": "default"}])] {
+            let error = read(&[config(source)]).expect_err("unfit").to_string();
+            assert!(error.contains("chat_template"), "{error}");
+        }
+    }
+}

@@ -158,7 +158,7 @@ fn published_templates_render_as_in_transformers() {
                 (other, _) => {
                     let other: String = format!("{other:?}").chars().take(300).collect();
                     failures.push(format!("{name}: conversation {at}: {other}"));
-                },
+                }
             }
         };
         for (at, wanted) in cases["plain"].as_array().unwrap().iter().enumerate() {
@@ -313,7 +313,11 @@ fn a_template_can_not_run_away() {
         let one = std::time::Instant::now();
         let error = rendered(&source).expect_err(&source[..source.len().min(80)]);
         assert!(error.len() < 1000, "{error}");
-        println!("{:>5} ms: {}: {error}", one.elapsed().as_millis(), &source[..source.len().min(60)]);
+        println!(
+            "{:>5} ms: {}: {error}",
+            one.elapsed().as_millis(),
+            &source[..source.len().min(60)]
+        );
     }
     // Each alone takes no more than a second or two where it is compiled for speed.
     assert!(begun.elapsed().as_secs() < 300);

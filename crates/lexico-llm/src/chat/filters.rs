@@ -12,9 +12,9 @@ use super::json::to_json;
 use super::methods::{capitalize, has_method, is_letter, lines, replaced, stripped};
 use super::operators::{add, escaped};
 use super::python::{
-    Generator, Kind, Made, Method, arguments, attribute, equal, flag, float, integer, is_space,
-    is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend, split_arguments, text, tuple,
-    whole, wrong,
+    Generator, Kind, Made, Method, arguments, attribute, check_size, equal, flag, float, integer,
+    is_space, is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend,
+    split_arguments, text, tuple, whole, wrong,
 };
 
 type Filter = fn(&mut State, &Value, &[Value]) -> Made<Value>;
@@ -563,13 +563,11 @@ fn reverse(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     }
     let mut all = items(state, value)?;
     all.reverse();
-    Ok(
-        if Kind::of(value) == Kind::Generator {
-            list(all)
-        } else {
-            Generator::of(all)
-        },
-    )
+    Ok(if Kind::of(value) == Kind::Generator {
+        list(all)
+    } else {
+        Generator::of(all)
+    })
 }
 
 /// The parts of `a.b.0`.
@@ -767,6 +765,7 @@ fn join(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         let item = text(&follow(item, &path, None)?)?;
         spend(state, between.len() + item.len())?;
         out.push_str(&item);
+        check_size(&out)?;
     }
     Ok(Value::from(out))
 }

@@ -64,8 +64,7 @@ struct Lexer<'s> {
 impl<'s> Lexer<'s> {
     fn run(&mut self) -> Result<(), String> {
         while !self.rest.is_empty() {
-            let opening = ["{{", "{%", "{#"].iter().filter_map(|o| self.rest.find(o));
-            let Some(at) = opening.min() else {
+            let Some(at) = opening(self.rest) else {
                 self.data(self.rest);
                 return Ok(());
             };
@@ -256,6 +255,13 @@ impl<'s> Lexer<'s> {
         self.cut(end + 1);
         Ok(())
     }
+}
+
+/// Where the first `{{`, `{%` or `{#` is.
+fn opening(text: &str) -> Option<usize> {
+    let bytes = text.as_bytes();
+    let pair = |pair: &[u8]| pair[0] == b'{' && matches!(pair[1], b'{' | b'%' | b'#');
+    bytes.windows(2).position(pair)
 }
 
 /// Length of `{% raw %}` where the tag is one, with the white space that its end takes away.

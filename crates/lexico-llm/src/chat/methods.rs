@@ -6,8 +6,9 @@ use unicode_general_category::{GeneralCategory, get_general_category};
 
 use super::format;
 use super::python::{
-    Kind, Made, View, arguments, check_key, equal, flag, float, integer, is_printable, is_space,
-    items, like, list, needed, needed_text, pairs, spend, split_arguments, tuple, whole, wrong,
+    Kind, Made, View, arguments, check_key, check_size, equal, flag, float, integer, is_printable,
+    is_space, items, like, list, needed, needed_text, pairs, spend, split_arguments, tuple, whole,
+    wrong,
 };
 
 const TEXT: [&str; 47] = [
@@ -126,7 +127,15 @@ pub(super) fn call(state: &mut State, value: &Value, name: &str, args: &[Value])
     match (Kind::of(value), value.as_str()) {
         (Kind::Text, Some(text)) if value.is_safe() => {
             let made = text_method(state, text, name, args)?;
-            let kept = ["strip", "lstrip", "rstrip", "upper", "lower", "title", "capitalize"];
+            let kept = [
+                "strip",
+                "lstrip",
+                "rstrip",
+                "upper",
+                "lower",
+                "title",
+                "capitalize",
+            ];
             match made.as_str() {
                 Some(text) if kept.contains(&name) => Ok(like(value, text.to_owned())),
                 None if Kind::of(&made).is_number() => Ok(made),
@@ -383,6 +392,7 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
                     out.push_str(text);
                 }
                 out.push_str(item);
+                check_size(&out)?;
             }
             Ok(Value::from(out))
         }

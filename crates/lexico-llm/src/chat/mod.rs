@@ -109,7 +109,7 @@ pub struct ChatTemplate {
 const NAME: &str = "chat template";
 
 /// Steps that a rendering may take: a hundred times a long chat's. Memory counts too, 64 bytes as a step.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 10_000_000;
 
 impl ChatTemplate {
     /// Parses a template; `tokens` are special tokens by name.

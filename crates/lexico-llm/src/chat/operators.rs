@@ -5,7 +5,8 @@ use minijinja::{Environment, State, Value};
 
 use super::python::{
     Kind, LARGEST, Made, Method, Range, attribute, check_depth, contains, equal, float, integer,
-    items, like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole, wrong,
+    items, like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole,
+    wrong,
 };
 use super::{format, methods};
 
@@ -221,7 +222,10 @@ fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value
         }
         match integer(value) {
             Some(at) => whole("slice", Some(Value::from(at)), 0).map(Some),
-            None => Err(wrong(format!("what begins or ends at {} cannot be sliced", Kind::of(value).name()))),
+            None => Err(wrong(format!(
+                "what begins or ends at {} cannot be sliced",
+                Kind::of(value).name()
+            ))),
         }
     };
     let (start, stop, step) = (bound(start)?, bound(stop)?, bound(step)?);

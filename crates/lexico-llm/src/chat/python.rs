@@ -32,6 +32,14 @@ pub(super) fn spend(state: &State, bytes: usize) -> Made<()> {
     state.consume_fuel((bytes / 64) as u64)
 }
 
+/// Refuses a text that has grown too large.
+pub(super) fn check_size(text: &str) -> Made<()> {
+    if text.len() > LARGEST {
+        return Err(wrong("a text is too large"));
+    }
+    Ok(())
+}
+
 /// `str.isspace` of Python.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)

@@ -346,7 +346,8 @@ impl Parser {
         let leaves = std::mem::replace(&mut self.leaves, leaves);
         if leaves && self.is_name("else") {
             // Jinja2 goes on there where no item was gone through to its end.
-            return self.fail("{% else %} of a loop with {% break %} or {% continue %} is not taken");
+            return self
+                .fail("{% else %} of a loop with {% break %} or {% continue %} is not taken");
         }
         if self.skip_name("else") {
             self.end_tag()?;
