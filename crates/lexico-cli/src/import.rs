@@ -1,8 +1,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lexico_llm::import::import_reference;
 use lexico_llm::Quantize;
+use lexico_llm::import::import_reference;
 
 use crate::{model, ui};
 

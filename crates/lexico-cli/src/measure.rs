@@ -2,8 +2,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use lexico_llm::train::{TrainOptions, measure_losses};
 use lexico_llm::Quantize;
+use lexico_llm::train::{TrainOptions, measure_losses};
 
 use crate::corpus::CorpusArguments;
 use crate::train::Progress;

@@ -210,7 +210,7 @@ impl Shared {
                     self.take_tasks(task);
                 }
             }
-            if self.inside.fetch_sub(1, SeqCst) == 1 && self.round.load(SeqCst) % 2 == 0 {
+            if self.inside.fetch_sub(1, SeqCst) == 1 && self.round.load(SeqCst).is_multiple_of(2) {
                 let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(thread) = waiting.as_ref() {
                     thread.unpark();

@@ -1,5 +1,7 @@
 //! A page without outside resources: plot, tables, prompts.
 
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, Value, context};
 
 use super::Report;
@@ -35,10 +37,10 @@ impl Report for Evaluation {
         render(
             move |score| measure.print(score),
             context! {
-                title => format!("{} with {}", self.task, self.model), lead, tables, settings,
+                title => format!("{} with {}", self.task, self.model), lead, tables, settings => Serde(settings),
                 wide => Value::from_safe_string(self.plot()),
                 narrow => Value::from_safe_string(svg(&[vec![panel(self)]], narrow)),
-                shown => SHOWN, prompts => self.prompts, runs => self.runs,
+                shown => SHOWN, prompts => self.prompts, runs => Serde(&self.runs),
             },
         )
     }
@@ -92,9 +94,11 @@ fn render(
     context: Value,
 ) -> Result<String, Error> {
     let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_keep_trailing_newline(true);
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .keep_trailing_newline(true);
+    environment.set_syntax(syntax.build()?);
     environment.set_formatter(|out, _, value| {
         let text = value.to_string();
         let text = if value.is_safe() { text } else { escape(&text) };
@@ -175,7 +179,7 @@ fn runs(evaluation: &Evaluation) -> Value {
         row.extend([run.budgets.join(", "), format!("{:.1}", run.seconds)]);
         row
     });
-    let skipped = Value::from_serialize(&evaluation.skipped);
+    let skipped = Value::from(Serde(&evaluation.skipped));
     context! { heading => "Caches", header, rows => rows.collect::<Vec<_>>(), skipped }
 }
 

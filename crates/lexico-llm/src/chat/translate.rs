@@ -26,7 +26,6 @@ enum Hold {
     Or,
     And,
     Not,
-    Comparison,
     Sum,
     Product,
     Power,

@@ -10,6 +10,7 @@ use super::sentence_pieces::merges;
 use super::{Kind, Vocabulary, byte_level_tokenizer, end_tokens, read, splits};
 use crate::gguf::GgufFile;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer_config::TokenizerFiles;
 
 /// What `tests/fixtures/make_splits.py` writes.
 #[derive(Deserialize)]
@@ -121,7 +122,7 @@ fn real_vocabularies_encode_as_their_own_tokenizers() {
             }
         };
         let json = texts.tokenizer.as_bytes();
-        let tokenizer = Tokenizer::parse(json, Some(&texts.config), file.path()).unwrap();
+        let tokenizer = Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), file.path()).unwrap();
         let mut differ = 0;
         for (text, want) in &case.texts {
             let got = tokenizer.encode_more(text).unwrap();
@@ -164,7 +165,7 @@ fn odd_vocabularies_are_read_as_llama_cpp_reads_them() {
         let texts = read(&file, usize::MAX).unwrap();
         println!("{name}: {:?}", texts.notes);
         let json = texts.tokenizer.as_bytes();
-        let tokenizer = Tokenizer::parse(json, Some(&texts.config), &path).unwrap();
+        let tokenizer = Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), &path).unwrap();
         for (text, want) in &odd.texts {
             let got = tokenizer.encode_first(text).unwrap();
             if got != *want {

@@ -1,5 +1,10 @@
 //! The product itself, once for all levels of instructions and all kinds of blocks.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "rows of several arrays and pointers go together"
+)]
+
 use std::ops::Range;
 
 use super::types::{Kind, kind, with_kind};
