@@ -155,7 +155,7 @@ fn quantised_weights_stay_near() {
     };
     let logits = |quantize| {
         chunked(
-            &Model::tiny_on(quantize, &Device::Cpu).unwrap(),
+            &Model::tiny_on(quantize, &lexico_llm::Device::Cpu).unwrap(),
             &tokens,
             tokens.len(),
         )

@@ -435,7 +435,7 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
     let folder = Folder::new();
     let bytes = small(&model, &folder, SPARSE);
 
-    let quantised = Model::tiny_on(Quantize::Q8_0, &Device::Cpu).unwrap();
+    let quantised = Model::tiny_on(Quantize::Q8_0, &lexico_llm::Device::Cpu).unwrap();
     let refused = outcome(&quantised, &folder, &bytes).unwrap_err();
     assert!(
         refused.contains("another model") && refused.contains("quantised"),

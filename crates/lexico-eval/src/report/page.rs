@@ -29,7 +29,9 @@ impl Report for Evaluation {
         };
         let mut tables = vec![runs(self)];
         if let Some((header, rows)) = self.by_group() {
-            tables.push(context! { heading => "By group", header, rows });
+            tables.push(
+                context! { heading => "By group", header => Serde(header), rows => Serde(rows) },
+            );
         }
         let settings = self.settings.iter().chain(&self.seeds);
         let settings: Vec<_> = settings.chain(&self.versions).collect();
@@ -40,7 +42,7 @@ impl Report for Evaluation {
                 title => format!("{} with {}", self.task, self.model), lead, tables, settings => Serde(settings),
                 wide => Value::from_safe_string(self.plot()),
                 narrow => Value::from_safe_string(svg(&[vec![panel(self)]], narrow)),
-                shown => SHOWN, prompts => self.prompts, runs => Serde(&self.runs),
+                shown => SHOWN, prompts => Serde(&self.prompts), runs => Serde(&self.runs),
             },
         )
     }
@@ -94,11 +96,9 @@ fn render(
     context: Value,
 ) -> Result<String, Error> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .keep_trailing_newline(true);
-    environment.set_syntax(syntax.build()?);
+    let mut syntax = SyntaxConfig::builder();
+    syntax.trim_blocks(true).lstrip_blocks(true);
+    environment.set_syntax(syntax.keep_trailing_newline(true).build()?);
     environment.set_formatter(|out, _, value| {
         let text = value.to_string();
         let text = if value.is_safe() { text } else { escape(&text) };

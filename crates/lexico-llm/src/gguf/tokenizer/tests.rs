@@ -122,7 +122,8 @@ fn real_vocabularies_encode_as_their_own_tokenizers() {
             }
         };
         let json = texts.tokenizer.as_bytes();
-        let tokenizer = Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), file.path()).unwrap();
+        let tokenizer =
+            Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), file.path()).unwrap();
         let mut differ = 0;
         for (text, want) in &case.texts {
             let got = tokenizer.encode_more(text).unwrap();
@@ -165,7 +166,8 @@ fn odd_vocabularies_are_read_as_llama_cpp_reads_them() {
         let texts = read(&file, usize::MAX).unwrap();
         println!("{name}: {:?}", texts.notes);
         let json = texts.tokenizer.as_bytes();
-        let tokenizer = Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), &path).unwrap();
+        let tokenizer =
+            Tokenizer::parse(json, TokenizerFiles::of_config(&texts.config), &path).unwrap();
         for (text, want) in &odd.texts {
             let got = tokenizer.encode_first(text).unwrap();
             if got != *want {
