@@ -201,3 +201,56 @@ fn check_shape(path: &Path, name: &str, found: &[usize], wanted: &[usize]) -> Re
     let reason = format!("its shape is {found:?}, the config asks for {wanted:?}");
     Err(weight_error(path, name, reason))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use candle_core::quantized::{QStorage, QTensor};
+
+    use super::*;
+
+    /// Every block type stands for the numbers that candle's own reader makes of the same bytes.
+    #[test]
+    fn blocks_are_read_as_candle_reads_them() {
+        let types = [
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ];
+        let (rows, columns) = (37, 512);
+        for stored in types {
+            let kind = block_type(stored).unwrap();
+            let mut state = 7u64;
+            let mut bytes = vec![0u8; rows * columns / kind.numbers() * kind.bytes()];
+            for byte in &mut bytes {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                *byte = (state >> 33) as u8;
+            }
+            let ours = BlockMatrix::from_blocks(kind, rows, columns, &bytes);
+            let theirs = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, stored).unwrap();
+            let theirs = QTensor::new(theirs, (rows, columns)).unwrap();
+            let theirs = theirs.dequantize(&Device::Cpu).unwrap();
+            let theirs = theirs.to_vec2::<f32>().unwrap();
+            let (mut row, mut finite) = (vec![0.0; columns], 0);
+            for (r, theirs) in theirs.iter().enumerate() {
+                ours.read_row(r, &mut row);
+                for (at, (&ours, &theirs)) in row.iter().zip(theirs).enumerate() {
+                    // Scales drawn at random are no numbers now and then.
+                    if theirs.is_finite() {
+                        finite += 1;
+                        assert_eq!(ours, theirs, "{stored:?}, row {r}, column {at}");
+                    }
+                }
+            }
+            assert!(finite > rows * columns / 2, "{stored:?}: {finite} numbers");
+        }
+    }
+}
