@@ -122,7 +122,7 @@ pub(crate) fn path_of(name: &str) -> anyhow::Result<PathBuf> {
     }
 }
 
-pub(crate) fn hub_name(name: &str) -> Option<HubName> {
+fn hub_name(name: &str) -> Option<HubName> {
     name.parse().ok().filter(|_| !Path::new(name).exists())
 }
 

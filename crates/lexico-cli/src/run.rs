@@ -18,7 +18,7 @@ use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 
 use crate::lines::Lines;
-use crate::model::{ModelArguments, hub_name};
+use crate::model::ModelArguments;
 use crate::{interrupt, ui};
 
 #[derive(Args)]
@@ -198,12 +198,6 @@ impl Run {
             return Ok(None);
         }
         let chat = model.chat_template().context("--no-chat does without it")?;
-        if chat.is_none() && hub_name(&self.model.model).is_some() {
-            let name = &model.name;
-            ui::note(&format!(
-                "{name} has no chat template: the prompt is taken as plain text"
-            ));
-        }
         if chat.is_none() && self.system_prompt.is_some() {
             bail!(
                 "--system-prompt needs a chat template, and the model {} has none",

@@ -213,6 +213,10 @@ impl HubName {
                 "{name}: the cache does not hold {}, with which the model may answer otherwise: {reason}",
                 unknown.join(", ")
             ));
+        } else if !has_template {
+            notes.push(format!(
+                "{name}: it has no chat template, so prompts are taken as plain text"
+            ));
         }
         notes
     }
