@@ -14,8 +14,8 @@ use crate::cache::{CacheContext, CacheSpec, FullCache, KvCache};
 use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, OneOrMany, read_required};
 use crate::decoder::{Decoder, Logits};
-use crate::error::{Result, io};
-use crate::gguf::GgufModel;
+use crate::error::{Error, Result, io};
+use crate::gguf::{GgufModel, GgufTokenizer};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer_config::TokenizerFiles;
 use crate::weights::{Quantize, Weights};
@@ -118,23 +118,28 @@ impl Model {
     }
 
     fn load_gguf(path: &Path, quantize: Quantize, device: &Device) -> Result<Self> {
-        let gguf = GgufModel::open(path)?;
-        let texts = gguf.tokenizer()?;
+        let gguf = Arc::new(GgufModel::open(path)?);
         let (name, config, path) = (gguf.name(), gguf.config().clone(), gguf.path().to_owned());
         let end_tokens = config.end_tokens.clone();
-        let weights = Weights::Gguf(gguf);
-        let files = TokenizerFiles::of_config(&texts.config);
+        let weights = Weights::Gguf(Arc::clone(&gguf));
+        let tokenizer = || {
+            let GgufTokenizer {
+                inner,
+                config,
+                notes,
+            } = gguf.tokenizer()?;
+            let files = TokenizerFiles::of_config(&config);
+            Ok::<_, Error>((Tokenizer::new(inner, files, &path)?, notes))
+        };
+        let decoder = || Decoder::load(config, &weights, quantize, device);
         // Both take about as long.
-        let (tokenizer, decoder) = rayon::join(
-            || Tokenizer::parse(texts.tokenizer.as_bytes(), files, &path),
-            || Decoder::load(config, &weights, quantize, device),
-        );
-        let tokenizer = tokenizer?;
+        let (tokenizer, decoder) = rayon::join(tokenizer, decoder);
+        let (tokenizer, notes) = tokenizer?;
         Ok(Self {
             name,
             end_tokens,
             stop_texts: Vec::new(),
-            notes: texts.notes,
+            notes,
             tokenizer,
             decoder: decoder?,
             dictionaries: None,

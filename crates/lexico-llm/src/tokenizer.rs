@@ -34,7 +34,20 @@ impl Tokenizer {
     pub fn parse(json: &[u8], files: TokenizerFiles, path: &Path) -> Result<Self> {
         let error = |reason: String| refused(path, reason);
         let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
-        let mut inner = sound(|| Inner::from_bytes(json)).map_err(not_one)?;
+        Self::new(
+            sound(|| Inner::from_bytes(json)).map_err(not_one)?,
+            files,
+            path,
+        )
+    }
+
+    /// Takes a tokenizer, and the texts of the files that are beside its own.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub(crate) fn new(mut inner: Inner, files: TokenizerFiles, path: &Path) -> Result<Self> {
+        let error = |reason: String| refused(path, reason);
+        let not_one = |e: tokenizers::Error| error(format!("not a tokenizer: {e}"));
         // Files keep what training cut and padded texts to; a prompt is never cut.
         inner.with_truncation(None).map_err(not_one)?;
         inner.with_padding(None);
@@ -138,7 +151,7 @@ impl Tokenizer {
 }
 
 /// Calls the tokenizers crate, which panics on some contradictory files.
-fn sound<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+pub(crate) fn sound<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
     caught(work).unwrap_or_else(|panic| Err(format!("it contradicts itself: {panic}").into()))
 }
 

@@ -6,6 +6,7 @@ mod matrix;
 mod rotary;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::rms_norm;
@@ -53,7 +54,12 @@ impl Decoder {
         if path.is_file() {
             let gguf = GgufModel::open(path)?;
             let config = gguf.config().clone();
-            return Self::load(config, &Weights::Gguf(gguf), quantize, &Device::Cpu);
+            return Self::load(
+                config,
+                &Weights::Gguf(Arc::new(gguf)),
+                quantize,
+                &Device::Cpu,
+            );
         }
         let (mut config, weights) = (Config::load(path)?, Weights::open(path)?);
         weights.check_names(&config)?;

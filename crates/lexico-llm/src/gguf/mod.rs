@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use crate::config::Config;
 use crate::error::{Error, Result, refused};
 pub(crate) use file::{GgufFile, TensorPlace};
-pub(crate) use tokenizer::TokenizerTexts;
+pub(crate) use tokenizer::GgufTokenizer;
 
 /// A model in one GGUF file, or in several parts; its weights stay in the file.
 pub struct GgufModel {
@@ -92,8 +92,8 @@ impl GgufModel {
         types
     }
 
-    /// The tokenizer, as the texts of the files that folders have.
-    pub(crate) fn tokenizer(&self) -> Result<TokenizerTexts> {
+    /// The tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<GgufTokenizer> {
         tokenizer::read(&self.files[0], self.config.vocabulary)
     }
 

@@ -10,6 +10,7 @@ mod safetensors;
 use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
@@ -63,7 +64,7 @@ pub(crate) enum Weights {
     /// Weights of one safetensors file or several.
     Safetensors(safetensors::Shards),
     /// Weights of a GGUF file, or one in parts.
-    Gguf(GgufModel),
+    Gguf(Arc<GgufModel>),
     /// Drawn, each by its name.
     Random,
 }
@@ -231,7 +232,9 @@ mod tests {
             let mut state = 7u64;
             let mut bytes = vec![0u8; rows * columns / kind.numbers() * kind.bytes()];
             for byte in &mut bytes {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
                 *byte = (state >> 33) as u8;
             }
             let ours = BlockMatrix::from_blocks(kind, rows, columns, &bytes);

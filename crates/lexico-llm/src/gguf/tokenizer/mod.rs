@@ -1,4 +1,5 @@
-//! A GGUF file's vocabulary as the `tokenizer.json` that a folder would have.
+//! The tokenizer of a GGUF file: as the `tokenizer.json` that a folder would have describes it, but for the vocabulary and
+//! its merges, which would be most of such a file and take longer to write and read again than all else.
 
 mod roles;
 mod sentence_pieces;
@@ -9,15 +10,19 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::{AddedToken, Tokenizer as Inner};
 
 use super::file::GgufFile;
 use crate::error::Result;
+use crate::tokenizer::sound;
 use roles::{Kind, Roles};
 use splits::{Split, byte_level};
 
-/// The texts of `tokenizer.json` and `tokenizer_config.json`.
-pub(crate) struct TokenizerTexts {
-    pub(crate) tokenizer: String,
+/// A tokenizer, and the text of the `tokenizer_config.json` that would be beside it.
+pub(crate) struct GgufTokenizer {
+    pub(crate) inner: Inner,
     pub(crate) config: String,
     /// What is taken otherwise than the file says, for people.
     pub(crate) notes: Vec<String>,
@@ -26,7 +31,7 @@ pub(crate) struct TokenizerTexts {
 /// Several times what the longest tokens of published vocabularies take.
 const MAX_TOKEN_BYTES: usize = 4096;
 
-pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
+pub(super) fn read(file: &GgufFile, size: usize) -> Result<GgufTokenizer> {
     let error = |reason: String| Err(file.error(reason));
     let Some(model) = file.text("tokenizer.ggml.model")? else {
         return error("it has no tokenizer (tokenizer.ggml.model)".to_owned());
@@ -41,14 +46,19 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
         ));
     }
     let mut notes = Vec::from_iter(vocabulary.roles.note(&vocabulary.tokens));
-    let (mut tokenizer, begins) = match model {
+    let numbers = vocabulary.numbers()?;
+    let (mut description, merges, begins) = match model {
         "gpt2" => {
             let split = vocabulary.split()?;
-            let (tokenizer, note) = vocabulary.byte_level(split)?;
+            let (merges, note) = vocabulary.merges(&numbers)?;
             notes.extend(note);
-            (tokenizer, split.begins)
+            (vocabulary.byte_level(split), merges, split.begins)
         }
-        "llama" => (vocabulary.sentence_pieces()?, true),
+        "llama" => (
+            vocabulary.sentence_pieces()?,
+            vocabulary.piece_merges(&numbers)?,
+            true,
+        ),
         other => {
             let reason = format!(
                 "tokenizer {:?} is not supported; these are: gpt2, llama",
@@ -57,8 +67,6 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
             return error(reason);
         }
     };
-    tokenizer["version"] = "1.0".into();
-    tokenizer["added_tokens"] = vocabulary.added_tokens()?;
 
     let mut config = json!({});
     for name in ["bos_token", "eos_token"] {
@@ -74,11 +82,13 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<TokenizerTexts> {
         let Some(end) = token_id(file, "eos_token_id")? else {
             return error("it does not name the token that texts end with".to_owned());
         };
-        tokenizer["post_processor"] = ending_with(&vocabulary.tokens[end], end);
+        description["post_processor"] = ending_with(&vocabulary.tokens[end], end);
     }
     config["chat_template"] = json!(file.text("tokenizer.chat_template")?);
-    Ok(TokenizerTexts {
-        tokenizer: tokenizer.to_string(),
+    let added = vocabulary.added_tokens()?;
+    let inner = sound(|| build(description, &numbers, &merges, added));
+    Ok(GgufTokenizer {
+        inner: inner.map_err(|e| file.error(format!("its tokenizer: {e}")))?,
         config: config.to_string(),
         notes,
     })
@@ -246,14 +256,11 @@ impl<'a> Vocabulary<'a> {
         splits::by_name(name).map_err(|reason| self.file.error(reason))
     }
 
-    /// Byte pairs as GPT-2 merges them; and a note where merges are left out.
-    fn byte_level(&self, split: &Split) -> Result<(Value, Option<String>)> {
-        let vocabulary = self.numbers()?;
-        let (merges, note) = self.merges(&vocabulary)?;
-        let tokenizer = byte_level_tokenizer(split, &vocabulary, &merges);
+    /// Byte pairs as GPT-2 merges them.
+    fn byte_level(&self, split: &Split) -> Value {
+        let tokenizer = byte_level_tokenizer(split);
         let decoder = self.decoder(vec![tokenizer["decoder"].clone()]);
-        let tokenizer = with(tokenizer, "decoder", decoder);
-        Ok((tokenizer, note))
+        with(tokenizer, "decoder", decoder)
     }
 
     /// Pairs of pieces in the order in which they are merged.
@@ -308,19 +315,48 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// The `tokenizer.json` of a byte-level vocabulary, without its added tokens.
-fn byte_level_tokenizer(
-    split: &Split,
+/// A tokenizer of a description without vocabulary.
+fn build(
+    mut description: Value,
     vocabulary: &HashMap<&str, usize>,
     merges: &[[&str; 2]],
-) -> Value {
+    added: Value,
+) -> tokenizers::Result<Inner> {
+    description["version"] = "1.0".into();
+    description["model"]["type"] = "BPE".into();
+    description["model"]["vocab"] = json!({});
+    description["model"]["merges"] = json!([]);
+    let mut inner: Inner = serde_json::from_value(description)?;
+    let vocabulary = vocabulary
+        .iter()
+        .map(|(&token, &id)| (token.to_owned(), id as u32));
+    let merges = merges
+        .iter()
+        .map(|[left, right]| ((*left).to_owned(), (*right).to_owned()));
+    let mut model =
+        BPE::builder().vocab_and_merges(vocabulary.collect::<Vocab>(), merges.collect());
+    if let ModelWrapper::BPE(described) = inner.get_model() {
+        model = model
+            .fuse_unk(described.fuse_unk)
+            .byte_fallback(described.byte_fallback)
+            .ignore_merges(described.ignore_merges);
+        if let Some(unknown) = &described.unk_token {
+            model = model.unk_token(unknown.clone());
+        }
+    }
+    inner.with_model(model.build()?);
+    inner.add_tokens(serde_json::from_value::<Vec<AddedToken>>(added)?)?;
+    Ok(inner)
+}
+
+/// The description of a byte-level tokenizer.
+fn byte_level_tokenizer(split: &Split) -> Value {
     json!({
         "normalizer": if split.nfc { json!({"type": "NFC"}) } else { Value::Null },
         "pre_tokenizer": split.pre_tokenizer(),
         "decoder": byte_level(true),
         "model": {
-            "type": "BPE", "byte_fallback": false, "fuse_unk": false,
-            "ignore_merges": split.ignore_merges, "vocab": vocabulary, "merges": merges,
+            "byte_fallback": false, "fuse_unk": false, "ignore_merges": split.ignore_merges,
         },
     })
 }

@@ -12,9 +12,11 @@ use crate::error::Result;
 const MAX_MERGE_BYTES: usize = 1 << 25;
 
 impl Vocabulary<'_> {
-    /// The `tokenizer.json` of a SentencePiece vocabulary, without its added tokens.
-    pub(super) fn sentence_pieces(&self) -> Result<Value> {
-        let numbers = self.numbers()?;
+    /// Every way of making a piece from two, in the order in which they are merged.
+    pub(super) fn piece_merges<'n>(
+        &self,
+        numbers: &HashMap<&'n str, usize>,
+    ) -> Result<Vec<[&'n str; 2]>> {
         let Some(scores) = self.file.numbers("tokenizer.ggml.scores")? else {
             let reason = "its pieces have no scores (tokenizer.ggml.scores)";
             return Err(self.file.error(reason));
@@ -26,10 +28,14 @@ impl Vocabulary<'_> {
         }
         let mut texts = numbers.clone();
         texts.retain(|_, id| !self.not_utf8.contains(id));
-        let Some(merges) = merges(&texts, scores) else {
+        merges(&texts, scores).ok_or_else(|| {
             let reason = format!("merges of its pieces take over {MAX_MERGE_BYTES} bytes");
-            return Err(self.file.error(reason));
-        };
+            self.file.error(reason)
+        })
+    }
+
+    /// The description of a SentencePiece tokenizer.
+    pub(super) fn sentence_pieces(&self) -> Result<Value> {
         let unknown = token_id(self.file, "unknown_token_id")?.map(|id| &self.tokens[id]);
         let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let prefix = json!({"type": "Prepend", "prepend": "▁"});
@@ -50,8 +56,8 @@ impl Vocabulary<'_> {
             },
             "decoder": self.decoder(decoders),
             "model": {
-                "type": "BPE", "byte_fallback": true, "fuse_unk": true, "ignore_merges": false,
-                "unk_token": unknown, "vocab": numbers, "merges": merges,
+                "byte_fallback": true, "fuse_unk": true, "ignore_merges": false,
+                "unk_token": unknown,
             },
         }))
     }
@@ -59,7 +65,10 @@ impl Vocabulary<'_> {
 
 /// Every way of making a piece from two, the best score first: SentencePiece joins whichever pair of
 /// neighbours makes the best piece, the leftmost of equals. `None` where they are too many.
-pub(super) fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Option<Vec<[String; 2]>> {
+pub(super) fn merges<'n>(
+    numbers: &HashMap<&'n str, usize>,
+    scores: &[f64],
+) -> Option<Vec<[&'n str; 2]>> {
     let mut found = Vec::new();
     let mut bytes = 0;
     for (&piece, &number) in numbers {
@@ -78,6 +87,6 @@ pub(super) fn merges(numbers: &HashMap<&str, usize>, scores: &[f64]) -> Option<V
         let by_score = scores[b.0].total_cmp(&scores[a.0]);
         by_score.then_with(|| (a.0, a.1, a.2).cmp(&(b.0, b.1, b.2)))
     });
-    let pair = |(.., left, right): (_, _, _, &str, &str)| [left.to_owned(), right.to_owned()];
-    Some(found.into_iter().map(pair).collect())
+    let pairs = found.into_iter().map(|(.., left, right)| [left, right]);
+    Some(pairs.collect())
 }
