@@ -179,7 +179,7 @@ impl Reader<'_> {
     }
 
     fn quantise<T: GgmlType + 'static>(&self) -> Result<Matrix> {
-        self.fill(T::DTYPE, |rows| {
+        self.fill(T::DTYPE, |rows, bytes| {
             let count = rows.len();
             let (name, stored) = (self.name, self.stored);
             let numbers = self.weights.f32_rows(name, stored, self.columns, rows)?;
@@ -192,31 +192,33 @@ impl Reader<'_> {
             T::from_float(&numbers, &mut blocks);
             let blocks = QStorage::Cpu(Box::new(blocks));
             let blocks = QTensor::new(blocks, (count, self.columns))?;
-            Ok(blocks.data()?.into_owned())
+            bytes.extend_from_slice(&blocks.data()?);
+            Ok(())
         })
     }
 
     /// A matrix that is stored in quantised blocks, as it is.
     fn blocks(&self) -> Result<Matrix> {
-        self.fill(self.stored, |rows| {
+        self.fill(self.stored, |rows, bytes| {
             let blocks = rows.len() * self.columns / self.stored.block_size();
-            let mut bytes = vec![0; blocks * self.stored.type_size()];
-            self.weights.read_rows(self.name, rows, &mut bytes)?;
-            Ok(bytes)
+            let before = bytes.len();
+            bytes.resize(before + blocks * self.stored.type_size(), 0);
+            self.weights
+                .read_rows(self.name, rows, &mut bytes[before..])
         })
     }
 
-    /// A matrix of blocks, of which `read` gives some rows at a time.
+    /// A matrix of blocks, of which `read` appends some rows at a time.
     fn fill(
         &self,
         dtype: GgmlDType,
-        read: impl Fn(Range<usize>) -> Result<Vec<u8>> + Sync,
+        read: impl Fn(Range<usize>, &mut Vec<u8>) -> Result<()> + Sync,
     ) -> Result<Matrix> {
         let kind = block_type(dtype).filter(|_| self.device.is_cpu());
         let Some(kind) = kind else {
             let mut bytes = Vec::new();
             for first in (0..self.rows).step_by(CHUNK) {
-                bytes.extend(read(first..(first + CHUNK).min(self.rows))?);
+                read(first..(first + CHUNK).min(self.rows), &mut bytes)?;
             }
             let storage = QStorage::from_data(Cow::Owned(bytes), self.device, dtype)?;
             let tensor = QTensor::new(storage, (self.rows, self.columns))?;
@@ -224,12 +226,13 @@ impl Reader<'_> {
         };
         let mut matrix = BlockMatrix::new(kind, self.rows, self.columns);
         let parts = matrix.parts_mut(CHUNK / GROUP);
-        parts
-            .into_par_iter()
-            .try_for_each(|mut part| -> Result<()> {
-                part.fill(&read(part.rows())?);
-                Ok(())
-            })?;
+        let parts = parts.into_par_iter();
+        parts.try_for_each_init(Vec::new, |bytes, mut part| -> Result<()> {
+            bytes.clear();
+            read(part.rows(), bytes)?;
+            part.fill(bytes);
+            Ok(())
+        })?;
         Ok(Matrix::Blocks(matrix))
     }
 }

@@ -288,13 +288,14 @@ impl<'a> Vocabulary<'a> {
             joined.clear();
             joined.extend([left, right]);
             // Where one is missing it makes no token.
-            if ![left, right, &joined]
-                .iter()
-                .all(|piece| vocabulary.contains_key(*piece))
-            {
-                left_out += 1;
-            } else if seen.insert((left, right)) {
-                merges.push([left, right]);
+            let known = |piece: &str| vocabulary.get(piece).copied();
+            match (known(left), known(right), known(&joined)) {
+                (Some(l), Some(r), Some(_)) => {
+                    if seen.insert((l, r)) {
+                        merges.push([left, right]);
+                    }
+                }
+                _ => left_out += 1,
             }
         }
         let note = (left_out > 0).then(|| {

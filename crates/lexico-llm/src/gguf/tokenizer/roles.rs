@@ -2,7 +2,7 @@
 //!
 //! Converters write some special tokens as normal ones, and name one end of a text where a model has several.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::super::file::GgufFile;
 use super::{short, token_id};
@@ -155,7 +155,18 @@ impl Roles {
             ends: BTreeSet::new(),
             overridden: Vec::new(),
         };
-        let first = |texts: &[&str]| tokens.iter().position(|token| texts.contains(&&**token));
+        // Few tokens have such a text, and each is looked at many times.
+        let infill = INFILL.iter().flat_map(|infill| infill.texts);
+        let telling: HashSet<&str> = ENDS.iter().chain(&SHOWN).chain(infill).copied().collect();
+        let telling = tokens.iter().enumerate().filter_map(|(id, token)| {
+            let text = token.as_str();
+            telling.contains(text).then_some((id, text))
+        });
+        let telling: Vec<(usize, &str)> = telling.collect();
+        let first = |texts: &[&str]| {
+            let mut found = telling.iter().filter(|(_, text)| texts.contains(text));
+            found.next().map(|&(id, _)| id)
+        };
         for infill in &INFILL {
             let mut named = None;
             for entry in infill.entries {
@@ -170,11 +181,11 @@ impl Roles {
             };
             roles.ends.extend(id.filter(|_| infill.ends));
         }
-        for (id, token) in tokens.iter().enumerate() {
-            if ENDS.contains(&token.as_str()) {
+        for &(id, text) in &telling {
+            if ENDS.contains(&text) {
                 roles.ends.insert(id);
                 roles.set(id, Kind::Control);
-            } else if SHOWN.contains(&token.as_str()) {
+            } else if SHOWN.contains(&text) {
                 roles.set(id, Kind::UserDefined);
             }
         }

@@ -7,6 +7,7 @@ use half::f16;
 
 use super::product::low_bits;
 use super::{BlockType, GROUP, LINE, STEP, STEPS, UNIT, pack as portable};
+use crate::kernels::memory::ask_for_large_pages;
 use crate::kernels::{compile, dispatch};
 
 /// Numbers of sixteen rows and a step of columns: one vector of the widest registers.
@@ -45,12 +46,14 @@ impl BlockMatrix {
         let (groups, layout) = (rows.div_ceil(GROUP), kind.layout());
         let units = columns / UNIT;
         let lines = layout.quant_bytes() / LINE;
+        // Pages that are first touched by the thread that fills them.
+        let mut quants = zeroed_vec(groups * units * lines);
+        ask_for_large_pages(&mut quants);
         Self {
             kind,
             rows,
             columns,
-            // Pages that are first touched by the thread that fills them.
-            quants: zeroed_vec(groups * units * lines),
+            quants,
             scales: vec![0; groups * units / layout.units() * layout.scale_bytes()],
         }
     }
