@@ -59,7 +59,11 @@ fn the_capital_of_france_is_paris() {
             }
             let answer = answer(&model, &arguments);
             let text = answer["text"].as_str().unwrap();
-            assert!(text.contains("Paris"), "{} on {cache}: {text}", model.display());
+            assert!(
+                text.contains("Paris"),
+                "{} on {cache}: {text}",
+                model.display()
+            );
         }
     }
 }
@@ -71,7 +75,11 @@ fn a_quantised_file_answers_in_fewer_bits_too() {
         for quantize in ["q8_0", "q6_k", "q4_k"] {
             let answer = answer(&model, &["--cache", "full", "--quantize", quantize]);
             let text = answer["text"].as_str().unwrap();
-            assert!(text.contains("Paris"), "{} in {quantize}: {text}", model.display());
+            assert!(
+                text.contains("Paris"),
+                "{} in {quantize}: {text}",
+                model.display()
+            );
         }
     }
 }

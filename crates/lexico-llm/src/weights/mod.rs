@@ -231,7 +231,9 @@ mod tests {
             let mut state = 7u64;
             let mut bytes = vec![0u8; rows * columns / kind.numbers() * kind.bytes()];
             for byte in &mut bytes {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
                 *byte = (state >> 33) as u8;
             }
             let ours = BlockMatrix::from_blocks(kind, rows, columns, &bytes);
