@@ -359,7 +359,7 @@ fn what_is_given_comes_as_it_was() {
     assert_eq!((message.role(), message.content()), ("assistant", "x"));
     let text = parse("{{ messages[0] | tojson }}")
         .unwrap()
-        .render(&[message.clone()], false);
+        .render(std::slice::from_ref(&message), false);
     assert_eq!(
         text.unwrap(),
         r#"{"role": "assistant", "content": "x", "zebra": {"b": 1, "a": [2.0, 1e+20, true, null]}}"#

@@ -8,10 +8,12 @@ use super::python::{
     Kind, Made, arguments, contains, equal, is_iterable, needed, needed_text, order, text, wrong,
 };
 
+/// A test of what kind of value there is.
+type OfKind = fn(Kind) -> bool;
 type Test = fn(&mut State, &Value, &[Value]) -> Made<bool>;
 
 pub(super) fn add_to(environment: &mut Environment) {
-    let of_kind: [(&'static str, fn(Kind) -> bool); 11] = [
+    let of_kind: [(&'static str, OfKind); 11] = [
         ("defined", |kind| kind != Kind::Undefined),
         ("undefined", |kind| kind == Kind::Undefined),
         ("none", |kind| kind == Kind::None),
