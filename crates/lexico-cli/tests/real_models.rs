@@ -31,7 +31,7 @@ fn answer(model: &Path, arguments: &[&str]) -> Value {
     let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
         .args(["run", "--json", "-n", "24"])
         // Under its own system prompt SmolLM2 speaks of L'Étoile instead, here and in llama.cpp.
-        .args(["--system", "You are a helpful assistant.", "--model"])
+        .args(["--system-prompt", "You are a helpful assistant.", "--model"])
         .arg(model)
         .args(arguments)
         .arg("What is the capital of France?")
