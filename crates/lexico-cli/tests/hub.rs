@@ -422,8 +422,9 @@ fn a_gguf_file_of_a_repository_runs() {
 #[test]
 fn offline_is_what_says_so() {
     let hub = Hub::start();
-    let home = tempfile::tempdir().unwrap();
     for (value, offline) in [("False", false), ("0", false), ("ON", true), ("1", true)] {
+        // What the hub lacks is kept in the cache too.
+        let home = tempfile::tempdir().unwrap();
         let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
             .args(["run", "-m", "org/bare", "x"])
             .env("HF_ENDPOINT", &hub.endpoint)

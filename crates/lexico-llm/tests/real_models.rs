@@ -56,13 +56,22 @@ fn logits_are_off_by_no_more_than_those_of_llama_cpp() {
             let mut cache = FullCache::new(decoder.config(), NumberType::F32);
             let mut found = Vec::new();
             for tokens in case.tokens.chunks(chunk) {
-                let logits = decoder.forward_one(tokens, &mut cache, Logits::All).unwrap();
+                let logits = decoder
+                    .forward_one(tokens, &mut cache, Logits::All)
+                    .unwrap();
                 let logits = logits.to_vec2::<f32>().unwrap().into_iter();
                 found.extend(logits.map(|row| row.into_iter().step_by(case.stride).collect()));
             }
             let (ours, theirs) = (off(&found, &case.exact), off(&case.llama_cpp, &case.exact));
-            println!("{}, {chunk} at once: off by {ours:.4?}, llama.cpp by {theirs:.4?}", case.file);
-            assert!(ours.0 <= 1.1 * theirs.0, "{}: {ours:?} to {theirs:?}", case.file);
+            println!(
+                "{}, {chunk} at once: off by {ours:.4?}, llama.cpp by {theirs:.4?}",
+                case.file
+            );
+            assert!(
+                ours.0 <= 1.1 * theirs.0,
+                "{}: {ours:?} to {theirs:?}",
+                case.file
+            );
         }
     }
 }
