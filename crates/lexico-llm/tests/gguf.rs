@@ -137,12 +137,17 @@ fn a_quantised_file_is_quantised_to_less_and_never_to_more() {
         chunked(&decoder, &tokens, tokens.len())
     };
     let stored = logits(Quantize::None);
-    for quantize in [Quantize::Q8_0, Quantize::Q6K, Quantize::Q4K] {
+    let formats = [
+        (Quantize::Q8_0, 0.03),
+        (Quantize::Q6K, 0.1),
+        (Quantize::Q4K, 0.4),
+    ];
+    for (quantize, share) in formats {
         let smaller = logits(quantize);
         let (moved, off) = (worst(&smaller, &stored), worst(&smaller, &want));
         println!("{quantize:?}: {moved:.3} moved, {off:.3} off, of {largest:.1}");
         assert!(moved > 0.0, "{quantize:?} quantised nothing");
-        assert!(off < 0.25 * largest, "{quantize:?}: {off} of {largest}");
+        assert!(off < share * largest, "{quantize:?}: {off} of {largest}");
     }
     // Each matrix of this file takes less than 8 bits a number, or is one of 8 bits.
     let path = file("llama", "q8_0.gguf");
@@ -177,7 +182,10 @@ fn vocabularies_encode_as_the_libraries_they_come_from() {
         let first = model.tokenizer.encode_first("Hello").unwrap();
         let begins = !["qwen2", "gpt-2"].contains(&kind.as_str());
         assert_eq!(first[0] == 0, begins, "{kind}: {first:?}");
-        assert_eq!(model.end_tokens, [1], "{kind}");
+        // A token that ends a turn by its text ends an answer, as in llama.cpp.
+        let by_text = model.tokenizer.encode_more("<|end|>").unwrap() == [3];
+        let ends: &[u32] = if by_text { &[1, 3] } else { &[1] };
+        assert_eq!(model.end_tokens, ends, "{kind}");
     }
 }
 
