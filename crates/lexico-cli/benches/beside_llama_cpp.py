@@ -2,7 +2,7 @@
 
   python -m pip install llama-cpp-python==0.3.36 numpy
   cargo build --release
-  python crates/lexico-cli/benches/llama_cpp.py [--repetitions 5] [--threads 1,2] [--busy] MODEL.gguf…
+  python crates/lexico-cli/benches/beside_llama_cpp.py [--repetitions 5] [--threads 1,2] [--busy] MODEL.gguf…
 
 Prefill is of a prompt of 512 words, decode of 32 tokens, both in tokens a second; `first` is the time in seconds until
 the first token of a short prompt, from the start of the process for lexico and from the call that opens the model for
