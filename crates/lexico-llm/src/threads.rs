@@ -2,8 +2,8 @@
 //!
 //! A token's work is some hundred short loops, one after the other. rayon's threads fall asleep between two of them
 //! and are slow to wake; those of candle are awake, but wait for each other however long another program keeps one from
-//! its core. These stay awake for a moment, then sleep; tasks go to whoever asks next, and a thread that did not come
-//! is not waited for.
+//! its core. These stay awake for a moment, then sleep; tasks go to whoever asks next, a thread that did not come
+//! is not waited for, and one that was kept from its core in the middle of a task is left out for a while.
 
 #![allow(
     unsafe_code,
@@ -13,7 +13,7 @@
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -26,6 +26,9 @@ pub(crate) struct ModelThreads;
 /// Time that a thread stays awake without work: longer than what lies between two loops of a token, short beside the
 /// time that the system gives a thread at once.
 const AWAKE: Duration = Duration::from_micros(200);
+
+/// Time that a thread is left out after the others had to wait for it.
+const LEFT_OUT: Duration = Duration::from_millis(100);
 
 /// Number of threads: as many as rayon has, unless the environment says otherwise.
 static COUNT: LazyLock<usize> = LazyLock::new(rayon::current_num_threads);
@@ -70,6 +73,8 @@ struct Shared {
     tasks: AtomicUsize,
     /// The next task to be taken.
     next: AtomicUsize,
+    /// When the pool began.
+    began: Instant,
     /// Threads that are in the loop, beside the one that began it.
     inside: AtomicUsize,
     /// The thread that began it, where it sleeps until all have left.
@@ -89,7 +94,16 @@ struct Pool {
 
 struct Worker {
     thread: Thread,
-    asleep: &'static AtomicBool,
+    state: &'static WorkerState,
+}
+
+/// What others know of a thread of the pool.
+#[derive(Default)]
+struct WorkerState {
+    asleep: AtomicBool,
+    inside: AtomicBool,
+    /// Microseconds from the pool's beginning until which it is left out.
+    left_out_until: AtomicU64,
 }
 
 impl Pool {
@@ -100,17 +114,18 @@ impl Pool {
             task: UnsafeCell::new(None),
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            began: Instant::now(),
             inside: AtomicUsize::new(0),
             waiting: Mutex::new(None),
             panic: Mutex::new(None),
         }));
         let worker = |number: usize| {
-            let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+            let state: &'static WorkerState = Box::leak(Box::default());
             let builder = thread::Builder::new().name(format!("model-{number}"));
-            let thread = builder.spawn(move || shared.work(asleep)).ok()?;
+            let thread = builder.spawn(move || shared.work(state)).ok()?;
             Some(Worker {
                 thread: thread.thread().clone(),
-                asleep,
+                state,
             })
         };
         Self {
@@ -129,14 +144,17 @@ impl Pool {
         shared.tasks.store(tasks, SeqCst);
         shared.next.store(0, SeqCst);
         shared.round.fetch_add(1, SeqCst);
-        for worker in self.workers.iter().take(tasks - 1) {
-            if worker.asleep.swap(false, SeqCst) {
+        let started = Instant::now();
+        let there = self.workers.iter();
+        let there = there.filter(|worker| !shared.is_left_out(worker.state));
+        for worker in there.take(tasks - 1) {
+            if worker.state.asleep.swap(false, SeqCst) {
                 worker.thread.unpark();
             }
         }
         shared.take_tasks(task);
         shared.round.fetch_add(1, SeqCst);
-        shared.wait_until_left();
+        shared.wait_until_left(&self.workers, started.elapsed());
         let panic = shared
             .panic
             .lock()
@@ -170,14 +188,31 @@ impl Shared {
         }
     }
 
-    /// Waits, awake for a moment, until the others have left a round that is closed.
-    fn wait_until_left(&self) {
+    fn is_left_out(&self, worker: &WorkerState) -> bool {
+        let until = worker.left_out_until.load(SeqCst);
+        until > 0 && (self.began.elapsed().as_micros() as u64) < until
+    }
+
+    /// Waits, awake for a moment, until the others have left a round that is closed; `own` is what this thread's tasks
+    /// took.
+    fn wait_until_left(&self, workers: &[Worker], own: Duration) {
         let left = || self.inside.load(SeqCst) == 0;
         if awake_until(left) {
             return;
         }
         // Asleep, it leaves its core to a thread that another program keeps from its own.
         *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
+        let patience = Instant::now() + 2 * own;
+        while !left() && Instant::now() < patience {
+            thread::park_timeout(patience.saturating_duration_since(Instant::now()));
+        }
+        let until = (self.began.elapsed() + LEFT_OUT).as_micros() as u64;
+        for worker in workers
+            .iter()
+            .filter(|worker| worker.state.inside.load(SeqCst))
+        {
+            worker.state.left_out_until.store(until, SeqCst);
+        }
         while !left() {
             thread::park();
         }
@@ -185,22 +220,23 @@ impl Shared {
     }
 
     /// What a thread of the pool does, forever.
-    fn work(&self, asleep: &AtomicBool) {
+    fn work(&self, state: &WorkerState) {
         let mut seen = 0;
         loop {
             let open = || {
                 let round = self.round.load(SeqCst);
-                round % 2 == 1 && round != seen
+                round % 2 == 1 && round != seen && !self.is_left_out(state)
             };
             while !awake_until(open) {
-                asleep.store(true, SeqCst);
+                state.asleep.store(true, SeqCst);
                 // A round may have begun before it was said.
-                while asleep.load(SeqCst) && !open() {
+                while state.asleep.load(SeqCst) && !open() {
                     thread::park();
                 }
-                asleep.store(false, SeqCst);
+                state.asleep.store(false, SeqCst);
             }
             self.inside.fetch_add(1, SeqCst);
+            state.inside.store(true, SeqCst);
             let round = self.round.load(SeqCst);
             if round % 2 == 1 {
                 seen = round;
@@ -210,6 +246,7 @@ impl Shared {
                     self.take_tasks(task);
                 }
             }
+            state.inside.store(false, SeqCst);
             if self.inside.fetch_sub(1, SeqCst) == 1 && self.round.load(SeqCst).is_multiple_of(2) {
                 let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(thread) = waiting.as_ref() {

@@ -7,6 +7,7 @@ mod splits;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
@@ -152,7 +153,7 @@ fn ending_with(token: &str, id: usize) -> Value {
 struct Vocabulary<'a> {
     file: &'a GgufFile,
     /// Every token's text, or its name where it has none.
-    tokens: Vec<String>,
+    tokens: Vec<Cow<'a, str>>,
     /// Tokens whose bytes are no UTF-8: no text holds them.
     not_utf8: HashSet<usize>,
     roles: Roles,
@@ -163,11 +164,12 @@ impl<'a> Vocabulary<'a> {
         let Some(list) = file.texts("tokenizer.ggml.tokens")? else {
             return Ok(None);
         };
-        let mut tokens = list.texts.clone();
+        let texts = list.texts.iter().map(String::as_str);
+        let mut tokens: Vec<Cow<'a, str>> = texts.map(Cow::Borrowed).collect();
         for (id, token) in tokens.iter_mut().enumerate() {
             if token.is_empty() {
                 // llama.cpp's name.
-                *token = format!("[EMPTY_{id}]");
+                *token = format!("[EMPTY_{id}]").into();
             }
         }
         let mut not_utf8 = HashSet::new();
@@ -176,11 +178,11 @@ impl<'a> Vocabulary<'a> {
             match bytes[..] {
                 // llama.cpp falls back on it where there is no piece with the byte's name.
                 [byte] if sentence_pieces && !list.texts.contains(&format!("<0x{byte:02X}>")) => {
-                    tokens[id] = format!("<0x{byte:02X}>");
+                    tokens[id] = format!("<0x{byte:02X}>").into();
                 }
                 _ => {
                     let hexadecimal: String = bytes.iter().map(|b| format!("{b:02X}")).collect();
-                    tokens[id] = format!("[BYTES_{hexadecimal}]");
+                    tokens[id] = format!("[BYTES_{hexadecimal}]").into();
                     not_utf8.insert(id);
                 }
             }
@@ -215,7 +217,7 @@ impl<'a> Vocabulary<'a> {
                 let reason = format!("its token {number} is {} bytes long", token.len());
                 return Err(self.file.error(reason));
             }
-            if let Some(first) = numbers.insert(token.as_str(), number) {
+            if let Some(first) = numbers.insert(&**token, number) {
                 let token = short(token);
                 let reason = format!("its tokens {first} and {number} are both {token:?}");
                 return Err(self.file.error(reason));

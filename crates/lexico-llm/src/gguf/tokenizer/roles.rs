@@ -2,6 +2,7 @@
 //!
 //! Converters write some special tokens as normal ones, and name one end of a text where a model has several.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
 
 use super::super::file::GgufFile;
@@ -149,7 +150,7 @@ const INFILL: [Infill; 6] = [
 const SHOWN: [&str; 4] = ["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
 impl Roles {
-    pub(super) fn find(file: &GgufFile, tokens: &[String], kinds: Vec<Kind>) -> Result<Self> {
+    pub(super) fn find(file: &GgufFile, tokens: &[Cow<'_, str>], kinds: Vec<Kind>) -> Result<Self> {
         let mut roles = Self {
             kinds,
             ends: BTreeSet::new(),
@@ -159,7 +160,7 @@ impl Roles {
         let infill = INFILL.iter().flat_map(|infill| infill.texts);
         let telling: HashSet<&str> = ENDS.iter().chain(&SHOWN).chain(infill).copied().collect();
         let telling = tokens.iter().enumerate().filter_map(|(id, token)| {
-            let text = token.as_str();
+            let text: &str = token;
             telling.contains(text).then_some((id, text))
         });
         let telling: Vec<(usize, &str)> = telling.collect();
@@ -220,7 +221,7 @@ impl Roles {
     }
 
     /// Says which tokens the file gives another kind.
-    pub(super) fn note(&self, tokens: &[String]) -> Option<String> {
+    pub(super) fn note(&self, tokens: &[Cow<'_, str>]) -> Option<String> {
         let mut names = self.overridden.iter().map(|&id| {
             let token = &tokens[id];
             format!("{:?}", short(token))
