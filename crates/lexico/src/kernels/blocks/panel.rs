@@ -3,7 +3,7 @@
 use super::super::{compile, dispatch};
 use super::{UNIT, portable};
 
-/// A few rows of activations, rounded to 8-bit integers, [`UNIT`] of them with a scale each.
+/// A few rows of activations, rounded to 8-bit integers, 32 of them with a scale each.
 pub struct Panel {
     rows: usize,
     /// Rows with those of zeros that fill up to what kernels are compiled for: 1, 4 or 8.
