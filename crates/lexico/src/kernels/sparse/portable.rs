@@ -13,26 +13,26 @@ fn add_row<const FMA: bool, const G: usize>(sums: &mut [f32; G], c: f32, row: &[
     }
 }
 
-/// Does something with each nonzero of a vector: the number of the sum that it belongs to, its coefficient and its
-/// index. There are two sums, so that additions wait less for each other. (A function that is given a closure costs an
-/// instruction a nonzero more.)
-macro_rules! each_nonzero {
-    ($indices:ident, $coefficients:ident, |$sum:ident, $c:ident, $i:ident| $add:expr) => {
-        prefetch($indices.as_ptr(), AHEAD);
-        prefetch($coefficients.as_ptr(), AHEAD);
-        let (index_fours, index_rest) = $indices.as_chunks::<4>();
-        let (fours, rest) = $coefficients.as_chunks::<4>();
-        for (indices, coefficients) in index_fours.iter().zip(fours) {
-            for j in 0..4 {
-                let ($sum, $c, $i) = (j % 2, coefficients[j].value(), usize::from(indices[j]));
-                $add;
-            }
+/// Calls `add` with each nonzero of a vector: the number of the sum that it belongs to, its coefficient and its index.
+/// There are two sums, so that additions wait less for each other.
+#[inline(always)]
+fn for_each_nonzero<C: Coefficient>(
+    indices: &[u16],
+    coefficients: &[C],
+    mut add: impl FnMut(usize, f32, usize),
+) {
+    prefetch(indices.as_ptr(), AHEAD);
+    prefetch(coefficients.as_ptr(), AHEAD);
+    let (index_fours, index_rest) = indices.as_chunks::<4>();
+    let (fours, rest) = coefficients.as_chunks::<4>();
+    for (indices, coefficients) in index_fours.iter().zip(fours) {
+        for j in 0..4 {
+            add(j % 2, coefficients[j].value(), usize::from(indices[j]));
         }
-        for (&index, &coefficient) in index_rest.iter().zip(rest) {
-            let ($sum, $c, $i) = (0, coefficient.value(), usize::from(index));
-            $add;
-        }
-    };
+    }
+    for (&i, &c) in index_rest.iter().zip(rest) {
+        add(0, c.value(), usize::from(i));
+    }
 }
 
 #[inline(always)]
@@ -64,9 +64,12 @@ fn scores_of_group<const FMA: bool, const G: usize>(
         |indices, coefficients, scale| {
             let Some(out) = outs.next() else { return };
             let mut sums = [[0f32; G]; 2];
-            each_nonzero!(indices, coefficients, |sum, c, i| {
-                add_row::<FMA, G>(&mut sums[sum], c, &p[i])
-            });
+            for_each_nonzero(
+                indices,
+                coefficients,
+                #[inline(always)]
+                |sum, c, i| add_row::<FMA, G>(&mut sums[sum], c, &p[i]),
+            );
             for g in 0..G {
                 out[g] = (sums[0][g] + sums[1][g]) * scale;
             }
@@ -103,9 +106,12 @@ fn accumulate_group<const FMA: bool, const G: usize>(
         |indices, coefficients, scale| {
             let Some(weights) = rows.next() else { return };
             let scaled = weights.map(|weight| weight * scale);
-            each_nonzero!(indices, coefficients, |_sum, c, i| {
-                add_row::<FMA, G>(&mut u[i], c, &scaled)
-            });
+            for_each_nonzero(
+                indices,
+                coefficients,
+                #[inline(always)]
+                |_, c, i| add_row::<FMA, G>(&mut u[i], c, &scaled),
+            );
         },
     );
 }
