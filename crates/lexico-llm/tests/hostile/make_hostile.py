@@ -161,7 +161,8 @@ write("twice-00002-of-00002.gguf", changed(split__count=(U32, 2), split__no=(U32
 write("order-00001-of-00002.gguf", changed(split__count=(U32, 2), split__no=(U32, 1)), "not part 1 of 2")
 write("order-00002-of-00002.gguf", changed(split__count=(U32, 2), split__no=(U32, 0)), "not part 1 of 2")
 write("vocabulary-none.gguf", changed(tokenizer__ggml__tokens=None), "tokenizer.ggml.tokens")
-write("vocabulary-large.gguf", changed(tokenizer__ggml__tokens=(ARRAY, (TEXT, list("abcdefgh")))), "8 tokens")
+write("vocabulary-large.gguf", changed(tokenizer__ggml__tokens=(ARRAY, (TEXT, list("abcdefgh"))),
+                                       tokenizer__ggml__token_type=(ARRAY, (U32, [1] * 8))), "vocabulary of 8")
 write("vocabulary-twice.gguf", changed(tokenizer__ggml__tokens=(ARRAY, (TEXT, ["a", "b", "ab", "a", "c"]))), "both \"a\"")
 write("vocabulary-kinds.gguf", changed(tokenizer__ggml__token_type=(ARRAY, (U32, [1]))), "kinds of 1")
 write("tokenizer-none.gguf", changed(tokenizer__ggml__model=None), "tokenizer.ggml.model")
