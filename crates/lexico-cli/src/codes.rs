@@ -126,6 +126,7 @@ impl Encode {
                 );
                 return Ok(Coder::Additive {
                     codebooks: Arc::new(Codebooks::load(&self.dictionary, &self.tensor)?),
+                    maps: None,
                     beam_width: self.beam.unwrap_or(BEAM_WIDTH),
                 });
             }

@@ -27,7 +27,8 @@ impl Export {
         ui::check_out(&self.out, &[&self.file])?;
         let set = DictionarySet::load(&self.file)?;
         export_reference(&set, &self.out)?;
-        let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
+        let first = set.layers.first().and_then(|layer| layer.sparse.as_ref());
+        let atoms = first.map_or(0, |both| both.keys.len());
         let left_out = if set.usual_family() == CodeFamily::Additive {
             "; the codebooks of additive codes are left out: such files have no place for them"
         } else {

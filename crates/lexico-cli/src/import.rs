@@ -24,7 +24,8 @@ impl Import {
         let model = model::load_model(&self.model, Quantize::None)?;
         let set = import_reference(&self.file, model.identity())?;
         set.save(&self.out)?;
-        let atoms = set.layers.first().map_or(0, |layer| layer.keys.len());
+        let first = set.layers.first().and_then(|layer| layer.sparse.as_ref());
+        let atoms = first.map_or(0, |both| both.keys.len());
         let layers = set.layers.len();
         ui::note(&format!(
             "{}: {layers} layers of {atoms} atoms",

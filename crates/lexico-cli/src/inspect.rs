@@ -35,7 +35,7 @@ impl Inspect {
         } else {
             let file = TensorFile::open(&self.file)?;
             match file.metadata().get("format").map(String::as_str) {
-                Some(dictionary::FORMAT) => dictionaries(&file)?,
+                Some(format) if dictionary::FORMATS.contains(&format) => dictionaries(&file)?,
                 Some(codes::FORMAT) => codes(&self.file)?,
                 _ => tensors(&file)?,
             }
@@ -120,11 +120,18 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         allocation: set.allocate(CodeFamily::Additive, additive_sparsity as f64),
     };
     let layers = || set.layers.iter().enumerate();
-    let rows = layers().map(|(l, layer)| {
-        let atoms = [layer.keys.len(), layer.values.len()];
-        sparse.row(l, atoms.map(|atoms| atoms.to_string()))
+    let rows = layers().filter_map(|(l, layer)| {
+        let both = layer.sparse.as_ref()?;
+        let atoms = [both.keys.len(), both.values.len()];
+        Some(sparse.row(l, atoms.map(|atoms| atoms.to_string())))
     });
-    let mut tables = table("atoms", "nonzeros", rows.collect());
+    let rows: Vec<_> = rows.collect();
+    let mut tables = Vec::new();
+    let mut sparse_fact = "none".to_owned();
+    if !rows.is_empty() {
+        tables.push(table("atoms", "nonzeros", rows));
+        sparse_fact = format!("{} nonzeros on average by default", training.sparsity);
+    }
     let rows = layers().filter_map(|(l, layer)| {
         let codebooks = layer.codebooks.as_ref()?;
         let sizes = [&codebooks.keys, &codebooks.values].map(|codebooks| {
@@ -136,13 +143,12 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     let rows: Vec<_> = rows.collect();
     let mut additive_fact = "none".to_owned();
     if !rows.is_empty() {
-        tables += "\n\nAdditive codes, one atom of each codebook:\n";
-        tables += &table("atoms", "atoms a code", rows);
+        let title = "Additive codes, one atom of each codebook:";
+        tables.push(format!("{title}\n{}", table("atoms", "atoms a code", rows)));
         additive_fact =
             format!("{codebooks} codebooks, {additive_sparsity} atoms on average by default");
     }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
-    let sparsity = format!("{} on average by default", training.sparsity);
     let text = facts(&[
         ("kind", "dictionaries".to_owned()),
         ("model", format!("{} ({})", model.name, model.architecture)),
@@ -150,7 +156,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         ("KV heads", model.kv_heads.to_string()),
         ("head dim", model.head_dim.to_string()),
         ("rotary", rotary),
-        ("sparsity", sparsity),
+        ("sparse codes", sparse_fact),
         ("additive codes", additive_fact),
         ("corpus", training.corpus.join(", ")),
         ("tokens", training.tokens.to_string()),
@@ -160,7 +166,8 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     ]);
     let layers = layers().map(|(l, layer)| {
         let part = |part: usize| {
-            let atoms = [&layer.keys, &layer.values][part].len();
+            let sparse_atoms = layer.sparse.as_ref();
+            let atoms = sparse_atoms.map(|own| [&own.keys, &own.values][part].len());
             let codebooks = layer.codebooks.as_ref();
             let codebooks = codebooks.map(|own| [&own.keys, &own.values][part]);
             let codebooks = codebooks.map(|codebooks| {
@@ -189,7 +196,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,
     });
-    Ok((format!("{text}\n{tables}"), json))
+    Ok((format!("{text}\n{}", tables.join("\n\n")), json))
 }
 
 fn codes(path: &Path) -> anyhow::Result<Report> {

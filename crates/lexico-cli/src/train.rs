@@ -3,12 +3,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Args;
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
 use lexico::DictionarySet;
 use lexico::dictionary::{CodeFamily, LayerErrors, additive_sparsity};
 use lexico::learn::{CodebookOptions, LearnOptions};
 use lexico_llm::train::{
-    Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
+    Effort, Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
 use lexico_llm::{Model, Quantize};
 use serde_json::json;
@@ -40,24 +41,28 @@ pub(crate) struct Train {
     /// Atoms of the first codebook; every other has 256
     #[arg(long, alias = "first-group", default_value_t = CodebookOptions::default().first, value_name = "N")]
     first_codebook: usize,
-    /// Atoms of a dictionary (N)
-    #[arg(long, default_value_t = LearnOptions::default().atoms, value_name = "N")]
-    atoms: usize,
+    /// Atoms of a dictionary for sparse codes (N); 0: learn none [default: 0, and 4096 with --codebooks 0]
+    #[arg(long, value_name = "N")]
+    atoms: Option<usize>,
     /// Nonzeros of a vector during learning [default: an eighth of the head dim]
     #[arg(long, value_name = "S")]
     sparsity: Option<usize>,
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Max tokens to read, in whole chunks drawn evenly from all texts (from stdin: its first)
-    #[arg(long, default_value_t = TrainOptions::default().tokens, value_name = "N")]
-    tokens: usize,
+    /// How much to spend: quick is for a first try, thorough for dictionaries that others will use
+    #[arg(long, value_enum, default_value = "normal", value_name = "EFFORT")]
+    effort: EffortArgument,
+    /// Max tokens to read, in whole chunks drawn evenly from all texts (from stdin: its first) [default: 24576, 98304
+    /// or 294912, by effort; 1000000 with --atoms]
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
     /// Tokens that the model sees at once
     #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
     context: usize,
-    /// Max vectors that each dictionary learns from
-    #[arg(long, default_value_t = TrainOptions::default().vectors, value_name = "N")]
-    vectors: usize,
+    /// Max vectors that each dictionary learns from [default: 49152, 131072 or 393216, by effort; 200000 with --atoms]
+    #[arg(long, value_name = "N")]
+    vectors: Option<usize>,
     /// Passes over the vectors
     #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
     epochs: usize,
@@ -88,6 +93,30 @@ pub(crate) struct Train {
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
+}
+
+/// Tokens and vectors from which dictionaries for sparse codes are learned.
+const SPARSE_TOKENS: usize = 1_000_000;
+const SPARSE_VECTORS: usize = 200_000;
+
+/// An [`Effort`] by its name.
+#[derive(Clone, Copy)]
+struct EffortArgument(Effort);
+
+impl ValueEnum for EffortArgument {
+    fn value_variants<'a>() -> &'a [Self] {
+        const ALL: [EffortArgument; 3] = [
+            EffortArgument(Effort::Quick),
+            EffortArgument(Effort::Normal),
+            EffortArgument(Effort::Thorough),
+        ];
+        &ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let own = Effort::ALL.iter().find(|(_, effort)| *effort == self.0);
+        own.map(|(name, _)| PossibleValue::new(*name))
+    }
 }
 
 impl Train {
@@ -173,7 +202,9 @@ impl Train {
         let every = Duration::try_from_secs_f64(self.save_every);
         let sparsity = self.sparsity.unwrap_or((head_dim / 8).max(1));
         let trained = kept.as_ref().map_or(sparsity, |k| k.training.sparsity);
-        let usual = CodebookOptions::of(head_dim);
+        let EffortArgument(effort) = self.effort;
+        let by_effort = effort.options(head_dim);
+        let usual = by_effort.codebooks.clone().unwrap_or_default();
         let codebooks = self.codebooks.unwrap_or(usual.codebooks);
         let codebooks = (codebooks > 0).then_some(CodebookOptions {
             first: self.first_codebook,
@@ -182,12 +213,23 @@ impl Train {
             seed: self.seed,
             ..usual
         });
+        let atoms = self.atoms.unwrap_or(match codebooks {
+            Some(_) => 0,
+            None => LearnOptions::default().atoms,
+        });
         Ok(TrainOptions {
-            tokens: self.tokens,
+            sparse: atoms > 0,
+            tokens: self.tokens.unwrap_or(match atoms {
+                0 => by_effort.tokens,
+                _ => SPARSE_TOKENS,
+            }),
             context: self.context,
-            vectors: self.vectors,
+            vectors: self.vectors.unwrap_or(match atoms {
+                0 => by_effort.vectors,
+                _ => SPARSE_VECTORS,
+            }),
             learn: LearnOptions {
-                atoms: self.atoms,
+                atoms,
                 sparsity,
                 epochs: self.epochs,
                 batch: self.batch,
@@ -210,7 +252,11 @@ impl Train {
     fn report(&self, trained: &Trained, seconds: f64) -> anyhow::Result<()> {
         let dictionaries = &trained.dictionaries;
         let training = &dictionaries.training;
-        let atoms = dictionaries.layers.first().map_or(0, |l| l.keys.len());
+        let first = dictionaries
+            .layers
+            .first()
+            .and_then(|layer| layer.sparse.as_ref());
+        let atoms = first.map_or(0, |both| both.keys.len());
         let codebooks = dictionaries.max_sparsity(CodeFamily::Additive);
         // Dictionaries that were imported came without errors.
         let error = |l: usize| training.relative_error.get(l);
@@ -226,14 +272,14 @@ impl Train {
                     (name): lost, "epochs": epochs.collect::<Vec<_>>(),
                 })
             };
-            let layers = layers.zip(&trained.courses);
-            let layers = layers.map(|((l, attention), [keys, values])| {
+            let layers = layers.map(|(l, attention)| {
+                let [keys, values] = trained.courses.get(l).cloned().unwrap_or_default();
                 let errors = [error(l), additive_error(l)];
                 let (score, output) = (attention.score, attention.output);
                 json!({
                     "layer": l,
-                    "keys": part(errors.map(|e| Some(e?.keys)), ("score_error", score), keys),
-                    "values": part(errors.map(|e| Some(e?.values)), ("output_error", output), values),
+                    "keys": part(errors.map(|e| Some(e?.keys)), ("score_error", score), &keys),
+                    "values": part(errors.map(|e| Some(e?.values)), ("output_error", output), &values),
                 })
             });
             return ui::json(&json!({

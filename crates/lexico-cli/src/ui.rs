@@ -2,11 +2,12 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use comfy_table::{CellAlignment, Row, Table, presets};
-use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
-use lexico::dictionary::FORMAT;
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+use lexico::dictionary::FORMATS;
 use lexico::shown::escaped_lines;
 use lexico::tensor_file::{TensorFile, check_writable};
 use lexico_llm::cache::{METHODS, Values};
@@ -71,27 +72,48 @@ pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
     bar
 }
 
-/// Progress bars, one after the other: each ends when all of its work is done.
+/// Progress bars, one after the other: each ends when all of its work is done. Where stderr is no terminal, lines instead.
 #[derive(Default)]
 pub(crate) struct Bars {
     /// True where a bar that has ended is removed.
     clear: bool,
     bar: Option<ProgressBar>,
+    /// The time of the last line where stderr is no terminal.
+    line: Option<Instant>,
 }
+
+/// Seconds between two lines of progress where stderr is no terminal.
+const BETWEEN_LINES: u64 = 15;
 
 impl Bars {
     /// Makes bars that are removed when they end.
     pub(crate) fn cleared() -> Self {
-        let (clear, bar) = (true, None);
-        Self { clear, bar }
+        Self {
+            clear: true,
+            ..Self::default()
+        }
     }
 
     /// Shows that `done` of `total` is done, on a new bar where none is shown.
     pub(crate) fn show(&mut self, message: String, done: usize, total: usize, unit: &str) {
-        let bar = self.bar.get_or_insert_with(|| progress(0, unit));
+        let bar = self.bar.get_or_insert_with(|| {
+            self.line = None;
+            progress(0, unit)
+        });
         bar.set_message(message);
         bar.set_length(total as u64);
         bar.set_position(done as u64);
+        if bar.is_hidden() && !self.clear {
+            let due = |line: Instant| line.elapsed().as_secs() >= BETWEEN_LINES;
+            if self.line.is_none_or(due) || done == total {
+                self.line = Some(Instant::now());
+                note(&format!(
+                    "{}: {done}/{total} {unit}, {} left",
+                    bar.message(),
+                    HumanDuration(bar.eta())
+                ));
+            }
+        }
         if done == total {
             self.finish();
         }
@@ -126,7 +148,10 @@ pub(crate) fn check_out(out: &Path, inputs: &[&Path]) -> anyhow::Result<()> {
 pub(crate) fn check_dictionary_out(out: &Path, inputs: &[&Path]) -> anyhow::Result<()> {
     check_out(out, inputs)?;
     if let Ok(there) = TensorFile::open(out)
-        && there.metadata().get("format").is_none_or(|f| f != FORMAT)
+        && there
+            .metadata()
+            .get("format")
+            .is_none_or(|f| !FORMATS.contains(&f.as_str()))
     {
         bail!(
             "{} is there and no dictionary; name another --out",

@@ -16,6 +16,9 @@ pub enum Error {
         /// Reason why it is refused.
         reason: String,
     },
+    /// Dictionaries for sparse codes that a task needs are not there.
+    #[error("{name}: it has no dictionaries for sparse codes, which this task compares; `lexico train --atoms 4096` learns them", name = shown_message(.0))]
+    NoSparse(String),
     /// A file or folder cannot serve as a data set, as a part of one, or as a report.
     #[error("{path}: {reason}", path = shown_path(path), reason = shown_message(reason))]
     File {

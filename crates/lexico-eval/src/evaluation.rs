@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::str::FromStr;
 use std::time::Instant;
 
+use lexico::KeyValue;
 use lexico_llm::Model;
 use lexico_llm::cache::{CacheBudget, CacheContext, CacheSpec, Lengths};
 use rand::SeedableRng;
@@ -338,11 +339,12 @@ fn settings(
     let dictionaries = model.dictionaries.as_ref().map(|set| {
         let mut checksum = crc32fast::Hasher::new();
         for layer in &set.layers {
-            let mut sums = vec![layer.keys.checksum(), layer.values.checksum()];
-            if let Some(codebooks) = &layer.codebooks {
-                sums.extend(codebooks.as_ref().map(|own| own.checksum()));
-            }
-            for sum in sums {
+            let sparse = layer.sparse.iter().flat_map(KeyValue::as_ref);
+            let codebooks = layer.codebooks.iter().flat_map(KeyValue::as_ref);
+            let maps = layer.maps.iter().flat_map(KeyValue::as_ref);
+            let sums = sparse.map(|own| own.checksum());
+            let sums = sums.chain(codebooks.map(|own| own.checksum()));
+            for sum in sums.chain(maps.map(|own| own.checksum())) {
                 checksum.update(&sum.to_le_bytes());
             }
         }

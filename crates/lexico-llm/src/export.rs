@@ -23,9 +23,12 @@ const ROOT: &str = "dictionary";
 /// [`lexico::Error::Io`] where the file cannot be written, which is then as it was.
 pub fn export_reference(set: &DictionarySet, path: &Path) -> Result<()> {
     let error = |reason: String| refused(path, format!("cannot export to it: {reason}"));
-    let matrices = || set.layers.iter().flat_map(|l| [&l.keys, &l.values]);
+    let sparse = || set.layers.iter().flat_map(|layer| &layer.sparse);
+    let matrices = || sparse().flat_map(|both| both.as_ref());
     let Some(first) = matrices().next() else {
-        return Err(error("the set has no layers".to_owned()));
+        let reason = "it has no dictionaries for sparse codes, which alone have a place in such a file; \
+             `lexico train --atoms 4096` learns them";
+        return Err(error(reason.to_owned()));
     };
     let (m, atoms) = (first.head_dim(), first.len());
     if let Some(other) = matrices().find(|d| d.len() != atoms || d.head_dim() != m) {

@@ -9,7 +9,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use lexico::dictionary::{LayerDictionaries, Training};
 use lexico::tensor_file::{self, Dtype, NewTensor};
-use lexico::{Dictionary, DictionarySet};
+use lexico::{Dictionary, DictionarySet, KeyValue};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -136,9 +136,8 @@ pub fn dictionaries(config: &Config, atoms: usize, sparsity: usize) -> Result<Ar
     };
     let layers = (0..config.layers).map(|_| {
         Ok(LayerDictionaries {
-            keys: dictionary()?.into(),
-            values: dictionary()?.into(),
-            codebooks: None,
+            sparse: Some(KeyValue::new(dictionary()?.into(), dictionary()?.into())),
+            ..LayerDictionaries::default()
         })
     });
     Ok(Arc::new(DictionarySet {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lexico::dictionary::{ModelIdentity, RotaryIdentity};
 use lexico::tensor_file::TensorFile;
-use lexico::{Dictionary, DictionarySet};
+use lexico::{Dictionary, DictionarySet, KeyValue};
 use lexico_llm::export::export_reference;
 use lexico_llm::import::import_reference;
 use lexico_llm::{Error, Model};
@@ -43,14 +43,16 @@ fn columns_become_atoms_and_keys_and_values_part() {
     ] {
         let set = import_reference(&fixture(file), identity(2, 8)).unwrap();
         for (l, layer) in set.layers.iter().enumerate() {
-            for (part, dictionary) in [("keys", &layer.keys), ("values", &layer.values)] {
+            for (part, dictionary) in
+                KeyValue::new("keys", "values").zip(layer.sparse.clone().unwrap())
+            {
                 let (want, shape) = rows.f32_tensor(&format!("layers.{l}.{part}"), 2).unwrap();
                 assert_eq!([dictionary.len(), dictionary.head_dim()], shape[..]);
                 let worst = |d: &Dictionary| {
                     let pairs = d.atoms().iter().zip(&want);
                     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
                 };
-                assert!(worst(dictionary) <= tolerance, "{file} layer {l} {part}");
+                assert!(worst(&dictionary) <= tolerance, "{file} layer {l} {part}");
             }
         }
     }
@@ -122,7 +124,8 @@ fn dictionaries_that_no_tensor_holds_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.pt");
     let mut uneven = tiny();
-    uneven.layers[2].values = Dictionary::new(vec![1.0; 64 * 64], 1).unwrap().into();
+    let values = Dictionary::new(vec![1.0; 64 * 64], 1).unwrap().into();
+    uneven.layers[2].sparse.as_mut().unwrap().values = values;
     let error = export_reference(&uneven, &path).unwrap_err();
     assert!(matches!(error, Error::File { .. }), "{error}");
     assert!(error.to_string().contains("one size"), "{error}");

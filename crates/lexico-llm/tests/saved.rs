@@ -25,7 +25,7 @@ fn additive_model() -> Model {
     let mut set = (**model.dictionaries.as_ref().unwrap()).clone();
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     for layer in &mut set.layers {
-        let m = layer.keys.head_dim();
+        let m = layer.head_dim();
         let mut draw = || {
             let sizes = CodebookSizes { first: 300 };
             let numbers = (0..sizes.atoms(8) * m).map(|_| rng.random_range(-0.3f32..0.3));
@@ -450,8 +450,8 @@ fn other_models_dictionaries_settings_and_versions_are_refused() {
         outcome(&other, &folder, &bytes).unwrap_err()
     };
     let refused = changed(|set| {
-        let (keys, values) = (set.layers[1].keys.clone(), set.layers[1].values.clone());
-        (set.layers[1].keys, set.layers[1].values) = (values, keys);
+        let own = set.layers[1].sparse.as_mut().unwrap();
+        std::mem::swap(&mut own.keys, &mut own.values);
     });
     assert!(
         refused.contains("other dictionaries") && refused.contains("--dictionary"),

@@ -44,7 +44,11 @@ fn encode(
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let layer = DictionarySet::load(EMBEDDED)?.layers.swap_remove(0);
-    let mut dictionary = Dictionary::clone(&layer.keys);
+    let own = layer
+        .sparse
+        .ok_or("the embedded model has dictionaries for sparse codes")?
+        .keys;
+    let mut dictionary = Dictionary::clone(&own);
     let m = dictionary.head_dim();
     let max_atoms = dictionary.len() + MAX_ADDED;
     let mut state = 1u32;
@@ -59,7 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!(
             "batch {batch}: {} atoms, {} bytes of them added; mean relative error {:.3}, without {:.3}",
             dictionary.len(),
-            2 * m * (dictionary.len() - layer.keys.len()),
+            2 * m * (dictionary.len() - own.len()),
             after.mean_relative_error(),
             before.mean_relative_error()
         );

@@ -122,17 +122,18 @@ impl TensorFile {
         self.header.metadata().clone().unwrap_or_default()
     }
 
-    /// Checks that the metadata names `wanted` as the file's format; `cure` says what makes such files.
-    pub(crate) fn check_format(&self, wanted: &'static str, cure: &'static str) -> Result<()> {
+    /// Checks that the metadata names one of `wanted`, the newest last, as the file's format; `cure` says what makes
+    /// such files.
+    pub(crate) fn check_format(&self, wanted: &[&'static str], cure: &'static str) -> Result<()> {
         let metadata = self.metadata();
         let found = metadata.get("format");
-        if found.is_some_and(|f| f == wanted) {
+        if found.is_some_and(|f| wanted.contains(&f.as_str())) {
             return Ok(());
         }
         Err(Error::Format {
             path: self.path.clone(),
             found: found.map_or("none".to_owned(), |f| format!("{f:?}")),
-            wanted,
+            wanted: wanted.last().copied().unwrap_or_default(),
             cure,
         })
     }

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use common::{drawn_vectors, random_dictionary};
 use lexico::codes::CodeFile;
 use lexico::dictionary::{
-    CodingLosses, FORMAT, LayerDictionaries, LayerErrors, LayerLosses, ModelIdentity,
+    CodingLosses, FORMATS, LayerDictionaries, LayerErrors, LayerLosses, ModelIdentity,
     RotaryIdentity, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use lexico::{
-    Codes, CoefficientFormat, Dictionary, DictionarySet, Encoder, Error, Pursuit, SparseFormat,
+    Codes, CoefficientFormat, Dictionary, DictionarySet, Encoder, Error, KeyValue, Pursuit,
+    SparseFormat,
 };
 use proptest::prelude::*;
 
@@ -36,9 +37,11 @@ fn identity(layers: usize, head_dim: usize) -> ModelIdentity {
 
 fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
     let layer = |l: usize| LayerDictionaries {
-        codebooks: None,
-        keys: random_dictionary(2 * l as u64, atoms, m).into(),
-        values: random_dictionary(2 * l as u64 + 1, atoms, m).into(),
+        sparse: Some(KeyValue::new(
+            random_dictionary(2 * l as u64, atoms, m).into(),
+            random_dictionary(2 * l as u64 + 1, atoms, m).into(),
+        )),
+        ..LayerDictionaries::default()
     };
     DictionarySet {
         layers: (0..layers).map(layer).collect(),
@@ -63,7 +66,7 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
 }
 
 fn metadata() -> HashMap<String, String> {
-    HashMap::from([("format".to_owned(), FORMAT.to_owned())])
+    HashMap::from([("format".to_owned(), FORMATS[0].to_owned())])
 }
 
 /// A file with this one tensor and the dictionary format.
@@ -82,7 +85,8 @@ fn a_dictionary_set_comes_back_as_it_was_up_to_f16() {
     let back = DictionarySet::load(&path).unwrap();
     assert_eq!((&back.model, &back.training), (&set.model, &set.training));
     for (a, b) in set.layers.iter().zip(&back.layers) {
-        for (a, b) in [(&a.keys, &b.keys), (&a.values, &b.values)] {
+        let (a, b) = (a.sparse.clone().unwrap(), b.sparse.clone().unwrap());
+        for (a, b) in a.zip(b) {
             let differences = a.atoms().iter().zip(b.atoms()).map(|(x, y)| (x - y).abs());
             assert!(differences.fold(0.0, f32::max) <= 1.0 / 2048.0);
         }

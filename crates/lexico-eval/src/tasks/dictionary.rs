@@ -192,15 +192,17 @@ impl Universality {
         };
         for (name, set) in dictionaries {
             let other_model = check_fits(name, set, &identity, options.any_model)?;
-            for layer in &set.layers {
+            let sparse: Option<Vec<_>> = set.layers.iter().map(|l| l.sparse.as_ref()).collect();
+            let sparse = sparse.ok_or_else(|| Error::NoSparse(name.clone()))?;
+            for both in &sparse {
                 for &sparsity in &options.sparsities {
-                    layer.keys.check_sparsity(sparsity)?;
-                    layer.values.check_sparsity(sparsity)?;
+                    both.keys.check_sparsity(sparsity)?;
+                    both.values.check_sparsity(sparsity)?;
                 }
             }
             measured.dictionaries.push(MeasuredDictionary {
                 name: name.clone(),
-                atoms: set.layers.first().map_or(0, |layer| layer.keys.len()),
+                atoms: sparse.first().map_or(0, |both| both.keys.len()),
                 corpus: set.training.corpus.clone(),
                 other_model,
             });
@@ -229,7 +231,8 @@ impl Universality {
             for (dictionary, set) in dictionaries {
                 for &sparsity in &options.sparsities {
                     let mut layers = Vec::with_capacity(set.layers.len());
-                    for (layer, own) in set.layers.iter().enumerate() {
+                    let sparse = set.layers.iter().flat_map(|layer| &layer.sparse);
+                    for (layer, own) in sparse.enumerate() {
                         let vectors = &sampled[layer].sample;
                         let parts = KeyValue::new(
                             (&own.keys, &vectors.keys, "key"),

@@ -39,6 +39,7 @@ pub(super) static METHOD: Method = Method {
             "unbiased",
         )
         .about("coefficients that keep scores, or vectors, nearest"),
+        option("sinks", Values::Count, "0").about("first positions, kept dense"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
         option("batch", Values::Count, "16").about("positions that leave the window at once"),
         option(
@@ -122,6 +123,7 @@ fn settings(
         "unbiased" => Fit::Unbiased,
         _ => Fit::LeastSquares,
     };
+    let sinks = spec.number("sinks")?;
     let (recent_window, batch) = (spec.number("window")?, spec.number("batch")?);
     let sparsities = sparsities(spec, context, dictionaries, coding.family())?;
     let layers = sparsities.len();
@@ -129,6 +131,7 @@ fn settings(
     let settings = settings.map(|(layer, sparsities)| LayerSettings {
         coding,
         fit,
+        sinks,
         recent_window,
         batch,
         delay: delay(batch, layer, layers),
@@ -338,20 +341,28 @@ impl KvCache for LexicoCache {
 
 /// The bytes of a layer's keys, and of its values.
 pub(super) fn bytes_by_part(layer: &LayerFootprint) -> [usize; 2] {
-    [layer.codes.keys, layer.codes.values].map(|codes| codes + layer.recent_window / 2)
+    [layer.codes.keys, layer.codes.values]
+        .map(|codes| codes + (layer.sinks + layer.recent_window) / 2)
 }
 
 /// The bytes of all layers.
 pub(super) fn footprint(layers: impl Iterator<Item = LayerFootprint>) -> Footprint {
     let mut parts = vec![
         ("codes", 0),
+        ("sinks", 0),
         ("window", 0),
         ("leaving", 0),
         ("bookkeeping", 0),
     ];
     for layer in layers {
         let codes = layer.codes.keys + layer.codes.values;
-        let own = [codes, layer.recent_window, layer.leaving, layer.bookkeeping];
+        let own = [
+            codes,
+            layer.sinks,
+            layer.recent_window,
+            layer.leaving,
+            layer.bookkeeping,
+        ];
         parts
             .iter_mut()
             .zip(own)

@@ -1,4 +1,4 @@
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::{rms_norm, silu};
 use lexico::kernels::gate;
 use lexico::threads::for_each;
@@ -113,6 +113,26 @@ impl Layer {
         let products = Linear::forward_all([&self.gate, &self.up], &normed)?;
         let gated = gated(&products[0], &products[1])?;
         Ok((x + self.down.forward(&gated)?)?)
+    }
+
+    /// See [`Decoder::output_moments`](super::Decoder::output_moments).
+    pub(super) fn output_moments(&self, config: &Config) -> Result<Vec<f64>> {
+        let m = config.head_dim;
+        let group = config.heads / config.kv_heads;
+        let mut moments = vec![0f64; config.kv_heads * m * m];
+        for head in 0..config.heads {
+            // Rows that pick the columns of the matrix that this head's outputs meet.
+            let picks = Tensor::eye(m, DType::F32, &Device::Cpu)?;
+            let picks = picks.pad_with_zeros(1, head * m, (config.heads - head - 1) * m)?;
+            let picks = picks.to_device(self.attention_norm.device())?;
+            let columns = self.output.matrix.multiply(&picks)?.to_dtype(DType::F32)?;
+            let products: Vec<f32> = columns.matmul(&columns.t()?)?.flatten_all()?.to_vec1()?;
+            let own = &mut moments[head / group * m * m..][..m * m];
+            for (sum, x) in own.iter_mut().zip(products) {
+                *sum += f64::from(x);
+            }
+        }
+        Ok(moments)
     }
 
     fn attend(

@@ -110,6 +110,15 @@ impl Decoder {
         &self.config
     }
 
+    /// Second moments of what a layer's output projection multiplies the values of each KV head with, summed up over
+    /// its query heads, `[kv_heads, m, m]`. `O(heads·m·hidden·(heads + 1)·m)`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`].
+    pub(crate) fn output_moments(&self, layer: usize) -> Result<Vec<f64>> {
+        self.layers[layer].output_moments(&self.config)
+    }
+
     /// Runs the new tokens of one sequence through the model.
     ///
     /// # Errors
@@ -129,6 +138,45 @@ impl Decoder {
     /// [`Error::EmptyPrompt`] for no sequence or one without new tokens, [`Error::TokenOutside`],
     /// [`Error::ContextFull`], and what the caches return.
     pub fn forward(&self, sequences: &mut [Sequence<'_>], wanted: Logits) -> Result<Tensor> {
+        let (positions, tokens) = self.check(sequences)?;
+        let mut x = self.embedding.rows(&tokens)?;
+        x = self.through(0, x, &positions, sequences, &mut |_| ())?;
+        if wanted == Logits::Last {
+            let mut end = 0;
+            let last = sequences.iter().map(|sequence| {
+                end += sequence.tokens.len() as u32;
+                end - 1
+            });
+            let last: Vec<u32> = last.collect();
+            x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
+        }
+        self.logits(&x)
+    }
+
+    /// Runs the new tokens of one sequence through the model and returns all their logits; `each` is shown what goes
+    /// into every layer, `[tokens, hidden]`. With what went into a layer before, only that layer and those after it run.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::forward`].
+    pub(crate) fn forward_from(
+        &self,
+        input: Option<(usize, &Tensor)>,
+        tokens: &[u32],
+        cache: &mut dyn KvCache,
+        each: &mut dyn FnMut(&Tensor),
+    ) -> Result<Tensor> {
+        let mut sequences = [Sequence { tokens, cache }];
+        let (positions, tokens) = self.check(&sequences)?;
+        let (first, x) = match input {
+            Some((layer, x)) => (layer, x.clone()),
+            None => (0, self.embedding.rows(&tokens)?),
+        };
+        let x = self.through(first, x, &positions, &mut sequences, each)?;
+        self.logits(&x)
+    }
+
+    /// Checks new tokens; returns the positions and the tokens of all sequences one after the other.
+    fn check(&self, sequences: &[Sequence<'_>]) -> Result<(Vec<usize>, Vec<u32>)> {
         let (vocabulary, context) = (self.config.vocabulary, self.config.context);
         let empty = |sequence: &Sequence<'_>| sequence.tokens.is_empty();
         if sequences.is_empty() || sequences.iter().any(empty) {
@@ -147,23 +195,31 @@ impl Decoder {
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocabulary) {
             return Err(Error::TokenOutside { token, vocabulary });
         }
-        let rotation = rotary::Rotation::at(&positions, &self.frequencies, &self.device)?;
-        let mut x = self.embedding.rows(&tokens)?;
-        for (l, layer) in self.layers.iter().enumerate() {
+        Ok((positions, tokens))
+    }
+
+    /// Runs `x` `[tokens, hidden]` through the layers from `first` on.
+    fn through(
+        &self,
+        first: usize,
+        mut x: Tensor,
+        positions: &[usize],
+        sequences: &mut [Sequence<'_>],
+        each: &mut dyn FnMut(&Tensor),
+    ) -> Result<Tensor> {
+        let rotation = rotary::Rotation::at(positions, &self.frequencies, &self.device)?;
+        for (l, layer) in self.layers.iter().enumerate().skip(first) {
+            each(&x);
             x = layer.forward(&self.config, l, &x, &rotation, sequences)?;
         }
-        if wanted == Logits::Last {
-            let mut end = 0;
-            let last = sequences.iter().map(|sequence| {
-                end += sequence.tokens.len() as u32;
-                end - 1
-            });
-            let last: Vec<u32> = last.collect();
-            x = x.index_select(&Tensor::new(last, &self.device)?, 0)?;
-        }
-        let x = rms_norm(&x, &self.norm, self.config.norm_epsilon as f32)?;
+        Ok(x)
+    }
+
+    /// Returns the logits `[tokens, vocabulary]` of what the last layer gave.
+    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        let x = rms_norm(x, &self.norm, self.config.norm_epsilon as f32)?;
         let logits = self.head.as_ref().unwrap_or(&self.embedding).multiply(&x)?;
-        debug_assert_eq!(logits.dim(D::Minus1)?, vocabulary);
+        debug_assert_eq!(logits.dim(D::Minus1)?, self.config.vocabulary);
         Ok(logits)
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use lexico::dictionary::{LayerDictionaries, MAX_ATOMS, ModelIdentity, Training};
-use lexico::{Dictionary, DictionarySet};
+use lexico::{Dictionary, DictionarySet, KeyValue};
 
 use crate::error::{Result, io, refused};
 use crate::weights::numbers;
@@ -64,9 +64,11 @@ pub fn import_reference(path: &Path, model: ModelIdentity) -> Result<DictionaryS
     let layers = (0..model.layers)
         .map(|l| {
             Ok(LayerDictionaries {
-                keys: dictionary(2 * l)?.into(),
-                values: dictionary(2 * l + 1)?.into(),
-                codebooks: None,
+                sparse: Some(KeyValue::new(
+                    dictionary(2 * l)?.into(),
+                    dictionary(2 * l + 1)?.into(),
+                )),
+                ..LayerDictionaries::default()
             })
         })
         .collect::<Result<_>>()?;

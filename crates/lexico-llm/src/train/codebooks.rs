@@ -1,54 +1,75 @@
 //! Learning of all codebooks, one dictionary after the other.
 
-use lexico::dictionary::{CodebookSizes, Codebooks};
-use lexico::learn::{CodebookOptions, learn_codebooks};
+use std::sync::Arc;
+
+use lexico::KeyValue;
+use lexico::dictionary::{CodebookSizes, Codebooks, HeadMaps};
+use lexico::learn::{CodebookOptions, head_maps, learn_codebooks};
 use lexico::threads::Rayon;
 
 use super::reading::{Reading, name};
 use super::state::{State, damaged};
 use super::{OnProgress, PARTS, TrainProgress, go_on};
 use crate::error::Result;
+use crate::model::Model;
 
-/// Codebooks, as a file of the state keeps them.
+/// Codebooks, as a file of the state keeps them, and the maps behind which codes are found.
 pub(super) struct Learned {
-    pub(super) dictionary: Codebooks,
+    pub(super) codebooks: Codebooks,
+    pub(super) maps: Arc<HeadMaps>,
     pub(super) held_out_error: f32,
 }
 
-/// Learns the keys' and the values' codebooks of every layer from at most `vectors` vectors.
+/// Learns the keys' and the values' codebooks of every layer.
 pub(super) fn learn_all(
+    model: &Model,
     reading: &Reading,
-    vectors: usize,
     options: &CodebookOptions,
     state: &State,
     progress: &mut OnProgress<'_>,
-) -> Result<Vec<[Learned; 2]>> {
-    let mut learn = |number| learn_one(number, reading, vectors, options, state, progress);
+) -> Result<Vec<KeyValue<Learned>>> {
+    let mut learn = |number| learn_one(model, number, reading, options, state, progress);
     (0..reading.samples.len() / 2)
-        .map(|layer| Ok([learn(2 * layer)?, learn(2 * layer + 1)?]))
+        .map(|layer| Ok(KeyValue::new(learn(2 * layer)?, learn(2 * layer + 1)?)))
         .collect()
 }
 
 fn learn_one(
+    model: &Model,
     number: usize,
     reading: &Reading,
-    vectors: usize,
     options: &CodebookOptions,
     state: &State,
     progress: &mut OnProgress<'_>,
 ) -> Result<Learned> {
     let (layer, part) = (number / 2, PARTS[number % 2]);
-    let head_dim = reading.head_dim;
+    let (m, heads) = (reading.head_dim, reading.kv_heads);
     // States of earlier versions call codebooks so.
     let file = format!("{}.groups", name(number));
-    let learned = match state.load(&file)? {
-        Some(saved) => {
-            Learned::load(&saved, head_dim).ok_or_else(|| damaged(&state.path(&file)))?
-        }
+    let vectors = by_head(&reading.vectors(number)?, heads, m);
+    // Where an error hurts: keys as the queries see it, values as the layer's output does.
+    let moments = match part {
+        "keys" => reading.queries.layer(layer).to_vec(),
+        _ => model.decoder.output_moments(layer)?,
+    };
+    let moments = if std::env::var("X_PLAIN").is_ok_and(|x| x.contains(part)) {
+        let unit = (0..m * m).map(|i| f64::from(u8::from(i % (m + 1) == 0)));
+        unit.collect::<Vec<f64>>().repeat(heads)
+    } else {
+        moments
+    };
+    let maps = Arc::new(head_maps(&vectors, &moments, m)?);
+    let saved = state.load(&file)?;
+    let learned = match saved {
+        Some(saved) => Learned::load(&saved, maps).ok_or_else(|| damaged(&state.path(&file)))?,
         None => {
-            let sample = &reading.samples[number];
-            let held_out = sample.held_out.rows.read_first(reading.held_out_count())?;
-            let vectors = sample.train.rows.read_first(reading.count(vectors))?;
+            let mapped = |vectors: &[Vec<f32>]| -> Vec<f32> {
+                let heads = vectors.iter().enumerate();
+                heads
+                    .flat_map(|(head, own)| maps.apply(head, own))
+                    .collect()
+            };
+            let held_out = mapped(&by_head(&reading.held_out(number)?, heads, m));
             let options = CodebookOptions {
                 seed: options.seed.wrapping_add(number as u64),
                 ..options.clone()
@@ -60,9 +81,11 @@ fn learn_one(
                     progress: step,
                 })
             };
-            let found = learn_codebooks(vectors, &held_out, head_dim, &options, &Rayon, &mut tell)?;
+            let vectors = mapped(&vectors);
+            let found = learn_codebooks(vectors, &held_out, m, &options, &Rayon, &mut tell)?;
             let learned = Learned {
-                dictionary: found.codebooks.in_half_precision()?,
+                codebooks: found.codebooks.in_half_precision()?,
+                maps,
                 // A corpus has at least two chunks, of which one is held out.
                 held_out_error: found.held_out_error.unwrap_or(f32::NAN),
             };
@@ -78,25 +101,35 @@ fn learn_one(
     Ok(learned)
 }
 
+/// Takes vectors `[positions, heads, m]` apart, `[heads][positions, m]`.
+fn by_head(vectors: &[f32], heads: usize, m: usize) -> Vec<Vec<f32>> {
+    let head = |head: usize| vectors.chunks_exact(m).skip(head).step_by(heads);
+    (0..heads)
+        .map(|h| head(h).flatten().copied().collect())
+        .collect()
+}
+
 impl Learned {
     fn save(&self) -> Vec<u8> {
-        let first = self.dictionary.sizes().first as u64;
+        let first = self.codebooks.sizes().first as u64;
         let mut out = first.to_le_bytes().to_vec();
         out.extend_from_slice(&self.held_out_error.to_le_bytes());
-        let atoms = self.dictionary.atoms();
+        let atoms = self.codebooks.atoms();
         out.extend(atoms.iter().flat_map(|x| x.to_le_bytes()));
         out
     }
 
-    fn load(saved: &[u8], head_dim: usize) -> Option<Self> {
+    fn load(saved: &[u8], maps: Arc<HeadMaps>) -> Option<Self> {
         let (first, saved) = saved.split_first_chunk()?;
         let first = usize::try_from(u64::from_le_bytes(*first)).ok()?;
         let (held_out_error, saved) = saved.split_first_chunk()?;
         let (atoms, rest) = saved.as_chunks();
         let atoms = atoms.iter().map(|x| f32::from_le_bytes(*x)).collect();
-        let dictionary = Codebooks::new(atoms, head_dim, CodebookSizes { first }).ok()?;
+        let sizes = CodebookSizes { first };
+        let codebooks = Codebooks::new(atoms, maps.head_dim(), sizes).ok()?;
         rest.is_empty().then_some(Self {
-            dictionary,
+            codebooks,
+            maps,
             held_out_error: f32::from_le_bytes(*held_out_error),
         })
     }

@@ -50,7 +50,7 @@ pub(super) fn learn_all(
     let count = reading.samples.len();
     let threads = Rayon.count();
     let workers = threads.min(count);
-    let bytes = reading.count(options.vectors) * reading.head_dim * size_of::<f32>();
+    let bytes = reading.count() * reading.head_dim * size_of::<f32>();
     let work = Work {
         reading,
         options,
@@ -107,16 +107,19 @@ impl Work<'_, '_> {
     }
 
     fn learn(&self, number: usize) -> Result<Learned> {
-        let sample = &self.reading.samples[number];
-        let count = self.reading.count(self.options.vectors);
-        let judged_by = self.reading.held_out_count();
-        let held_out = sample.held_out.rows.read_first(judged_by)?;
+        let held_out = self.reading.held_out(number)?;
+        let head_dim = self.reading.head_dim;
         if !self.in_memory {
-            let rows = &sample.train.rows;
-            return self.learn_from(number, &OnDisk { rows, count }, &held_out);
+            let rows = &self.reading.samples[number].train.rows;
+            let vectors = OnDisk {
+                rows,
+                count: self.reading.count(),
+                head_dim,
+            };
+            return self.learn_from(number, &vectors, &held_out);
         }
-        let vectors = sample.train.rows.read_first(count)?;
-        let vectors = InMemory::new(&vectors, self.reading.head_dim)?;
+        let vectors = self.reading.vectors(number)?;
+        let vectors = InMemory::new(&vectors, head_dim)?;
         self.learn_from(number, &vectors, &held_out)
     }
 

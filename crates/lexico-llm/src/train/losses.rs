@@ -6,6 +6,7 @@ use std::time::Instant;
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::cache::{Coder, Coding};
 use ::lexico::dictionary::{CodeFamily, CodingLosses, LayerDictionaries, LayerLosses};
+use ::lexico::threads::for_each;
 use ::lexico::{DictionarySet, Fit, KeyValue};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -31,9 +32,15 @@ const SHORTEST: usize = 8;
 /// The families of codes whose losses are measured.
 pub(super) const FAMILIES: [CodeFamily; 2] = [CodeFamily::Sparse, CodeFamily::Additive];
 
-/// Sparsities that losses are measured at, as far as the dictionaries allow: those in between are interpolated. Sparse
+/// Sparsities that losses are told at, as far as the dictionaries allow: those in between are interpolated. Sparse
 /// codes never have more than 16.
 const SPARSITIES: [usize; 9] = [1, 2, 4, 8, 12, 16, 24, 32, 48];
+
+/// Max vectors of a head and window whose error is looked at.
+const VECTORS: usize = 256;
+
+/// Powers of a head's error that its loss may grow with: small errors' losses grow in proportion, large ones' by less.
+const POWERS: (f64, f64) = (0.5, 1.5);
 
 /// The state's file of what was measured.
 pub(super) fn file(family: CodeFamily) -> &'static str {
@@ -50,12 +57,17 @@ struct Measured {
     predictions: usize,
     /// Cases of the next window that were looked at.
     cases: usize,
-    /// Those of every layer, part, head and sparsity in turn.
+    /// Losses of every layer, part, head and probed sparsity in turn.
     sums: Vec<f64>,
+    /// Squared errors of every layer, part, head and sparsity in turn.
+    errors: Vec<f64>,
 }
 
 /// Measures on `windows`, one after another, as far as `tokens` for the model to take go, but on two of 16 predictions
 /// at the least. `None` where the dictionaries are too small for several sparsities, or the windows too short.
+///
+/// The model predicts with each head coded at two sparsities only, from the head's layer on. The losses at the other
+/// sparsities follow from the error of the head's vectors, which is cheap, by the power of it that goes through both.
 fn coding_losses(
     model: &Model,
     layers: &[LayerDictionaries],
@@ -79,13 +91,16 @@ fn coding_losses(
     let coding = Coding::usual(family);
     let coders = layers.iter().map(|layer| coding.coders(layer));
     let coders: Vec<KeyValue<Coder>> = coders.collect::<::lexico::Result<_>>()?;
-    let count = layers.len() * 2 * config.kv_heads * sparsities.len();
+    let probes = probes(&sparsities);
+    let places = layers.len() * 2 * config.kv_heads;
+    let count = places * probes.len();
     let worth = tokens / count;
     let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
     let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
     let saved = state.map(|state| state.load_json(file(family)));
     let mut measured: Measured = saved.transpose()?.flatten().unwrap_or_default();
     measured.sums.resize(count, 0.0);
+    measured.errors.resize(places * sparsities.len(), 0.0);
     let save =
         |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(file(family), measured));
     let mut last_saved = Instant::now();
@@ -98,19 +113,33 @@ fn coding_losses(
         let decoder = &model.decoder;
         decoder.forward_one(before, &mut past, Logits::Last)?;
         past.reading = false;
-        let reference = log_probabilities(model, &mut past, predicted)?;
+        let mut inputs = Vec::with_capacity(layers.len());
+        let logits =
+            decoder.forward_from(None, predicted, &mut past, &mut |x| inputs.push(x.clone()))?;
+        let reference = log_probabilities(&logits)?;
         for case in measured.cases..count {
-            let (place, sparsity) = (case / sparsities.len(), sparsities[case % sparsities.len()]);
+            let (place, sparsity) = (case / probes.len(), probes[case % probes.len()]);
             let (head, part) = (place % config.kv_heads, place / config.kv_heads % 2);
             let layer = place / config.kv_heads / 2;
             let KeyValue { keys, values } = &coders[layer];
             let (coder, fit) = ([keys, values][part], Fit::default());
             let vectors = past.rows(layer, head, part).to_f32();
-            let coded = coder.reconstruct(&vectors, sparsity, fit, &ModelThreads)?;
+            if case % probes.len() == 0 {
+                let stride = (vectors.len() / config.head_dim).div_ceil(VECTORS).max(1);
+                let rows = vectors.chunks_exact(config.head_dim).step_by(stride);
+                let rows: Vec<f32> = rows.flatten().copied().collect();
+                let errors = &mut measured.errors[place * sparsities.len()..];
+                for (error, &sparsity) in errors.iter_mut().zip(&sparsities) {
+                    *error += squared_error(coder, head, &rows, sparsity)?;
+                }
+            }
+            let coded = coder.reconstruct(head, &vectors, sparsity, fit, &ModelThreads)?;
             let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
             rows.extend(&coded);
             past.changed = Some((layer, head, part, rows));
-            let coded = log_probabilities(model, &mut past, predicted)?;
+            let input = Some((layer, &inputs[layer]));
+            let coded = decoder.forward_from(input, predicted, &mut past, &mut |_| ())?;
+            let coded = log_probabilities(&coded)?;
             past.changed = None;
             let sum = divergence(&reference, &coded);
             if !sum.is_finite() {
@@ -138,9 +167,12 @@ fn coding_losses(
         save(&measured)?;
     }
     let predictions = measured.predictions.max(1) as f64;
-    let losses = measured.sums.iter().map(|s| (s / predictions) as f32);
-    let losses: Vec<f32> = losses.collect();
-    let mut heads = losses.chunks_exact(sparsities.len()).map(<[f32]>::to_vec);
+    let probed = measured.sums.chunks_exact(probes.len());
+    let errors = measured.errors.chunks_exact(sparsities.len());
+    let mut heads = probed.zip(errors).map(|(probed, errors)| {
+        let probed: Vec<f64> = probed.iter().map(|sum| sum / predictions).collect();
+        through(&sparsities, errors, &probes, &probed)
+    });
     let mut take = || heads.by_ref().take(config.kv_heads).collect();
     let layers = layers.iter().map(|_| LayerLosses {
         keys: take(),
@@ -154,8 +186,7 @@ fn coding_losses(
 
 /// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`,
 /// and puts it into them, with additive codes too where there are codebooks. `tokens` are about as many as the model
-/// takes, but at least 32 for each head's keys and values at each of up to six sparsities, or nine of additive codes; a
-/// window has `context`.
+/// takes, but at least 32 for each head's keys and values at each of two sparsities; a window has `context`.
 ///
 /// # Errors
 /// [`Error::Measure`] where there is too little text, or the model predicts no numbers,
@@ -217,25 +248,84 @@ pub(super) fn measure_families(
     Ok(())
 }
 
-/// Returns the model's predictions after each of `tokens`, `[tokens][vocabulary]`.
-fn log_probabilities(model: &Model, past: &mut Past, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
-    let logits = model.decoder.forward_one(tokens, past, Logits::All)?;
-    let logits = candle_nn::ops::log_softmax(&logits, candle_core::D::Minus1)?;
+/// The two sparsities that the model predicts with: about where codes are used.
+fn probes(sparsities: &[usize]) -> Vec<usize> {
+    let middle = sparsities.len() / 2;
+    let mut probes = vec![sparsities[middle.saturating_sub(1)], sparsities[middle]];
+    probes.dedup();
+    probes
+}
+
+/// The squared error of codes of these vectors of a head, behind the maps if there are any.
+fn squared_error(coder: &Coder, head: usize, vectors: &[f32], sparsity: usize) -> Result<f64> {
+    let mapped = coder.maps().map(|maps| maps.apply(head, vectors));
+    let vectors = mapped.as_deref().unwrap_or(vectors);
+    let encoder = coder.encoder(sparsity, Fit::LeastSquares)?;
+    let codes = encoder.encode_on(vectors, &ModelThreads)?;
+    let m = encoder.head_dim();
+    let rows = vectors.chunks_exact(m).zip(&codes.relative_errors);
+    let squares = rows.map(|(x, &error)| {
+        let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+        square * f64::from(error).powi(2)
+    });
+    Ok(squares.sum())
+}
+
+/// Returns the losses at all sparsities: a power of the errors that goes through those that were probed.
+fn through(sparsities: &[usize], errors: &[f64], probes: &[usize], probed: &[f64]) -> Vec<f32> {
+    let error = |sparsity: usize| {
+        let place = sparsities.iter().position(|&s| s == sparsity);
+        place
+            .map_or(0.0, |place| errors[place])
+            .max(f64::MIN_POSITIVE)
+    };
+    let ends = |values: &[f64]| {
+        (
+            values[0].max(NEGLIGIBLE),
+            values[values.len() - 1].max(NEGLIGIBLE),
+        )
+    };
+    let (few, many) = ends(probed);
+    let (first, last) = (error(probes[0]), error(probes[probes.len() - 1]));
+    let power = (few / many).ln() / (first / last).ln();
+    let power = if power.is_finite() {
+        power.clamp(POWERS.0, POWERS.1)
+    } else {
+        1.0
+    };
+    // In the middle of both, whatever power is allowed.
+    let (loss, middle) = ((few * many).sqrt(), (first * last).sqrt());
+    let losses = sparsities
+        .iter()
+        .map(|&s| loss * (error(s) / middle).powf(power));
+    losses
+        .map(|loss| loss.min(f64::from(f32::MAX)) as f32)
+        .collect()
+}
+
+/// Losses below this are not told apart from none.
+const NEGLIGIBLE: f64 = 1e-9;
+
+/// Returns the logarithms of the predictions' probabilities, `[tokens][vocabulary]`.
+fn log_probabilities(logits: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let logits = candle_nn::ops::log_softmax(logits, candle_core::D::Minus1)?;
     let vocabulary = logits.dim(candle_core::D::Minus1)?;
     Ok(logits.reshape(((), vocabulary))?.to_vec2()?)
 }
 
 /// Sum over the predictions of the KL divergence from `reference` to `coded`, in nats.
 fn divergence(reference: &[Vec<f32>], coded: &[Vec<f32>]) -> f64 {
-    let of_one = |(p, q): (&Vec<f32>, &Vec<f32>)| {
+    let mut each = vec![0.0; reference.len()];
+    let rows = each.iter_mut().zip(reference.iter().zip(coded));
+    for_each(&ModelThreads, rows, |(sum, (p, q))| {
         let terms = p.iter().zip(q).map(|(&p, &q)| {
             let (p, q) = (f64::from(p), f64::from(q));
             p.exp() * (p - q)
         });
-        terms.sum::<f64>()
-    };
+        *sum = terms.sum::<f64>();
+    });
     // Rounding may bring it below zero; what is no number stays none.
-    let sum: f64 = reference.iter().zip(coded).map(of_one).sum();
+    let sum: f64 = each.iter().sum();
     if sum < 0.0 { 0.0 } else { sum }
 }
 

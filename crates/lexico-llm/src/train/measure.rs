@@ -1,8 +1,9 @@
 //! The errors of attention on codes, on windows that no dictionary learned from.
 
+use ::lexico::DictionarySet;
 use ::lexico::attention::NumberType;
 use ::lexico::cache::{Coder, Coding};
-use ::lexico::dictionary::LayerDictionaries;
+use ::lexico::dictionary::{CodeFamily, LayerDictionaries};
 use ::lexico::threads::Rayon;
 use ::lexico::{CoefficientFormat, Fit};
 use candle_core::Tensor;
@@ -17,13 +18,7 @@ const WINDOWS: usize = 2;
 /// Queries of a head and window that are looked at.
 const QUERIES: usize = 64;
 
-/// The codes whose errors are told: those that dictionaries are learned with.
-const CODING: Coding = Coding::Sparse {
-    coefficients: CoefficientFormat::F32,
-    tolerance: 0.0,
-};
-
-/// Errors that codes at the training sparsity, f32 coefficients, make in one layer's attention.
+/// Errors that codes at the training sparsity, f32 coefficients where they have any, make in one layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct AttentionErrors {
     /// Root mean square of what coded keys change a score by, `q·(k − k̂)/√m`, over queries and the positions
@@ -37,16 +32,29 @@ pub struct AttentionErrors {
 /// Runs the first of `windows` through the model once more, coding every key and value.
 pub(super) fn attention_errors(
     model: &Model,
-    layers: &[LayerDictionaries],
-    sparsity: usize,
+    dictionaries: &DictionarySet,
     windows: &[Vec<u32>],
 ) -> Result<Vec<AttentionErrors>> {
+    let layers = &dictionaries.layers;
+    let family = match dictionaries.max_sparsity(CodeFamily::Sparse) {
+        0 => CodeFamily::Additive,
+        _ => CodeFamily::Sparse,
+    };
+    let sparsity = dictionaries.usual_sparsity(family);
+    let coding = match family {
+        CodeFamily::Additive => Coding::usual(family),
+        CodeFamily::Sparse => Coding::Sparse {
+            coefficients: CoefficientFormat::F32,
+            tolerance: 0.0,
+        },
+    };
     let config = model.decoder.config();
     let mut sums = vec![Sums::default(); layers.len()];
     for window in windows.iter().take(WINDOWS) {
         let mut cache = Measured {
             cache: FullCache::new(config, NumberType::F32),
             layers,
+            coding,
             sparsity,
             sliding: config.window.unwrap_or(usize::MAX),
             sums: &mut sums,
@@ -113,6 +121,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 struct Measured<'a> {
     cache: FullCache,
     layers: &'a [LayerDictionaries],
+    coding: Coding,
     sparsity: usize,
     /// Positions that a query sees, itself included.
     sliding: usize,
@@ -126,10 +135,15 @@ impl KvCache for Measured<'_> {
         let step = Step::new(q, k, v)?;
         step.check_finite(layer)?;
         let (queries, keys, values) = (&step.queries, &step.keys, &step.values);
-        let coded = |coder: &Coder, vectors: &[f32]| {
-            coder.reconstruct(vectors, self.sparsity, Fit::LeastSquares, &Rayon)
+        let coded = |coder: &Coder, vectors: &[f32]| -> Result<Vec<f32>> {
+            let mut all = Vec::with_capacity(vectors.len());
+            for (head, own) in vectors.chunks_exact(t * m).enumerate() {
+                let fit = Fit::LeastSquares;
+                all.extend(coder.reconstruct(head, own, self.sparsity, fit, &Rayon)?);
+            }
+            Ok(all)
         };
-        let coders = CODING.coders(&self.layers[layer])?;
+        let coders = self.coding.coders(&self.layers[layer])?;
         let coded_keys = coded(&coders.keys, keys)?;
         let coded_values = coded(&coders.values, values)?;
         let step = t.div_ceil(QUERIES).max(1);

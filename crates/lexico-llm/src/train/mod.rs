@@ -4,12 +4,14 @@ mod codebooks;
 mod learning;
 mod losses;
 mod measure;
+mod queries;
 mod reading;
 mod rows;
 mod state;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lexico::dictionary::{CodeFamily, LayerDictionaries, LayerErrors, Training};
@@ -37,7 +39,9 @@ pub struct TrainOptions {
     pub context: usize,
     /// Max vectors that each dictionary learns from, an unbiased sample of all.
     pub vectors: usize,
-    /// Settings of each dictionary for sparse codes.
+    /// Learns dictionaries for sparse codes.
+    pub sparse: bool,
+    /// Settings of each dictionary for sparse codes; its sparsity and seed are those of the whole training.
     pub learn: LearnOptions,
     /// Settings of the codebooks for additive codes; `None` learns none. The seed is that of the first dictionary, every
     /// other has the next.
@@ -52,12 +56,55 @@ pub struct TrainOptions {
     pub keep_vectors: Option<PathBuf>,
 }
 
+/// How much reading and learning is spent on a model's dictionaries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Effort {
+    /// A few minutes for a model of a tenth of a billion parameters on two cores.
+    Quick,
+    /// About four times as long.
+    #[default]
+    Normal,
+    /// About three times as long again.
+    Thorough,
+}
+
+impl Effort {
+    /// All efforts, the least first, by name.
+    pub const ALL: [(&str, Self); 3] = [
+        ("quick", Self::Quick),
+        ("normal", Self::Normal),
+        ("thorough", Self::Thorough),
+    ];
+
+    /// Settings for a head dim `m`: of the codebooks, with the tokens and vectors that suit them.
+    #[must_use]
+    pub fn options(self, head_dim: usize) -> TrainOptions {
+        let (tokens, vectors, rounds, a_round, beam) = match self {
+            Self::Quick => (24_576, 49_152, 4, 1 << 14, 2),
+            Self::Normal => (98_304, 131_072, 8, 1 << 15, 2),
+            Self::Thorough => (294_912, 393_216, 12, 1 << 16, 4),
+        };
+        TrainOptions {
+            tokens,
+            vectors,
+            codebooks: Some(CodebookOptions {
+                rounds,
+                vectors: a_round,
+                beam,
+                ..CodebookOptions::of(head_dim)
+            }),
+            ..TrainOptions::default()
+        }
+    }
+}
+
 impl Default for TrainOptions {
     fn default() -> Self {
         Self {
-            tokens: 1_000_000,
+            tokens: 98_304,
             context: 1024,
-            vectors: 200_000,
+            vectors: 131_072,
+            sparse: false,
             learn: LearnOptions::default(),
             codebooks: Some(CodebookOptions::default()),
             kept: None,
@@ -68,23 +115,28 @@ impl Default for TrainOptions {
 }
 
 impl TrainOptions {
+    /// Returns whether dictionaries for sparse codes are to be learned, rather than kept or left out.
+    fn learns_sparse(&self) -> bool {
+        self.sparse && self.kept.is_none()
+    }
+
     /// Checks all that can be checked before the text is read.
     ///
     /// # Errors
     /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], [`lexico::Error::Learn`] for more atoms than
     /// vectors, [`Error::NothingToLearn`], [`Error::TrainContext`] and [`Error::TrainTokens`].
     pub fn check(&self, config: &Config) -> Result<()> {
-        if self.kept.is_none() {
+        if self.learns_sparse() {
             self.learn.check(config.head_dim)?;
         }
         if let Some(codebooks) = &self.codebooks {
             codebooks.check()?;
         }
-        if self.kept.is_some() && self.codebooks.is_none() {
+        if !self.learns_sparse() && self.codebooks.is_none() {
             return Err(Error::NothingToLearn);
         }
         let (atoms, vectors) = (self.learn.atoms, self.vectors);
-        if self.kept.is_none() && atoms > vectors {
+        if self.learns_sparse() && atoms > vectors {
             return Err(lexico::Error::Learn(LearnError::FewVectors { atoms, vectors }).into());
         }
         if u32::try_from(vectors).is_err() {
@@ -166,7 +218,7 @@ pub struct Trained {
     pub dictionaries: DictionarySet,
     /// Vectors that each dictionary learned from.
     pub vectors: usize,
-    /// Errors of attention on the codes in every layer, on held-out chunks.
+    /// Errors of attention on the codes in every layer, on held-out chunks; of sparse codes where there are some.
     pub attention: Vec<AttentionErrors>,
     /// Epochs of the keys' and the values' dictionary of every layer; none of those that were kept.
     pub courses: Vec<[Vec<Epoch>; 2]>,
@@ -237,8 +289,8 @@ pub fn train(
         Err(error)
     })?;
     let reading_took = began.elapsed();
-    let (atoms, vectors) = (options.learn.atoms, reading.count(options.vectors));
-    if options.kept.is_none() && atoms > vectors {
+    let (atoms, vectors) = (options.learn.atoms, reading.count());
+    if options.learns_sparse() && atoms > vectors {
         // With these settings there is nothing to go on with.
         state.remove()?;
         return Err(lexico::Error::Learn(LearnError::FewVectors { atoms, vectors }).into());
@@ -253,24 +305,23 @@ pub fn train(
             let courses = kept.layers.iter().map(|_| Default::default()).collect();
             (with_corpus(kept, corpus), courses)
         }
-        None => {
+        None if options.sparse => {
             measured.push(CodeFamily::Sparse);
             learn_sparse(model, corpus, options, &reading, &state, progress)?
         }
+        None => (new_set(model, corpus, options, &reading), Vec::new()),
     };
     if let Some(codebooks) = &options.codebooks {
         measured.push(CodeFamily::Additive);
-        let learned = codebooks::learn_all(&reading, options.vectors, codebooks, &state, progress)?;
-        let errors = learned.iter().map(|[keys, values]| LayerErrors {
-            keys: keys.held_out_error,
-            values: values.held_out_error,
+        let learned = codebooks::learn_all(model, &reading, codebooks, &state, progress)?;
+        let errors = learned.iter().map(|layer| LayerErrors {
+            keys: layer.keys.held_out_error,
+            values: layer.values.held_out_error,
         });
         dictionaries.training.additive_relative_error = Some(errors.collect());
-        for (layer, [keys, values]) in dictionaries.layers.iter_mut().zip(learned) {
-            layer.codebooks = Some(KeyValue::new(
-                keys.dictionary.into(),
-                values.dictionary.into(),
-            ));
+        for (layer, learned) in dictionaries.layers.iter_mut().zip(learned) {
+            layer.maps = Some(learned.as_ref().map(|own| Arc::clone(&own.maps)));
+            layer.codebooks = Some(learned.map(|own| own.codebooks.into()));
         }
     }
     let learning_took = began.elapsed();
@@ -287,11 +338,10 @@ pub fn train(
         state,
         progress,
     )?;
-    let sparsity = dictionaries.training.sparsity;
-    let attention = measure::attention_errors(model, &dictionaries.layers, sparsity, windows)?;
+    let attention = measure::attention_errors(model, &dictionaries, windows)?;
     Ok(Trained {
         dictionaries,
-        vectors: reading.count(options.vectors),
+        vectors: reading.count(),
         attention,
         courses,
         reading: reading_took,
@@ -309,34 +359,40 @@ fn learn_sparse(
     progress: &mut OnProgress<'_>,
 ) -> Result<(DictionarySet, Vec<[Vec<Epoch>; 2]>)> {
     let learned = learning::learn_all(reading, options, state, progress)?;
-    let mut layers = Vec::with_capacity(learned.len());
-    let mut errors = Vec::with_capacity(learned.len());
+    let mut set = new_set(model, corpus, options, reading);
     let mut courses = Vec::with_capacity(learned.len());
-    for [keys, values] in learned {
-        errors.push(LayerErrors {
+    for (layer, [keys, values]) in set.layers.iter_mut().zip(learned) {
+        set.training.relative_error.push(LayerErrors {
             keys: keys.held_out_error,
             values: values.held_out_error,
         });
         courses.push([keys.epochs, values.epochs]);
-        layers.push(LayerDictionaries {
-            keys: keys.dictionary.into(),
-            values: values.dictionary.into(),
-            codebooks: None,
-        });
+        layer.sparse = Some(KeyValue::new(
+            keys.dictionary.into(),
+            values.dictionary.into(),
+        ));
     }
-    let dictionaries = DictionarySet {
-        layers,
+    Ok((set, courses))
+}
+
+/// Makes a set in which nothing was learned yet.
+fn new_set(
+    model: &Model,
+    corpus: &Corpus,
+    options: &TrainOptions,
+    reading: &Reading,
+) -> DictionarySet {
+    DictionarySet {
+        layers: vec![LayerDictionaries::default(); model.decoder.config().layers],
         model: model.identity(),
         training: Training {
             sparsity: options.learn.sparsity,
             corpus: corpus.names().to_vec(),
             tokens: reading.progress.tokens,
-            relative_error: errors,
             tool: program(),
             ..Training::default()
         },
-    };
-    Ok((dictionaries, courses))
+    }
 }
 
 /// Adds the names of the texts that codebooks are learned from.
@@ -369,19 +425,21 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
     let none = || "none".to_owned();
     let codebooks = options.codebooks.as_ref().map(|options| {
         format!(
-            "{}, the first of {} atoms, judged at sparsity {}, {} rounds, beam {}, seed {}",
+            "{}, the first of {} atoms, judged at sparsity {}, {} rounds of {} vectors, beam {}, seed {}",
             options.codebooks,
             options.first,
             options.sparsity,
             options.rounds,
+            options.vectors,
             options.beam,
             options.seed
         )
     });
     let kept = options.kept.as_ref().map(|kept| {
         let layers = kept.layers.iter();
-        let checksums =
-            layers.map(|l| format!("{:08x} {:08x}", l.keys.checksum(), l.values.checksum()));
+        let checksums = layers
+            .flat_map(|l| l.sparse.iter().flat_map(KeyValue::as_ref))
+            .map(|own| format!("{:08x}", own.checksum()));
         checksums.collect::<Vec<_>>().join(" ")
     });
     let settings = json!({
@@ -399,6 +457,7 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "vectors": options.vectors,
         // Earlier versions had others too; a state of theirs is refused.
         "learner": "Adam",
+        "sparse": options.sparse,
         "atoms": learn.atoms,
         "sparsity": learn.sparsity,
         "epochs": learn.epochs,

@@ -1,4 +1,4 @@
-//! Reading of the corpus by the model, and sampling of its keys and values.
+//! Reading of the corpus by the model: its keys and values are sampled, its queries summed up.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,6 +11,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::queries::QueryMoments;
 use super::rows::{Reservoir, Rows};
 use super::state::{State, StateError, damaged, refused};
 use super::{OnProgress, PARTS, READING, TrainOptions, TrainProgress, go_on};
@@ -34,9 +35,9 @@ pub(super) struct Progress {
     pub(super) tokens: usize,
     /// Checksum of all tokens read, so that another text under the same name is noticed.
     checksum: u32,
-    /// Vectors offered so far to each sample to learn from, and to each to judge by.
-    seen: u64,
-    seen_held_out: u64,
+    /// Positions offered so far to each sample to learn from, and to each to judge by.
+    positions: u64,
+    positions_held_out: u64,
     /// Chunks that attention is judged on.
     pub(super) judged: Vec<Vec<u32>>,
     done: bool,
@@ -47,11 +48,12 @@ pub(super) struct Reading {
     pub(super) progress: Progress,
     /// Samples of keys and values in turn, layer after layer.
     pub(super) samples: Vec<Sample>,
+    pub(super) queries: QueryMoments,
     pub(super) head_dim: usize,
-    kv_heads: usize,
+    pub(super) kv_heads: usize,
 }
 
-/// Samples of the keys or the values of a layer.
+/// Samples of the keys or the values of a layer: rows of all KV heads of a position.
 pub(super) struct Sample {
     pub(super) train: Reservoir,
     pub(super) held_out: Reservoir,
@@ -63,9 +65,10 @@ impl Reading {
         let progress: Progress = state.load_json(READING)?.unwrap_or_default();
         let mut samples = Vec::with_capacity(2 * config.layers);
         for number in 0..2 * config.layers {
-            let reservoir = |ending: &str, max| {
+            let reservoir = |ending: &str, vectors: usize| {
                 let path = state.path(&format!("{}.{ending}", name(number)));
-                let rows = Rows::open(&path, config.head_dim, max);
+                let max = (vectors / config.kv_heads).max(1);
+                let rows = Rows::open(&path, config.kv_heads * config.head_dim, max);
                 let rows = rows.map_err(|error| state.not_saved(error))?;
                 Ok::<_, Error>(Reservoir { rows, max })
             };
@@ -75,6 +78,7 @@ impl Reading {
             });
         }
         Ok(Self {
+            queries: QueryMoments::open(config, state, progress.windows)?,
             progress,
             samples,
             head_dim: config.head_dim,
@@ -82,28 +86,38 @@ impl Reading {
         })
     }
 
-    /// Counts the vectors of each sample to learn from, at most `max`.
-    pub(super) fn count(&self, max: usize) -> usize {
-        self.progress.seen.min(max as u64) as usize
+    /// Counts the vectors of each sample to learn from.
+    pub(super) fn count(&self) -> usize {
+        let sample = self.samples.first();
+        let kept = sample.map_or(0, |sample| sample.train.held(self.progress.positions));
+        kept * self.kv_heads
     }
 
-    /// Counts the vectors of each sample to judge by.
-    pub(super) fn held_out_count(&self) -> usize {
-        self.progress.seen_held_out.min(HELD_OUT_VECTORS as u64) as usize
+    /// Reads the vectors to learn from of sample `number`, `[positions, kv_heads, m]`.
+    pub(super) fn vectors(&self, number: usize) -> Result<Vec<f32>> {
+        let sample = &self.samples[number].train;
+        sample.rows.read_first(sample.held(self.progress.positions))
+    }
+
+    /// Reads the vectors to judge by of sample `number`, `[positions, kv_heads, m]`.
+    pub(super) fn held_out(&self, number: usize) -> Result<Vec<f32>> {
+        let sample = &self.samples[number].held_out;
+        sample
+            .rows
+            .read_first(sample.held(self.progress.positions_held_out))
     }
 
     /// Writes the samples to learn from for other tools.
     pub(super) fn keep(&self, path: &Path) -> Result<()> {
         let samples = self.samples.iter().enumerate();
-        let names = samples.map(|(number, sample)| (name(number), self.count(sample.train.max)));
-        let names: Vec<(String, usize)> = names.collect();
-        let shape = |count| vec![count, self.head_dim];
+        let names: Vec<String> = samples.map(|(number, _)| name(number)).collect();
+        let shape = || vec![self.count(), self.head_dim];
         let shapes = names.iter();
-        let shapes = shapes.map(|(name, count)| (name.as_str(), Dtype::F32, shape(*count)));
+        let shapes = shapes.map(|name| (name.as_str(), Dtype::F32, shape()));
         let shapes: Vec<_> = shapes.collect();
         let mut failed = None;
         let written = tensor_file::write_in_turn(path, &shapes, |number| {
-            let vectors = self.samples[number].train.rows.read_first(names[number].1);
+            let vectors = self.vectors(number);
             let vectors = vectors.map_err(|error| failed = Some(error)).ok()?;
             Some(vectors.iter().flat_map(|x| x.to_le_bytes()).collect())
         });
@@ -120,7 +134,9 @@ impl Reading {
                 synced.map_err(|error| state.not_saved(error))?;
             }
         }
-        state.save_json(READING, &self.progress)
+        self.queries.save(state, self.progress.windows)?;
+        state.save_json(READING, &self.progress)?;
+        QueryMoments::remove_former(state, self.progress.windows)
     }
 
     /// Counts a chunk, which is `held_out` or not.
@@ -129,14 +145,14 @@ impl Reading {
         progress.windows += 1;
         progress.tokens += window.len();
         progress.checksum = checksum(progress.checksum, &window);
-        let vectors = (self.kv_heads * window.len()) as u64;
+        let positions = window.len() as u64;
         if held_out {
-            progress.seen_held_out += vectors;
+            progress.positions_held_out += positions;
             if progress.judged.len() < JUDGED_WINDOWS {
                 progress.judged.push(window);
             }
         } else {
-            progress.seen += vectors;
+            progress.positions += positions;
         }
     }
 }
@@ -184,15 +200,18 @@ pub(super) fn read(
         let window = window?;
         let number = reading.progress.windows;
         let held_out = number % period == period - 1;
+        let mut moments = std::mem::take(&mut reading.queries);
         let mut collector = Collector {
             cache: FullCache::new(model.decoder.config(), NumberType::F32),
             reading: &reading,
+            moments: (!held_out).then_some(&mut moments),
             state,
             held_out,
             seed,
         };
         let decoder = &model.decoder;
         decoder.forward_one(&window, &mut collector, Logits::Last)?;
+        reading.queries = moments;
         reading.add(window, held_out);
         let tokens = reading.progress.tokens;
         let total = windows.total();
@@ -222,7 +241,7 @@ fn pass_over(
     if again != before.checksum {
         return Err(refused(&state.path(READING), StateError::OtherCorpus));
     }
-    if before.windows > 0 && before.seen == 0 && before.seen_held_out == 0 {
+    if before.windows > 0 && before.positions == 0 && before.positions_held_out == 0 {
         return Err(damaged(&state.path(READING)));
     }
     Ok(())
@@ -232,6 +251,7 @@ fn pass_over(
 struct Collector<'a> {
     cache: FullCache,
     reading: &'a Reading,
+    moments: Option<&'a mut QueryMoments>,
     state: &'a State,
     held_out: bool,
     seed: u64,
@@ -242,16 +262,26 @@ impl KvCache for Collector<'_> {
         let progress = &self.reading.progress;
         let step = Step::new(q, k, v)?;
         step.check_finite(layer)?;
-        for (number, vectors) in [(2 * layer, &step.keys), (2 * layer + 1, &step.values)] {
+        if let Some(moments) = &mut self.moments {
+            moments.add(layer, &step.queries);
+        }
+        let by_position = |x: &Tensor| -> Result<Vec<f32>> {
+            let rows = x.transpose(0, 1)?.contiguous()?;
+            Ok(rows.flatten_all()?.to_vec1()?)
+        };
+        for (number, vectors) in [
+            (2 * layer, by_position(k)?),
+            (2 * layer + 1, by_position(v)?),
+        ] {
             let sample = &self.reading.samples[number];
             // The draws for a chunk depend on nothing before it: it can be read again.
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
             rng.set_stream((progress.windows * self.reading.samples.len() + number) as u64);
             let (reservoir, seen) = match self.held_out {
-                true => (&sample.held_out, progress.seen_held_out),
-                false => (&sample.train, progress.seen),
+                true => (&sample.held_out, progress.positions_held_out),
+                false => (&sample.train, progress.positions),
             };
-            let offered = reservoir.offer(vectors, seen, &mut rng);
+            let offered = reservoir.offer(&vectors, seen, &mut rng);
             offered.map_err(|error| self.state.not_saved(error))?;
         }
         self.cache.attend(layer, q, k, v)

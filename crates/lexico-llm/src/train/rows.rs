@@ -11,7 +11,7 @@ use rand::{Rng, RngExt};
 use super::state::damaged;
 use crate::error::{Error, Result, io};
 
-/// File of fixed size with vectors, each at its place and with a checksum: `m` numbers in f32, and the CRC-32 of the
+/// File of fixed size with rows, each at its place and with a checksum: numbers in f32, and the CRC-32 of the
 /// place's number and them.
 ///
 /// The file is read and written rather than mapped: the system keeps in memory what fits, as it would of a
@@ -19,19 +19,20 @@ use crate::error::{Error, Result, io};
 pub(super) struct Rows {
     path: PathBuf,
     file: Mutex<File>,
-    head_dim: usize,
+    /// Numbers of a row.
+    length: usize,
 }
 
 impl Rows {
     /// Opens the file, or makes it with room for `max` vectors.
-    pub(super) fn open(path: &Path, head_dim: usize, max: usize) -> Result<Self> {
+    pub(super) fn open(path: &Path, length: usize, max: usize) -> Result<Self> {
         let mut open = OpenOptions::new();
         let file = open.read(true).write(true).create(true).truncate(false);
         let file = file.open(path).map_err(io(path))?;
         let rows = Self {
             path: path.to_owned(),
             file: Mutex::new(file),
-            head_dim,
+            length,
         };
         let size = (max * rows.row_bytes()) as u64;
         rows.with_file(|file| match file.metadata()?.len() {
@@ -43,7 +44,7 @@ impl Rows {
     }
 
     fn row_bytes(&self) -> usize {
-        4 * self.head_dim + 4
+        4 * self.length + 4
     }
 
     fn with_file<T>(&self, work: impl FnOnce(&mut File) -> std::io::Result<T>) -> Result<T> {
@@ -53,8 +54,8 @@ impl Rows {
 
     /// Writes `vectors` `[n, m]` to the places from `first` on.
     fn write(&self, first: usize, vectors: &[f32]) -> Result<()> {
-        let mut bytes = Vec::with_capacity(vectors.len() / self.head_dim * self.row_bytes());
-        for (number, x) in vectors.chunks_exact(self.head_dim).enumerate() {
+        let mut bytes = Vec::with_capacity(vectors.len() / self.length * self.row_bytes());
+        for (number, x) in vectors.chunks_exact(self.length).enumerate() {
             let start = bytes.len();
             bytes.extend(x.iter().flat_map(|x| x.to_le_bytes()));
             let checksum = checksum(first + number, &bytes[start..]);
@@ -76,16 +77,16 @@ impl Rows {
     pub(super) fn read(&self, first: usize, out: &mut [f32]) -> Result<()> {
         // So many at once that memory does not hold the bytes beside the numbers.
         const AT_ONCE: usize = 4096;
-        for (part, out) in out.chunks_mut(AT_ONCE * self.head_dim).enumerate() {
+        for (part, out) in out.chunks_mut(AT_ONCE * self.length).enumerate() {
             let first = first + part * AT_ONCE;
-            let mut bytes = vec![0; out.len() / self.head_dim * self.row_bytes()];
+            let mut bytes = vec![0; out.len() / self.length * self.row_bytes()];
             let at = (first * self.row_bytes()) as u64;
             self.with_file(|file| {
                 file.seek(SeekFrom::Start(at))?;
                 file.read_exact(&mut bytes)
             })?;
             let rows = bytes.chunks_exact(self.row_bytes());
-            for (number, (row, out)) in rows.zip(out.chunks_exact_mut(self.head_dim)).enumerate() {
+            for (number, (row, out)) in rows.zip(out.chunks_exact_mut(self.length)).enumerate() {
                 let Some((numbers, stored)) = row.split_last_chunk::<4>() else {
                     return Err(damaged(&self.path));
                 };
@@ -102,7 +103,7 @@ impl Rows {
 
     /// Reads the first `count` vectors.
     pub(super) fn read_first(&self, count: usize) -> Result<Vec<f32>> {
-        let mut vectors = vec![0.0; count * self.head_dim];
+        let mut vectors = vec![0.0; count * self.length];
         self.read(0, &mut vectors)?;
         Ok(vectors)
     }
@@ -115,10 +116,11 @@ fn checksum(place: usize, numbers: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// First `count` vectors of a file, read when they are needed.
+/// First `count` vectors of a file whose rows hold several each, read when they are needed.
 pub(super) struct OnDisk<'a> {
     pub(super) rows: &'a Rows,
     pub(super) count: usize,
+    pub(super) head_dim: usize,
 }
 
 impl Vectors for OnDisk<'_> {
@@ -127,30 +129,40 @@ impl Vectors for OnDisk<'_> {
     }
 
     fn read(&self, numbers: &[u32], out: &mut [f32]) -> lexico::Result<()> {
-        for (&number, out) in numbers.iter().zip(out.chunks_exact_mut(self.rows.head_dim)) {
+        let m = self.head_dim;
+        let each = self.rows.length / m;
+        let mut row = vec![0.0; self.rows.length];
+        for (&number, out) in numbers.iter().zip(out.chunks_exact_mut(m)) {
+            let (place, head) = (number as usize / each, number as usize % each);
             self.rows
-                .read(number as usize, out)
+                .read(place, &mut row)
                 .map_err(|error| match error {
                     Error::Io { path, reason } => lexico::Error::Io { path, reason },
                     other => lexico::Error::Vectors(Box::new(other)),
                 })?;
+            out.copy_from_slice(&row[head * m..][..m]);
         }
         Ok(())
     }
 }
 
-/// Unbiased sample of at most `max` vectors of a stream (algorithm R: Vitter 1985).
+/// Unbiased sample of at most `max` rows of a stream (algorithm R: Vitter 1985).
 pub(super) struct Reservoir {
     pub(super) rows: Rows,
     pub(super) max: usize,
 }
 
 impl Reservoir {
-    /// Offers `vectors` `[n, m]`, before which `seen` were offered.
+    /// Counts the rows that it holds after `seen` were offered.
+    pub(super) fn held(&self, seen: u64) -> usize {
+        seen.min(self.max as u64) as usize
+    }
+
+    /// Offers `vectors`, whole rows, before which `seen` were offered.
     ///
     /// The draws of `rng` alone decide where vectors go, so that offering them again changes nothing.
     pub(super) fn offer(&self, vectors: &[f32], seen: u64, rng: &mut impl Rng) -> Result<()> {
-        let m = self.rows.head_dim;
+        let m = self.rows.length;
         let vacant = (self.max as u64).saturating_sub(seen) as usize;
         let (first, rest) = vectors.split_at(vectors.len().min(vacant * m));
         if !first.is_empty() {

@@ -12,7 +12,7 @@ use lexico::tensor_file::write_atomically;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::losses;
+use super::{losses, queries};
 use crate::error::{Error, Result, io};
 
 /// First bytes of every file of a state.
@@ -165,6 +165,18 @@ impl State {
         Ok(Some(content.to_vec()))
     }
 
+    /// Removes the files whose names begin like this, all but `kept`.
+    pub(super) fn remove_others(&self, beginning: &str, kept: &str) -> Result<()> {
+        for entry in entries(&self.folder)? {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with(beginning) && name != kept {
+                std::fs::remove_file(entry.path()).map_err(io(&entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn save_json(&self, name: &str, content: &impl serde::Serialize) -> Result<()> {
         let json =
             serde_json::to_vec(content).map_err(|error| io(&self.path(name))(error.into()))?;
@@ -213,7 +225,8 @@ fn remove_files(folder: &Path) -> Result<()> {
     for entry in entries(folder)? {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with("layers.") || losses.contains(&&*name) || name.starts_with(UNFINISHED) {
+        let ours = ["layers.", queries::FILE, UNFINISHED];
+        if ours.iter().any(|own| name.starts_with(own)) || losses.contains(&&*name) {
             remove(entry.path())?;
         }
     }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use crate::codes::{AdditiveFormat, CodeFormat, Codes, CoefficientFormat, SparseFormat};
-use crate::dictionary::{Atoms, CodeFamily, Codebooks, Dictionary, LayerDictionaries};
+use crate::dictionary::{Atoms, CodeFamily, Codebooks, Dictionary, HeadMaps, LayerDictionaries};
 use crate::encode::{BEAM_WIDTH, BeamSearch, Encoder, Fit, Pursuit};
 use crate::key_value::KeyValue;
 use crate::threads::Threads;
@@ -80,8 +80,12 @@ impl Coding {
                 let reason = "these dictionaries have no codebooks";
                 let codebooks =
                     codebooks.ok_or_else(|| Error::setting("format", "additive", reason))?;
-                Ok(codebooks.clone().map(|codebooks| Coder::Additive {
+                let maps = dictionaries.maps.as_ref();
+                let maps = maps.map_or_else(KeyValue::default, |both| both.clone().map(Some));
+                let both = codebooks.clone().zip(maps);
+                Ok(both.map(|(codebooks, maps)| Coder::Additive {
                     codebooks,
+                    maps,
                     beam_width,
                 }))
             }
@@ -89,9 +93,12 @@ impl Coding {
                 coefficients,
                 tolerance,
             } => {
-                let both = KeyValue::new(&dictionaries.keys, &dictionaries.values);
-                Ok(both.map(|dictionary| Coder::Sparse {
-                    dictionary: Arc::clone(dictionary),
+                let sparse = dictionaries.sparse.as_ref();
+                let reason = "there are only codebooks for additive codes";
+                let sparse =
+                    sparse.ok_or_else(|| Error::setting("format", coefficients.name(), reason))?;
+                Ok(sparse.clone().map(|dictionary| Coder::Sparse {
+                    dictionary,
                     coefficients,
                     tolerance,
                 }))
@@ -107,6 +114,8 @@ pub enum Coder {
     Additive {
         /// The codebooks.
         codebooks: Arc<Codebooks>,
+        /// The maps of the KV heads behind which codes are found, if there are any.
+        maps: Option<Arc<HeadMaps>>,
         /// See [`BeamSearch::with_beam_width`].
         beam_width: usize,
     },
@@ -152,6 +161,7 @@ impl Coder {
             Self::Additive {
                 codebooks,
                 beam_width,
+                ..
             } => {
                 let search = BeamSearch::new(codebooks, sparsity)?;
                 Box::new(search.with_beam_width(*beam_width).with_fit(fit))
@@ -167,21 +177,39 @@ impl Coder {
         })
     }
 
-    /// The vectors `[n, m]` that codes of these vectors stand for once they are stored.
+    /// The maps of the KV heads behind which codes are found, if there are any.
+    pub fn maps(&self) -> Option<&HeadMaps> {
+        match self {
+            Self::Additive { maps, .. } => maps.as_deref(),
+            Self::Sparse { .. } => None,
+        }
+    }
+
+    /// The vectors `[n, m]` that codes of these vectors of a KV head stand for once they are stored.
     ///
     /// # Errors
     /// Those of [`Coder::encoder`] and [`Encoder::encode_on`].
+    ///
+    /// # Panics
+    /// Where there are maps, but none of this head.
     pub fn reconstruct(
         &self,
+        head: usize,
         vectors: &[f32],
         sparsity: usize,
         fit: Fit,
         threads: &dyn Threads,
     ) -> Result<Vec<f32>> {
+        let mapped = self.maps().map(|maps| maps.apply(head, vectors));
+        let vectors = mapped.as_deref().unwrap_or(vectors);
         let batch = self.encoder(sparsity, fit)?.encode_on(vectors, threads)?;
         let mut codes = Codes::new(self.format(sparsity))?;
         codes.extend(&batch);
-        codes.decode(self.atoms(sparsity))
+        let decoded = codes.decode(self.atoms(sparsity))?;
+        Ok(match self.maps() {
+            Some(maps) => maps.invert(head, &decoded),
+            None => decoded,
+        })
     }
 
     /// Checks that codes can have this many atoms.
@@ -216,7 +244,9 @@ impl Coder {
     /// A checksum of the dictionary or the codebooks, so that codes can say which they need.
     pub fn checksum(&self) -> u32 {
         match self {
-            Self::Additive { codebooks, .. } => codebooks.checksum(),
+            Self::Additive {
+                codebooks, maps, ..
+            } => codebooks.checksum() ^ maps.as_ref().map_or(0, |maps| maps.checksum()),
             Self::Sparse { dictionary, .. } => dictionary.checksum(),
         }
     }

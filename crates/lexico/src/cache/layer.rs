@@ -1,10 +1,11 @@
+use std::borrow::Cow;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use super::{Coder, LayerSettings, Leaving};
 use crate::attention::{DenseRows, Head, Source, attend_heads};
 use crate::codes::Codes;
-use crate::dictionary::{Atoms, LayerDictionaries, LayerSparsities};
+use crate::dictionary::{Atoms, HeadMaps, LayerDictionaries, LayerSparsities};
 use crate::encode::EncodedBatch;
 use crate::key_value::KeyValue;
 use crate::threads::{Alone, Threads};
@@ -41,8 +42,10 @@ pub struct LayerCache {
 /// they are made when they are due.
 pub(super) type Background = Option<Mutex<Receiver<Result<Batch>>>>;
 
-/// The keys, or the values, of one KV head: the past as codes, then the recent window.
+/// The keys, or the values, of one KV head: the first positions, the past as codes, then the recent window. Where there
+/// are maps, all of them are mapped.
 pub(super) struct HeadRows {
+    pub(super) sinks: DenseRows,
     pub(super) codes: Codes,
     pub(super) recent: DenseRows,
 }
@@ -55,6 +58,8 @@ pub(super) type Batch = KeyValue<Vec<EncodedBatch>>;
 pub struct LayerFootprint {
     /// The codes of the keys and of the values, room for growth included.
     pub codes: KeyValue<usize>,
+    /// The first positions.
+    pub sinks: usize,
     /// The recent window.
     pub recent_window: usize,
     /// Copies of what is being coded in the background.
@@ -67,7 +72,8 @@ impl LayerFootprint {
     /// The bytes of all parts.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.codes.into_iter().sum::<usize>() + self.recent_window + self.leaving + self.bookkeeping
+        let dense = self.sinks + self.recent_window + self.leaving;
+        self.codes.into_iter().sum::<usize>() + dense + self.bookkeeping
     }
 }
 
@@ -88,12 +94,13 @@ impl LayerCache {
     pub fn new(dictionaries: &LayerDictionaries, settings: LayerSettings) -> Result<Self> {
         let coders = settings.coders(dictionaries)?;
         let sparsities = &settings.sparsities;
-        let head_dim = dictionaries.keys.head_dim();
+        let head_dim = dictionaries.head_dim();
         let heads = sparsities.keys.iter().zip(&sparsities.values);
         let heads = heads.map(|(&keys, &values)| {
             let parts = coders.as_ref().zip(KeyValue { keys, values });
             parts.try_map(|(coder, sparsity)| {
                 Ok(HeadRows {
+                    sinks: DenseRows::new(head_dim, settings.number_type),
                     codes: Codes::new(coder.format(sparsity))?,
                     recent: DenseRows::new(head_dim, settings.number_type),
                 })
@@ -110,7 +117,7 @@ impl LayerCache {
 
     /// The number of positions held.
     pub fn len(&self) -> usize {
-        self.coded() + self.dense()
+        self.sinks() + self.coded() + self.dense()
     }
 
     /// Returns whether no positions are held.
@@ -123,7 +130,12 @@ impl LayerCache {
         self.heads.first().map_or(0, |head| head.keys.codes.len())
     }
 
-    /// The number of positions that are dense.
+    /// The number of first positions that are kept dense.
+    pub fn sinks(&self) -> usize {
+        self.heads.first().map_or(0, |head| head.keys.sinks.len())
+    }
+
+    /// The number of positions in the recent window.
     pub fn dense(&self) -> usize {
         self.heads.first().map_or(0, |head| head.keys.recent.len())
     }
@@ -159,6 +171,17 @@ impl LayerCache {
         if queries.is_empty() {
             return;
         }
+        if self.is_empty() && new.is_none() {
+            out.fill(0.0);
+            return;
+        }
+        let maps = self.maps();
+        let mapped = new.map(|new| self.mapped(new));
+        let new = mapped.as_ref().map(|both| both.as_ref().map(|x| &x[..]));
+        let queries = match maps.keys {
+            Some(maps) => &maps.for_heads(queries, |head, own| maps.queries(head, own)),
+            None => queries,
+        };
         let atoms = self.atoms();
         let sources: Vec<Vec<Source<'_>>> = self
             .heads
@@ -166,13 +189,15 @@ impl LayerCache {
             .enumerate()
             .map(|(h, head)| {
                 let rows = head.as_ref();
-                let mut sources = vec![
-                    Source::Codes {
-                        codes: rows.map(|rows| &rows.codes),
-                        atoms,
-                    },
-                    Source::Dense(rows.map(|rows| &rows.recent)),
-                ];
+                let mut sources = Vec::with_capacity(4);
+                if self.settings.sinks > 0 {
+                    sources.push(Source::Dense(rows.map(|rows| &rows.sinks)));
+                }
+                sources.push(Source::Codes {
+                    codes: rows.map(|rows| &rows.codes),
+                    atoms,
+                });
+                sources.push(Source::Dense(rows.map(|rows| &rows.recent)));
                 if let Some(new) = new {
                     let own = new.map(|x| &x[h * t * m..(h + 1) * t * m]);
                     sources.push(Source::Causal(own));
@@ -182,6 +207,10 @@ impl LayerCache {
             .collect();
         let mut tasks = Head::split(queries, &sources, out);
         attend_heads(&mut tasks, m, t, self.settings.sliding_window, threads);
+        if let Some(maps) = maps.values {
+            let back = maps.for_heads(out, |head, own| maps.invert(head, own));
+            out.copy_from_slice(&back);
+        }
     }
 
     /// Takes new positions, keys and values `[kv_heads, t, m]`; one is a step of decode, several are a prompt.
@@ -198,14 +227,20 @@ impl LayerCache {
             new.keys.len().is_multiple_of(row) && new.keys.len() == new.values.len(),
             "new keys and values of every head"
         );
-        let t = new.keys.len() / row;
+        let mut t = new.keys.len() / row;
+        let mut mapped = self.mapped(new);
+        if let Some(first) = self.extend_sinks(mapped.as_ref().map(|x| &x[..]), t) {
+            mapped = first.map(Cow::Owned);
+            t = mapped.keys.len() / row;
+        }
+        let new = mapped.as_ref().map(|x| &x[..]);
         if t == 1 && self.settings.delay > 0 {
             self.append_one(new, threads)?;
-        } else {
+        } else if t > 0 {
             self.append_many(new, t, threads)?;
         }
         if let Some(outside) = outside_window(self.settings.sliding_window, self.len()) {
-            self.drop_front(outside.min(self.coded()));
+            self.drop_front(outside.min(self.sinks() + self.coded()));
         }
         Ok(())
     }
@@ -215,14 +250,17 @@ impl LayerCache {
     /// # Panics
     /// Where there are fewer.
     pub fn drop_front(&mut self, count: usize) {
-        let coded = count.min(self.coded());
-        if count > coded {
+        let sinks = count.min(self.sinks());
+        let coded = (count - sinks).min(self.coded());
+        let recent = count - sinks - coded;
+        if recent > 0 {
             // What is on its way to the codes would be other positions.
             self.leaving = None;
         }
         for rows in self.heads.iter_mut().flat_map(KeyValue::as_mut) {
+            rows.sinks.drop_front(sinks);
             rows.codes.drop_front(coded);
-            rows.recent.drop_front(count - coded);
+            rows.recent.drop_front(recent);
         }
     }
 
@@ -233,10 +271,16 @@ impl LayerCache {
     pub fn decode(&self) -> Result<KeyValue<Vec<f32>>> {
         let atoms = self.atoms();
         let mut all = KeyValue::<Vec<f32>>::default();
-        for head in &self.heads {
-            for ((all, rows), atoms) in all.as_mut().zip(head.as_ref()).zip(atoms) {
-                all.extend(rows.codes.decode(atoms)?);
-                all.extend(rows.recent.to_f32());
+        for (number, head) in self.heads.iter().enumerate() {
+            let parts = head.as_ref().zip(atoms).zip(self.maps());
+            for (all, ((rows, atoms), maps)) in all.as_mut().zip(parts) {
+                let mut own = rows.sinks.to_f32();
+                own.extend(rows.codes.decode(atoms)?);
+                own.extend(rows.recent.to_f32());
+                match maps {
+                    Some(maps) => all.extend(maps.invert(number, &own)),
+                    None => all.extend(own),
+                }
             }
         }
         Ok(all)
@@ -251,6 +295,7 @@ impl LayerCache {
         for head in &self.heads {
             for (codes, rows) in footprint.codes.as_mut().zip(head.as_ref()) {
                 *codes += rows.codes.bytes();
+                footprint.sinks += rows.sinks.bytes();
                 footprint.recent_window += rows.recent.bytes();
             }
         }
@@ -270,6 +315,41 @@ impl LayerCache {
     pub(super) fn atoms(&self) -> KeyValue<Atoms<'_>> {
         let parts = self.coders.as_ref().zip(self.settings.sparsities.as_ref());
         parts.map(|(coder, sparsities)| coder.atoms(max(sparsities)))
+    }
+
+    /// The maps of keys and of values.
+    fn maps(&self) -> KeyValue<Option<&HeadMaps>> {
+        self.coders.as_ref().map(Coder::maps)
+    }
+
+    /// New keys and values `[kv_heads, t, m]` behind the maps, if there are any.
+    fn mapped<'v>(&self, new: KeyValue<&'v [f32]>) -> KeyValue<Cow<'v, [f32]>> {
+        let parts = self.maps().zip(new);
+        parts.map(|(maps, new)| match maps {
+            Some(maps) => Cow::Owned(maps.for_heads(new, |head, own| maps.apply(head, own))),
+            None => Cow::Borrowed(new),
+        })
+    }
+
+    /// Takes the first positions of a sequence out of `t` new ones; returns the others, `None` where that is all.
+    fn extend_sinks(&mut self, new: KeyValue<&[f32]>, t: usize) -> Option<KeyValue<Vec<f32>>> {
+        if self.coded() + self.dense() > 0 {
+            return None;
+        }
+        let count = self.settings.sinks.saturating_sub(self.sinks()).min(t);
+        if count == 0 {
+            return None;
+        }
+        let m = self.head_dim;
+        let mut rest = KeyValue::<Vec<f32>>::default();
+        for (h, head) in self.heads.iter_mut().enumerate() {
+            for ((rows, new), rest) in head.as_mut().zip(new).zip(rest.as_mut()) {
+                let (first, others) = new[h * t * m..(h + 1) * t * m].split_at(count * m);
+                rows.sinks.extend(first);
+                rest.extend_from_slice(others);
+            }
+        }
+        Some(rest)
     }
 
     /// Takes the new position of a step of decode.

@@ -18,7 +18,8 @@ pub struct LayerState {
     pub checksums: KeyValue<u32>,
     /// The steps since a batch began to leave the recent window, where one is leaving.
     pub leaving: Option<usize>,
-    /// Names and bytes: `keys.codes`, as many times as there are blocks, `keys.window`, and the same of the values.
+    /// Names and bytes: `keys.codes`, as many times as there are blocks, `keys.sinks`, where first positions are kept
+    /// dense, `keys.window`, and the same of the values.
     pub blocks: Vec<(String, Vec<u8>)>,
 }
 
@@ -39,6 +40,10 @@ impl LayerCache {
             let codes: Vec<_> = heads.iter().map(|rows| &rows.codes).collect();
             let codes = stored::write(&codes).into_iter();
             blocks.extend(codes.map(|block| (format!("{part}.codes"), block)));
+            if self.settings.sinks > 0 {
+                let sinks = heads.iter().flat_map(|rows| rows.sinks.to_bytes());
+                blocks.push((format!("{part}.sinks"), sinks.collect()));
+            }
             let recent = heads.iter().flat_map(|rows| rows.recent.to_bytes());
             blocks.push((format!("{part}.window"), recent.collect()));
         }
@@ -64,7 +69,8 @@ impl LayerCache {
         let known = |name: &str| {
             let (part, kind) = name.split_once('.').unwrap_or_default();
             KeyValue::NAMES.into_iter().any(|known| known == part)
-                && ["codes", "window"].contains(&kind)
+                && (["codes", "window"].contains(&kind)
+                    || kind == "sinks" && self.settings.sinks > 0)
         };
         if !state.blocks.iter().all(|(name, _)| known(name)) {
             return Err(Error::SavedLayer("the list of blocks"));
@@ -83,22 +89,33 @@ impl LayerCache {
             let [recent] = of_kind("window")[..] else {
                 return Err(Error::SavedLayer("the rows of the window"));
             };
+            let sinks = match (self.settings.sinks, &of_kind("sinks")[..]) {
+                (0, _) => &[],
+                (_, [sinks]) => *sinks,
+                _ => return Err(Error::SavedLayer("the first positions")),
+            };
             let codes = stored::read(&formats, of_kind("codes"))?;
-            let codes = codes.into_iter().zip(self.read_recent(recent)?);
-            let rows = codes.map(|(codes, recent)| {
+            let dense = self.read_dense(sinks)?.into_iter();
+            let dense = dense.zip(self.read_dense(recent)?);
+            let rows = codes.into_iter().zip(dense);
+            let rows = rows.map(|(codes, (sinks, recent))| {
                 codes.check_atoms(atoms.len())?;
-                Ok(HeadRows { codes, recent })
+                Ok(HeadRows {
+                    sinks,
+                    codes,
+                    recent,
+                })
             });
             rows.collect::<Result<Vec<_>>>()
         })?;
         let lengths = rows.as_ref().into_iter().flatten();
-        let lengths = lengths.map(|rows| (rows.codes.len(), rows.recent.len()));
+        let lengths = lengths.map(|rows| [rows.sinks.len(), rows.codes.len(), rows.recent.len()]);
         let lengths: Vec<_> = lengths.collect();
         let held = lengths.first().copied().unwrap_or_default();
-        if lengths.iter().any(|&lengths| lengths != held) {
+        if lengths.iter().any(|&lengths| lengths != held) || held[0] > self.settings.sinks {
             return Err(Error::SavedLayer("the number of positions"));
         }
-        let possible = |&age: &usize| age <= self.settings.delay && held.1 >= self.settings.batch;
+        let possible = |&age: &usize| age <= self.settings.delay && held[2] >= self.settings.batch;
         if !state.leaving.as_ref().is_none_or(possible) {
             return Err(Error::SavedLayer("the batches that leave the window"));
         }
@@ -109,19 +126,19 @@ impl LayerCache {
         Ok(())
     }
 
-    /// The recent window of every head out of the bytes of all.
-    fn read_recent(&self, bytes: &[u8]) -> Result<Vec<DenseRows>> {
+    /// The dense rows of every head out of the bytes of all.
+    fn read_dense(&self, bytes: &[u8]) -> Result<Vec<DenseRows>> {
         let number_type = self.settings.number_type;
         let (heads, m) = (self.heads.len(), self.head_dim());
         if !bytes.len().is_multiple_of(heads * m * number_type.bytes()) {
-            return Err(Error::SavedLayer("the rows of the window"));
+            return Err(Error::SavedLayer("the dense rows"));
         }
         let numbers = match number_type {
             NumberType::F16 => numbers(bytes, |b| f16::from_le_bytes(b).to_f32()),
             NumberType::F32 => numbers(bytes, f32::from_le_bytes),
         };
         if numbers.iter().any(|x| !x.is_finite()) {
-            return Err(Error::SavedLayer("a number of the window"));
+            return Err(Error::SavedLayer("a dense number"));
         }
         let each = numbers.len() / heads;
         let rows = (0..heads).map(|head| {

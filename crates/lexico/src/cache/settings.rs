@@ -14,6 +14,9 @@ pub struct LayerSettings {
     pub fit: Fit,
     /// Max atoms of each KV head's keys and values.
     pub sparsities: LayerSparsities,
+    /// The first positions, kept dense: models attend to them out of proportion (attention sinks: Xiao et al., ICLR
+    /// 2024).
+    pub sinks: usize,
     /// `n_b`: the newest positions, kept dense.
     pub recent_window: usize,
     /// `n_a`: the positions that leave the recent window at once.
@@ -38,6 +41,7 @@ impl LayerSettings {
             coding: Coding::default(),
             fit: Fit::default(),
             sparsities,
+            sinks: 0,
             recent_window: 128,
             batch: 16,
             delay: 4,
@@ -67,6 +71,14 @@ impl LayerSettings {
         let coders = self.coding.coders(dictionaries)?;
         for (coder, sparsities) in coders.as_ref().zip(sparsities.as_ref()) {
             sparsities.iter().try_for_each(|&s| coder.check(s))?;
+            if let Some(maps) = coder.maps().filter(|maps| maps.heads() != sparsities.len()) {
+                let reason = format!("there are maps of {} heads", maps.heads());
+                return Err(Error::setting(
+                    "sparsity",
+                    sparsities.len().to_string(),
+                    &reason,
+                ));
+            }
         }
         Ok(coders)
     }
@@ -83,7 +95,8 @@ impl LayerSettings {
     pub fn expected_bytes(&self, head_dim: usize, positions: usize) -> f64 {
         // Batches leave whole, each layer's at its own step, and the window keeps the room that it needed for them.
         let leaving = self.batch.saturating_mul(3) / 2;
-        let dense = positions.min(self.recent_window.saturating_add(leaving)) as f64;
+        let dense = self.sinks.saturating_add(self.recent_window);
+        let dense = positions.min(dense.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
         let heads = self.sparsities.keys.iter().chain(&self.sparsities.values);
         let code: usize = heads.map(|&s| self.coding.bytes(s)).sum();

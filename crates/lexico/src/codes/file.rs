@@ -77,7 +77,7 @@ impl CodeFile {
     /// Those of [`TensorFile`], [`Error::Format`], [`Error::Metadata`], [`Error::Tensor`].
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        file.check_format(FORMAT, CURE)?;
+        file.check_format(&[FORMAT], CURE)?;
         let checksum = file.entry("dictionary_crc32", |text| u32::from_str_radix(text, 16))?;
         let head_dim: usize = file.entry("head_dim", str::parse)?;
         if !(1..=1 << 30).contains(&head_dim) {

@@ -93,6 +93,10 @@ fn check(settings: &LayerSettings) -> Result<()> {
             let reason = "on a GPU all codes have as many atoms";
             ("tolerance", tolerance.to_string(), reason)
         }
+        _ if settings.sinks > 0 => {
+            let reason = "on a GPU only the recent window is dense";
+            ("sinks", settings.sinks.to_string(), reason)
+        }
         _ if settings.number_type != NumberType::F16 => {
             let reason = "on a GPU the recent window is in f16";
             ("dense", "f32".to_owned(), reason)

@@ -3,15 +3,17 @@
 mod additive;
 mod allocation;
 mod atoms;
+mod maps;
 mod set;
 mod unit;
 
 pub use additive::Codebooks;
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use atoms::Atoms;
+pub use maps::HeadMaps;
 pub use set::{
-    DictionarySet, FORMAT, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity, Training,
-    additive_sparsity,
+    DictionarySet, FORMATS, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity,
+    Training, additive_sparsity,
 };
 pub use unit::Dictionary;
 

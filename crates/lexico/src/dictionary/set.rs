@@ -7,14 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use super::allocation::MAX_ALLOCATED;
 use super::{
-    CODEBOOK_ATOMS, CodeFamily, CodebookSizes, Codebooks, CodingLosses, Dictionary, LayerSparsities,
+    CODEBOOK_ATOMS, CodeFamily, CodebookSizes, Codebooks, CodingLosses, Dictionary, HeadMaps,
+    LayerSparsities,
 };
 use crate::key_value::KeyValue;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
-/// The `format` entry of a dictionary file's metadata.
-pub const FORMAT: &str = "lexico-dictionary/1";
+/// Formats of a dictionary file, as its metadata names them: the first always has dictionaries for sparse codes and
+/// never maps of heads.
+pub const FORMATS: [&str; 2] = ["lexico-dictionary/1", "lexico-dictionary/2"];
 pub(super) const CURE: &str = "`lexico train` makes such a file";
 
 /// The model that a dictionary set was learned for.
@@ -89,24 +91,33 @@ pub fn additive_sparsity(trained: usize, codebooks: usize) -> usize {
 /// The held-out mean relative error of one layer at the training sparsity, f32 coefficients.
 pub type LayerErrors = KeyValue<f32>;
 
-/// One layer's two dictionaries, shared by all its KV heads and by all sequences.
-#[derive(Debug, Clone, PartialEq)]
+/// What one layer's keys, after rotary embedding, and values are coded with, shared by all its KV heads and by all
+/// sequences: dictionaries, codebooks or both.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct LayerDictionaries {
-    /// For keys after rotary embedding.
-    pub keys: Arc<Dictionary>,
-    /// For values.
-    pub values: Arc<Dictionary>,
-    /// Codebooks of the keys and of the values, where they were learned.
+    /// Dictionaries for sparse codes, where they were learned.
+    pub sparse: Option<KeyValue<Arc<Dictionary>>>,
+    /// Codebooks for additive codes, where they were learned.
     pub codebooks: Option<KeyValue<Arc<Codebooks>>>,
+    /// The maps behind which additive codes are found; none in files of earlier versions.
+    pub maps: Option<KeyValue<Arc<HeadMaps>>>,
 }
 
 impl LayerDictionaries {
+    /// `m`, the length of a vector; 0 where there are neither dictionaries nor codebooks.
+    pub fn head_dim(&self) -> usize {
+        let sparse = self.sparse.as_ref().map(|both| both.keys.head_dim());
+        let codebooks = || self.codebooks.as_ref().map(|both| both.keys.head_dim());
+        sparse.or_else(codebooks).unwrap_or(0)
+    }
+
     /// The largest sparsity of codes of a family over both dictionaries, or both codebooks; 0 where there are none.
     pub fn max_sparsity(&self, family: CodeFamily) -> usize {
         match family {
             CodeFamily::Sparse => {
                 let max = |dictionary: &Dictionary| dictionary.head_dim().min(dictionary.len());
-                max(&self.keys).min(max(&self.values))
+                let sparse = self.sparse.as_ref();
+                sparse.map_or(0, |both| max(&both.keys).min(max(&both.values)))
             }
             CodeFamily::Additive => {
                 let codebooks = self.codebooks.as_ref();
@@ -142,13 +153,18 @@ impl DictionarySet {
     /// # Errors
     /// Those of [`DictionarySet::load`].
     pub fn read(file: &TensorFile) -> Result<Self> {
-        file.check_format(FORMAT, CURE)?;
+        file.check_format(&FORMATS, CURE)?;
         let model: ModelIdentity = file.entry("model", |text| serde_json::from_str(text))?;
         let training: Training = file.entry("training", |text| serde_json::from_str(text))?;
         // A hostile layer count must not drive the loop: every layer needs tensors in the file.
         let names = file.names();
-        let has_codebooks = names.iter().any(|name| name.ends_with(FIRST));
-        let each = if has_codebooks { 6 } else { 2 };
+        let has = |ending: &str| names.iter().any(|name| name.ends_with(ending));
+        let (has_codebooks, has_maps) = (has(FIRST), has(MEANS));
+        // Files of earlier versions always have them.
+        let has_sparse = has(".keys") || !has_codebooks;
+        let each = 2 * usize::from(has_sparse)
+            + 4 * usize::from(has_codebooks)
+            + 4 * usize::from(has_maps);
         let tensors = model.layers.saturating_mul(each);
         if model.layers == 0 || tensors != names.len() {
             let reason = format!(
@@ -176,14 +192,16 @@ impl DictionarySet {
         };
         let layers = (0..model.layers).map(|l| {
             let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
-            let KeyValue { keys, values } = names.as_ref().try_map(read)?;
             let codebooks =
                 |name: &String| Codebooks::read(file, name, model.head_dim).map(Arc::new);
+            let maps = |name: &String| HeadMaps::read(file, name, &model).map(Arc::new);
+            let sparse = has_sparse.then(|| names.as_ref().try_map(read));
             let codebooks = has_codebooks.then(|| names.as_ref().try_map(codebooks));
+            let maps = has_maps.then(|| names.as_ref().try_map(maps));
             Ok(LayerDictionaries {
-                keys,
-                values,
+                sparse: sparse.transpose()?,
                 codebooks: codebooks.transpose()?,
+                maps: maps.transpose()?,
             })
         });
         let layers = layers.collect::<Result<_>>()?;
@@ -202,14 +220,19 @@ impl DictionarySet {
         let mut tensors = Vec::with_capacity(2 * self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
             let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
-            let dictionaries = KeyValue::new(&layer.keys, &layer.values);
-            for (name, dictionary) in names.as_ref().zip(dictionaries) {
-                let shape = [dictionary.len(), dictionary.head_dim()];
-                tensors.push(halves(name, &shape, dictionary.atoms()));
+            if let Some(sparse) = &layer.sparse {
+                for (name, dictionary) in names.as_ref().zip(sparse.as_ref()) {
+                    let shape = [dictionary.len(), dictionary.head_dim()];
+                    tensors.push(halves(name, &shape, dictionary.atoms()));
+                }
             }
             if let Some(codebooks) = &layer.codebooks {
                 let codebooks = names.as_ref().zip(codebooks.as_ref()).into_iter();
                 tensors.extend(codebooks.flat_map(|(name, own)| own.tensors(name)));
+            }
+            if let Some(maps) = &layer.maps {
+                let maps = names.as_ref().zip(maps.as_ref()).into_iter();
+                tensors.extend(maps.flat_map(|(name, own)| own.tensors(name)));
             }
         }
         let path = path.as_ref();
@@ -220,9 +243,16 @@ impl DictionarySet {
                 reason: e.to_string(),
             })
         };
-        let atoms = self.layers.first().map_or(0, |layer| layer.keys.len());
+        let first = self.layers.first();
+        let sparse = first.and_then(|layer| layer.sparse.as_ref());
+        // Earlier versions read what they can use.
+        let format = match first {
+            Some(layer) if layer.maps.is_some() || sparse.is_none() => FORMATS[1],
+            _ => FORMATS[0],
+        };
+        let atoms = sparse.map_or(0, |both| both.keys.len());
         let metadata = [
-            ("format", FORMAT.to_owned()),
+            ("format", format.to_owned()),
             ("model", json("model", serde_json::to_string(&self.model))?),
             (
                 "training",
@@ -312,17 +342,49 @@ impl DictionarySet {
     /// Bytes held by all dictionaries.
     pub fn bytes(&self) -> usize {
         let layers = self.layers.iter();
-        let dictionaries = layers
-            .clone()
-            .flat_map(|layer| [&layer.keys, &layer.values]);
-        let codebooks = layers.flat_map(|layer| &layer.codebooks);
-        let codebooks = codebooks.flat_map(KeyValue::as_ref);
-        dictionaries.map(|own| own.bytes()).sum::<usize>()
-            + codebooks.map(|own| own.bytes()).sum::<usize>()
+        let bytes = layers.map(|layer| {
+            let sparse = layer.sparse.iter().flat_map(KeyValue::as_ref);
+            let codebooks = layer.codebooks.iter().flat_map(KeyValue::as_ref);
+            let maps = layer.maps.iter().flat_map(KeyValue::as_ref);
+            sparse.map(|own| own.bytes()).sum::<usize>()
+                + codebooks.map(|own| own.bytes()).sum::<usize>()
+                + maps.map(|own| own.bytes()).sum::<usize>()
+        });
+        bytes.sum()
     }
 }
 
 /// Ends of the names of the tensors of codebooks: atoms of the first codebook, and of the others.
+const MEANS: &str = ".means";
+const MATRICES: &str = ".matrices";
+
+impl HeadMaps {
+    /// Reads the maps of a layer's keys or values.
+    fn read(file: &TensorFile, name: &str, model: &ModelIdentity) -> Result<Self> {
+        let (means, means_shape) = file.f32_tensor(&format!("{name}{MEANS}"), 2)?;
+        let matrices_name = format!("{name}{MATRICES}");
+        let (matrices, shape) = file.f32_tensor(&matrices_name, 3)?;
+        let (heads, m) = (model.kv_heads, model.head_dim);
+        if means_shape != [heads, m] || shape != [heads, m, m] {
+            let reason = format!(
+                "shapes {means_shape:?} and {shape:?}, but [{heads}, {m}] and [{heads}, {m}, {m}] are needed"
+            );
+            return Err(Error::tensor(file.path(), &matrices_name, reason));
+        }
+        Self::new(&means, &matrices, m)
+            .map_err(|e| Error::tensor(file.path(), &matrices_name, e.to_string()))
+    }
+
+    fn tensors(&self, name: &str) -> [NewTensor; 2] {
+        let (heads, m) = (self.heads(), self.head_dim());
+        let (means, matrices) = self.numbers();
+        [
+            NewTensor::f32(&format!("{name}{MEANS}"), &[heads, m], &means),
+            NewTensor::f32(&format!("{name}{MATRICES}"), &[heads, m, m], &matrices),
+        ]
+    }
+}
+
 const FIRST: &str = ".first";
 const OTHERS: &str = ".others";
 
@@ -339,7 +401,7 @@ impl Codebooks {
     /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensors are no codebooks.
     pub fn load(path: impl AsRef<Path>, name: &str) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        file.check_format(FORMAT, CURE)?;
+        file.check_format(&FORMATS, CURE)?;
         let (_, shape) = file.info(&format!("{name}{FIRST}"))?;
         let head_dim = shape.get(1).copied().unwrap_or(0);
         Self::read(&file, name, head_dim)

@@ -2,7 +2,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::atoms::{AtomMatrix, Atoms};
-use super::set::{CURE, FORMAT};
+use super::set::{CURE, FORMATS};
 use super::{check_sparsity, norm};
 use crate::kernels::scan::RoundedAtoms;
 use crate::tensor_file::TensorFile;
@@ -77,7 +77,7 @@ impl Dictionary {
     /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensor is no dictionary.
     pub fn load(path: impl AsRef<Path>, tensor: &str) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        file.check_format(FORMAT, CURE)?;
+        file.check_format(&FORMATS, CURE)?;
         Self::read(&file, tensor)
     }
 

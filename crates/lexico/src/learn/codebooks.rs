@@ -14,21 +14,20 @@ use crate::threads::{Threads, for_each};
 use crate::{Error, Result};
 
 /// Passes of k-means over the residuals that a codebook is to code.
-const ITERATIONS: usize = 10;
+const ITERATIONS: usize = 4;
 /// Max vectors that k-means looks at for each atom.
-const VECTORS_AN_ATOM: usize = 256;
+const VECTORS_AN_ATOM: usize = 128;
 /// Vectors below which an atom counts as unused.
 const USERS: usize = 2;
-/// Number of codebooks from which on, at every power of two, all vectors are coded anew over all of them: a search over
-/// all finds better codes than one codebook after the other.
-const CODEBOOKS_TO_SEARCH: usize = 4;
 /// Passes over the codebooks for the same codes.
 const SWEEPS: usize = 2;
 /// Share of a round's move that the next round adds to its own.
-const MOMENTUM: f32 = 0.8;
+const MOMENTUM: f32 = 0.5;
+/// Share of its vectors so far that an atom counts with beside those of the next round.
+const MEMORY: f64 = 0.8;
 /// Number of further codebooks with which the error of a code counts twice as much: about as it falls.
 const CODEBOOKS_TO_HALVE: f64 = 5.0;
-/// Number of imaginary vectors that hold an atom where it is.
+/// Least number of vectors that hold an atom where it is, were they all imaginary.
 const INERTIA: f64 = 2.0;
 /// Real vectors for each added mixture.
 const VECTORS_A_MIXTURE: usize = 64;
@@ -49,8 +48,10 @@ pub struct CodebookOptions {
     pub codebooks: usize,
     /// Atoms of the codes that the held-out error is measured with, at most one a codebook.
     pub sparsity: usize,
-    /// Rounds of coding all vectors and fitting the atoms to the codes, once all codebooks are there.
+    /// Rounds of coding vectors and fitting the atoms to the codes, once all codebooks are there.
     pub rounds: usize,
+    /// Vectors that a round looks at, those of one round after those of the other; all where there are fewer.
+    pub vectors: usize,
     /// Beam width of the search for codes while learning.
     pub beam: usize,
     /// Seed of every random choice: the same seed gives the same codebooks on any number of threads.
@@ -72,7 +73,8 @@ impl CodebookOptions {
             first: 2048,
             codebooks: (head_dim / 2).max(1),
             sparsity: (3 * head_dim / 16).max(1),
-            rounds: 10,
+            rounds: 8,
+            vectors: 1 << 15,
             beam: 4,
             seed: 0,
         }
@@ -127,18 +129,19 @@ pub struct LearnedCodebooks {
 /// Unlike a [`Learner`](super::Learner) it takes the vectors at their lengths, which the atoms keep, so that the loss is
 /// the squared error. Each codebook begins as the means that k-means (Lloyd 1982) finds in the residuals that the
 /// codebooks before it leave (residual quantisation: Juang & Gray 1982; Chen, Guan, Wang 2010). Then, in rounds, a
-/// beam search codes all vectors, and with the codes fixed codebook after codebook moves to where the loss is least
-/// (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), and on by a share of the move of the
-/// round before, since codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). All
-/// beginnings of a code count too, so that the first codebooks alone serve smaller sparsities well. An atom that
-/// k-means leaves unused becomes a vector drawn by its squared error.
+/// beam search codes the next [`CodebookOptions::vectors`], and with the codes fixed codebook after codebook moves to
+/// where the loss is least (additive quantisation: Babenko & Lempitsky 2014; Martinez et al. 2016, 2018), held by the
+/// vectors of earlier rounds (mini-batches: Sculley 2010), and on by a share of the move of the round before, since
+/// codes and atoms that wait for each other come forward slowly (momentum: Polyak 1964). All beginnings of a code count
+/// too, so that the first codebooks alone serve smaller sparsities well. An atom that k-means leaves unused becomes a
+/// vector drawn by its squared error.
 ///
 /// One in 65 of the vectors learned from is a mixture of real ones: random vectors of their mean and covariance. A
 /// first codebook that knows nearly all vectors of a corpus by heart would leave nothing to learn for the other
 /// codebooks, which could then not code vectors of other texts.
 ///
-/// Takes `O(n·N·m·b)` time a round for `N` atoms and a beam of `b`, a few times that for the beginning, and memory for
-/// `3·n·m` numbers. The vectors are taken because they are scaled in place.
+/// Takes `O(n·N·m·b)` time for `n` vectors of all rounds, `N` atoms and a beam of `b`, about as much for the beginning,
+/// and memory for `3·n·m` numbers. The vectors are taken because they are scaled in place.
 ///
 /// `progress` is called every few thousand vectors and may break off.
 ///
@@ -189,11 +192,21 @@ pub fn learn_codebooks(
     };
     let mut atoms = learner.begin()?;
     let mut moves = vec![0f32; atoms.len()];
+    let each = options.vectors.min(n);
+    let mut order: Vec<usize> = sample(&mut learner.rng, n, n).into_vec();
+    let mut held = vec![INERTIA; atoms.len() / head_dim];
     for round in 1..=options.rounds {
-        let codes = learner.code(&atoms)?;
+        let own = rows(learner.vectors, head_dim, &order[..each]);
+        order.rotate_left(each);
+        let codes = learner.code(&atoms, &own)?;
         let before = atoms.clone();
         for _ in 0..SWEEPS {
-            learner.fit(&mut atoms, &codes)?;
+            learner.fit(&mut atoms, &before, &held, &own, &codes)?;
+        }
+        if each < n {
+            codes.iter().for_each(|&i| held[usize::from(i)] += 1.0);
+            let fade = |held: &mut f64| *held = (MEMORY * *held).max(INERTIA);
+            held.iter_mut().for_each(fade);
         }
         // The last round leaves the atoms where its codes want them.
         if round < options.rounds {
@@ -241,27 +254,14 @@ fn add_mixtures(vectors: &mut Vec<f32>, m: usize, rng: &mut ChaCha8Rng) {
 impl CodebookOptions {
     /// Counts the steps that `n` vectors take.
     fn steps(&self, n: usize, sizes: CodebookSizes) -> usize {
-        let all = n.div_ceil(SLICE);
+        let slices = |vectors: usize| vectors.div_ceil(SLICE);
         let beginning = |codebook: usize| {
-            let sample = n.min(VECTORS_AN_ATOM * sizes.size(codebook));
-            let sample = sample.div_ceil(SLICE);
-            let coded = all * self.coded_after(codebook).unwrap_or(0);
-            ITERATIONS * sample + coded
+            let looked_at = slices(n.min(VECTORS_AN_ATOM * sizes.size(codebook)));
+            let coded = usize::from(codebook + 1 < self.codebooks);
+            ITERATIONS * looked_at + coded * slices(n)
         };
-        (0..self.codebooks).map(beginning).sum::<usize>() + self.rounds * all * self.codebooks
-    }
-
-    /// Returns the number of codebooks over which all vectors are coded once codebook `codebook` is there: all, only the
-    /// new one, or none after the last.
-    fn coded_after(&self, codebook: usize) -> Option<usize> {
-        let there = codebook + 1;
-        if there == self.codebooks {
-            None
-        } else if there >= CODEBOOKS_TO_SEARCH && there.is_power_of_two() {
-            Some(there)
-        } else {
-            Some(1)
-        }
+        let rounds = self.rounds * slices(self.vectors.min(n)) * self.codebooks;
+        (0..self.codebooks).map(beginning).sum::<usize>() + rounds
     }
 }
 
@@ -293,28 +293,20 @@ impl CodebookLearner<'_> {
         let mut residuals = self.vectors.to_vec();
         for codebook in 0..self.options.codebooks {
             let own = self.means(&residuals, self.sizes.size(codebook))?;
-            atoms.extend_from_slice(&own);
-            match self.options.coded_after(codebook) {
-                None => {}
-                Some(1) => {
-                    let (nearest, _) = self.nearest(&own, &residuals)?;
-                    subtract(self.threads, &mut residuals, &own, m, &nearest);
-                }
-                Some(_) => {
-                    let codes = self.code(&atoms)?;
-                    residuals.copy_from_slice(self.vectors);
-                    subtract(self.threads, &mut residuals, &atoms, m, &codes);
-                }
+            if codebook + 1 < self.options.codebooks {
+                let (nearest, _) = self.nearest(&own, &residuals)?;
+                subtract(self.threads, &mut residuals, &own, m, &nearest);
             }
+            atoms.extend(own);
         }
         Ok(atoms)
     }
 
     /// Codes all vectors over the codebooks that these atoms fill; returns the atoms' numbers, `[n, codebooks]`.
-    fn code(&mut self, atoms: &[f32]) -> Result<Vec<u16>> {
+    fn code(&mut self, atoms: &[f32], vectors: &[f32]) -> Result<Vec<u16>> {
         let codebooks = Codebooks::new(atoms.to_vec(), self.head_dim, self.sizes)?;
         let beam = self.options.beam;
-        Ok(self.search(&codebooks, self.vectors, beam)?.0)
+        Ok(self.search(&codebooks, vectors, beam)?.0)
     }
 
     /// Finds the nearest of these atoms to each vector.
@@ -341,13 +333,10 @@ impl CodebookLearner<'_> {
     fn means(&mut self, vectors: &[f32], count: usize) -> Result<Vec<f32>> {
         let m = self.head_dim;
         let n = vectors.len() / m;
-        let row = |v: usize| &vectors[v * m..(v + 1) * m];
+        let most = VECTORS_AN_ATOM * count;
         let drawn: Vec<f32>;
-        let vectors = if n > VECTORS_AN_ATOM * count {
-            drawn = sample(&mut self.rng, n, VECTORS_AN_ATOM * count)
-                .iter()
-                .flat_map(|v| row(v).iter().copied())
-                .collect();
+        let vectors = if n > most {
+            drawn = rows(vectors, m, &sample(&mut self.rng, n, most).into_vec());
             &drawn
         } else {
             vectors
@@ -362,7 +351,7 @@ impl CodebookLearner<'_> {
         for _ in 0..ITERATIONS {
             let (nearest, errors) = self.nearest(&atoms, vectors)?;
             let users = Users::new(&nearest, count);
-            users.move_atoms(self.threads, &mut atoms, m, 0.0, |v, sum| {
+            users.move_atoms(self.threads, &mut atoms, m, None, |v, sum| {
                 add(sum, row(v));
             });
             // Vectors badly coded, each as likely as its squared error is large.
@@ -393,11 +382,18 @@ impl CodebookLearner<'_> {
     /// The first `l` atoms of a code leave an error whose weight is `w_l`. The atom of codebook `g` has part in
     /// those of `l > g`: with `W_g = Σ_{l>g} w_l` it is best where it is the mean, over its vectors, of
     /// `x − Σ_{h<g} c_h − Σ_{h>g} c_h · W_h / W_g`.
-    fn fit(&mut self, atoms: &mut [f32], codes: &[u16]) -> Result<()> {
+    fn fit(
+        &mut self,
+        atoms: &mut [f32],
+        anchors: &[f32],
+        held: &[f64],
+        vectors: &[f32],
+        codes: &[u16],
+    ) -> Result<()> {
         let (m, s) = (self.head_dim, self.options.codebooks);
         let weights = summed_weights(s);
         // What the codebooks before leave of every vector, and what those after add with their weights.
-        let mut before = self.vectors.to_vec();
+        let mut before = vectors.to_vec();
         let mut after = vec![0.0; before.len()];
         let all: &[f32] = atoms;
         let rows = after
@@ -420,7 +416,8 @@ impl CodebookLearner<'_> {
             let users = Users::new(&own, size);
             let moved = &mut atoms[first * m..(first + size) * m];
             let share = -1.0 / weights[codebook];
-            users.move_atoms(self.threads, moved, m, INERTIA, |v, sum| {
+            let inertia = Some((&anchors[first * m..][..size * m], &held[first..][..size]));
+            users.move_atoms(self.threads, moved, m, inertia, |v, sum| {
                 let place = v * m..(v + 1) * m;
                 let wanted = before[place.clone()].iter().zip(&after[place]);
                 for (sum, (&before, &after)) in sum.iter_mut().zip(wanted) {
@@ -446,6 +443,12 @@ impl CodebookLearner<'_> {
         }
         Ok(())
     }
+}
+
+/// Returns some of the vectors `[n, m]`.
+fn rows(vectors: &[f32], m: usize, numbers: &[usize]) -> Vec<f32> {
+    let rows = numbers.iter().flat_map(|&v| &vectors[v * m..(v + 1) * m]);
+    rows.copied().collect()
 }
 
 /// Atoms that a search found for each vector, one after the other, and the vectors' relative errors.
@@ -489,7 +492,7 @@ impl Users {
         threads: &dyn Threads,
         atoms: &mut [f32],
         m: usize,
-        inertia: f64,
+        inertia: Option<(&[f32], &[f64])>,
         add: impl Fn(usize, &mut [f64]) + Sync,
     ) {
         let tasks = atoms.chunks_mut(TASK_ATOMS * m).enumerate();
@@ -497,14 +500,16 @@ impl Users {
             let mut sum = vec![0.0; m];
             for (i, atom) in atoms.chunks_exact_mut(m).enumerate() {
                 let users = self.of(task * TASK_ATOMS + i);
-                let count = users.len() as f64 + inertia;
+                let number = task * TASK_ATOMS + i;
+                let held = inertia.map_or(0.0, |(_, held)| held[number]);
+                let count = users.len() as f64 + held;
                 if count == 0.0 {
                     continue;
                 }
                 sum.fill(0.0);
-                if inertia > 0.0 {
-                    let own = sum.iter_mut().zip(&*atom);
-                    own.for_each(|(sum, &x)| *sum = inertia * f64::from(x));
+                if let Some((anchors, _)) = inertia {
+                    let own = sum.iter_mut().zip(&anchors[number * m..][..m]);
+                    own.for_each(|(sum, &x)| *sum = held * f64::from(x));
                 }
                 users.iter().for_each(|&v| add(v as usize, &mut sum));
                 for (x, sum) in atom.iter_mut().zip(&sum) {
@@ -702,7 +707,9 @@ mod tests {
             done: CodebookProgress { step: 0, steps: 0 },
         };
         for _ in 0..40 {
-            learner.fit(&mut atoms, &codes).unwrap();
+            let (before, held) = (atoms.clone(), vec![INERTIA; atoms.len() / M]);
+            let fit = learner.fit(&mut atoms, &before, &held, &vectors, &codes);
+            fit.unwrap();
             losses.push(loss(&atoms));
         }
         assert!(

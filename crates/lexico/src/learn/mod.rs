@@ -3,6 +3,7 @@
 mod adam;
 mod codebooks;
 mod learner;
+mod maps;
 mod reseed;
 mod state;
 mod vectors;
@@ -13,6 +14,7 @@ use crate::{Error, Result};
 pub use crate::error::LearnError;
 pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
 pub use learner::Learner;
+pub use maps::head_maps;
 pub use vectors::{InMemory, Vectors};
 
 /// Atoms before the first step.

@@ -564,9 +564,9 @@ fn same_steps(sequence: &DeviceSequence<Emulator>, on_cpu: &LayerCache) {
 fn alike(dictionary: Dictionary, codebooks: Codebooks) -> LayerDictionaries {
     let (dictionary, codebooks) = (Arc::new(dictionary), Arc::new(codebooks));
     LayerDictionaries {
-        keys: dictionary.clone(),
-        values: dictionary,
+        sparse: Some(KeyValue::new(dictionary.clone(), dictionary)),
         codebooks: Some(KeyValue::new(codebooks.clone(), codebooks)),
+        maps: None,
     }
 }
 

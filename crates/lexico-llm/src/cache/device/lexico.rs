@@ -120,7 +120,7 @@ impl DeviceLexicoCache {
         if seen == 0 {
             return Ok(None);
         }
-        let m = self.model.dictionaries.layers[layer].keys.head_dim();
+        let m = self.model.dictionaries.layers[layer].head_dim();
         let device = &self.model.device;
         let rows = || room((own.heads(), seen, m), device);
         let past = KeyValue::new(rows()?, rows()?);

@@ -39,6 +39,7 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
     let LayerSettings {
         coding,
         fit,
+        sinks,
         recent_window,
         batch,
         number_type,
@@ -58,6 +59,7 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
     };
     add("tolerance", tolerance.into());
     add("unbiased", (*fit == Fit::Unbiased).into());
+    add("sinks", (*sinks).into());
     add("window", (*recent_window).into());
     add("batch", (*batch).into());
     add("format", format.into());
@@ -72,6 +74,7 @@ fn renamed(mut saved: Map<String, Value>) -> Result<Map<String, Value>, String> 
     if saved.get("format") == Some(&json!("packed")) {
         saved.insert("format".to_owned(), json!("additive"));
     }
+    saved.entry("sinks").or_insert(json!(0));
     match saved.remove("adaptive") {
         Some(atoms) if atoms != json!(0) => Err(format!(
             "its codes are over atoms that its session added (adaptive={atoms}), which this version no longer does; \
