@@ -6,8 +6,9 @@ use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
 
 use super::super::file::GgufFile;
-use super::{short, token_id};
+use super::token_id;
 use crate::error::Result;
+use lexico::shown::shown;
 
 /// What a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,7 +225,7 @@ impl Roles {
     pub(super) fn note(&self, tokens: &[Cow<'_, str>]) -> Option<String> {
         let mut names = self.overridden.iter().map(|&id| {
             let token = &tokens[id];
-            format!("{:?}", short(token))
+            format!("\"{}\"", shown(token))
         });
         let some: Vec<String> = names.by_ref().take(8).collect();
         let more = names.count();
