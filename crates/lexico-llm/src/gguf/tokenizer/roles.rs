@@ -183,10 +183,16 @@ impl Roles {
             };
             roles.ends.extend(id.filter(|_| infill.ends));
         }
+        let own_end = token_id(file, "eos_token_id")?;
         for &(id, text) in &telling {
             if ENDS.contains(&text) {
                 roles.ends.insert(id);
-                roles.set(id, Kind::Control);
+                // Qwen and Llama 3 have it from their training texts and end with another: not worth a note.
+                if text == "</s>" && own_end.is_some_and(|own| own != id) {
+                    roles.kinds[id] = Kind::Control;
+                } else {
+                    roles.set(id, Kind::Control);
+                }
             } else if SHOWN.contains(&text) {
                 roles.set(id, Kind::UserDefined);
             }
