@@ -262,7 +262,7 @@ impl Parser {
             Some(Token::Operator(operator)) => (*operator).to_owned(),
             _ => return self.fail("a tag does not end where it should"),
         };
-        self.fail(&format!("unexpected {found:?}"))
+        self.fail(&format!("unexpected \"{found}\""))
     }
 
     fn name(&mut self) -> Parsed<String> {
