@@ -60,11 +60,14 @@ fn by_rows_of_matrix(
         1 => Vec::new(),
         _ => outs.iter().map(|out| vec![0.0; out.len()]).collect(),
     };
+    let groups_of_a_task = |matrix: &BlockMatrix| {
+        let group_bytes = matrix.bytes() / matrix.groups().max(1);
+        task_bytes.div_ceil(group_bytes.max(1)).max(1)
+    };
+    let task_groups: Vec<usize> = matrices.iter().map(|m| groups_of_a_task(m)).collect();
     let mut tasks = Vec::new();
     let places = if m == 1 { &mut *outs } else { &mut elsewhere };
-    for (matrix, out) in matrices.iter().zip(places) {
-        let group_bytes = matrix.bytes() / matrix.groups().max(1);
-        let groups = task_groups(group_bytes, task_bytes);
+    for ((matrix, &groups), out) in matrices.iter().zip(&task_groups).zip(places) {
         for (task, out) in out.chunks_mut(groups * GROUP * m).enumerate() {
             let first = task * groups;
             tasks.push((matrix, first..(first + groups).min(matrix.groups()), out));
@@ -74,10 +77,9 @@ fn by_rows_of_matrix(
         let stride = matrix.rows_of(&groups).len();
         matrix.multiply(groups, panel, out, stride);
     });
-    for ((matrix, out), parts) in matrices.iter().zip(outs).zip(&elsewhere) {
+    let made = matrices.iter().zip(&task_groups).zip(outs).zip(&elsewhere);
+    for (((matrix, &groups), out), parts) in made {
         let rows = matrix.rows();
-        let group_bytes = matrix.bytes() / matrix.groups().max(1);
-        let groups = task_groups(group_bytes, task_bytes);
         for (task, part) in parts.chunks(groups * GROUP * m).enumerate() {
             let (first, count) = (task * groups * GROUP, part.len() / m);
             for (r, part) in part.chunks_exact(count).enumerate() {
@@ -85,10 +87,6 @@ fn by_rows_of_matrix(
             }
         }
     }
-}
-
-fn task_groups(group_bytes: usize, task_bytes: usize) -> usize {
-    task_bytes.div_ceil(group_bytes.max(1)).max(1)
 }
 
 /// Every task takes some rows of activations.

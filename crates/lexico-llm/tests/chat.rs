@@ -52,22 +52,11 @@ fn conversations_render_as_in_transformers() {
 }
 
 /// What Jinja2 renders and we refuse, by a word of the reason: `docs/CHAT.md` has it too.
-const REFUSED_HERE: [&str; 15] = [
+const REFUSED_HERE: [&str; 4] = [
     "cannot be sliced",
-    "a chat template stands alone",
     "is not taken",
-    "is not to be had from a template",
     "cannot be printed",
     "is no character",
-    "reserved variable name loop",
-    "names what there is not",
-    "no method named hex",
-    "outside of a loop, or in a block within it",
-    "\"self\"",
-    "\"varargs\"",
-    "casefold()",
-    "isnumeric()",
-    "sameas of",
 ];
 
 /// Every construct that is taken renders as in transformers; what is not is refused in clear words, never rendered
@@ -101,6 +90,7 @@ fn constructs_render_as_in_transformers_or_are_refused() {
                         .any(|why| error.to_string().contains(why)) =>
                 {
                     refused_here += 1;
+                    println!("refused here alone: {source:?}: {error}");
                 }
                 (other, ..) => failures.push(format!("{topic}: {source:?}: {other:?}, not {case}")),
             }
@@ -115,7 +105,7 @@ fn constructs_render_as_in_transformers_or_are_refused() {
         failures.len(),
         failures.join("\n")
     );
-    assert!(equal > 1500 && refused > 200 && refused_here < 60);
+    assert!(equal > 2200 && refused > 350 && refused_here < 40);
 }
 
 /// Templates as published, of models, of TRL and of vLLM, with and without tools; `fixtures/fetch_templates.py` puts
@@ -265,6 +255,20 @@ fn a_template_can_not_run_away() {
         "{{ [1, 2] | slice(10**15) | list }}".to_owned(),
         "{{ messages | tojson(indent=10**9) }}".to_owned(),
         "{% for x in [1] %}{{ loop.cycle() }}{% endfor %}".to_owned(),
+        "{% macro f() %}{{ f(*varargs, **kwargs) }}{% endmacro %}{{ f(1, a=2) }}".to_owned(),
+        "{% block a %}{{ self.a() }}{% endblock %}".to_owned(),
+        "{% macro f() %}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{{ f() }}"
+            .to_owned(),
+        "{{ ('a ' * 1000000) | wordwrap(1, wrapstring='b' * 1000) }}".to_owned(),
+        "{{ {'a' * 1000000: 'a ' * 1000000} | pprint }}".to_owned(),
+        "{{ ('www.a.com ' * 1000000) | urlize(target='b' * 10000) }}".to_owned(),
+        "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) }}".to_owned(),
+        "{{ '{:01000000000000,}'.format(1) }}".to_owned(),
+        format!(
+            "{}1{}",
+            "{% autoescape 1 %}".repeat(10_000),
+            "{% endautoescape %}".repeat(10_000)
+        ),
         "{{ 'a'[::-9223372036854775808] }}{{ 1.5 | round(10**9) }}".to_owned(),
         grown("ns.x = [ns.x]"),
         grown("ns.x = {'a': ns.x}"),

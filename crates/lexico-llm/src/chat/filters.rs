@@ -7,13 +7,16 @@ use std::sync::Arc;
 use minijinja::value::{Enumerator, Object, ObjectRepr, Rest, ValueOrKwargs};
 use minijinja::{Environment, State, Value};
 
+use super::escapes;
 use super::format::percent;
 use super::json::to_json;
-use super::methods::{capitalize, has_method, is_letter, lines, replaced, stripped};
-use super::operators::{add, escaped};
+use super::layout;
+use super::markup::{self, escaped, escaped_value};
+use super::methods::{attribute_of_kind, capitalize, is_letter, lines, replaced, stripped};
+use super::operators::add;
 use super::python::{
-    Generator, Kind, Made, Method, arguments, attribute, check_size, equal, flag, float, integer,
-    is_space, is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend,
+    Generator, Kind, Made, arguments, attribute, check_size, equal, flag, float, integer, is_space,
+    is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend,
     split_arguments, text, tuple, whole, wrong,
 };
 
@@ -100,19 +103,18 @@ const FILTERS: [(&str, Filter); 54] = [
     }),
     ("urlencode", urlencode),
     ("wordcount", wordcount),
-    // What Jinja2 has and a chat has no need of.
-    ("filesizeformat", |_, _, _| Err(not_taken("filesizeformat"))),
-    ("pprint", |_, _, _| Err(not_taken("pprint"))),
-    ("striptags", |_, _, _| Err(not_taken("striptags"))),
-    ("urlize", |_, _, _| Err(not_taken("urlize"))),
-    ("xmlattr", |_, _, _| Err(not_taken("xmlattr"))),
-    ("random", |_, _, _| Err(not_taken("random"))),
-    ("wordwrap", |_, _, _| Err(not_taken("wordwrap"))),
+    ("filesizeformat", layout::filesizeformat),
+    ("pprint", layout::pprint),
+    ("striptags", markup::striptags),
+    ("urlize", markup::urlize),
+    ("wordwrap", layout::wordwrap),
+    ("xmlattr", markup::xmlattr),
+    ("random", |_, _, _| {
+        Err(wrong(
+            "the filter \"random\" is not taken: what it gives is random",
+        ))
+    }),
 ];
-
-fn not_taken(name: &str) -> minijinja::Error {
-    wrong(format!("the filter {name:?} is not taken"))
-}
 
 pub(super) fn add_to(environment: &mut Environment) {
     for (name, filter) in FILTERS {
@@ -180,17 +182,27 @@ fn escape(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 
 fn center(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let width = arguments("center", args, &["width"])?.pop().flatten();
-    let text = Value::from(text(value)?);
+    let text = match value.as_str() {
+        Some(_) => value.clone(),
+        None => Value::from(text(value)?),
+    };
     text.call_method(state, "center", &[width.unwrap_or(Value::from(80))])
 }
 
 fn replace(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
-    no_safe_text("replace", value)?;
     let mut given = arguments("replace", args, &["old", "new", "count"])?.into_iter();
-    let old = text(&needed("replace", given.next().flatten())?)?;
-    let new = text(&needed("replace", given.next().flatten())?)?;
+    let old = needed("replace", given.next().flatten())?;
+    let new = needed("replace", given.next().flatten())?;
     let count = whole("replace", some(&mut given), -1)?;
-    replaced(state, &text(value)?, &old, &new, count).map(Value::from)
+    let (old_text, new_text) = (text(&old)?, text(&new)?);
+    if !escapes(state) {
+        return replaced(state, &text(value)?, &old_text, &new_text, count).map(Value::from);
+    }
+    if !(value.is_safe() || old.is_safe() || new.is_safe()) {
+        return replaced(state, &text(value)?, &old_text, &new_text, count).map(Value::from);
+    }
+    let (text, new) = (escaped_value(value)?, escaped_value(&new)?);
+    replaced(state, &text, &old_text, &new, count).map(Value::from_safe_string)
 }
 
 fn format(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -209,7 +221,7 @@ fn format(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 }
 
 fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
-    no_safe_text("indent", value)?;
+    let safe = value;
     let mut given = arguments("indent", args, &["width", "first", "blank"])?.into_iter();
     let width = given.next().flatten().unwrap_or(Value::from(4));
     let (first, blank) = (
@@ -223,6 +235,10 @@ fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         )));
     };
     let by = match width.as_str() {
+        // It would make all else safe, line by line.
+        Some(_) if width.is_safe() && !value.is_safe() => {
+            return Err(wrong("indent by a safe text is not taken"));
+        }
         Some(by) => by.to_owned(),
         None => {
             let width = usize::try_from(whole("indent", Some(width), 4)?).unwrap_or(0);
@@ -249,7 +265,7 @@ fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         }
         out.push_str(line);
     }
-    Ok(Value::from(out))
+    Ok(like(safe, out))
 }
 
 fn truncate(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -257,12 +273,9 @@ fn truncate(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("truncate", args, &names)?.into_iter();
     let length = whole("truncate", given.next().flatten(), 255)?;
     let cut_words = flag(given.next().flatten(), false);
-    let end = match given.next().flatten() {
-        Some(end) => needed_text("truncate", Some(end))?,
-        None => "...".to_owned(),
-    };
+    let end_value = given.next().flatten().unwrap_or(Value::from("..."));
+    let end = needed_text("truncate", Some(end_value.clone()))?;
     let leeway = whole("truncate", some(&mut given), 5)?;
-    no_safe_text("truncate", value)?;
     let text = needed_text("truncate", Some(value.clone()))?;
     let characters: Vec<char> = text.chars().collect();
     spend(state, characters.len())?;
@@ -276,13 +289,13 @@ fn truncate(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         return Err(wrong("truncate takes no leeway below 0"));
     }
     if characters.len() as i64 <= length.saturating_add(leeway) {
-        return Ok(Value::from(characters.into_iter().collect::<String>()));
+        return Ok(value.clone());
     }
     let mut short: String = characters.into_iter().take(kept).collect();
     if !cut_words && let Some(at) = short.rfind(' ') {
         short.truncate(at);
     }
-    Ok(Value::from(short + &end))
+    add(state, &like(value, short), &end_value)
 }
 
 fn wordcount(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -415,7 +428,7 @@ fn parse_int(text: &str, base: u32) -> Made<Option<i128>> {
 }
 
 /// `float(text)`
-fn parse_float(text: &str) -> Option<f64> {
+pub(super) fn parse_float(text: &str) -> Option<f64> {
     plain_digits(stripped(text, "strip", None))?.parse().ok()
 }
 
@@ -527,9 +540,13 @@ fn length(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     arguments("length", args, &[])?;
     match Kind::of(value) {
         Kind::Undefined => Ok(Value::from(0)),
-        Kind::Text | Kind::List | Kind::Tuple | Kind::Dict | Kind::Range | Kind::View => {
-            Ok(Value::from(value.len().unwrap_or(0)))
-        }
+        Kind::Text
+        | Kind::Bytes
+        | Kind::List
+        | Kind::Tuple
+        | Kind::Dict
+        | Kind::Range
+        | Kind::View => Ok(Value::from(value.len().unwrap_or(0))),
         kind => Err(wrong(format!("a {} has no length", kind.name()))),
     }
 }
@@ -602,13 +619,21 @@ fn folded(value: Value, by_case: bool) -> Value {
 }
 
 /// The places of keys in their order. What is equal stays as it is, backwards too.
+pub(super) fn sorted_places(state: &State, keys: Vec<Value>, backwards: bool) -> Made<Vec<usize>> {
+    places_by(keys, |a, b| {
+        let (a, b) = if backwards { (b, a) } else { (a, b) };
+        Ok(order(state, a, b)? == Some(Ordering::Less))
+    })
+}
+
+/// The places of keys in the order that `less` tells.
 ///
 /// A merge sort, for the standard library's may panic where an order is none, as that of NaN.
-pub(super) fn sorted_places(state: &State, keys: Vec<Value>, backwards: bool) -> Made<Vec<usize>> {
-    let after = |a: usize, b: usize| -> Made<bool> {
-        let (a, b) = if backwards { (b, a) } else { (a, b) };
-        Ok(order(state, &keys[b], &keys[a])? == Some(Ordering::Less))
-    };
+pub(super) fn places_by(
+    keys: Vec<Value>,
+    less: impl Fn(&Value, &Value) -> Made<bool>,
+) -> Made<Vec<usize>> {
+    let after = |a: usize, b: usize| less(&keys[b], &keys[a]);
     let mut places: Vec<usize> = (0..keys.len()).collect();
     let mut width = 1;
     while width < places.len() {
@@ -750,24 +775,35 @@ fn sum(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 
 fn join(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let mut given = arguments("join", args, &["d", "attribute"])?.into_iter();
-    let between = given
-        .next()
-        .flatten()
-        .map_or(Ok(String::new()), |between| text(&between))?;
+    let between = given.next().flatten().unwrap_or(Value::from(""));
     let path = some(&mut given)
         .map(|named| path(&named))
         .unwrap_or_default();
+    let mut all = items(state, value)?;
+    for item in &mut all {
+        *item = follow(item, &path, None)?;
+    }
+    // A safe text among them has the rest escaped.
+    let safe = escapes(state) && (between.is_safe() || all.iter().any(Value::is_safe));
+    let written = |value: &Value| match safe {
+        true => escaped_value(value),
+        false => text(value),
+    };
+    let between = written(&between)?;
     let mut out = String::new();
-    for (at, item) in items(state, value)?.iter().enumerate() {
+    for (at, item) in all.iter().enumerate() {
         if at > 0 {
             out.push_str(&between);
         }
-        let item = text(&follow(item, &path, None)?)?;
+        let item = written(item)?;
         spend(state, between.len() + item.len())?;
         out.push_str(&item);
         check_size(&out)?;
     }
-    Ok(Value::from(out))
+    Ok(match safe {
+        true => Value::from_safe_string(out),
+        false => Value::from(out),
+    })
 }
 
 fn map(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -945,11 +981,11 @@ fn slice(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
 /// `value | attr('name')`: an attribute, never an item.
 fn attr(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
     let name = needed_text("attr", arguments("attr", args, &["name"])?.pop().flatten())?;
-    if has_method(value, &name) {
-        let of = value.clone();
-        return Ok(Value::from_object(Method { of, name }));
+    if let Some(found) = attribute_of_kind(value, &name) {
+        return Ok(found);
     }
     match Kind::of(value) {
+        Kind::Callable => attribute(value, &Value::from(name)),
         Kind::Namespace | Kind::Other | Kind::Undefined => attribute(value, &Value::from(name)),
         _ => Ok(Value::UNDEFINED),
     }

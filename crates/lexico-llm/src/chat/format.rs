@@ -80,22 +80,29 @@ impl Spec {
         }
     }
 
-    fn grouped(&self, digits: &str, size: usize) -> Made<String> {
+    /// Digits in groups; `sign` is what stands before them. Zeros that fill up a number are digits too.
+    fn grouped(&self, state: &State, sign: &str, digits: &str, size: usize) -> Made<String> {
         let Some(separator) = self.grouping else {
             return Ok(digits.to_owned());
         };
-        if self.zero && self.width > 0 {
-            return Err(wrong(
-                "a format with groups of digits and leading zeros is not taken",
-            ));
-        }
         let whole = digits
-            .find(|c: char| !c.is_ascii_hexdigit())
+            .find(|c: char| !c.is_digit(if size == 3 { 10 } else { 16 }))
             .unwrap_or(digits.len());
         let (whole, rest) = digits.split_at(whole);
+        let fills = self.fill == '0' && self.align.map_or(self.zero, |align| align == '=');
+        let room = match fills {
+            true => self.width.saturating_sub(sign.len() + rest.len()),
+            false => 0,
+        };
+        spend(state, room)?;
+        let mut count = whole.len();
+        while count + (count.saturating_sub(1)) / size < room {
+            count += 1;
+        }
+        let zeros = "0".repeat(count - whole.len());
         let mut out = String::new();
-        for (at, digit) in whole.chars().enumerate() {
-            if at > 0 && (whole.len() - at).is_multiple_of(size) {
+        for (at, digit) in zeros.chars().chain(whole.chars()).enumerate() {
+            if at > 0 && (count - at).is_multiple_of(size) {
                 out.push(separator);
             }
             out.push(digit);
@@ -174,9 +181,9 @@ fn float_value(state: &State, value: f64, spec: &Spec) -> Made<String> {
     if kind.is_ascii_uppercase() {
         digits = digits.to_uppercase();
     }
-    let digits = spec.grouped(&digits, 3)?;
-    let negative = value.is_sign_negative() && !value.is_nan();
-    spec.padded(state, spec.sign_of(negative), &digits, '>')
+    let sign = spec.sign_of(value.is_sign_negative() && !value.is_nan());
+    let digits = spec.grouped(state, sign, &digits, 3)?;
+    spec.padded(state, sign, &digits, '>')
 }
 
 fn integer_value(state: &State, value: i128, spec: &Spec) -> Made<String> {
@@ -199,9 +206,9 @@ fn integer_value(state: &State, value: i128, spec: &Spec) -> Made<String> {
         return Err(wrong("a whole number has no precision"));
     }
     let decimal = prefix.is_empty();
-    let digits = spec.grouped(&digits, if decimal { 3 } else { 4 })?;
     let prefix = if spec.alternate { prefix } else { "" };
     let sign = format!("{}{prefix}", spec.sign_of(value < 0));
+    let digits = spec.grouped(state, &sign, &digits, if decimal { 3 } else { 4 })?;
     spec.padded(state, &sign, &digits, '>')
 }
 
@@ -348,9 +355,6 @@ impl Fields<'_, '_> {
                 Err(_) => Value::from(key),
             };
             value = attribute(&value, &key)?;
-            if value.is_undefined() {
-                return Err(wrong("a format's field names what there is not"));
-            }
         }
         Ok(value)
     }

@@ -13,16 +13,18 @@ use super::python::{
 
 type Function = fn(&mut State, &[Value]) -> Made<Value>;
 
+/// The class that transformers has for namespaces.
+const NAMESPACE: &str = "transformers.utils.chat_template_utils._cached_compile_jinja_template.<locals>.TemplateNamespace";
+
 /// Longest `range`, as in Jinja2's sandbox.
 const LONGEST_RANGE: usize = 100_000;
 
 pub(super) fn add_to(environment: &mut Environment) {
-    let functions: [(&'static str, Function); 7] = [
+    let functions: [(&'static str, Function); 4] = [
         ("range", range),
-        ("namespace", namespace),
-        ("cycler", cycler),
-        ("joiner", joiner),
-        ("lipsum", |_, _| Err(wrong("lipsum() is not taken"))),
+        ("lipsum", |_, _| {
+            Err(wrong("lipsum() is not taken: its text is random"))
+        }),
         ("raise_exception", raise_exception),
         ("strftime_now", strftime_now),
     ];
@@ -31,7 +33,22 @@ pub(super) fn add_to(environment: &mut Environment) {
             function(state, &args.into_values())
         });
     }
-    environment.add_global("dict", Value::from_object(Dict));
+    let classes: [(&'static str, Option<&'static str>, Function); 4] = [
+        ("dict", None, |state, args| dict(state, args)),
+        ("namespace", Some(NAMESPACE), namespace),
+        ("cycler", Some("jinja2.utils.Cycler"), cycler),
+        ("joiner", Some("jinja2.utils.Joiner"), joiner),
+    ];
+    for (global, shown, make) in classes {
+        environment.add_global(
+            global,
+            Value::from_object(Class {
+                global,
+                shown,
+                make,
+            }),
+        );
+    }
 }
 
 fn range(_: &mut State, args: &[Value]) -> Made<Value> {
@@ -54,17 +71,27 @@ fn range(_: &mut State, args: &[Value]) -> Made<Value> {
     Ok(Value::from_object(range))
 }
 
-/// `dict`, which is called, and has `fromkeys`.
+/// A class of Python's, `dict` say: it makes what it is called for, and has a name to be printed.
 #[derive(Debug)]
-struct Dict;
+struct Class {
+    global: &'static str,
+    /// Its name in Python, where that can be printed.
+    shown: Option<&'static str>,
+    make: Function,
+}
 
-impl Object for Dict {
+/// The name of a class where a value is one.
+pub(super) fn class_name(value: &Value) -> Option<&'static str> {
+    value.downcast_object_ref::<Class>()?.shown
+}
+
+impl Object for Class {
     fn repr(self: &Arc<Self>) -> ObjectRepr {
         ObjectRepr::Plain
     }
 
     fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Made<Value> {
-        dict(state, args)
+        (self.make)(state, args)
     }
 
     fn call_method(
@@ -74,7 +101,7 @@ impl Object for Dict {
         args: &[Value],
     ) -> Made<Value> {
         match name {
-            "fromkeys" => from_keys(state, args),
+            "fromkeys" if self.global == "dict" => from_keys(state, args),
             _ => Err(Error::from(ErrorKind::UnknownMethod)),
         }
     }

@@ -1,5 +1,7 @@
 //! The words of a template, as Jinja2 cuts it: its white space, its newlines, its texts' escapes.
 
+use lexico::shown::shown;
+
 use super::python::is_space;
 
 /// One word of a template.
@@ -376,7 +378,7 @@ fn unescape(text: &str) -> Result<String, String> {
                     return Err("\\N without a name in braces".into());
                 };
                 let Some(c) = unicode_names2::character(name) else {
-                    return Err(format!("no character is named {:?}", shortened(name)));
+                    return Err(format!("no character is named \"{}\"", shown(name)));
                 };
                 out.push(c);
                 rest = after;
@@ -416,13 +418,4 @@ fn unescape(text: &str) -> Result<String, String> {
     }
     out.push_str(rest);
     Ok(out)
-}
-
-/// The beginning of a name out of a template, for a message.
-pub(super) fn shortened(text: &str) -> String {
-    let mut short: String = text.chars().take(40).collect();
-    if short.len() < text.len() {
-        short.push('…');
-    }
-    short
 }

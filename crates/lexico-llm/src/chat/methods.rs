@@ -6,9 +6,9 @@ use unicode_general_category::{GeneralCategory, get_general_category};
 
 use super::format;
 use super::python::{
-    Kind, Made, View, arguments, check_key, check_size, equal, flag, float, integer, is_printable,
-    is_space, items, like, list, needed, needed_text, pairs, spend, split_arguments, tuple, whole,
-    wrong,
+    Bytes, Kind, Made, Method, View, arguments, check_key, check_size, equal, flag, float, integer,
+    is_printable, is_space, items, list, needed, needed_text, pairs, spend, split_arguments, tuple,
+    whole, wrong,
 };
 
 const TEXT: [&str; 47] = [
@@ -73,24 +73,65 @@ const DICT: [&str; 11] = [
     "update",
     "values",
 ];
+/// Methods that change a dict.
+const DICT_CHANGES: [&str; 5] = ["clear", "pop", "popitem", "setdefault", "update"];
 const LIST: [&str; 11] = [
     "append", "clear", "copy", "count", "extend", "index", "insert", "pop", "remove", "reverse",
     "sort",
 ];
 const TUPLE: [&str; 2] = ["count", "index"];
-const NUMBER: [&str; 12] = [
+const NUMBER: [&str; 8] = [
     "as_integer_ratio",
     "bit_count",
     "bit_length",
     "conjugate",
-    "denominator",
     "from_bytes",
     "hex",
-    "imag",
     "is_integer",
-    "numerator",
-    "real",
     "to_bytes",
+];
+
+const BYTES: [&str; 1] = ["decode"];
+/// Attributes of numbers.
+const NUMBER_ATTRIBUTES: [&str; 4] = ["denominator", "imag", "numerator", "real"];
+
+/// What Python's dicts keep to themselves.
+const DICT_PRIVATE: [&str; 35] = [
+    "__class__",
+    "__class_getitem__",
+    "__contains__",
+    "__delattr__",
+    "__delitem__",
+    "__dir__",
+    "__doc__",
+    "__eq__",
+    "__format__",
+    "__ge__",
+    "__getattribute__",
+    "__getitem__",
+    "__getstate__",
+    "__gt__",
+    "__hash__",
+    "__init__",
+    "__init_subclass__",
+    "__ior__",
+    "__iter__",
+    "__le__",
+    "__len__",
+    "__lt__",
+    "__ne__",
+    "__new__",
+    "__or__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__repr__",
+    "__reversed__",
+    "__ror__",
+    "__setattr__",
+    "__setitem__",
+    "__sizeof__",
+    "__str__",
+    "__subclasshook__",
 ];
 
 /// Attributes of a macro, which minijinja's have otherwise or not at all.
@@ -104,15 +145,24 @@ const MACRO: [&str; 5] = [
 
 /// Whether a name is that of a method of any kind of value, or of a macro's attribute.
 pub(super) fn is_method_name(name: &str) -> bool {
-    [&TEXT[..], &DICT, &LIST, &TUPLE, &NUMBER, &MACRO]
-        .iter()
-        .any(|names| names.contains(&name))
+    let all = [
+        &TEXT[..],
+        &DICT,
+        &LIST,
+        &TUPLE,
+        &NUMBER,
+        &NUMBER_ATTRIBUTES,
+        &BYTES,
+        &MACRO,
+    ];
+    all.iter().any(|names| names.contains(&name))
 }
 
 /// Whether a value has a method of this name.
-pub(super) fn has_method(value: &Value, name: &str) -> bool {
+fn has_method(value: &Value, name: &str) -> bool {
     let names = match Kind::of(value) {
         Kind::Text => &TEXT[..],
+        Kind::Bytes => &BYTES,
         Kind::Dict => &DICT,
         Kind::List => &LIST,
         Kind::Tuple | Kind::Range => &TUPLE,
@@ -122,30 +172,35 @@ pub(super) fn has_method(value: &Value, name: &str) -> bool {
     names.contains(&name)
 }
 
+/// What an attribute is to all values of a kind, before a dict's items: a method, or what a sandbox keeps back.
+pub(super) fn attribute_of_kind(value: &Value, name: &str) -> Option<Value> {
+    let kind = Kind::of(value);
+    let kept_back = match kind {
+        Kind::List => name != "copy" && LIST.contains(&name) && !TUPLE.contains(&name),
+        Kind::Dict => DICT_CHANGES.contains(&name) || DICT_PRIVATE.contains(&name),
+        Kind::Undefined => name == "__class__",
+        _ => false,
+    };
+    if kept_back {
+        return Some(Value::UNDEFINED);
+    }
+    if has_method(value, name) {
+        let (of, name) = (value.clone(), name.to_owned());
+        return Some(Value::from_object(Method { of, name }));
+    }
+    number_attribute(value, name)
+}
+
 /// Calls a method of a value that is no object of its own kind.
 pub(super) fn call(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Made<Value> {
     match (Kind::of(value), value.as_str()) {
-        (Kind::Text, Some(text)) if value.is_safe() => {
-            let made = text_method(state, text, name, args)?;
-            let kept = [
-                "strip",
-                "lstrip",
-                "rstrip",
-                "upper",
-                "lower",
-                "title",
-                "capitalize",
-            ];
-            match made.as_str() {
-                Some(text) if kept.contains(&name) => Ok(like(value, text.to_owned())),
-                None if Kind::of(&made).is_number() => Ok(made),
-                _ => Err(wrong(format!("{name}() of a safe text is not taken"))),
-            }
-        }
+        (Kind::Text, Some(text)) if value.is_safe() => safe_text_method(state, text, name, args),
         (Kind::Text, Some(text)) => text_method(state, text, name, args),
         (Kind::Dict, _) => dict_method(state, value, name, args),
         (Kind::List | Kind::Tuple | Kind::Range, _) => list_method(state, value, name, args),
         (Kind::Bool | Kind::Integer | Kind::Float, _) => number_method(value, name, args),
+        (Kind::Bytes, _) if name == "decode" => decoded(value, args),
+        (Kind::Bytes, _) => Err(wrong(format!("{name}() of bytes is not taken"))),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
 }
@@ -154,16 +209,245 @@ fn none_of(name: &str, args: &[Value]) -> Made<()> {
     arguments(name, args, &[]).map(drop)
 }
 
+/// A method of a safe text: what it makes of it is safe too, what is put into it is escaped.
+fn safe_text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Value> {
+    let safe = |value: &Value| match value.as_str() {
+        Some(text) => Value::from_safe_string(text.to_owned()),
+        None => value.clone(),
+    };
+    // Which argument is escaped.
+    let put_in = match name {
+        "replace" | "center" | "ljust" | "rjust" => Some(1),
+        "join" | "format" | "format_map" => {
+            return Err(wrong(format!("{name}() of a safe text is not taken")));
+        }
+        "unescape" | "striptags" => {
+            none_of(name, args)?;
+            return match name {
+                "striptags" => super::markup::stripped_of_tags(text).map(Value::from),
+                _ => super::markup::unescaped(text).map(Value::from),
+            };
+        }
+        _ => None,
+    };
+    let mut given = args.to_vec();
+    if let Some(put_in) = put_in
+        .and_then(|at| given.get_mut(at))
+        .filter(|value| value.as_str().is_some())
+    {
+        *put_in = Value::from(super::markup::escaped_value(put_in)?);
+    }
+    let made = text_method(state, text, name, &given)?;
+    match Kind::of(&made) {
+        Kind::List => Ok(list(items(state, &made)?.iter().map(safe).collect())),
+        Kind::Tuple => Ok(tuple(items(state, &made)?.iter().map(safe).collect())),
+        _ => Ok(safe(&made)),
+    }
+}
+
 fn number_method(value: &Value, name: &str, args: &[Value]) -> Made<Value> {
-    none_of(name, args)?;
+    if !["from_bytes", "to_bytes"].contains(&name) {
+        none_of(name, args)?;
+    }
     match (name, integer(value), float(value)) {
         ("bit_length", Some(number), _) => {
             Ok(Value::from(128 - number.unsigned_abs().leading_zeros()))
         }
+        ("bit_count", Some(number), _) => Ok(Value::from(number.unsigned_abs().count_ones())),
+        ("as_integer_ratio", Some(number), _) => {
+            Ok(tuple(vec![Value::from(number), Value::from(1)]))
+        }
+        ("as_integer_ratio", None, Some(number)) => integer_ratio(number),
         ("is_integer", None, Some(number)) => Ok(Value::from(number.fract() == 0.0)),
+        ("hex", None, Some(number)) => Ok(Value::from(hexadecimal(number))),
+        ("conjugate", Some(number), _) => Ok(Value::from(number)),
         ("conjugate", ..) => Ok(value.clone()),
+        _ if NUMBER.contains(&name) => Err(wrong(format!("{name}() of this number is not taken"))),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
+}
+
+/// `real` and the like; `None` where the value has no such attribute.
+fn number_attribute(value: &Value, name: &str) -> Option<Value> {
+    match (name, integer(value), float(value)) {
+        ("real" | "numerator", Some(number), _) => Some(Value::from(number)),
+        ("imag", Some(_), _) => Some(Value::from(0)),
+        ("denominator", Some(_), _) => Some(Value::from(1)),
+        ("real", None, Some(number)) => Some(Value::from(number)),
+        ("imag", None, Some(_)) => Some(Value::from(0.0)),
+        _ => None,
+    }
+}
+
+/// `float.as_integer_ratio`
+fn integer_ratio(number: f64) -> Made<Value> {
+    let large = || wrong("a number is too large");
+    if !number.is_finite() {
+        return Err(wrong("what is infinite or no number is no ratio"));
+    }
+    let (mut above, mut below) = (number, 1i128);
+    while above.fract() != 0.0 {
+        above *= 2.0;
+        below = below.checked_mul(2).ok_or_else(large)?;
+    }
+    if above.abs() >= 1e38 {
+        return Err(large());
+    }
+    Ok(tuple(vec![Value::from(above as i128), Value::from(below)]))
+}
+
+/// `float.hex`
+fn hexadecimal(number: f64) -> String {
+    if !number.is_finite() {
+        return super::python::float_text(number);
+    }
+    let sign = if number.is_sign_negative() { "-" } else { "" };
+    let bits = number.to_bits();
+    let (exponent, digits) = ((bits >> 52 & 0x7ff) as i64, bits & ((1 << 52) - 1));
+    match (exponent, digits) {
+        (0, 0) => format!("{sign}0x0.0p+0"),
+        (0, _) => format!("{sign}0x0.{digits:013x}p-1022"),
+        _ => format!("{sign}0x1.{digits:013x}p{:+}", exponent - 1023),
+    }
+}
+
+/// The name of a way to write text as bytes, and what becomes of what it cannot write.
+fn encoding(name: &str, args: &[Value]) -> Made<&'static str> {
+    let given = arguments(name, args, &["encoding", "errors"])?;
+    let mut given = given.into_iter().map(|value| {
+        value
+            .map(|value| needed_text(name, Some(value)))
+            .transpose()
+    });
+    let encoding = given
+        .next()
+        .transpose()?
+        .flatten()
+        .unwrap_or_else(|| "utf-8".to_owned());
+    let errors = given.next().transpose()?.flatten();
+    if errors.is_some_and(|errors| errors != "strict") {
+        return Err(wrong(format!(
+            "{name}() with other errors than \"strict\" is not taken"
+        )));
+    }
+    match encoding.to_ascii_lowercase().replace('_', "-").as_str() {
+        "utf-8" | "utf8" => Ok("utf-8"),
+        "ascii" | "us-ascii" => Ok("ascii"),
+        "latin-1" | "latin1" | "iso-8859-1" => Ok("latin-1"),
+        _ => Err(wrong(format!("{name}() in this encoding is not taken"))),
+    }
+}
+
+/// `str.encode`
+fn encoded(text: &str, args: &[Value]) -> Made<Value> {
+    let bytes: Option<Vec<u8>> = match encoding("encode", args)? {
+        "ascii" => text.is_ascii().then(|| text.as_bytes().to_vec()),
+        "latin-1" => text.chars().map(|c| u8::try_from(c).ok()).collect(),
+        _ => Some(text.as_bytes().to_vec()),
+    };
+    let bytes = bytes.ok_or_else(|| wrong("encode() cannot write a character"))?;
+    Ok(Value::from_object(Bytes(bytes)))
+}
+
+/// `bytes.decode`
+fn decoded(value: &Value, args: &[Value]) -> Made<Value> {
+    let bytes = value
+        .downcast_object_ref::<Bytes>()
+        .map_or(&[][..], |bytes| &bytes.0);
+    let text = match encoding("decode", args)? {
+        "latin-1" => Some(bytes.iter().map(|byte| char::from(*byte)).collect()),
+        encoding => String::from_utf8(bytes.to_vec())
+            .ok()
+            .filter(|text| encoding == "utf-8" || text.is_ascii()),
+    };
+    text.map(Value::from)
+        .ok_or_else(|| wrong("decode() cannot read a byte"))
+}
+
+/// `str.maketrans`: what `translate` puts in the place of characters, by their numbers.
+fn translation(state: &State, args: &[Value]) -> Made<Value> {
+    let given = arguments("maketrans", args, &["x", "y", "z"])?;
+    let code = |c: char| Value::from(u32::from(c));
+    let mut table: Vec<(Value, Value)> = Vec::new();
+    match (&given[0], &given[1], &given[2]) {
+        (Some(dict), None, None) => {
+            for (key, value) in pairs(dict)? {
+                let mut characters = key.as_str().unwrap_or_default().chars();
+                let key = match (characters.next(), characters.next()) {
+                    (Some(c), None) => code(c),
+                    _ if Kind::of(&key) == Kind::Integer => key,
+                    _ => return Err(wrong("maketrans() takes characters or their numbers")),
+                };
+                table.push((key, value));
+            }
+        }
+        (Some(from), Some(to), dropped) => {
+            let from = needed_text("maketrans", Some(from.clone()))?;
+            let to = needed_text("maketrans", Some(to.clone()))?;
+            spend(state, (from.len() + to.len()) * 96)?;
+            if from.chars().count() != to.chars().count() {
+                return Err(wrong("maketrans() takes two texts of the same length"));
+            }
+            table.extend(
+                from.chars()
+                    .zip(to.chars())
+                    .map(|(from, to)| (code(from), code(to))),
+            );
+            if let Some(dropped) = dropped {
+                let dropped = needed_text("maketrans", Some(dropped.clone()))?;
+                table.extend(dropped.chars().map(|c| (code(c), Value::from(()))));
+            }
+        }
+        _ => return Err(wrong("maketrans() lacks an argument")),
+    }
+    Ok(Value::from_pairs(table))
+}
+
+/// `str.translate`
+fn translated(state: &State, text: &str, args: &[Value]) -> Made<Value> {
+    let table = needed(
+        "translate",
+        arguments("translate", args, &["table"])?.pop().flatten(),
+    )?;
+    if !matches!(Kind::of(&table), Kind::Dict | Kind::List | Kind::Tuple) {
+        return Err(wrong("translate() takes a dict"));
+    }
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let found = table
+            .as_object()
+            .and_then(|table| table.get_value(&Value::from(u32::from(c))));
+        match found {
+            None => out.push(c),
+            Some(found) if found.is_none() => {}
+            Some(found) => match (found.as_str(), integer(&found)) {
+                (Some(text), _) => out.push_str(text),
+                (None, Some(code)) => {
+                    let c = u32::try_from(code).ok().and_then(char::from_u32);
+                    out.push(c.ok_or_else(|| wrong("translate() makes no character"))?);
+                }
+                _ => return Err(wrong("translate() makes characters or texts")),
+            },
+        }
+        state.consume_fuel(1)?;
+        check_size(&out)?;
+    }
+    Ok(Value::from(out))
+}
+
+/// `str.casefold`: as Unicode's full folding of case.
+fn casefold(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            'ı' => out.push(c),
+            'ẞ' => out.push_str("ss"),
+            // Cherokee's capitals came first.
+            '\u{13a0}'..='\u{13fd}' | '\u{ab70}'..='\u{abbf}' => out.extend(c.to_uppercase()),
+            _ => out.extend(c.to_uppercase().flat_map(char::to_lowercase)),
+        }
+    }
+    out
 }
 
 fn changes(name: &str) -> Error {
@@ -199,7 +483,7 @@ fn dict_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Made
             }
         }
         "fromkeys" => super::functions::from_keys(state, args),
-        "clear" | "pop" | "popitem" | "setdefault" | "update" => Err(changes(name)),
+        _ if DICT_CHANGES.contains(&name) => Err(changes(name)),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
 }
@@ -297,15 +581,15 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
             });
             swapped.collect()
         }),
-        "casefold" if text.is_ascii() => changed(str::to_lowercase),
+        "casefold" => changed(casefold),
+        "encode" => encoded(text, args),
+        "translate" => translated(state, text, args),
+        "maketrans" => translation(state, args),
         "isalpha" => all(is_letter),
         "isalnum" => all(|c| is_letter(c) || c.is_numeric()),
         "isdecimal" => all(is_decimal),
         "isdigit" => all(|c| is_decimal(c) || is_other_digit(c)),
-        "isnumeric" if text.chars().any(is_ideograph) => {
-            Err(wrong("isnumeric() of an ideograph is not taken"))
-        }
-        "isnumeric" => all(char::is_numeric),
+        "isnumeric" => all(|c| c.is_numeric() || NUMERIC_IDEOGRAPHS.contains(c)),
         "isspace" => all(is_space),
         "isprintable" => {
             none_of(name, args)?;
@@ -436,10 +720,12 @@ fn is_other_digit(c: char) -> bool {
         | 0x10e60..=0x10e68 | 0x11052..=0x1105a | 0x1f100..=0x1f10a)
 }
 
-fn is_ideograph(c: char) -> bool {
-    get_general_category(c) == GeneralCategory::OtherLetter
-        && matches!(c as u32, 0x3400..=0x9fff | 0xf900..=0xfaff | 0x20000..=0x3ffff)
-}
+/// Ideographs that stand for numbers.
+const NUMERIC_IDEOGRAPHS: &str = concat!(
+    "㐅㒃㠪㭍一七万三九二五亖亿什仟仨伍佰億兆兩八六十千卄卅卌叁参參叄四壱壹幺廾廿弌弍弎弐拾捌柒漆玖百肆萬貮貳贰阡陆陌陸零",
+    "\u{f96b}\u{f973}\u{f978}\u{f9b2}\u{f9d1}\u{f9d3}\u{f9fd}\u{20001}\u{20064}\u{200e2}\u{20121}\u{2092a}\u{20983}",
+    "\u{2098c}\u{2099c}\u{20aea}\u{20afd}\u{20b19}\u{22390}\u{22998}\u{23b1b}\u{2626d}\u{2f890}",
+);
 
 fn is_title(c: char) -> bool {
     get_general_category(c) == GeneralCategory::TitlecaseLetter
@@ -515,6 +801,11 @@ fn strip(text: &str, name: &str, args: &[Value]) -> Made<Value> {
         .map(|value| needed_text(name, Some(value)))
         .transpose()?;
     Ok(Value::from(stripped(text, name, taken.as_deref())))
+}
+
+/// The words of a text between white space.
+pub(super) fn split_at_space(text: &str) -> impl Iterator<Item = &str> {
+    text.split(is_space).filter(|word| !word.is_empty())
 }
 
 /// A text without the characters at its ends: white space where none are named.

@@ -6,14 +6,18 @@ mod filters;
 mod format;
 mod functions;
 mod json;
+mod layout;
 mod lexer;
+mod macros;
+mod markup;
 mod methods;
 mod operators;
 mod python;
 mod tests;
 mod translate;
 
-use minijinja::{Environment, UndefinedBehavior, Value};
+use lexico::shown::shown;
+use minijinja::{AutoEscape, Environment, State, UndefinedBehavior, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -134,7 +138,7 @@ impl ChatTemplate {
             return Ok(None);
         }
         let Some(source) = sources.named("default") else {
-            let names = sources.0.iter().map(|(name, _)| lexer::shortened(name));
+            let names = sources.0.iter().map(|(name, _)| shown(name));
             let names: Vec<String> = names.take(8).collect();
             let reason = format!("none of the model's templates is the default, only {names:?}");
             return Err(Error::Chat(reason));
@@ -193,10 +197,7 @@ impl ChatTemplate {
 fn environment(source: &str) -> Result<Environment<'static>> {
     // Some converters write the name of a template that llama.cpp has built in.
     if !source.contains("{{") && !source.contains("{%") {
-        let reason = format!(
-            "it is no template, only the text {:?}",
-            lexer::shortened(source)
-        );
+        let reason = format!("it is no template, only the text \"{}\"", shown(source));
         return Err(Error::Chat(reason));
     }
     let failed = |why: String| Error::Chat(format!("it does not parse: {}", bounded(&why)));
@@ -206,11 +207,18 @@ fn environment(source: &str) -> Result<Environment<'static>> {
     environment.set_fuel(Some(FUEL));
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_unknown_method_callback(methods::call);
-    environment.set_formatter(|out, _, value| Ok(out.write_str(&python::text(value)?)?));
+    environment.set_formatter(|out, state, value| {
+        let text = python::text(value)?;
+        match escapes(state) && !value.is_safe() {
+            true => Ok(out.write_str(&markup::escaped(&text))?),
+            false => Ok(out.write_str(&text)?),
+        }
+    });
     operators::add_to(&mut environment);
     filters::add_to(&mut environment);
     tests::add_to(&mut environment);
     functions::add_to(&mut environment);
+    macros::add_to(&mut environment);
     // The translation ends as the template does.
     let mut syntax = minijinja::syntax::SyntaxConfig::builder();
     let syntax = syntax.keep_trailing_newline(true).build();
@@ -218,6 +226,11 @@ fn environment(source: &str) -> Result<Environment<'static>> {
     let parsed = environment.add_template_owned(NAME, translated);
     parsed.map_err(|e| failed(format!("{e:#}")))?;
     Ok(environment)
+}
+
+/// Whether `{% autoescape %}` is in force.
+fn escapes(state: &State) -> bool {
+    !matches!(state.auto_escape(), AutoEscape::None)
 }
 
 /// What a template gave as its reason, or what went wrong.

@@ -3,12 +3,12 @@
 use minijinja::value::Rest;
 use minijinja::{Environment, State, Value};
 
+use super::markup::escaped;
 use super::python::{
-    Kind, LARGEST, Made, Method, Range, attribute, check_depth, contains, equal, float, integer,
-    items, like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole,
-    wrong,
+    Kind, LARGEST, Made, Range, attribute, check_depth, contains, equal, float, integer, items,
+    like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole, wrong,
 };
-use super::{format, methods};
+use super::{escapes, format, methods};
 
 pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__add", add);
@@ -19,6 +19,7 @@ pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__concat", concat);
     environment.add_filter("__compare", compare);
     environment.add_filter("__slice", slice);
+    environment.add_filter("__slice_of_constant", slice_of_constant);
     environment.add_filter("__each", each);
     environment.add_filter("__kept", kept);
     environment.add_filter("__item", item);
@@ -82,15 +83,6 @@ pub(super) fn add(state: &State, left: &Value, right: &Value) -> Made<Value> {
         }
         _ => Err(unfit("+", left, right)),
     }
-}
-
-/// A text as it stands in HTML.
-pub(super) fn escaped(text: &str) -> String {
-    let text = text
-        .replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;");
-    text.replace('\'', "&#39;").replace('"', "&#34;")
 }
 
 /// `left * right`
@@ -176,6 +168,12 @@ fn positive(value: &Value) -> Made<Value> {
 
 /// `first ~ others`
 fn concat(state: &State, first: &Value, others: Rest<Value>) -> Made<String> {
+    if escapes(state) && (first.is_safe() || others.iter().any(Value::is_safe)) {
+        // Jinja2 escapes the rest, or does not where it works it out beforehand.
+        return Err(wrong(
+            "~ of a safe text within {% autoescape %} is not taken",
+        ));
+    }
     let mut joined = text(first)?;
     for other in others.iter() {
         joined.push_str(&text(other)?);
@@ -259,6 +257,23 @@ fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value
     })
 }
 
+/// A slice where all is written down: Jinja2 works it out beforehand, and what cannot be sliced is undefined.
+fn slice_of_constant(
+    state: &State,
+    value: &Value,
+    start: &Value,
+    stop: &Value,
+    step: &Value,
+) -> Made<Value> {
+    let kind = Kind::of(value);
+    let sliceable = matches!(kind, Kind::Text | Kind::List | Kind::Tuple);
+    let is_bound = |value: &Value| value.is_none() || integer(value).is_some();
+    match sliceable && [start, stop, step].into_iter().all(is_bound) {
+        true => slice(state, value, start, stop, step),
+        false => Ok(Value::UNDEFINED),
+    }
+}
+
 /// What a loop goes through; with `unpacked`, each of it gives more than one name its value.
 fn each(state: &State, value: &Value, unpacked: Option<bool>) -> Made<Value> {
     if unpacked.is_none() && Kind::of(value) == Kind::List {
@@ -292,18 +307,8 @@ fn kept(state: &State, value: &Value) -> Made<Value> {
 
 /// An attribute that has the name of a method, and is not called.
 fn method(value: &Value, name: &str) -> Made<Value> {
-    if methods::has_method(value, name) {
-        let (of, name) = (value.clone(), name.to_owned());
-        return Ok(Value::from_object(Method { of, name }));
+    if let Some(found) = methods::attribute_of_kind(value, name) {
+        return Ok(found);
     }
-    if Kind::of(value) == Kind::Callable {
-        return Err(wrong(format!(
-            "{name:?} of a function or macro is not taken"
-        )));
-    }
-    let found = attribute(value, &Value::from(name))?;
-    if found.is_undefined() && name.starts_with("__") {
-        return Err(wrong(format!("{name:?} is not to be had from a template")));
-    }
-    Ok(found)
+    attribute(value, &Value::from(name))
 }

@@ -94,6 +94,24 @@ impl Object for Range {
     }
 }
 
+/// `b'…'`: no text, though minijinja takes its own bytes for one.
+#[derive(Debug)]
+pub(super) struct Bytes(pub(super) Vec<u8>);
+
+impl Object for Bytes {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_usize()?).copied().map(Value::from)
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.0.len())
+    }
+}
+
 /// `keys()`, `values()` or `items()` of a dict: no list, and not to be indexed.
 #[derive(Debug)]
 pub(super) struct View {
@@ -163,6 +181,7 @@ pub(super) enum Kind {
     Integer,
     Float,
     Text,
+    Bytes,
     List,
     Tuple,
     Dict,
@@ -196,6 +215,8 @@ impl Kind {
             Self::Tuple
         } else if object.downcast_ref::<Range>().is_some() {
             Self::Range
+        } else if object.downcast_ref::<Bytes>().is_some() {
+            Self::Bytes
         } else if object.downcast_ref::<View>().is_some() {
             Self::View
         } else if object.downcast_ref::<Generator>().is_some() {
@@ -210,7 +231,11 @@ impl Kind {
             match object.repr() {
                 ObjectRepr::Map => Self::Dict,
                 ObjectRepr::Seq | ObjectRepr::Iterable => Self::List,
-                _ if object.downcast_ref::<super::functions::Cycler>().is_some() => Self::Other,
+                _ if object.downcast_ref::<super::functions::Cycler>().is_some()
+                    || object.downcast_ref::<super::macros::Blocks>().is_some() =>
+                {
+                    Self::Other
+                }
                 _ => Self::Callable,
             }
         }
@@ -225,6 +250,7 @@ impl Kind {
             Self::Integer => "int",
             Self::Float => "float",
             Self::Text => "str",
+            Self::Bytes => "bytes",
             Self::List => "list",
             Self::Tuple => "tuple",
             Self::Dict => "dict",
@@ -242,10 +268,10 @@ impl Kind {
     }
 
     fn is_iterable(self) -> bool {
-        use Kind::{Dict, Generator, List, Range, Text, Tuple, Undefined, View};
+        use Kind::{Bytes, Dict, Generator, List, Range, Text, Tuple, Undefined, View};
         matches!(
             self,
-            Undefined | Text | List | Tuple | Dict | Range | View | Generator
+            Undefined | Text | Bytes | List | Tuple | Dict | Range | View | Generator
         )
     }
 }
@@ -286,7 +312,7 @@ pub(super) fn attribute(value: &Value, name: &Value) -> Made<Value> {
     let kind = Kind::of(value);
     match kind {
         Kind::Undefined => Err(wrong(format!("an undefined value has no {}", repr(name)?))),
-        Kind::Text | Kind::List | Kind::Tuple | Kind::Range => {
+        Kind::Text | Kind::Bytes | Kind::List | Kind::Tuple | Kind::Range => {
             let place = integer(name).and_then(|place| i64::try_from(place).ok());
             let is_named = kind == Kind::Tuple && name.as_str().is_some();
             match place {
@@ -313,12 +339,19 @@ pub(super) fn text(value: &Value) -> Made<String> {
 
 /// `repr(value)`
 pub(super) fn repr(value: &Value) -> Made<String> {
+    repr_in_order(value, &pairs)
+}
+
+/// `repr(value)` with the pairs of dicts as `pairs` orders them.
+pub(super) fn repr_in_order(value: &Value, pairs: &Pairs) -> Made<String> {
     let mut out = String::new();
-    write_repr(value, &mut out, 0)?;
+    write_repr(value, &mut out, pairs, 0)?;
     Ok(out)
 }
 
-fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
+type Pairs<'p> = dyn Fn(&Value) -> Made<Vec<(Value, Value)>> + 'p;
+
+fn write_repr(value: &Value, out: &mut String, pairs: &Pairs, depth: usize) -> Made<()> {
     if depth > DEEPEST {
         return Err(wrong("lists are too deep within each other to be printed"));
     }
@@ -331,7 +364,7 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
             if count > 0 {
                 out.push_str(", ");
             }
-            write_repr(&item, out, depth + 1)?;
+            write_repr(&item, out, pairs, depth + 1)?;
             count += 1;
         }
         Ok(count)
@@ -372,9 +405,9 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
                 if at > 0 {
                     out.push_str(", ");
                 }
-                write_repr(&key, out, depth + 1)?;
+                write_repr(&key, out, pairs, depth + 1)?;
                 out.push_str(": ");
-                write_repr(&value, out, depth + 1)?;
+                write_repr(&value, out, pairs, depth + 1)?;
             }
             out.push('}');
         }
@@ -396,7 +429,14 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
             }
             out.push(')');
         }
+        Kind::Bytes => {
+            let bytes = value.downcast_object_ref::<Bytes>();
+            write_bytes_repr(bytes.map_or(&[], |bytes| &bytes.0), out);
+        }
         kind => {
+            if write_known_repr(value, out, pairs, depth)? {
+                return Ok(());
+            }
             let what = format!(
                 "{} cannot be printed: Python prints what is to it alone",
                 kind.name()
@@ -405,6 +445,69 @@ fn write_repr(value: &Value, out: &mut String, depth: usize) -> Made<()> {
         }
     }
     Ok(())
+}
+
+/// Writes what has a `repr` of its own, without a place in memory; returns false of other values.
+fn write_known_repr(value: &Value, out: &mut String, pairs: &Pairs, depth: usize) -> Made<bool> {
+    if let Some(declared) = value.downcast_object_ref::<super::macros::Macro>() {
+        out.push_str(&declared.shown()?);
+    } else if value
+        .downcast_object_ref::<super::macros::Blocks>()
+        .is_some()
+    {
+        out.push_str("<TemplateReference None>");
+    } else if let Some(class) = super::functions::class_name(value) {
+        let _ = write!(out, "<class '{class}'>");
+    } else if is_loop(value) {
+        let (at, of) = (value.get_attr("index")?, value.get_attr("length")?);
+        if Kind::of(&at) != Kind::Integer || Kind::of(&of) != Kind::Integer {
+            return Ok(false);
+        }
+        let _ = write!(out, "<LoopContext {at}/{of}>");
+    } else if Kind::of(value) == Kind::Namespace {
+        let names: Vec<Value> = value.try_iter()?.collect();
+        let names = names.into_iter().filter(|name| name.as_str() != Some(""));
+        let attributes = names.map(|name| Ok((name.clone(), value.get_item(&name)?)));
+        let attributes = attributes.collect::<Made<Vec<_>>>()?;
+        // In which order several were set is not known.
+        if attributes.len() > 1 {
+            return Ok(false);
+        }
+        out.push_str("<Namespace ");
+        write_repr(&Value::from_pairs(attributes), out, pairs, depth + 1)?;
+        out.push('>');
+    } else {
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+fn is_loop(value: &Value) -> bool {
+    value
+        .as_object()
+        .is_some_and(|object| object.type_name().ends_with("::Loop"))
+}
+
+fn write_bytes_repr(bytes: &[u8], out: &mut String) {
+    let quote = if bytes.contains(&b'\'') && !bytes.contains(&b'"') {
+        '"'
+    } else {
+        '\''
+    };
+    out.push('b');
+    out.push(quote);
+    for byte in bytes {
+        let _ = match byte {
+            b'\\' => write!(out, "\\\\"),
+            b'\n' => write!(out, "\\n"),
+            b'\r' => write!(out, "\\r"),
+            b'\t' => write!(out, "\\t"),
+            byte if char::from(*byte) == quote => write!(out, "\\{quote}"),
+            b' '..=b'~' => write!(out, "{}", char::from(*byte)),
+            byte => write!(out, "\\x{byte:02x}"),
+        };
+    }
+    out.push(quote);
 }
 
 fn write_text_repr(text: &str, out: &mut String) {
@@ -708,7 +811,7 @@ pub(super) fn like(value: &Value, text: String) -> Value {
     }
 }
 
-/// Refuses what escapes a safe text's arguments in Jinja2.
+/// Refuses what would escape the values that are put into a safe text.
 pub(super) fn no_safe_text(called: &str, value: &Value) -> Made<()> {
     match value.is_safe() {
         true => Err(wrong(format!("{called} of a safe text is not taken"))),

@@ -6,7 +6,9 @@
 
 use std::fmt::Write;
 
-use super::lexer::{Token, Word, shortened, words};
+use lexico::shown::shown;
+
+use super::lexer::{Token, Word, words};
 use super::methods::is_method_name;
 
 /// Longest source of a template: a hundred times that of a long one.
@@ -18,6 +20,12 @@ const LONGEST_CHAIN: usize = 200;
 
 /// Words that stand between expressions, and name nothing.
 const KEYWORDS: [&str; 7] = ["and", "else", "if", "in", "is", "not", "or"];
+
+/// Names of values.
+const CONSTANTS: [&str; 6] = ["true", "True", "false", "False", "none", "None"];
+
+/// Names that a macro's body may read without declaring them, in the order in which Jinja2 passes them.
+const UNDECLARED: [&str; 3] = ["caller", "kwargs", "varargs"];
 
 /// How tightly an expression holds together: one of less must stand in brackets where more is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
@@ -37,13 +45,79 @@ enum Hold {
 struct Expression {
     text: String,
     hold: Hold,
-    /// Whether it is the call of something.
-    call: bool,
+    /// What is called, and with what, where it is a call.
+    call: Option<(String, Arguments)>,
+}
+
+/// The arguments of a call.
+struct Arguments {
+    given: Vec<String>,
+    /// `**named`, which stands last.
+    stars: Option<String>,
+}
+
+impl Arguments {
+    fn text(&self) -> String {
+        let all: Vec<&str> = self
+            .given
+            .iter()
+            .chain(&self.stars)
+            .map(String::as_str)
+            .collect();
+        all.join(", ")
+    }
+}
+
+/// A loop that tags stand in.
+struct Loop {
+    /// The hidden name of what says how it was left from a block within it.
+    left: String,
+    /// Blocks between the loop and here, out of which minijinja cannot jump.
+    blocks: usize,
+    /// Whether it has a `break` or `continue`.
+    leaves: bool,
+    /// Whether one of them is within a block.
+    leaves_block: bool,
+}
+
+/// What a macro's body does with the names of [`UNDECLARED`].
+#[derive(Default)]
+struct MacroNames {
+    read: [bool; UNDECLARED.len()],
+    /// Those that it declares or sets before it reads them.
+    own: [bool; UNDECLARED.len()],
+}
+
+impl MacroNames {
+    fn reads(&mut self, name: &str) {
+        if let Some(at) = UNDECLARED.iter().position(|known| *known == name) {
+            self.read[at] |= !self.own[at];
+        }
+    }
+
+    fn sets(&mut self, name: &str) {
+        if let Some(at) = UNDECLARED.iter().position(|known| *known == name) {
+            self.own[at] |= !self.read[at];
+        }
+    }
+
+    /// Those that are read and not the body's own.
+    fn undeclared(&self) -> Vec<&'static str> {
+        let read = UNDECLARED.iter().zip(&self.read).filter(|(_, read)| **read);
+        read.map(|(name, _)| *name).collect()
+    }
+}
+
+/// The names that a macro declares.
+struct Signature {
+    names: Vec<String>,
+    /// The values of the last names where they are not given.
+    defaults: Vec<String>,
 }
 
 impl Expression {
     fn new(text: String, hold: Hold) -> Self {
-        let call = false;
+        let call = None;
         Self { text, hold, call }
     }
 
@@ -75,12 +149,18 @@ pub(super) fn translate(source: &str) -> Parsed<String> {
         out: String::new(),
         line: 1,
         depth: 0,
-        in_loop: false,
-        leaves: false,
-        in_macro: false,
+        hidden: 0,
+        inside: None,
+        skips: false,
+        scopes: 0,
+        loops: 0,
+        macro_names: None,
+        blocks: Vec::new(),
+        block_macros: String::new(),
+        reads_self: false,
     };
     parser.body(&[])?;
-    Ok(parser.out)
+    Ok(parser.finish())
 }
 
 struct Parser {
@@ -90,13 +170,47 @@ struct Parser {
     /// The line that `out` ends on.
     line: usize,
     depth: usize,
-    in_loop: bool,
-    /// Whether the loop has a `break` or `continue`.
-    leaves: bool,
-    in_macro: bool,
+    /// Hidden names that were made.
+    hidden: usize,
+    /// The loop that a `break` would leave.
+    inside: Option<Loop>,
+    /// Whether what follows in a body is to be passed over where the loop has been left.
+    skips: bool,
+    /// Scopes around the tag.
+    scopes: usize,
+    /// Loops around the tag, also those that no `break` leaves from here.
+    loops: usize,
+    macro_names: Option<MacroNames>,
+    blocks: Vec<String>,
+    /// The blocks as macros, which stand before all else: they see no more than what the template itself sets.
+    block_macros: String,
+    reads_self: bool,
 }
 
 impl Parser {
+    fn finish(self) -> String {
+        let mut start = self.block_macros;
+        if self.reads_self {
+            let blocks = self
+                .blocks
+                .iter()
+                .map(|name| format!("'{name}': __block_{name}"));
+            let blocks: Vec<String> = blocks.collect();
+            let _ = write!(
+                start,
+                "{{% set __self = {{{}}}|__blocks %}}",
+                blocks.join(", ")
+            );
+        }
+        start + &self.out
+    }
+
+    /// A name that no template uses.
+    fn hidden(&mut self, kind: &str) -> String {
+        self.hidden += 1;
+        format!("__{kind}{}", self.hidden)
+    }
+
     fn now(&self) -> Option<&Token> {
         self.words.get(self.at).map(|(token, _)| token)
     }
@@ -144,11 +258,11 @@ impl Parser {
             return Ok(());
         }
         let found = match self.now() {
-            Some(Token::Name(name)) => shortened(name),
+            Some(Token::Name(name)) => shown(name),
             Some(Token::Operator(operator)) => (*operator).to_owned(),
             _ => return self.fail("a tag does not end where it should"),
         };
-        self.fail(&format!("unexpected {found:?}"))
+        self.fail(&format!("unexpected \"{found}\""))
     }
 
     fn name(&mut self) -> Parsed<String> {
@@ -206,6 +320,8 @@ impl Parser {
 
     /// Text and tags up to a tag of one of these names, which is left to read.
     fn body(&mut self, ends: &[&str]) -> Parsed<()> {
+        let outside = std::mem::take(&mut self.skips);
+        let mut guarded = false;
         while let Some(token) = self.now() {
             match token {
                 Token::Data(text) => {
@@ -222,9 +338,20 @@ impl Parser {
                 Token::TagStart => {
                     self.at += 1;
                     if ends.iter().any(|end| self.is_name(end)) {
+                        if guarded {
+                            self.statement("endif");
+                        }
+                        self.skips = outside || guarded;
                         return Ok(());
                     }
                     self.deeper(Self::any_tag)?;
+                    if std::mem::take(&mut self.skips) {
+                        if guarded {
+                            self.statement("endif");
+                        }
+                        guarded = true;
+                        self.unless_left();
+                    }
                 }
                 _ => return self.fail("a tag does not end where it should"),
             }
@@ -252,13 +379,108 @@ impl Parser {
         self.end_tag()
     }
 
-    /// A body that keeps to itself what it sets.
+    /// Text and tags up to `{% end %}`, which keep to themselves what they set.
     fn closed_body(&mut self, end: &str) -> Parsed<()> {
-        let in_loop = std::mem::take(&mut self.in_loop);
         self.statement("with");
-        self.body_to(end)?;
+        self.scoped(|parser| parser.body_to(end))?;
         self.statement("endwith");
-        self.in_loop = in_loop;
+        Ok(())
+    }
+
+    /// Counts one block more around a body.
+    fn scoped(&mut self, body: impl FnOnce(&mut Self) -> Parsed<()>) -> Parsed<()> {
+        self.scopes += 1;
+        if let Some(inside) = &mut self.inside {
+            inside.blocks += 1;
+        }
+        body(self)?;
+        if let Some(inside) = &mut self.inside {
+            inside.blocks -= 1;
+        }
+        self.scopes -= 1;
+        Ok(())
+    }
+
+    /// A body that is a function of its own to Python: no `break` leaves a loop around it.
+    fn function<T>(&mut self, body: impl FnOnce(&mut Self) -> Parsed<T>) -> Parsed<T> {
+        let inside = self.inside.take();
+        self.scopes += 1;
+        let done = body(self)?;
+        self.scopes -= 1;
+        self.inside = inside;
+        Ok(done)
+    }
+
+    // minijinja cannot jump out of a block, such as `{% with %}`. A `break` or `continue` within one says so in a hidden
+    // namespace, what follows in the block is passed over, and the loop is left where the block ends.
+
+    /// Opens an `if` around what is passed over where the loop has been left.
+    fn unless_left(&mut self) {
+        if let Some(inside) = &self.inside {
+            let tag = format!("if not {}.by", inside.left);
+            self.statement(&tag);
+        }
+    }
+
+    /// Leaves the loop behind the end of a block that told to; where that is in a block too, its end does.
+    fn leave(&mut self) {
+        let Some(inside) = self
+            .inside
+            .as_ref()
+            .filter(|inside| self.skips && inside.blocks == 0)
+        else {
+            return;
+        };
+        let left = inside.left.clone();
+        self.skips = false;
+        self.statement(&format!("if {left}.by == 'break'"));
+        self.statement("break");
+        self.statement(&format!("elif {left}.by == 'continue'"));
+        self.statement("continue");
+        self.statement("endif");
+    }
+
+    /// Whether a tag has no more than a number, a text, `true` or the like.
+    fn is_constant(&self) -> bool {
+        let alone = self.after() == Some(&Token::TagEnd);
+        alone
+            && match self.now() {
+                Some(Token::Name(name)) => CONSTANTS.contains(&name.as_str()),
+                Some(Token::Integer(_) | Token::Float(_) | Token::Text(_)) => true,
+                _ => false,
+            }
+    }
+
+    fn leave_tag(&mut self, name: &str) -> Parsed<()> {
+        self.end_tag()?;
+        let Some(inside) = &mut self.inside else {
+            return self.fail(&format!("{{% {name} %}} outside of a loop"));
+        };
+        inside.leaves = true;
+        if inside.blocks == 0 {
+            self.statement(name);
+            return Ok(());
+        }
+        inside.leaves_block = true;
+        let tag = format!("set {}.by = '{name}'", inside.left);
+        self.statement(&tag);
+        self.skips = true;
+        Ok(())
+    }
+
+    /// The text that a block makes, written out or set by a tag behind it.
+    fn captured(&mut self, end: &str, open: &str, inside: &str, close: &str) -> Parsed<()> {
+        self.statement("set __block");
+        self.closed_body(end)?;
+        self.statement("endset");
+        if self.skips {
+            self.unless_left();
+        }
+        self.tag(open, inside, close);
+        if self.skips {
+            self.statement("endif");
+        }
+        self.leave();
         Ok(())
     }
 
@@ -278,47 +500,48 @@ impl Parser {
             "filter" => {
                 let filters = self.filters()?;
                 self.end_tag()?;
-                self.statement(&format!("filter {filters}"));
-                self.closed_body("endfilter")?;
-                self.statement("endfilter");
-                Ok(())
+                let filtered = format!("__block|{filters}|__written");
+                self.captured("endfilter", "{{", &filtered, "}}")
             }
             "generation" => {
                 self.end_tag()?;
-                self.closed_body("endgeneration")
+                self.function(|parser| parser.closed_body("endgeneration"))
             }
+            "autoescape" => {
+                let constant = self.is_constant();
+                let value = self.expression()?.within(Hold::Filter);
+                self.end_tag()?;
+                if !constant {
+                    // Jinja2 then escapes some values and not others.
+                    return self.fail("{% autoescape %} by what is no constant is not taken");
+                }
+                self.statement(&format!("autoescape {value}|__is_true"));
+                // Jinja2 goes on escaping behind a loop that is left from within.
+                self.function(|parser| parser.closed_body("endautoescape"))?;
+                self.statement("endautoescape");
+                Ok(())
+            }
+            "block" => self.block_tag(),
             "print" => {
                 let printed = self.tuple(true, &[])?;
                 self.end_tag()?;
                 self.tag("{{", &printed.text, "}}");
                 Ok(())
             }
-            "break" | "continue" => {
-                if !self.in_loop {
-                    return self.fail(&format!(
-                        "{{% {name} %}} outside of a loop, or in a block within it"
-                    ));
-                }
-                self.end_tag()?;
-                self.leaves = true;
-                self.statement(&name);
-                Ok(())
-            }
-            "include" | "import" | "from" | "extends" | "block" | "autoescape" => {
-                self.at -= 1;
-                self.fail(&format!(
-                    "{{% {name} %}} is not taken: a chat template stands alone"
-                ))
-            }
+            "break" | "continue" => self.leave_tag(&name),
+            "include" | "import" | "from" | "extends" => self.load_tag(&name),
             _ => {
                 self.at -= 1;
-                self.fail(&format!("there is no tag {:?} here", shortened(&name)))
+                self.fail(&format!("there is no tag \"{}\" here", shown(&name)))
             }
         }
     }
 
     fn for_tag(&mut self) -> Parsed<()> {
+        // The name `loop` is a loop's own.
+        self.loops += 1;
         let target = self.target(&["in"], false)?;
+        self.loops -= 1;
         if !self.skip_name("in") {
             return self.fail("\"in\" is missing");
         }
@@ -333,29 +556,64 @@ impl Parser {
             let condition = self.expression()?;
             let _ = write!(inside, " if {}", condition.within(Hold::Or));
         }
-        if self.skip_name("recursive") {
+        let recursive = self.skip_name("recursive");
+        if recursive {
             inside.push_str(" recursive");
         }
         self.end_tag()?;
+        let before = self.out.len();
         self.statement(&inside);
-        let in_loop = std::mem::replace(&mut self.in_loop, true);
-        let leaves = std::mem::take(&mut self.leaves);
+        let begins = self.out.len();
+        let left = self.hidden("left");
+        let outer = self.inside.replace(Loop {
+            left,
+            blocks: 0,
+            leaves: false,
+            leaves_block: false,
+        });
+        self.loops += 1;
+        self.scopes += 1;
         self.body(&["else", "endfor"])?;
-        self.in_loop = in_loop;
-        let leaves = std::mem::replace(&mut self.leaves, leaves);
-        if leaves && self.is_name("else") {
-            // Jinja2 goes on there where no item was gone through to its end.
-            return self
-                .fail("{% else %} of a loop with {% break %} or {% continue %} is not taken");
+        self.scopes -= 1;
+        self.loops -= 1;
+        let this = std::mem::replace(&mut self.inside, outer);
+        let this = this.map_or((String::new(), false, false), |l| {
+            (l.left, l.leaves, l.leaves_block)
+        });
+        let (left, leaves, leaves_block) = this;
+        let has_else = self.is_name("else");
+        if recursive && has_else {
+            return self.fail("{% else %} of a recursive loop is not taken");
         }
-        if self.skip_name("else") {
-            self.end_tag()?;
+        if leaves_block {
+            let flag = format!("{{% set {left} = __flag() %}}");
+            self.out.insert_str(begins, &flag);
+        }
+        // Jinja2 goes on at `else` where no item was gone through to its end.
+        let done = self.hidden("done");
+        if leaves && has_else {
+            let flag = format!("{{% set {done} = __flag() %}}");
+            self.out.insert_str(before, &flag);
+            self.statement(&format!("set {done}.by = true"));
+            self.statement("endfor");
+            self.statement(&format!("if not {done}.by"));
+        } else if has_else {
             self.statement("else");
-            self.body(&["endfor"])?;
         }
-        self.at += 1;
-        self.end_tag()?;
-        self.statement("endfor");
+        if has_else {
+            self.at += 1;
+            self.end_tag()?;
+            self.closed_body("endfor")?;
+        } else {
+            self.at += 1;
+            self.end_tag()?;
+        }
+        self.statement(if leaves && has_else {
+            "endif"
+        } else {
+            "endfor"
+        });
+        self.leave();
         Ok(())
     }
 
@@ -404,14 +662,16 @@ impl Parser {
             return Ok(());
         }
         let filters = match self.skip("|") {
-            true => format!(" | {}", self.filters()?),
+            true => format!("|{}", self.filters()?),
             false => String::new(),
         };
         self.end_tag()?;
-        self.statement(&format!("set {target}{filters}"));
-        self.closed_body("endset")?;
-        self.statement("endset");
-        Ok(())
+        self.captured(
+            "endset",
+            "{%",
+            &format!("set {target} = __block{filters}"),
+            "%}",
+        )
     }
 
     /// `{% with %}`: no value sees the names that stand beside it.
@@ -423,7 +683,7 @@ impl Parser {
             }
             let target = match self.is("(") {
                 true => format!("({})", self.target(&[], false)?),
-                false => self.name()?,
+                false => self.set_name()?,
             };
             self.expect("=")?;
             let value = self.expression()?.text;
@@ -433,17 +693,14 @@ impl Parser {
         self.end_tag()?;
         self.statement(&format!("with {}", values.join(", ")));
         self.statement(&format!("with {}", names.join(", ")));
-        // minijinja cannot leave a loop out of it.
-        let in_loop = std::mem::take(&mut self.in_loop);
-        self.body_to("endwith")?;
-        self.in_loop = in_loop;
+        self.scoped(|parser| parser.body_to("endwith"))?;
         self.statement("endwith");
         self.statement("endwith");
+        self.leave();
         Ok(())
     }
 
-    /// Names of a macro, and tags that set those that were not given.
-    fn signature(&mut self) -> Parsed<(String, Vec<String>)> {
+    fn signature(&mut self) -> Parsed<Signature> {
         let (mut names, mut defaults) = (Vec::new(), Vec::new());
         self.expect("(")?;
         while !self.is(")") {
@@ -451,53 +708,226 @@ impl Parser {
                 self.expect(",")?;
             }
             let name = self.name()?;
+            if names.contains(&name) {
+                return self.fail("a macro has two arguments of one name");
+            }
             if self.skip("=") {
-                let value = self.expression()?.text;
-                defaults.push(format!("if {name} is undefined"));
-                defaults.push(format!("set {name} = {value}"));
-                defaults.push("endif".to_owned());
+                defaults.push(self.expression()?.text);
             } else if !defaults.is_empty() {
                 return self.fail("a name without a value follows one with a value");
             }
             names.push(name);
         }
         self.expect(")")?;
-        Ok((names.join(", "), defaults))
+        Ok(Signature { names, defaults })
     }
 
     fn macro_tag(&mut self) -> Parsed<()> {
-        let name = self.name()?;
-        let (names, defaults) = self.signature()?;
+        let name = self.set_name()?;
+        let signature = self.signature()?;
         self.end_tag()?;
-        self.statement(&format!("macro {name}({names})"));
-        self.macro_body(&defaults, "endmacro")
+        let made = self.macro_body(&quoted(&name), &signature, "endmacro")?;
+        self.statement(&format!("set {name} = {made}"));
+        Ok(())
     }
 
     fn call_tag(&mut self) -> Parsed<()> {
-        let (names, defaults) = match self.is("(") {
+        let signature = match self.is("(") {
             true => self.signature()?,
-            false => (String::new(), Vec::new()),
+            false => Signature {
+                names: Vec::new(),
+                defaults: Vec::new(),
+            },
         };
-        let called = self.expression()?;
-        if !called.call {
+        let Some((called, mut arguments)) = self.expression()?.call else {
             return self.fail("{% call %} is not of a call");
-        }
+        };
         self.end_tag()?;
-        self.statement(&format!("call({names}) {}", called.text));
-        self.macro_body(&defaults, "endcall")
+        let caller = self.macro_body("none", &signature, "endcall")?;
+        arguments.given.push(format!("caller={caller}"));
+        self.tag(
+            "{{",
+            &format!("{called}({})|__written", arguments.text()),
+            "}}",
+        );
+        Ok(())
     }
 
-    fn macro_body(&mut self, defaults: &[String], end: &str) -> Parsed<()> {
-        let in_loop = std::mem::take(&mut self.in_loop);
-        let in_macro = std::mem::replace(&mut self.in_macro, true);
-        for tag in defaults {
-            self.statement(tag);
+    /// A macro up to its end; returns the expression of it. minijinja's own has a fixed number of arguments, so that
+    /// `__macro` makes those of one that Jinja2 would call.
+    fn macro_body(&mut self, name: &str, signature: &Signature, end: &str) -> Parsed<String> {
+        let mut names = MacroNames::default();
+        let mut declared = Vec::new();
+        for name in &signature.names {
+            if name != "caller" {
+                names.sets(name);
+            }
+            declared.push(self.renamed(name)?);
         }
-        self.body_to(end)?;
-        self.statement(end);
-        self.in_loop = in_loop;
-        self.in_macro = in_macro;
+        let begins = self.out.len();
+        let outer = self.macro_names.replace(names);
+        self.function(|parser| parser.body_to(end))?;
+        self.statement("endmacro");
+        let names = std::mem::replace(&mut self.macro_names, outer).unwrap_or_default();
+        let mut undeclared = names.undeclared();
+        if let Some(outer) = &mut self.macro_names {
+            undeclared.iter().for_each(|name| outer.reads(name));
+        }
+        let required = signature.names.len() - signature.defaults.len();
+        if let Some(at) = signature.names.iter().position(|name| name == "caller") {
+            if undeclared.contains(&"caller") && at < required {
+                return self.fail("an argument named \"caller\" has a value of its own");
+            }
+            undeclared.retain(|name| *name != "caller");
+        }
+        let body = self.hidden("macro");
+        let all: Vec<&str> = declared
+            .iter()
+            .map(String::as_str)
+            .chain(undeclared.iter().copied())
+            .collect();
+        let mut start = format!("{{% macro {body}({}) %}}", all.join(", "));
+        for (name, value) in declared[required..].iter().zip(&signature.defaults) {
+            let _ = write!(
+                start,
+                "{{% if {name} is __missing %}}{{% set {name} = {value} %}}{{% endif %}}"
+            );
+        }
+        self.out.insert_str(begins, &start);
+        let list = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+            format!("[{}]", names.join(", "))
+        };
+        let names: Vec<&str> = signature.names.iter().map(String::as_str).collect();
+        let (given, optional) = names.split_at(required);
+        let (given, optional, undeclared) = (list(given), list(optional), list(&undeclared));
+        Ok(format!(
+            "{body}|__macro({name}, {given}, {optional}, {undeclared})"
+        ))
+    }
+
+    /// A block is written where it stands. It sees what the template itself has set, and nothing of loops and macros
+    /// around it, unless it is `scoped`.
+    fn block_tag(&mut self) -> Parsed<()> {
+        let name = self.name()?;
+        let scoped = self.skip_name("scoped");
+        let required = self.skip_name("required");
+        self.end_tag()?;
+        if self.blocks.contains(&name) {
+            return self.fail(&format!("the block \"{}\" is there twice", shown(&name)));
+        }
+        self.blocks.push(name.clone());
+        let names = self.macro_names.take();
+        let loops = self.loops;
+        if !scoped {
+            self.loops = 0;
+        }
+        let around = std::mem::take(&mut self.out);
+        self.function(|parser| {
+            parser.body(&["endblock"])?;
+            parser.at += 1;
+            parser.skip_name(&name);
+            parser.end_tag()
+        })?;
+        let body = std::mem::replace(&mut self.out, around);
+        self.macro_names = names;
+        self.loops = loops;
+        let block = format!(
+            "{{% macro __block_{name}() %}}{body}{{% endmacro %}}\
+             {{% set __block_{name} = __block_{name}|__macro('{name}', [], [], []) %}}"
+        );
+        match scoped {
+            true => self.out.push_str(&block),
+            false => self.block_macros.push_str(&block),
+        }
+        let written = match required {
+            true => "__load('a block that is required is not there')".to_owned(),
+            false => format!("__block_{name}()"),
+        };
+        self.tag("{{", &written, "}}");
         Ok(())
+    }
+
+    /// Tags that take in other templates: there are none, and where one is reached that is an error.
+    fn load_tag(&mut self, name: &str) -> Parsed<()> {
+        if name == "extends" && self.scopes > 0 {
+            return self.fail("{% extends %} within a loop, macro or block");
+        }
+        self.expression()?;
+        match name {
+            "include" => {
+                if self.skip_name("ignore") && !self.skip_name("missing") {
+                    return self.fail("\"missing\" is missing");
+                }
+                self.skip_context();
+            }
+            "import" => {
+                self.expect_name("as")?;
+                self.set_name()?;
+                self.skip_context();
+            }
+            "from" => {
+                self.expect_name("import")?;
+                loop {
+                    if self.skip_context() {
+                        break;
+                    }
+                    if self.name()?.starts_with('_') {
+                        return self.fail("what begins with \"_\" cannot be imported");
+                    }
+                    if self.skip_name("as") {
+                        self.set_name()?;
+                    }
+                    if self.skip_context() || !self.skip(",") {
+                        break;
+                    }
+                }
+            }
+            _ => {}
+        }
+        self.end_tag()?;
+        self.tag(
+            "{{",
+            "__load('a chat template stands alone: there is no other one to load')",
+            "}}",
+        );
+        Ok(())
+    }
+
+    /// `with context` or `without context`
+    fn skip_context(&mut self) -> bool {
+        let named = self.is_name("with") || self.is_name("without");
+        let is = named && matches!(self.after(), Some(Token::Name(name)) if name == "context");
+        self.at += 2 * usize::from(is);
+        is
+    }
+
+    fn expect_name(&mut self, name: &str) -> Parsed<()> {
+        if self.skip_name(name) {
+            return Ok(());
+        }
+        self.fail(&format!("{name:?} is missing"))
+    }
+
+    /// A name that is given a value.
+    fn set_name(&mut self) -> Parsed<String> {
+        let name = self.name()?;
+        if let Some(names) = &mut self.macro_names {
+            names.sets(&name);
+        }
+        self.renamed(&name)
+    }
+
+    /// A name as minijinja takes it: two of its own are a template's to use.
+    fn renamed(&self, name: &str) -> Parsed<String> {
+        match name {
+            "loop" if self.loops > 0 => {
+                self.fail("a name \"loop\" of one's own within a loop is not taken")
+            }
+            "loop" => Ok("__loop".to_owned()),
+            "self" => Ok("__self".to_owned()),
+            _ => Ok(name.to_owned()),
+        }
     }
 
     /// What is set: a name, names with commas, and attributes of a namespace.
@@ -514,7 +944,7 @@ impl Parser {
                 self.expect(")")?;
                 format!("({inner})")
             } else {
-                let mut name = self.name()?;
+                let mut name = self.set_name()?;
                 if attributes && self.skip(".") {
                     name = format!("{name}.{}", self.name()?);
                 }
@@ -713,6 +1143,7 @@ impl Parser {
     }
 
     fn unary(&mut self, filters: bool) -> Parsed<Expression> {
+        let from = self.at;
         let mut value = if self.skip("-") {
             self.deeper(|parser| parser.unary(false))?.through("__neg")
         } else if self.skip("+") {
@@ -720,7 +1151,7 @@ impl Parser {
         } else {
             self.primary()?
         };
-        value = self.postfix(value)?;
+        value = self.postfix(value, from)?;
         match filters {
             true => self.filtered(value),
             false => Ok(value),
@@ -734,12 +1165,18 @@ impl Parser {
         self.at += 1;
         let text = match token {
             Token::Name(name) => {
-                let of_macro = self.in_macro && ["varargs", "kwargs"].contains(&name.as_str());
-                if of_macro || name == "self" || KEYWORDS.contains(&name.as_str()) {
+                if KEYWORDS.contains(&name.as_str()) {
                     self.at -= 1;
-                    return self.fail(&format!("{name:?} is not taken"));
+                    return self.fail(&format!("{name:?} is no expression"));
                 }
-                name
+                if let Some(names) = &mut self.macro_names {
+                    names.reads(&name);
+                }
+                self.reads_self |= name == "self";
+                match name == "loop" && self.loops > 0 {
+                    true => name,
+                    false => self.renamed(&name)?,
+                }
             }
             Token::Text(mut text) => {
                 while let Some(Token::Text(more)) = self.now() {
@@ -794,13 +1231,14 @@ impl Parser {
     }
 
     /// Attributes, items and calls that follow an expression.
-    fn postfix(&mut self, mut value: Expression) -> Parsed<Expression> {
+    /// It began at the word `from`.
+    fn postfix(&mut self, mut value: Expression, from: usize) -> Parsed<Expression> {
         let mut links = 0;
         loop {
             if self.skip(".") {
                 value = self.attribute(value)?;
             } else if self.skip("[") {
-                value = self.deeper(|parser| parser.subscript(value))?;
+                value = self.deeper(|parser| parser.subscript(value, from))?;
             } else if self.is("(") {
                 value = self.call(value)?;
             } else {
@@ -827,7 +1265,7 @@ impl Parser {
         Ok(Expression::new(text, Hold::Primary))
     }
 
-    fn subscript(&mut self, value: Expression) -> Parsed<Expression> {
+    fn subscript(&mut self, value: Expression, from: usize) -> Parsed<Expression> {
         let mut items = Vec::new();
         let mut slice = None;
         while !self.is("]") {
@@ -858,7 +1296,21 @@ impl Parser {
         }
         self.expect("]")?;
         match (slice, items.len()) {
-            (Some(bounds), 0) => Ok(value.through(&format!("__slice({bounds})"))),
+            (Some(bounds), 0) => {
+                let constant = self.words[from..self.at]
+                    .iter()
+                    .all(|(word, _)| match word {
+                        Token::Name(name) => CONSTANTS.contains(&name.as_str()),
+                        Token::Operator(operator) => !["|", "."].contains(operator),
+                        _ => true,
+                    });
+                let slice = if constant {
+                    "__slice_of_constant"
+                } else {
+                    "__slice"
+                };
+                Ok(value.through(&format!("{slice}({bounds})")))
+            }
             (Some(_), _) => self.fail("a slice beside other items"),
             (None, 0) => self.fail("an item is missing"),
             (None, count) => {
@@ -873,12 +1325,13 @@ impl Parser {
 
     fn call(&mut self, value: Expression) -> Parsed<Expression> {
         let arguments = self.deeper(Self::arguments)?;
-        let text = format!("{}({arguments})", value.within(Hold::Primary));
-        let (hold, call) = (Hold::Primary, true);
+        let called = value.within(Hold::Primary);
+        let text = format!("{called}({})", arguments.text());
+        let (hold, call) = (Hold::Primary, Some((called, arguments)));
         Ok(Expression { text, hold, call })
     }
 
-    fn arguments(&mut self) -> Parsed<String> {
+    fn arguments(&mut self) -> Parsed<Arguments> {
         let (mut plain, mut named) = (Vec::new(), Vec::new());
         let (mut star, mut stars) = (None, None);
         self.expect("(")?;
@@ -910,8 +1363,8 @@ impl Parser {
         self.expect(")")?;
         plain.extend(star);
         plain.append(&mut named);
-        plain.extend(stars);
-        Ok(plain.join(", "))
+        let given = plain;
+        Ok(Arguments { given, stars })
     }
 
     /// A chain of filters that begins here, without a value.
@@ -933,7 +1386,7 @@ impl Parser {
         if !self.is("(") {
             return Ok(name);
         }
-        Ok(format!("{name}({})", self.deeper(Self::arguments)?))
+        Ok(format!("{name}({})", self.deeper(Self::arguments)?.text()))
     }
 
     /// Filters, tests and calls that follow an expression.
@@ -970,10 +1423,11 @@ impl Parser {
             _ => false,
         };
         let arguments = if self.is("(") {
-            self.deeper(Self::arguments)?
+            self.deeper(Self::arguments)?.text()
         } else if argument {
+            let from = self.at;
             let argument = self.primary()?;
-            self.deeper(|parser| parser.postfix(argument))?.text
+            self.deeper(|parser| parser.postfix(argument, from))?.text
         } else {
             String::new()
         };

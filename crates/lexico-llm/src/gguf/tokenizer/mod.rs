@@ -10,6 +10,7 @@ mod tests;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
+use lexico::shown::shown;
 use serde_json::{Value, json};
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -62,8 +63,8 @@ pub(super) fn read(file: &GgufFile, size: usize) -> Result<GgufTokenizer> {
         ),
         other => {
             let reason = format!(
-                "tokenizer {:?} is not supported; these are: gpt2, llama",
-                short(other)
+                "tokenizer \"{}\" is not supported; these are: gpt2, llama",
+                shown(other)
             );
             return error(reason);
         }
@@ -131,11 +132,6 @@ fn token_id(file: &GgufFile, name: &str) -> Result<Option<usize>> {
         }
         None => Ok(None),
     }
-}
-
-/// The beginning of a text from outside, for messages.
-fn short(text: &str) -> String {
-    text.chars().take(60).collect()
 }
 
 /// The step of `tokenizer.json` that puts a token after a text.
@@ -218,8 +214,8 @@ impl<'a> Vocabulary<'a> {
                 return Err(self.file.error(reason));
             }
             if let Some(first) = numbers.insert(&**token, number) {
-                let token = short(token);
-                let reason = format!("its tokens {first} and {number} are both {token:?}");
+                let token = shown(token);
+                let reason = format!("its tokens {first} and {number} are both \"{token}\"");
                 return Err(self.file.error(reason));
             }
         }
@@ -280,9 +276,9 @@ impl<'a> Vocabulary<'a> {
             // As in llama.cpp: the first piece may begin with a space, the second may hold any.
             let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');
             let Some((space, _)) = space else {
-                let merge = short(merge);
+                let merge = shown(merge);
                 let reason = format!(
-                    "its merge {number}, {merge:?}, is not two pieces with a space between"
+                    "its merge {number}, \"{merge}\", is not two pieces with a space between"
                 );
                 return Err(self.file.error(reason));
             };

@@ -6,8 +6,9 @@ use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
 
 use super::super::file::GgufFile;
-use super::{short, token_id};
+use super::token_id;
 use crate::error::Result;
+use lexico::shown::shown;
 
 /// What a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,10 +183,16 @@ impl Roles {
             };
             roles.ends.extend(id.filter(|_| infill.ends));
         }
+        let own_end = token_id(file, "eos_token_id")?;
         for &(id, text) in &telling {
             if ENDS.contains(&text) {
                 roles.ends.insert(id);
-                roles.set(id, Kind::Control);
+                // Qwen and Llama 3 have it from their training texts and end with another: not worth a note.
+                if text == "</s>" && own_end.is_some_and(|own| own != id) {
+                    roles.kinds[id] = Kind::Control;
+                } else {
+                    roles.set(id, Kind::Control);
+                }
             } else if SHOWN.contains(&text) {
                 roles.set(id, Kind::UserDefined);
             }
@@ -224,7 +231,7 @@ impl Roles {
     pub(super) fn note(&self, tokens: &[Cow<'_, str>]) -> Option<String> {
         let mut names = self.overridden.iter().map(|&id| {
             let token = &tokens[id];
-            format!("{:?}", short(token))
+            format!("\"{}\"", shown(token))
         });
         let some: Vec<String> = names.by_ref().take(8).collect();
         let more = names.count();

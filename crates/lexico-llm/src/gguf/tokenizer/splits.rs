@@ -5,6 +5,7 @@
 //! families' own `tokenizer.json`, which llama.cpp restates for its own regular expressions: the comparison is
 //! in docs/results/tokenizers.md.
 
+use lexico::shown::shown;
 use serde_json::{Value, json};
 
 /// A way of splitting.
@@ -362,15 +363,16 @@ const SPLITS: [Split; 34] = [
 pub(super) fn by_name(name: &str) -> Result<&'static Split, String> {
     let found = SPLITS.iter().find(|split| split.names.contains(&name));
     found.ok_or_else(|| {
-        let name = super::short(name);
-        if OTHERS.contains(&name.as_str()) {
+        let is_other = OTHERS.contains(&name);
+        let name = shown(name);
+        if is_other {
             return format!(
-                "its text is split as {name:?}, for a vocabulary that is not byte-level: that is not supported"
+                "its text is split as \"{name}\", for a vocabulary that is not byte-level: that is not supported"
             );
         }
         let known: Vec<&str> = names().collect();
         let known = known.join(", ");
-        format!("splitting text as {name:?} is not supported; these are: {known}")
+        format!("splitting text as \"{name}\" is not supported; these are: {known}")
     })
 }
 

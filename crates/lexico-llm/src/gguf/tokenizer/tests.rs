@@ -193,6 +193,18 @@ fn odd_vocabularies_are_read_as_llama_cpp_reads_them() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Qwen and Llama 3 have `</s>` as plain text: it ends an answer as in llama.cpp, and nothing is said of it.
+#[test]
+fn a_plain_end_beside_the_files_own_is_not_noted() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let file = GgufFile::open(&fixtures.join("vocabularies/ends-2.gguf")).unwrap();
+    let notes = format!("{:?}", read(&file, usize::MAX).unwrap().notes);
+    assert!(
+        notes.contains("<|eom_id|>") && !notes.contains("</s>"),
+        "{notes}"
+    );
+}
+
 /// A run of digits of any length takes no quadratic time.
 #[test]
 fn long_runs_are_split_in_little_time() {

@@ -168,25 +168,5 @@ impl<const DOT: bool> Lanes for Quarter<DOT> {
     }
 }
 
-macro_rules! level {
-    ($module:ident, $lanes:ty, $features:literal) => {
-        pub(super) mod $module {
-            use super::*;
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn multiply(
-                matrix: &BlockMatrix,
-                groups: Range<usize>,
-                x: &Panel,
-                out: &mut [f32],
-                stride: usize,
-            ) {
-                // SAFETY: the features are enabled; the family's `mod.rs` checks the sizes.
-                unsafe { multiply_with::<$lanes>(matrix, groups, x, out, stride) }
-            }
-        }
-    };
-}
-
 level!(neon, Quarter<false>, "neon");
 level!(dot_product, Quarter<true>, "neon,dotprod");

@@ -5,6 +5,28 @@
 //! neighbouring columns of each in one lane of 32 bits, so that a lane's sum is a row's and nothing is summed across
 //! lanes. Scales are unpacked to bytes.
 
+/// The product for processors that have some features.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! level {
+    ($module:ident, $lanes:ty, $features:literal) => {
+        pub(super) mod $module {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn multiply(
+                matrix: &BlockMatrix,
+                groups: Range<usize>,
+                x: &Panel,
+                out: &mut [f32],
+                stride: usize,
+            ) {
+                // SAFETY: the features are enabled; the family's `mod.rs` checks the sizes.
+                unsafe { multiply_with::<$lanes>(matrix, groups, x, out, stride) }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 mod layout;

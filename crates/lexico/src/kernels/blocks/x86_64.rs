@@ -277,26 +277,6 @@ impl<const VNNI: bool> Lanes for Half<VNNI> {
     }
 }
 
-macro_rules! level {
-    ($module:ident, $lanes:ty, $features:literal) => {
-        pub(super) mod $module {
-            use super::*;
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn multiply(
-                matrix: &BlockMatrix,
-                groups: Range<usize>,
-                x: &Panel,
-                out: &mut [f32],
-                stride: usize,
-            ) {
-                // SAFETY: the features are enabled; the family's `mod.rs` checks the sizes.
-                unsafe { multiply_with::<$lanes>(matrix, groups, x, out, stride) }
-            }
-        }
-    };
-}
-
 level!(avx2, Half<false>, "avx2,fma,f16c");
 level!(avx_vnni, Half<true>, "avx2,fma,f16c,avxvnni");
 level!(
