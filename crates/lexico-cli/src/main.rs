@@ -8,6 +8,7 @@ mod export;
 mod import;
 mod inspect;
 mod interrupt;
+mod learn;
 mod lines;
 mod measure;
 mod memory;

@@ -35,6 +35,16 @@ pub(crate) struct ModelArguments {
 impl ModelArguments {
     /// Loads the model, with its dictionaries where one of the caches needs them.
     pub(crate) fn load(&self, caches: &[CacheSpec]) -> anyhow::Result<Model> {
+        self.load_or(caches, &mut |_, _| Ok(None))
+    }
+
+    /// Loads the model as [`load`](Self::load) does; where it has none of the dictionaries that are needed, `learn` may
+    /// make some, given the place to keep them.
+    pub(crate) fn load_or(
+        &self,
+        caches: &[CacheSpec],
+        learn: &mut dyn FnMut(&Model, &Path) -> anyhow::Result<Option<DictionarySet>>,
+    ) -> anyhow::Result<Model> {
         // What is not there is found before the model is read.
         let device = self.device.open()?;
         let path = (self.model != "tiny")
@@ -48,10 +58,16 @@ impl ModelArguments {
             let mut places: Vec<PathBuf> = path.iter().map(|path| beside(path)).collect();
             let file = format!("{}.safetensors", model.name.replace('/', "--"));
             places.extend(own_folder().map(|own| own.join(file)));
-            let Some(path) = places.iter().find(|place| place.is_file()) else {
-                return Err(no_dictionaries(&self.model, &places));
-            };
-            self.read(&mut model, path)?;
+            if let Some(path) = places.iter().find(|place| place.is_file()) {
+                self.read(&mut model, path)?;
+                return Ok(model);
+            }
+            // The user's own folder is there for it, whoever owns the model's.
+            let learned = places.last().map(|place| learn(&model, place));
+            match learned.transpose()?.flatten() {
+                Some(dictionaries) => model.set_dictionaries(dictionaries)?,
+                None => return Err(no_dictionaries(&self.model, &places)),
+            }
         }
         Ok(model)
     }
@@ -155,8 +171,8 @@ fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
     let best = best.map_or(DICTIONARY_FILE, String::as_str);
     anyhow::anyhow!(
         "the model {model} has no dictionaries: there is no {}. Train them with \
-         `lexico train --model {model} --corpus TEXT --out {best}`, name another file with \
-         --dictionary, or use --cache full",
+         `lexico train --model {model} --corpus TEXT --out {best}`, or let `lexico run --learn` do it; name another \
+         file with --dictionary, or use --cache full",
         listed.join(" and no ")
     )
 }

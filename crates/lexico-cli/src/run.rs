@@ -17,6 +17,7 @@ use lexico_llm::{Error, Model};
 use rustyline::error::ReadlineError;
 use serde_json::{Map, Value, json};
 
+use crate::learn::LearnArguments;
 use crate::lines::Lines;
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
@@ -35,6 +36,8 @@ pub(crate) struct Run {
     file: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArguments,
+    #[command(flatten)]
+    learn: LearnArguments,
     /// The cache method and its options (below) [default: lexico, or as it was saved]
     #[arg(long, value_name = "NAME[:key=value,...]")]
     cache: Option<CacheSpec>,
@@ -133,7 +136,12 @@ impl Run {
         // A wrong setting is reported before the model is read.
         Sampler::new(sampling.clone())?;
         let started = Instant::now();
-        let model = Arc::new(self.model.load(std::slice::from_ref(&spec))?);
+        let model = Arc::new(
+            self.model
+                .load_or(std::slice::from_ref(&spec), &mut |model, out| {
+                    self.learn.learn(model, out)
+                })?,
+        );
         let load_seconds = started.elapsed().as_secs_f64();
         let chat = self.chat(&model)?;
         let plain = chat.is_none();

@@ -39,7 +39,7 @@ pub(super) static METHOD: Method = Method {
             "unbiased",
         )
         .about("coefficients that keep scores, or vectors, nearest"),
-        option("sinks", Values::Count, "0").about("first positions, kept dense"),
+        option("sinks", Values::Count, "4, on a GPU 0").about("first positions, kept dense"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
         option("batch", Values::Count, "16").about("positions that leave the window at once"),
         option(
@@ -104,6 +104,9 @@ pub(super) static METHOD: Method = Method {
     },
 };
 
+/// First positions that are kept dense by default.
+pub(crate) const SINKS: usize = 4;
+
 fn needed<'a>(context: &CacheContext<'a>) -> Result<&'a Arc<DictionarySet>> {
     context.dictionaries.ok_or_else(|| Error::NoDictionary {
         method: "lexico",
@@ -123,7 +126,12 @@ fn settings(
         "unbiased" => Fit::Unbiased,
         _ => Fit::LeastSquares,
     };
-    let sinks = spec.number("sinks")?;
+    let sinks = match spec.given("sinks") {
+        Some(_) => spec.number("sinks")?,
+        // Its kernels know only the recent window.
+        None if context.device.is_cuda() => 0,
+        None => SINKS,
+    };
     let (recent_window, batch) = (spec.number("window")?, spec.number("batch")?);
     let sparsities = sparsities(spec, context, dictionaries, coding.family())?;
     let layers = sparsities.len();

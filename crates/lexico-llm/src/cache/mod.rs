@@ -35,6 +35,7 @@ use candle_core::{DType, Device, Tensor};
 pub use attend::Sequence;
 pub(crate) use attend::attend_all;
 pub use full::FullCache;
+pub(crate) use lexico::SINKS;
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
 

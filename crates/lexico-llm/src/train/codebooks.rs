@@ -52,12 +52,6 @@ fn learn_one(
         "keys" => reading.queries.layer(layer).to_vec(),
         _ => model.decoder.output_moments(layer)?,
     };
-    let moments = if std::env::var("X_PLAIN").is_ok_and(|x| x.contains(part)) {
-        let unit = (0..m * m).map(|i| f64::from(u8::from(i % (m + 1) == 0)));
-        unit.collect::<Vec<f64>>().repeat(heads)
-    } else {
-        moments
-    };
     let maps = Arc::new(head_maps(&vectors, &moments, m)?);
     let saved = state.load(&file)?;
     let learned = match saved {

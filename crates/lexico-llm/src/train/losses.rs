@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::reading::JUDGED_WINDOWS;
 use super::state::State;
 use super::{OnProgress, PARTS, TrainProgress, go_on};
-use crate::cache::{Footprint, FullCache, KvCache, Step};
+use crate::cache::{Footprint, FullCache, KvCache, SINKS, Step};
 use crate::config::Config;
 use crate::corpus::Corpus;
 use crate::decoder::Logits;
@@ -133,7 +133,9 @@ fn coding_losses(
                     *error += squared_error(coder, head, &rows, sparsity)?;
                 }
             }
-            let coded = coder.reconstruct(head, &vectors, sparsity, fit, &ModelThreads)?;
+            let mut coded = coder.reconstruct(head, &vectors, sparsity, fit, &ModelThreads)?;
+            let sinks = vectors.len().min(SINKS * config.head_dim);
+            coded[..sinks].copy_from_slice(&vectors[..sinks]);
             let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
             rows.extend(&coded);
             past.changed = Some((layer, head, part, rows));

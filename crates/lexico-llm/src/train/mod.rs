@@ -1,6 +1,7 @@
 //! From text to dictionaries: the model reads, its keys and values are sampled, each layer learns.
 
 mod codebooks;
+mod estimate;
 mod learning;
 mod losses;
 mod measure;
@@ -26,6 +27,7 @@ use crate::model::Model;
 use reading::{Reading, read};
 use state::State;
 
+pub use estimate::estimate;
 pub use losses::measure_losses;
 pub use measure::AttentionErrors;
 pub use state::{StateError, StateOptions, remove_state};

@@ -7,7 +7,7 @@ use std::time::Instant;
 use ::lexico::attention::NumberType;
 use ::lexico::tensor_file::{self, Dtype};
 use candle_core::Tensor;
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,10 @@ use crate::model::Model;
 
 /// Period of held-out chunks: the last of so many is kept apart to judge the dictionaries on.
 const HELD_OUT: usize = 20;
+/// Position beyond which no chunk begins.
+const LAST_POSITION: usize = 1 << 15;
+/// Keeps the draws of positions apart from those of the samples.
+const OFFSETS: u64 = 0x0FF5_E750;
 /// Max vectors that a dictionary is judged on.
 const HELD_OUT_VECTORS: usize = 4096;
 /// Max held-out chunks that the model reads again in the end, its keys and values coded.
@@ -200,9 +204,12 @@ pub(super) fn read(
         let window = window?;
         let number = reading.progress.windows;
         let held_out = number % period == period - 1;
+        let room = model.decoder.config().context - window.len();
+        let first = first_position(number, window.len(), room, seed);
         let mut moments = std::mem::take(&mut reading.queries);
         let mut collector = Collector {
             cache: FullCache::new(model.decoder.config(), NumberType::F32),
+            first,
             reading: &reading,
             moments: (!held_out).then_some(&mut moments),
             state,
@@ -247,9 +254,24 @@ fn pass_over(
     Ok(())
 }
 
+/// Draws the position at which chunk `number` begins, so that keys are seen as they are turned at all positions of long
+/// texts: half of the chunks begin at 0, the others at some position of each order of magnitude alike.
+fn first_position(number: usize, length: usize, room: usize, seed: u64) -> usize {
+    let most = room.min(LAST_POSITION);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ OFFSETS);
+    rng.set_stream(number as u64);
+    if rng.random() || most <= length {
+        return 0;
+    }
+    let (low, high) = ((length as f64).ln(), (most as f64).ln());
+    rng.random_range(low..high).exp() as usize
+}
+
 /// Cache for one chunk that samples the keys and values it is given.
 struct Collector<'a> {
     cache: FullCache,
+    /// The position of the chunk's first token.
+    first: usize,
     reading: &'a Reading,
     moments: Option<&'a mut QueryMoments>,
     state: &'a State,
@@ -288,7 +310,7 @@ impl KvCache for Collector<'_> {
     }
 
     fn len(&self) -> usize {
-        self.cache.len()
+        self.first + self.cache.len()
     }
 
     fn footprint(&self) -> Footprint {

@@ -80,6 +80,31 @@ impl CodebookOptions {
         }
     }
 
+    /// Counts the multiplications that learning from `n` vectors of head dim `m` takes, within a tenth or so.
+    #[must_use]
+    pub fn products(&self, n: usize, head_dim: usize) -> f64 {
+        let nearest = |vectors: usize, atoms: usize| (vectors * atoms * head_dim) as f64;
+        let beginning = |codebook: usize| {
+            let atoms = if codebook == 0 {
+                self.first
+            } else {
+                CODEBOOK_ATOMS
+            };
+            let looked_at = n.min(VECTORS_AN_ATOM * atoms);
+            ITERATIONS as f64 * nearest(looked_at, atoms) + nearest(n, atoms)
+        };
+        let beginning: f64 = (0..self.codebooks).map(beginning).sum();
+        let round = self.products_of_a_search(self.vectors.min(n), head_dim);
+        beginning + self.rounds as f64 * round
+    }
+
+    /// Counts the multiplications of a search for codes of `n` vectors over all codebooks.
+    #[must_use]
+    pub fn products_of_a_search(&self, n: usize, head_dim: usize) -> f64 {
+        let others = self.codebooks.saturating_sub(1) * CODEBOOK_ATOMS * self.beam;
+        n as f64 * ((self.first + others) * head_dim) as f64
+    }
+
     /// Checks all that can be checked before the vectors are there.
     ///
     /// # Errors
