@@ -203,6 +203,7 @@ mod tests {
                 model: "drawn",
                 config: decoder.config(),
                 dictionaries: None,
+                calibration: None,
                 device: decoder.device(),
             };
             let spec: CacheSpec = "full".parse().unwrap();

@@ -10,22 +10,33 @@
 
 mod attend;
 mod bits;
+mod calibration;
+mod dense_parts;
 mod device;
 mod evict;
+#[cfg(test)]
+mod fixture;
+mod fp8;
 mod full;
 mod h2o;
 mod kivi;
+mod kvarn;
 mod lexico;
+mod llama_cpp;
 mod method;
+mod oscar;
 mod per_token;
 mod pyramidkv;
+mod random;
 mod recent_window;
+mod rotation;
 mod snapkv;
 mod spec;
 mod stored;
 mod streaming_llm;
 mod turboquant;
 mod uniform;
+mod vllm_turboquant;
 mod zipcache;
 
 use ::lexico::KeyValue;
@@ -34,6 +45,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use attend::Sequence;
 pub(crate) use attend::attend_all;
+pub use calibration::Calibration;
 pub use full::FullCache;
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
