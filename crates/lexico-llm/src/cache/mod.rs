@@ -5,7 +5,8 @@
 //! in `per_token.rs`; a method that stores or evicts by KV head `StoredHead`, as in `kivi.rs` and `h2o.rs`; one whose heads
 //! depend on each other `StoredLayer`, as in `zipcache.rs`. A `mod` line here and its name
 //! in [`METHODS`] in `spec.rs` then make it known to commands, help, errors and budgets, for which its `settings` are the
-//! choices. Rows of a few bits a number are in `bits.rs`. Tests in its file hold it against its authors' results; a line in
+//! choices. Rows of a few bits a number are in `bits.rs`, layers of rotated vectors in `rotation.rs`, first positions and layers that stay
+//! dense in `dense_parts.rs`. Tests in its file hold it against its authors' results (`fixture.rs`); a line in
 //! `QUANTISED` of `tests/methods.rs` and one in `tests/memory.rs` have it tested with the others. README lists the methods.
 
 mod attend;

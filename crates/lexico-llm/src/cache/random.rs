@@ -14,9 +14,9 @@ use crate::error::Result;
 /// 2609.03430; SalesforceAIResearch/Random-Attention, `scripts/vllm_rp_bench/selector_random.py`): whenever there are
 /// more positions than the capacity, every KV head draws a uniform number for each, those protected an infinite one, and
 /// keeps the largest. The authors protect the newest positions within the capacity, and the whole prompt (`prompt=pinned`),
-/// which their results rest on. They evict every so many steps; here each step does, which leaves a position the same chance
-/// to survive and needs no room beyond the capacity. A prompt attends in full first. Draws depend on the seed, the layer, the
-/// head and the eviction, and on nothing in the text.
+/// which their results rest on; sinks, and the sizes that are defaults here, are not theirs. They evict every so many steps;
+/// here each step does, which leaves a position about the same chance to survive and needs no room beyond the capacity. A
+/// prompt attends in full first. Draws depend on the seed, the layer, the head and the eviction, and on nothing in the text.
 pub(super) static METHOD: Method = Method {
     name: "random",
     summary: "random positions beside the first and the newest, the null hypothesis of eviction",
