@@ -60,8 +60,8 @@ impl ModelArguments {
         if let Some(path) = &self.calibration {
             let of_file = || path.display().to_string();
             let text = std::fs::read_to_string(path).with_context(of_file)?;
+            anyhow::ensure!(!text.trim().is_empty(), "{} has no text", of_file());
             let tokens = model.tokenizer.encode_first(&text)?;
-            anyhow::ensure!(!tokens.is_empty(), "{} has no text", of_file());
             model.calibrate(&tokens).with_context(of_file)?;
         }
         Ok(model)

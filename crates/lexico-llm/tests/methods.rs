@@ -420,7 +420,7 @@ fn a_calibrated_model_has_the_rotations() {
     let spec: CacheSpec = "oscar:window=16,sinks=4".parse().unwrap();
     let made = |model: &Model| {
         let mut cache = spec.build(&context(model)).unwrap();
-        let logits = run(model, cache.as_mut(), 150, &tokens);
+        run(model, cache.as_mut(), 150, &tokens);
         let lengths = Lengths {
             prompt: 150,
             end: 200,
@@ -431,9 +431,9 @@ fn a_calibrated_model_has_the_rotations() {
             (expected / held - 1.0).abs() < TOLERANCE,
             "{expected}, {held}"
         );
-        (logits, held)
+        (cache.decoded(0).unwrap().unwrap(), held)
     };
-    let (logits, held) = made(&model);
+    let (own, held) = made(&model);
     model.calibrate(&[]).unwrap();
     assert!(model.calibration.is_none());
     model.calibrate(&tokens[..150]).unwrap();
@@ -441,8 +441,7 @@ fn a_calibrated_model_has_the_rotations() {
     let config = model.decoder.config();
     let matrices = config.layers * 2 * (config.head_dim.pow(2) * 4 + 16);
     assert_eq!(held - smaller, matrices as f64);
-    // Both saw the same numbers but for rounding, as a prompt attends at full precision; a code here and there differs.
-    for (a, b) in logits.iter().flatten().zip(calibrated.iter().flatten()) {
-        assert!((a - b).abs() < 0.05, "{a} and {b}");
-    }
+    // The first layer is given the same numbers, and so has the same rotations; those of others differ by rounding.
+    assert_eq!(own.keys, calibrated.keys);
+    assert_eq!(own.values, calibrated.values);
 }

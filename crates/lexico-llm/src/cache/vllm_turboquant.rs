@@ -261,11 +261,11 @@ impl CodedVectors for Rows {
             Self::Sphere { codes, norms } => {
                 let centroids = centroids(codes.bits);
                 let mut row = vec![0; codes.width];
-                for at in first..first + count {
+                for (at, norm) in (first..first + count).zip(&norms[first..]) {
                     codes.read(at, &mut row);
                     let numbers = row.iter().map(|&code| centroids[usize::from(code)]);
                     let squares: f32 = numbers.clone().map(|x| x * x).sum();
-                    let factor = norms[at].to_f32() / squares.sqrt();
+                    let factor = norm.to_f32() / squares.sqrt();
                     out.extend(numbers.map(|x| x * factor));
                 }
             }
