@@ -19,7 +19,7 @@ pub(super) fn vectors(first: usize, count: usize) -> Vec<f32> {
         drawn ^= drawn >> 15;
         drawn = drawn * 2_246_822_519 % (1 << 32);
         let number = (drawn >> 8) as f64 / f64::from(1 << 23) - 1.0;
-        (number * if at % M % 7 == 0 { 4.0 } else { 1.0 }) as f32
+        (number * if (at % M).is_multiple_of(7) { 4.0 } else { 1.0 }) as f32
     };
     (first * M..(first + count) * M).map(number).collect()
 }

@@ -130,7 +130,7 @@ mod tests {
     /// The matrix of llama.cpp and vLLM, by Sylvester's doubling.
     fn sylvester(n: usize) -> Vec<f64> {
         let entry = |i: usize, j: usize| {
-            let sign = if (i & j).count_ones() % 2 == 0 {
+            let sign = if (i & j).count_ones().is_multiple_of(2) {
                 1.0
             } else {
                 -1.0
