@@ -26,6 +26,10 @@ pub(crate) struct ModelArguments {
     /// [default: the model's own]
     #[arg(short, long, value_name = "FILE")]
     dictionary: Option<PathBuf>,
+    /// A text, of which the first 4,096 tokens calibrate the cache methods that need it (oscar)
+    /// [default: each cache's own prompt]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
     /// Device on which the model computes: cpu, cuda or cuda:N (builds with --features cuda), or auto, the
     /// first GPU where there is one
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
@@ -68,6 +72,13 @@ impl ModelArguments {
                 Some(dictionaries) => model.set_dictionaries(dictionaries)?,
                 None => return Err(no_dictionaries(&self.model, &places)),
             }
+        }
+        if let Some(path) = &self.calibration {
+            let of_file = || path.display().to_string();
+            let text = std::fs::read_to_string(path).with_context(of_file)?;
+            anyhow::ensure!(!text.trim().is_empty(), "{} has no text", of_file());
+            let tokens = model.tokenizer.encode_first(&text)?;
+            model.calibrate(&tokens).with_context(of_file)?;
         }
         Ok(model)
     }

@@ -449,8 +449,36 @@ fn help_lists_the_caches_and_their_options() {
         "window",
         "tolerance",
         "[default: 128]",
+        "llama-cpp",
+        "fp8",
+        "vllm-turboquant",
+        "kvarn",
+        "oscar",
+        "random",
+        "dense-layers",
     ] {
         assert!(help.contains(word), "{help}");
+    }
+}
+
+/// Rotations found on a text of its own belong to the model, those of a prompt to its cache.
+#[test]
+fn a_calibration_is_no_part_of_a_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (text, empty, nowhere) = (file("text.txt"), file("empty.txt"), file("nowhere.txt"));
+    std::fs::write(&text, "Ana has 12 coins. ".repeat(20)).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let arguments = ["run", "--json", "-n", "2", "--cache", "oscar", QUESTION];
+    let bytes = |arguments: &[&str]| json(arguments)["cache"]["bytes"].as_u64().unwrap();
+    let on = ["--calibration", path(&text)];
+    let calibrated = bytes(&[&arguments[..], &on].concat());
+    // Four layers, keys and values, 64 by 64 numbers and two counts each.
+    assert_eq!(bytes(&arguments) - calibrated, 4 * 2 * (64 * 64 * 4 + 16));
+    for (file, words) in [(&empty, "no text"), (&nowhere, "nowhere.txt")] {
+        let on = ["--calibration", path(file)];
+        let message = fails(1, &[&arguments[..], &on].concat());
+        assert!(message.contains(words), "{message}");
     }
 }
 

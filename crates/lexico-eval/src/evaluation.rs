@@ -164,6 +164,7 @@ pub fn evaluate(
         model: &model.name,
         config: model.decoder.config(),
         dictionaries: model.dictionaries.as_ref(),
+        calibration: model.calibration.as_ref(),
         device: model.decoder.device(),
     };
     // Before anything is run: what a method refuses is soon found.

@@ -10,7 +10,7 @@ use lexico::dictionary::ModelIdentity;
 use lexico::shown::{shown, shown_path};
 use lexico::tensor_file::TensorFile;
 
-use crate::cache::{CacheContext, CacheSpec, FullCache, KvCache};
+use crate::cache::{CacheContext, CacheSpec, Calibration, FullCache, KvCache};
 use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, OneOrMany, read_required};
 use crate::decoder::{Decoder, Logits};
@@ -39,6 +39,8 @@ pub struct Model {
     pub notes: Vec<String>,
     /// Dictionaries, where there are any.
     pub dictionaries: Option<Arc<DictionarySet>>,
+    /// What [`Model::calibrate`] found, for cache methods that calibrate.
+    pub calibration: Option<Calibration>,
 }
 
 /// The files of a model in Hugging Face layout.
@@ -143,6 +145,7 @@ impl Model {
             tokenizer,
             decoder: decoder?,
             dictionaries: None,
+            calibration: None,
         })
     }
 
@@ -217,6 +220,7 @@ impl Model {
             tokenizer,
             decoder: Decoder::load(config, &files.weights, quantize, device)?,
             dictionaries: None,
+            calibration: None,
         })
     }
 
@@ -227,6 +231,21 @@ impl Model {
     pub fn set_dictionaries(&mut self, dictionaries: DictionarySet) -> Result<()> {
         dictionaries.check_fits(&self.identity())?;
         self.dictionaries = Some(Arc::new(dictionaries));
+        Ok(())
+    }
+
+    /// Calibrates cache methods that need it, for all caches made from now on, on the tokens of a text: the first of them
+    /// where they are more than a few thousand or than the model's context. Without a token nothing changes.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::forward`].
+    pub fn calibrate(&mut self, tokens: &[u32]) -> Result<()> {
+        // They are read at once, and attention takes the square of their number.
+        const MAX: usize = 4096;
+        let count = tokens.len().min(MAX).min(self.decoder.config().context);
+        if count > 0 {
+            self.calibration = Some(Calibration::on(&self.decoder, &tokens[..count])?);
+        }
         Ok(())
     }
 
@@ -261,6 +280,7 @@ impl Model {
             model: &self.name,
             config: self.decoder.config(),
             dictionaries: self.dictionaries.as_ref(),
+            calibration: self.calibration.as_ref(),
             device: self.decoder.device(),
         })
     }

@@ -202,6 +202,7 @@ mod tests {
                 model: "drawn",
                 config: decoder.config(),
                 dictionaries: None,
+                calibration: None,
                 device: decoder.device(),
             };
             let spec: CacheSpec = "full".parse().unwrap();

@@ -76,6 +76,23 @@ fn footprints_equal_what_is_allocated() {
         "zipcache:salient=0.25,gap=25",
         "turboquant",
         "turboquant:bits=4,window=16,norm=corrected",
+        "turboquant:bits=3,sinks=5,dense-layers=1",
+        "per-token:bits=2,window=16,sinks=4",
+        "kivi:bits=2,residual=32,sinks=4,dense-layers=1",
+        "vllm-turboquant",
+        "vllm-turboquant:preset=k8v4,dense-layers=0",
+        "vllm-turboquant:preset=3bit_nc,dense-layers=1,window=16,sinks=4",
+        "llama-cpp",
+        "llama-cpp:k=q5_1,v=q4_0,rotation=off",
+        "llama-cpp:k=q4_0,v=q4_0,window=16,sinks=4",
+        "fp8",
+        "fp8:scales=prompt,own=exact,dense-layers=1",
+        "kvarn",
+        "kvarn:k=2,v=2,group=32,sinks=4,window=16",
+        "random:capacity=80",
+        "oscar",
+        "oscar:window=16,sinks=4",
+        "oscar:window=0,sinks=0,group=32,rotation=hadamard",
     ] {
         for (prompt, steps) in [(20, 0), (120, 40), (220, 3)] {
             let (reported, allocated) = run(spec, prompt, steps);

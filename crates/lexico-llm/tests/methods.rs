@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 const TOLERANCE: f64 = 0.07;
 
 /// Those that hold all positions, each coded by itself or with others.
-const QUANTISED: [&str; 8] = [
+const QUANTISED: [&str; 19] = [
     "per-token:bits=8",
     "per-token:bits=3,group=24,window=0",
     "per-token:bits=2,window=16",
@@ -23,13 +23,28 @@ const QUANTISED: [&str; 8] = [
     "zipcache",
     "turboquant:bits=2.5",
     "turboquant:bits=4,window=16",
+    "turboquant:bits=3,sinks=9,window=16",
+    "per-token:bits=3,sinks=7,window=16",
+    "kivi:bits=2,residual=32,sinks=6",
+    "vllm-turboquant:preset=k8v4,dense-layers=0",
+    "vllm-turboquant:dense-layers=0,sinks=6,window=16",
+    "llama-cpp",
+    "llama-cpp:k=q4_0,v=q4_1,sinks=6",
+    "fp8:scales=prompt",
+    "kvarn:group=32,sinks=6",
+    "oscar:window=16,sinks=4",
+    "oscar:window=0,group=32,rotation=hadamard",
 ];
+
+/// The methods whose codes are for head dims that 32 divides, or that are powers of two.
+const EVEN_HEAD_DIMS: [&str; 4] = ["vllm-turboquant", "llama-cpp", "kvarn", "oscar"];
 
 fn context(model: &Model) -> CacheContext<'_> {
     CacheContext {
         model: "tiny",
         config: model.decoder.config(),
         dictionaries: model.dictionaries.as_ref(),
+        calibration: model.calibration.as_ref(),
         device: model.decoder.device(),
     }
 }
@@ -140,15 +155,19 @@ fn sliding_windows_are_kept() {
             model: "drawn",
             config: &config,
             dictionaries: None,
+            calibration: None,
             device: model.decoder.device(),
         };
         for spec in QUANTISED {
+            let spec: CacheSpec = spec.parse().unwrap();
+            if head_dim == 26 && EVEN_HEAD_DIMS.contains(&spec.method().name) {
+                continue;
+            }
             let mut full = "full"
                 .parse::<CacheSpec>()
                 .unwrap()
                 .build(&context)
                 .unwrap();
-            let spec: CacheSpec = spec.parse().unwrap();
             let mut cache = spec.build(&context).unwrap();
             let mut rng = ChaCha8Rng::seed_from_u64(7);
             let mut sizes = Vec::new();
@@ -224,6 +243,15 @@ fn large_options_are_taken() {
         format!("kivi:group={most},residual={most}"),
         format!("zipcache:gap={most}"),
         format!("turboquant:window={most}"),
+        format!("per-token:sinks={most},dense-layers={most}"),
+        format!("kivi:sinks={most}"),
+        format!("turboquant:sinks={most},window={most}"),
+        format!("vllm-turboquant:window={most},dense-layers={most}"),
+        format!("llama-cpp:window={most},sinks={most}"),
+        format!("fp8:window={most}"),
+        format!("kvarn:group={most},window={most}"),
+        format!("random:capacity={most},window=3"),
+        format!("oscar:group={most},window={most},sinks=0"),
         format!("lexico:window={most},batch={most}"),
     ] {
         let spec: CacheSpec = spec.parse().unwrap();
@@ -273,6 +301,9 @@ fn impossible_options_are_refused() {
         ("turboquant:bits=5", "from 1 to 4"),
         ("turboquant:bits=NaN", "from 1 to 4"),
         ("turboquant:bits=2.01", "channels"),
+        ("kvarn:group=1", "no variance"),
+        ("oscar:k-clip=-1", "from 0 to 1"),
+        ("random:capacity=9", "36 of these"),
     ] {
         let spec: CacheSpec = spec.parse().unwrap();
         let built = spec.build(&context).map(|_| ()).unwrap_err().to_string();
@@ -286,8 +317,131 @@ fn impossible_options_are_refused() {
         "kivi:bits=3",
         "zipcache:bits=3",
         "turboquant:norm=x",
+        "llama-cpp:k=q6_k",
+        "vllm-turboquant:preset=2bit",
+        "kvarn:v=3",
     ] {
         let refused = spec.parse::<CacheSpec>().unwrap_err().to_string();
         assert!(refused.contains("must be one of"), "{refused}");
     }
+}
+
+/// Attention over what a cache holds is attention over the vectors that it says it holds, in f64 and unrotated.
+#[test]
+fn attention_is_over_what_is_decoded() {
+    let model = Model::tiny().unwrap();
+    let config = Config {
+        layers: 1,
+        ..model.decoder.config().clone()
+    };
+    let context = CacheContext {
+        config: &config,
+        ..context(&model)
+    };
+    let (m, group) = (config.head_dim, config.heads / config.kv_heads);
+    let specs = QUANTISED.into_iter().chain([
+        "llama-cpp:own=exact",
+        "fp8:own=exact",
+        "vllm-turboquant:dense-layers=0,own=exact",
+        "turboquant:norm=eden",
+        "kvarn",
+    ]);
+    for spec in specs {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let mut cache = spec.build(&context).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for t in [150, 1, 1, 70, 1] {
+            let before = cache.decoded(0).unwrap().unwrap();
+            let [q, k, v] = draw(&mut rng, &config, t);
+            let out = numbers(&cache.attend(0, &q, &k, &v).unwrap());
+            let after = cache.decoded(0).unwrap().unwrap();
+            let (q, k, v) = (numbers(&q), numbers(&k), numbers(&v));
+            let held = before.keys.len() / m / config.kv_heads;
+            // What a step's own positions are attended to as: as coded where nothing is dense, or as they are.
+            let text = spec.to_string();
+            let coded = match spec.method().name {
+                "llama-cpp" | "fp8" => !text.contains("own=exact"),
+                "vllm-turboquant" => {
+                    t == 1 && !text.contains("own=exact") && !text.contains("window")
+                }
+                _ => false,
+            };
+            for head in 0..config.heads {
+                let own = head / group;
+                let row = |past: &[f32], new: &[f32], all: &[f32], at: usize| -> Vec<f64> {
+                    let row = if at < held {
+                        &past[(own * held + at) * m..][..m]
+                    } else if coded {
+                        &all[(own * (held + t) + at) * m..][..m]
+                    } else {
+                        &new[(own * t + at - held) * m..][..m]
+                    };
+                    row.iter().map(|&x| f64::from(x)).collect()
+                };
+                for query in [0, t - 1] {
+                    let seen = held + query + 1;
+                    let place = (head * t + query) * m;
+                    let scores: Vec<f64> = (0..seen)
+                        .map(|at| {
+                            let key = row(&before.keys, &k, &after.keys, at);
+                            let products = q[place..place + m].iter().zip(key);
+                            products.map(|(&a, b)| f64::from(a) * b).sum::<f64>()
+                                / (m as f64).sqrt()
+                        })
+                        .collect();
+                    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                    let mut expected = vec![0.0; m];
+                    for (at, score) in scores.iter().enumerate() {
+                        let value = row(&before.values, &v, &after.values, at);
+                        let weight = (score - max).exp() / sum;
+                        expected
+                            .iter_mut()
+                            .zip(value)
+                            .for_each(|(e, v)| *e += weight * v);
+                    }
+                    for (got, expected) in out[place..place + m].iter().zip(&expected) {
+                        let off = (f64::from(*got) - expected).abs();
+                        assert!(off < 2e-3, "{spec}, step of {t}: {got} for {expected}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rotations that the model was calibrated for are its own: a cache is smaller by them, and by nothing else where the text
+/// was its prompt.
+#[test]
+fn a_calibrated_model_has_the_rotations() {
+    let mut model = Model::tiny().unwrap();
+    let tokens = text(&model, 200);
+    let spec: CacheSpec = "oscar:window=16,sinks=4".parse().unwrap();
+    let made = |model: &Model| {
+        let mut cache = spec.build(&context(model)).unwrap();
+        run(model, cache.as_mut(), 150, &tokens);
+        let lengths = Lengths {
+            prompt: 150,
+            end: 200,
+        };
+        let expected = spec.expected_bytes(&context(model), lengths).unwrap();
+        let held = cache.footprint().total() as f64;
+        assert!(
+            (expected / held - 1.0).abs() < TOLERANCE,
+            "{expected}, {held}"
+        );
+        (cache.decoded(0).unwrap().unwrap(), held)
+    };
+    let (own, held) = made(&model);
+    model.calibrate(&[]).unwrap();
+    assert!(model.calibration.is_none());
+    model.calibrate(&tokens[..150]).unwrap();
+    let (calibrated, smaller) = made(&model);
+    let config = model.decoder.config();
+    let matrices = config.layers * 2 * (config.head_dim.pow(2) * 4 + 16);
+    assert_eq!(held - smaller, matrices as f64);
+    // The first layer is given the same numbers, and so has the same rotations; those of others differ by rounding.
+    assert_eq!(own.keys, calibrated.keys);
+    assert_eq!(own.values, calibrated.values);
 }

@@ -104,6 +104,7 @@ impl Decode {
             model: &self.shape,
             config: &config,
             dictionaries: Some(&dictionaries),
+            calibration: None,
             device: decoder.device(),
         };
         let mut caches = Vec::new();

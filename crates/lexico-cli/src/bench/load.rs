@@ -40,6 +40,7 @@ impl Load {
             model: &self.model,
             config: decoder.config(),
             dictionaries: None,
+            calibration: None,
             device: decoder.device(),
         };
         let mut cache = "full".parse::<CacheSpec>()?.build(&context)?;

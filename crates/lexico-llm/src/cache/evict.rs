@@ -118,6 +118,7 @@ pub(super) mod testing {
             model: "drawn",
             config,
             dictionaries: None,
+            calibration: None,
             device: &candle_core::Device::Cpu,
         }
     }

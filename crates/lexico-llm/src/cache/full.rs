@@ -41,7 +41,7 @@ pub type FullCache = StoredCache<Vec<DenseHead>>;
 impl FullCache {
     /// Makes an empty cache for a model of this shape.
     pub fn new(config: &Config, number_type: NumberType) -> Self {
-        Self::with_heads(config, (), || DenseHead::new(config.head_dim, number_type))
+        Self::with_heads(config, (), |_| DenseHead::new(config.head_dim, number_type))
     }
 
     /// Keys and values held of a layer's KV head.

@@ -59,7 +59,7 @@ struct Head {
 struct Capacity(usize);
 
 fn cache(config: &Config, capacity: usize) -> StoredCache<Vec<Head>> {
-    StoredCache::with_heads(config, Capacity(capacity), || Head {
+    StoredCache::with_heads(config, Capacity(capacity), |_| Head {
         held: DenseHead::new(config.head_dim, NumberType::F16),
         sums: Vec::new(),
     })

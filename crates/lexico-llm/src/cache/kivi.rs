@@ -2,6 +2,7 @@ use ::lexico::KeyValue;
 use ::lexico::attention::{DenseRows, NumberType, Positions, Source};
 
 use super::CacheSpec;
+use super::dense_parts::{DENSE_LAYERS, DenseParts, SINKS};
 use super::method::{Lengths, Method, Values, option};
 use super::per_token::groups;
 use super::recent_window::RecentWindow;
@@ -23,13 +24,23 @@ pub(super) static METHOD: Method = Method {
         ),
         option("residual", Values::Count, "128")
             .about("newest values, kept dense, and keys that are quantised at once"),
+        SINKS,
+        DENSE_LAYERS,
     ],
     build: |spec, context| {
         let settings = Settings::new(spec)?;
-        let head = || Head::new(settings, context.config.head_dim);
+        let (m, dense) = (
+            context.config.head_dim,
+            DenseParts::new(spec, context.config)?,
+        );
+        let head = |layer| dense.around(layer, m, Head::new(settings, m));
         Ok(Box::new(StoredCache::with_heads(context.config, (), head)))
     },
-    bytes: |spec, context, lengths| Ok(Settings::new(spec)?.bytes(context.config, lengths)),
+    bytes: |spec, context, lengths| {
+        let (settings, config) = (Settings::new(spec)?, context.config);
+        let dense = DenseParts::new(spec, config)?;
+        Ok(dense.expected_bytes::<Head>(config, lengths, |l| settings.bytes(config, l)))
+    },
     settings: |spec, context, _| {
         let mut settings = Vec::new();
         let given = |option| spec.given(option).and_then(|value| value.parse().ok());
@@ -75,7 +86,8 @@ impl Settings {
         })
     }
 
-    fn bytes(self, config: &Config, lengths: Lengths) -> f64 {
+    /// Bytes that a head is expected to hold.
+    fn bytes(self, config: &Config, lengths: Lengths) -> usize {
         let (bits, group, residual) = (self.bits, self.group, self.residual);
         let m = config.head_dim;
         let positions = lengths.end.min(config.window.unwrap_or(usize::MAX));
@@ -85,8 +97,7 @@ impl Settings {
         let coded_values = positions - dense_values;
         let coded = Quantised::bytes_of(coded_keys, bits, m, Block::Positions(group))
             + Quantised::bytes_of(coded_values, bits, m, Block::Channels(group));
-        let head = size_of::<Head>() + coded + (dense_keys + dense_values) * 2 * m;
-        (config.layers * config.kv_heads * head) as f64
+        size_of::<Head>() + coded + (dense_keys + dense_values) * 2 * m
     }
 }
 

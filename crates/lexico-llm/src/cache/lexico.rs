@@ -460,6 +460,7 @@ mod tests {
             model: "tiny",
             config,
             dictionaries: Some(&dictionaries),
+            calibration: None,
             device: &candle_core::Device::Cpu,
         };
         let spec: CacheSpec = text.parse().unwrap();
@@ -479,6 +480,7 @@ mod tests {
             model: "tiny",
             config: model.decoder.config(),
             dictionaries: model.dictionaries.as_ref(),
+            calibration: None,
             device: &Device::Cpu,
         };
         let dictionaries = model.dictionaries.as_ref().unwrap();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ::lexico::DictionarySet;
 use candle_core::Device;
 
-use super::{CacheSpec, KvCache};
+use super::{CacheSpec, Calibration, KvCache};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -171,6 +171,8 @@ pub struct CacheContext<'a> {
     pub config: &'a Config,
     /// The model's dictionaries, where there are any.
     pub dictionaries: Option<&'a Arc<DictionarySet>>,
+    /// What was found out about the model on a text, where it was: for methods that calibrate.
+    pub calibration: Option<&'a Calibration>,
     /// Device on which the model computes. Methods that have kernels for it hold their cache there; others in the processor's
     /// memory.
     pub device: &'a Device,

@@ -5,27 +5,39 @@
 //! in `per_token.rs`; a method that stores or evicts by KV head `StoredHead`, as in `kivi.rs` and `h2o.rs`; one whose heads
 //! depend on each other `StoredLayer`, as in `zipcache.rs`. A `mod` line here and its name
 //! in [`METHODS`] in `spec.rs` then make it known to commands, help, errors and budgets, for which its `settings` are the
-//! choices. Rows of a few bits a number are in `bits.rs`. Tests in its file hold it against its authors' results; a line in
+//! choices. Rows of a few bits a number are in `bits.rs`, layers of rotated vectors in `rotation.rs`, first positions and layers that stay
+//! dense in `dense_parts.rs`. Tests in its file hold it against its authors' results (`fixture.rs`); a line in
 //! `QUANTISED` of `tests/methods.rs` and one in `tests/memory.rs` have it tested with the others. README lists the methods.
 
 mod attend;
 mod bits;
+mod calibration;
+mod dense_parts;
 mod device;
 mod evict;
+#[cfg(test)]
+mod fixture;
+mod fp8;
 mod full;
 mod h2o;
 mod kivi;
+mod kvarn;
 mod lexico;
+mod llama_cpp;
 mod method;
+mod oscar;
 mod per_token;
 mod pyramidkv;
+mod random;
 mod recent_window;
+mod rotation;
 mod snapkv;
 mod spec;
 mod stored;
 mod streaming_llm;
 mod turboquant;
 mod uniform;
+mod vllm_turboquant;
 mod zipcache;
 
 use ::lexico::KeyValue;
@@ -34,6 +46,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use attend::Sequence;
 pub(crate) use attend::attend_all;
+pub use calibration::Calibration;
 pub use full::FullCache;
 pub(crate) use lexico::SINKS;
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};

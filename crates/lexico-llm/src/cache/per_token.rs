@@ -1,4 +1,7 @@
+use ::lexico::KeyValue;
+
 use super::CacheSpec;
+use super::dense_parts::{DENSE_LAYERS, DenseParts, SINKS};
 use super::method::{CacheContext, Method, Values, option};
 use super::stored::{CodedHead, StoredCache};
 use super::uniform::{Block, Quantised};
@@ -19,19 +22,27 @@ pub(super) static METHOD: Method = Method {
         option("bits", Values::OneOf(&["2", "3", "4", "8"]), "4").about("bits a number"),
         option("group", Values::Count, "32").about("channels that share a scale and a zero point"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
+        SINKS,
+        DENSE_LAYERS,
     ],
     build: |spec, context| {
         let (bits, block) = bits_and_block(spec)?;
         let (m, window) = (context.config.head_dim, spec.number("window")?);
-        let head = || CodedHead::new(m, window, || Quantised::new(bits, m, block));
+        let dense = DenseParts::new(spec, context.config)?;
+        let head = |layer| {
+            let coded = || Quantised::new(bits, m, block);
+            let head = CodedHead::new(m, window, KeyValue::new(coded(), coded()));
+            dense.around(layer, m, head)
+        };
         Ok(Box::new(StoredCache::with_heads(context.config, (), head)))
     },
     bytes: |spec, context, lengths| {
         let (bits, block) = bits_and_block(spec)?;
         let vector = Quantised::bytes_of(1, bits, context.config.head_dim, block);
-        let expected = CodedHead::<Quantised>::expected_bytes;
-        let window = spec.number("window")?;
-        Ok(expected(context.config, lengths, window, vector))
+        let (config, window) = (context.config, spec.number("window")?);
+        let dense = DenseParts::new(spec, config)?;
+        let head = |l| CodedHead::<Quantised>::expected_bytes(config, l, window, 2 * vector);
+        Ok(dense.expected_bytes::<CodedHead<Quantised>>(config, lengths, head))
     },
     settings: |_, context, budget| {
         let mut settings = Vec::new();

@@ -5,7 +5,7 @@ use ::lexico::attention::{DenseRows, NumberType};
 pub(super) struct RecentWindow {
     pub(super) rows: DenseRows,
     /// Max number of vectors kept.
-    max: usize,
+    pub(super) max: usize,
 }
 
 impl RecentWindow {

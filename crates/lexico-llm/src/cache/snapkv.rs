@@ -159,7 +159,7 @@ impl SnapKvSettings {
 pub(super) struct Head(pub(super) DenseHead);
 
 pub(super) fn cache(config: &Config, settings: SnapKvSettings) -> StoredCache<Vec<Head>> {
-    let head = || Head(DenseHead::new(config.head_dim, NumberType::F16));
+    let head = |_| Head(DenseHead::new(config.head_dim, NumberType::F16));
     StoredCache::with_heads(config, settings, head)
 }
 

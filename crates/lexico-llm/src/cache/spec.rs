@@ -5,8 +5,9 @@ use ::lexico::attention::NumberType;
 
 use super::method::Budget;
 use super::{
-    CacheBudget, CacheContext, KvCache, Lengths, Method, full, h2o, kivi, lexico, per_token,
-    pyramidkv, snapkv, streaming_llm, turboquant, zipcache,
+    CacheBudget, CacheContext, KvCache, Lengths, Method, fp8, full, h2o, kivi, kvarn, lexico,
+    llama_cpp, oscar, per_token, pyramidkv, random, snapkv, streaming_llm, turboquant,
+    vllm_turboquant, zipcache,
 };
 use crate::error::{Error, Result};
 
@@ -18,10 +19,16 @@ pub static METHODS: &[&Method] = &[
     &kivi::METHOD,
     &zipcache::METHOD,
     &turboquant::METHOD,
+    &vllm_turboquant::METHOD,
+    &llama_cpp::METHOD,
+    &fp8::METHOD,
+    &kvarn::METHOD,
+    &oscar::METHOD,
     &streaming_llm::METHOD,
     &snapkv::METHOD,
     &pyramidkv::METHOD,
     &h2o::METHOD,
+    &random::METHOD,
 ];
 
 /// Caches that a comparison of all methods runs beside each method as it is by default: methods of their own in the

@@ -75,6 +75,11 @@ pub trait StoredHead: Send + Sync {
     /// Positions held, in order, as attention reads them.
     fn sources(&self) -> Vec<Source<'_>>;
 
+    /// What a step's own queries attend to for its new keys and values, `[t, m]`; `None` where that is these as they are.
+    fn as_attended(&self, _new: KeyValue<&[f32]>) -> Option<KeyValue<Vec<f32>>> {
+        None
+    }
+
     /// Takes a step's positions.
     fn take(&mut self, shared: &Self::Shared, new: NewPositions<'_>);
 
@@ -102,10 +107,14 @@ pub struct NewPositions<'a> {
 }
 
 impl<L: StoredLayer> StoredCache<L> {
-    /// Makes an empty cache of layers that `layer` makes.
-    pub(super) fn with_layers(config: &Config, shared: L::Shared, layer: impl Fn() -> L) -> Self {
+    /// Makes an empty cache of layers that `layer` makes by their number.
+    pub(super) fn with_layers(
+        config: &Config,
+        shared: L::Shared,
+        layer: impl Fn(usize) -> L,
+    ) -> Self {
         Self {
-            layers: (0..config.layers).map(|_| layer()).collect(),
+            layers: (0..config.layers).map(layer).collect(),
             shared,
             sliding_window: config.window,
             positions: 0,
@@ -114,9 +123,13 @@ impl<L: StoredLayer> StoredCache<L> {
 }
 
 impl<H: StoredHead> StoredCache<Vec<H>> {
-    /// Makes an empty cache of KV heads that `head` makes.
-    pub(super) fn with_heads(config: &Config, shared: H::Shared, head: impl Fn() -> H) -> Self {
-        let layer = || (0..config.kv_heads).map(|_| head()).collect();
+    /// Makes an empty cache of KV heads that `head` makes for the layer of a number.
+    pub(super) fn with_heads(
+        config: &Config,
+        shared: H::Shared,
+        head: impl Fn(usize) -> H,
+    ) -> Self {
+        let layer = |layer| (0..config.kv_heads).map(|_| head(layer)).collect();
         Self::with_layers(config, shared, layer)
     }
 }
@@ -163,7 +176,9 @@ impl<H: StoredHead> StoredLayer for Vec<H> {
     const FINITE_ONLY: bool = H::FINITE_ONLY;
 
     fn attend(&mut self, shared: &mut H::Shared, step: &Step, at: Place) -> Result<Tensor> {
-        let out = step.attend(self, at.sliding_window, H::sources)?;
+        let attended = attended(self, step);
+        let attended = attended.as_ref().unwrap_or(step);
+        let out = attended.attend(self, at.sliding_window, H::sources)?;
         let new = step.queries().zip(step.heads());
         for (head, (queries, vectors)) in self.iter_mut().zip(new) {
             let new = NewPositions {
@@ -203,8 +218,45 @@ impl<H: StoredHead> StoredLayer for Vec<H> {
     }
 }
 
+/// The step as its own queries attend to it, where some head has new positions attended to as coded.
+fn attended<H: StoredHead>(heads: &[H], step: &Step) -> Option<Step> {
+    let seen = heads.iter().zip(step.heads());
+    let seen: Vec<_> = seen.map(|(head, new)| head.as_attended(new)).collect();
+    seen.iter().any(Option::is_some).then(|| {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (seen, new) in seen.iter().zip(step.heads()) {
+            let seen = seen.as_ref().map(|seen| seen.as_ref().map(Vec::as_slice));
+            let seen = seen.unwrap_or(new);
+            keys.extend_from_slice(seen.keys);
+            values.extend_from_slice(seen.values);
+        }
+        Step {
+            queries: step.queries.clone(),
+            keys,
+            values,
+            shape: step.shape,
+        }
+    })
+}
+
+/// How a step's own positions are attended to by its queries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Own {
+    /// As they are.
+    Exact,
+    /// As coded where they are, as in programs that write to the cache first and then attend to it.
+    Coded,
+    /// As coded where a step has one position, and as they are in prompts.
+    CodedInDecode,
+}
+
 /// A growing list of keys, or of values, of a KV head in a code.
 pub(super) trait CodedVectors: Send + Sync {
+    /// An empty list of the same code.
+    fn empty(&self) -> Self
+    where
+        Self: Sized;
+
     /// Number of vectors.
     fn len(&self) -> usize;
 
@@ -225,31 +277,36 @@ pub(super) trait CodedVectors: Send + Sync {
 pub(super) struct CodedHead<C> {
     pub(super) coded: KeyValue<C>,
     window: KeyValue<RecentWindow>,
+    own: Own,
 }
 
 impl<C: CodedVectors> CodedHead<C> {
-    /// Makes an empty head; `coded` makes empty lists of vectors in the code.
-    pub(super) fn new(head_dim: usize, window: usize, coded: impl Fn() -> C) -> Self {
+    /// Makes an empty head of keys and values in these codes, both empty.
+    pub(super) fn new(head_dim: usize, window: usize, coded: KeyValue<C>) -> Self {
         let window = || RecentWindow::new(head_dim, window);
         Self {
-            coded: KeyValue::new(coded(), coded()),
+            coded,
             window: KeyValue::new(window(), window()),
+            own: Own::Exact,
         }
     }
 
-    /// Bytes that a cache of such heads is expected to hold, with a recent window of `window` positions and `vector` bytes
-    /// for each key and each value before it.
+    /// The same head, which attends to a step's own positions in this way. In a recent window they are as they are.
+    pub(super) fn attending(self, own: Own) -> Self {
+        Self { own, ..self }
+    }
+
+    /// Bytes that a head is expected to hold, with a recent window of `window` positions and `pair` bytes for each key
+    /// and value before it.
     pub(super) fn expected_bytes(
         config: &Config,
         lengths: Lengths,
         window: usize,
-        vector: usize,
-    ) -> f64 {
+        pair: usize,
+    ) -> usize {
         let positions = lengths.end.min(config.window.unwrap_or(usize::MAX));
         let dense = positions.min(window);
-        let each = (positions - dense) * vector + dense * 2 * config.head_dim;
-        let head = size_of::<Self>() + 2 * each;
-        (config.layers * config.kv_heads * head) as f64
+        size_of::<Self>() + (positions - dense) * pair + dense * 4 * config.head_dim
     }
 }
 
@@ -276,6 +333,24 @@ impl<C: CodedVectors> StoredHead for CodedHead<C> {
         vec![Source::Decoded(self), Source::Dense(window)]
     }
 
+    fn as_attended(&self, new: KeyValue<&[f32]>) -> Option<KeyValue<Vec<f32>>> {
+        let m = self.window.keys.rows.head_dim();
+        let coded = match self.own {
+            Own::Exact => false,
+            Own::Coded => true,
+            Own::CodedInDecode => new.keys.len() == m,
+        };
+        (coded && self.window.keys.max == 0).then(|| {
+            self.coded.as_ref().zip(new).map(|(coded, vectors)| {
+                let mut list = coded.empty();
+                list.extend(vectors);
+                let mut out = Vec::with_capacity(vectors.len());
+                list.read(0, list.len(), &mut out);
+                out
+            })
+        })
+    }
+
     fn take(&mut self, _shared: &(), new: NewPositions<'_>) {
         let windows = self.window.as_mut().zip(new.vectors);
         for (coded, (window, vectors)) in self.coded.as_mut().zip(windows) {
@@ -284,9 +359,9 @@ impl<C: CodedVectors> StoredHead for CodedHead<C> {
     }
 
     fn drop_front(&mut self, count: usize) {
-        for coded in self.coded.as_mut() {
-            coded.drop_front(count.min(coded.len()));
-        }
+        let coded = count.min(self.coded.keys.len());
+        self.coded.keys.drop_front(coded);
+        self.coded.values.drop_front(coded);
     }
 
     fn vectors(&self) -> Option<KeyValue<Vec<f32>>> {

@@ -132,7 +132,7 @@ fn cache(config: &Config, settings: Settings) -> StoredCache<Layer> {
         frequencies: config.rotary.frequencies(config.head_dim),
     };
     let head = |_| DenseHead::new(config.head_dim, NumberType::F16);
-    StoredCache::with_layers(config, shared, || Layer {
+    StoredCache::with_layers(config, shared, |_| Layer {
         heads: (0..config.kv_heads).map(head).collect(),
         evicted: 0,
     })

@@ -8,6 +8,7 @@ use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::bits::{PackedRows, grow, row_bytes};
+use super::dense_parts::{DENSE_LAYERS, DenseParts, SINKS, WithSinks};
 use super::method::{Lengths, Method, Values, option};
 use super::stored::{CodedHead, CodedVectors, Place, StoredCache, StoredLayer};
 use super::uniform::held;
@@ -32,6 +33,8 @@ pub(super) static METHOD: Method = Method {
             )
             .with_aliases(&[("corrected", "eden")]),
         option("window", Values::Count, "0").about("newest positions, kept dense"),
+        SINKS,
+        DENSE_LAYERS,
     ],
     build: |spec, context| {
         let settings = Settings::new(spec, context)?;
@@ -61,6 +64,7 @@ struct Settings {
     /// True for EDEN's norms, which keep the product with the vector.
     eden: bool,
     window: usize,
+    dense: DenseParts,
 }
 
 impl Settings {
@@ -83,6 +87,7 @@ impl Settings {
             outliers,
             eden: spec.text("norm") == "eden",
             window: spec.number("window")?,
+            dense: DenseParts::new(spec, context.config)?,
         })
     }
 
@@ -96,11 +101,15 @@ impl Settings {
     fn bytes(self, config: &Config, lengths: Lengths) -> f64 {
         let m = config.head_dim;
         let vector = |(bits, width)| row_bytes(bits, width) + size_of::<f16>();
-        let vector = self.parts(m).map(vector).sum();
+        let vector: usize = self.parts(m).map(vector).sum();
         let channels = if self.outliers > 0 { m } else { 0 };
         let parts = self.parts(m).count() * size_of::<Coded>();
         let more = config.layers * config.kv_heads * 2 * (channels + parts);
-        Head::expected_bytes(config, lengths, self.window, vector) + more as f64
+        let head = |l| CodedHead::<Rotated>::expected_bytes(config, l, self.window, 2 * vector);
+        let heads = self
+            .dense
+            .expected_bytes::<CodedHead<Rotated>>(config, lengths, head);
+        heads + more as f64
     }
 }
 
@@ -130,7 +139,7 @@ struct Layer {
 }
 
 /// The rotated keys and values of a KV head.
-type Head = CodedHead<Rotated>;
+type Head = WithSinks<CodedHead<Rotated>>;
 
 /// Settings, rotations and codebooks, which all layers use.
 struct Shared {
@@ -202,6 +211,18 @@ impl Rotated {
 }
 
 impl CodedVectors for Rotated {
+    fn empty(&self) -> Self {
+        let coded = self.coded.iter().map(|coded| Coded {
+            codebook: Arc::clone(&coded.codebook),
+            codes: PackedRows::new(coded.codes.bits, coded.codes.width),
+            norms: Vec::new(),
+        });
+        Self {
+            outliers: self.outliers.clone(),
+            coded: coded.collect(),
+        }
+    }
+
     fn len(&self) -> usize {
         self.coded.first().map_or(0, |coded| coded.codes.len())
     }
@@ -415,9 +436,14 @@ fn cache(config: &Config, settings: Settings) -> Result<StoredCache<Layer>> {
         head_dim: m,
     };
     let rotated = || Rotated::new(settings, &codebooks, m);
-    let head = |_| Head::new(m, settings.window, rotated);
-    let layer = || Layer {
-        heads: (0..config.kv_heads).map(head).collect(),
+    let head = |layer| {
+        let coded = KeyValue::new(rotated(), rotated());
+        settings
+            .dense
+            .around(layer, m, CodedHead::new(m, settings.window, coded))
+    };
+    let layer = |layer| Layer {
+        heads: (0..config.kv_heads).map(|_| head(layer)).collect(),
     };
     Ok(StoredCache::with_layers(config, shared, layer))
 }
@@ -465,14 +491,14 @@ impl StoredLayer for Layer {
         let new = step.queries().zip(step.heads());
         for (head, (head_queries, vectors)) in self.heads.iter_mut().zip(new) {
             let vectors = vectors.map(held);
-            for (rotated, vectors) in head.coded.as_mut().zip(vectors.as_ref()) {
+            for (rotated, vectors) in head.rest.coded.as_mut().zip(vectors.as_ref()) {
                 if settings.outliers > 0 && rotated.outliers.is_empty() {
                     rotated.outliers = largest_channels(vectors, head_dim, settings.outliers);
                 }
             }
-            queries.extend(shared.turn(&head.coded.keys, head_queries, false)?);
-            keys.extend(shared.turn(&head.coded.keys, &vectors.keys, false)?);
-            values.extend(shared.turn(&head.coded.values, &vectors.values, false)?);
+            queries.extend(shared.turn(&head.rest.coded.keys, head_queries, false)?);
+            keys.extend(shared.turn(&head.rest.coded.keys, &vectors.keys, false)?);
+            values.extend(shared.turn(&head.rest.coded.values, &vectors.values, false)?);
         }
         let rotated = Step {
             queries,
@@ -498,7 +524,7 @@ impl StoredLayer for Layer {
 
     fn bytes(&self) -> Vec<(&'static str, usize)> {
         let mut parts = self.heads.bytes();
-        let rotated = self.heads.iter().flat_map(|head| head.coded.as_ref());
+        let rotated = self.heads.iter().flat_map(|head| head.rest.coded.as_ref());
         let more = rotated.map(|r| r.outliers.capacity() + r.coded.capacity() * size_of::<Coded>());
         parts.push(("bookkeeping", more.sum()));
         parts
@@ -522,7 +548,7 @@ impl Layer {
         let mut out = Vec::with_capacity(rotated.len());
         let own = rotated.chunks_exact((rotated.len() / self.heads.len()).max(1));
         for (head, rotated) in self.heads.iter().zip(own) {
-            out.extend(shared.turn(part(&head.coded), rotated, true)?);
+            out.extend(shared.turn(part(&head.rest.coded), rotated, true)?);
         }
         Ok(out)
     }

@@ -108,6 +108,10 @@ impl Quantised {
 }
 
 impl CodedVectors for Quantised {
+    fn empty(&self) -> Self {
+        Self::new(self.codes.bits, self.codes.width, self.block)
+    }
+
     fn len(&self) -> usize {
         self.codes.len()
     }

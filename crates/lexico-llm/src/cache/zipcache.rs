@@ -34,7 +34,7 @@ pub(super) static METHOD: Method = Method {
             rng: ChaCha8Rng::seed_from_u64(0),
         };
         let head = |_| Head::new(settings);
-        let layer = || Layer {
+        let layer = |_| Layer {
             heads: (0..context.config.kv_heads).map(head).collect(),
             ..Layer::default()
         };

@@ -103,6 +103,7 @@ pub(crate) fn full(config: &Config) -> Box<dyn KvCache> {
         model: "drawn",
         config,
         dictionaries: None,
+        calibration: None,
         device: &candle_core::Device::Cpu,
     };
     "full:dense=f32"
