@@ -38,7 +38,7 @@ impl HeadMaps {
     /// inverted in f32.
     pub fn new(means: &[f32], matrices: &[f32], head_dim: usize) -> Result<Self> {
         let m = head_dim;
-        let heads = if m == 0 { 0 } else { means.len() / m };
+        let heads = means.len().checked_div(m).unwrap_or(0);
         if heads == 0 || means.len() != heads * m || matrices.len() != heads * m * m {
             let reason = format!(
                 "{} means and {} numbers of matrices are not those of heads with head dim {m}",
