@@ -94,6 +94,59 @@ fn write_vectors(file: &Path, n: usize, m: usize) -> Vec<f32> {
 }
 
 #[test]
+fn run_learns_dictionaries_where_there_are_none() {
+    let (folder, home) = (tiny_folder(), tempfile::tempdir().unwrap());
+    let model = path(folder.path());
+    let corpus = folder.path().join("text.txt");
+    let names = ["Ana", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus"];
+    let sentences = (0..700).map(|i| {
+        let (giver, taker) = (names[i % 7], names[(i / 7 + i) % 7]);
+        format!(
+            "{giver} has {} coins and gives {taker} {} of them. ",
+            i * 37 % 91,
+            i * 11 % 29
+        )
+    });
+    std::fs::write(&corpus, sentences.collect::<String>()).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = lexico();
+        command.args(["run", "--model", model, QUESTION, "-n", "4"]);
+        command.args(arguments).env("XDG_DATA_HOME", home.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    // A script is not asked, but told.
+    let output = run(&[]);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for word in [
+        "no dictionaries",
+        "lexico train --model",
+        "--learn",
+        "--cache full",
+    ] {
+        assert!(message.contains(word), "{message:?} lacks {word:?}");
+    }
+    let missing = run(&["--learn", path(&folder.path().join("nothing.txt"))]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(text(&missing.stderr).contains("nothing.txt"));
+
+    let output = run(&["--learn", path(&corpus)]);
+    let notes = text(&output.stderr);
+    assert!(output.status.success(), "{notes}");
+    for word in [
+        "takes about",
+        "codebooks",
+        "for this and all later runs",
+        "of FP16",
+    ] {
+        assert!(notes.contains(word), "{notes:?} lacks {word:?}");
+    }
+    let again = run(&[]);
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    assert_eq!(again.stdout, output.stdout);
+}
+
+#[test]
 fn run_prints_the_text_and_one_line_about_the_cache() {
     let output = run(&["run", QUESTION, "--cache", "full"]);
     assert!(output.status.success());
