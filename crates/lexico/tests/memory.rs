@@ -40,7 +40,13 @@ fn footprints_equal_what_is_allocated() {
     let (heads, m) = (2, 32);
     let sizes = CodebookSizes { first: 20 };
     let codebooks = Codebooks::new(drawn_vectors(1, sizes.atoms(3), m), m, sizes).unwrap();
-    let twice = |i: usize| if i % (m * m) % (m + 1) == 0 { 2.0 } else { 0.0 };
+    let twice = |i: usize| {
+        if (i % (m * m)).is_multiple_of(m + 1) {
+            2.0
+        } else {
+            0.0
+        }
+    };
     let matrices: Vec<f32> = (0..heads * m * m).map(twice).collect();
     let maps = HeadMaps::new(&drawn_vectors(2, heads, m), &matrices, m).unwrap();
     let dictionary = random_dictionary(3, 40, m);
