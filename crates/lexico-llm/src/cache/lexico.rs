@@ -87,19 +87,18 @@ pub(super) static METHOD: Method = Method {
         };
         let max = dictionaries.max_sparsity(family) * steps;
         let sparsities = (steps..=max).rev().map(|step| step as f64 / steps as f64);
-        // Where the window is small the first positions must not take its place.
-        let sinks = SINKS.min(window / 8);
-        let window = vec![
-            ("window", window.to_string()),
-            ("batch", (window / 16).to_string()),
-            ("sinks", sinks.to_string()),
-        ];
+        let own = |name, value: usize| (name, value.to_string());
+        let mut dense = vec![own("window", window), own("batch", window / 16)];
+        if spec.given("window").is_none() {
+            // Where the window is small the first positions must not take its place.
+            dense.push(own("sinks", SINKS.min(window / 8)));
+        }
         if by_part == [true, true] {
-            return vec![window];
+            return vec![dense];
         }
         sparsities
             .map(|sparsity| {
-                let mut setting = window.clone();
+                let mut setting = dense.clone();
                 setting.push(("sparsity", sparsity.to_string()));
                 setting
             })

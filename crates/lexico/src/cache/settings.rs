@@ -35,14 +35,15 @@ pub struct LayerSettings {
 }
 
 impl LayerSettings {
-    /// The usual settings: additive codes, a recent window of 128 positions, of which 16 leave at once, in f16.
+    /// The usual settings: additive codes, the first 4 positions dense, a recent window of 128 positions, of which 16 leave at
+    /// once, in f16.
     #[must_use]
     pub fn new(sparsities: LayerSparsities) -> Self {
         Self {
             coding: Coding::default(),
             fit: Fit::default(),
             sparsities,
-            sinks: 0,
+            sinks: 4,
             recent_window: 128,
             batch: 16,
             delay: 4,
