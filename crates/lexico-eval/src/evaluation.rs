@@ -113,6 +113,9 @@ pub struct Kept {
 pub struct Distributions {
     /// The 99th percentile of the tokens' divergences, in nats.
     pub percentile_99: f32,
+    /// The 99.9th percentile.
+    #[serde(rename = "percentile_99.9")]
+    pub percentile_99_9: f32,
     /// Share of tokens of which both find the same one most likely.
     pub agreement: f64,
 }
@@ -404,7 +407,8 @@ impl Run {
         }
         let distributions = (!all.is_empty()).then(|| Distributions {
             agreement: agreements / all.len() as f64,
-            percentile_99: percentile(all, 0.99),
+            percentile_99: percentile(&all, 0.99),
+            percentile_99_9: percentile(&all, 0.999),
         });
         Self {
             cache: spec.to_string(),

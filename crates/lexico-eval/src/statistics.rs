@@ -117,9 +117,11 @@ fn quantile(freedom: usize) -> f64 {
 }
 
 /// The value that a share `p` of the numbers does not exceed: the nearest rank. 0 where there are none.
-pub fn percentile(mut numbers: Vec<f32>, p: f64) -> f32 {
+pub fn percentile(numbers: &[f32], p: f64) -> f32 {
+    let mut numbers = numbers.to_vec();
     numbers.sort_unstable_by(f32::total_cmp);
-    let rank = (p * numbers.len() as f64).ceil() as usize;
+    // A rank that is whole but for the last bits is that rank.
+    let rank = (p * numbers.len() as f64 - 1e-9).ceil() as usize;
     let last = numbers.len().saturating_sub(1);
     numbers
         .get(rank.saturating_sub(1).min(last))
@@ -182,9 +184,12 @@ mod tests {
     #[test]
     fn percentiles_are_nearest_ranks() {
         let numbers = || (1..=200).rev().map(|x| x as f32).collect::<Vec<_>>();
-        assert_eq!(percentile(numbers(), 0.99), 198.0);
-        assert_eq!(percentile(numbers(), 1.0), 200.0);
-        assert_eq!(percentile(vec![3.0], 0.99), 3.0);
-        assert_eq!(percentile(vec![], 0.99), 0.0);
+        assert_eq!(percentile(&numbers(), 0.99), 198.0);
+        assert_eq!(percentile(&numbers(), 0.999), 200.0);
+        assert_eq!(percentile(&numbers(), 1.0), 200.0);
+        let many: Vec<f32> = (1..=3000).map(|x| x as f32).collect();
+        assert_eq!(percentile(&many, 0.999), 2997.0);
+        assert_eq!(percentile(&[3.0], 0.99), 3.0);
+        assert_eq!(percentile(&[], 0.99), 0.0);
     }
 }

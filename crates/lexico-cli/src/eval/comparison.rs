@@ -184,7 +184,7 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
         header.extend(["of full's right", "kept"]);
     }
     if first.distributions.is_some() {
-        header.extend(["99th percentile", "same token"]);
+        header.extend(["99th percentile", "99.9th", "same token"]);
     }
     let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
         (Some(low), Some(high)) => format!("{} to {}", measure.print(low), measure.print(high)),
@@ -205,7 +205,9 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             });
         }
         if let Some(distributions) = run.distributions {
-            row.push(measure.print(f64::from(distributions.percentile_99)));
+            for percentile in [distributions.percentile_99, distributions.percentile_99_9] {
+                row.push(measure.print(f64::from(percentile)));
+            }
             row.push(ui::percent(distributions.agreement));
         }
         row

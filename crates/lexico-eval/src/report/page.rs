@@ -157,7 +157,7 @@ fn runs(evaluation: &Evaluation) -> Value {
         header.push("kept of full's");
     }
     if first.is_some_and(|run| run.distributions.is_some()) {
-        header.extend(["99th percentile", "same token"]);
+        header.extend(["99th percentile", "99.9th", "same token"]);
     }
     header.extend(["budget", "seconds"]);
     let bound = |bound: Option<f64>| bound.map_or(String::new(), |x| measure.print(x));
@@ -173,7 +173,9 @@ fn runs(evaluation: &Evaluation) -> Value {
             row.push(format!("{} of {}", kept.right, kept.of));
         }
         if let Some(distributions) = run.distributions {
-            row.push(measure.print(f64::from(distributions.percentile_99)));
+            for percentile in [distributions.percentile_99, distributions.percentile_99_9] {
+                row.push(measure.print(f64::from(percentile)));
+            }
             row.push(percent(distributions.agreement));
         }
         row.extend([run.budgets.join(", "), format!("{:.1}", run.seconds)]);
