@@ -149,7 +149,7 @@ pub(super) struct QuestionArguments {
     pub(super) comparison: ComparisonArguments,
     /// Put each prompt as a message in the model's chat template, not as a text to go on from
     #[arg(long)]
-    chat: bool,
+    pub(super) chat: bool,
     /// Drop the oldest tokens of prompts that do not fit the context with their answers, instead of refusing them
     #[arg(long)]
     truncate: bool,
@@ -180,6 +180,10 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
     let measure = evaluation.measure;
     let mut header = vec!["cache", "of FP16", measure.name(), "95 % interval"];
     let first = evaluation.runs.first().context("no run")?;
+    let compared = evaluation.runs.iter().any(|run| run.beside_full.is_some());
+    if compared {
+        header.extend(["beside full", "95 % interval"]);
+    }
     if first.kept.is_some() {
         header.extend(["of full's right", "kept"]);
     }
@@ -197,6 +201,20 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             measure.print(run.score),
             interval(run.low, run.high),
         ];
+        if compared {
+            let difference = run.beside_full.as_ref();
+            row.push(difference.map_or("-".to_owned(), |d| measure.print_beside(d.value)));
+            row.push(match difference.map(|d| (d.low, d.high)) {
+                Some((Some(low), Some(high))) => {
+                    format!(
+                        "{} to {}",
+                        measure.print_beside(low),
+                        measure.print_beside(high)
+                    )
+                }
+                _ => "-".to_owned(),
+            });
+        }
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));
             row.push(match kept.of {
@@ -218,6 +236,10 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             "left out at {}: {}",
             skipped.budget, skipped.reason
         ));
+    }
+    if let Some((header, rows)) = evaluation.by_position() {
+        ui::line("\nBy position:")?;
+        ui::line(&ui::table(header, rows))?;
     }
     match evaluation.by_group() {
         Some((header, rows)) => ui::line(&format!("\n{}", ui::table(header, rows))),
