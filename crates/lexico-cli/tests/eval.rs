@@ -118,7 +118,7 @@ fn every_task_runs_and_names_what_it_measured() {
     let questions = data.questions();
     let prose = "The lobster lives in the north. It has ten legs and no neighbours. ".repeat(60);
     let prose = data.file("prose.txt", &prose);
-    let tasks: [(&str, &[&str], &[&str]); 8] = [
+    let tasks: [(&str, &[&str], &[&str]); 9] = [
         (
             "problems",
             &["--shots", "1", "--items", "3", "--seed", "5"],
@@ -161,6 +161,18 @@ fn every_task_runs_and_names_what_it_measured() {
             &["kept"],
         ),
         ("recall", &["--length", "96", "--repeats", "2"], &["kept"]),
+        (
+            "ruler",
+            &[
+                "--task",
+                "niah_single_1,fwe",
+                "--length",
+                "640",
+                "--repeats",
+                "2",
+            ],
+            &[],
+        ),
         (
             "perplexity",
             &["--corpus", &prose, "--context", "48", "--items", "2"],
