@@ -231,7 +231,7 @@ fn impossible_ruler_prompts_are_refused() {
                 "{} {length} {template}",
                 task.name
             );
-            for error in error {
+            if let Some(error) = error {
                 assert!(
                     error.contains(task.name) && error.contains("impossible"),
                     "{error}"
