@@ -133,7 +133,8 @@ type RulerCase = (
 /// Draws the prompts of each case, and compares.
 fn agrees_with_ruler(golden: &str, count: impl Fn(&str, &str) -> lexico_eval::Result<usize>) {
     let golden: Vec<RulerCase> = serde_json::from_str(golden).unwrap();
-    assert!(golden.len() >= 2 * TASKS.len());
+    // All tasks but one at two lengths: the shortest list of common words does not fit.
+    assert!(golden.len() + 1 >= 2 * TASKS.len());
     let licence = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../LICENSE-APACHE");
     let licence = std::fs::read_to_string(licence).unwrap();
     for (name, tokenizer, length, seed, haystack, prompts) in golden {

@@ -346,6 +346,7 @@ impl LayerCache {
         for (h, head) in self.heads.iter_mut().enumerate() {
             for ((rows, new), rest) in head.as_mut().zip(new).zip(rest.as_mut()) {
                 let (first, others) = new[h * t * m..(h + 1) * t * m].split_at(count * m);
+                rows.sinks.reserve(count);
                 rows.sinks.extend(first);
                 rest.extend_from_slice(others);
             }
