@@ -161,6 +161,17 @@ pub fn save(
     Ok(parts.iter().map(|part| part.len()).sum())
 }
 
+/// The cache of a file, as its options are called now: earlier versions kept no first positions dense, and did not say so.
+fn cache_of(header: &Header) -> String {
+    let settings = &header.facts["settings"];
+    let cache = &header.cache;
+    if !cache.starts_with("lexico") || !settings.is_object() || !settings["sinks"].is_null() {
+        return cache.clone();
+    }
+    let separator = if cache.contains(':') { ',' } else { ':' };
+    format!("{cache}{separator}sinks=0")
+}
+
 /// A saved generation, read and checked whole.
 pub struct SavedGeneration {
     path: PathBuf,
@@ -191,7 +202,7 @@ impl SavedGeneration {
         }
         let bytes = std::fs::read(path).map_err(io(path))?;
         let (header, blocks) = parse(&bytes).map_err(|reason| refused(path, reason))?;
-        let spec = header.cache.parse().map_err(|error: Error| {
+        let spec = cache_of(&header).parse().map_err(|error: Error| {
             let reason = format!("its cache {:?} cannot be made here: {error}", header.cache);
             refused(path, reason)
         })?;

@@ -29,6 +29,7 @@ fn options() -> TrainOptions {
         tokens: 2000,
         context: 128,
         vectors: 1500,
+        sparse: true,
         learn: LearnOptions {
             atoms: 96,
             sparsity: 4,
