@@ -91,7 +91,7 @@ pub(super) static METHOD: Method = Method {
         let mut dense = vec![own("window", window), own("batch", window / 16)];
         if spec.given("window").is_none() {
             // Where the window is small the first positions must not take its place.
-            dense.push(own("sinks", SINKS.min(window / 8)));
+            dense.push(own("sinks", if window < 8 * SINKS { 0 } else { SINKS }));
         }
         if by_part == [true, true] {
             return vec![dense];
