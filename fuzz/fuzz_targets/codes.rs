@@ -38,4 +38,5 @@ fuzz_target!(|bytes: &[u8]| {
     let again = CodeFile::load(&path).unwrap();
     assert_eq!(again.codes.format(), file.codes.format());
     assert_eq!(again.codes.len(), file.codes.len());
+    assert_eq!(again.head, file.head);
 });

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use lexico::cache::Coder;
 use lexico::codes::CodeFile;
-use lexico::dictionary::{Atoms, CodeFamily, Codebooks};
+use lexico::dictionary::{Atoms, CodeFamily, Codebooks, HeadMaps};
 use lexico::encode::{BEAM_WIDTH, Fit};
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use lexico::{Codes, CoefficientFormat, Dictionary};
@@ -24,6 +24,9 @@ pub(crate) struct Encode {
     /// The dictionary's tensor, as layers.0.keys
     #[arg(long, value_name = "NAME")]
     tensor: String,
+    /// The KV head that the vectors are of, from 0: needed for additive codes where the tensor has maps of heads
+    #[arg(long, value_name = "H")]
+    head: Option<usize>,
     /// Max number of atoms of a vector
     #[arg(short, long, value_name = "S")]
     sparsity: usize,
@@ -85,12 +88,19 @@ impl Encode {
             );
         }
         let mut codes = Codes::new(coder.format(self.sparsity))?;
+        let map = self.map(&coder)?;
         let started = Instant::now();
-        codes.extend(&encoder.encode(&vectors)?);
+        let mapped = map.map(|(maps, head)| maps.apply(head, &vectors));
+        codes.extend(&encoder.encode(mapped.as_deref().unwrap_or(&vectors))?);
         let seconds = started.elapsed().as_secs_f64();
-        let error = lexico::mean_relative_error(&vectors, &codes.decode(atoms)?, shape[1]);
         let bytes = codes.bytes_used();
-        CodeFile::new(codes, &self.tensor, atoms).save(&self.out)?;
+        let mut file = CodeFile::new(codes, &self.tensor, atoms);
+        if let Some((maps, head)) = map {
+            file = file.behind(maps, head);
+        }
+        let decoded = file.decode_behind(atoms, coder.maps())?;
+        let error = lexico::mean_relative_error(&vectors, &decoded, shape[1]);
+        file.save(&self.out)?;
         if self.json {
             return ui::json(&json!({
                 "vectors": shape[0],
@@ -110,6 +120,37 @@ impl Encode {
         ))
     }
 
+    /// The maps behind which the coder finds codes, and the head that the vectors are of.
+    fn map<'c>(&self, coder: &'c Coder) -> anyhow::Result<Option<(&'c HeadMaps, usize)>> {
+        let tensor = &self.tensor;
+        match (coder.maps(), self.head) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => match coder {
+                Coder::Additive { .. } => anyhow::bail!(
+                    "--head: {tensor} has no maps of heads; one code serves all of them, leave it out"
+                ),
+                Coder::Sparse { .. } => anyhow::bail!(
+                    "--head: sparse codes are the same for all heads; leave it out, or give --format additive"
+                ),
+            },
+            (Some(maps), head) => {
+                let heads = maps.heads();
+                let head = head.ok_or_else(|| {
+                    anyhow::anyhow!(
+                        "--head: {tensor} has maps of {heads} KV heads; say which one the vectors are of, from 0 to {}",
+                        heads - 1
+                    )
+                })?;
+                anyhow::ensure!(
+                    head < heads,
+                    "--head {head}: {tensor} has maps of {heads} KV heads, 0 to {}",
+                    heads - 1
+                );
+                Ok(Some((maps, head)))
+            }
+        }
+    }
+
     /// The coder that the options ask for.
     fn coder(&self) -> anyhow::Result<Coder> {
         let file = TensorFile::open(&self.dictionary)?;
@@ -124,9 +165,23 @@ impl Encode {
                     self.tolerance.is_none(),
                     "--tolerance: additive codes all have as many atoms; give --format i8 too"
                 );
+                let codebooks = Codebooks::load(&self.dictionary, &self.tensor)?;
+                let maps = HeadMaps::load(&self.dictionary, &self.tensor)?;
+                if let Some(maps) = maps
+                    .as_ref()
+                    .filter(|m| m.head_dim() != codebooks.head_dim())
+                {
+                    anyhow::bail!(
+                        "{}: the maps of {} are of head dim {}, its atoms of {}",
+                        self.dictionary.display(),
+                        self.tensor,
+                        maps.head_dim(),
+                        codebooks.head_dim()
+                    );
+                }
                 return Ok(Coder::Additive {
-                    codebooks: Arc::new(Codebooks::load(&self.dictionary, &self.tensor)?),
-                    maps: None,
+                    codebooks: Arc::new(codebooks),
+                    maps: maps.map(Arc::new),
                     beam_width: self.beam.unwrap_or(BEAM_WIDTH),
                 });
             }
@@ -182,7 +237,11 @@ impl Decode {
         }
         let started = Instant::now();
         let vectors = match codes.codes.format().family() {
-            CodeFamily::Additive => codes.decode(&Codebooks::load(&self.dictionary, tensor)?)?,
+            CodeFamily::Additive => {
+                let maps = HeadMaps::load(&self.dictionary, tensor)?;
+                let codebooks = Codebooks::load(&self.dictionary, tensor)?;
+                codes.decode_behind(&codebooks, maps.as_ref())?
+            }
             CodeFamily::Sparse => codes.decode(&Dictionary::load(&self.dictionary, tensor)?)?,
         };
         let seconds = started.elapsed().as_secs_f64();
@@ -193,6 +252,7 @@ impl Decode {
             return ui::json(&json!({
                 "vectors": shape[0],
                 "head_dim": shape[1],
+                "head": codes.head,
                 "seconds": seconds,
             }));
         }

@@ -148,6 +148,10 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
         additive_fact =
             format!("{codebooks} codebooks, {additive_sparsity} atoms on average by default");
     }
+    let maps = set.layers.iter().any(|layer| layer.maps.is_some());
+    if maps {
+        additive_fact += ", behind maps of the heads";
+    }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
     let text = facts(&[
         ("kind", "dictionaries".to_owned()),
@@ -192,7 +196,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
         "sparsity": training.sparsity, "groups": codebooks, "packed_sparsity": (codebooks > 0).then_some(additive_sparsity),
-        "corpus": training.corpus, "tokens": training.tokens,
+        "maps": maps, "corpus": training.corpus, "tokens": training.tokens,
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,
     });
@@ -213,6 +217,10 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
     let checksum = format!("{:08x}", file.checksum);
     let vectors = format!("{} of length {}", codes.len(), file.head_dim);
     let dictionary = format!("tensor {}, CRC-32 {checksum}", file.tensor);
+    let vectors = match file.head {
+        Some(head) => format!("{vectors}, of KV head {head}"),
+        None => vectors,
+    };
     let bytes = ui::bytes(codes.bytes_used());
     let text = facts(&[
         ("kind", "codes".to_owned()),
@@ -228,7 +236,7 @@ fn codes(path: &Path) -> anyhow::Result<Report> {
     let json = json!({
         "kind": "codes", "vectors": codes.len(), "head_dim": file.head_dim,
         "sparsity": format.sparsity(), "variable": variable, "coefficients": name,
-        "tensor": file.tensor, "dictionary_crc32": checksum,
+        "tensor": file.tensor, "dictionary_crc32": checksum, "head": file.head,
         "bytes": codes.bytes_used(), "bits_per_number": bits,
     });
     Ok((text, json))

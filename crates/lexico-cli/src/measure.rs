@@ -22,7 +22,7 @@ pub(crate) struct Measure {
     /// The dictionary file to write: the same dictionaries, with the losses
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Tokens that the model may take in all, about; at least 32 for each head and sparsity
+    /// Tokens that the model may take in all, about; at least 64 for each head
     #[arg(long, default_value_t = TrainOptions::default().tokens / 4, value_name = "N")]
     tokens: usize,
     /// Max number of tokens that the model sees at once

@@ -17,6 +17,9 @@ use serde_json::json;
 use crate::corpus::CorpusArguments;
 use crate::{interrupt, model, ui};
 
+/// Heading of the options that say nothing of codebooks.
+const SPARSE_ALONE: &str = "Only with --atoms or --codebooks 0";
+
 #[derive(Args)]
 pub(crate) struct Train {
     /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
@@ -64,16 +67,16 @@ pub(crate) struct Train {
     #[arg(long, value_name = "N")]
     vectors: Option<usize>,
     /// Passes over the vectors
-    #[arg(long, default_value_t = LearnOptions::default().epochs, value_name = "N")]
+    #[arg(long, help_heading = SPARSE_ALONE, default_value_t = LearnOptions::default().epochs, value_name = "N")]
     epochs: usize,
     /// Vectors in a step
-    #[arg(long, default_value_t = LearnOptions::default().batch, value_name = "N")]
+    #[arg(long, help_heading = SPARSE_ALONE, default_value_t = LearnOptions::default().batch, value_name = "N")]
     batch: usize,
     /// Step size at the start
-    #[arg(long, default_value_t = LearnOptions::default().learning_rate, value_name = "X")]
+    #[arg(long, help_heading = SPARSE_ALONE, default_value_t = LearnOptions::default().learning_rate, value_name = "X")]
     learning_rate: f32,
     /// Stop a dictionary after so many epochs in a row that did not lower its held-out error; 0: never
-    #[arg(long, default_value_t = LearnOptions::default().patience, value_name = "N")]
+    #[arg(long, help_heading = SPARSE_ALONE, default_value_t = LearnOptions::default().patience, value_name = "N")]
     patience: usize,
     /// Seed of every random choice
     #[arg(short, long, default_value_t = 0)]
@@ -229,7 +232,11 @@ impl Train {
                 _ => SPARSE_VECTORS,
             }),
             learn: LearnOptions {
-                atoms,
+                atoms: if atoms > 0 {
+                    atoms
+                } else {
+                    LearnOptions::default().atoms
+                },
                 sparsity,
                 epochs: self.epochs,
                 batch: self.batch,

@@ -106,12 +106,13 @@ impl Bars {
         if bar.is_hidden() && !self.clear {
             let due = |line: Instant| line.elapsed().as_secs() >= BETWEEN_LINES;
             if self.line.is_none_or(due) || done == total {
+                // The first step alone does not tell how long the others take.
+                let left = match self.line {
+                    Some(_) if done < total => format!(", {} left", HumanDuration(bar.eta())),
+                    _ => String::new(),
+                };
                 self.line = Some(Instant::now());
-                note(&format!(
-                    "{}: {done}/{total} {unit}, {} left",
-                    bar.message(),
-                    HumanDuration(bar.eta())
-                ));
+                note(&format!("{}: {done}/{total} {unit}{left}", bar.message()));
             }
         }
         if done == total {

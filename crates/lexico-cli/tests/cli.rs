@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use std::io::{BufRead, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 
-use lexico::DictionarySet;
+use lexico::dictionary::HeadMaps;
 use lexico::tensor_file::{self, NewTensor, TensorFile};
+use lexico::{DictionarySet, KeyValue};
 use serde_json::Value;
 
 const QUESTION: &str = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. \
@@ -91,6 +93,59 @@ fn write_vectors(file: &Path, n: usize, m: usize) -> Vec<f32> {
     )
     .unwrap();
     vectors
+}
+
+#[test]
+fn run_learns_dictionaries_where_there_are_none() {
+    let (folder, home) = (tiny_folder(), tempfile::tempdir().unwrap());
+    let model = path(folder.path());
+    let corpus = folder.path().join("text.txt");
+    let names = ["Ana", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus"];
+    let sentences = (0..700).map(|i| {
+        let (giver, taker) = (names[i % 7], names[(i / 7 + i) % 7]);
+        format!(
+            "{giver} has {} coins and gives {taker} {} of them. ",
+            i * 37 % 91,
+            i * 11 % 29
+        )
+    });
+    std::fs::write(&corpus, sentences.collect::<String>()).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = lexico();
+        command.args(["run", "--model", model, QUESTION, "-n", "4"]);
+        command.args(arguments).env("XDG_DATA_HOME", home.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    // A script is not asked, but told.
+    let output = run(&[]);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for word in [
+        "no dictionaries",
+        "lexico train --model",
+        "--learn",
+        "--cache full",
+    ] {
+        assert!(message.contains(word), "{message:?} lacks {word:?}");
+    }
+    let missing = run(&["--learn", path(&folder.path().join("nothing.txt"))]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(text(&missing.stderr).contains("nothing.txt"));
+
+    let output = run(&["--learn", path(&corpus)]);
+    let notes = text(&output.stderr);
+    assert!(output.status.success(), "{notes}");
+    for word in [
+        "takes about",
+        "codebooks",
+        "for this and all later runs",
+        "of FP16",
+    ] {
+        assert!(notes.contains(word), "{notes:?} lacks {word:?}");
+    }
+    let again = run(&[]);
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    assert_eq!(again.stdout, output.stdout);
 }
 
 #[test]
@@ -578,6 +633,133 @@ fn vectors_are_coded_and_come_back() {
             && errors[6] < errors[5],
         "{errors:?}"
     );
+}
+
+/// The embedded model's dictionaries, with maps of its heads.
+fn write_mapped_dictionary(file: &Path) -> HeadMaps {
+    let mut set = DictionarySet::load(tiny_file("dictionary.safetensors")).unwrap();
+    let (heads, m) = (set.model.kv_heads, set.model.head_dim);
+    let means: Vec<f32> = (0..heads * m).map(|i| (i % 7) as f32 / 10.0).collect();
+    let number = |i: usize| match i % (m * m) % (m + 1) {
+        0 => 1.5 + (i / (m * m)) as f32,
+        _ => ((i * i) % 13) as f32 / 500.0,
+    };
+    let matrices: Vec<f32> = (0..heads * m * m).map(number).collect();
+    let maps = HeadMaps::new(&means, &matrices, m).unwrap();
+    for layer in &mut set.layers {
+        let own = Arc::new(maps.clone());
+        layer.maps = Some(KeyValue::new(own.clone(), own));
+    }
+    set.save(file).unwrap();
+    maps
+}
+
+#[test]
+fn vectors_of_a_head_are_coded_behind_its_map_and_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (input, codes, output, dictionary) = (
+        file("in.safetensors"),
+        file("codes.safetensors"),
+        file("out.safetensors"),
+        file("dictionary.safetensors"),
+    );
+    let maps = write_mapped_dictionary(&dictionary);
+    let heads = maps.heads();
+    let vectors = write_vectors(&input, 40, 64);
+    let plain = tiny_file("dictionary.safetensors");
+    let encode = |dictionary: &Path, more: &[&str]| -> Vec<String> {
+        let own = [
+            "encode",
+            path(&input),
+            "--dictionary",
+            path(dictionary),
+            "--tensor",
+            "layers.0.keys",
+            "--sparsity",
+            "12",
+            "--out",
+            path(&codes),
+        ];
+        own.iter()
+            .chain(more)
+            .map(|&word| word.to_owned())
+            .collect()
+    };
+    fn words(arguments: &[String]) -> Vec<&str> {
+        arguments.iter().map(String::as_str).collect()
+    }
+    let decode = |dictionary: &Path| {
+        [
+            "decode",
+            path(&codes),
+            "-d",
+            path(dictionary),
+            "-o",
+            path(&output),
+        ]
+        .map(str::to_owned)
+    };
+    let mut all = Vec::new();
+    for head in 0..heads {
+        let head = head.to_string();
+        let report = json(&words(&encode(&dictionary, &["--head", &head, "--json"])));
+        json(&words(
+            &[&decode(&dictionary)[..], &["--json".to_owned()]].concat(),
+        ));
+        let decoded = TensorFile::open(&output).unwrap();
+        let (decoded, _) = decoded.f32_tensor("vectors", 2).unwrap();
+        // In the original space.
+        let error = f64::from(lexico::mean_relative_error(&vectors, &decoded, 64));
+        let reported = report["mean_relative_error"].as_f64().unwrap();
+        assert!((error - reported).abs() < 1e-6, "{error} for {reported}");
+        all.push(decoded);
+        let facts = json(&["inspect", path(&codes), "--json"]);
+        assert_eq!(facts["head"].to_string(), head);
+        let facts = text(&run(&["inspect", path(&codes)]).stdout);
+        assert!(facts.contains(&format!("of KV head {head}")), "{facts}");
+        // Codes of the file's own dictionary, but without its maps.
+        let message = fails(1, &words(&decode(&plain)));
+        assert!(message.contains("another dictionary"), "{message}");
+    }
+    assert_ne!(all[0], all[1], "each head has a map of its own");
+    let most = format!("0 to {}", heads - 1);
+    let count = format!("{heads} KV heads");
+    let beyond = heads.to_string();
+    let [most, count, beyond] = [&most, &count, &beyond].map(|text| text.as_str());
+    for (dictionary, more, wanted) in [
+        (&dictionary, &[][..], vec!["--head", count, most]),
+        (
+            &dictionary,
+            &["--head", beyond],
+            vec!["--head", count, most],
+        ),
+        (
+            &dictionary,
+            &["--head", "0", "--format", "i8"],
+            vec!["--head", "sparse"],
+        ),
+        (&plain, &["--head", "0"], vec!["--head", "no maps"]),
+    ] {
+        let message = fails(1, &words(&encode(dictionary, more)));
+        assert!(
+            wanted.iter().all(|word| message.contains(word)),
+            "{more:?}: {message}"
+        );
+    }
+    fails(2, &words(&encode(&dictionary, &["--head=-1"])));
+    // Sparse codes need no head, and codes of earlier files no maps.
+    json(&words(&encode(&dictionary, &["--format", "i8", "--json"])));
+    json(&words(
+        &[&decode(&dictionary)[..], &["--json".to_owned()]].concat(),
+    ));
+    json(&words(&encode(&plain, &["--json"])));
+    json(&words(
+        &[&decode(&dictionary)[..], &["--json".to_owned()]].concat(),
+    ));
+    let facts = json(&["inspect", path(&dictionary), "--json"]);
+    assert_eq!(facts["maps"], true);
+    assert_eq!(json(&["inspect", path(&plain), "--json"])["maps"], false);
 }
 
 #[test]

@@ -118,7 +118,7 @@ fn every_task_runs_and_names_what_it_measured() {
     let questions = data.questions();
     let prose = "The lobster lives in the north. It has ten legs and no neighbours. ".repeat(60);
     let prose = data.file("prose.txt", &prose);
-    let tasks: [(&str, &[&str], &[&str]); 8] = [
+    let tasks: [(&str, &[&str], &[&str]); 9] = [
         (
             "problems",
             &["--shots", "1", "--items", "3", "--seed", "5"],
@@ -162,6 +162,18 @@ fn every_task_runs_and_names_what_it_measured() {
         ),
         ("recall", &["--length", "96", "--repeats", "2"], &["kept"]),
         (
+            "ruler",
+            &[
+                "--task",
+                "niah_single_1,fwe",
+                "--length",
+                "640",
+                "--repeats",
+                "2",
+            ],
+            &[],
+        ),
+        (
             "perplexity",
             &["--corpus", &prose, "--context", "48", "--items", "2"],
             &[],
@@ -169,7 +181,7 @@ fn every_task_runs_and_names_what_it_measured() {
         (
             "divergence",
             &["--corpus", &prose, "--context", "48", "--items", "2"],
-            &["percentile_99", "agreement"],
+            &["percentile_99", "percentile_99.9", "agreement"],
         ),
     ];
     for (task, arguments, fields) in tasks {
@@ -217,6 +229,19 @@ fn every_task_runs_and_names_what_it_measured() {
                 );
             }
         }
+        let compared = runs[1..].iter().all(|run| {
+            let beside = &run["beside_full"];
+            let value = beside["value"].as_f64();
+            let within = |low: f64, value: f64, high: f64| low <= value && value <= high;
+            value.is_some_and(
+                |value| match (beside["low"].as_f64(), beside["high"].as_f64()) {
+                    (Some(low), Some(high)) => within(low, value, high),
+                    _ => task == "longbench",
+                },
+            )
+        });
+        assert!(compared || task == "divergence", "{task}");
+        assert!(runs[0]["beside_full"].is_null());
         if task == "divergence" {
             assert_eq!(runs[0]["score"], 0.0);
             assert!(runs[1]["score"].as_f64().unwrap() > 0.0);
@@ -632,4 +657,90 @@ fn bad_input_is_named() {
             assert!(message.contains(part), "{part:?} is not in {message}");
         }
     }
+}
+
+#[test]
+fn errors_are_told_by_position() {
+    let data = Data::new();
+    let prose = "The lobster lives in the north. It has ten legs and no neighbours. ".repeat(60);
+    let prose = data.file("prose.txt", &prose);
+    let fixed = ["--corpus", &prose, "--prompt", "24", "--items", "2"];
+    let cache = ["--cache", "lexico:sparsity=4,window=4,batch=1"];
+    for (task, own) in [
+        ("divergence", false),
+        ("divergence", true),
+        ("perplexity", false),
+    ] {
+        let report = data.path(&format!("{task}-{own}"));
+        let mut arguments = [
+            &[task, "--context", "80", "--report", path(&report)],
+            &fixed[..],
+            &cache,
+        ]
+        .concat();
+        if own {
+            arguments.push("--own-text");
+        }
+        let table = printed(&arguments);
+        for band in ["24–31", "32–63", "64–79"] {
+            assert!(table.contains(band), "{table}");
+        }
+        let results = std::fs::read_to_string(report.join("results.json")).unwrap();
+        let results: Value = serde_json::from_str(&results).unwrap();
+        assert_eq!(
+            results["settings"]["own_text"],
+            if own { json!(true) } else { Value::Null }
+        );
+        let run = &results["runs"][1];
+        let bands = run["bands"].as_array().unwrap();
+        let number = |band: &Value, name: &str| band[name].as_f64().unwrap();
+        let tokens: Vec<f64> = bands.iter().map(|band| number(band, "tokens")).collect();
+        assert_eq!(tokens, [16.0, 64.0, 32.0]);
+        // Together they are the score.
+        let of = |score: f64| {
+            if task == "perplexity" {
+                score.ln()
+            } else {
+                score
+            }
+        };
+        let all = bands
+            .iter()
+            .map(|band| of(number(band, "score")) * number(band, "tokens"));
+        let mean = all.sum::<f64>() / 112.0;
+        assert!((mean - of(number(run, "score"))).abs() < 1e-6, "{mean}");
+        let page = std::fs::read_to_string(report.join("report.html")).unwrap();
+        assert!(page.contains("By position") && page.matches("<svg").count() == 3);
+    }
+    // One band needs no table.
+    let short = [&["divergence", "--context", "30"], &fixed[..], &cache].concat();
+    assert!(!printed(&short).contains("By position"));
+    let refused = [&["perplexity", "--context", "30", "--own-text"], &fixed[..]].concat();
+    assert!(fails(1, &refused).contains("ask for the divergence"));
+}
+
+/// What the model writes is longer than the text that its prompts are from.
+#[test]
+fn own_text_goes_on_where_the_corpus_ends() {
+    let data = Data::new();
+    let prose = data.file(
+        "prose.txt",
+        "The lobster lives in the north. It has ten legs.",
+    );
+    let fixed = [
+        "divergence",
+        "--corpus",
+        &prose,
+        "--prompt",
+        "6",
+        "--context",
+        "70",
+        "--items",
+        "1",
+    ];
+    let cache = ["--cache", "streaming-llm:sinks=2,window=8"];
+    let own = [&fixed[..], &["--own-text"], &cache].concat();
+    let run = &json(&own)["runs"][1];
+    assert_eq!(run["items"][0]["divergences"].as_array().unwrap().len(), 64);
+    assert!(run["score"].as_f64().unwrap() > 0.0);
 }

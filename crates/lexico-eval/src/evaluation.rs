@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::report::folder::{Batch, ReportFolder};
 use crate::statistics::{Estimate, percentile};
-use crate::task::{Detail, Measure, Outcome, Task, groups, named};
+use crate::task::{Band, Detail, Measure, Outcome, Task, bands, groups, named};
 
 /// Settings of [`evaluate`].
 #[derive(Debug, Clone)]
@@ -87,16 +87,33 @@ pub struct Run {
     pub high: Option<f64>,
     /// Bytes of the cache over FP16's, mean over the items.
     pub share: f64,
+    /// What it adds to the score of `full` on the same items, where that is a difference to tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside_full: Option<Difference>,
     /// Items still right of those that `full` gets right, where items are right or wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept: Option<Kept>,
     /// Differences of distributions, where these are compared.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub distributions: Option<Distributions>,
+    /// Scores by position, where there is more than one band of positions.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bands: Vec<Band>,
     /// Time that the items took.
     pub seconds: f64,
     /// Item by item.
     pub items: Vec<Outcome>,
+}
+
+/// What a cache adds to the score of `full` on the same items, as [`Measure::beside`] says.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Difference {
+    /// The difference.
+    pub value: f64,
+    /// The lower end of its 95 % confidence interval; none of a single item.
+    pub low: Option<f64>,
+    /// The upper end.
+    pub high: Option<f64>,
 }
 
 /// Items that another cache gets right of those that `full` does.
@@ -113,6 +130,9 @@ pub struct Kept {
 pub struct Distributions {
     /// The 99th percentile of the tokens' divergences, in nats.
     pub percentile_99: f32,
+    /// The 99.9th percentile.
+    #[serde(rename = "percentile_99.9")]
+    pub percentile_99_9: f32,
     /// Share of tokens of which both find the same one most likely.
     pub agreement: f64,
 }
@@ -252,6 +272,16 @@ pub fn evaluate(
             runs.push(made);
         }
     }
+    if let [full, others @ ..] = runs.as_mut_slice() {
+        for run in others {
+            let difference = task.measure().beside(&run.items, &full.items);
+            run.beside_full = difference.map(|Estimate { value, interval }| Difference {
+                value,
+                low: interval.map(|(low, _)| low),
+                high: interval.map(|(_, high)| high),
+            });
+        }
+    }
     if task.measure() == Measure::Accuracy {
         let right: Vec<bool> = runs[0].items.iter().map(|item| item.score >= 1.0).collect();
         for run in &mut runs {
@@ -294,6 +324,33 @@ impl Evaluation {
                 .collect()
         });
         (header.len() > 1).then(|| (header, rows.collect()))
+    }
+}
+
+impl Evaluation {
+    /// A table of each cache's scores by position: its header and its rows. `None` where there is but one band.
+    pub fn by_position(&self) -> Option<(Vec<String>, Vec<Vec<String>>)> {
+        // The full cache has no divergence from itself.
+        let skipped = usize::from(self.measure == Measure::Divergence);
+        let runs = self.runs.iter().skip(skipped);
+        let runs: Vec<&Run> = runs.filter(|run| !run.bands.is_empty()).collect();
+        let mut header = vec!["cache".to_owned()];
+        let bands = runs.first()?.bands.iter();
+        header.extend(bands.map(|band| format!("{}–{}", thousands(band.from), thousands(band.to))));
+        let row = |run: &&Run| {
+            let scores = run.bands.iter();
+            let scores = scores.map(|band| self.measure.print(band.score));
+            std::iter::once(run.cache.clone()).chain(scores).collect()
+        };
+        Some((header, runs.iter().map(row).collect()))
+    }
+}
+
+/// A number of positions as people read it.
+fn thousands(number: usize) -> String {
+    match (number / 1000, number % 1000) {
+        (0, rest) => rest.to_string(),
+        (more, rest) => format!("{},{rest:03}", thousands(more)),
     }
 }
 
@@ -405,7 +462,8 @@ impl Run {
         }
         let distributions = (!all.is_empty()).then(|| Distributions {
             agreement: agreements / all.len() as f64,
-            percentile_99: percentile(all, 0.99),
+            percentile_99: percentile(&all, 0.99),
+            percentile_99_9: percentile(&all, 0.999),
         });
         Self {
             cache: spec.to_string(),
@@ -416,8 +474,12 @@ impl Run {
             low: interval.map(|(low, _)| low),
             high: interval.map(|(_, high)| high),
             share: shares / items.len().max(1) as f64,
+            beside_full: None,
             kept: None,
             distributions,
+            bands: Some(bands(measure, &items))
+                .filter(|bands| bands.len() > 1)
+                .unwrap_or_default(),
             seconds,
             items,
         }

@@ -20,6 +20,9 @@ pub struct Item {
     pub group: Option<String>,
     /// The text.
     pub prompt: String,
+    /// The end of the text, where it begins the answer: where the model chats it stands behind the template, not in the
+    /// message.
+    pub begun: String,
     /// True where the text may be put as a message to a model that chats.
     pub is_message: bool,
     /// Max tokens that the model may add.
@@ -83,6 +86,18 @@ pub struct AskOptions {
     pub truncate: bool,
 }
 
+/// Tokens that the model's chat template adds to a message; none where it has no template.
+///
+/// # Errors
+/// Those of the template.
+pub fn template_tokens(model: &Model) -> Result<usize> {
+    let Some(template) = model.chat_template()? else {
+        return Ok(0);
+    };
+    let text = template.render(&[Message::new("user", "")], true)?;
+    Ok(model.tokenizer.encode_more(&text)?.len())
+}
+
 /// Questions as a task.
 pub struct Asked {
     questions: Questions,
@@ -119,8 +134,9 @@ impl Asked {
         let item = &self.questions.items[number];
         let mut tokens = match &self.template {
             Some(template) if item.is_message => {
-                let message = Message::new("user", &item.prompt);
-                let text = template.render(&[message], true)?;
+                let asked = item.prompt.strip_suffix(&item.begun);
+                let message = Message::new("user", asked.unwrap_or(&item.prompt));
+                let text = template.render(&[message], true)? + &item.begun;
                 model.tokenizer.encode_more(&text)?
             }
             _ => model.tokenizer.encode_first(&item.prompt)?,

@@ -54,6 +54,40 @@ pub fn share(right: usize, of: usize) -> Estimate {
     }
 }
 
+/// The difference of two shares of the same `of` items, of which `won` are only in the first and `lost` only in the second
+/// (Tango 1998); with none, nothing is known.
+pub fn paired_shares(won: usize, lost: usize, of: usize) -> Estimate {
+    if of == 0 {
+        return Estimate::default();
+    }
+    let (won, lost, n) = (won as f64, lost as f64, of as f64);
+    let value = (won - lost) / n;
+    // How far the difference found is from `d`, in its standard errors if `d` is the true one; it falls as `d` rises.
+    let score = |d: f64| {
+        // The likeliest share of `lost` where the difference is `d`.
+        let b = (2.0 * n + lost - won) * d - won - lost;
+        let root = (b * b + 8.0 * n * lost * d * (1.0 - d)).max(0.0).sqrt();
+        let share = ((root - b) / (4.0 * n)).max(0.0);
+        let variance = (n * (2.0 * share + d * (1.0 - d))).max(1e-12);
+        (won - lost - n * d) / variance.sqrt()
+    };
+    let end = |mut low: f64, mut high: f64, wanted: f64| {
+        for _ in 0..60 {
+            let middle = f64::midpoint(low, high);
+            if score(middle) > wanted {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        f64::midpoint(low, high)
+    };
+    Estimate {
+        value,
+        interval: Some((end(-1.0, value, Z), end(value, 1.0, -Z))),
+    }
+}
+
 /// The mean of some numbers, by its standard error and Student's distribution.
 pub fn mean(numbers: &[f64]) -> Estimate {
     let (value, variance) = moments(numbers);
@@ -117,9 +151,11 @@ fn quantile(freedom: usize) -> f64 {
 }
 
 /// The value that a share `p` of the numbers does not exceed: the nearest rank. 0 where there are none.
-pub fn percentile(mut numbers: Vec<f32>, p: f64) -> f32 {
+pub fn percentile(numbers: &[f32], p: f64) -> f32 {
+    let mut numbers = numbers.to_vec();
     numbers.sort_unstable_by(f32::total_cmp);
-    let rank = (p * numbers.len() as f64).ceil() as usize;
+    // A rank that is whole but for the last bits is that rank.
+    let rank = (p * numbers.len() as f64 - 1e-9).ceil() as usize;
     let last = numbers.len().saturating_sub(1);
     numbers
         .get(rank.saturating_sub(1).min(last))
@@ -145,6 +181,20 @@ mod tests {
         close(share(0, 20), [0.0, 0.0, 0.161_13]);
         close(share(300, 300), [1.0, 0.987_36, 1.0]);
         assert_eq!(share(0, 0).interval, None);
+    }
+
+    /// Ends of the same interval by a search for the likeliest shares (scipy's `minimize_scalar` and `brentq`).
+    #[test]
+    fn intervals_of_paired_shares_are_tangos() {
+        close(paired_shares(12, 2, 50), [0.2, 0.061_11, 0.344_71]);
+        close(paired_shares(2, 12, 50), [-0.2, -0.344_71, -0.061_11]);
+        close(paired_shares(0, 5, 280), [-0.017_86, -0.041_11, -0.004_08]);
+        close(paired_shares(3, 40, 280), [-0.132_14, -0.179_47, -0.091_96]);
+        // What is the same on all items may differ on others.
+        close(paired_shares(0, 0, 300), [0.0, -0.012_64, 0.012_64]);
+        let (low, high) = paired_shares(0, 4, 4).interval.unwrap();
+        assert!(low == -1.0 && (-1.0..0.0).contains(&high), "{low} {high}");
+        assert_eq!(paired_shares(0, 0, 0).interval, None);
     }
 
     #[test]
@@ -182,9 +232,12 @@ mod tests {
     #[test]
     fn percentiles_are_nearest_ranks() {
         let numbers = || (1..=200).rev().map(|x| x as f32).collect::<Vec<_>>();
-        assert_eq!(percentile(numbers(), 0.99), 198.0);
-        assert_eq!(percentile(numbers(), 1.0), 200.0);
-        assert_eq!(percentile(vec![3.0], 0.99), 3.0);
-        assert_eq!(percentile(vec![], 0.99), 0.0);
+        assert_eq!(percentile(&numbers(), 0.99), 198.0);
+        assert_eq!(percentile(&numbers(), 0.999), 200.0);
+        assert_eq!(percentile(&numbers(), 1.0), 200.0);
+        let many: Vec<f32> = (1..=3000).map(|x| x as f32).collect();
+        assert_eq!(percentile(&many, 0.999), 2997.0);
+        assert_eq!(percentile(&[3.0], 0.99), 3.0);
+        assert_eq!(percentile(&[], 0.99), 0.0);
     }
 }

@@ -110,8 +110,7 @@ impl Measure {
                 let right = outcomes.iter().filter(|outcome| outcome.score >= 1.0);
                 statistics::share(right.count(), outcomes.len())
             }
-            Measure::Divergence => statistics::mean(&scores(&outcomes)).clamped(0.0, f64::INFINITY),
-            Measure::Perplexity => statistics::mean(&scores(&outcomes)).map(f64::exp),
+            Measure::Divergence | Measure::Perplexity => self.of_means(&scores(&outcomes)),
             Measure::GroupMean => {
                 let groups = groups(outcomes).into_iter();
                 let groups: Vec<_> = groups.map(|(_, of_group)| scores(&of_group)).collect();
@@ -119,6 +118,118 @@ impl Measure {
             }
         }
     }
+
+    /// The same of items' means of what is measured token by token.
+    fn of_means(self, means: &[f64]) -> Estimate {
+        let mean = statistics::mean(means);
+        match self {
+            Measure::Perplexity => mean.map(f64::exp),
+            _ => mean.clamped(0.0, f64::INFINITY),
+        }
+    }
+
+    /// What another cache adds to the score of `full` on the same items, with the 95 % confidence interval of that: the
+    /// difference of shares, or the part by which the perplexity is higher. None of a divergence, which is a difference
+    /// already.
+    pub fn beside(self, outcomes: &[Outcome], full: &[Outcome]) -> Option<Estimate> {
+        let pairs = || outcomes.iter().zip(full);
+        match self {
+            Measure::Accuracy => {
+                let right = |outcome: &Outcome| outcome.score >= 1.0;
+                let only = |own: bool| {
+                    let those = pairs().filter(|(a, b)| right(a) == own && right(b) != own);
+                    those.count()
+                };
+                Some(statistics::paired_shares(
+                    only(true),
+                    only(false),
+                    outcomes.len(),
+                ))
+            }
+            Measure::GroupMean => {
+                let differences = pairs().map(|(own, full)| Outcome {
+                    score: own.score - full.score,
+                    ..own.clone()
+                });
+                let differences: Vec<Outcome> = differences.collect();
+                let scores =
+                    |of_group: Vec<&Outcome>| of_group.iter().map(|own| own.score).collect();
+                let groups = groups(&differences).into_iter();
+                let groups: Vec<Vec<f64>> = groups.map(|(_, own)| scores(own)).collect();
+                Some(statistics::mean_of_groups(&groups).clamped(-1.0, 1.0))
+            }
+            Measure::Perplexity => {
+                let differences: Vec<f64> =
+                    pairs().map(|(own, full)| own.score - full.score).collect();
+                Some(statistics::mean(&differences).map(f64::exp_m1))
+            }
+            Measure::Divergence => None,
+        }
+    }
+
+    /// Prints what [`beside`](Self::beside) tells.
+    pub fn print_beside(self, difference: f64) -> String {
+        let unit = if self == Measure::Perplexity {
+            "%"
+        } else {
+            "points"
+        };
+        format!("{:+.1} {unit}", 100.0 * difference)
+    }
+}
+
+/// The mean of what is measured token by token at some positions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Band {
+    /// The first position.
+    pub from: usize,
+    /// The last one.
+    pub to: usize,
+    /// Tokens that were predicted there, of all items.
+    pub tokens: usize,
+    /// Score, as the task's [`Measure`] says.
+    pub score: f64,
+    /// The lower end of the score's 95 % confidence interval; none of a single item.
+    pub low: Option<f64>,
+    /// The upper end.
+    pub high: Option<f64>,
+}
+
+/// The scores at positions from each power of two to the next, of what is measured token by token.
+pub fn bands(measure: Measure, outcomes: &[Outcome]) -> Vec<Band> {
+    let range =
+        |own: &Outcome| own.prompt_positions..own.prompt_positions + own.by_position().len();
+    let first = outcomes.iter().map(|own| range(own).start).min();
+    let end = outcomes.iter().map(|own| range(own).end).max();
+    let (Some(first), Some(end)) = (first, end) else {
+        return Vec::new();
+    };
+    let mut bands = Vec::new();
+    let mut from = first;
+    while from < end {
+        let next = (from + 1).next_power_of_two().min(end);
+        let of_item = |own: &Outcome| {
+            let there = range(own);
+            let from = from.max(there.start) - there.start;
+            let to = next.min(there.end).saturating_sub(there.start);
+            let values = own.by_position().get(from..to)?;
+            let sum: f64 = values.iter().copied().map(f64::from).sum();
+            (!values.is_empty()).then(|| (values.len(), sum / values.len() as f64))
+        };
+        let of_items = outcomes.iter().filter_map(of_item);
+        let (tokens, means): (Vec<usize>, Vec<f64>) = of_items.unzip();
+        let Estimate { value, interval } = measure.of_means(&means);
+        bands.push(Band {
+            from,
+            to: next - 1,
+            tokens: tokens.iter().sum(),
+            score: value,
+            low: interval.map(|(low, _)| low),
+            high: interval.map(|(_, high)| high),
+        });
+        from = next;
+    }
+    bands
 }
 
 /// The outcomes of each group, in the order in which groups come up; those of none are not among them.
@@ -165,6 +276,18 @@ pub struct Outcome {
     /// Details that the score comes from.
     #[serde(flatten)]
     pub detail: Detail,
+}
+
+impl Outcome {
+    /// What was measured token by token, the first at [`prompt_positions`](Self::prompt_positions); empty where a score
+    /// is of the whole.
+    pub fn by_position(&self) -> &[f32] {
+        match &self.detail {
+            Detail::Distributions { divergences, .. } => divergences,
+            Detail::Likelihood { losses, .. } => losses,
+            Detail::Answer { .. } => &[],
+        }
+    }
 }
 
 /// Meaning of an answer's score.
@@ -218,6 +341,9 @@ pub enum Detail {
     Likelihood {
         /// Tokens that were predicted.
         tokens: usize,
+        /// Negative log likelihood, token by token; an earlier version did not keep them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        losses: Vec<f32>,
     },
 }
 
@@ -233,7 +359,10 @@ mod tests {
             share: 0.1,
             prompt_positions: 3,
             positions: 5,
-            detail: Detail::Likelihood { tokens: 2 },
+            detail: Detail::Likelihood {
+                tokens: 2,
+                losses: Vec::new(),
+            },
         }
     }
 
@@ -259,6 +388,84 @@ mod tests {
     }
 
     #[test]
+    fn what_is_right_or_wrong_is_compared_item_by_item() {
+        let outcomes = |scores: &[f64]| -> Vec<Outcome> {
+            scores.iter().map(|&score| outcome(None, score)).collect()
+        };
+        let full = outcomes(&[1.0, 1.0, 0.0, 1.0, 1.0]);
+        let own = outcomes(&[1.0, 0.0, 1.0, 0.0, 0.0]);
+        let beside = Measure::Accuracy.beside(&own, &full).unwrap();
+        assert_eq!(beside, statistics::paired_shares(1, 3, 5));
+        assert_eq!(Measure::Accuracy.print_beside(beside.value), "-40.0 points");
+        let perplexity = Measure::Perplexity.beside(&outcomes(&[2.0, 3.0]), &outcomes(&[1.5, 2.5]));
+        let perplexity = perplexity.unwrap();
+        let increase = 0.5f64.exp() - 1.0;
+        let (low, high) = perplexity.interval.unwrap();
+        for found in [perplexity.value, low, high] {
+            assert!((found - increase).abs() < 1e-9, "{perplexity:?}");
+        }
+        assert_eq!(Measure::Divergence.beside(&own, &full), None);
+        let groups = |scores: [f64; 4]| {
+            let groups = ["a", "a", "a", "b"].into_iter().zip(scores);
+            groups
+                .map(|(name, score)| outcome(Some(name), score))
+                .collect::<Vec<_>>()
+        };
+        let (own, full) = (groups([0.5, 0.5, 0.5, 0.0]), groups([0.5, 1.0, 0.0, 1.0]));
+        let beside = Measure::GroupMean.beside(&own, &full).unwrap();
+        assert_eq!((beside.value, beside.interval), (-0.5, None));
+    }
+
+    #[test]
+    fn bands_of_positions_double() {
+        let item = |prompt_positions, divergences: Vec<f32>| Outcome {
+            prompt_positions,
+            detail: Detail::Distributions {
+                divergences,
+                agreement: 1.0,
+            },
+            ..outcome(None, 0.0)
+        };
+        let items = [
+            item(6, vec![1.0, 3.0, 5.0, 7.0]),
+            item(6, vec![3.0, 5.0, 9.0, 11.0]),
+        ];
+        let found = bands(Measure::Divergence, &items);
+        let seen: Vec<_> = found
+            .iter()
+            .map(|b| (b.from, b.to, b.tokens, b.score))
+            .collect();
+        assert_eq!(seen, [(6, 7, 4, 3.0), (8, 9, 4, 8.0)]);
+        // Means of 2 and 4: an error of 1, with one degree of freedom.
+        assert!((found[0].high.unwrap() - 3.0 - 12.7062).abs() < 1e-4);
+        assert_eq!(found[0].low, Some(0.0));
+        let perplexity = Outcome {
+            prompt_positions: 1,
+            detail: Detail::Likelihood {
+                tokens: 3,
+                losses: vec![1.0, 2.0, 3.0],
+            },
+            ..outcome(None, 2.0)
+        };
+        let found = bands(Measure::Perplexity, &[perplexity]);
+        let seen: Vec<_> = found.iter().map(|b| (b.from, b.to, b.low)).collect();
+        assert_eq!(seen, [(1, 1, None), (2, 3, None)]);
+        assert!((found[1].score - 2.5f64.exp()).abs() < 1e-9);
+        // Items of other lengths count where they are.
+        let found = bands(
+            Measure::Divergence,
+            &[item(6, vec![1.0]), item(9, vec![2.0])],
+        );
+        let seen: Vec<_> = found
+            .iter()
+            .map(|b| (b.from, b.to, b.tokens, b.score))
+            .collect();
+        assert_eq!(seen, [(6, 7, 1, 1.0), (8, 9, 1, 2.0)]);
+        assert_eq!(bands(Measure::Accuracy, &[outcome(None, 1.0)]), []);
+        assert_eq!(bands(Measure::Divergence, &[]), []);
+    }
+
+    #[test]
     fn outcomes_come_back_from_json_as_they_were() {
         let details = [
             Detail::Answer {
@@ -271,7 +478,10 @@ mod tests {
                 divergences: vec![0.1, 1e-7, 3.4e-5],
                 agreement: 2.0 / 3.0,
             },
-            Detail::Likelihood { tokens: 7 },
+            Detail::Likelihood {
+                tokens: 2,
+                losses: vec![0.1, 7.0],
+            },
         ];
         for detail in details {
             let outcome = Outcome {
@@ -282,5 +492,10 @@ mod tests {
             let text = serde_json::to_string(&outcome).unwrap();
             assert_eq!(serde_json::from_str::<Outcome>(&text).unwrap(), outcome);
         }
+        // As an earlier version wrote it.
+        let before =
+            r#"{"id":"1","score":0.5,"share":0.1,"prompt_positions":3,"positions":5,"tokens":2}"#;
+        let outcome = serde_json::from_str::<Outcome>(before).unwrap();
+        assert!(outcome.by_position().is_empty());
     }
 }

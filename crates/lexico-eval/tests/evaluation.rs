@@ -7,12 +7,12 @@ use std::path::Path;
 
 use lexico_eval::Error;
 use lexico_eval::evaluation::{EvaluateOptions, Evaluation, evaluate};
-use lexico_eval::questions::{AskOptions, Asked, Item, Questions, Verdict};
+use lexico_eval::questions::{AskOptions, Asked, Item, Questions, Verdict, template_tokens};
 use lexico_eval::report::folder::ReportFolder;
 use lexico_eval::task::{Measure, Task};
 use lexico_eval::tasks;
-use lexico_llm::Model;
 use lexico_llm::cache::CacheSpec;
+use lexico_llm::{Model, Quantize};
 use serde_json::{Map, Value};
 
 fn caches(texts: &[&str]) -> Vec<CacheSpec> {
@@ -228,6 +228,52 @@ fn budgets_are_kept_to_and_what_cannot_be_is_left_out() {
     assert!(mean <= 104_000.0, "{mean}");
 }
 
+/// Where the model chats, what begins its answer stands behind the template.
+#[test]
+fn answers_are_begun_behind_the_template() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(tiny.join(name), folder.path().join(name)).unwrap();
+    }
+    let text = std::fs::read_to_string(tiny.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    let template = "{% for message in messages %}Ask: {{ message.content }}\n{% endfor %}Say:";
+    config["chat_template"] = template.into();
+    let path = folder.path().join("tokenizer_config.json");
+    std::fs::write(path, config.to_string()).unwrap();
+    let model = Model::load(folder.path(), Quantize::None).unwrap();
+    let count = |text: &str| model.tokenizer.encode_more(text).unwrap().len();
+    assert_eq!(template_tokens(&model).unwrap(), count("Ask: \nSay:"));
+    assert_eq!(template_tokens(&Model::tiny().unwrap()).unwrap(), 0);
+    let item = Item {
+        id: "coins".to_owned(),
+        group: None,
+        prompt: "Ana has 3 coins. Ana has so many coins:".to_owned(),
+        begun: " Ana has so many coins:".to_owned(),
+        is_message: true,
+        max_tokens: 1,
+        stop: Vec::new(),
+        expected: "3".to_owned(),
+    };
+    let full = "full".parse().unwrap();
+    let positions = |chat| {
+        let options = AskOptions {
+            chat,
+            truncate: false,
+        };
+        let asked = Asked::new(&model, questions(vec![item.clone()]), options).unwrap();
+        let outcomes = asked.run(&model, &full, &[0], &mut || ControlFlow::Continue(()));
+        outcomes.unwrap().unwrap()[0].prompt_positions
+    };
+    let chat = "Ask: Ana has 3 coins.\nSay: Ana has so many coins:";
+    assert_eq!(positions(true), count(chat));
+    assert_eq!(
+        positions(false),
+        model.tokenizer.encode_first(&item.prompt).unwrap().len()
+    );
+}
+
 /// Prompts whose answers are half right.
 fn questions(items: Vec<Item>) -> Questions {
     Questions {
@@ -250,6 +296,7 @@ fn a_prompt_beyond_the_context_is_refused_or_cut() {
         questions(vec![Item {
             id: "the long one".to_owned(),
             group: None,
+            begun: String::new(),
             is_message: true,
             expected: String::new(),
             prompt: "Ana has 3 coins. ".repeat(1000),

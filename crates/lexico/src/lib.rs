@@ -35,8 +35,8 @@
 //!
 //! | module | what it has |
 //! |---|---|
-//! | [`cache`] | [`LayerCache`], the cache of one layer: codes of the past, the newest positions dense |
-//! | [`dictionary`] | [`Dictionary`] of unit atoms, [`Codebooks`] for additive codes, the files that hold them |
+//! | [`cache`] | [`LayerCache`], the cache of one layer: codes of the past, the first and the newest positions dense |
+//! | [`dictionary`] | [`Dictionary`] of unit atoms, [`Codebooks`] for additive codes, maps of heads, the files that hold them |
 //! | [`encode`] | [`Pursuit`] finds sparse codes, [`BeamSearch`] additive ones |
 //! | [`codes`] | [`Codes`], which grow by position, and their form at rest |
 //! | [`attention`] | attention on codes and on dense rows |

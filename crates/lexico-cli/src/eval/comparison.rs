@@ -149,7 +149,7 @@ pub(super) struct QuestionArguments {
     pub(super) comparison: ComparisonArguments,
     /// Put each prompt as a message in the model's chat template, not as a text to go on from
     #[arg(long)]
-    chat: bool,
+    pub(super) chat: bool,
     /// Drop the oldest tokens of prompts that do not fit the context with their answers, instead of refusing them
     #[arg(long)]
     truncate: bool,
@@ -180,11 +180,15 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
     let measure = evaluation.measure;
     let mut header = vec!["cache", "of FP16", measure.name(), "95 % interval"];
     let first = evaluation.runs.first().context("no run")?;
+    let compared = evaluation.runs.iter().any(|run| run.beside_full.is_some());
+    if compared {
+        header.extend(["beside full", "95 % interval"]);
+    }
     if first.kept.is_some() {
         header.extend(["of full's right", "kept"]);
     }
     if first.distributions.is_some() {
-        header.extend(["99th percentile", "same token"]);
+        header.extend(["99th percentile", "99.9th", "same token"]);
     }
     let interval = |low: Option<f64>, high: Option<f64>| match (low, high) {
         (Some(low), Some(high)) => format!("{} to {}", measure.print(low), measure.print(high)),
@@ -197,6 +201,20 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             measure.print(run.score),
             interval(run.low, run.high),
         ];
+        if compared {
+            let difference = run.beside_full.as_ref();
+            row.push(difference.map_or("-".to_owned(), |d| measure.print_beside(d.value)));
+            row.push(match difference.map(|d| (d.low, d.high)) {
+                Some((Some(low), Some(high))) => {
+                    format!(
+                        "{} to {}",
+                        measure.print_beside(low),
+                        measure.print_beside(high)
+                    )
+                }
+                _ => "-".to_owned(),
+            });
+        }
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));
             row.push(match kept.of {
@@ -205,7 +223,9 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             });
         }
         if let Some(distributions) = run.distributions {
-            row.push(measure.print(f64::from(distributions.percentile_99)));
+            for percentile in [distributions.percentile_99, distributions.percentile_99_9] {
+                row.push(measure.print(f64::from(percentile)));
+            }
             row.push(ui::percent(distributions.agreement));
         }
         row
@@ -216,6 +236,10 @@ fn print(evaluation: &Evaluation) -> anyhow::Result<()> {
             "left out at {}: {}",
             skipped.budget, skipped.reason
         ));
+    }
+    if let Some((header, rows)) = evaluation.by_position() {
+        ui::line("\nBy position:")?;
+        ui::line(&ui::table(header, rows))?;
     }
     match evaluation.by_group() {
         Some((header, rows)) => ui::line(&format!("\n{}", ui::table(header, rows))),

@@ -9,6 +9,7 @@ mod needle;
 mod problems;
 mod recall;
 mod reconstruction;
+mod ruler;
 mod text;
 
 use std::convert::Infallible;
@@ -39,6 +40,8 @@ enum Task {
     Needle(needle::NeedleArguments),
     /// Many keys with their values, and a question for one
     Recall(recall::RecallArguments),
+    /// RULER's synthetic tasks: needles, variables, common and frequent words, prompted and scored as published
+    Ruler(ruler::RulerArguments),
     /// Perplexity: how well the model predicts a text
     Perplexity(text::TextArguments),
     /// Divergence of the model's predictions of a text from those with the full cache: the sensitive measure
@@ -58,6 +61,7 @@ impl Eval {
             Task::MmluPro(mmlu_pro) => mmlu_pro.run(),
             Task::Needle(needle) => needle.run(),
             Task::Recall(recall) => recall.run(),
+            Task::Ruler(ruler) => ruler.run(),
             Task::Perplexity(text) => text.run(TextMeasure::Perplexity),
             Task::Divergence(text) => text.run(TextMeasure::Divergence),
             Task::Reconstruction(reconstruction) => reconstruction.run(),

@@ -22,6 +22,9 @@ pub(crate) struct TextArguments {
     /// [default: seven eighths of the chunk]
     #[arg(long, value_name = "K")]
     prompt: Option<usize>,
+    /// Take only the prompts from the text, and read on in what the model itself writes with the full cache
+    #[arg(long)]
+    own_text: bool,
 }
 
 impl TextArguments {
@@ -37,6 +40,7 @@ impl TextArguments {
                 prompt: self.prompt.unwrap_or(context - context / 8),
                 chunks,
                 seed,
+                own_text: self.own_text,
             };
             Ok(Box::new(TextTask::new(model, &corpus, measure, options)?))
         })

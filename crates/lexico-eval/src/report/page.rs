@@ -5,9 +5,9 @@ use minijinja::value::Serde;
 use minijinja::{Environment, Error, Value, context};
 
 use super::Report;
-use crate::evaluation::{Evaluation, Run};
+use crate::evaluation::{Difference, Evaluation, Run};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, escape, svg};
-use crate::task::{Measure, unique};
+use crate::task::{Band, Measure, unique};
 use crate::tasks::reconstruction::Reconstruction;
 
 /// Items that are shown with their prompts and answers.
@@ -28,6 +28,10 @@ impl Report for Evaluation {
             colours: Colours::Distinct,
         };
         let mut tables = vec![runs(self)];
+        if let Some((header, rows)) = self.by_position() {
+            let curve = Value::from_safe_string(svg(&[vec![by_position(self)]], narrow));
+            tables.push(context! { heading => "By position", header, rows, curve });
+        }
         if let Some((header, rows)) = self.by_group() {
             tables.push(
                 context! { heading => "By group", header => Serde(header), rows => Serde(rows) },
@@ -148,16 +152,60 @@ fn panel(evaluation: &Evaluation) -> Panel {
     }
 }
 
+/// The score against the position.
+fn by_position(evaluation: &Evaluation) -> Panel {
+    let measure = evaluation.measure;
+    let runs = evaluation.runs.iter();
+    let runs = runs.filter(|run| measure != Measure::Divergence || run.method != "full");
+    let line = |run: &Run| Line {
+        name: run.cache.clone(),
+        points: run
+            .bands
+            .iter()
+            .map(|band| (middle(band), band.score))
+            .collect(),
+        bars: run
+            .bands
+            .iter()
+            .map(|band| {
+                (
+                    band.low.unwrap_or(band.score),
+                    band.high.unwrap_or(band.score),
+                )
+            })
+            .collect(),
+    };
+    Panel {
+        title: format!("{} by position", measure.name()),
+        x: Axis::new("position", Scale::LogarithmicPlaces),
+        y: match measure {
+            Measure::Divergence => Axis::new("KL divergence from full, nats", Scale::Logarithmic),
+            _ => Axis::new(measure.name(), Scale::Linear),
+        },
+        level: None,
+        lines: runs.map(line).collect(),
+    }
+}
+
+/// The middle of a band.
+fn middle(band: &Band) -> f64 {
+    f64::midpoint(band.from as f64, band.to as f64).round()
+}
+
 /// The table of the runs.
 fn runs(evaluation: &Evaluation) -> Value {
     let measure = evaluation.measure;
     let mut header = vec!["cache", "of FP16", measure.name(), "from", "to"];
     let first = evaluation.runs.first();
+    let compared = evaluation.runs.iter().any(|run| run.beside_full.is_some());
+    if compared {
+        header.extend(["beside full", "from", "to"]);
+    }
     if first.is_some_and(|run| run.kept.is_some()) {
         header.push("kept of full's");
     }
     if first.is_some_and(|run| run.distributions.is_some()) {
-        header.extend(["99th percentile", "same token"]);
+        header.extend(["99th percentile", "99.9th", "same token"]);
     }
     header.extend(["budget", "seconds"]);
     let bound = |bound: Option<f64>| bound.map_or(String::new(), |x| measure.print(x));
@@ -169,11 +217,24 @@ fn runs(evaluation: &Evaluation) -> Value {
             bound(run.low),
             bound(run.high),
         ];
+        if compared {
+            let beside = |of: fn(&Difference) -> Option<f64>| {
+                let difference = run.beside_full.as_ref().and_then(of);
+                difference.map_or(String::new(), |own| measure.print_beside(own))
+            };
+            row.extend([
+                beside(|d| Some(d.value)),
+                beside(|d| d.low),
+                beside(|d| d.high),
+            ]);
+        }
         if let Some(kept) = run.kept {
             row.push(format!("{} of {}", kept.right, kept.of));
         }
         if let Some(distributions) = run.distributions {
-            row.push(measure.print(f64::from(distributions.percentile_99)));
+            for percentile in [distributions.percentile_99, distributions.percentile_99_9] {
+                row.push(measure.print(f64::from(percentile)));
+            }
             row.push(percent(distributions.agreement));
         }
         row.extend([run.budgets.join(", "), format!("{:.1}", run.seconds)]);

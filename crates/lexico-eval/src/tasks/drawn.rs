@@ -34,6 +34,7 @@ pub(super) fn item(
         id,
         group: Some(group),
         prompt,
+        begun: String::new(),
         is_message: true,
         max_tokens: MAX_TOKENS,
         stop: stop.iter().map(|&text| text.to_owned()).collect(),

@@ -87,6 +87,7 @@ pub fn read(test: &Path, train: &Path, shots: usize, extraction: Extraction) -> 
             id: number.to_string(),
             group: None,
             prompt: prompt + &question,
+            begun: String::new(),
             is_message: true,
             max_tokens: MAX_TOKENS,
             stop: STOP.map(str::to_owned).into(),

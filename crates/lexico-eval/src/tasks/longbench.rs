@@ -338,6 +338,7 @@ pub fn read(
                 },
                 group: Some(name.to_owned()),
                 prompt: without_middle(prompt, tokenizer, options.context)?,
+                begun: String::new(),
                 is_message: dataset.form == Form::Asked,
                 max_tokens,
                 // pred.py ends samsum's at a line end, but for the first token: its first line is what counts.

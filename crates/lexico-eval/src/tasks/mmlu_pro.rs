@@ -52,6 +52,7 @@ pub fn read(path: &Path, subjects: &[String]) -> Result<Questions> {
             id: id.as_str().map_or_else(|| id.to_string(), str::to_owned),
             group: Some(category.to_owned()),
             prompt,
+            begun: String::new(),
             is_message: true,
             max_tokens: MAX_TOKENS,
             stop: vec![STOP.to_owned()],

@@ -10,6 +10,7 @@ pub mod problems;
 mod python_random;
 pub mod recall;
 pub mod reconstruction;
+pub mod ruler;
 pub mod text;
 
 use std::path::PathBuf;

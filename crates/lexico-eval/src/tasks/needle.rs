@@ -208,7 +208,7 @@ impl<'t> Haystack<'t> {
 }
 
 /// A text's sentences, each with the white space behind it.
-fn sentences(text: &str) -> Vec<&str> {
+pub(super) fn sentences(text: &str) -> Vec<&str> {
     let mut sentences = Vec::new();
     let mut start = 0;
     // Whether what was read last ends a sentence, once white space has followed it.

@@ -46,6 +46,7 @@ fn asked(problems: &[Record], examples: &[Record], shots: usize) -> Result<Quest
             id: number.to_string(),
             group: None,
             prompt: format!("{before}Question: {}\nAnswer:", problem.text("question")?),
+            begun: String::new(),
             is_message: true,
             max_tokens: MAX_TOKENS,
             stop: vec!["\n\n".to_owned()],

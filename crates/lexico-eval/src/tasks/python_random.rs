@@ -1,5 +1,5 @@
-//! Python's `random.Random`, as far as few-shot examples are drawn with it: the Mersenne Twister MT19937 (Matsumoto
-//! and Nishimura, 1998) and `sample`.
+//! Python's `random.Random` and numpy's `RandomState`, as far as published prompts are drawn with them, by the Mersenne
+//! Twister MT19937 (Matsumoto and Nishimura, 1998).
 
 /// Words of the state.
 const WORDS: usize = 624;
@@ -11,15 +11,51 @@ pub(super) struct PythonRandom {
     next: usize,
 }
 
+/// numpy's `RandomState`
+pub(super) struct NumpyRandom(PythonRandom);
+
+impl NumpyRandom {
+    /// `np.random.seed(seed)`
+    pub(super) fn new(seed: u32) -> Self {
+        Self(PythonRandom {
+            state: spread(seed),
+            next: WORDS,
+        })
+    }
+
+    /// `randint(least, end)`; `end` is above `least`.
+    pub(super) fn integer(&mut self, least: u32, end: u32) -> u32 {
+        let range = end - least - 1;
+        let mask = range.checked_next_power_of_two().map_or(u32::MAX, |power| {
+            if power == range {
+                2 * power - 1
+            } else {
+                power - 1
+            }
+        });
+        loop {
+            let number = self.0.word() & mask;
+            if number <= range {
+                return least + number;
+            }
+        }
+    }
+}
+
+/// A state that is spread from one word.
+fn spread(seed: u32) -> [u32; WORDS] {
+    let mut state = [seed; WORDS];
+    for i in 1..WORDS {
+        let before = state[i - 1] ^ (state[i - 1] >> 30);
+        state[i] = before.wrapping_mul(1_812_433_253).wrapping_add(i as u32);
+    }
+    state
+}
+
 impl PythonRandom {
     /// `random.Random(seed)`
     pub(super) fn new(seed: u64) -> Self {
-        let mut state = [0; WORDS];
-        state[0] = 19_650_218_u32;
-        for i in 1..WORDS {
-            let before = state[i - 1] ^ (state[i - 1] >> 30);
-            state[i] = before.wrapping_mul(1_812_433_253).wrapping_add(i as u32);
-        }
+        let mut state = spread(19_650_218);
         let key = [seed as u32, (seed >> 32) as u32];
         let key = if key[1] == 0 { &key[..1] } else { &key[..] };
         // Places run in a circle that leaves out 0.
@@ -80,8 +116,41 @@ impl PythonRandom {
         sample
     }
 
+    /// `shuffle`
+    pub(super) fn shuffle<T>(&mut self, list: &mut [T]) {
+        for last in (1..list.len()).rev() {
+            list.swap(last, self.below(last + 1));
+        }
+    }
+
+    /// `''.join(choices(letters, k=length))` of ASCII letters.
+    pub(super) fn letters(&mut self, letters: &[u8], length: usize) -> String {
+        let count = letters.len() as f64;
+        let drawn = (0..length).map(|_| letters[(self.float() * count) as usize]);
+        drawn.map(char::from).collect()
+    }
+
+    /// `uuid.UUID(int=getrandbits(128), version=4)`
+    pub(super) fn uuid(&mut self) -> String {
+        let words: [u32; 4] = std::array::from_fn(|_| self.word());
+        let number = words
+            .iter()
+            .rev()
+            .fold(0_u128, |sum, &word| (sum << 32) | u128::from(word));
+        let number = (number & !((0xf000 << 64) | (0xc000 << 48))) | (4 << 76) | (0x8000 << 48);
+        let digits = format!("{number:032x}");
+        let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| &digits[part]);
+        parts.join("-")
+    }
+
+    /// `random()`
+    fn float(&mut self) -> f64 {
+        let (high, low) = (f64::from(self.word() >> 5), f64::from(self.word() >> 6));
+        (high * 67_108_864.0 + low) / 9_007_199_254_740_992.0
+    }
+
     /// A number below `count`, which is at least 1 and below 2³².
-    fn below(&mut self, count: usize) -> usize {
+    pub(super) fn below(&mut self, count: usize) -> usize {
         let bits = usize::BITS - count.leading_zeros();
         loop {
             let number = (self.word() >> (32 - bits)) as usize;

@@ -1,5 +1,6 @@
 //! Chunks of a text, read on token by token: `perplexity`, and `divergence` from the full cache.
 
+use std::cell::RefCell;
 use std::ops::ControlFlow;
 
 use lexico_llm::cache::{CacheSpec, KvCache};
@@ -22,6 +23,9 @@ pub struct TextOptions {
     pub chunks: usize,
     /// Seed of the chunks that are taken of a text that has more.
     pub seed: u64,
+    /// True where only the prompts are of the text, and the rest is what the model writes with the full cache, greedily
+    /// and beyond any end of text: errors that build up while it writes.
+    pub own_text: bool,
 }
 
 /// Measure of the predictions.
@@ -39,14 +43,18 @@ pub struct TextTask {
     measure: TextMeasure,
     texts: Vec<String>,
     options: TextOptions,
+    /// With own text, the prompts.
     chunks: Vec<Vec<u32>>,
+    /// Own texts, as they are written; the same for every cache.
+    written: RefCell<Vec<Option<Vec<u32>>>>,
 }
 
 impl TextTask {
     /// Takes some chunks of a corpus.
     ///
     /// # Errors
-    /// [`Error::Options`] for chunks without predictions or beyond the model's context; those of the corpus.
+    /// [`Error::Options`] for chunks without predictions or beyond the model's context, and for the perplexity of own text;
+    /// those of the corpus.
     pub fn new(
         model: &Model,
         corpus: &Corpus,
@@ -61,38 +69,80 @@ impl TextTask {
                  the chunk's, and chunks no longer than the model's context of {max}"
             )));
         }
-        let tokens = options.chunks.saturating_mul(context);
-        let chunks = corpus.chunks(&model.tokenizer, context, tokens, options.seed)?;
+        if options.own_text && measure == TextMeasure::Perplexity {
+            let reason = "the model's own text has no perplexity to tell; ask for the divergence";
+            return Err(Error::Options(reason.to_owned()));
+        }
+        let length = if options.own_text { prompt } else { context };
+        let tokens = options.chunks.saturating_mul(length);
+        let chunks = corpus.chunks(&model.tokenizer, length, tokens, options.seed)?;
         let chunks = chunks.collect::<lexico_llm::Result<Vec<_>>>()?;
-        let whole = chunks.into_iter().filter(|chunk| chunk.len() == context);
+        let whole = chunks.into_iter().filter(|chunk| chunk.len() == length);
+        let chunks: Vec<Vec<u32>> = whole.take(options.chunks).collect();
         Ok(Self {
             measure,
             texts: corpus.names().to_vec(),
             options,
-            chunks: whole.take(options.chunks).collect(),
+            written: RefCell::new(vec![None; chunks.len()]),
+            chunks,
         })
     }
 
-    /// Reads `chunks` with each of `caches`; at every token to predict, `visit` is given the chunk's place among
-    /// them, the token, and the logits with each cache. Returns the caches, chunk by chunk.
+    /// The tokens of some chunks; `None` where it was broken off. Own text is written where it is not there yet.
+    fn tokens(
+        &self,
+        model: &Model,
+        items: &[usize],
+        on_step: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Option<Vec<Vec<u32>>>> {
+        let chunks = items.iter().map(|&item| self.chunks[item].clone());
+        let mut chunks: Vec<Vec<u32>> = chunks.collect();
+        if !self.options.own_text {
+            return Ok(Some(chunks));
+        }
+        let mut written = self.written.borrow_mut();
+        if items.iter().any(|&item| written[item].is_none()) {
+            let prompts = chunks.clone();
+            let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+            let mut write = |chunk: usize, _: usize, logits: &[Vec<f32>]| {
+                let token = most_likely(&logits[0]);
+                chunks[chunk].push(token);
+                token
+            };
+            let full: CacheSpec = "full".parse()?;
+            let read = self.read(model, &[&full], &prompts, on_step, &mut write)?;
+            if read.is_none() {
+                return Ok(None);
+            }
+            for (&item, chunk) in items.iter().zip(chunks) {
+                written[item] = Some(chunk);
+            }
+        }
+        Ok(items.iter().map(|&item| written[item].clone()).collect())
+    }
+
+    /// Reads on from `prompts` with each of `caches`; at every token to predict, `visit` is given the prompt's place among
+    /// them, the token's place in its text, and the logits with each cache, and returns the token. Returns the caches,
+    /// prompt by prompt.
     fn read(
         &self,
         model: &Model,
         caches: &[&CacheSpec],
-        chunks: &[&Vec<u32>],
+        prompts: &[&[u32]],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
-        visit: &mut dyn FnMut(usize, u32, &[Vec<f32>]),
+        visit: &mut dyn FnMut(usize, usize, &[Vec<f32>]) -> u32,
     ) -> Result<Option<Vec<Box<dyn KvCache>>>> {
-        let made = chunks.iter().flat_map(|_| caches);
+        let made = prompts.iter().flat_map(|_| caches);
         let made = made.map(|spec| model.cache(spec));
         let mut held: Vec<Box<dyn KvCache>> = made.collect::<lexico_llm::Result<_>>()?;
         let (context, prompt) = (self.options.context, self.options.prompt);
         let each = caches.len();
-        for (number, (chunk, caches)) in chunks.iter().zip(held.chunks_mut(each)).enumerate() {
+        let mut next = Vec::with_capacity(prompts.len());
+        for (number, (tokens, caches)) in prompts.iter().zip(held.chunks_mut(each)).enumerate() {
             let mut logits = Vec::with_capacity(each);
             for cache in caches {
                 let mut sequences = [Sequence {
-                    tokens: &chunk[..prompt],
+                    tokens,
                     cache: cache.as_mut(),
                 }];
                 let last = model.decoder.forward(&mut sequences, Logits::Last)?;
@@ -104,12 +154,12 @@ impl TextTask {
                     return Ok(None);
                 }
             }
-            visit(number, chunk[prompt], &logits);
+            next.push(visit(number, prompt, &logits));
         }
-        for at in prompt..context - 1 {
-            let tokens = chunks
+        for at in prompt + 1..context {
+            let tokens = next
                 .iter()
-                .flat_map(|chunk| caches.iter().map(move |_| &chunk[at..=at]));
+                .flat_map(|token| caches.iter().map(move |_| std::slice::from_ref(token)));
             let mut sequences: Vec<Sequence<'_>> = tokens
                 .zip(&mut held)
                 .map(|(tokens, cache)| Sequence {
@@ -119,11 +169,12 @@ impl TextTask {
                 .collect();
             let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
             let logits: Vec<Vec<f32>> = logits.to_vec2().map_err(lexico_llm::Error::from)?;
-            for (number, (chunk, logits)) in chunks.iter().zip(logits.chunks(each)).enumerate() {
+            next.clear();
+            for (number, logits) in logits.chunks(each).enumerate() {
                 for logits in logits {
                     check_finite(logits)?;
                 }
-                visit(number, chunk[at + 1], logits);
+                next.push(visit(number, at, logits));
             }
             if on_step().is_break() {
                 return Ok(None);
@@ -153,7 +204,7 @@ impl Task for TextTask {
         for token in self.chunks.iter().flatten() {
             checksum.update(&token.to_le_bytes());
         }
-        named([
+        let mut settings = named([
             ("texts", json!(self.texts)),
             ("context", json!(self.options.context)),
             ("prompt", json!(self.options.prompt)),
@@ -161,7 +212,11 @@ impl Task for TextTask {
                 "tokens_crc32",
                 json!(format!("{:08x}", checksum.finalize())),
             ),
-        ])
+        ]);
+        if self.options.own_text {
+            settings.insert("own_text".to_owned(), true.into());
+        }
+        settings
     }
 
     fn count(&self) -> usize {
@@ -175,8 +230,12 @@ impl Task for TextTask {
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Vec<Outcome>>> {
-        let chunks: Vec<&Vec<u32>> = items.iter().map(|&item| &self.chunks[item]).collect();
-        let predicted = self.options.context - self.options.prompt;
+        let Some(chunks) = self.tokens(model, items, on_step)? else {
+            return Ok(None);
+        };
+        let prompt = self.options.prompt;
+        let prompts: Vec<&[u32]> = chunks.iter().map(|chunk| &chunk[..prompt]).collect();
+        let predicted = self.options.context - prompt;
         let full: CacheSpec = "full".parse()?;
         let caches: &[&CacheSpec] = match self.measure {
             // The full cache need not be held against itself.
@@ -185,7 +244,8 @@ impl Task for TextTask {
         };
         let mut values = vec![Vec::with_capacity(predicted); items.len()];
         let mut agreements = vec![0usize; items.len()];
-        let mut visit = |chunk: usize, token: u32, logits: &[Vec<f32>]| {
+        let mut visit = |chunk: usize, at: usize, logits: &[Vec<f32>]| {
+            let token = chunks[chunk][at];
             let [first, last] = [&logits[0], &logits[logits.len() - 1]];
             values[chunk].push(match self.measure {
                 TextMeasure::Perplexity => {
@@ -197,8 +257,9 @@ impl Task for TextTask {
                     f64::from(divergence(&log_softmax(first), &log_softmax(last)) as f32)
                 }
             });
+            token
         };
-        let Some(held) = self.read(model, caches, &chunks, on_step, &mut visit)? else {
+        let Some(held) = self.read(model, caches, &prompts, on_step, &mut visit)? else {
             return Ok(None);
         };
         let own = held.chunks(caches.len()).filter_map(|caches| caches.last());
@@ -213,7 +274,10 @@ impl Task for TextTask {
                 prompt_positions: self.options.prompt,
                 positions: cache.len(),
                 detail: match self.measure {
-                    TextMeasure::Perplexity => Detail::Likelihood { tokens: predicted },
+                    TextMeasure::Perplexity => Detail::Likelihood {
+                        tokens: predicted,
+                        losses: values.into_iter().map(|value| value as f32).collect(),
+                    },
                     TextMeasure::Divergence => Detail::Distributions {
                         divergences: values.into_iter().map(|value| value as f32).collect(),
                         agreement: agreements as f64 / predicted as f64,

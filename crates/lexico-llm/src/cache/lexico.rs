@@ -39,7 +39,7 @@ pub(super) static METHOD: Method = Method {
             "unbiased",
         )
         .about("coefficients that keep scores, or vectors, nearest"),
-        option("sinks", Values::Count, "4, on a GPU 0").about("first positions, kept dense"),
+        option("sinks", Values::Count, "4").about("first positions, kept dense"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
         option("batch", Values::Count, "16").about("positions that leave the window at once"),
         option(
@@ -87,16 +87,18 @@ pub(super) static METHOD: Method = Method {
         };
         let max = dictionaries.max_sparsity(family) * steps;
         let sparsities = (steps..=max).rev().map(|step| step as f64 / steps as f64);
-        let window = vec![
-            ("window", window.to_string()),
-            ("batch", (window / 16).to_string()),
-        ];
+        let own = |name, value: usize| (name, value.to_string());
+        let mut dense = vec![own("window", window), own("batch", window / 16)];
+        if spec.given("window").is_none() {
+            // Where the window is small the first positions must not take its place.
+            dense.push(own("sinks", SINKS.min(window / 8)));
+        }
         if by_part == [true, true] {
-            return vec![window];
+            return vec![dense];
         }
         sparsities
             .map(|sparsity| {
-                let mut setting = window.clone();
+                let mut setting = dense.clone();
                 setting.push(("sparsity", sparsity.to_string()));
                 setting
             })
@@ -126,12 +128,7 @@ fn settings(
         "unbiased" => Fit::Unbiased,
         _ => Fit::LeastSquares,
     };
-    let sinks = match spec.given("sinks") {
-        Some(_) => spec.number("sinks")?,
-        // Its kernels know only the recent window.
-        None if context.device.is_cuda() => 0,
-        None => SINKS,
-    };
+    let sinks = spec.number("sinks")?;
     let (recent_window, batch) = (spec.number("window")?, spec.number("batch")?);
     let sparsities = sparsities(spec, context, dictionaries, coding.family())?;
     let layers = sparsities.len();

@@ -128,7 +128,7 @@ impl TrainOptions {
     /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], [`lexico::Error::Learn`] for more atoms than
     /// vectors, [`Error::NothingToLearn`], [`Error::TrainContext`] and [`Error::TrainTokens`].
     pub fn check(&self, config: &Config) -> Result<()> {
-        if self.learns_sparse() {
+        if self.kept.is_none() {
             self.learn.check(config.head_dim)?;
         }
         if let Some(codebooks) = &self.codebooks {

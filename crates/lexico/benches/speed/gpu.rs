@@ -211,6 +211,8 @@ mod on {
                         room: 1,
                         start: 0,
                         len: 0,
+                        sinks: 0,
+                        first_sink: 0,
                     },
                 })
                 .collect();

@@ -61,6 +61,14 @@ impl DenseRows {
         self.head_dim
     }
 
+    /// Makes room for so many more vectors and for none beyond them, where they are all that is to come.
+    pub fn reserve(&mut self, vectors: usize) {
+        match &mut self.numbers {
+            Numbers::F16(numbers) => numbers.reserve_exact(vectors * self.head_dim),
+            Numbers::F32(numbers) => numbers.reserve_exact(vectors * self.head_dim),
+        }
+    }
+
     /// Appends vectors, `[n, m]`.
     pub fn extend(&mut self, vectors: &[f32]) {
         match &mut self.numbers {

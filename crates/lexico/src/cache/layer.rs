@@ -22,7 +22,8 @@ pub fn outside_window(sliding_window: Option<usize>, held: usize) -> Option<usiz
 }
 
 /// The keys and values of one layer of one sequence: the past as codes over the model's dictionaries, the newest
-/// positions dense.
+/// positions, and the first ones where the settings say so, dense. Where the dictionaries have maps of the heads all of them
+/// are kept behind these; what goes in and comes out is as the model made it.
 ///
 /// A step [attends](LayerCache::attend) with its own keys and values at full precision, then
 /// [appends](LayerCache::append) them. What the recent window cannot hold of a prompt is coded right then. In decode
@@ -234,7 +235,7 @@ impl LayerCache {
             t = mapped.keys.len() / row;
         }
         let new = mapped.as_ref().map(|x| &x[..]);
-        if t == 1 && self.settings.delay > 0 {
+        if t == 1 && self.settings.wait() > 0 {
             self.append_one(new, threads)?;
         } else if t > 0 {
             self.append_many(new, t, threads)?;
@@ -345,6 +346,7 @@ impl LayerCache {
         for (h, head) in self.heads.iter_mut().enumerate() {
             for ((rows, new), rest) in head.as_mut().zip(new).zip(rest.as_mut()) {
                 let (first, others) = new[h * t * m..(h + 1) * t * m].split_at(count * m);
+                rows.sinks.reserve(count);
                 rows.sinks.extend(first);
                 rest.extend_from_slice(others);
             }

@@ -29,7 +29,7 @@ impl<C> Leaving<C> {
             });
         }
         match leaving {
-            Some(waiting) if waiting.age < settings.delay => {
+            Some(waiting) if waiting.age < settings.wait() => {
                 waiting.age += 1;
                 Ok(None)
             }

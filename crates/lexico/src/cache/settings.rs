@@ -22,7 +22,8 @@ pub struct LayerSettings {
     /// `n_a`: the positions that leave the recent window at once.
     pub batch: usize,
     /// The steps of decode between the one at which a batch begins to leave the recent window and the one at which it
-    /// takes its place among the codes. Layers with delays of their own do not all make the same token wait.
+    /// takes its place among the codes. Layers with delays of their own do not all make the same token wait. One less than
+    /// the batch at the most: a longer one counts as that, or more would come than leaves.
     pub delay: usize,
     /// The numbers of the recent window.
     pub number_type: NumberType,
@@ -34,14 +35,15 @@ pub struct LayerSettings {
 }
 
 impl LayerSettings {
-    /// The usual settings: additive codes, a recent window of 128 positions, of which 16 leave at once, in f16.
+    /// The usual settings: additive codes, the first 4 positions dense, a recent window of 128 positions, of which 16 leave at
+    /// once, in f16.
     #[must_use]
     pub fn new(sparsities: LayerSparsities) -> Self {
         Self {
             coding: Coding::default(),
             fit: Fit::default(),
             sparsities,
-            sinks: 0,
+            sinks: 4,
             recent_window: 128,
             batch: 16,
             delay: 4,
@@ -71,16 +73,29 @@ impl LayerSettings {
         let coders = self.coding.coders(dictionaries)?;
         for (coder, sparsities) in coders.as_ref().zip(sparsities.as_ref()) {
             sparsities.iter().try_for_each(|&s| coder.check(s))?;
-            if let Some(maps) = coder.maps().filter(|maps| maps.heads() != sparsities.len()) {
+            let Some(maps) = coder.maps() else {
+                continue;
+            };
+            if maps.heads() != sparsities.len() {
+                let given = sparsities.len().to_string();
                 let reason = format!("there are maps of {} heads", maps.heads());
-                return Err(Error::setting(
-                    "sparsity",
-                    sparsities.len().to_string(),
-                    &reason,
-                ));
+                return Err(Error::setting("sparsity", given, &reason));
+            }
+            if maps.head_dim() != dictionaries.head_dim() {
+                return Err(Error::Dictionary(format!(
+                    "the maps are of head dim {}, the atoms of {}",
+                    maps.head_dim(),
+                    dictionaries.head_dim()
+                )));
             }
         }
         Ok(coders)
+    }
+
+    /// The steps that a batch waits: the next one begins to leave when this one is gone, and by then no more than a batch may
+    /// have come.
+    pub(crate) fn wait(&self) -> usize {
+        self.delay.min(self.batch.saturating_sub(1))
     }
 
     /// The positions to code at once when `new` ones come to `held` dense ones in a prompt: those that the recent window

@@ -5,7 +5,7 @@ use super::coefficients::{self, Coefficients};
 use super::pages::Pages;
 use super::sparse::{SparseFormat, SparsePage};
 use super::{Codes, CoefficientFormat, FamilyPages};
-use crate::dictionary::{Atoms, CodebookSizes};
+use crate::dictionary::{Atoms, CodebookSizes, HeadMaps};
 use crate::kernels::additive::Leading;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile, numbers};
 use crate::{Error, Result};
@@ -14,6 +14,8 @@ use crate::{Error, Result};
 pub const FORMAT: &str = "lexico-codes/1";
 /// Metadata of additive codes: the atoms of the first codebook.
 const FIRST_CODEBOOK: &str = "first_group";
+/// Metadata of codes behind maps: the KV head that the vectors are of.
+const HEAD: &str = "head";
 const CURE: &str = "`lexico encode` makes such a file";
 
 /// Codes in a file, and the dictionary they need.
@@ -22,15 +24,19 @@ const CURE: &str = "`lexico encode` makes such a file";
 /// F8_E8M0 `[n]`, a coefficient being its number times its vector's scale; and where they
 /// vary `lengths` U8 `[n]`, the rest of a row being zero. Additive codes instead: `first` U16 `[n]`
 /// and `rest` U8 `[n, s − 1]`, numbers of atoms in their codebooks, with the scale in the highest five bits of `first`;
-/// `first_group` in the metadata says how many atoms the first codebook has.
+/// `first_group` in the metadata says how many atoms the first codebook has. Where they were found behind the map of a KV
+/// head, `head` says of which.
 #[derive(Debug, Clone)]
 pub struct CodeFile {
     /// The codes.
     pub codes: Codes,
     /// Name of the dictionary's tensor.
     pub tensor: String,
-    /// [`Atoms::checksum`] of the dictionary or the codebooks.
+    /// [`Atoms::checksum`] of the dictionary or the codebooks; where there are maps, that of both
+    /// ([`Coder::checksum`](crate::cache::Coder::checksum)).
     pub checksum: u32,
+    /// The KV head behind whose map the codes were found, where there are maps.
+    pub head: Option<usize>,
     /// `m`.
     pub head_dim: usize,
 }
@@ -43,8 +49,17 @@ impl CodeFile {
             codes,
             tensor: tensor.to_owned(),
             checksum: atoms.checksum(),
+            head: None,
             head_dim: atoms.head_dim(),
         }
+    }
+
+    /// Says that the codes were found behind the map of this KV head.
+    #[must_use]
+    pub fn behind(mut self, maps: &HeadMaps, head: usize) -> Self {
+        self.checksum ^= maps.checksum();
+        self.head = Some(head);
+        self
     }
 
     /// Writes the file, whole or not at all.
@@ -58,6 +73,9 @@ impl CodeFile {
             ("dictionary_crc32", format!("{:08x}", self.checksum)),
             ("head_dim", self.head_dim.to_string()),
         ];
+        if let Some(head) = self.head {
+            metadata.push((HEAD, head.to_string()));
+        }
         let tensors = match &self.codes.0 {
             FamilyPages::Sparse(pages) => sparse_tensors(pages),
             FamilyPages::Additive(pages) => {
@@ -83,6 +101,8 @@ impl CodeFile {
         if !(1..=1 << 30).contains(&head_dim) {
             return Err(file.bad_entry("head_dim", format!("{head_dim} is impossible")));
         }
+        let has_head = file.metadata().contains_key(HEAD);
+        let head = has_head.then(|| file.entry(HEAD, str::parse)).transpose()?;
         let pages = if file.metadata().contains_key(FIRST_CODEBOOK) {
             let first = file.entry(FIRST_CODEBOOK, str::parse)?;
             FamilyPages::Additive(read_additive(&file, CodebookSizes { first })?)
@@ -93,20 +113,51 @@ impl CodeFile {
             codes: Codes(pages),
             tensor: file.entry("tensor", str::parse)?,
             checksum,
+            head,
             head_dim,
         })
     }
 
-    /// Rebuilds the vectors, `[n, m]`.
+    /// Rebuilds the vectors, `[n, m]`, of codes that no maps are needed for.
     ///
     /// # Errors
-    /// [`Error::OtherDictionary`] where `dictionary` is not the one that made the codes.
+    /// Those of [`CodeFile::decode_behind`].
     pub fn decode<'a>(&self, atoms: impl Into<Atoms<'a>>) -> Result<Vec<f32>> {
+        self.decode_behind(atoms, None)
+    }
+
+    /// Rebuilds the vectors, `[n, m]`. `maps` are those of the dictionary file, if it has any; codes of a KV head need
+    /// them, others leave them alone.
+    ///
+    /// # Errors
+    /// [`Error::OtherDictionary`] where the atoms, or the maps, are not those that made the codes;
+    /// [`Error::Dictionary`] where the maps have no such head.
+    pub fn decode_behind<'a>(
+        &self,
+        atoms: impl Into<Atoms<'a>>,
+        maps: Option<&HeadMaps>,
+    ) -> Result<Vec<f32>> {
         let atoms = atoms.into();
-        if atoms.checksum() != self.checksum || atoms.head_dim() != self.head_dim {
+        let own = self.head.and(maps);
+        let checksum = atoms.checksum() ^ own.map_or(0, HeadMaps::checksum);
+        let mut dims = [Some(atoms.head_dim()), own.map(HeadMaps::head_dim)]
+            .into_iter()
+            .flatten();
+        if checksum != self.checksum
+            || dims.any(|m| m != self.head_dim)
+            || self.head.is_some() != own.is_some()
+        {
             return Err(Error::OtherDictionary(format!("tensor {:?}", self.tensor)));
         }
-        self.codes.decode(atoms)
+        let decoded = self.codes.decode(atoms)?;
+        match self.head.zip(own) {
+            Some((head, maps)) if head >= maps.heads() => Err(Error::Dictionary(format!(
+                "the codes are of KV head {head}, and there are maps of {} heads",
+                maps.heads()
+            ))),
+            Some((head, maps)) => Ok(maps.invert(head, &decoded)),
+            None => Ok(decoded),
+        }
     }
 }
 

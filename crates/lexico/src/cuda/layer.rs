@@ -31,14 +31,17 @@ pub struct DeviceLayer<D: Device> {
     room: usize,
 }
 
-/// One sequence's keys and values in one layer, in a device's memory: codes, then the newest positions dense.
+/// One sequence's keys and values in one layer, in a device's memory: the first positions dense, codes, the newest positions dense.
 pub struct DeviceSequence<D: Device> {
     /// Those of each head.
     codes: KeyValue<Vec<DeviceCodes<D>>>,
-    /// The recent window, `[heads, room, m]`, halves.
-    recent: KeyValue<D::Memory>,
+    /// Each head's recent window, `[room, m]`, and its first positions, `[sinks, m]`, halves.
+    dense: KeyValue<D::Memory>,
     room: usize,
     sliding_window: Option<usize>,
+    /// The first positions that are held, and how many before them no query sees any more.
+    sinks: usize,
+    first_sink: usize,
     /// The window's first row, and how many there are.
     start: usize,
     held: usize,
@@ -93,10 +96,6 @@ fn check(settings: &LayerSettings) -> Result<()> {
             let reason = "on a GPU all codes have as many atoms";
             ("tolerance", tolerance.to_string(), reason)
         }
-        _ if settings.sinks > 0 => {
-            let reason = "on a GPU only the recent window is dense";
-            ("sinks", settings.sinks.to_string(), reason)
-        }
         _ if settings.number_type != NumberType::F16 => {
             let reason = "on a GPU the recent window is in f16";
             ("dense", "f32".to_owned(), reason)
@@ -112,7 +111,8 @@ fn check(settings: &LayerSettings) -> Result<()> {
 
 impl<D: Device> DeviceLayer<D> {
     /// Brings a layer's dictionaries to a device. `query_group` query heads share a KV head. The second stream codes
-    /// in the background whatever [`LayerSettings::background`] says.
+    /// in the background whatever [`LayerSettings::background`] says. [Maps](crate::dictionary::HeadMaps) are the caller's to
+    /// apply: keys, values, queries and outputs are those behind them.
     ///
     /// # Errors
     /// [`Error::Setting`] and those of [`LayerCache::new`](crate::cache::LayerCache::new) for settings that cannot be, on a device or at all;
@@ -126,13 +126,15 @@ impl<D: Device> DeviceLayer<D> {
     ) -> Result<Self> {
         check(&settings)?;
         let coders = settings.coders(dictionaries)?;
-        let (window, batch) = (settings.recent_window, settings.batch);
-        let parts = [window, batch, batch, settings.delay];
+        let (window, batch, sinks) = (settings.recent_window, settings.batch, settings.sinks);
+        let parts = [window, batch, batch, settings.wait()];
         let room = parts.into_iter().try_fold(1usize, usize::checked_add);
+        let rows = room.and_then(|room| room.checked_add(sinks));
         // Kernels count rows in `int`.
-        let Some(room) = room.filter(|&room| i32::try_from(room).is_ok()) else {
+        let possible = rows.is_some_and(|rows| i32::try_from(rows).is_ok());
+        let Some(room) = room.filter(|_| possible) else {
             return Err(Error::Device(format!(
-                "a window of {window} positions, of which {batch} leave at once; less than 2³¹ are possible"
+                "a window of {window} positions, of which {batch} leave at once, and {sinks} first ones; less than 2³¹ are possible"
             )));
         };
         let device = &streams.main;
@@ -179,7 +181,7 @@ impl<D: Device> DeviceLayer<D> {
     /// [`Error::Device`] where memory does not suffice.
     pub fn sequence(&self) -> Result<DeviceSequence<D>> {
         let device = &self.streams.main;
-        let bytes = self.heads() * self.room * self.head_dim * size_of::<u16>();
+        let bytes = self.heads() * self.ring_bytes();
         let parts = self.coders.as_ref().zip(self.settings.sparsities.as_ref());
         let codes = |(coder, sparsities): (&Coder, &Vec<usize>)| -> Result<_> {
             let heads = sparsities.iter();
@@ -188,14 +190,21 @@ impl<D: Device> DeviceLayer<D> {
         };
         Ok(DeviceSequence {
             codes: parts.try_map(codes)?,
-            recent: KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?),
+            dense: KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?),
             room: self.room,
             sliding_window: self.settings.sliding_window,
+            sinks: 0,
+            first_sink: 0,
             start: 0,
             held: 0,
             leaving: None,
             positions: 0,
         })
+    }
+
+    /// The bytes of a head's dense keys, or values.
+    fn ring_bytes(&self) -> usize {
+        (self.room + self.settings.sinks) * self.head_dim * size_of::<u16>()
     }
 
     /// KV heads.
@@ -225,7 +234,10 @@ impl<D: Device> DeviceLayer<D> {
         out: u64,
     ) -> Result<()> {
         for sequence in &mut *sequences {
-            sequence.held += 1;
+            match self.sinks_of(sequence, 1) {
+                0 => sequence.held += 1,
+                own => sequence.sinks += own,
+            }
             sequence.positions += 1;
         }
         // SAFETY: the caller's; the windows have room for a row more.
@@ -246,8 +258,8 @@ impl<D: Device> DeviceLayer<D> {
         Ok(())
     }
 
-    /// Takes `t` new positions of a sequence, keys and values `[heads, t, m]`, addresses of f32, and codes at once what the window
-    /// cannot hold. Attention over them is the caller's, who finds what came before with [`DeviceLayer::read_back`].
+    /// Takes `t` new positions of a sequence, keys and values `[heads, t, m]`, addresses of f32, and codes at once what neither the first
+    /// positions nor the window can hold. Attention over them is the caller's, who finds what came before with [`DeviceLayer::read_back`].
     ///
     /// # Errors
     /// [`Error::Device`].
@@ -264,8 +276,17 @@ impl<D: Device> DeviceLayer<D> {
             self.settle(sequence, leaving.codes)?;
         }
         sequence.positions += t;
+        let first = self.sinks_of(sequence, t);
+        sequence.sinks += first;
+        let mut sequences = [sequence];
+        // SAFETY: the caller's; there is room for as many first positions as the settings say.
+        unsafe { self.append(&mut sequences, new, t, 0, first)? };
+        let [sequence] = sequences;
+        // The others of each head, which lie as far apart as before.
+        let skipped = (first * self.head_dim * size_of::<f32>()) as u64;
+        let (new, rest) = (new.map(|address| address + skipped), t - first);
         let held = sequence.held;
-        let surplus = self.settings.surplus(held, t);
+        let surplus = self.settings.surplus(held, rest);
         for first in (0..surplus).step_by(AT_ONCE) {
             let count = AT_ONCE.min(surplus - first);
             // SAFETY: the caller's.
@@ -275,15 +296,15 @@ impl<D: Device> DeviceLayer<D> {
         let from_window = surplus.min(held);
         sequence.drop_rows(from_window);
         let passing = surplus - from_window;
-        sequence.held += t - passing;
+        sequence.held += rest - passing;
         let mut sequences = [sequence];
         // SAFETY: the caller's; no more rows are left than the window has room for.
-        unsafe { self.append(&mut sequences, new, t, passing, t - passing)? };
+        unsafe { self.append(&mut sequences, new, t, passing, rest - passing)? };
         let [sequence] = sequences;
         self.drop_hidden(sequence)
     }
 
-    /// Writes what a sequence's codes and window stand for, as far as the next query sees them: keys and values `[heads, positions, m]`,
+    /// Writes what a sequence's first positions, codes and window stand for, as far as the next query sees them: keys and values `[heads, positions, m]`,
     /// f32, written to memory at these addresses.
     ///
     /// # Errors
@@ -322,9 +343,19 @@ impl<D: Device> DeviceLayer<D> {
         let codes = sequence.codes.as_ref();
         LayerFootprint {
             codes: codes.map(|codes| codes.iter().map(DeviceCodes::bytes).sum()),
+            sinks: rows(self.settings.sinks, size_of::<u16>()),
             recent_window: rows(sequence.room, size_of::<u16>()),
             leaving: leaving.sum(),
             bookkeeping: size_of::<DeviceSequence<D>>(),
+        }
+    }
+
+    /// How many of `t` new positions are among a sequence's first ones, which are kept dense.
+    fn sinks_of(&self, sequence: &DeviceSequence<D>, t: usize) -> usize {
+        let room = self.settings.sinks - sequence.first_sink - sequence.sinks;
+        match sequence.coded() + sequence.held {
+            0 => room.min(t),
+            _ => 0,
         }
     }
 
@@ -334,10 +365,12 @@ impl<D: Device> DeviceLayer<D> {
         sequence: &'a DeviceSequence<D>,
         hidden: usize,
     ) -> impl Iterator<Item = DevicePast<'a, D>> {
-        let hidden_codes = hidden.min(sequence.coded());
-        let hidden_rows = (hidden - hidden_codes).min(sequence.held);
-        let ring = (sequence.room * self.head_dim * size_of::<u16>()) as u64;
-        let KeyValue { keys, values } = sequence.recent.as_ref().map(D::address);
+        let hidden_sinks = hidden.min(sequence.sinks);
+        let hidden_codes = (hidden - hidden_sinks).min(sequence.coded());
+        let hidden_rows = (hidden - hidden_sinks - hidden_codes).min(sequence.held);
+        let ring = self.ring_bytes() as u64;
+        let sinks = sequence.sinks - hidden_sinks;
+        let KeyValue { keys, values } = sequence.dense.as_ref().map(D::address);
         let codes = &sequence.codes;
         let heads = codes.keys.iter().zip(&codes.values).zip(0u64..);
         heads.map(move |((key_codes, value_codes), head)| DevicePast {
@@ -349,7 +382,9 @@ impl<D: Device> DeviceLayer<D> {
                 values: values + head * ring,
                 room: sequence.room,
                 start: (sequence.start + hidden_rows) % sequence.room,
-                len: sequence.held - hidden_rows,
+                len: sinks + sequence.held - hidden_rows,
+                sinks,
+                first_sink: sequence.first_sink + hidden_sinks,
             },
         })
     }
@@ -433,7 +468,9 @@ impl<D: Device> DeviceLayer<D> {
         count: usize,
     ) -> Result<DeviceBatch<D>> {
         let device = &self.streams.main;
-        let pasts: Vec<DevicePast<'_, D>> = self.pasts(sequence, 0).collect();
+        // First positions stay as they are.
+        let pasts = self.pasts(sequence, sequence.sinks);
+        let pasts: Vec<DevicePast<'_, D>> = pasts.collect();
         let bytes = self.heads() * count * self.head_dim * size_of::<f32>();
         let vectors = KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?);
         let KeyValue { keys, values } = vectors.as_ref().map(Argument::of::<D>);
@@ -489,6 +526,9 @@ impl<D: Device> DeviceLayer<D> {
     }
 
     fn drop_hidden(&self, sequence: &mut DeviceSequence<D>) -> Result<()> {
+        let sinks = sequence.hidden().min(sequence.sinks);
+        sequence.first_sink += sinks;
+        sequence.sinks -= sinks;
         let hidden = sequence.hidden();
         let mut codes = sequence.codes.as_mut().into_iter().flatten();
         codes.try_for_each(|codes| codes.drop_hidden(&self.streams.main, hidden))
@@ -503,7 +543,7 @@ impl<D: Device> DeviceSequence<D> {
 
     /// The number of positions that the next query sees, or one more.
     pub fn seen(&self) -> usize {
-        self.coded() + self.held - self.hidden()
+        self.sinks + self.coded() + self.held - self.hidden()
     }
 
     /// The number of positions that are codes.
@@ -511,14 +551,19 @@ impl<D: Device> DeviceSequence<D> {
         self.codes.keys.first().map_or(0, |codes| codes.len)
     }
 
-    /// The number of positions that are dense.
+    /// The number of first positions that are kept dense.
+    pub fn sinks(&self) -> usize {
+        self.sinks
+    }
+
+    /// The number of positions in the recent window.
     pub fn dense(&self) -> usize {
         self.held
     }
 
     /// The number of the oldest positions that the newest one, or the next, does not see.
     fn hidden(&self) -> usize {
-        let held = self.coded() + self.held;
+        let held = self.sinks + self.coded() + self.held;
         let sliding = self.sliding_window;
         sliding.map_or(0, |sliding| held.saturating_sub(sliding.max(1)))
     }

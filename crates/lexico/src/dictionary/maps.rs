@@ -7,7 +7,7 @@ use crate::{Error, Result};
 ///
 /// It is chosen so that an equal error hurts equally in every direction and in every head. For keys `A` is the square
 /// root of the queries' second moments, so that `‖y − ŷ‖` is the error of the scores that queries give (the metric of
-/// optimal quantisation for inner products: Guo et al., ICML 2016; Wu et al., 2017). Nothing is approximated by it: with
+/// quantisation for inner products: Guo et al., AISTATS 2016). Nothing is approximated by it: with
 /// `q' = A⁻ᵀq` scores change by the same number `q·μ` at all positions, which the softmax does not see, and attention's
 /// weights sum up to 1, so that its output is `A⁻¹o' + μ`.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,7 +38,7 @@ impl HeadMaps {
     /// inverted in f32.
     pub fn new(means: &[f32], matrices: &[f32], head_dim: usize) -> Result<Self> {
         let m = head_dim;
-        let heads = if m == 0 { 0 } else { means.len() / m };
+        let heads = means.len().checked_div(m).unwrap_or(0);
         if heads == 0 || means.len() != heads * m || matrices.len() != heads * m * m {
             let reason = format!(
                 "{} means and {} numbers of matrices are not those of heads with head dim {m}",

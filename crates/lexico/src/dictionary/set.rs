@@ -143,7 +143,8 @@ impl DictionarySet {
     ///
     /// # Errors
     /// Those of [`TensorFile`]; [`Error::Format`], [`Error::Metadata`], and [`Error::Tensor`] for
-    /// a tensor that is not finite, whose rows are not of unit length, or not of the head dim that the metadata gives.
+    /// a tensor that is not finite, whose rows are not of unit length, or not of the head dim that the metadata gives,
+    /// and for maps of other heads, that cannot be inverted, or without codebooks.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         Self::read(&TensorFile::open(path)?)
     }
@@ -174,6 +175,13 @@ impl DictionarySet {
             );
             return Err(file.bad_entry("model", reason));
         }
+        if let (false, Some(name)) = (
+            has_codebooks,
+            names.iter().find(|name| name.ends_with(MEANS)),
+        ) {
+            let reason = "codes behind maps are over codebooks, and the file has none";
+            return Err(Error::tensor(file.path(), name, reason.to_owned()));
+        }
         let mut losses = training.losses.iter().chain(&training.additive_losses);
         if let Some(reason) = losses.find_map(|l| l.refuse(model.layers, model.kv_heads)) {
             return Err(file.bad_entry("training", reason));
@@ -194,7 +202,8 @@ impl DictionarySet {
             let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
             let codebooks =
                 |name: &String| Codebooks::read(file, name, model.head_dim).map(Arc::new);
-            let maps = |name: &String| HeadMaps::read(file, name, &model).map(Arc::new);
+            let (heads, m) = (model.kv_heads, model.head_dim);
+            let maps = |name: &String| HeadMaps::read(file, name, heads, m).map(Arc::new);
             let sparse = has_sparse.then(|| names.as_ref().try_map(read));
             let codebooks = has_codebooks.then(|| names.as_ref().try_map(codebooks));
             let maps = has_maps.then(|| names.as_ref().try_map(maps));
@@ -354,17 +363,37 @@ impl DictionarySet {
     }
 }
 
-/// Ends of the names of the tensors of codebooks: atoms of the first codebook, and of the others.
+/// Ends of the names of the tensors of maps.
 const MEANS: &str = ".means";
 const MATRICES: &str = ".matrices";
 
 impl HeadMaps {
-    /// Reads the maps of a layer's keys or values.
-    fn read(file: &TensorFile, name: &str, model: &ModelIdentity) -> Result<Self> {
+    /// Returns whether a dictionary file has maps for keys or values, `name` as in `layers.0.keys`.
+    pub fn are_in(file: &TensorFile, name: &str) -> bool {
+        file.info(&format!("{name}{MEANS}")).is_ok()
+    }
+
+    /// Reads the maps of one dictionary file's keys or values, `name` as in `layers.0.keys`, where it has some. Of the
+    /// metadata only `format` is needed.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile`], [`Error::Format`], and [`Error::Tensor`] where the tensors are no maps.
+    pub fn load(path: impl AsRef<Path>, name: &str) -> Result<Option<Self>> {
+        let file = TensorFile::open(path)?;
+        file.check_format(&FORMATS, CURE)?;
+        if !Self::are_in(&file, name) {
+            return Ok(None);
+        }
+        let (_, shape) = file.info(&format!("{name}{MEANS}"))?;
+        let part = |place: usize| shape.get(place).copied().unwrap_or(0);
+        Self::read(&file, name, part(0), part(1)).map(Some)
+    }
+
+    /// Reads two tensors, the means `[heads, m]` and the matrices `[heads, m, m]`.
+    fn read(file: &TensorFile, name: &str, heads: usize, m: usize) -> Result<Self> {
         let (means, means_shape) = file.f32_tensor(&format!("{name}{MEANS}"), 2)?;
         let matrices_name = format!("{name}{MATRICES}");
         let (matrices, shape) = file.f32_tensor(&matrices_name, 3)?;
-        let (heads, m) = (model.kv_heads, model.head_dim);
         if means_shape != [heads, m] || shape != [heads, m, m] {
             let reason = format!(
                 "shapes {means_shape:?} and {shape:?}, but [{heads}, {m}] and [{heads}, {m}, {m}] are needed"
@@ -385,6 +414,7 @@ impl HeadMaps {
     }
 }
 
+/// Ends of the names of the tensors of codebooks: atoms of the first codebook, and of the others.
 const FIRST: &str = ".first";
 const OTHERS: &str = ".others";
 

@@ -335,6 +335,8 @@ fn attention_is_that_of_the_cpu() {
                     room,
                     start,
                     len: windows[i][0].len() / m,
+                    sinks: 0,
+                    first_sink: 0,
                 },
             });
         }
@@ -416,6 +418,7 @@ fn goes_on(
     dictionaries: &LayerDictionaries,
     coding: Coding,
     sliding: Option<usize>,
+    sinks: usize,
 ) {
     const M: usize = 16;
     const HEADS: usize = 2;
@@ -423,6 +426,7 @@ fn goes_on(
     let settings = LayerSettings {
         coding,
         fit: Fit::LeastSquares,
+        sinks,
         recent_window: window,
         batch,
         delay,
@@ -462,9 +466,13 @@ fn goes_on(
                     .take_while(|&&error| error < 1e-3)
                     .count();
                 let coded = &errors[..seen - exact];
+                let most = sinks + window + batch + delay;
+                assert!(exact >= window.min(seen) && exact <= most, "{exact}");
+                // The first positions are as they were.
+                let first = sinks.saturating_sub(all - seen).min(seen);
                 assert!(
-                    exact >= window.min(seen) && exact <= window + batch + delay,
-                    "{exact}"
+                    errors[..first].iter().all(|&error| error < 1e-3),
+                    "{errors:?}"
                 );
                 let mean = coded.iter().sum::<f32>() / coded.len().max(1) as f32;
                 assert!(mean < 0.75, "{mean} after {all} positions: {errors:?}");
@@ -556,6 +564,7 @@ fn goes_on(
 fn same_steps(sequence: &DeviceSequence<Emulator>, on_cpu: &LayerCache) {
     assert_eq!(sequence.dense(), on_cpu.dense());
     if on_cpu.settings().sliding_window.is_none() {
+        assert_eq!(sequence.sinks(), on_cpu.sinks());
         assert_eq!(sequence.coded(), on_cpu.coded());
     }
 }
@@ -606,10 +615,17 @@ fn a_layer_holds_and_attends_to_what_came() {
     let dictionaries = alike(dictionary, codebooks(&mut rng, 16, 100, 5));
     let new = |settings| DeviceLayer::new(streams.clone(), &dictionaries, settings, 1);
     let usual = || LayerSettings::new(LayerSparsities::same(1, 2, 2));
-    for (recent_window, batch) in [(usize::MAX, 1), (1, usize::MAX), (1 << 31, 1)] {
+    for (recent_window, batch, sinks) in [
+        (usize::MAX, 1, 0),
+        (1, usize::MAX, 0),
+        (1 << 31, 1, 0),
+        (1, 1, usize::MAX),
+        (1, 1, 1 << 31),
+    ] {
         let settings = LayerSettings {
             recent_window,
             batch,
+            sinks,
             ..usual()
         };
         let message = new(settings).err().unwrap().to_string();
@@ -646,7 +662,9 @@ fn a_layer_holds_and_attends_to_what_came() {
     }
     for sliding in [None, Some(30), Some(3)] {
         for coding in [Coding::default(), sparse(CoefficientFormat::I8)] {
-            goes_on(&streams, &dictionaries, coding, sliding);
+            for sinks in [0, 4, 9] {
+                goes_on(&streams, &dictionaries, coding, sliding, sinks);
+            }
         }
     }
 }

@@ -1,12 +1,13 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use ::lexico::cache::LayerSettings;
+use ::lexico::cache::{Coder, LayerSettings};
 use ::lexico::cuda::{DeviceLayer, DeviceSequence, Gpu};
 use ::lexico::{DictionarySet, KeyValue};
 use candle_core::{DType, Device, Tensor};
 
 use super::dense;
 use super::gpu::{address, in_a_row, refused, room, streams};
+use super::maps::DeviceMaps;
 use crate::cache::lexico::{bytes_by_part, explained, footprint};
 use crate::cache::{Decoded, Footprint, KvCache};
 use crate::config::Config;
@@ -30,6 +31,8 @@ struct ModelOnDevice {
     settings: Vec<LayerSettings>,
     device: Device,
     layers: Vec<DeviceLayer<Gpu>>,
+    /// The maps of every layer, where codes are found behind some: the layer's kernels know nothing of them.
+    maps: Vec<KeyValue<Option<DeviceMaps>>>,
 }
 
 /// Those that some sequence uses.
@@ -54,7 +57,21 @@ impl ModelOnDevice {
             return Ok(model);
         }
         let streams = streams(device)?;
-        let layers = dictionaries.layers.iter().zip(&settings).enumerate();
+        let layers = dictionaries.layers.iter().zip(&settings);
+        let maps = layers.clone().map(|(own, settings)| {
+            // What cannot be coded at all is said below.
+            let coders = settings.coding.coders(own).ok();
+            let maps = |coder: &Coder| {
+                let maps = coder.maps().map(|maps| DeviceMaps::new(maps, device));
+                maps.transpose()
+            };
+            match coders {
+                Some(coders) => coders.as_ref().try_map(maps),
+                None => Ok(KeyValue::default()),
+            }
+        });
+        let maps = maps.collect::<Result<_>>()?;
+        let layers = layers.enumerate();
         let query_group = config.heads / config.kv_heads;
         let layers = layers.map(|(number, (own, settings))| {
             let layer = DeviceLayer::new(streams.clone(), own, settings.clone(), query_group);
@@ -68,6 +85,7 @@ impl ModelOnDevice {
             dictionaries: Arc::clone(dictionaries),
             settings,
             device: device.clone(),
+            maps,
         });
         all.push(Arc::downgrade(&model));
         Ok(model)
@@ -113,7 +131,8 @@ impl DeviceLexicoCache {
         })
     }
 
-    /// Keys and values of what the next query sees, `[kv_heads, positions, m]` each; `None` where there is nothing.
+    /// Keys and values of what the next query sees, as the model made them, `[kv_heads, positions, m]` each; `None` where there is
+    /// nothing.
     fn past(&self, layer: usize) -> Result<Option<KeyValue<Tensor>>> {
         let (own, sequence) = (&self.model.layers[layer], &self.layers[layer]);
         let seen = sequence.seen();
@@ -127,7 +146,12 @@ impl DeviceLexicoCache {
         let addresses = past.as_ref().try_map(address)?;
         // SAFETY: there is room for all positions that are seen, and what is asked of candle's stream finds it there.
         unsafe { own.read_back(sequence, addresses) }.map_err(|reason| refused(device, &reason))?;
-        Ok(Some(past))
+        let parts = past.zip(self.model.maps[layer].as_ref());
+        let past = parts.try_map(|(rows, maps)| match maps {
+            Some(maps) => maps.invert(&rows),
+            None => Ok(rows),
+        });
+        past.map(Some)
     }
 }
 
@@ -175,9 +199,15 @@ fn attend_to_one_more(
         let reason = format!("{heads} query heads of {} KV heads", own.heads());
         return Err(refused(&model.device, &::lexico::Error::Device(reason)));
     }
+    let maps = model.maps[layer].as_ref().map(Option::as_ref);
     let by_sequence = |x: &Tensor| in_a_row(&x.transpose(0, 1)?);
-    let scaled = (by_sequence(q)? * (1.0 / (m as f64).sqrt()))?;
-    let (k, v) = (by_sequence(k)?, by_sequence(v)?);
+    let q = match maps.keys {
+        Some(maps) => maps.queries(&in_a_row(q)?)?,
+        None => q.clone(),
+    };
+    let scaled = (by_sequence(&q)? * (1.0 / (m as f64).sqrt()))?;
+    let new = mapped(maps, KeyValue::new(k, v))?;
+    let KeyValue { keys: k, values: v } = new.as_ref().try_map(by_sequence)?;
     let out = room((count, heads, m), &model.device)?;
     let mut held: Vec<&mut DeviceSequence<Gpu>> = caches
         .iter_mut()
@@ -193,7 +223,21 @@ fn attend_to_one_more(
         )
     }
     .map_err(|reason| refused(&model.device, &reason))?;
-    Ok(out)
+    match maps.values {
+        Some(maps) => {
+            let out = maps.outputs(&out.transpose(0, 1)?)?;
+            in_a_row(&out.transpose(0, 1)?)
+        }
+        None => Ok(out),
+    }
+}
+
+/// New keys and values `[kv_heads, n, m]` behind a layer's maps, f32.
+fn mapped(maps: KeyValue<Option<&DeviceMaps>>, new: KeyValue<&Tensor>) -> Result<KeyValue<Tensor>> {
+    maps.zip(new).try_map(|(maps, new)| match maps {
+        Some(maps) => in_a_row(&maps.apply(&in_a_row(new)?)?),
+        None => in_a_row(new),
+    })
 }
 
 impl KvCache for DeviceLexicoCache {
@@ -214,9 +258,12 @@ impl KvCache for DeviceLexicoCache {
             }
             None => dense::attend(q, &halves(&k)?, &halves(&v)?, self.sliding_window)?,
         };
+        let maps = self.model.maps[layer].as_ref().map(Option::as_ref);
+        let new = mapped(maps, KeyValue::new(&k, &v))?;
+        let addresses = new.as_ref().try_map(address)?;
         let (own, sequence) = (&self.model.layers[layer], &mut self.layers[layer]);
         // SAFETY: the tensors are of the shapes that are asked for, and what is asked of candle's stream finds them there.
-        unsafe { own.take(sequence, KeyValue::new(address(&k)?, address(&v)?), t) }
+        unsafe { own.take(sequence, addresses, t) }
             .map_err(|reason| refused(&self.model.device, &reason))?;
         Ok(out)
     }

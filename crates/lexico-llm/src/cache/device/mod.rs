@@ -5,6 +5,8 @@ mod dense;
 mod gpu;
 #[cfg(feature = "cuda")]
 mod lexico;
+#[cfg(any(feature = "cuda", test))]
+mod maps;
 
 pub(crate) use dense::DeviceFullCache;
 #[cfg(feature = "cuda")]

@@ -34,26 +34,28 @@ gather(const Pair *pairs, const float *keys, const float *values, int t, int fir
 }
 KERNEL(gather)
 
-// out_keys and out_values [pairs, positions, M]: what codes and windows stand for, from the first position that is seen on; atoms
-// are halves. Grid: (positions, pairs).
+// out_keys and out_values [pairs, positions, M]: what first positions, codes and windows stand for, from the first position that is
+// seen on; atoms are halves. Grid: (positions, pairs).
 extern "C" __global__ void __launch_bounds__(M)
 decode(const Pair *pairs, const u16 *key_atoms, const u16 *value_atoms, int positions, float *out_keys, float *out_values) {
     const Pair &pair = pairs[blockIdx.y];
     int coded = pair.coded - pair.hidden;
     for (int t = blockIdx.x; t < positions; t += gridDim.x) {
         size_t to = new_place(blockIdx.y, positions, t) + threadIdx.x;
-        if (t < coded) {
+        // Codes lie between the window's rows of first positions and its others.
+        int code = t - pair.sinks, row = code < 0 ? t : t - coded;
+        if (code >= 0 && code < coded) {
             float key = 0.0f, value = 0.0f;
-            float scale = visit_code(pair.keys, pair.hidden + t, [&](int atom, float c) {
+            float scale = visit_code(pair.keys, pair.hidden + code, [&](int atom, float c) {
                 key += c * from_half(key_atoms[(size_t)atom * M + threadIdx.x]);
             });
             out_keys[to] = key * scale;
-            scale = visit_code(pair.values, pair.hidden + t, [&](int atom, float c) {
+            scale = visit_code(pair.values, pair.hidden + code, [&](int atom, float c) {
                 value += c * from_half(value_atoms[(size_t)atom * M + threadIdx.x]);
             });
             out_values[to] = value * scale;
-        } else if (t - coded < pair.window) {
-            size_t from = window_place(pair, t - coded) + threadIdx.x;
+        } else if (row < pair.window) {
+            size_t from = window_place(pair, row) + threadIdx.x;
             out_keys[to] = from_half(pair.window_keys[from]);
             out_values[to] = from_half(pair.window_values[from]);
         }
