@@ -36,6 +36,9 @@ pub const MAX_ATOMS: usize = 1 << 16;
 /// Independent sums that a loop carries: enough to fill the widest registers and hide latency.
 const LANES: usize = 32;
 
+/// Added to a number of moderate size, this leaves its nearest integer, ties to even, in the lowest bits.
+const ROUNDING: f32 = 12_582_912.0;
+
 /// `a · b + c`; `FMA` says whether the caller is compiled with fused multiply-add: without the instruction
 /// `mul_add` would call a slow library function.
 #[inline(always)]

@@ -3,12 +3,10 @@
 use std::ops::Range;
 
 use super::{BlockMatrix, GROUP, Panel, STEP, UNIT};
-use crate::kernels::multiply_add;
+use crate::kernels::{ROUNDING, multiply_add};
 
 /// The largest magnitude of 8-bit numbers here: with −128 the range would lie askew.
 const LARGEST: f32 = 127.0;
-/// A number that is added to round: what stands behind its point has no room.
-const ROUNDING: f32 = 12_582_912.0;
 
 /// Rounds a unit of activations; returns the scale and the sums of both halves.
 #[inline(always)]

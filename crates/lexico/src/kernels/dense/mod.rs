@@ -19,7 +19,7 @@ use x86_64::{avx_vnni, avx2, avx512};
 use super::dispatch;
 use super::level::{Level, level};
 
-/// Rows that are widened at a time where there are no kernels for half precision.
+/// Rows that are gone through at a time where there are no kernels for half precision: they stay in the first cache.
 const BLOCK: usize = 16;
 /// Queries of the largest query group that there are kernels for.
 pub(crate) const MAX_GROUP: usize = 8;
@@ -52,7 +52,11 @@ impl Rows<'_> {
     /// Blocks of rows in f32, and the number of each one's first row.
     fn widened(&self, m: usize, mut visit: impl FnMut(usize, &[f32])) {
         match self {
-            Rows::F32(numbers) => visit(0, numbers),
+            Rows::F32(numbers) => {
+                for (i, numbers) in numbers.chunks(BLOCK * m).enumerate() {
+                    visit(i * BLOCK, numbers);
+                }
+            }
             Rows::F16(numbers) => {
                 let mut block = vec![0.0; BLOCK * m];
                 for (i, numbers) in numbers.chunks(BLOCK * m).enumerate() {

@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::Rows;
+use crate::kernels::LANES;
 use crate::kernels::vector::portable::{add_scaled, dot, dot_of};
 
 #[inline(always)]
@@ -27,10 +28,24 @@ pub(super) fn dots<const FMA: bool>(rows: Rows<'_>, queries: &[f32], m: usize, o
 pub(super) fn combine<const FMA: bool>(weights: &[f32], rows: Rows<'_>, m: usize, out: &mut [f32]) {
     let group = out.len() / m;
     rows.widened(m, |first, rows| {
-        let weights = weights[first * group..].chunks_exact(group);
-        for (weights, row) in weights.zip(rows.chunks_exact(m)) {
-            for (&weight, out) in weights.iter().zip(out.chunks_exact_mut(m)) {
-                add_scaled::<FMA>(out, weight, row);
+        let weights = &weights[first * group..];
+        let weighted = || weights.chunks_exact(group).zip(rows.chunks_exact(m));
+        for (g, out) in out.chunks_exact_mut(m).enumerate() {
+            let (blocks, rest) = out.as_chunks_mut::<LANES>();
+            let start = m - rest.len();
+            for (out, block) in blocks.iter_mut().zip((0..).step_by(LANES)) {
+                // Sums stay in registers from row to row.
+                let mut sums = *out;
+                for (weights, row) in weighted() {
+                    add_scaled::<FMA>(&mut sums, weights[g], &row[block..][..LANES]);
+                }
+                *out = sums;
+            }
+            if rest.is_empty() {
+                continue;
+            }
+            for (weights, row) in weighted() {
+                add_scaled::<FMA>(rest, weights[g], &row[start..]);
             }
         }
     });

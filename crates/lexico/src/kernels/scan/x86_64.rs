@@ -201,11 +201,13 @@ unsafe fn tile_by_tile(
     let tiles = operands.tiles.chunks_exact(quads * QUAD_BYTES);
     let scales = operands.scales.chunks_exact(TILE_ATOMS);
     for (t, (tile, scales)) in tiles.zip(scales).enumerate() {
+        let tile = tile.as_chunks::<QUAD_BYTES>().0;
         let parts = largest.chunks_mut(AT_ONCE).zip(starts.chunks(AT_ONCE));
         for (part, (largest, starts)) in parts.enumerate() {
             let first = part * AT_ONCE;
             // Whole blocks of vectors are there, whatever is in those that nobody asks for.
-            let own = operands.numbers_from(first);
+            let block = &operands.vectors[first / LANES * quads * LANES..][..quads * LANES];
+            let (block, first_lane) = (block.as_chunks::<LANES>().0, first % LANES);
             // SAFETY: AVX2 is there; a quad of a tile has two halves of 32 bytes; scales, results and the
             // largest have 16 numbers, half of them from either half's place on.
             unsafe {
@@ -213,8 +215,8 @@ unsafe fn tile_by_tile(
                 for (sums, &start) in sums.iter_mut().zip(starts) {
                     *sums = [_mm256_set1_epi32(start); 2];
                 }
-                for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
-                    let x = &own[quad * LANES..][..AT_ONCE];
+                for (numbers, x) in tile.iter().zip(block) {
+                    let x = &x[first_lane..][..AT_ONCE];
                     let low = _mm256_loadu_si256(numbers.as_ptr().cast());
                     let high = _mm256_loadu_si256(numbers[QUAD_BYTES / 2..].as_ptr().cast());
                     for (sums, &x) in sums.iter_mut().zip(x) {

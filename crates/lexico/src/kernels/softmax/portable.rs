@@ -1,11 +1,9 @@
 //! The largest scores and their exponentials in plain Rust, which vectorises at any width.
 
-use crate::kernels::{LANES, larger, multiply_add};
+use crate::kernels::{LANES, ROUNDING, larger, multiply_add};
 
 /// Below this `exp` is subnormal in f32.
 const SMALLEST_EXPONENT: f32 = -87.3;
-/// Added to a number of moderate size, this leaves its nearest integer in the lowest bits.
-const ROUNDING: f32 = 12_582_912.0;
 
 /// `eˣ` for `x ≤ 88`, to two units in the last place; 0 where it would be subnormal, NaN for NaN.
 #[inline(always)]

@@ -111,10 +111,7 @@ impl CoefficientSlices<'_> {
 #[inline(always)]
 pub(crate) fn power_of_two(exponent: u8) -> f32 {
     // The byte is an f32's exponent field, but for the smallest power, a subnormal number.
-    f32::from_bits(match exponent {
-        0 => 1 << 22,
-        exponent => u32::from(exponent) << 23,
-    })
+    f32::from_bits((u32::from(exponent) << 23).max(1 << 22))
 }
 
 /// The number that each byte of FP8 E4M3 stands for.
@@ -203,30 +200,34 @@ impl<'a, C> Nonzeros<'a, C> {
             .map_or(1.0, |exponents| power_of_two(exponents[v]))
     }
 
-    /// Calls `visit` with the indices, coefficients and scale of one vector after another.
+    /// Calls `visit` with each vector's own of `rows`, which has one a vector, its indices, coefficients and scale.
     #[inline(always)]
-    fn for_each(self, mut visit: impl FnMut(&'a [u16], &'a [C], f32)) {
+    fn for_each<T>(
+        self,
+        rows: impl Iterator<Item = T>,
+        mut visit: impl FnMut(T, &'a [u16], &'a [C], f32),
+    ) {
         match self.lengths {
             // Usual sizes by name: their loops are unrolled.
-            Lengths::Fixed { length: 4, count } => self.for_each_of::<4>(count, visit),
-            Lengths::Fixed { length: 8, count } => self.for_each_of::<8>(count, visit),
-            Lengths::Fixed { length: 16, count } => self.for_each_of::<16>(count, visit),
-            Lengths::Fixed { length: 24, count } => self.for_each_of::<24>(count, visit),
-            Lengths::Fixed { length: 32, count } => self.for_each_of::<32>(count, visit),
-            Lengths::Fixed { length, count } => {
-                let rows = self.indices.chunks_exact(length);
+            Lengths::Fixed { length: 4, .. } => self.for_each_of::<4, T>(rows, visit),
+            Lengths::Fixed { length: 8, .. } => self.for_each_of::<8, T>(rows, visit),
+            Lengths::Fixed { length: 16, .. } => self.for_each_of::<16, T>(rows, visit),
+            Lengths::Fixed { length: 24, .. } => self.for_each_of::<24, T>(rows, visit),
+            Lengths::Fixed { length: 32, .. } => self.for_each_of::<32, T>(rows, visit),
+            Lengths::Fixed { length, .. } => {
+                let rows = rows.zip(self.indices.chunks_exact(length));
                 let rows = rows.zip(self.coefficients.chunks_exact(length));
-                for (v, (indices, coefficients)) in rows.take(count).enumerate() {
-                    visit(indices, coefficients, self.scale(v));
+                for (v, ((row, indices), coefficients)) in rows.enumerate() {
+                    visit(row, indices, coefficients, self.scale(v));
                 }
             }
             Lengths::Variable(lengths) => {
                 let (mut indices, mut coefficients) = (self.indices, self.coefficients);
-                for (v, &length) in lengths.iter().enumerate() {
+                for (v, (row, &length)) in rows.zip(lengths).enumerate() {
                     let (own, later) = indices.split_at(usize::from(length));
                     let (own_coefficients, later_coefficients) =
                         coefficients.split_at(usize::from(length));
-                    visit(own, own_coefficients, self.scale(v));
+                    visit(row, own, own_coefficients, self.scale(v));
                     (indices, coefficients) = (later, later_coefficients);
                 }
             }
@@ -234,22 +235,23 @@ impl<'a, C> Nonzeros<'a, C> {
     }
 
     #[inline(always)]
-    fn for_each_of<const S: usize>(
+    fn for_each_of<const S: usize, T>(
         self,
-        count: usize,
-        mut visit: impl FnMut(&'a [u16], &'a [C], f32),
+        rows: impl Iterator<Item = T>,
+        mut visit: impl FnMut(T, &'a [u16], &'a [C], f32),
     ) {
-        let rows = self.indices.as_chunks::<S>().0.iter();
+        // Zipped, all of them are counted by one number.
+        let rows = rows.zip(self.indices.as_chunks::<S>().0);
         let rows = rows.zip(self.coefficients.as_chunks::<S>().0);
         match self.scales {
             Some(exponents) => {
-                for ((indices, coefficients), &exponent) in rows.take(count).zip(exponents) {
-                    visit(indices, coefficients, power_of_two(exponent));
+                for (((row, indices), coefficients), &exponent) in rows.zip(exponents) {
+                    visit(row, indices, coefficients, power_of_two(exponent));
                 }
             }
             None => {
-                for (indices, coefficients) in rows.take(count) {
-                    visit(indices, coefficients, 1.0);
+                for ((row, indices), coefficients) in rows {
+                    visit(row, indices, coefficients, 1.0);
                 }
             }
         }

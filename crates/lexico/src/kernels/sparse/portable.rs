@@ -58,11 +58,10 @@ fn scores_of_group<const FMA: bool, const G: usize>(
     p: &[[f32; G]; MAX_ATOMS],
     out: &mut [f32],
 ) {
-    let mut outs = out.as_chunks_mut::<G>().0.iter_mut();
     block.for_each(
+        out.as_chunks_mut::<G>().0.iter_mut(),
         #[inline(always)]
-        |indices, coefficients, scale| {
-            let Some(out) = outs.next() else { return };
+        |out, indices, coefficients, scale| {
             let mut sums = [[0f32; G]; 2];
             for_each_nonzero(
                 indices,
@@ -100,11 +99,10 @@ fn accumulate_group<const FMA: bool, const G: usize>(
     weights: &[f32],
     u: &mut [[f32; G]; MAX_ATOMS],
 ) {
-    let mut rows = weights.as_chunks::<G>().0.iter();
     block.for_each(
+        weights.as_chunks::<G>().0.iter(),
         #[inline(always)]
-        |indices, coefficients, scale| {
-            let Some(weights) = rows.next() else { return };
+        |weights, indices, coefficients, scale| {
             let scaled = weights.map(|weight| weight * scale);
             for_each_nonzero(
                 indices,

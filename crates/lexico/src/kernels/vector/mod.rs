@@ -43,8 +43,8 @@ pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]) {
     dispatch!(subtract_scaled(a, scale, b))
 }
 
-/// Rounds `x · inverse` to bytes, ties to even; returns the sums of squares of what rounding took and of
-/// the whole, in the bytes' units.
+/// Rounds `x · inverse`, all within the bytes' range, to bytes, ties to even; returns the sums of squares of what
+/// rounding took and of the whole, in the bytes' units.
 pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32) {
     dispatch!(round_to_bytes(x, inverse, out))
 }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::kernels::{LANES, larger, multiply_add};
+use crate::kernels::{LANES, ROUNDING, larger, multiply_add};
 
 #[inline(always)]
 pub(in crate::kernels) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
@@ -29,8 +29,15 @@ pub(in crate::kernels) fn dot_of<const FMA: bool, T>(
             sums[l] = multiply_add::<FMA>(widen(&a[l]), b[l], sums[l]);
         }
     }
-    for (l, (a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[l] = multiply_add::<FMA>(widen(a), b, sums[l]);
+    if !a_rest.is_empty() {
+        // Zeros fill the last block: sums that are added to one by one would not stay in vector registers.
+        let (mut a, mut b) = ([0f32; LANES], [0f32; LANES]);
+        for ((a, b), (rest, &other)) in a.iter_mut().zip(&mut b).zip(a_rest.iter().zip(b_rest)) {
+            (*a, *b) = (widen(rest), other);
+        }
+        for l in 0..LANES {
+            sums[l] = multiply_add::<FMA>(a[l], b[l], sums[l]);
+        }
     }
     // A tree keeps the addition vectorised.
     let mut width = LANES / 2;
@@ -102,8 +109,8 @@ pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[f
     }
 }
 
-/// Rounds `x · inverse` to bytes; returns the sums of squares of what rounding took, and of `x`, both in
-/// the bytes' units.
+/// Rounds `x · inverse`, all within the bytes' range, to bytes; returns the sums of squares of what rounding
+/// took, and of `x`, both in the bytes' units.
 #[inline(always)]
 pub(super) fn round_to_bytes<const FMA: bool>(
     x: &[f32],
@@ -116,11 +123,12 @@ pub(super) fn round_to_bytes<const FMA: bool>(
     let (out_blocks, out_rest) = out.as_chunks_mut::<LANES>();
     let mut one = |x: f32, out: &mut i8, l: usize| {
         let scaled = x * inverse;
-        let rounded = scaled.round_ties_even();
-        let off = scaled - rounded;
+        // Vectorises everywhere, unlike a call that rounds and a cast that saturates.
+        let biased = scaled + ROUNDING;
+        let off = scaled - (biased - ROUNDING);
         rests[l] = multiply_add::<FMA>(off, off, rests[l]);
         wholes[l] = multiply_add::<FMA>(scaled, scaled, wholes[l]);
-        *out = rounded as i8;
+        *out = biased.to_bits() as i8;
     };
     for (x, out) in blocks.iter().zip(out_blocks) {
         for l in 0..LANES {
