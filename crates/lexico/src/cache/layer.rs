@@ -332,7 +332,7 @@ impl LayerCache {
         })
     }
 
-    /// Takes the first positions of a sequence out of `t` new ones; returns the others, `None` where that is all.
+    /// Takes the first positions of a sequence out of `t` new ones; returns the others, `None` where none were taken.
     fn extend_sinks(&mut self, new: KeyValue<&[f32]>, t: usize) -> Option<KeyValue<Vec<f32>>> {
         if self.coded() + self.dense() > 0 {
             return None;
