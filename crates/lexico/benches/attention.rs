@@ -507,6 +507,7 @@ impl Layer {
                 Source::Codes {
                     codes: KeyValue::new(keys, values),
                     atoms: KeyValue::new(key_atoms, value_atoms),
+                    offsets: None,
                 }
             }
         };

@@ -116,7 +116,7 @@ proptest! {
 
         let mut out = vec![f32::NAN; queries.len()];
         attend(&queries, m, t, sliding, &[
-            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms) },
+            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms), offsets: None },
             Source::Dense(KeyValue::new(&window_keys, &window_values)),
             Source::Causal(KeyValue::new(&new_keys, &new_values)),
         ], &mut out);
@@ -185,7 +185,7 @@ proptest! {
         let (new_keys, new_values) = (drawn_vectors(seed ^ 5, t, m), drawn_vectors(seed ^ 6, t, m));
         let queries = drawn_vectors(seed ^ 7, group * t, m);
         let sources = [
-            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms) },
+            Source::Codes { codes: KeyValue::new(&keys, &values), atoms: KeyValue::new(key_atoms, value_atoms), offsets: None },
             Source::Causal(KeyValue::new(&new_keys, &new_values)),
         ];
         let mut out = vec![f32::NAN; queries.len()];
@@ -244,6 +244,7 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
                         Source::Codes {
                             codes: KeyValue::new(keys, values),
                             atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
+                            offsets: None,
                         },
                         Source::Dense(KeyValue::new(dense_keys, dense_values)),
                         Source::Causal(KeyValue::new(&own, &own)),
@@ -367,6 +368,7 @@ fn a_nan_stays_a_nan() {
             Source::Codes {
                 codes: KeyValue::new(&codes, &codes),
                 atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
+                offsets: None,
             },
             Source::Causal(KeyValue::new(keys, &finite)),
         ];
@@ -413,6 +415,7 @@ fn codes_of_many_pages_with_ever_larger_scores() {
             Source::Codes {
                 codes: KeyValue::new(&keys, &values),
                 atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
+                offsets: None,
             },
             Source::Causal(KeyValue::new(&own, &own)),
         ];

@@ -10,7 +10,9 @@ use common::{drawn_vectors, random_dictionary};
 use half::f16;
 use lexico::attention::NumberType;
 use lexico::cache::{Coding, LayerState};
-use lexico::dictionary::{CodebookSizes, Codebooks, HeadMaps, LayerDictionaries, LayerSparsities};
+use lexico::dictionary::{
+    CodebookSizes, Codebooks, HeadMaps, LayerDictionaries, LayerSparsities, RotaryMeans,
+};
 use lexico::threads::{Alone, Rayon, Threads};
 use lexico::{
     BeamSearch, Codes, CoefficientFormat, Encoder, Error, KeyValue, LayerCache, LayerSettings,
@@ -47,6 +49,57 @@ fn drawn_maps(seed: u64, heads: usize, m: usize) -> HeadMaps {
     HeadMaps::new(&means, &matrices.collect::<Vec<_>>(), m).unwrap()
 }
 
+/// The same maps of keys without drawn means before a rotary embedding some of whose pairs turn slowly.
+fn with_rotary_means(maps: HeadMaps, seed: u64) -> HeadMaps {
+    let (heads, m) = (maps.heads(), maps.head_dim());
+    let pairs = m / 2 - usize::from(m > 6);
+    let frequencies = [0.7, 0.001, -0.02, 1e-5, 0.0, 0.0016];
+    let frequencies: Vec<f32> = (0..pairs).map(|pair| frequencies[pair % 6]).collect();
+    let means = drawn_vectors(seed, heads, m);
+    let means = RotaryMeans::new(&frequencies, &means, m).unwrap();
+    maps.with_rotary_means(means).unwrap()
+}
+
+/// The mean of a head's keys at a position, if they are coded without one, in f64.
+fn turned(maps: &HeadMaps, head: usize, position: usize) -> Vec<f64> {
+    let m = maps.head_dim();
+    let mut turned = vec![0.0; m];
+    let Some(means) = maps.rotary_means() else {
+        return turned;
+    };
+    let pairs = means.frequencies().len();
+    let own = &means.means()[head * m..][..m];
+    for (pair, &frequency) in means.frequencies().iter().enumerate() {
+        let slow = frequency.abs() * 64.0 <= 0.1;
+        let place = match slow {
+            true => (position - position % 64) as f64 + 31.5,
+            false => position as f64,
+        };
+        let (sine, cosine) = (place * f64::from(frequency)).sin_cos();
+        let (x, y) = (f64::from(own[pair]), f64::from(own[pair + pairs]));
+        turned[pair] = x * cosine - y * sine;
+        turned[pair + pairs] = x * sine + y * cosine;
+    }
+    turned
+}
+
+/// What codes are found of, of mapped vectors from position `first` on.
+fn centred(maps: &HeadMaps, head: usize, first: usize, mapped: &[f32]) -> Vec<f32> {
+    let m = maps.head_dim();
+    let (_, matrices) = maps.numbers();
+    let matrix = &matrices[head * m * m..][..m * m];
+    let rows = mapped.chunks_exact(m).zip(first..);
+    let rows = rows.flat_map(|(y, position)| {
+        let mean = turned(maps, head, position);
+        let left = y.iter().zip(matrix.chunks_exact(m)).map(|(&y, row)| {
+            let products = row.iter().zip(&mean).map(|(&a, x)| f64::from(a) * x);
+            (f64::from(y) - products.sum::<f64>()) as f32
+        });
+        left.collect::<Vec<_>>()
+    });
+    rows.collect()
+}
+
 fn drawn_codebooks(seed: u64, count: usize, m: usize) -> Codebooks {
     let sizes = CodebookSizes { first: 30 };
     let mut atoms = drawn_vectors(seed, sizes.atoms(count), m);
@@ -63,7 +116,14 @@ fn drawn_dictionaries(seed: u64, heads: usize, m: usize, maps: bool) -> LayerDic
     LayerDictionaries {
         sparse: Some(pair.map(|seed| random_dictionary(seed, 40, m).into())),
         codebooks: Some(pair.map(|seed| drawn_codebooks(seed ^ 2, 3, m).into())),
-        maps: maps.then(|| pair.map(|seed| drawn_maps(seed ^ 4, heads, m).into())),
+        maps: maps.then(|| {
+            let both = pair.map(|seed| drawn_maps(seed ^ 4, heads, m));
+            let keys = match m == 1 || seed.is_multiple_of(4) {
+                true => both.keys,
+                false => with_rotary_means(both.keys, seed ^ 5),
+            };
+            KeyValue::new(keys.into(), both.values.into())
+        }),
     }
 }
 
@@ -277,10 +337,18 @@ impl Checked {
             let parts = parts.zip(own).zip(KeyValue::new(true, false));
             for ((((held, came), maps), sparsity), keys) in parts {
                 let codes = &came.mapped[first * m..][..coded * m];
-                let decoded = self.recoded(keys, codes, sparsity);
                 let decoded = match &maps {
-                    Some(maps) => back(maps, h, &decoded),
-                    None => wide(&decoded),
+                    Some(maps) => {
+                        let codes = centred(maps, h, first, codes);
+                        let decoded = back(maps, h, &self.recoded(keys, &codes, sparsity));
+                        let means = (first..first + coded).flat_map(|t| turned(maps, h, t));
+                        decoded
+                            .iter()
+                            .zip(means)
+                            .map(|(x, mean)| x + mean)
+                            .collect()
+                    }
+                    None => wide(&self.recoded(keys, codes, sparsity)),
                 };
                 let dense = |range: std::ops::Range<usize>| -> Vec<f64> {
                     let range = range.start * m..range.end * m;

@@ -11,7 +11,7 @@ use common::{drawn_vectors, random_dictionary};
 use lexico::codes::CodeFile;
 use lexico::dictionary::{
     CodeFamily, CodebookSizes, Codebooks, FORMATS, HeadMaps, LayerDictionaries, ModelIdentity,
-    RotaryIdentity, Training,
+    RotaryIdentity, RotaryMeans, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use lexico::{
@@ -36,6 +36,25 @@ fn drawn_codebooks(seed: u64, m: usize) -> Codebooks {
     let sizes = CodebookSizes { first: 9 };
     let codebooks = Codebooks::new(drawn_vectors(seed, sizes.atoms(3), m), m, sizes).unwrap();
     codebooks.in_half_precision().unwrap()
+}
+
+/// The same maps of keys without drawn means before a rotary embedding.
+fn with_rotary_means(maps: HeadMaps, seed: u64) -> HeadMaps {
+    let (heads, m) = (maps.heads(), maps.head_dim());
+    let frequencies = [1.0, 0.02, 1e-4];
+    let means = RotaryMeans::new(&frequencies[..m / 2], &drawn_vectors(seed, heads, m), m);
+    maps.with_rotary_means(means.unwrap()).unwrap()
+}
+
+/// A set with maps whose keys are without their means before the rotary embedding.
+fn rotary_set(layers: usize, sparse: bool) -> DictionarySet {
+    let mut set = drawn_set(layers, sparse, true);
+    for (l, layer) in set.layers.iter_mut().enumerate() {
+        let KeyValue { keys, values } = layer.maps.take().unwrap();
+        let keys = with_rotary_means((*keys).clone(), l as u64 + 70).into();
+        layer.maps = Some(KeyValue { keys, values });
+    }
+    set
 }
 
 /// A set that files keep to the last bit.
@@ -89,6 +108,89 @@ fn sets_come_back_with_and_without_maps_and_sparse_dictionaries() {
             let most = if sparse { 6 } else { 0 };
             assert_eq!(set.max_sparsity(CodeFamily::Sparse), most);
         }
+    }
+}
+
+#[test]
+fn sets_without_means_before_the_rotary_embedding_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set.safetensors");
+    for sparse in [false, true] {
+        let set = rotary_set(2, sparse);
+        set.save(&path).unwrap();
+        let back = DictionarySet::load(&path).unwrap();
+        assert_eq!(back, set);
+        assert_ne!(back, drawn_set(2, sparse, true));
+        assert_eq!(back.bytes(), set.bytes());
+        // Earlier versions would take codes for something else.
+        let format = TensorFile::open(&path).unwrap().metadata()["format"].clone();
+        assert_eq!(format, FORMATS[2]);
+        let keys = HeadMaps::load(&path, "layers.1.keys").unwrap().unwrap();
+        assert_eq!(keys, *set.layers[1].maps.as_ref().unwrap().keys);
+        let plain = drawn_set(2, sparse, true).layers[1].maps.clone().unwrap();
+        assert_ne!(keys.checksum(), plain.keys.checksum());
+    }
+}
+
+#[test]
+fn files_whose_means_before_the_rotary_embedding_cannot_be_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set.safetensors");
+    rotary_set(2, false).save(&path).unwrap();
+    let (tensors, metadata) = parts(&path);
+    let load = |change: &dyn Fn(&mut Vec<NewTensor>)| -> Result<DictionarySet> {
+        let mut tensors = tensors.clone();
+        change(&mut tensors);
+        tensor_file::write(&path, &tensors, metadata.clone()).unwrap();
+        DictionarySet::load(&path)
+    };
+    load(&|_| ()).unwrap();
+    let (means, angles) = ("layers.1.keys.rotary-means", "layers.0.keys.frequencies");
+    let of = |name: &str, change: &dyn Fn(&mut NewTensor)| {
+        load(&|tensors| change(tensors.iter_mut().find(|t| t.name == name).unwrap()))
+    };
+    let set = |name: &str, x: f32| {
+        of(name, &|tensor| {
+            tensor.bytes[4..8].copy_from_slice(&x.to_le_bytes())
+        })
+    };
+    let shaped = |name: &str, shape: &[usize]| {
+        of(name, &|tensor| {
+            tensor.shape = shape.to_vec();
+            tensor.bytes.resize(4 * shape.iter().product::<usize>(), 0);
+        })
+    };
+    let renamed = |name: &str, new: &str| of(name, &|tensor| tensor.name = new.to_owned());
+    let without = |ending: &str| load(&|tensors| tensors.retain(|t| !t.name.ends_with(ending)));
+    for (case, result) in [
+        set(means, f32::NAN),
+        set(angles, f32::INFINITY),
+        shaped(means, &[1, M]),
+        shaped(means, &[HEADS, M + 1]),
+        shaped(means, &[HEADS * M]),
+        shaped(means, &[0, M]),
+        shaped(angles, &[M / 2 + 1]),
+        shaped(angles, &[0]),
+        shaped(angles, &[1, 3]),
+        of(means, &|tensor| tensor.dtype = Dtype::I32),
+        of(angles, &|tensor| tensor.dtype = Dtype::U32),
+        without(".rotary-means"),
+        without(".frequencies"),
+        without("1.keys.rotary-means"),
+        without("0.keys.frequencies"),
+        renamed(means, "layers.1.values.rotary-means"),
+        load(&|tensors| {
+            for tensor in tensors {
+                if tensor.name.ends_with(".rotary-means") || tensor.name.ends_with(".frequencies") {
+                    tensor.name = tensor.name.replace("keys", "values");
+                }
+            }
+        }),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert!(result.is_err(), "case {case}");
     }
 }
 
@@ -263,7 +365,8 @@ fn a_cut_file_is_refused_wherever_it_is_cut() {
 fn codes_behind_a_map_come_back_from_files() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("codes.safetensors");
-    let (codebooks, maps) = (drawn_codebooks(1, M), drawn_maps(2, HEADS, M));
+    let codebooks = drawn_codebooks(1, M);
+    let maps = with_rotary_means(drawn_maps(2, HEADS, M), 8);
     let vectors = drawn_vectors(3, 40, M);
     let format = AdditiveFormat {
         sparsity: 3,
@@ -271,8 +374,12 @@ fn codes_behind_a_map_come_back_from_files() {
     };
     let mut codes = Codes::new(format).unwrap();
     let search = BeamSearch::new(&codebooks, 3).unwrap();
-    codes.extend(&search.encode(&maps.apply(1, &vectors)).unwrap());
-    let own = maps.invert(1, &codes.decode(&codebooks).unwrap());
+    let mut mapped = maps.apply(1, &vectors);
+    maps.centre(1, 0.., &mut mapped);
+    codes.extend(&search.encode(&mapped).unwrap());
+    let mut decoded = codes.decode(&codebooks).unwrap();
+    maps.uncentre(1, 0.., &mut decoded);
+    let own = maps.invert(1, &decoded);
     let file = CodeFile::new(codes.clone(), "layers.0.keys", &codebooks).behind(&maps, 1);
     file.save(&path).unwrap();
     let back = CodeFile::load(&path).unwrap();

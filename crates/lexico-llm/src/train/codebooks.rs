@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lexico::KeyValue;
 use lexico::dictionary::{CodebookSizes, Codebooks, HeadMaps};
-use lexico::learn::{CodebookOptions, head_maps, learn_codebooks};
+use lexico::learn::{CodebookOptions, RotaryKeys, head_maps, learn_codebooks};
 use lexico::threads::Rayon;
 
 use super::reading::{Reading, name};
@@ -46,24 +46,37 @@ fn learn_one(
     let (m, heads) = (reading.head_dim, reading.kv_heads);
     // States of earlier versions call codebooks so.
     let file = format!("{}.groups", name(number));
-    let vectors = by_head(&reading.vectors(number)?, heads, m);
+    let sampled = reading.vectors(number)?;
+    let vectors = by_head(&sampled.vectors, heads, m);
+    let frequencies = &model.decoder.config().rotary.frequencies(m);
     // Where an error hurts: keys as the queries see it, values as the layer's output does.
-    let moments = match part {
-        "keys" => reading.queries.layer(layer).to_vec(),
-        _ => model.decoder.output_moments(layer)?,
+    let (moments, rotary) = match part {
+        "keys" => {
+            let rotary = RotaryKeys {
+                frequencies,
+                positions: &sampled.positions,
+            };
+            (reading.queries.layer(layer).to_vec(), Some(rotary))
+        }
+        _ => (model.decoder.output_moments(layer)?, None),
     };
-    let maps = Arc::new(head_maps(&vectors, &moments, m)?);
+    let maps = Arc::new(head_maps(&vectors, rotary, &moments, m)?);
     let saved = state.load(&file)?;
     let learned = match saved {
         Some(saved) => Learned::load(&saved, maps).ok_or_else(|| damaged(&state.path(&file)))?,
         None => {
-            let mapped = |vectors: &[Vec<f32>]| -> Vec<f32> {
+            let mapped = |vectors: &[Vec<f32>], positions: &[u32]| -> Vec<f32> {
                 let heads = vectors.iter().enumerate();
-                heads
-                    .flat_map(|(head, own)| maps.apply(head, own))
-                    .collect()
+                let heads = heads.flat_map(|(head, own)| {
+                    let mut mapped = maps.apply(head, own);
+                    let positions = positions.iter().map(|&position| position as usize);
+                    maps.centre(head, positions, &mut mapped);
+                    mapped
+                });
+                heads.collect()
             };
-            let held_out = mapped(&by_head(&reading.held_out(number)?, heads, m));
+            let held_out = reading.held_out(number)?;
+            let held_out = mapped(&by_head(&held_out.vectors, heads, m), &held_out.positions);
             let options = CodebookOptions {
                 seed: options.seed.wrapping_add(number as u64),
                 ..options.clone()
@@ -75,7 +88,7 @@ fn learn_one(
                     progress: step,
                 })
             };
-            let vectors = mapped(&vectors);
+            let vectors = mapped(&vectors, &sampled.positions);
             let found = learn_codebooks(vectors, &held_out, m, &options, &Rayon, &mut tell)?;
             let learned = Learned {
                 codebooks: found.codebooks.in_half_precision()?,

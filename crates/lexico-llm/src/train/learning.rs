@@ -107,7 +107,7 @@ impl Work<'_, '_> {
     }
 
     fn learn(&self, number: usize) -> Result<Learned> {
-        let held_out = self.reading.held_out(number)?;
+        let held_out = self.reading.held_out(number)?.vectors;
         let head_dim = self.reading.head_dim;
         if !self.in_memory {
             let rows = &self.reading.samples[number].train.rows;
@@ -118,7 +118,7 @@ impl Work<'_, '_> {
             };
             return self.learn_from(number, &vectors, &held_out);
         }
-        let vectors = self.reading.vectors(number)?;
+        let vectors = self.reading.vectors(number)?.vectors;
         let vectors = InMemory::new(&vectors, head_dim)?;
         self.learn_from(number, &vectors, &held_out)
     }

@@ -130,10 +130,11 @@ fn coding_losses(
                 let rows: Vec<f32> = rows.flatten().copied().collect();
                 let errors = &mut measured.errors[place * sparsities.len()..];
                 for (error, &sparsity) in errors.iter_mut().zip(&sparsities) {
-                    *error += squared_error(coder, head, &rows, sparsity)?;
+                    let positions = (0..).step_by(stride);
+                    *error += squared_error(coder, head, positions, &rows, sparsity)?;
                 }
             }
-            let mut coded = coder.reconstruct(head, &vectors, sparsity, fit, &ModelThreads)?;
+            let mut coded = coder.reconstruct(head, 0.., &vectors, sparsity, fit, &ModelThreads)?;
             let sinks = vectors.len().min(SINKS * config.head_dim);
             coded[..sinks].copy_from_slice(&vectors[..sinks]);
             let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
@@ -259,8 +260,18 @@ fn probes(sparsities: &[usize]) -> Vec<usize> {
 }
 
 /// The squared error of codes of these vectors of a head, behind the maps if there are any.
-fn squared_error(coder: &Coder, head: usize, vectors: &[f32], sparsity: usize) -> Result<f64> {
-    let mapped = coder.maps().map(|maps| maps.apply(head, vectors));
+fn squared_error(
+    coder: &Coder,
+    head: usize,
+    positions: impl Iterator<Item = usize>,
+    vectors: &[f32],
+    sparsity: usize,
+) -> Result<f64> {
+    let mapped = coder.maps().map(|maps| {
+        let mut mapped = maps.apply(head, vectors);
+        maps.centre(head, positions, &mut mapped);
+        mapped
+    });
     let vectors = mapped.as_deref().unwrap_or(vectors);
     let encoder = coder.encoder(sparsity, Fit::LeastSquares)?;
     let codes = encoder.encode_on(vectors, &ModelThreads)?;

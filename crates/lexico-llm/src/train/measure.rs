@@ -139,7 +139,7 @@ impl KvCache for Measured<'_> {
             let mut all = Vec::with_capacity(vectors.len());
             for (head, own) in vectors.chunks_exact(t * m).enumerate() {
                 let fit = Fit::LeastSquares;
-                all.extend(coder.reconstruct(head, own, self.sparsity, fit, &Rayon)?);
+                all.extend(coder.reconstruct(head, 0.., own, self.sparsity, fit, &Rayon)?);
             }
             Ok(all)
         };

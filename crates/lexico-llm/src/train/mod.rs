@@ -459,6 +459,7 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "vectors": options.vectors,
         // Earlier versions had others too; a state of theirs is refused.
         "learner": "Adam",
+        "keys": "without their means before the rotary embedding",
         "sparse": options.sparse,
         "atoms": learn.atoms,
         "sparsity": learn.sparsity,

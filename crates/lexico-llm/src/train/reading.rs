@@ -57,10 +57,18 @@ pub(super) struct Reading {
     pub(super) kv_heads: usize,
 }
 
-/// Samples of the keys or the values of a layer: rows of all KV heads of a position.
+/// Samples of the keys or the values of a layer: rows of all KV heads of a position, and its number.
 pub(super) struct Sample {
     pub(super) train: Reservoir,
     pub(super) held_out: Reservoir,
+}
+
+/// Sampled vectors of all KV heads, and where they were.
+#[derive(Default)]
+pub(super) struct Sampled {
+    /// `[positions, kv_heads, m]`
+    pub(super) vectors: Vec<f32>,
+    pub(super) positions: Vec<u32>,
 }
 
 impl Reading {
@@ -72,7 +80,7 @@ impl Reading {
             let reservoir = |ending: &str, vectors: usize| {
                 let path = state.path(&format!("{}.{ending}", name(number)));
                 let max = (vectors / config.kv_heads).max(1);
-                let rows = Rows::open(&path, config.kv_heads * config.head_dim, max);
+                let rows = Rows::open(&path, config.kv_heads * config.head_dim + 1, max);
                 let rows = rows.map_err(|error| state.not_saved(error))?;
                 Ok::<_, Error>(Reservoir { rows, max })
             };
@@ -97,18 +105,27 @@ impl Reading {
         kept * self.kv_heads
     }
 
-    /// Reads the vectors to learn from of sample `number`, `[positions, kv_heads, m]`.
-    pub(super) fn vectors(&self, number: usize) -> Result<Vec<f32>> {
+    /// Reads the vectors to learn from of sample `number`.
+    pub(super) fn vectors(&self, number: usize) -> Result<Sampled> {
         let sample = &self.samples[number].train;
-        sample.rows.read_first(sample.held(self.progress.positions))
+        self.sampled(sample, sample.held(self.progress.positions))
     }
 
-    /// Reads the vectors to judge by of sample `number`, `[positions, kv_heads, m]`.
-    pub(super) fn held_out(&self, number: usize) -> Result<Vec<f32>> {
+    /// Reads the vectors to judge by of sample `number`.
+    pub(super) fn held_out(&self, number: usize) -> Result<Sampled> {
         let sample = &self.samples[number].held_out;
-        sample
-            .rows
-            .read_first(sample.held(self.progress.positions_held_out))
+        self.sampled(sample, sample.held(self.progress.positions_held_out))
+    }
+
+    fn sampled(&self, sample: &Reservoir, count: usize) -> Result<Sampled> {
+        let rows = sample.rows.read_first(count)?;
+        let length = self.kv_heads * self.head_dim;
+        let mut sampled = Sampled::default();
+        for row in rows.chunks_exact(length + 1) {
+            sampled.vectors.extend_from_slice(&row[..length]);
+            sampled.positions.push(row[length] as u32);
+        }
+        Ok(sampled)
     }
 
     /// Writes the samples to learn from for other tools.
@@ -122,8 +139,14 @@ impl Reading {
         let mut failed = None;
         let written = tensor_file::write_in_turn(path, &shapes, |number| {
             let vectors = self.vectors(number);
-            let vectors = vectors.map_err(|error| failed = Some(error)).ok()?;
-            Some(vectors.iter().flat_map(|x| x.to_le_bytes()).collect())
+            let sampled = vectors.map_err(|error| failed = Some(error)).ok()?;
+            Some(
+                sampled
+                    .vectors
+                    .iter()
+                    .flat_map(|x| x.to_le_bytes())
+                    .collect(),
+            )
         });
         match failed {
             Some(error) => Err(error),
@@ -287,9 +310,14 @@ impl KvCache for Collector<'_> {
         if let Some(moments) = &mut self.moments {
             moments.add(layer, &step.queries);
         }
+        // A chunk's positions are whole numbers that f32 holds.
+        let first = self.first + self.cache.len();
         let by_position = |x: &Tensor| -> Result<Vec<f32>> {
-            let rows = x.transpose(0, 1)?.contiguous()?;
-            Ok(rows.flatten_all()?.to_vec1()?)
+            let rows = x.transpose(0, 1)?.contiguous()?.flatten_from(1)?;
+            let rows: Vec<Vec<f32>> = rows.to_vec2()?;
+            let rows = rows.into_iter().zip(first..);
+            let rows = rows.flat_map(|(row, position)| row.into_iter().chain([position as f32]));
+            Ok(rows.collect())
         };
         for (number, vectors) in [
             (2 * layer, by_position(k)?),

@@ -116,7 +116,7 @@ fn checksum(place: usize, numbers: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// First `count` vectors of a file whose rows hold several each, read when they are needed.
+/// First `count` vectors of a file whose rows hold several each and then a position, read when they are needed.
 pub(super) struct OnDisk<'a> {
     pub(super) rows: &'a Rows,
     pub(super) count: usize,
@@ -130,7 +130,7 @@ impl Vectors for OnDisk<'_> {
 
     fn read(&self, numbers: &[u32], out: &mut [f32]) -> lexico::Result<()> {
         let m = self.head_dim;
-        let each = self.rows.length / m;
+        let each = (self.rows.length - 1) / m;
         let mut row = vec![0.0; self.rows.length];
         for (&number, out) in numbers.iter().zip(out.chunks_exact_mut(m)) {
             let (place, head) = (number as usize / each, number as usize % each);

@@ -149,6 +149,7 @@ pub(crate) fn coded(positions: usize, sparsity: usize, group: usize) -> impl FnM
         attend(&[Source::Codes {
             codes: KeyValue::new(&key_codes, &value_codes),
             atoms: KeyValue::new((&keys).into(), (&values).into()),
+            offsets: None,
         }]);
     }
 }
@@ -190,6 +191,7 @@ pub(crate) fn additive(positions: usize, sparsity: usize, group: usize) -> impl 
         attend(&[Source::Codes {
             codes: KeyValue::new(&key_codes, &value_codes),
             atoms: KeyValue::new(keys.first(sparsity), values.first(sparsity)),
+            offsets: None,
         }]);
     }
 }

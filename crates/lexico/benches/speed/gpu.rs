@@ -205,6 +205,7 @@ mod on {
                     keys,
                     values,
                     hidden: 0,
+                    first: 0,
                     window: DeviceRows {
                         keys: 0,
                         values: 0,

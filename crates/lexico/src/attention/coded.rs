@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::RunningSoftmax;
 use crate::codes::Codes;
-use crate::dictionary::{Atoms, MAX_ATOMS};
+use crate::dictionary::{Atoms, MAX_ATOMS, RotaryOffsets};
 use crate::kernels::dense::{combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::key_value::KeyValue;
@@ -19,6 +19,7 @@ const BLOCK: usize = 8192;
 /// Codes of one KV head, and the positions of them that are seen.
 pub(super) struct Coded<'a> {
     codes: KeyValue<&'a Codes>,
+    offsets: Option<RotaryOffsets<'a>>,
     seen: Range<usize>,
 }
 
@@ -27,6 +28,7 @@ impl<'a> Coded<'a> {
     pub(super) fn new(
         codes: KeyValue<&'a Codes>,
         atoms: KeyValue<Atoms<'_>>,
+        offsets: Option<RotaryOffsets<'a>>,
         seen: Range<usize>,
     ) -> Self {
         assert_eq!(codes.keys.len(), codes.values.len(), "one value a key");
@@ -36,7 +38,11 @@ impl<'a> Coded<'a> {
                 "codes name atoms that there are"
             );
         }
-        Self { codes, seen }
+        Self {
+            codes,
+            offsets,
+            seen,
+        }
     }
 }
 
@@ -95,16 +101,17 @@ pub(super) fn add_heads(
             }
         }
         let u = tables(&mut scratch.u, codes.len() * table);
-        for (((codes, softmax), p), u) in codes
+        for ((((codes, softmax), queries), p), u) in codes
             .iter()
             .zip(softmaxes.iter_mut())
+            .zip(queries.chunks_exact(group * m))
             .zip(p.chunks_exact(table))
             .zip(u.chunks_exact_mut(table))
         {
             let n = atoms.values.len();
             u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
-            sum_codes(softmax, codes, n, p, u, weights, |_, _| ());
+            sum_codes(softmax, codes, queries, n, p, u, weights, |_, _| ());
         }
         for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
             for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
@@ -128,14 +135,14 @@ pub(super) fn add_many(
         return;
     }
     let (m, group) = (atoms.keys.head_dim(), softmax.rows());
-    let queries = Matrix::by_rows(queries, group, m);
     SCRATCH.with_borrow_mut(|scratch| {
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
         let n = atoms.keys.len();
         let rows = Matrix::by_rows(atoms.keys.numbers(), n, m);
-        multiply(&mut p[..n * group], false, rows, queries.transposed());
+        let columns = Matrix::by_rows(queries, group, m).transposed();
+        multiply(&mut p[..n * group], false, rows, columns);
         let n = atoms.values.len();
         u[..n * group].fill(0.0);
         let hide = |first: usize, scores: &mut [f32]| {
@@ -145,7 +152,8 @@ pub(super) fn add_many(
                 unseen.for_each(|s| *s = f32::NEG_INFINITY);
             }
         };
-        sum_codes(softmax, &codes, n, p, u, &mut scratch.weights, hide);
+        let weights = &mut scratch.weights;
+        sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
         let rows = Matrix::by_rows(atoms.values.numbers(), n, m);
         multiply(&mut softmax.output, true, u, rows);
@@ -153,9 +161,11 @@ pub(super) fn add_many(
 }
 
 /// Scores the codes by `p`, and sums the values' codes over `atoms` atoms by the weights into `u`.
+#[allow(clippy::too_many_arguments)] // of one computation
 fn sum_codes(
     softmax: &mut RunningSoftmax,
     codes: &Coded<'_>,
+    queries: &[f32],
     atoms: usize,
     p: &[f32],
     u: &mut [f32],
@@ -163,7 +173,11 @@ fn sum_codes(
     mut hide: impl FnMut(usize, &mut [f32]),
 ) {
     let group = softmax.rows();
-    let Coded { codes, seen } = codes;
+    let Coded {
+        codes,
+        offsets,
+        seen,
+    } = codes;
     for first in seen.clone().step_by(BLOCK) {
         let count = BLOCK.min(seen.end - first);
         weights.resize(count * group, 0.0);
@@ -171,6 +185,9 @@ fn sum_codes(
             let out = &mut weights[at * group..][..block.len() * group];
             block.scores(p, group, out);
         });
+        if let Some(offsets) = offsets {
+            offsets.add(queries, first, weights);
+        }
         hide(first, weights);
         if let Some(kept) = softmax.weigh(weights) {
             for u in u.chunks_exact_mut(group).take(atoms) {

@@ -13,7 +13,7 @@ pub use dense::{DenseRows, NumberType};
 use std::ops::Range;
 
 use crate::codes::Codes;
-use crate::dictionary::Atoms;
+use crate::dictionary::{Atoms, RotaryOffsets};
 use crate::kernels::dense::MAX_GROUP;
 use crate::kernels::softmax::{MAX_QUERIES, softmax};
 use crate::key_value::KeyValue;
@@ -29,6 +29,8 @@ pub enum Source<'a> {
         codes: KeyValue<&'a Codes>,
         /// Atoms that the codes are over.
         atoms: KeyValue<Atoms<'a>>,
+        /// What the keys' scores lack.
+        offsets: Option<RotaryOffsets<'a>>,
     },
     /// Dense positions, all of them before every query.
     Dense(KeyValue<&'a DenseRows>),
@@ -232,11 +234,16 @@ fn attend_part(
             .collect();
         if let Source::Codes { atoms, .. } = heads[0].sources[number] {
             let codes = heads.iter().zip(&ranges).filter_map(|(head, range)| {
-                let Source::Codes { codes, atoms: own } = head.sources[number] else {
+                let Source::Codes {
+                    codes,
+                    atoms: own,
+                    offsets,
+                } = head.sources[number]
+                else {
                     return None;
                 };
                 let shared = own.keys.are(atoms.keys) && own.values.are(atoms.values);
-                shared.then(|| Coded::new(codes, atoms, range.clone()))
+                shared.then(|| Coded::new(codes, atoms, offsets, range.clone()))
             });
             let codes: Vec<Coded<'_>> = codes.collect();
             let alike = codes.len() == heads.len();
@@ -291,8 +298,12 @@ fn attend_many(
             .collect();
         before += source.len(m);
         match *source {
-            Source::Codes { codes, atoms } => {
-                let codes = Coded::new(codes, atoms, 0..codes.keys.len());
+            Source::Codes {
+                codes,
+                atoms,
+                offsets,
+            } => {
+                let codes = Coded::new(codes, atoms, offsets, 0..codes.keys.len());
                 coded::add_many(&mut softmax, &queries, &hidden, codes, atoms);
             }
             Source::Dense(ref rows) => dense::add(&mut softmax, &queries, &hidden, rows),

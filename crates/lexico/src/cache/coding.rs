@@ -72,7 +72,8 @@ impl Coding {
     /// The coders of a layer's keys and values.
     ///
     /// # Errors
-    /// [`Error::Setting`] for additive codes where there are no codebooks.
+    /// [`Error::Setting`] for additive codes where there are no codebooks, [`Error::Dictionary`] where values have
+    /// [`RotaryMeans`](crate::dictionary::RotaryMeans).
     pub fn coders(self, dictionaries: &LayerDictionaries) -> Result<KeyValue<Coder>> {
         match self {
             Self::Additive { beam_width } => {
@@ -81,6 +82,11 @@ impl Coding {
                 let codebooks =
                     codebooks.ok_or_else(|| Error::setting("format", "additive", reason))?;
                 let maps = dictionaries.maps.as_ref();
+                if maps.is_some_and(|maps| maps.values.rotary_means().is_some()) {
+                    let reason =
+                        "values have means before a rotary embedding, which turns keys alone";
+                    return Err(Error::Dictionary(reason.to_owned()));
+                }
                 let maps = maps.map_or_else(KeyValue::default, |both| both.clone().map(Some));
                 let both = codebooks.clone().zip(maps);
                 Ok(both.map(|(codebooks, maps)| Coder::Additive {
@@ -185,7 +191,7 @@ impl Coder {
         }
     }
 
-    /// The vectors `[n, m]` that codes of these vectors of a KV head stand for once they are stored.
+    /// The vectors `[n, m]` that codes of these vectors of a KV head, at these positions, stand for once they are stored.
     ///
     /// # Errors
     /// Those of [`Coder::encoder`] and [`Encoder::encode_on`].
@@ -195,19 +201,27 @@ impl Coder {
     pub fn reconstruct(
         &self,
         head: usize,
+        positions: impl Iterator<Item = usize> + Clone,
         vectors: &[f32],
         sparsity: usize,
         fit: Fit,
         threads: &dyn Threads,
     ) -> Result<Vec<f32>> {
-        let mapped = self.maps().map(|maps| maps.apply(head, vectors));
+        let mapped = self.maps().map(|maps| {
+            let mut mapped = maps.apply(head, vectors);
+            maps.centre(head, positions.clone(), &mut mapped);
+            mapped
+        });
         let vectors = mapped.as_deref().unwrap_or(vectors);
         let batch = self.encoder(sparsity, fit)?.encode_on(vectors, threads)?;
         let mut codes = Codes::new(self.format(sparsity))?;
         codes.extend(&batch);
-        let decoded = codes.decode(self.atoms(sparsity))?;
+        let mut decoded = codes.decode(self.atoms(sparsity))?;
         Ok(match self.maps() {
-            Some(maps) => maps.invert(head, &decoded),
+            Some(maps) => {
+                maps.uncentre(head, positions, &mut decoded);
+                maps.invert(head, &decoded)
+            }
             None => decoded,
         })
     }

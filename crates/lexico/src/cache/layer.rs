@@ -36,6 +36,8 @@ pub struct LayerCache {
     head_dim: usize,
     pub(super) settings: Arc<LayerSettings>,
     pub(super) heads: Box<[KeyValue<HeadRows>]>,
+    /// The number of positions that were dropped.
+    pub(super) dropped: usize,
     pub(super) leaving: Option<Leaving<Background>>,
 }
 
@@ -112,6 +114,7 @@ impl LayerCache {
             coders,
             head_dim,
             settings: Arc::new(settings),
+            dropped: 0,
             leaving: None,
         })
     }
@@ -134,6 +137,11 @@ impl LayerCache {
     /// The number of first positions that are kept dense.
     pub fn sinks(&self) -> usize {
         self.heads.first().map_or(0, |head| head.keys.sinks.len())
+    }
+
+    /// The number of the position, as the model counts them, of the first one that is coded, or would be.
+    fn first_coded(&self) -> usize {
+        self.dropped + self.sinks()
     }
 
     /// The number of positions in the recent window.
@@ -197,6 +205,9 @@ impl LayerCache {
                 sources.push(Source::Codes {
                     codes: rows.map(|rows| &rows.codes),
                     atoms,
+                    offsets: maps
+                        .keys
+                        .and_then(|maps| maps.offsets(h, self.first_coded())),
                 });
                 sources.push(Source::Dense(rows.map(|rows| &rows.recent)));
                 if let Some(new) = new {
@@ -251,6 +262,7 @@ impl LayerCache {
     /// # Panics
     /// Where there are fewer.
     pub fn drop_front(&mut self, count: usize) {
+        self.dropped += count;
         let sinks = count.min(self.sinks());
         let coded = (count - sinks).min(self.coded());
         let recent = count - sinks - coded;
@@ -276,7 +288,11 @@ impl LayerCache {
             let parts = head.as_ref().zip(atoms).zip(self.maps());
             for (all, ((rows, atoms), maps)) in all.as_mut().zip(parts) {
                 let mut own = rows.sinks.to_f32();
-                own.extend(rows.codes.decode(atoms)?);
+                let mut coded = rows.codes.decode(atoms)?;
+                if let Some(maps) = maps {
+                    maps.uncentre(number, self.first_coded().., &mut coded);
+                }
+                own.extend(coded);
                 own.extend(rows.recent.to_f32());
                 match maps {
                     Some(maps) => all.extend(maps.invert(number, &own)),
@@ -380,9 +396,16 @@ impl LayerCache {
         }
         let held = self.dense();
         let surplus = self.settings.surplus(held, t);
+        let position = self.first_coded() + self.coded();
         for first in (0..surplus).step_by(AT_ONCE) {
             let vectors = self.read(first, AT_ONCE.min(surplus - first), new);
-            let batch = encode(&self.coders, &self.settings, &vectors, threads)?;
+            let batch = encode(
+                &self.coders,
+                &self.settings,
+                position + first,
+                vectors,
+                threads,
+            )?;
             self.extend_codes(&batch);
         }
         self.drop_recent(surplus.min(held));
@@ -395,10 +418,11 @@ impl LayerCache {
         self.settings.background.then(|| {
             let vectors = self.read(0, self.settings.batch, KeyValue::default());
             let (coders, settings) = (self.coders.clone(), Arc::clone(&self.settings));
+            let first = self.first_coded() + self.coded();
             let (sender, receiver) = channel();
             rayon::spawn(move || {
                 // Where the cache is gone nobody waits for them.
-                let _ = sender.send(encode(&coders, &settings, &vectors, &Alone));
+                let _ = sender.send(encode(&coders, &settings, first, vectors, &Alone));
             });
             Mutex::new(receiver)
         })
@@ -411,7 +435,8 @@ impl LayerCache {
         let codes = codes.and_then(|codes| codes.into_inner().ok()?.recv().ok());
         let batch = codes.unwrap_or_else(|| {
             let vectors = self.read(0, count, KeyValue::default());
-            encode(&self.coders, &self.settings, &vectors, threads)
+            let first = self.first_coded() + self.coded();
+            encode(&self.coders, &self.settings, first, vectors, threads)
         })?;
         self.extend_codes(&batch);
         self.drop_recent(count);
@@ -461,19 +486,26 @@ impl LayerCache {
     }
 }
 
-/// Codes keys and values `[kv_heads, positions, m]`. All heads at once: every reading of a dictionary serves as many
-/// vectors as there are.
+/// Codes mapped keys and values `[kv_heads, positions, m]` from position `first` on. All heads at once: every reading of a
+/// dictionary serves as many vectors as there are.
 fn encode(
     coders: &KeyValue<Coder>,
     settings: &LayerSettings,
-    vectors: &KeyValue<Vec<f32>>,
+    first: usize,
+    vectors: KeyValue<Vec<f32>>,
     threads: &dyn Threads,
 ) -> Result<Batch> {
     let parts = KeyValue::new("key", "value").zip(coders.as_ref());
-    let parts = parts.zip(settings.sparsities.as_ref().zip(vectors.as_ref()));
-    parts.try_map(|((part, coder), (sparsities, vectors))| {
+    let parts = parts.zip(settings.sparsities.as_ref().zip(vectors));
+    parts.try_map(|((part, coder), (sparsities, mut vectors))| {
+        if let Some(maps) = coder.maps().filter(|_| !vectors.is_empty()) {
+            let each = vectors.len() / sparsities.len();
+            for (head, own) in vectors.chunks_exact_mut(each).enumerate() {
+                maps.centre(head, first.., own);
+            }
+        }
         let encoder = coder.encoder(max(sparsities), settings.fit)?;
-        let batches = encoder.encode_heads(vectors, sparsities, threads);
+        let batches = encoder.encode_heads(&vectors, sparsities, threads);
         batches.map_err(|source| Error::Coding {
             part,
             source: Box::new(source),

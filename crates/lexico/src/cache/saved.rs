@@ -9,6 +9,9 @@ use crate::key_value::KeyValue;
 use crate::tensor_file::numbers;
 use crate::{Error, Result};
 
+/// More positions than any text has.
+const MAX_POSITIONS: usize = 1 << 40;
+
 /// All that the cache of a layer holds, in a form to keep: codes [at rest](stored), the recent window as it is.
 ///
 /// The codes of a batch that is leaving the recent window are not among them: coding it anew gives the same.
@@ -16,6 +19,10 @@ use crate::{Error, Result};
 pub struct LayerState {
     /// The checksums of the dictionaries or codebooks that the codes are over.
     pub checksums: KeyValue<u32>,
+    /// The number of positions that have come, those that were dropped included; 0 in states of earlier versions, which
+    /// needed it for nothing.
+    #[serde(default)]
+    pub positions: usize,
     /// The steps since a batch began to leave the recent window, where one is leaving.
     pub leaving: Option<usize>,
     /// Names and bytes: `keys.codes`, as many times as there are blocks, `keys.sinks`, where first positions are kept
@@ -49,6 +56,7 @@ impl LayerCache {
         }
         LayerState {
             checksums: self.checksums(),
+            positions: self.dropped + self.len(),
             leaving: self.leaving.as_ref().map(|leaving| leaving.age),
             blocks,
         }
@@ -119,6 +127,11 @@ impl LayerCache {
         if !state.leaving.as_ref().is_none_or(possible) {
             return Err(Error::SavedLayer("the batches that leave the window"));
         }
+        let held: usize = held.iter().sum();
+        if state.positions > MAX_POSITIONS || (1..held).contains(&state.positions) {
+            return Err(Error::SavedLayer("the number of positions that have come"));
+        }
+        self.dropped = state.positions.saturating_sub(held);
         self.leaving = state.leaving.map(|age| Leaving { age, codes: None });
         let pairs = rows.keys.into_iter().zip(rows.values);
         let heads = pairs.map(|(keys, values)| KeyValue { keys, values });

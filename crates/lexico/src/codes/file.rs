@@ -25,7 +25,7 @@ const CURE: &str = "`lexico encode` makes such a file";
 /// vary `lengths` U8 `[n]`, the rest of a row being zero. Additive codes instead: `first` U16 `[n]`
 /// and `rest` U8 `[n, s − 1]`, numbers of atoms in their codebooks, with the scale in the highest five bits of `first`;
 /// `first_group` in the metadata says how many atoms the first codebook has. Where they were found behind the map of a KV
-/// head, `head` says of which.
+/// head, `head` says of which; the vectors are then those of consecutive positions, from 0 on.
 #[derive(Debug, Clone)]
 pub struct CodeFile {
     /// The codes.
@@ -149,13 +149,16 @@ impl CodeFile {
         {
             return Err(Error::OtherDictionary(format!("tensor {:?}", self.tensor)));
         }
-        let decoded = self.codes.decode(atoms)?;
+        let mut decoded = self.codes.decode(atoms)?;
         match self.head.zip(own) {
             Some((head, maps)) if head >= maps.heads() => Err(Error::Dictionary(format!(
                 "the codes are of KV head {head}, and there are maps of {} heads",
                 maps.heads()
             ))),
-            Some((head, maps)) => Ok(maps.invert(head, &decoded)),
+            Some((head, maps)) => {
+                maps.uncentre(head, 0.., &mut decoded);
+                Ok(maps.invert(head, &decoded))
+            }
             None => Ok(decoded),
         }
     }

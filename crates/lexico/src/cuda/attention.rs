@@ -2,9 +2,10 @@ use half::f16;
 
 use super::codes::format_number;
 use super::device::{Argument, CODES, COMMON, Device, Grid, PAIR, Program, check_shared, upload};
+use super::means::DeviceMeans;
 use super::pair::{DevicePast, describe};
 use crate::codes::CodeFormat;
-use crate::dictionary::Atoms;
+use crate::dictionary::{Atoms, HeadMaps};
 use crate::{Error, Result};
 
 const THREADS: u32 = 256;
@@ -28,6 +29,8 @@ pub struct DeviceAttention<D: Device> {
     /// `[N, m]`, halves.
     pub(super) key_atoms: D::Memory,
     pub(super) value_atoms: D::Memory,
+    /// What coded keys are without.
+    pub(super) means: Option<DeviceMeans<D>>,
     key_count: usize,
     value_count: usize,
     head_dim: usize,
@@ -49,6 +52,21 @@ impl<D: Device> DeviceAttention<D> {
         value_atoms: Atoms<'_>,
         group: usize,
     ) -> Result<Self> {
+        Self::behind(device, format, key_atoms, value_atoms, group, None)
+    }
+
+    /// The same where keys are coded behind these maps.
+    ///
+    /// # Errors
+    /// Those of [`DeviceAttention::new`].
+    pub(super) fn behind(
+        device: &D,
+        format: impl Into<CodeFormat>,
+        key_atoms: Atoms<'_>,
+        value_atoms: Atoms<'_>,
+        group: usize,
+        maps: Option<&HeadMaps>,
+    ) -> Result<Self> {
         let format = format_number(format.into())?;
         let head_dim = key_atoms.head_dim();
         if !head_dim.is_multiple_of(16) || !(1..=8).contains(&group) {
@@ -64,12 +82,20 @@ impl<D: Device> DeviceAttention<D> {
             let halves = atoms.numbers().iter().map(|&x| f16::from_f32(x));
             upload(device, halves.flat_map(f16::to_le_bytes))
         };
+        let means = maps.map(|maps| DeviceMeans::new(device, maps, group, format));
+        let means = means.transpose()?.flatten();
         Ok(Self {
             program: Program {
                 name: "attention",
                 parts: &[COMMON, CODES, PAIR, include_str!("kernels/attention.cu")],
-                constants: vec![("M", head_dim), ("G", group), ("FORMAT", format)],
+                constants: vec![
+                    ("M", head_dim),
+                    ("G", group),
+                    ("FORMAT", format),
+                    ("MEANS", usize::from(means.is_some())),
+                ],
             },
+            means,
             key_atoms: halves(key_atoms)?,
             value_atoms: halves(value_atoms)?,
             key_count: key_atoms.len(),
@@ -145,6 +171,12 @@ impl<D: Device> DeviceAttention<D> {
             at(&outputs),
             Argument::Address(out),
         ];
+        if let Some(means) = &self.means {
+            // SAFETY: there is room for the scores; the rest is the caller's.
+            unsafe {
+                means.offset(device, &described, pairs, longest, queries, room, &scores)?;
+            }
+        }
         let projected = self.key_count.div_ceil(PROJECTED);
         let columns = (pairs * g).div_ceil(8).min(PROJECT_BLOCKS);
         let key_products = self.key_count * g * size_of::<f16>();

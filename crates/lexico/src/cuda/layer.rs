@@ -112,7 +112,7 @@ fn check(settings: &LayerSettings) -> Result<()> {
 impl<D: Device> DeviceLayer<D> {
     /// Brings a layer's dictionaries to a device. `query_group` query heads share a KV head. The second stream codes
     /// in the background whatever [`LayerSettings::background`] says. [Maps](crate::dictionary::HeadMaps) are the caller's to
-    /// apply: keys, values, queries and outputs are those behind them.
+    /// apply: keys, values, queries and outputs are those behind them. Means before the rotary embedding are not.
     ///
     /// # Errors
     /// [`Error::Setting`] and those of [`LayerCache::new`](crate::cache::LayerCache::new) for settings that cannot be, on a device or at all;
@@ -155,7 +155,9 @@ impl<D: Device> DeviceLayer<D> {
             Coder::Sparse { dictionary, .. } => DeviceEncoder::pursuit(device, dictionary, max),
         })?;
         let KeyValue { keys, values } = parts.map(|(coder, max)| coder.atoms(max));
-        let attention = DeviceAttention::new(device, formats.keys, keys, values, query_group)?;
+        let maps = coders.keys.maps();
+        let attention =
+            DeviceAttention::behind(device, formats.keys, keys, values, query_group, maps)?;
         let head_dim = keys.head_dim();
         let program = Program {
             name: "window",
@@ -275,9 +277,10 @@ impl<D: Device> DeviceLayer<D> {
         if let Some(leaving) = sequence.leaving.take() {
             self.settle(sequence, leaving.codes)?;
         }
-        sequence.positions += t;
         let first = self.sinks_of(sequence, t);
         sequence.sinks += first;
+        let position = sequence.positions + first - sequence.held;
+        sequence.positions += t;
         let mut sequences = [sequence];
         // SAFETY: the caller's; there is room for as many first positions as the settings say.
         unsafe { self.append(&mut sequences, new, t, 0, first)? };
@@ -290,7 +293,7 @@ impl<D: Device> DeviceLayer<D> {
         for first in (0..surplus).step_by(AT_ONCE) {
             let count = AT_ONCE.min(surplus - first);
             // SAFETY: the caller's.
-            let batch = unsafe { self.encode(sequence, new, t, first, count)? };
+            let batch = unsafe { self.encode(sequence, new, t, position, first, count)? };
             self.store(sequence, batch)?;
         }
         let from_window = surplus.min(held);
@@ -328,7 +331,15 @@ impl<D: Device> DeviceLayer<D> {
             Argument::Address(out.values),
         ];
         // SAFETY: the arguments are those of `decode` in kernels/window.cu; room for what it writes is the caller's.
-        unsafe { self.launch("decode", positions, pasts.len(), &arguments) }
+        unsafe { self.launch("decode", positions, pasts.len(), &arguments)? };
+        let Some((means, past)) = self.attention.means.as_ref().zip(pasts.first()) else {
+            return Ok(());
+        };
+        let coded = past.keys.len - past.hidden;
+        let rows = [positions, past.window.sinks, coded, past.hidden];
+        let device = &self.streams.main;
+        // SAFETY: as above.
+        unsafe { means.add(device, &pairs, pasts.len(), rows, 1, out.keys) }
     }
 
     /// The bytes that a sequence holds, by part: whole pages of codes in the device's memory.
@@ -377,6 +388,7 @@ impl<D: Device> DeviceLayer<D> {
             keys: key_codes,
             values: value_codes,
             hidden: hidden_codes,
+            first: sequence.positions - sequence.held - sequence.coded(),
             window: DeviceRows {
                 keys: keys + head * ring,
                 values: values + head * ring,
@@ -455,7 +467,7 @@ impl<D: Device> DeviceLayer<D> {
         unsafe { self.launch(kernel, count, pasts.len(), &arguments) }
     }
 
-    /// Begins to code positions, `count` from `first` on of the window's and then the new ones' `[heads, t, m]`.
+    /// Begins to code positions, `count` from `first` on of the window's, which begins at `position`, and then the new ones' `[heads, t, m]`.
     ///
     /// # Safety
     /// That of [`DeviceLayer::take`].
@@ -464,12 +476,17 @@ impl<D: Device> DeviceLayer<D> {
         sequence: &DeviceSequence<D>,
         new: KeyValue<u64>,
         t: usize,
+        position: usize,
         first: usize,
         count: usize,
     ) -> Result<DeviceBatch<D>> {
         let device = &self.streams.main;
         // First positions stay as they are.
         let pasts = self.pasts(sequence, sequence.sinks);
+        let pasts = pasts.map(|past| DevicePast {
+            first: position,
+            ..past
+        });
         let pasts: Vec<DevicePast<'_, D>> = pasts.collect();
         let bytes = self.heads() * count * self.head_dim * size_of::<f32>();
         let vectors = KeyValue::new(device.allocate(bytes)?, device.allocate(bytes)?);
@@ -477,6 +494,13 @@ impl<D: Device> DeviceLayer<D> {
         let out = [keys, values];
         // SAFETY: `gather` takes the places of what it writes too; the rest is the caller's.
         unsafe { self.launch_rows("gather", &pasts, new, [t, first, count], &out)? };
+        if let Some(means) = &self.attention.means {
+            let described = upload(device, describe(&pasts))?;
+            let (heads, rows) = (pasts.len(), [count, 0, count, first]);
+            let keys = D::address(&vectors.keys);
+            // SAFETY: so many keys were gathered.
+            unsafe { means.add(device, &described, heads, rows, -1, keys)? };
+        }
         let (settings, n) = (&self.settings, count * self.heads());
         let parts = self.encoders.as_ref().zip(settings.sparsities.as_ref());
         let parts = parts.zip(vectors.as_ref());
@@ -510,9 +534,10 @@ impl<D: Device> DeviceLayer<D> {
     /// Begins to code the oldest positions where the window is full, or ends it where it is due.
     fn take_turn(&self, sequence: &mut DeviceSequence<D>) -> Result<()> {
         let mut leaving = sequence.leaving.take();
+        let position = sequence.positions - sequence.held;
+        let batch = self.settings.batch;
         // SAFETY: nothing new is read.
-        let begin =
-            || unsafe { self.encode(sequence, KeyValue::default(), 0, 0, self.settings.batch) };
+        let begin = || unsafe { self.encode(sequence, KeyValue::default(), 0, position, 0, batch) };
         let due = Leaving::step(&mut leaving, &self.settings, sequence.held, begin);
         sequence.leaving = leaving;
         due?.map_or(Ok(()), |batch| self.settle(sequence, batch))

@@ -10,6 +10,7 @@ mod device;
 mod encode;
 mod gpu;
 mod layer;
+mod means;
 mod pair;
 
 pub use attention::DeviceAttention;

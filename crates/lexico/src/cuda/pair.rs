@@ -9,6 +9,8 @@ pub struct DevicePast<'a, D: Device> {
     pub values: &'a DeviceCodes<D>,
     /// The number of the oldest codes that are not seen.
     pub hidden: usize,
+    /// The position of the first code.
+    pub first: usize,
     /// The first and the newest positions.
     pub window: DeviceRows,
 }
@@ -55,7 +57,7 @@ impl<D: Device> DevicePast<'_, D> {
         let window = &self.window;
         bytes.extend(window.keys.to_le_bytes());
         bytes.extend(window.values.to_le_bytes());
-        let sinks = [window.sinks, window.first_sink, 0];
+        let sinks = [window.sinks, window.first_sink, self.first];
         for number in [window.room, window.start, window.len]
             .into_iter()
             .chain(sinks)

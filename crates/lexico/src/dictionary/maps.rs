@@ -1,5 +1,6 @@
 use nalgebra::DMatrix;
 
+use super::RotaryMeans;
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::{Error, Result};
 
@@ -10,11 +11,41 @@ use crate::{Error, Result};
 /// quantisation for inner products: Guo et al., AISTATS 2016). Nothing is approximated by it: with
 /// `q' = A⁻ᵀq` scores change by the same number `q·μ` at all positions, which the softmax does not see, and attention's
 /// weights sum up to 1, so that its output is `A⁻¹o' + μ`.
+///
+/// Of keys, what is coded can be without their [`RotaryMeans`] too, mapped; what these add to scores at each position
+/// comes from [`HeadMaps::offsets`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeadMaps {
     head_dim: usize,
     heads: Box<[HeadMap]>,
+    rotary: Option<Rotary>,
     checksum: u32,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Rotary {
+    means: RotaryMeans,
+    /// Those of each head, mapped; see [`RotaryMeans::directions`].
+    directions: Vec<Vec<f32>>,
+}
+
+/// What the means before the rotary embedding add to scores of a head's coded keys.
+#[derive(Clone, Copy)]
+pub struct RotaryOffsets<'a> {
+    means: &'a RotaryMeans,
+    directions: &'a [f32],
+    /// The position of the first key.
+    first: usize,
+}
+
+impl RotaryOffsets<'_> {
+    /// Adds to the scores `[n, group]` of keys from key `from` on; `queries` `[group, m]` are mapped, and scaled as those of
+    /// the scores were.
+    pub(crate) fn add(&self, queries: &[f32], from: usize, scores: &mut [f32]) {
+        let first = self.first + from;
+        self.means
+            .add_scores(self.directions, first, queries, scores);
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -69,7 +100,96 @@ impl HeadMaps {
         Ok(Self {
             head_dim,
             heads: maps.collect::<Result<_>>()?,
+            rotary: None,
             checksum: hasher.finalize(),
+        })
+    }
+
+    /// The same maps of keys that are coded without their means before the rotary embedding. `O(heads·m³)`.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where the means are of other heads.
+    pub fn with_rotary_means(mut self, means: RotaryMeans) -> Result<Self> {
+        let numbers = self.heads() * self.head_dim;
+        if means.heads() != self.heads() || means.means().len() != numbers {
+            let reason = format!(
+                "{} numbers of means before the rotary embedding, and maps of {} heads with head dim {}",
+                means.means().len(),
+                self.heads(),
+                self.head_dim
+            );
+            return Err(Error::Dictionary(reason));
+        }
+        let mut hasher = crc32fast::Hasher::new_with_initial(self.checksum);
+        for x in means.frequencies().iter().chain(means.means()) {
+            hasher.update(&x.to_le_bytes());
+        }
+        self.checksum = hasher.finalize();
+        let heads = self.heads.iter().enumerate();
+        let directions = heads.map(|(head, map)| means.directions(head, &map.matrix));
+        self.rotary = Some(Rotary {
+            directions: directions.collect(),
+            means,
+        });
+        Ok(self)
+    }
+
+    /// The means before the rotary embedding that coded keys are without.
+    pub fn rotary_means(&self) -> Option<&RotaryMeans> {
+        self.rotary.as_ref().map(|rotary| &rotary.means)
+    }
+
+    /// What the means of each head are products with, `[2·pairs, m]`; see [`RotaryMeans::directions`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn directions(&self) -> impl Iterator<Item = &[f32]> {
+        let rotary = self.rotary.iter();
+        rotary.flat_map(|rotary| rotary.directions.iter().map(Vec::as_slice))
+    }
+
+    /// Takes the means before the rotary embedding, if there are any, away from mapped keys `[n, m]` of a head at these
+    /// positions: what is left is coded. `O(n·m²)`.
+    ///
+    /// # Panics
+    /// Where there is no such head.
+    pub fn centre(&self, head: usize, positions: impl Iterator<Item = usize>, mapped: &mut [f32]) {
+        self.add_means(head, positions, -1.0, mapped);
+    }
+
+    /// Gives decoded keys back what [`HeadMaps::centre`] took. `O(n·m²)`.
+    ///
+    /// # Panics
+    /// Where there is no such head.
+    pub fn uncentre(
+        &self,
+        head: usize,
+        positions: impl Iterator<Item = usize>,
+        mapped: &mut [f32],
+    ) {
+        self.add_means(head, positions, 1.0, mapped);
+    }
+
+    fn add_means(
+        &self,
+        head: usize,
+        positions: impl Iterator<Item = usize>,
+        sign: f32,
+        mapped: &mut [f32],
+    ) {
+        if let Some(Rotary { means, directions }) = &self.rotary {
+            means.add(&directions[head], positions, sign, mapped);
+        }
+    }
+
+    /// What scores of coded keys of a head, the first of them at position `first`, lack where they have no means; `None`
+    /// where they lack nothing.
+    ///
+    /// # Panics
+    /// Where there is no such head.
+    pub fn offsets(&self, head: usize, first: usize) -> Option<RotaryOffsets<'_>> {
+        self.rotary.as_ref().map(|rotary| RotaryOffsets {
+            means: &rotary.means,
+            directions: &rotary.directions[head],
+            first,
         })
     }
 
@@ -144,7 +264,11 @@ impl HeadMaps {
     /// The bytes held.
     pub fn bytes(&self) -> usize {
         let m = self.head_dim;
-        self.heads.len() * (m + 2 * m * m) * size_of::<f32>()
+        let rotary = self.rotary.iter().map(|rotary| {
+            let directions = rotary.directions.iter().map(Vec::len).sum::<usize>();
+            rotary.means.bytes() + directions * size_of::<f32>()
+        });
+        self.heads.len() * (m + 2 * m * m) * size_of::<f32>() + rotary.sum::<usize>()
     }
 
     /// A checksum of all numbers, so that codes can say what they were found behind.

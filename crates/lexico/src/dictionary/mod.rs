@@ -4,13 +4,15 @@ mod additive;
 mod allocation;
 mod atoms;
 mod maps;
+mod rotary;
 mod set;
 mod unit;
 
 pub use additive::Codebooks;
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use atoms::Atoms;
-pub use maps::HeadMaps;
+pub use maps::{HeadMaps, RotaryOffsets};
+pub use rotary::RotaryMeans;
 pub use set::{
     DictionarySet, FORMATS, LayerDictionaries, LayerErrors, ModelIdentity, RotaryIdentity,
     Training, additive_sparsity,

@@ -8,15 +8,19 @@ use serde::{Deserialize, Serialize};
 use super::allocation::MAX_ALLOCATED;
 use super::{
     CODEBOOK_ATOMS, CodeFamily, CodebookSizes, Codebooks, CodingLosses, Dictionary, HeadMaps,
-    LayerSparsities,
+    LayerSparsities, RotaryMeans,
 };
 use crate::key_value::KeyValue;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
 /// Formats of a dictionary file, as its metadata names them: the first always has dictionaries for sparse codes and
-/// never maps of heads.
-pub const FORMATS: [&str; 2] = ["lexico-dictionary/1", "lexico-dictionary/2"];
+/// never maps of heads; the last alone has [`RotaryMeans`].
+pub const FORMATS: [&str; 3] = [
+    "lexico-dictionary/1",
+    "lexico-dictionary/2",
+    "lexico-dictionary/3",
+];
 pub(super) const CURE: &str = "`lexico train` makes such a file";
 
 /// The model that a dictionary set was learned for.
@@ -104,6 +108,12 @@ pub struct LayerDictionaries {
 }
 
 impl LayerDictionaries {
+    /// Returns whether keys are coded without their means before the rotary embedding.
+    fn has_rotary_means(&self) -> bool {
+        let maps = self.maps.as_ref();
+        maps.is_some_and(|maps| maps.keys.rotary_means().is_some())
+    }
+
     /// `m`, the length of a vector; 0 where there are neither dictionaries nor codebooks.
     pub fn head_dim(&self) -> usize {
         let sparse = self.sparse.as_ref().map(|both| both.keys.head_dim());
@@ -161,11 +171,13 @@ impl DictionarySet {
         let names = file.names();
         let has = |ending: &str| names.iter().any(|name| name.ends_with(ending));
         let (has_codebooks, has_maps) = (has(FIRST), has(MEANS));
+        let has_rotary = has(FREQUENCIES);
         // Files of earlier versions always have them.
         let has_sparse = has(".keys") || !has_codebooks;
         let each = 2 * usize::from(has_sparse)
             + 4 * usize::from(has_codebooks)
-            + 4 * usize::from(has_maps);
+            + 4 * usize::from(has_maps)
+            + 2 * usize::from(has_rotary);
         let tensors = model.layers.saturating_mul(each);
         if model.layers == 0 || tensors != names.len() {
             let reason = format!(
@@ -256,6 +268,7 @@ impl DictionarySet {
         let sparse = first.and_then(|layer| layer.sparse.as_ref());
         // Earlier versions read what they can use.
         let format = match first {
+            Some(layer) if layer.has_rotary_means() => FORMATS[2],
             Some(layer) if layer.maps.is_some() || sparse.is_none() => FORMATS[1],
             _ => FORMATS[0],
         };
@@ -363,9 +376,11 @@ impl DictionarySet {
     }
 }
 
-/// Ends of the names of the tensors of maps.
+/// Ends of the names of the tensors of maps, and of what keys are without before their rotary embedding.
 const MEANS: &str = ".means";
 const MATRICES: &str = ".matrices";
+const ROTARY_MEANS: &str = ".rotary-means";
+const FREQUENCIES: &str = ".frequencies";
 
 impl HeadMaps {
     /// Returns whether a dictionary file has maps for keys or values, `name` as in `layers.0.keys`.
@@ -389,7 +404,8 @@ impl HeadMaps {
         Self::read(&file, name, part(0), part(1)).map(Some)
     }
 
-    /// Reads two tensors, the means `[heads, m]` and the matrices `[heads, m, m]`.
+    /// Reads two tensors, the means `[heads, m]` and the matrices `[heads, m, m]`; and where there are some, the means before
+    /// the rotary embedding `[heads, m]` and the angles a position `[pairs]`.
     fn read(file: &TensorFile, name: &str, heads: usize, m: usize) -> Result<Self> {
         let (means, means_shape) = file.f32_tensor(&format!("{name}{MEANS}"), 2)?;
         let matrices_name = format!("{name}{MATRICES}");
@@ -400,17 +416,44 @@ impl HeadMaps {
             );
             return Err(Error::tensor(file.path(), &matrices_name, reason));
         }
-        Self::new(&means, &matrices, m)
-            .map_err(|e| Error::tensor(file.path(), &matrices_name, e.to_string()))
+        let maps = Self::new(&means, &matrices, m)
+            .map_err(|e| Error::tensor(file.path(), &matrices_name, e.to_string()))?;
+        let rotary_name = format!("{name}{ROTARY_MEANS}");
+        if file.info(&rotary_name).is_err() {
+            return Ok(maps);
+        }
+        let refused = |reason| Error::tensor(file.path(), &rotary_name, reason);
+        if !name.ends_with(".keys") {
+            let reason = "the rotary embedding turns keys alone";
+            return Err(refused(reason.to_owned()));
+        }
+        let (frequencies, _) = file.f32_tensor(&format!("{name}{FREQUENCIES}"), 1)?;
+        let (means, shape) = file.f32_tensor(&rotary_name, 2)?;
+        if shape != [heads, m] {
+            return Err(refused(format!(
+                "shape {shape:?}, but [{heads}, {m}] is needed"
+            )));
+        }
+        let means = RotaryMeans::new(&frequencies, &means, m);
+        let maps = means.and_then(|means| maps.with_rotary_means(means));
+        maps.map_err(|e| refused(e.to_string()))
     }
 
-    fn tensors(&self, name: &str) -> [NewTensor; 2] {
+    fn tensors(&self, name: &str) -> Vec<NewTensor> {
         let (heads, m) = (self.heads(), self.head_dim());
         let (means, matrices) = self.numbers();
-        [
+        let mut tensors = vec![
             NewTensor::f32(&format!("{name}{MEANS}"), &[heads, m], &means),
             NewTensor::f32(&format!("{name}{MATRICES}"), &[heads, m, m], &matrices),
-        ]
+        ];
+        if let Some(rotary) = self.rotary_means() {
+            let frequencies = rotary.frequencies();
+            let angles = format!("{name}{FREQUENCIES}");
+            let means = format!("{name}{ROTARY_MEANS}");
+            tensors.push(NewTensor::f32(&angles, &[frequencies.len()], frequencies));
+            tensors.push(NewTensor::f32(&means, &[heads, m], rotary.means()));
+        }
+        tensors
     }
 }
 

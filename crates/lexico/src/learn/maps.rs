@@ -3,13 +3,23 @@
 use nalgebra::{DMatrix, SymmetricEigen};
 
 use crate::Result;
-use crate::dictionary::HeadMaps;
+use crate::dictionary::{HeadMaps, RotaryMeans};
 
 /// Share of the mean squared length that directions nobody asks for count with: none is given up altogether.
 const LEAST: f64 = 1e-3;
 
+/// The rotary embedding of keys.
+#[derive(Debug, Clone, Copy)]
+pub struct RotaryKeys<'a> {
+    /// Radians a position that each pair of numbers is turned by; see [`RotaryMeans`].
+    pub frequencies: &'a [f32],
+    /// The position of each key of a head.
+    pub positions: &'a [u32],
+}
+
 /// Makes the maps of a layer's keys, or values, out of vectors of each head, `[heads][n, m]`, and of second moments
-/// `[heads, m, m]` of what they are multiplied with: queries, or the rows of the output projection.
+/// `[heads, m, m]` of what they are multiplied with: queries, or the rows of the output projection. Keys whose `rotary`
+/// embedding is known are coded without their means before it.
 ///
 /// A map takes the vectors' mean away and multiplies by the square root of the moments, so that the length of an error
 /// is that of what it does to the products. All are scaled by one number, so that the moments' mean is 1 and heads that
@@ -20,14 +30,20 @@ const LEAST: f64 = 1e-3;
 ///
 /// # Panics
 /// Where the moments are not as many.
-pub fn head_maps(vectors: &[Vec<f32>], moments: &[f64], head_dim: usize) -> Result<HeadMaps> {
+pub fn head_maps(
+    vectors: &[Vec<f32>],
+    rotary: Option<RotaryKeys<'_>>,
+    moments: &[f64],
+    head_dim: usize,
+) -> Result<HeadMaps> {
     let m = head_dim;
     assert_eq!(
         moments.len(),
         vectors.len() * m * m,
         "moments of every head"
     );
-    let means = vectors.iter().flat_map(|own| mean(own, m));
+    let rotary = rotary.map(|rotary| rotary_means(vectors, rotary, m));
+    let rotary = rotary.transpose()?;
     let trace = |own: &[f64]| (0..m).map(|i| own[i * m + i]).sum::<f64>() / m as f64;
     let heads = moments.chunks_exact(m * m);
     let scale = heads.clone().map(trace).sum::<f64>() / vectors.len() as f64;
@@ -47,7 +63,48 @@ pub fn head_maps(vectors: &[Vec<f32>], moments: &[f64], head_dim: usize) -> Resu
         let numbers: Vec<f32> = root.iter().map(|&x| x as f32).collect();
         numbers
     });
-    HeadMaps::new(&means.collect::<Vec<_>>(), &matrices.collect::<Vec<_>>(), m)
+    let matrices: Vec<f32> = matrices.collect();
+    let Some((rotary, rest)) = rotary else {
+        let means = vectors.iter().flat_map(|own| mean(own, m));
+        return HeadMaps::new(&means.collect::<Vec<_>>(), &matrices, m);
+    };
+    let means = rest.iter().flat_map(|own| mean(own, m));
+    HeadMaps::new(&means.collect::<Vec<_>>(), &matrices, m)?.with_rotary_means(rotary)
+}
+
+/// The means of keys before their rotary embedding, and the keys without them.
+fn rotary_means(
+    vectors: &[Vec<f32>],
+    rotary: RotaryKeys<'_>,
+    m: usize,
+) -> Result<(RotaryMeans, Vec<Vec<f32>>)> {
+    let RotaryKeys {
+        frequencies,
+        positions,
+    } = rotary;
+    let pairs = frequencies.len().min(m / 2);
+    let mut sums = vec![0f64; vectors.len() * m];
+    for (own, sums) in vectors.iter().zip(sums.chunks_exact_mut(m)) {
+        for (x, &position) in own.chunks_exact(m).zip(positions) {
+            for (pair, &frequency) in frequencies[..pairs].iter().enumerate() {
+                let (sine, cosine) = (f64::from(position) * f64::from(frequency)).sin_cos();
+                let [x, y] = [pair, pair + pairs].map(|place| f64::from(x[place]));
+                sums[pair] += x * cosine + y * sine;
+                sums[pair + pairs] += y * cosine - x * sine;
+            }
+        }
+    }
+    let count = positions.len().max(1) as f64;
+    let means: Vec<f32> = sums.iter().map(|sum| (sum / count) as f32).collect();
+    let means = RotaryMeans::new(frequencies, &means, m)?;
+    let rest = vectors.iter().enumerate().map(|(head, own)| {
+        let mut rest = own.clone();
+        let positions = positions.iter().map(|&position| position as usize);
+        means.take_away(head, positions, &mut rest);
+        rest
+    });
+    let rest = rest.collect();
+    Ok((means, rest))
 }
 
 fn mean(vectors: &[f32], m: usize) -> Vec<f32> {
@@ -91,7 +148,7 @@ mod tests {
             })
         });
         let moments: Vec<f64> = moments.collect();
-        let maps = head_maps(&vectors, &moments, m).unwrap();
+        let maps = head_maps(&vectors, None, &moments, m).unwrap();
         let mut ratios = Vec::new();
         for head in 0..heads {
             let mapped = maps.apply(head, &vectors[head]);

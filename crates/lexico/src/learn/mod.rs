@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub use crate::error::LearnError;
 pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
 pub use learner::Learner;
-pub use maps::head_maps;
+pub use maps::{RotaryKeys, head_maps};
 pub use vectors::{InMemory, Vectors};
 
 /// Atoms before the first step.

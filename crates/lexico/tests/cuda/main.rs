@@ -19,7 +19,8 @@ use lexico::cuda::{
     DeviceRows, DeviceSequence, FoundCodes, Program, Streams, compile, compile_cached,
 };
 use lexico::dictionary::{
-    Atoms, CODEBOOK_ATOMS, CodebookSizes, Codebooks, LayerDictionaries, LayerSparsities,
+    Atoms, CODEBOOK_ATOMS, CodebookSizes, Codebooks, HeadMaps, LayerDictionaries, LayerSparsities,
+    RotaryMeans,
 };
 use lexico::encode::{BeamSearch, Encoder, Fit};
 use lexico::threads::Alone;
@@ -329,6 +330,7 @@ fn attention_is_that_of_the_cpu() {
                 keys: &keys.1,
                 values: &values.1,
                 hidden: hidden[i],
+                first: 0,
                 window: DeviceRows {
                     keys: Emulator::address(window_keys),
                     values: Emulator::address(window_values),
@@ -361,6 +363,7 @@ fn attention_is_that_of_the_cpu() {
                 Source::Codes {
                     codes: KeyValue::new(&seen_keys, &seen_values),
                     atoms: KeyValue::new(keys, values),
+                    offsets: None,
                 },
                 Source::Dense(KeyValue::new(&window_keys, &window_values)),
             ];
@@ -409,6 +412,14 @@ fn relative_error(found: &[f32], wanted: &[f32]) -> f32 {
     let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
     let rest = square(&mut found.iter().zip(wanted).map(|(a, b)| a - b));
     (rest / square(&mut wanted.iter().copied())).sqrt()
+}
+
+/// Adds to keys from position `first` on the means that they are coded without, if there are some.
+fn add_means(dictionaries: &LayerDictionaries, head: usize, first: usize, keys: &mut [f32]) {
+    if let Some(maps) = &dictionaries.maps {
+        // The maps are the caller's to apply, and change nothing but for the means.
+        maps.keys.uncentre(head, first.., keys);
+    }
 }
 
 /// Two sequences of one layer read prompts and decode together; what each holds and what attention gives is checked after every
@@ -482,8 +493,14 @@ fn goes_on(
     };
     for (i, t) in [7, 1, 40].into_iter().enumerate() {
         let i = i % 2;
-        let [k, v] = [(); 2].map(|()| drawn(&mut rng, HEADS * t * M));
+        let [mut k, v] = [(); 2].map(|()| drawn(&mut rng, HEADS * t * M));
         for head in 0..HEADS {
+            add_means(
+                dictionaries,
+                head,
+                keys[i][head].len() / M,
+                &mut k[head * t * M..][..t * M],
+            );
             keys[i][head].extend(&k[head * t * M..][..t * M]);
             values[i][head].extend(&v[head * t * M..][..t * M]);
         }
@@ -496,8 +513,12 @@ fn goes_on(
         check(&sequences[i], &keys[i], &values[i]);
     }
     for step in 0..20 {
-        let [k, v] = [(); 2].map(|()| drawn(&mut rng, 2 * HEADS * M));
+        let [mut k, v] = [(); 2].map(|()| drawn(&mut rng, 2 * HEADS * M));
         let queries = drawn(&mut rng, 2 * HEADS * group * M);
+        for (pair, k) in k.chunks_exact_mut(M).enumerate() {
+            let (i, head) = (pair / HEADS, pair % HEADS);
+            add_means(dictionaries, head, keys[i][head].len() / M, k);
+        }
         for (pair, (k, v)) in k.chunks_exact(M).zip(v.chunks_exact(M)).enumerate() {
             keys[pair / HEADS][pair % HEADS].extend(k);
             values[pair / HEADS][pair % HEADS].extend(v);
@@ -577,6 +598,20 @@ fn alike(dictionary: Dictionary, codebooks: Codebooks) -> LayerDictionaries {
         codebooks: Some(KeyValue::new(codebooks.clone(), codebooks)),
         maps: None,
     }
+}
+
+/// Maps that change nothing, of keys that are coded without drawn means before a rotary embedding.
+fn rotary_maps(rng: &mut ChaCha8Rng, heads: usize, m: usize) -> KeyValue<Arc<HeadMaps>> {
+    let mut matrices = vec![0.0; heads * m * m];
+    for own in matrices.chunks_exact_mut(m * m) {
+        own.iter_mut().step_by(m + 1).for_each(|x| *x = 1.0);
+    }
+    let plain = HeadMaps::new(&vec![0.0; heads * m], &matrices, m).unwrap();
+    let means: Vec<f32> = drawn(rng, heads * m).iter().map(|x| 4.0 * x).collect();
+    let frequencies = [1.0, 0.4, 0.09, 0.01, 0.0015, 1e-4, 0.0];
+    let means = RotaryMeans::new(&frequencies, &means, m).unwrap();
+    let keys = plain.clone().with_rotary_means(means).unwrap();
+    KeyValue::new(keys.into(), plain.into())
 }
 
 fn sparse(coefficients: CoefficientFormat) -> Coding {
@@ -667,6 +702,13 @@ fn a_layer_holds_and_attends_to_what_came() {
             }
         }
     }
+    let with_means = LayerDictionaries {
+        maps: Some(rotary_maps(&mut rng, 2, 16)),
+        ..dictionaries
+    };
+    for sliding in [None, Some(30), Some(3)] {
+        goes_on(&streams, &with_means, Coding::default(), sliding, 4);
+    }
 }
 
 #[test]
@@ -687,7 +729,8 @@ fn every_kernel_compiles_for_every_architecture() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let m = 128;
     let dictionary = Dictionary::normalised(drawn(&mut rng, 100 * m), m).unwrap();
-    let dictionaries = alike(dictionary, codebooks(&mut rng, m, 300, 3));
+    let mut dictionaries = alike(dictionary, codebooks(&mut rng, m, 300, 3));
+    dictionaries.maps = Some(rotary_maps(&mut rng, 2, m));
     for coding in [
         Coding::default(),
         sparse(CoefficientFormat::I8),
@@ -725,6 +768,9 @@ fn every_kernel_compiles_for_every_architecture() {
         "append",
         "gather",
         "decode",
+        "add_means",
+        "project_means",
+        "offset",
     ];
     for name in names {
         let [main, background] =

@@ -159,6 +159,7 @@ pub(super) fn resume(cache: &mut LexicoCache, state: &CacheState) -> Result<(), 
         });
         LayerState {
             checksums,
+            positions: facts.positions,
             leaving,
             blocks: blocks.collect(),
         }

@@ -1,6 +1,7 @@
 // Attention of one new position of each sequence over its codes and its dense window.
 //
-// M: the head dim, a multiple of 16. G: queries of a KV head, up to 8. FORMAT: how codes are stored. In order: project, score, accumulate, combine, finish.
+// M: the head dim, a multiple of 16. G: queries of a KV head, up to 8. FORMAT: how codes are stored. MEANS: whether
+// `scores` hold what those of coded positions lack (see means.cu). In order: project, score, accumulate, combine, finish.
 
 const int THREADS = 256;
 
@@ -140,7 +141,7 @@ score(ARGUMENTS) {
             float scale = visit_code(pair.keys, pair.hidden + t, [&](int atom, float c) { add_products(sums, c, &table[atom * G]); });
             UNROLL
             for (int g = 0; g < G; ++g) {
-                float found = sums.of[g] * scale;
+                float found = sums.of[g] * scale + (MEANS ? own[(size_t)t * G + g] : 0.0f);
                 own[(size_t)t * G + g] = found;
                 largest.of[g] = fmaxf(largest.of[g], found);
             }

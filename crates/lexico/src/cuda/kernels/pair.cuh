@@ -4,9 +4,9 @@ struct Pair {
     // Coded positions, of which the first `hidden` are not seen.
     int coded, hidden;
     // `window` dense rows, halves: `sinks` of first positions, which lie behind rings [room, M] from their row `first_sink` on, then
-    // the rings' from `start` on.
+    // the rings' from `start` on. The first code is at position `first`.
     u16 *window_keys, *window_values;
-    int room, start, window, sinks, first_sink, unused;
+    int room, start, window, sinks, first_sink, first;
 };
 
 // Where the window's row of this number begins.
