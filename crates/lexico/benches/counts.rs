@@ -13,7 +13,8 @@ fn main() -> ExitCode {
         "coded-8" => count(common::coded(8192, 8, 4)),
         "coded-16" => count(common::coded(8192, 16, 4)),
         "beam-search" => count(common::beam_search(32, 12)),
-        "additive-12" => count(common::additive(8192, 12, 4)),
+        "additive-12" => count(common::additive(8192, 12, 4, false)),
+        "rotary-12" => count(common::additive(8192, 12, 4, true)),
         "dense" => count(common::dense(8192, NumberType::F16, 4)),
         // `cargo test` and `cargo bench` name none.
         _ => return ExitCode::SUCCESS,

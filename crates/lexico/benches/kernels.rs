@@ -80,8 +80,18 @@ fn coded_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) 
 /// Additive codes, by sparsity and queries of a query group: as near to the vectors as those above of 8 and 16.
 #[divan::bench(args = [(13, 1), (28, 1), (7, 4), (13, 4), (28, 4), (28, 8)])]
 fn additive_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
+    additive(bencher, sparsity, group, false);
+}
+
+/// The same, keys without their mean before the rotary embedding.
+#[divan::bench(args = [(7, 1), (7, 4), (13, 4), (7, 8)])]
+fn rotary_attention(bencher: Bencher<'_, '_>, (sparsity, group): (usize, usize)) {
+    additive(bencher, sparsity, group, true);
+}
+
+fn additive(bencher: Bencher<'_, '_>, sparsity: usize, group: usize, rotary: bool) {
     const POSITIONS: usize = 8192;
-    let work = common::additive(POSITIONS, sparsity, group);
+    let work = common::additive(POSITIONS, sparsity, group, rotary);
     let bytes = 2 * POSITIONS * (sparsity + 1);
     bencher.counter(BytesCount::new(bytes)).bench_local(work);
 }

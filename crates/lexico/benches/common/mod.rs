@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
 use lexico::codes::stored;
-use lexico::dictionary::{CodebookSizes, Codebooks, MAX_FIRST_ATOMS};
+use lexico::dictionary::{CodebookSizes, Codebooks, HeadMaps, MAX_FIRST_ATOMS, RotaryMeans};
 use lexico::threads::Alone;
 use lexico::{
     AdditiveFormat, BeamSearch, CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch,
@@ -173,8 +173,27 @@ pub(crate) fn beam_search(vectors: usize, sparsity: usize) -> impl FnMut() {
     }
 }
 
-/// Does what [`coded`] does with additive codes over codebooks of 256 atoms each.
-pub(crate) fn additive(positions: usize, sparsity: usize, group: usize) -> impl FnMut() {
+/// Maps of one head that change nothing, whose keys are without their mean before a rotary embedding of base 10⁶.
+fn rotary_maps(rng: &mut ChaCha8Rng) -> HeadMaps {
+    let mut same = vec![0.0; HEAD_DIM * HEAD_DIM];
+    same.iter_mut().step_by(HEAD_DIM + 1).for_each(|x| *x = 1.0);
+    let pairs = HEAD_DIM / 2;
+    let frequency = |pair: usize| 1e6f32.powf(-(pair as f32) / pairs as f32);
+    let frequencies: Vec<f32> = (0..pairs).map(frequency).collect();
+    let means = RotaryMeans::new(&frequencies, &drawn(rng, HEAD_DIM), HEAD_DIM);
+    let maps = HeadMaps::new(&[0.0; HEAD_DIM], &same, HEAD_DIM);
+    let maps = maps.and_then(|maps| maps.with_rotary_means(means?));
+    maps.expect("maps of one head")
+}
+
+/// Does what [`coded`] does with additive codes over codebooks of 256 atoms each; keys are without their mean before the
+/// `rotary` embedding, or as they are.
+pub(crate) fn additive(
+    positions: usize,
+    sparsity: usize,
+    group: usize,
+    rotary: bool,
+) -> impl FnMut() {
     let mut rng = rng();
     let (keys, values) = (codebooks(&mut rng, sparsity), codebooks(&mut rng, sparsity));
     let sizes = keys.sizes();
@@ -186,12 +205,13 @@ pub(crate) fn additive(positions: usize, sparsity: usize, group: usize) -> impl 
         codes(AdditiveFormat { sparsity, sizes }, &batch)
     };
     let (key_codes, value_codes) = (drawn_codes(), drawn_codes());
+    let maps = rotary.then(|| rotary_maps(&mut rng));
     let mut attend = attention(&mut rng, group);
     move || {
         attend(&[Source::Codes {
             codes: KeyValue::new(&key_codes, &value_codes),
             atoms: KeyValue::new(keys.first(sparsity), values.first(sparsity)),
-            offsets: None,
+            offsets: maps.as_ref().and_then(|maps| maps.offsets(0, 4)),
         }]);
     }
 }

@@ -1,9 +1,11 @@
-use crate::kernels::dense::{MAX_GROUP, Rows, combine};
 use crate::kernels::matmul::{Matrix, multiply};
+use crate::kernels::vector::dot;
 use crate::{Error, Result};
 
 /// See [`RotaryMeans::BLOCK`].
 const BLOCK: usize = RotaryMeans::BLOCK;
+/// Blocks whose scores are found at once: so many that a product is worth it, so few that it stays in the second cache.
+const AT_ONCE: usize = 16;
 /// The angle, in radians, that slow pairs turn by within a block at the most.
 const SLOW: f32 = 0.1;
 
@@ -29,7 +31,7 @@ pub struct RotaryMeans {
 }
 
 impl RotaryMeans {
-    /// Positions whose slow pairs are taken to have turned alike: a multiple of what registers hold.
+    /// Positions whose slow pairs are taken to have turned alike.
     pub(crate) const BLOCK: usize = 64;
 
     /// Takes the angle a position of each pair, in radians, and the means `[heads, m]` before the embedding.
@@ -183,7 +185,7 @@ impl RotaryMeans {
     }
 
     /// Adds the products of queries `[group, m]` with the means at the positions from `first` on to `scores`
-    /// `[n, group]`; `directions` are a head's, the query group `group` is a power of two. `O(group·pairs)` a position.
+    /// `[n, group]`; `directions` are a head's. `O(group·(m·pairs + n·fast))`.
     pub(super) fn add_scores(
         &self,
         directions: &[f32],
@@ -194,57 +196,59 @@ impl RotaryMeans {
         let (m, pairs, fast) = (self.head_dim, self.order.len(), self.fast);
         let group = queries.len() / m;
         let end = first + scores.len() / group;
-        let mut products = vec![0.0; 2 * pairs * group];
-        let directions = Matrix::by_rows(directions, 2 * pairs, m);
-        let queries = Matrix::by_rows(queries, group, m).transposed();
-        multiply(&mut products, false, directions, queries);
-        let (by_cosine, by_sine) = products.split_at(pairs * group);
-        let mut turned = Turned::new(self, first / BLOCK);
+        let mut products = vec![0.0; group * 2 * pairs];
+        let directions = Matrix::by_rows(directions, 2 * pairs, m).transposed();
+        let queries = Matrix::by_rows(queries, group, m);
+        multiply(&mut products, false, queries, directions);
         let width = 1 + 2 * fast;
-        let each = group.min(MAX_GROUP);
-        let mut coefficients = vec![0.0; width * each];
-        let mut sums = [0.0; MAX_GROUP * BLOCK];
-        for block in first / BLOCK..end.div_ceil(BLOCK) {
-            let (from, to) = (first.max(block * BLOCK), end.min((block + 1) * BLOCK));
-            for part in (0..group).step_by(each) {
-                coefficients.fill(0.0);
-                let (own, turning) = coefficients.split_at_mut(each);
-                let (cosines, sines) = turning.split_at_mut(fast * each);
-                let mut pairs = by_cosine
-                    .chunks_exact(group)
-                    .zip(by_sine.chunks_exact(group));
-                let mut angles = turned.cosines.iter().zip(&turned.sines);
-                let fast = cosines
-                    .chunks_exact_mut(each)
-                    .zip(sines.chunks_exact_mut(each));
-                // Fast pairs end first: those that follow must not be taken from.
-                let fast = fast.zip(pairs.by_ref().zip(angles.by_ref()));
-                for ((out_cosines, out_sines), ((along, across), (&cosine, &sine))) in fast {
-                    let queries = along[part..][..each].iter().zip(&across[part..][..each]);
-                    let out = out_cosines.iter_mut().zip(out_sines);
-                    for ((along, across), (out_cosine, out_sine)) in queries.zip(out) {
-                        *out_cosine = along * cosine + across * sine;
-                        *out_sine = across * cosine - along * sine;
-                    }
+        let within = Matrix::by_rows(&self.within, width, BLOCK).transposed();
+        let mut turned = Turned::new(self, first / BLOCK);
+        let mut coefficients = vec![0.0; AT_ONCE * group * width];
+        let mut sums = vec![0.0; BLOCK * AT_ONCE * group];
+        for start in (first / BLOCK..end.div_ceil(BLOCK)).step_by(AT_ONCE) {
+            let blocks = AT_ONCE.min(end.div_ceil(BLOCK) - start);
+            for own in coefficients.chunks_exact_mut(group * width).take(blocks) {
+                let products = products.chunks_exact(2 * pairs);
+                for (own, products) in own.chunks_exact_mut(width).zip(products) {
+                    turned.turn(products, fast, own);
                 }
-                for ((along, across), (&cosine, &sine)) in pairs.zip(angles) {
-                    let queries = along[part..][..each].iter().zip(&across[part..][..each]);
-                    for (own, (along, across)) in own.iter_mut().zip(queries) {
-                        *own += along * cosine + across * sine;
-                    }
-                }
-                let sums = &mut sums[..each * BLOCK];
-                sums.fill(0.0);
-                combine(&coefficients, Rows::F32(&self.within), BLOCK, each, sums);
-                let scores =
-                    scores[(from - first) * group..(to - first) * group].chunks_exact_mut(group);
-                for (scores, place) in scores.zip(from % BLOCK..) {
-                    for (query, score) in scores[part..][..each].iter_mut().enumerate() {
-                        *score += sums[query * BLOCK + place];
+                turned.next();
+            }
+            let columns = blocks * group;
+            let sums = &mut sums[..BLOCK * columns];
+            let right = Matrix::by_rows(&coefficients[..columns * width], columns, width);
+            multiply(sums, false, within, right.transposed());
+            for block in start..start + blocks {
+                let from = first.max(block * BLOCK);
+                let to = end.min((block + 1) * BLOCK);
+                let scores = &mut scores[(from - first) * group..(to - first) * group];
+                let sums = &sums[from % BLOCK * columns + (block - start) * group..];
+                match group {
+                    1 => add_rows::<1>(scores, sums, columns),
+                    2 => add_rows::<2>(scores, sums, columns),
+                    4 => add_rows::<4>(scores, sums, columns),
+                    8 => add_rows::<8>(scores, sums, columns),
+                    _ => {
+                        let rows = scores.chunks_exact_mut(group).zip(sums.chunks(columns));
+                        for (scores, sums) in rows {
+                            let sums = scores.iter_mut().zip(sums);
+                            sums.for_each(|(score, sum)| *score += sum);
+                        }
                     }
                 }
             }
-            turned.next();
+        }
+    }
+}
+
+/// Adds the first `N` numbers of each of the rows of `sums`, `columns` apart, to `scores` `[n, N]`.
+fn add_rows<const N: usize>(scores: &mut [f32], sums: &[f32], columns: usize) {
+    let (scores, _) = scores.as_chunks_mut::<N>();
+    for (scores, sums) in scores.iter_mut().zip(sums.chunks(columns)) {
+        if let Some(sums) = sums.first_chunk::<N>() {
+            for (score, sum) in scores.iter_mut().zip(sums) {
+                *score += sum;
+            }
         }
     }
 }
@@ -277,6 +281,24 @@ impl Turned {
         };
         all.round();
         all
+    }
+
+    /// Turns a query's products with the directions, `[2·pairs]`, to this block: what slow pairs come to, and what cosines and
+    /// then sines of the fast ones within the block are multiplied with.
+    fn turn(&self, products: &[f32], fast: usize, out: &mut [f32]) {
+        let pairs = self.cosines.len();
+        let (along, across) = products.split_at(pairs);
+        let (cosines, slow_cosines) = self.cosines.split_at(fast);
+        let (sines, slow_sines) = self.sines.split_at(fast);
+        let slow = dot(&along[fast..], slow_cosines);
+        out[0] = slow + dot(&across[fast..], slow_sines);
+        let (out_cosines, out_sines) = out[1..].split_at_mut(fast);
+        let (along, across) = (&along[..fast], &across[..fast]);
+        let out_sines = &mut out_sines[..fast];
+        for i in 0..fast {
+            out_cosines[i] = along[i] * cosines[i] + across[i] * sines[i];
+            out_sines[i] = across[i] * cosines[i] - along[i] * sines[i];
+        }
     }
 
     fn next(&mut self) {
