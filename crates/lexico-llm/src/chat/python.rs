@@ -54,18 +54,19 @@ thread_local! {
 
 /// Lets go of values one after the other: objects within objects, without end, would else take all of the stack.
 pub(super) fn let_go(values: impl IntoIterator<Item = Value>) {
-    let first = LEFT.with_borrow_mut(|left| {
-        let first = left.is_none();
+    let others_wait = LEFT.with_borrow_mut(|left| {
+        let others_wait = left.is_some();
         left.get_or_insert_default().extend(values);
-        first
+        others_wait
     });
-    while first {
-        let next = LEFT.with_borrow_mut(|left| left.as_mut().and_then(Vec::pop));
-        if next.is_none() {
-            LEFT.with_borrow_mut(|left| *left = None);
-            return;
-        }
+    if others_wait {
+        return;
     }
+    // What is let go of here may call this again, which only adds to those that wait.
+    while let Some(next) = LEFT.with_borrow_mut(|left| left.as_mut().and_then(Vec::pop)) {
+        drop(next);
+    }
+    LEFT.with_borrow_mut(|left| *left = None);
 }
 
 /// A method that was looked up and not called yet.

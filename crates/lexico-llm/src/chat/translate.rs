@@ -973,7 +973,7 @@ impl Parser {
         if self.blocks.contains(&name) {
             return self.fail(&format!("the block \"{}\" is there twice", shown(&name)));
         }
-        if self.in_scoped_block && !(scoped && !self.reads_self) {
+        if self.in_scoped_block && (self.reads_self || !scoped) {
             // It sees what the scoped one sees, and `self` calls it apart from that.
             return self.fail("a block within a scoped block is not taken");
         }
