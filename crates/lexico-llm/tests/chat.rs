@@ -52,12 +52,7 @@ fn conversations_render_as_in_transformers() {
 }
 
 /// What Jinja2 renders and we refuse, by a word of the reason: `docs/CHAT.md` has it too.
-const REFUSED_HERE: [&str; 4] = [
-    "cannot be sliced",
-    "is not taken",
-    "cannot be printed",
-    "is no character",
-];
+const REFUSED_HERE: [&str; 2] = ["is not taken", "is no character"];
 
 /// Every construct that is taken renders as in transformers; what is not is refused in clear words, never rendered
 /// otherwise. With `--nocapture` it prints the figures.
@@ -105,7 +100,7 @@ fn constructs_render_as_in_transformers_or_are_refused() {
         failures.len(),
         failures.join("\n")
     );
-    assert!(equal > 2200 && refused > 350 && refused_here < 40);
+    assert!(equal > 2700 && refused > 500 && refused_here < 10);
 }
 
 /// Templates as published, of models, of TRL and of vLLM, with and without tools; `fixtures/fetch_templates.py` puts
@@ -276,6 +271,7 @@ fn a_template_can_not_run_away() {
         grown("ns.t = ns.t + ns.t"),
         grown("ns.x = ns.x + ns.x + [1]"),
         "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns.x }}".to_owned(),
+        "{% set ns = namespace(x=1) %}{% for i in range(90000) %}{% for y in [ns.x] %}{% set ns.x = [loop] %}{% endfor %}{% endfor %}".to_owned(),
         deep("(", "1", ")", 100_000),
         deep("[", "1", "]", 100_000),
         deep("{'a': ", "1", "}", 100_000),
@@ -325,6 +321,27 @@ fn a_template_can_not_run_away() {
     }
     // Each alone takes no more than a second or two where it is compiled for speed.
     assert!(begun.elapsed().as_secs() < 300);
+}
+
+/// Objects within objects, far deeper than the stack would bear if each let go of the next.
+#[test]
+fn objects_within_objects_are_let_go() {
+    for made in [
+        "namespace(a=ns.x)",
+        "cycler(ns.x)",
+        "joiner(ns.x)",
+        "{'a': ns.x}.items",
+        "{'a': ns.x}.values()",
+        "[ns.x] | map('default')",
+        "[{'a': ns.x}] | groupby('b') | first",
+    ] {
+        let source = format!(
+            "{{% set ns = namespace(x=1) %}}{{% for i in range(60000) %}}{{% set ns.x = {made} %}}{{% endfor %}}"
+        );
+        // The last of these are lists too, which are refused where they are deep.
+        let done = rendered(&source);
+        assert!(done.is_ok() || made.contains("groupby"), "{done:?}");
+    }
 }
 
 /// `tool_use` among the templates of a model is that for conversations with tools.

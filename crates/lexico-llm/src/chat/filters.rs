@@ -7,18 +7,18 @@ use std::sync::Arc;
 use minijinja::value::{Enumerator, Object, ObjectRepr, Rest, ValueOrKwargs};
 use minijinja::{Environment, State, Value};
 
-use super::escapes;
 use super::format::percent;
 use super::json::to_json;
 use super::layout;
-use super::markup::{self, escaped, escaped_value};
+use super::markup::{self, escaped, escaped_value, escapes, set_escapes};
 use super::methods::{attribute_of_kind, capitalize, is_letter, lines, replaced, stripped};
 use super::operators::add;
 use super::python::{
-    Generator, Kind, Made, arguments, attribute, check_size, equal, flag, float, integer, is_space,
-    is_true, items, like, list, needed, needed_text, no_safe_text, order, pairs, spend,
+    Generator, Kind, Made, arguments, attribute, check_size, equal, flag, float, integer, is_loop,
+    is_space, is_true, items, let_go, like, list, needed, needed_text, order, pairs, spend,
     split_arguments, text, tuple, whole, wrong,
 };
+use super::translate::ESCAPING_FILTERS;
 
 type Filter = fn(&mut State, &Value, &[Value]) -> Made<Value>;
 
@@ -109,11 +109,7 @@ const FILTERS: [(&str, Filter); 54] = [
     ("urlize", markup::urlize),
     ("wordwrap", layout::wordwrap),
     ("xmlattr", markup::xmlattr),
-    ("random", |_, _, _| {
-        Err(wrong(
-            "the filter \"random\" is not taken: what it gives is random",
-        ))
-    }),
+    ("random", random),
 ];
 
 pub(super) fn add_to(environment: &mut Environment) {
@@ -124,6 +120,20 @@ pub(super) fn add_to(environment: &mut Environment) {
                 filter(state, &value, &args.into_values())
             },
         );
+        // As the translator writes them where what is in force does not count.
+        for (kind, on) in [("__escaping_", true), ("__plain_", false)] {
+            if ESCAPING_FILTERS.contains(&name) {
+                environment.add_filter(
+                    format!("{kind}{name}"),
+                    move |state: &mut State, value: Value, args: Rest<ValueOrKwargs>| {
+                        let before = set_escapes(state, on);
+                        let made = filter(state, &value, &args.into_values());
+                        set_escapes(state, before);
+                        made
+                    },
+                );
+            }
+        }
     }
 }
 
@@ -216,12 +226,14 @@ fn format(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         ),
         _ => return Err(wrong("format takes values with names or without, not both")),
     };
-    no_safe_text("format", value)?;
-    percent(state, &text(value)?, &values).map(Value::from)
+    let template = match value.as_str() {
+        Some(_) => value.clone(),
+        None => Value::from(text(value)?),
+    };
+    percent(state, &template, &values)
 }
 
 fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
-    let safe = value;
     let mut given = arguments("indent", args, &["width", "first", "blank"])?.into_iter();
     let width = given.next().flatten().unwrap_or(Value::from(4));
     let (first, blank) = (
@@ -235,17 +247,15 @@ fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         )));
     };
     let by = match width.as_str() {
-        // It would make all else safe, line by line.
-        Some(_) if width.is_safe() && !value.is_safe() => {
-            return Err(wrong("indent by a safe text is not taken"));
-        }
         Some(by) => by.to_owned(),
         None => {
-            let width = usize::try_from(whole("indent", Some(width), 4)?).unwrap_or(0);
+            let width = usize::try_from(whole("indent", Some(width.clone()), 4)?).unwrap_or(0);
             spend(state, width)?;
             " ".repeat(width)
         }
     };
+    // By a safe text: what it is put before is escaped.
+    let escapes = width.is_safe() && !value.is_safe();
     let text = format!("{text}\n");
     spend(
         state,
@@ -256,16 +266,28 @@ fn indent(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         if at > 0 {
             out.push('\n');
         }
-        if if at == 0 {
-            first
-        } else {
-            blank || !line.is_empty()
-        } {
+        let indented = at > 0 && (blank || !line.is_empty());
+        if indented {
             out.push_str(&by);
         }
-        out.push_str(line);
+        match escapes && (indented || blank) {
+            true => out.push_str(&escaped(line)),
+            false => out.push_str(line),
+        }
+        check_size(&out)?;
     }
-    Ok(like(safe, out))
+    if first {
+        let rest = if escapes && !blank {
+            escaped(&out)
+        } else {
+            out
+        };
+        out = by + &rest;
+    }
+    Ok(match value.is_safe() || escapes && (blank || first) {
+        true => Value::from_safe_string(out),
+        false => Value::from(out),
+    })
 }
 
 fn truncate(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -399,7 +421,7 @@ fn other_digit(c: char) -> Option<char> {
 }
 
 /// `int(text, base)`
-fn parse_int(text: &str, base: u32) -> Made<Option<i128>> {
+pub(super) fn parse_int(text: &str, base: u32) -> Made<Option<i128>> {
     let text = stripped(text, "strip", None);
     let Some(text) = plain_digits(text) else {
         return Ok(None);
@@ -547,6 +569,7 @@ fn length(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         | Kind::Dict
         | Kind::Range
         | Kind::View => Ok(Value::from(value.len().unwrap_or(0))),
+        _ if is_loop(value) => Ok(value.get_attr("length")?),
         kind => Err(wrong(format!("a {} has no length", kind.name()))),
     }
 }
@@ -563,6 +586,18 @@ fn first(_: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
         return Ok(Value::UNDEFINED);
     }
     Ok(value.try_iter()?.next().unwrap_or(Value::UNDEFINED))
+}
+
+/// What is random is refused, as there is nothing to agree with.
+fn random(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
+    arguments("random", args, &[])?;
+    let counted = length(state, value, &[]);
+    match counted.is_ok_and(|count| count == Value::from(0)) {
+        true => Ok(Value::UNDEFINED),
+        false => Err(wrong(
+            "the filter \"random\" is not taken: what it gives is random",
+        )),
+    }
 }
 
 fn last(state: &mut State, value: &Value, args: &[Value]) -> Made<Value> {
@@ -887,6 +922,15 @@ fn select(
 pub(super) struct Group {
     key: Value,
     items: Value,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let_go([
+            std::mem::take(&mut self.key),
+            std::mem::take(&mut self.items),
+        ]);
+    }
 }
 
 impl Object for Group {

@@ -5,8 +5,11 @@ use std::str::Chars;
 
 use minijinja::{State, Value};
 
+use super::filters::{parse_float, parse_int};
+use super::markup::{escaped, escaped_value};
+use super::methods::attribute_of_kind;
 use super::python::{
-    Kind, LARGEST, Made, attribute, float, integer, items, repr, spend, text, wrong,
+    Kind, LARGEST, Made, attribute, float, integer, items, like, repr, spend, text, wrong,
 };
 
 /// How a value is written.
@@ -214,15 +217,17 @@ fn integer_value(state: &State, value: i128, spec: &Spec) -> Made<String> {
 
 // `{}`
 
-/// `template.format(…)`
+/// `template.format(…)`; into a safe template, values are put escaped.
 pub(super) fn braces(
     state: &State,
     template: &str,
+    safe: bool,
     plain: &[Value],
     named: &[(String, Value)],
 ) -> Made<String> {
     let mut fields = Fields {
         state,
+        safe,
         plain,
         named,
         next: Some(0),
@@ -232,6 +237,7 @@ pub(super) fn braces(
 
 struct Fields<'v, 's> {
     state: &'v State<'s, 's>,
+    safe: bool,
     plain: &'v [Value],
     named: &'v [(String, Value)],
     /// Number of the next field that names none; `None` where fields name theirs.
@@ -304,7 +310,14 @@ impl Fields<'_, '_> {
             Some("a") => Value::from(ascii(&repr(&value)?)),
             Some(_) => return Err(wrong("an unknown conversion in a format")),
         };
-        format_value(self.state, &value, &spec)
+        if self.safe && value.is_safe() {
+            return match spec.is_empty() {
+                true => text(&value),
+                false => Err(wrong("a safe text in a safe one has no format")),
+            };
+        }
+        let made = format_value(self.state, &value, &spec)?;
+        Ok(if self.safe { escaped(&made) } else { made })
     }
 
     fn named_value(&mut self, name: &str) -> Made<Value> {
@@ -343,6 +356,10 @@ impl Fields<'_, '_> {
             let key = if let Some(attribute) = rest.strip_prefix('.') {
                 let end = attribute.find(['.', '[']).unwrap_or(attribute.len());
                 rest = &attribute[end..];
+                if let Some(found) = attribute_of_kind(&value, &attribute[..end]) {
+                    value = found;
+                    continue;
+                }
                 &attribute[..end]
             } else {
                 let inside = rest.strip_prefix('[').and_then(|rest| rest.split_once(']'));
@@ -445,7 +462,7 @@ fn number(rest: &mut Peekable<Chars>) -> Made<Option<usize>> {
 }
 
 /// `ascii`: what is not ASCII is escaped.
-fn ascii(text: &str) -> String {
+pub(super) fn ascii(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c as u32 {
@@ -460,8 +477,13 @@ fn ascii(text: &str) -> String {
 
 // `%`
 
-/// `template % values`
-pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<String> {
+/// `template % values`: a safe text where the template is one, into which values are put escaped.
+pub(super) fn percent(state: &State, template: &Value, values: &Value) -> Made<Value> {
+    let made = percent_text(state, &text(template)?, template.is_safe(), values)?;
+    Ok(like(template, made))
+}
+
+fn percent_text(state: &State, template: &str, safe: bool, values: &Value) -> Made<String> {
     let kind = Kind::of(values);
     let mut given = match kind {
         Kind::Tuple => items(state, values)?,
@@ -502,6 +524,9 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
                 return Ok(number(rest)?.map(|number| number as i64));
             }
             let value = given.next().ok_or_else(lacking)?;
+            if safe {
+                return Err(wrong("a safe format's width is written out"));
+            }
             let number = integer(&value).and_then(|number| i64::try_from(number).ok());
             let number = number.filter(|number| number.unsigned_abs() <= LARGEST as u64);
             number
@@ -530,6 +555,10 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
             Some(_) => return Err(wrong("a format with names takes a dict")),
             None => given.next().ok_or_else(lacking)?,
         };
+        let (value, conversion) = match safe {
+            true => wrapped(&value, conversion)?,
+            false => (value, conversion),
+        };
         out.push_str(&converted(state, &value, conversion, spec, left, zero)?);
         if out.len() > LARGEST {
             return Err(wrong("a text is too large"));
@@ -538,12 +567,29 @@ pub(super) fn percent(state: &State, template: &str, values: &Value) -> Made<Str
     // Python lets what could be indexed go unused.
     let indexable = matches!(
         kind,
-        Kind::Dict | Kind::List | Kind::Range | Kind::Undefined
+        Kind::Dict | Kind::List | Kind::Range | Kind::Bytes | Kind::Undefined
     );
     if given.next().is_some() && !named && !indexable {
         return Err(wrong("a format leaves values over"));
     }
     Ok(out)
+}
+
+/// What markupsafe wraps a value in that is put into a safe text: it is escaped as a text, and read as a number.
+fn wrapped(value: &Value, conversion: char) -> Made<(Value, char)> {
+    let made = match (conversion, value.as_str()) {
+        ('s', _) => Value::from(escaped_value(value)?),
+        ('r', _) => Value::from(escaped(&repr(value)?)),
+        ('a', _) => Value::from(ascii(&escaped(&repr(value)?))),
+        ('d' | 'i' | 'u', Some(text)) => parse_int(text, 10)?.map_or(Value::UNDEFINED, Value::from),
+        ('e' | 'E' | 'f' | 'F' | 'g' | 'G', Some(text)) => {
+            parse_float(text).map_or(Value::UNDEFINED, Value::from)
+        }
+        ('d' | 'i' | 'u' | 'e' | 'E' | 'f' | 'F' | 'g' | 'G', None) => value.clone(),
+        _ => return Err(wrong(format!("%{conversion} is not for a safe text"))),
+    };
+    let is_text = matches!(conversion, 'r' | 'a');
+    Ok((made, if is_text { 's' } else { conversion }))
 }
 
 fn key_of(rest: &mut Peekable<Chars>) -> Made<String> {

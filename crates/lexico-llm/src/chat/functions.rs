@@ -1,20 +1,21 @@
 //! The functions that transformers and Jinja2 give to templates.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use minijinja::value::{Object, ObjectRepr, Rest, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 use super::python::{
-    Kind, Made, Range, arguments, check_key, items, needed, needed_text, pairs, spend,
-    split_arguments, text, whole, wrong,
+    Kind, Made, Range, arguments, check_key, is_loop, items, let_go, needed, needed_text, pairs,
+    spend, split_arguments, text, whole, wrong,
 };
 
 type Function = fn(&mut State, &[Value]) -> Made<Value>;
 
 /// The class that transformers has for namespaces.
-const NAMESPACE: &str = "transformers.utils.chat_template_utils._cached_compile_jinja_template.<locals>.TemplateNamespace";
+const NAMESPACE_CLASS: &str = "transformers.utils.chat_template_utils._cached_compile_jinja_template.<locals>.TemplateNamespace";
 
 /// Longest `range`, as in Jinja2's sandbox.
 const LONGEST_RANGE: usize = 100_000;
@@ -33,9 +34,10 @@ pub(super) fn add_to(environment: &mut Environment) {
             function(state, &args.into_values())
         });
     }
+    environment.add_filter("__set", set_attribute);
     let classes: [(&'static str, Option<&'static str>, Function); 4] = [
         ("dict", None, |state, args| dict(state, args)),
-        ("namespace", Some(NAMESPACE), namespace),
+        ("namespace", Some(NAMESPACE_CLASS), namespace),
         ("cycler", Some("jinja2.utils.Cycler"), cycler),
         ("joiner", Some("jinja2.utils.Joiner"), joiner),
     ];
@@ -147,18 +149,94 @@ pub(super) fn from_keys(state: &State, args: &[Value]) -> Made<Value> {
     ))
 }
 
-fn namespace(state: &mut State, args: &[Value]) -> Made<Value> {
-    let mut attributes = pairs(&dict(state, args)?)?;
-    for (name, _) in &attributes {
-        if name.as_str().is_none_or(|name| name.starts_with('_')) {
-            return Err(wrong(
-                "an attribute of a namespace may not begin with \"_\"",
-            ));
+/// `namespace(a=1)`: what `{% set %}` gives attributes, each with its place among them.
+#[derive(Debug, Default)]
+pub(super) struct Namespace(Mutex<BTreeMap<String, (usize, Value)>>);
+
+impl Namespace {
+    /// The attributes in the order in which they were first set.
+    pub(super) fn attributes(&self) -> Vec<(String, Value)> {
+        let Ok(attributes) = self.0.lock() else {
+            return Vec::new();
+        };
+        let mut all: Vec<_> = attributes.iter().collect();
+        all.sort_by_key(|(_, (place, _))| *place);
+        let all = all.into_iter();
+        all.map(|(name, (_, value))| (name.clone(), value.clone()))
+            .collect()
+    }
+
+    fn set(&self, name: &str, value: Value) {
+        if let Ok(mut attributes) = self.0.lock() {
+            let next = attributes.len();
+            let place = attributes.get(name).map_or(next, |(place, _)| *place);
+            attributes.insert(name.to_owned(), (place, value));
         }
     }
-    // One that no template can name, lest an empty namespace be false.
-    attributes.push((Value::from(""), Value::from(true)));
-    minijinja::functions::namespace(Some(ValueOrKwargs::from(Value::from_pairs(attributes))))
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Ok(attributes) = self.0.get_mut() {
+            let attributes = std::mem::take(attributes).into_values();
+            let_go(attributes.map(|(_, value)| value));
+        }
+    }
+}
+
+impl Object for Namespace {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let attributes = self.0.lock().ok()?;
+        let (_, value) = attributes.get(key.as_str()?)?;
+        Some(value.clone())
+    }
+}
+
+fn namespace(state: &mut State, args: &[Value]) -> Made<Value> {
+    let namespace = Namespace::default();
+    for (name, value) in pairs(&dict(state, args)?)? {
+        match name.as_str() {
+            Some(name) if !name.starts_with('_') => namespace.set(name, value),
+            _ => {
+                return Err(wrong(
+                    "an attribute of a namespace may not begin with \"_\"",
+                ));
+            }
+        }
+    }
+    Ok(Value::from_object(namespace))
+}
+
+/// `{% set namespace.name = value %}`
+fn set_attribute(namespace: &Value, name: &str, value: Value) -> Made<Value> {
+    let Some(namespace) = namespace.downcast_object_ref::<Namespace>() else {
+        return Err(wrong("only a namespace has attributes that can be set"));
+    };
+    if holds_loop(&value)? {
+        // It holds what it goes through, which may be the loop before, and so on: to let go would take all of the stack.
+        return Err(wrong("a loop that a namespace keeps is not taken"));
+    }
+    namespace.set(name, value);
+    Ok(Value::from(""))
+}
+
+fn holds_loop(value: &Value) -> Made<bool> {
+    let items = match Kind::of(value) {
+        Kind::Other => return Ok(is_loop(value)),
+        Kind::List | Kind::Tuple => value.try_iter()?.collect(),
+        Kind::Dict => pairs(value)?.into_iter().map(|(_, item)| item).collect(),
+        _ => Vec::new(),
+    };
+    for item in items {
+        if item.as_object().is_some() && holds_loop(&item)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn raise_exception(_: &mut State, args: &[Value]) -> Made<Value> {
@@ -198,6 +276,12 @@ fn cycler(_: &mut State, args: &[Value]) -> Made<Value> {
 impl Cycler {
     fn current(&self) -> Value {
         self.items[self.at.load(Ordering::Relaxed) % self.items.len()].clone()
+    }
+}
+
+impl Drop for Cycler {
+    fn drop(&mut self) {
+        let_go(std::mem::take(&mut self.items));
     }
 }
 
@@ -245,6 +329,12 @@ fn joiner(_: &mut State, args: &[Value]) -> Made<Value> {
         text,
         used: AtomicUsize::new(0),
     }))
+}
+
+impl Drop for Joiner {
+    fn drop(&mut self) {
+        let_go([std::mem::take(&mut self.text)]);
+    }
 }
 
 impl Object for Joiner {

@@ -4,10 +4,11 @@ use std::cmp::Ordering;
 
 use minijinja::{State, Value};
 
+use super::markup::escaped;
 use super::methods::lines;
 use super::python::{
-    Kind, Made, arguments, check_size, flag, float, is_space, needed_text, order, pairs, repr,
-    repr_in_order, spend, whole, wrong,
+    Kind, Made, arguments, check_size, flag, float, is_space, like, needed_text, order, pairs,
+    repr, repr_in_order, spend, whole, wrong,
 };
 
 /// `value | filesizeformat`: a number of bytes as people write it.
@@ -70,13 +71,10 @@ pub(super) fn wordwrap(state: &mut State, value: &Value, args: &[Value]) -> Made
     let width = whole("wordwrap", given.next().flatten(), 79)?;
     let cuts_words = flag(given.next().flatten(), true);
     let between = given.next().flatten().filter(|between| !between.is_none());
-    let between = between.map_or(Ok("\n".to_owned()), |text| {
-        needed_text("wordwrap", Some(text))
-    })?;
+    let between_value = between.unwrap_or(Value::from("\n"));
+    let between = needed_text("wordwrap", Some(between_value.clone()))?;
     let at_hyphens = flag(given.next().flatten(), true);
-    if value.is_safe() {
-        return Err(wrong("wordwrap of a safe text is not taken"));
-    }
+    // The lines of a safe text are safe no more; what is safe between them has them escaped.
     let text = needed_text("wordwrap", Some(value.clone()))?;
     spend(state, text.len())?;
     let mut out = String::new();
@@ -93,11 +91,14 @@ pub(super) fn wordwrap(state: &mut State, value: &Value, args: &[Value]) -> Made
             if inner > 0 {
                 out.push_str(&between);
             }
-            out.push_str(line);
+            match between_value.is_safe() {
+                true => out.push_str(&escaped(line)),
+                false => out.push_str(line),
+            }
         }
         check_size(&out)?;
     }
-    Ok(Value::from(out))
+    Ok(like(&between_value, out))
 }
 
 /// What `textwrap` takes for white space.

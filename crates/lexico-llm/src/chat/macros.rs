@@ -7,16 +7,16 @@ use lexico::shown::shown;
 use minijinja::value::{Object, ObjectRepr, Rest};
 use minijinja::{Environment, State, Value};
 
-use super::escapes;
-use super::python::{Kind, Made, is_true, repr, split_arguments, text, tuple, wrong};
+use super::markup::escapes;
+use super::python::{Kind, Made, repr, split_arguments, text, tuple, wrong};
 
 pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__macro", declared);
     environment.add_filter("__blocks", |blocks: Value| {
         Value::from_object(Blocks(blocks))
     });
-    environment.add_filter("__is_true", |value: &Value| is_true(value));
     environment.add_filter("__written", written);
+    environment.add_filter("__recursive", recursive);
     environment.add_function("__flag", || minijinja::functions::namespace(None));
     environment.add_function("__load", |why: &str| -> Made<Value> { Err(wrong(why)) });
     environment.add_test("__missing", |value: &Value| {
@@ -54,25 +54,21 @@ pub(super) struct Macro {
     required: usize,
     /// The undeclared names that it reads: `caller`, `kwargs`, `varargs`.
     undeclared: Vec<String>,
-    /// Whether `{% autoescape %}` was in force where it was declared.
-    escapes: bool,
 }
 
 /// `body|__macro(name, arguments, those that have a value, undeclared)`
-fn declared(state: &State, body: Value, name: Value, names: Rest<Vec<String>>) -> Made<Value> {
+fn declared(body: Value, name: Value, names: Rest<Vec<String>>) -> Made<Value> {
     let Ok([mut arguments, optional, undeclared]) = <[Vec<String>; 3]>::try_from(names.0) else {
         return Err(wrong("a macro has three lists of names"));
     };
     let required = arguments.len();
     arguments.extend(optional);
-    let escapes = escapes(state);
     Ok(Value::from_object(Macro {
         name,
         body,
         arguments,
         required,
         undeclared,
-        escapes,
     }))
 }
 
@@ -160,12 +156,63 @@ impl Object for Macro {
 
     fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Made<Value> {
         // Its own text is escaped as where it stands, what it returns as where it is called.
-        if escapes(state) != self.escapes {
-            return Err(wrong(
-                "a macro declared outside of {% autoescape %} and called within is not taken",
-            ));
+        let safe = escapes(state);
+        let made = self.body.call(state, &self.given(args)?)?;
+        match safe {
+            true => Ok(Value::from_safe_string(text(&made)?)),
+            false => Ok(made),
         }
-        self.body.call(state, &self.given(args)?)
+    }
+}
+
+/// `loop` of a recursive loop: minijinja's, at the depth that it is at.
+#[derive(Debug)]
+struct RecursiveLoop {
+    round: Value,
+    /// The macro that the loop is.
+    body: Value,
+    depth: usize,
+    caller: Option<Value>,
+}
+
+fn recursive(round: Value, body: Value, depth: usize, caller: Option<Value>) -> Value {
+    Value::from_object(RecursiveLoop {
+        round,
+        body,
+        depth,
+        caller,
+    })
+}
+
+impl Object for RecursiveLoop {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        match key.as_str()? {
+            "depth" => Some(Value::from(self.depth + 1)),
+            "depth0" => Some(Value::from(self.depth)),
+            _ => self.round.as_object()?.get_value(key),
+        }
+    }
+
+    fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Made<Value> {
+        let [items] = args else {
+            return Err(wrong("loop() takes what it goes through"));
+        };
+        let mut given = vec![items.clone(), Value::from(self.depth + 1)];
+        given.extend(self.caller.clone());
+        self.body.call(state, &given)
+    }
+
+    fn call_method(
+        self: &Arc<Self>,
+        state: &mut State<'_, '_>,
+        name: &str,
+        args: &[Value],
+    ) -> Made<Value> {
+        self.round.call_method(state, name, args)
     }
 }
 

@@ -1,16 +1,49 @@
 //! Jinja2's filters for HTML, and the texts that it calls safe.
 
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use lexico::shown::shown;
-use minijinja::{State, Value};
+use minijinja::{Environment, State, Value};
 use regex::Regex;
 
-use super::escapes;
 use super::methods::split_at_space;
 use super::python::{
-    Kind, Made, arguments, flag, items, needed_text, pairs, spend, text, whole, wrong,
+    Kind, Made, arguments, flag, is_true, items, needed_text, pairs, spend, text, whole, wrong,
 };
+
+/// What [`super::translate`] writes for `{% autoescape %}`.
+pub(super) fn add_to(environment: &mut Environment) {
+    environment.add_filter("__escape", |state: &mut State, value: Value| {
+        set_escapes(state, is_true(&value))
+    });
+    environment.add_filter("__escaped", |value: &Value| escaped_value(value));
+    environment.add_filter(
+        "__escaped_if",
+        |state: &State, value: &Value| match escapes(state) {
+            true => escaped_value(value),
+            false => text(value),
+        },
+    );
+    environment.add_filter("__safe_if", |state: &State, value: Value| -> Made<Value> {
+        match escapes(state) {
+            true => Ok(Value::from_safe_string(text(&value)?)),
+            false => Ok(value),
+        }
+    });
+}
+
+/// Kept with a rendering: whether `{% autoescape %}` is in force.
+struct Escapes(bool);
+
+pub(super) fn escapes(state: &State) -> bool {
+    state.get_extension::<Escapes>().is_some_and(|on| on.0)
+}
+
+/// Sets whether `{% autoescape %}` is in force; returns whether it was.
+pub(super) fn set_escapes(state: &mut State, on: bool) -> bool {
+    let escapes = state.get_or_insert_extension(Escapes(false));
+    std::mem::replace(&mut escapes.0, on)
+}
 
 /// A text as it stands in HTML.
 pub(super) fn escaped(text: &str) -> String {
@@ -43,10 +76,10 @@ pub(super) fn striptags(state: &mut State, value: &Value, args: &[Value]) -> Mad
     arguments("striptags", args, &[])?;
     let text = text(value)?;
     spend(state, text.len())?;
-    stripped_of_tags(&text).map(Value::from)
+    Ok(Value::from(stripped_of_tags(&text)))
 }
 
-pub(super) fn stripped_of_tags(text: &str) -> Made<String> {
+pub(super) fn stripped_of_tags(text: &str) -> String {
     let mut kept = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find('<') {
@@ -65,65 +98,77 @@ pub(super) fn stripped_of_tags(text: &str) -> Made<String> {
     unescaped(&words.join(" "))
 }
 
-/// `html.unescape`, of those entities that are told by number or have one of the common names.
-pub(super) fn unescaped(text: &str) -> Made<String> {
-    const NAMES: [(&str, &str); 6] = [
-        ("amp;", "&"),
-        ("lt;", "<"),
-        ("gt;", ">"),
-        ("quot;", "\""),
-        ("apos;", "'"),
-        ("nbsp;", "\u{a0}"),
-    ];
+/// HTML5's named entities: `&amp;` and what it stands for.
+static ENTITIES: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
+    let entities = entities::ENTITIES.iter();
+    entities
+        .map(|entity| (entity.entity, entity.characters))
+        .collect()
+});
+
+/// `html.unescape`
+pub(super) fn unescaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find('&') {
         out.push_str(&rest[..at]);
-        rest = &rest[at + 1..];
-        if let Some((name, c)) = NAMES.iter().find(|(name, _)| rest.starts_with(name)) {
-            out.push_str(c);
-            rest = &rest[name.len()..];
-        } else if let Some((c, length)) = numbered(rest)? {
-            out.push(c);
-            rest = &rest[length..];
-        } else if rest.starts_with(|c: char| c.is_ascii_alphabetic()) {
-            // Python knows 2,231 names, some without a semicolon.
-            let name: String = rest
-                .chars()
-                .take_while(char::is_ascii_alphanumeric)
-                .collect();
-            return Err(wrong(format!(
-                "the entity \"{}\" is not taken",
-                shown(name)
-            )));
-        } else {
-            out.push('&');
+        rest = &rest[at..];
+        match numbered(rest).or_else(|| named(rest)) {
+            Some((characters, length)) => {
+                out.push_str(&characters);
+                rest = &rest[length..];
+            }
+            None => {
+                out.push('&');
+                rest = &rest[1..];
+            }
         }
     }
-    Ok(out + rest)
+    out + rest
 }
 
-/// The character of `#39;` or `#x27;`, and the length of that.
-fn numbered(text: &str) -> Made<Option<(char, usize)>> {
-    let Some(number) = text.strip_prefix('#') else {
-        return Ok(None);
-    };
+/// The longest named entity that a text begins with, and its length.
+fn named(text: &str) -> Option<(String, usize)> {
+    const LONGEST: usize = "&CounterClockwiseContourIntegral;".len();
+    let ends = (2..=LONGEST.min(text.len())).rev();
+    let mut prefixes = ends.filter_map(|end| text.get(..end));
+    prefixes.find_map(|name| Some(((*ENTITIES.get(name)?).to_owned(), name.len())))
+}
+
+/// The character of `&#39;` or `&#x27;`, and the length of that.
+fn numbered(text: &str) -> Option<(String, usize)> {
+    let number = text.strip_prefix("&#")?;
     let (digits, radix) = match number.strip_prefix(['x', 'X']) {
         Some(digits) => (digits, 16),
         None => (number, 10),
     };
     let count = digits.chars().take_while(|c| c.is_digit(radix)).count();
     if count == 0 {
-        return Ok(None);
+        return None;
     }
-    let code = u32::from_str_radix(&digits[..count], radix).ok();
-    let c = code.and_then(char::from_u32).filter(|c| {
-        let hidden = c.is_control() && !"\t\n".contains(*c);
-        !hidden && *c as u32 & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(c)
-    });
-    let c = c.ok_or_else(|| wrong("an entity of no character is not taken"))?;
+    let code = u32::from_str_radix(&digits[..count], radix);
     let end = text.len() - digits.len() + count;
-    Ok(Some((c, end + usize::from(text[end..].starts_with(';')))))
+    let end = end + usize::from(text[end..].starts_with(';'));
+    Some((numbered_character(code.unwrap_or(u32::MAX)), end))
+}
+
+/// What HTML5 makes of a number: those of Windows' characters are taken for them, those that are none fall out.
+fn numbered_character(code: u32) -> String {
+    const WINDOWS: [char; 32] = [
+        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
+        '\u{8f}', '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}',
+        'ž', 'Ÿ',
+    ];
+    match code {
+        0 => char::REPLACEMENT_CHARACTER.into(),
+        0x0d => "\r".to_owned(),
+        0x80..=0x9f => WINDOWS[code as usize - 0x80].into(),
+        0x01..=0x08 | 0x0b | 0x0e..=0x1f | 0x7f | 0xfdd0..=0xfdef => String::new(),
+        _ if code <= 0x10ffff && code & 0xfffe == 0xfffe => String::new(),
+        _ => char::from_u32(code)
+            .unwrap_or(char::REPLACEMENT_CHARACTER)
+            .into(),
+    }
 }
 
 /// The attributes of a tag, out of a dict.

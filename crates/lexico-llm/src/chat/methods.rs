@@ -5,10 +5,11 @@ use minijinja::{Error, ErrorKind, State, Value};
 use unicode_general_category::{GeneralCategory, get_general_category};
 
 use super::format;
+use super::operators::fresh;
 use super::python::{
-    Bytes, Kind, Made, Method, View, arguments, check_key, check_size, equal, flag, float, integer,
-    is_printable, is_space, items, list, needed, needed_text, pairs, spend, split_arguments, tuple,
-    whole, wrong,
+    Bytes, Kind, Made, Method, View, arguments, bytes, check_key, check_size, equal, flag, float,
+    integer, is_printable, is_space, items, list, needed, needed_text, pairs, spend,
+    split_arguments, tuple, whole, wrong,
 };
 
 const TEXT: [&str; 47] = [
@@ -91,7 +92,47 @@ const NUMBER: [&str; 8] = [
     "to_bytes",
 ];
 
-const BYTES: [&str; 1] = ["decode"];
+const BYTES: [&str; 39] = [
+    "capitalize",
+    "center",
+    "count",
+    "decode",
+    "endswith",
+    "expandtabs",
+    "find",
+    "hex",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdigit",
+    "islower",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "upper",
+    "zfill",
+];
 /// Attributes of numbers.
 const NUMBER_ATTRIBUTES: [&str; 4] = ["denominator", "imag", "numerator", "real"];
 
@@ -199,8 +240,7 @@ pub(super) fn call(state: &mut State, value: &Value, name: &str, args: &[Value])
         (Kind::Dict, _) => dict_method(state, value, name, args),
         (Kind::List | Kind::Tuple | Kind::Range, _) => list_method(state, value, name, args),
         (Kind::Bool | Kind::Integer | Kind::Float, _) => number_method(value, name, args),
-        (Kind::Bytes, _) if name == "decode" => decoded(value, args),
-        (Kind::Bytes, _) => Err(wrong(format!("{name}() of bytes is not taken"))),
+        (Kind::Bytes, _) => bytes_method(state, bytes(value), name, args),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
 }
@@ -218,15 +258,30 @@ fn safe_text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Ma
     // Which argument is escaped.
     let put_in = match name {
         "replace" | "center" | "ljust" | "rjust" => Some(1),
-        "join" | "format" | "format_map" => {
-            return Err(wrong(format!("{name}() of a safe text is not taken")));
+        "join" => {
+            let joined = needed(name, arguments(name, args, &["iterable"])?.pop().flatten())?;
+            let escaped = |item: &Value| super::markup::escaped_value(item).map(Value::from);
+            let joined = items(state, &joined)?
+                .iter()
+                .map(escaped)
+                .collect::<Made<_>>()?;
+            return Ok(safe(&text_method(state, text, name, &[list(joined)])?));
+        }
+        "format" => {
+            let (plain, named) = split_arguments(args);
+            let made = format::braces(state, text, true, plain, &named)?;
+            return Ok(Value::from_safe_string(made));
+        }
+        "format_map" => {
+            let made = format::braces(state, text, true, &[], &mapping(args)?)?;
+            return Ok(Value::from_safe_string(made));
         }
         "unescape" | "striptags" => {
             none_of(name, args)?;
-            return match name {
-                "striptags" => super::markup::stripped_of_tags(text).map(Value::from),
-                _ => super::markup::unescaped(text).map(Value::from),
-            };
+            return Ok(Value::from(match name {
+                "striptags" => super::markup::stripped_of_tags(text),
+                _ => super::markup::unescaped(text),
+            }));
         }
         _ => None,
     };
@@ -246,8 +301,10 @@ fn safe_text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Ma
 }
 
 fn number_method(value: &Value, name: &str, args: &[Value]) -> Made<Value> {
-    if !["from_bytes", "to_bytes"].contains(&name) {
-        none_of(name, args)?;
+    match (name, integer(value)) {
+        ("to_bytes", Some(number)) => return to_bytes(number, args),
+        ("from_bytes", Some(_)) => return from_bytes(args),
+        _ => none_of(name, args)?,
     }
     match (name, integer(value), float(value)) {
         ("bit_length", Some(number), _) => {
@@ -311,57 +368,325 @@ fn hexadecimal(number: f64) -> String {
     }
 }
 
-/// The name of a way to write text as bytes, and what becomes of what it cannot write.
-fn encoding(name: &str, args: &[Value]) -> Made<&'static str> {
-    let given = arguments(name, args, &["encoding", "errors"])?;
-    let mut given = given.into_iter().map(|value| {
-        value
-            .map(|value| needed_text(name, Some(value)))
-            .transpose()
-    });
-    let encoding = given
-        .next()
-        .transpose()?
-        .flatten()
-        .unwrap_or_else(|| "utf-8".to_owned());
-    let errors = given.next().transpose()?.flatten();
-    if errors.is_some_and(|errors| errors != "strict") {
-        return Err(wrong(format!(
-            "{name}() with other errors than \"strict\" is not taken"
-        )));
+/// Ways to write text as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Ascii,
+    Latin1,
+    Utf8 {
+        marked: bool,
+    },
+    /// Units of two or four bytes; which end comes first, or a mark that tells.
+    Wide {
+        four: bool,
+        big: Option<bool>,
+    },
+}
+
+impl Encoding {
+    /// By Python's names, which take any sign between letters for an underscore.
+    fn of(name: &str) -> Option<Self> {
+        let name: String = name
+            .chars()
+            .map(|c| match c.is_ascii_alphanumeric() || c == '.' {
+                true => c.to_ascii_lowercase(),
+                false => '_',
+            })
+            .collect();
+        let wide = |four, big| Some(Self::Wide { four, big });
+        match name.as_str() {
+            "utf_8" | "utf8" | "u8" | "utf" | "cp65001" => Some(Self::Utf8 { marked: false }),
+            "utf_8_sig" => Some(Self::Utf8 { marked: true }),
+            "ascii" | "us_ascii" | "646" | "us" => Some(Self::Ascii),
+            "latin_1" | "latin1" | "iso_8859_1" | "iso8859_1" | "iso8859" | "8859" | "cp819"
+            | "latin" | "l1" => Some(Self::Latin1),
+            "utf_16" | "utf16" | "u16" => wide(false, None),
+            "utf_16_le" | "utf_16le" => wide(false, Some(false)),
+            "utf_16_be" | "utf_16be" => wide(false, Some(true)),
+            "utf_32" | "utf32" | "u32" => wide(true, None),
+            "utf_32_le" | "utf_32le" => wide(true, Some(false)),
+            "utf_32_be" | "utf_32be" => wide(true, Some(true)),
+            _ => None,
+        }
     }
-    match encoding.to_ascii_lowercase().replace('_', "-").as_str() {
-        "utf-8" | "utf8" => Ok("utf-8"),
-        "ascii" | "us-ascii" => Ok("ascii"),
-        "latin-1" | "latin1" | "iso-8859-1" => Ok("latin-1"),
-        _ => Err(wrong(format!("{name}() in this encoding is not taken"))),
-    }
+}
+
+/// The encoding that `encode` and `decode` are given, and what becomes of what does not fit.
+fn encoding(name: &str, args: &[Value]) -> Made<(Encoding, String)> {
+    let mut given = arguments(name, args, &["encoding", "errors"])?.into_iter();
+    let mut text = |default: &str| match given.next().flatten() {
+        Some(value) => needed_text(name, Some(value)),
+        None => Ok(default.to_owned()),
+    };
+    let (encoding, errors) = (text("utf-8")?, text("strict")?);
+    let encoding = Encoding::of(&encoding);
+    let encoding =
+        encoding.ok_or_else(|| wrong(format!("{name}() in this encoding is not taken")))?;
+    Ok((encoding, errors))
 }
 
 /// `str.encode`
-fn encoded(text: &str, args: &[Value]) -> Made<Value> {
-    let bytes: Option<Vec<u8>> = match encoding("encode", args)? {
-        "ascii" => text.is_ascii().then(|| text.as_bytes().to_vec()),
-        "latin-1" => text.chars().map(|c| u8::try_from(c).ok()).collect(),
-        _ => Some(text.as_bytes().to_vec()),
-    };
-    let bytes = bytes.ok_or_else(|| wrong("encode() cannot write a character"))?;
-    Ok(Value::from_object(Bytes(bytes)))
+fn encoded(state: &State, text: &str, args: &[Value]) -> Made<Value> {
+    let (encoding, errors) = encoding("encode", args)?;
+    spend(state, text.len().saturating_mul(4))?;
+    let mut out = Vec::new();
+    match encoding {
+        Encoding::Utf8 { marked } => {
+            if marked {
+                out.extend("\u{feff}".bytes());
+            }
+            out.extend(text.bytes());
+        }
+        Encoding::Wide { four, big } => {
+            let mark = big.is_none().then_some('\u{feff}');
+            for c in mark.into_iter().chain(text.chars()) {
+                let (mut units, big) = ([0; 2], big == Some(true));
+                match (four, big) {
+                    (true, true) => out.extend(u32::from(c).to_be_bytes()),
+                    (true, false) => out.extend(u32::from(c).to_le_bytes()),
+                    (false, _) => {
+                        for unit in c.encode_utf16(&mut units) {
+                            out.extend(if big {
+                                unit.to_be_bytes()
+                            } else {
+                                unit.to_le_bytes()
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        Encoding::Ascii | Encoding::Latin1 => {
+            let most = if encoding == Encoding::Ascii {
+                0x7f
+            } else {
+                0xff
+            };
+            for c in text.chars() {
+                let code = u32::from(c);
+                match (u8::try_from(code), errors.as_str()) {
+                    (Ok(byte), _) if code <= most => out.push(byte),
+                    (_, "ignore") => {}
+                    (_, "replace") => out.push(b'?'),
+                    (_, "xmlcharrefreplace") => out.extend(format!("&#{code};").bytes()),
+                    (_, "backslashreplace") => out.extend(format::ascii(&c.to_string()).bytes()),
+                    _ => return Err(wrong("encode() cannot write a character")),
+                }
+            }
+        }
+    }
+    Ok(Value::from_object(Bytes(out)))
 }
 
 /// `bytes.decode`
-fn decoded(value: &Value, args: &[Value]) -> Made<Value> {
-    let bytes = value
-        .downcast_object_ref::<Bytes>()
-        .map_or(&[][..], |bytes| &bytes.0);
-    let text = match encoding("decode", args)? {
-        "latin-1" => Some(bytes.iter().map(|byte| char::from(*byte)).collect()),
-        encoding => String::from_utf8(bytes.to_vec())
-            .ok()
-            .filter(|text| encoding == "utf-8" || text.is_ascii()),
+fn decoded(bytes: &[u8], args: &[Value]) -> Made<Value> {
+    let (encoding, errors) = encoding("decode", args)?;
+    let mut out = String::with_capacity(bytes.len());
+    let unfit = |bytes: &[u8], out: &mut String| match errors.as_str() {
+        "ignore" => Ok(()),
+        "replace" => {
+            out.push(char::REPLACEMENT_CHARACTER);
+            Ok(())
+        }
+        "backslashreplace" => {
+            bytes
+                .iter()
+                .for_each(|byte| out.push_str(&format!("\\x{byte:02x}")));
+            Ok(())
+        }
+        _ => Err(wrong("decode() cannot read a byte")),
     };
-    text.map(Value::from)
-        .ok_or_else(|| wrong("decode() cannot read a byte"))
+    match encoding {
+        Encoding::Latin1 => out.extend(bytes.iter().copied().map(char::from)),
+        Encoding::Ascii => {
+            for byte in bytes {
+                match byte.is_ascii() {
+                    true => out.push(char::from(*byte)),
+                    false => unfit(&[*byte], &mut out)?,
+                }
+            }
+        }
+        Encoding::Utf8 { marked } => {
+            let mark = "\u{feff}".as_bytes();
+            let bytes = bytes.strip_prefix(mark).filter(|_| marked).unwrap_or(bytes);
+            for chunk in bytes.utf8_chunks() {
+                out.push_str(chunk.valid());
+                if !chunk.invalid().is_empty() {
+                    unfit(chunk.invalid(), &mut out)?;
+                }
+            }
+        }
+        Encoding::Wide { four, big } => {
+            let text = match four {
+                true => wide_text::<4>(bytes, big, |units| units.map(char::from_u32).collect()),
+                false => wide_text::<2>(bytes, big, |units| {
+                    let units = units.map(|unit| unit as u16);
+                    char::decode_utf16(units).map(Result::ok).collect()
+                }),
+            };
+            out = text.ok_or_else(|| wrong("decode() cannot read a byte"))?;
+        }
+    }
+    Ok(Value::from(out))
+}
+
+/// Reads units of `N` bytes; without `big` a mark before them tells which end comes first.
+fn wide_text<const N: usize>(
+    bytes: &[u8],
+    big: Option<bool>,
+    read: fn(&mut dyn Iterator<Item = u32>) -> Option<String>,
+) -> Option<String> {
+    let (units, rest) = bytes.as_chunks::<N>();
+    let unit = |unit: &[u8; N], big: bool| {
+        let place = |at: usize| if big { N - 1 - at } else { at };
+        (0..N)
+            .map(|at| u32::from(unit[at]) << (8 * place(at)))
+            .sum::<u32>()
+    };
+    let mark = u32::from('\u{feff}');
+    let (big, from) = match (big, units.first()) {
+        (Some(big), _) => (big, 0),
+        (None, Some(first)) if unit(first, false) == mark => (false, 1),
+        (None, Some(first)) if unit(first, true) == mark => (true, 1),
+        _ => (false, 0),
+    };
+    read(&mut units[from..].iter().map(|bytes| unit(bytes, big))).filter(|_| rest.is_empty())
+}
+
+/// A method of bytes: that of a text in which each byte is a character. Those that are no letters, digits or white
+/// space among bytes stand there as characters of no meaning.
+fn bytes_method(state: &State, own: &[u8], name: &str, args: &[Value]) -> Made<Value> {
+    match name {
+        "decode" => return decoded(own, args),
+        "hex" => {
+            none_of(name, args)?;
+            spend(state, own.len() * 2)?;
+            let digits = own.iter().map(|byte| format!("{byte:02x}"));
+            return Ok(Value::from(digits.collect::<String>()));
+        }
+        "fromhex" | "maketrans" | "translate" => {
+            return Err(wrong(format!("{name}() of bytes is not taken")));
+        }
+        _ if BYTES.contains(&name) => {}
+        _ => return Err(Error::from(ErrorKind::UnknownMethod)),
+    }
+    const APART: u32 = 0xf0000;
+    let as_text = |bytes: &[u8]| -> Value {
+        let characters = bytes.iter().map(|byte| match byte {
+            0x0b | 0x0c if name == "splitlines" => u32::from(*byte) + APART,
+            0x1c..=0x1f | 0x80.. => u32::from(*byte) + APART,
+            _ => u32::from(*byte),
+        });
+        Value::from(characters.filter_map(char::from_u32).collect::<String>())
+    };
+    let as_bytes = |value: &Value| match value.as_str() {
+        Some(text) => {
+            let bytes = text.chars().map(|c| u32::from(c) as u8);
+            Value::from_object(Bytes(bytes.collect()))
+        }
+        None => value.clone(),
+    };
+    if name == "isascii" {
+        none_of(name, args)?;
+        return Ok(Value::from(own.is_ascii()));
+    }
+    let mut given = Vec::new();
+    for value in args {
+        given.push(match Kind::of(value) {
+            Kind::Text => return Err(wrong(format!("{name}() of bytes takes bytes"))),
+            Kind::Bytes if name != "join" => as_text(bytes(value)),
+            Kind::Integer
+                if ["count", "find", "index", "rfind", "rindex"].contains(&name)
+                    && given.is_empty() =>
+            {
+                let byte = integer(value).and_then(|byte| u8::try_from(byte).ok());
+                as_text(&[byte.ok_or_else(|| wrong("a byte is a number below 256"))?])
+            }
+            Kind::List | Kind::Tuple => {
+                let parts = items(state, value)?;
+                if parts.iter().any(|part| Kind::of(part) != Kind::Bytes) {
+                    return Err(wrong(format!("{name}() of bytes takes bytes")));
+                }
+                let parts: Vec<Value> = parts.iter().map(|part| as_text(bytes(part))).collect();
+                match Kind::of(value) {
+                    Kind::List => list(parts),
+                    _ => tuple(parts),
+                }
+            }
+            _ => value.clone(),
+        });
+    }
+    spend(state, own.len().saturating_mul(4))?;
+    let text = as_text(own);
+    let made = text_method(state, text.as_str().unwrap_or_default(), name, &given)?;
+    match Kind::of(&made) {
+        Kind::List => Ok(list(items(state, &made)?.iter().map(as_bytes).collect())),
+        Kind::Tuple => Ok(tuple(items(state, &made)?.iter().map(as_bytes).collect())),
+        _ => Ok(as_bytes(&made)),
+    }
+}
+
+/// The end that `to_bytes` and `from_bytes` are told comes first, and whether there is a sign.
+fn byte_order(name: &str, order: Option<Value>, signed: Option<Value>) -> Made<(bool, bool)> {
+    let order = order.map_or(Ok("big".to_owned()), |order| needed_text(name, Some(order)))?;
+    match order.as_str() {
+        "big" => Ok((true, flag(signed, false))),
+        "little" => Ok((false, flag(signed, false))),
+        _ => Err(wrong(format!("{name}() is \"big\" or \"little\""))),
+    }
+}
+
+/// `int.to_bytes`
+fn to_bytes(number: i128, args: &[Value]) -> Made<Value> {
+    let name = "to_bytes";
+    if split_arguments(args).0.len() > 2 {
+        return Err(wrong("to_bytes() takes \"signed\" by its name"));
+    }
+    let mut given = arguments(name, args, &["length", "byteorder", "signed"])?.into_iter();
+    let length = whole(name, given.next().flatten(), 1)?;
+    let (big, signed) = byte_order(name, given.next().flatten(), given.next().flatten())?;
+    let length = usize::try_from(length)
+        .ok()
+        .filter(|length| *length <= 1 << 16);
+    let length = length.ok_or_else(|| wrong("to_bytes() takes a length that is not too large"))?;
+    let bits = (length * 8).min(127) as u32 - u32::from(signed && length > 0 && length <= 15);
+    let fits = match number < 0 {
+        true => signed && length > 0 && (bits >= 127 || number >= -(1 << bits)),
+        false => bits >= 127 || number < 1 << bits,
+    };
+    if !fits {
+        return Err(wrong("to_bytes() has too few bytes for a number"));
+    }
+    let mut bytes = number.to_le_bytes().to_vec();
+    bytes.resize(length, if number < 0 { 0xff } else { 0 });
+    if big {
+        bytes.reverse();
+    }
+    Ok(Value::from_object(Bytes(bytes)))
+}
+
+/// `int.from_bytes`
+fn from_bytes(args: &[Value]) -> Made<Value> {
+    let name = "from_bytes";
+    if split_arguments(args).0.len() > 2 {
+        return Err(wrong("from_bytes() takes \"signed\" by its name"));
+    }
+    let mut given = arguments(name, args, &["bytes", "byteorder", "signed"])?.into_iter();
+    let value = needed(name, given.next().flatten())?;
+    let (big, signed) = byte_order(name, given.next().flatten(), given.next().flatten())?;
+    if Kind::of(&value) != Kind::Bytes || bytes(&value).len() > 15 {
+        return Err(wrong("from_bytes() of these is not taken"));
+    }
+    let mut bytes = bytes(&value).to_vec();
+    if !big {
+        bytes.reverse();
+    }
+    let negative = signed && bytes.first().is_some_and(|byte| *byte > 0x7f);
+    let begin = if negative { -1 } else { 0 };
+    let number = bytes
+        .iter()
+        .fold(begin, |number, byte| number << 8 | i128::from(*byte));
+    Ok(Value::from(number))
 }
 
 /// `str.maketrans`: what `translate` puts in the place of characters, by their numbers.
@@ -479,7 +804,7 @@ fn dict_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Made
                 "items" => view("items", pairs.map(|(k, v)| tuple(vec![k, v])).collect()),
                 "keys" => view("keys", pairs.map(|(k, _)| k).collect()),
                 "values" => view("values", pairs.map(|(_, v)| v).collect()),
-                _ => Ok(value.clone()),
+                _ => fresh(state, value),
             }
         }
         "fromkeys" => super::functions::from_keys(state, args),
@@ -516,7 +841,7 @@ fn list_method(state: &State, value: &Value, name: &str, args: &[Value]) -> Made
         }
         "copy" if kind == Kind::List => {
             none_of(name, args)?;
-            Ok(value.clone())
+            fresh(state, value)
         }
         _ if kind == Kind::List && LIST.contains(&name) => Err(changes(name)),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
@@ -582,7 +907,7 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
             swapped.collect()
         }),
         "casefold" => changed(casefold),
-        "encode" => encoded(text, args),
+        "encode" => encoded(state, text, args),
         "translate" => translated(state, text, args),
         "maketrans" => translation(state, args),
         "isalpha" => all(is_letter),
@@ -682,17 +1007,20 @@ fn text_method(state: &State, text: &str, name: &str, args: &[Value]) -> Made<Va
         }
         "format" => {
             let (plain, named) = split_arguments(args);
-            format::braces(state, text, plain, &named).map(Value::from)
+            format::braces(state, text, false, plain, &named).map(Value::from)
         }
-        "format_map" => {
-            let mapping = needed(name, arguments(name, args, &["mapping"])?.pop().flatten())?;
-            let named = pairs(&mapping)?.into_iter();
-            let named: Vec<_> = named.map(|(key, value)| (key.to_string(), value)).collect();
-            format::braces(state, text, &[], &named).map(Value::from)
-        }
+        "format_map" => format::braces(state, text, false, &[], &mapping(args)?).map(Value::from),
         _ if TEXT.contains(&name) => Err(wrong(format!("{name}() of this text is not taken"))),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
+}
+
+/// What `format_map` takes.
+fn mapping(args: &[Value]) -> Made<Vec<(String, Value)>> {
+    let name = "format_map";
+    let mapping = needed(name, arguments(name, args, &["mapping"])?.pop().flatten())?;
+    let named = pairs(&mapping)?.into_iter();
+    Ok(named.map(|(key, value)| (key.to_string(), value)).collect())
 }
 
 pub(super) fn is_letter(c: char) -> bool {

@@ -17,7 +17,7 @@ mod tests;
 mod translate;
 
 use lexico::shown::shown;
-use minijinja::{AutoEscape, Environment, State, UndefinedBehavior, Value};
+use minijinja::{Environment, UndefinedBehavior, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -207,18 +207,13 @@ fn environment(source: &str) -> Result<Environment<'static>> {
     environment.set_fuel(Some(FUEL));
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_unknown_method_callback(methods::call);
-    environment.set_formatter(|out, state, value| {
-        let text = python::text(value)?;
-        match escapes(state) && !value.is_safe() {
-            true => Ok(out.write_str(&markup::escaped(&text))?),
-            false => Ok(out.write_str(&text)?),
-        }
-    });
+    environment.set_formatter(|out, _, value| Ok(out.write_str(&python::text(value)?)?));
     operators::add_to(&mut environment);
     filters::add_to(&mut environment);
     tests::add_to(&mut environment);
     functions::add_to(&mut environment);
     macros::add_to(&mut environment);
+    markup::add_to(&mut environment);
     // The translation ends as the template does.
     let mut syntax = minijinja::syntax::SyntaxConfig::builder();
     let syntax = syntax.keep_trailing_newline(true).build();
@@ -226,11 +221,6 @@ fn environment(source: &str) -> Result<Environment<'static>> {
     let parsed = environment.add_template_owned(NAME, translated);
     parsed.map_err(|e| failed(format!("{e:#}")))?;
     Ok(environment)
-}
-
-/// Whether `{% autoescape %}` is in force.
-fn escapes(state: &State) -> bool {
-    !matches!(state.auto_escape(), AutoEscape::None)
 }
 
 /// What a template gave as its reason, or what went wrong.

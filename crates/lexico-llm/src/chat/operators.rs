@@ -3,12 +3,13 @@
 use minijinja::value::Rest;
 use minijinja::{Environment, State, Value};
 
-use super::markup::escaped;
+use super::markup::{escaped, escaped_value};
 use super::python::{
-    Kind, LARGEST, Made, Range, attribute, check_depth, contains, equal, float, integer, items,
-    like, list, no_safe_text, order, slice_ends, slice_places, spend, text, tuple, whole, wrong,
+    Bytes, Kind, LARGEST, Made, Range, attribute, bytes, check_depth, contains, equal, float,
+    integer, items, like, list, order, pairs, slice_ends, slice_places, spend, text, tuple, whole,
+    wrong,
 };
-use super::{escapes, format, methods};
+use super::{format, methods};
 
 pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__add", add);
@@ -17,9 +18,11 @@ pub(super) fn add_to(environment: &mut Environment) {
     environment.add_filter("__neg", negative);
     environment.add_filter("__pos", positive);
     environment.add_filter("__concat", concat);
+    environment.add_filter("__concat_escaped", concat_escaped);
     environment.add_filter("__compare", compare);
     environment.add_filter("__slice", slice);
     environment.add_filter("__slice_of_constant", slice_of_constant);
+    environment.add_filter("__fresh", fresh);
     environment.add_filter("__each", each);
     environment.add_filter("__kept", kept);
     environment.add_filter("__item", item);
@@ -72,6 +75,11 @@ pub(super) fn add(state: &State, left: &Value, right: &Value) -> Made<Value> {
                 Value::from(sum)
             })
         }
+        (Kind::Bytes, Kind::Bytes) => {
+            let sum = [bytes(left), bytes(right)].concat();
+            spend(state, sum.len())?;
+            Ok(Value::from_object(Bytes(sum)))
+        }
         (Kind::List, Kind::List) | (Kind::Tuple, Kind::Tuple) => {
             let mut sum = items(state, left)?;
             sum.extend(items(state, right)?);
@@ -93,13 +101,20 @@ fn times(state: &State, left: &Value, right: &Value) -> Made<Value> {
     };
     let times = usize::try_from(count.max(0)).unwrap_or(usize::MAX);
     match Kind::of(repeated) {
-        Kind::Text | Kind::List | Kind::Tuple if integer(left).or(integer(right)).is_none() => {
+        Kind::Text | Kind::Bytes | Kind::List | Kind::Tuple
+            if integer(left).or(integer(right)).is_none() =>
+        {
             Err(unfit("*", left, right))
         }
         Kind::Text => {
             let text = text(repeated)?;
             spend(state, text.len().saturating_mul(times))?;
             Ok(like(repeated, text.repeat(times)))
+        }
+        Kind::Bytes => {
+            let bytes = bytes(repeated);
+            spend(state, bytes.len().saturating_mul(times))?;
+            Ok(Value::from_object(Bytes(bytes.repeat(times))))
         }
         Kind::List | Kind::Tuple => {
             let items = items(state, repeated)?;
@@ -120,9 +135,8 @@ fn times(state: &State, left: &Value, right: &Value) -> Made<Value> {
 
 /// `left % right`: the remainder, or a text with values put in.
 pub(super) fn modulo(state: &State, left: &Value, right: &Value) -> Made<Value> {
-    if let Some(template) = left.as_str() {
-        no_safe_text("%", left)?;
-        return format::percent(state, template, right).map(Value::from);
+    if left.as_str().is_some() {
+        return format::percent(state, left, right);
     }
     if !(Kind::of(left).is_number() && Kind::of(right).is_number()) {
         return Err(unfit("%", left, right));
@@ -168,15 +182,26 @@ fn positive(value: &Value) -> Made<Value> {
 
 /// `first ~ others`
 fn concat(state: &State, first: &Value, others: Rest<Value>) -> Made<String> {
-    if escapes(state) && (first.is_safe() || others.iter().any(Value::is_safe)) {
-        // Jinja2 escapes the rest, or does not where it works it out beforehand.
-        return Err(wrong(
-            "~ of a safe text within {% autoescape %} is not taken",
-        ));
+    joined(state, first, &others, text)
+}
+
+/// `first ~ others` within `{% autoescape %}`: where one is safe, the others are escaped.
+fn concat_escaped(state: &State, first: &Value, others: Rest<Value>) -> Made<Value> {
+    if first.is_safe() || others.iter().any(Value::is_safe) {
+        return joined(state, first, &others, escaped_value).map(Value::from_safe_string);
     }
-    let mut joined = text(first)?;
-    for other in others.iter() {
-        joined.push_str(&text(other)?);
+    joined(state, first, &others, text).map(Value::from)
+}
+
+fn joined(
+    state: &State,
+    first: &Value,
+    others: &[Value],
+    written: fn(&Value) -> Made<String>,
+) -> Made<String> {
+    let mut joined = written(first)?;
+    for other in others {
+        joined.push_str(&written(other)?);
         spend(state, joined.len().min(LARGEST) / 16)?;
         if joined.len() > LARGEST {
             return Err(wrong("a text is too large"));
@@ -211,7 +236,10 @@ fn compare(state: &State, left: &Value, others: Rest<Value>) -> Made<bool> {
 /// `value[start:stop:step]`
 fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value) -> Made<Value> {
     let kind = Kind::of(value);
-    if !matches!(kind, Kind::Text | Kind::List | Kind::Tuple | Kind::Range) {
+    if !matches!(
+        kind,
+        Kind::Text | Kind::Bytes | Kind::List | Kind::Tuple | Kind::Range
+    ) {
         return Err(wrong(format!("{} cannot be sliced", kind.name())));
     }
     let bound = |value: &Value| {
@@ -245,6 +273,12 @@ fn slice(state: &State, value: &Value, start: &Value, stop: &Value, step: &Value
         let step = range.step.saturating_mul(step);
         return Ok(Value::from_object(Range { start, stop, step }));
     }
+    if kind == Kind::Bytes {
+        let all = bytes(value);
+        spend(state, all.len())?;
+        let part = slice_places(ends, step).into_iter().map(|at| all[at]);
+        return Ok(Value::from_object(Bytes(part.collect())));
+    }
     let all = items(state, value)?;
     let found = slice_places(ends, step)
         .into_iter()
@@ -271,6 +305,18 @@ fn slice_of_constant(
     match sliceable && [start, stop, step].into_iter().all(is_bound) {
         true => slice(state, value, start, stop, step),
         false => Ok(Value::UNDEFINED),
+    }
+}
+
+/// A list or dict that is like another one, and not the same.
+pub(super) fn fresh(state: &State, value: &Value) -> Made<Value> {
+    match Kind::of(value) {
+        Kind::Dict => {
+            let pairs = pairs(value)?;
+            spend(state, pairs.len() * 64)?;
+            Ok(Value::from_pairs(pairs))
+        }
+        _ => items(state, value).map(list),
     }
 }
 

@@ -1,11 +1,13 @@
 //! Python's values, as Jinja2's templates see them: their texts, their comparison, their kinds.
 
+use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::fmt;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
+use minijinja::tests::is_sameas;
 use minijinja::value::{DynObject, Enumerator, Object, ObjectRepr, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use unicode_general_category::{GeneralCategory, get_general_category};
@@ -45,11 +47,39 @@ pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
+thread_local! {
+    /// Values that are to be let go of; `None` while there are none.
+    static LEFT: RefCell<Option<Vec<Value>>> = const { RefCell::new(None) };
+}
+
+/// Lets go of values one after the other: objects within objects, without end, would else take all of the stack.
+pub(super) fn let_go(values: impl IntoIterator<Item = Value>) {
+    let others_wait = LEFT.with_borrow_mut(|left| {
+        let others_wait = left.is_some();
+        left.get_or_insert_default().extend(values);
+        others_wait
+    });
+    if others_wait {
+        return;
+    }
+    // What is let go of here may call this again, which only adds to those that wait.
+    while let Some(next) = LEFT.with_borrow_mut(|left| left.as_mut().and_then(Vec::pop)) {
+        drop(next);
+    }
+    LEFT.with_borrow_mut(|left| *left = None);
+}
+
 /// A method that was looked up and not called yet.
 #[derive(Debug)]
 pub(super) struct Method {
     pub(super) of: Value,
     pub(super) name: String,
+}
+
+impl Drop for Method {
+    fn drop(&mut self) {
+        let_go([std::mem::take(&mut self.of)]);
+    }
 }
 
 impl Object for Method {
@@ -112,12 +142,25 @@ impl Object for Bytes {
     }
 }
 
+/// The bytes of a value that is bytes.
+pub(super) fn bytes(value: &Value) -> &[u8] {
+    value
+        .downcast_object_ref::<Bytes>()
+        .map_or(&[], |bytes| &bytes.0)
+}
+
 /// `keys()`, `values()` or `items()` of a dict: no list, and not to be indexed.
 #[derive(Debug)]
 pub(super) struct View {
     /// `keys`, `values` or `items`.
     pub(super) kind: &'static str,
     pub(super) items: Vec<Value>,
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        let_go(std::mem::take(&mut self.items));
+    }
 }
 
 impl Object for View {
@@ -144,6 +187,16 @@ impl Generator {
 
     pub(super) fn first(&self) -> Option<Value> {
         Self::next(&self.0)
+    }
+}
+
+impl Drop for Generator {
+    fn drop(&mut self) {
+        if let Ok(mut items) = self.0.lock()
+            && Arc::strong_count(&self.0) == 1
+        {
+            let_go(std::mem::take(&mut *items));
+        }
     }
 }
 
@@ -221,9 +274,12 @@ impl Kind {
             Self::View
         } else if object.downcast_ref::<Generator>().is_some() {
             Self::Generator
-        } else if object.type_name().ends_with("::Namespace") {
+        } else if object
+            .downcast_ref::<super::functions::Namespace>()
+            .is_some()
+        {
             Self::Namespace
-        } else if object.type_name().ends_with("::Loop") {
+        } else if object.type_name().ends_with("Loop") {
             Self::Other
         } else if object.type_name().ends_with("::Macro") {
             Self::Callable
@@ -430,8 +486,7 @@ fn write_repr(value: &Value, out: &mut String, pairs: &Pairs, depth: usize) -> M
             out.push(')');
         }
         Kind::Bytes => {
-            let bytes = value.downcast_object_ref::<Bytes>();
-            write_bytes_repr(bytes.map_or(&[], |bytes| &bytes.0), out);
+            write_bytes_repr(bytes(value), out);
         }
         kind => {
             if write_known_repr(value, out, pairs, depth)? {
@@ -464,17 +519,10 @@ fn write_known_repr(value: &Value, out: &mut String, pairs: &Pairs, depth: usize
             return Ok(false);
         }
         let _ = write!(out, "<LoopContext {at}/{of}>");
-    } else if Kind::of(value) == Kind::Namespace {
-        let names: Vec<Value> = value.try_iter()?.collect();
-        let names = names.into_iter().filter(|name| name.as_str() != Some(""));
-        let attributes = names.map(|name| Ok((name.clone(), value.get_item(&name)?)));
-        let attributes = attributes.collect::<Made<Vec<_>>>()?;
-        // In which order several were set is not known.
-        if attributes.len() > 1 {
-            return Ok(false);
-        }
+    } else if let Some(namespace) = value.downcast_object_ref::<super::functions::Namespace>() {
+        let attributes = Value::from_pairs(namespace.attributes());
         out.push_str("<Namespace ");
-        write_repr(&Value::from_pairs(attributes), out, pairs, depth + 1)?;
+        write_repr(&attributes, out, pairs, depth + 1)?;
         out.push('>');
     } else {
         return Ok(false);
@@ -482,10 +530,10 @@ fn write_known_repr(value: &Value, out: &mut String, pairs: &Pairs, depth: usize
     Ok(true)
 }
 
-fn is_loop(value: &Value) -> bool {
+pub(super) fn is_loop(value: &Value) -> bool {
     value
         .as_object()
-        .is_some_and(|object| object.type_name().ends_with("::Loop"))
+        .is_some_and(|object| object.type_name().ends_with("Loop"))
 }
 
 fn write_bytes_repr(bytes: &[u8], out: &mut String) {
@@ -614,6 +662,9 @@ pub(super) fn equal(state: &State, left: &Value, right: &Value) -> Made<bool> {
             }
             Ok(true)
         }
+        (Kind::Namespace, Kind::Namespace) | (Kind::Generator, Kind::Generator) => {
+            Ok(is_sameas(left, right))
+        }
         (a, b) if a == b => Ok(left == right),
         _ => Ok(false),
     }
@@ -634,6 +685,7 @@ pub(super) fn order(state: &State, left: &Value, right: &Value) -> Made<Option<O
             Ok(a.partial_cmp(&b))
         }
         (Kind::Text, Kind::Text) => Ok(Some(left.as_str().cmp(&right.as_str()))),
+        (Kind::Bytes, Kind::Bytes) => Ok(Some(bytes(left).cmp(bytes(right)))),
         (Kind::List, Kind::List) | (Kind::Tuple, Kind::Tuple) => {
             for (a, b) in left.try_iter()?.zip(right.try_iter()?) {
                 if !equal(state, &a, &b)? {
@@ -662,6 +714,16 @@ pub(super) fn contains(state: &State, container: &Value, item: &Value) -> Made<b
             };
             state.consume_fuel(1 + text.len() as u64 / 64)?;
             Ok(text.contains(part))
+        }
+        Kind::Bytes if Kind::of(item) == Kind::Bytes => {
+            let (all, part) = (bytes(container), bytes(item));
+            state.consume_fuel(1 + all.len() as u64 / 64)?;
+            // As Latin-1, in which each is a character.
+            let text = |bytes: &[u8]| bytes.iter().copied().map(char::from).collect::<String>();
+            Ok(text(all).contains(&text(part)))
+        }
+        Kind::Bytes if integer(item).is_none_or(|byte| !(0..256).contains(&byte)) => {
+            Err(wrong("only a byte is in bytes"))
         }
         Kind::Dict => {
             check_key(item)?;
@@ -800,7 +862,7 @@ pub(super) fn flag(argument: Option<Value>, default: bool) -> bool {
 
 /// `bool(value)`
 pub(super) fn is_true(value: &Value) -> bool {
-    Kind::of(value) == Kind::Namespace || value.is_true()
+    value.is_true()
 }
 
 /// A text made of another one: safe where that was.
@@ -808,14 +870,6 @@ pub(super) fn like(value: &Value, text: String) -> Value {
     match value.is_safe() {
         true => Value::from_safe_string(text),
         false => Value::from(text),
-    }
-}
-
-/// Refuses what would escape the values that are put into a safe text.
-pub(super) fn no_safe_text(called: &str, value: &Value) -> Made<()> {
-    match value.is_safe() {
-        true => Err(wrong(format!("{called} of a safe text is not taken"))),
-        false => Ok(()),
     }
 }
 

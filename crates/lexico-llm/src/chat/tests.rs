@@ -1,11 +1,13 @@
 //! Jinja2's tests: `value is even`.
 
+use minijinja::tests::is_sameas;
 use minijinja::value::{Rest, ValueOrKwargs};
 use minijinja::{Environment, ErrorKind, State, Value};
 
 use super::operators::modulo;
 use super::python::{
-    Kind, Made, arguments, contains, equal, is_iterable, needed, needed_text, order, text, wrong,
+    Kind, Made, arguments, contains, equal, integer, is_iterable, is_loop, needed, needed_text,
+    order, text, wrong,
 };
 
 /// A test of what kind of value there is.
@@ -13,7 +15,7 @@ type OfKind = fn(Kind) -> bool;
 type Test = fn(&mut State, &Value, &[Value]) -> Made<bool>;
 
 pub(super) fn add_to(environment: &mut Environment) {
-    let of_kind: [(&'static str, OfKind); 11] = [
+    let of_kind: [(&'static str, OfKind); 10] = [
         ("defined", |kind| kind != Kind::Undefined),
         ("undefined", |kind| kind == Kind::Undefined),
         ("none", |kind| kind == Kind::None),
@@ -24,17 +26,19 @@ pub(super) fn add_to(environment: &mut Environment) {
         ("string", |kind| kind == Kind::Text),
         ("mapping", |kind| kind == Kind::Dict),
         ("sequence", |kind| {
-            use Kind::{Dict, List, Range, Text, Tuple, Undefined};
-            matches!(kind, Undefined | Text | List | Tuple | Dict | Range)
-        }),
-        ("callable", |kind| {
-            matches!(kind, Kind::Callable | Kind::Undefined)
+            use Kind::{Bytes, Dict, List, Range, Text, Tuple, Undefined};
+            matches!(kind, Undefined | Text | Bytes | List | Tuple | Dict | Range)
         }),
     ];
     for (name, test) in of_kind {
         environment.add_test(name, move |value: Value| test(Kind::of(&value)));
     }
-    environment.add_test("iterable", |value: Value| is_iterable(&value));
+    environment.add_test("callable", |value: Value| {
+        is_loop(&value) || matches!(Kind::of(&value), Kind::Callable | Kind::Undefined)
+    });
+    environment.add_test("iterable", |value: Value| {
+        is_loop(&value) || is_iterable(&value)
+    });
     environment.add_test("escaped", |value: Value| value.is_safe());
     environment.add_test("true", |value: Value| {
         Kind::of(&value) == Kind::Bool && value.is_true()
@@ -157,14 +161,27 @@ fn cased(value: &Value, wanted: fn(char) -> bool, other: fn(char) -> bool) -> Ma
     Ok(text.contains(wanted) && !text.contains(other))
 }
 
-/// `is` of Python, of texts and numbers by their value.
+/// `is` of Python. Whether equal values that cannot change are one is Python's own affair, but for the few that it
+/// always keeps.
 fn same(state: &mut State, value: &Value, args: &[Value]) -> Made<bool> {
     let other = other("sameas", args)?;
-    if Kind::of(value) != Kind::of(&other) {
+    let kind = Kind::of(value);
+    if kind != Kind::of(&other) {
         return Ok(false);
     }
-    if value.as_object().is_some() {
-        return Err(wrong("sameas of lists, dicts and the like is not taken"));
+    let kept = match kind {
+        Kind::None | Kind::Bool => true,
+        Kind::Integer => integer(value).is_some_and(|number| (-5..=256).contains(&number)),
+        Kind::Text => value.as_str().is_some_and(|text| {
+            !value.is_safe() && text.chars().count() < 2 && text.chars().all(|c| c <= '\u{ff}')
+        }),
+        Kind::Float | Kind::Tuple | Kind::Bytes | Kind::Undefined => false,
+        _ => return Ok(is_sameas(value, &other)),
+    };
+    match equal(state, value, &other)? {
+        true if !kept => Err(wrong(
+            "sameas of equal texts, numbers or tuples is not taken",
+        )),
+        equal => Ok(equal),
     }
-    equal(state, value, &other)
 }

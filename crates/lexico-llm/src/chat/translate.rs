@@ -41,16 +41,70 @@ enum Hold {
     Primary,
 }
 
+/// Whether Jinja2 works an expression out before it runs the template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Constant {
+    No,
+    /// It has a choice between what it works out and what it does not.
+    Perhaps,
+    Yes,
+}
+
+impl Constant {
+    /// Of `and` and `or`, whose right side is not always looked at.
+    fn or_other(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Yes, Self::Yes) => Self::Yes,
+            (Self::No, _) => Self::No,
+            _ => Self::Perhaps,
+        }
+    }
+
+    /// Of a choice that this is the condition of.
+    fn of_choice(self, left: Self, right: Self) -> Self {
+        match self {
+            Self::Yes if left == right => left,
+            Self::No => Self::No,
+            _ => Self::Perhaps,
+        }
+    }
+}
+
+/// What Jinja2's compiler knows of `{% autoescape %}` at a place. What is printed goes by that, and not by what is in force
+/// when it is printed, which differs where a loop is left from within or a macro is called from elsewhere.
+#[derive(Debug, Clone, Copy, Default)]
+struct Escaping {
+    on: bool,
+    /// Within one by a value that is not known: what is no constant goes by what is in force.
+    unknown: bool,
+}
+
+/// Filters that Jinja2 works out for constants by what its compiler knows of `{% autoescape %}`.
+pub(super) const ESCAPING_FILTERS: [&str; 4] = ["join", "replace", "urlize", "xmlattr"];
+
+/// Filters that Jinja2 never works out beforehand.
+const FILTERS_OF_CONTEXT: [&str; 6] = [
+    "map",
+    "random",
+    "reject",
+    "rejectattr",
+    "select",
+    "selectattr",
+];
+
 /// An expression for minijinja.
 struct Expression {
     text: String,
     hold: Hold,
+    constant: Constant,
     /// What is called, and with what, where it is a call.
     call: Option<(String, Arguments)>,
 }
 
 /// The arguments of a call.
 struct Arguments {
+    /// Whether all of them are constants.
+    constant: Constant,
     given: Vec<String>,
     /// `**named`, which stands last.
     stars: Option<String>,
@@ -116,9 +170,14 @@ struct Signature {
 }
 
 impl Expression {
-    fn new(text: String, hold: Hold) -> Self {
+    fn new(text: String, hold: Hold, constant: Constant) -> Self {
         let call = None;
-        Self { text, hold, call }
+        Self {
+            text,
+            hold,
+            constant,
+            call,
+        }
     }
 
     /// Its text, in brackets where it would come apart.
@@ -129,10 +188,16 @@ impl Expression {
         self.text
     }
 
-    /// The expression through a filter.
+    /// The expression through a filter whose arguments are constants.
     fn through(self, filter: &str) -> Self {
+        self.through_with(filter, Constant::Yes)
+    }
+
+    /// The expression through a filter; `constant` says whether its arguments are constants.
+    fn through_with(self, filter: &str, constant: Constant) -> Self {
+        let constant = self.constant.min(constant);
         let text = format!("{}|{filter}", self.within(Hold::Filter));
-        Self::new(text, Hold::Filter)
+        Self::new(text, Hold::Filter, constant)
     }
 }
 
@@ -143,8 +208,15 @@ pub(super) fn translate(source: &str) -> Parsed<String> {
     if source.len() > LONGEST {
         return Err(format!("it is longer than {LONGEST} bytes"));
     }
+    let words = words(source)?;
+    let has = |name: &str| {
+        words
+            .iter()
+            .any(|(word, _)| matches!(word, Token::Name(word) if word == name))
+    };
+    let (escapes, reads_self, asks_identity) = (has("autoescape"), has("self"), has("sameas"));
     let mut parser = Parser {
-        words: words(source)?,
+        words,
         at: 0,
         out: String::new(),
         line: 1,
@@ -153,11 +225,16 @@ pub(super) fn translate(source: &str) -> Parsed<String> {
         inside: None,
         skips: false,
         scopes: 0,
-        loops: 0,
+        loops: Vec::new(),
         macro_names: None,
         blocks: Vec::new(),
         block_macros: String::new(),
-        reads_self: false,
+        reads_self,
+        asks_identity,
+        in_scoped_block: false,
+        attributes: String::new(),
+        escaping: Escaping::default(),
+        escapes,
     };
     parser.body(&[])?;
     Ok(parser.finish())
@@ -178,13 +255,22 @@ struct Parser {
     skips: bool,
     /// Scopes around the tag.
     scopes: usize,
-    /// Loops around the tag, also those that no `break` leaves from here.
-    loops: usize,
+    /// What `loop` is called of the loops around the tag, also of those that no `break` leaves from here.
+    loops: Vec<String>,
     macro_names: Option<MacroNames>,
     blocks: Vec<String>,
     /// The blocks as macros, which stand before all else: they see no more than what the template itself sets.
     block_macros: String,
+    /// Whether the template has the name `self` at all.
     reads_self: bool,
+    /// Whether the template has the test `sameas` at all.
+    asks_identity: bool,
+    in_scoped_block: bool,
+    /// Tags that give attributes of namespaces their values, behind the tag at hand.
+    attributes: String,
+    escaping: Escaping,
+    /// Whether the template has `{% autoescape %}` at all.
+    escapes: bool,
 }
 
 impl Parser {
@@ -318,6 +404,31 @@ impl Parser {
         self.tag("{%", inside, "%}");
     }
 
+    /// Prints a value, escaped where Jinja2 does.
+    fn print(&mut self, printed: Expression) -> Parsed<()> {
+        let printed = match (printed.constant, self.escaping) {
+            (Constant::Perhaps, Escaping { unknown: true, .. }) => {
+                return self.fail(
+                    "a choice of a constant within {% autoescape %} by what is no constant is not taken",
+                );
+            }
+            (Constant::No, Escaping { unknown: true, .. }) => printed.through("__escaped_if"),
+            (_, Escaping { on: true, .. }) => printed.through("__escaped"),
+            _ => printed,
+        };
+        self.tag("{{", &printed.text, "}}");
+        Ok(())
+    }
+
+    /// The filter that a text of the template itself goes through to be safe where it is escaped.
+    fn made_safe(&self) -> &'static str {
+        match self.escaping {
+            Escaping { unknown: true, .. } => "|__safe_if",
+            Escaping { on: true, .. } => "|safe",
+            _ => "",
+        }
+    }
+
     /// Text and tags up to a tag of one of these names, which is left to read.
     fn body(&mut self, ends: &[&str]) -> Parsed<()> {
         let outside = std::mem::take(&mut self.skips);
@@ -333,7 +444,7 @@ impl Parser {
                     self.at += 1;
                     let printed = self.tuple(true, &[])?;
                     self.expect_token(&Token::PrintEnd)?;
-                    self.tag("{{", &printed.text, "}}");
+                    self.print(printed)?;
                 }
                 Token::TagStart => {
                     self.at += 1;
@@ -440,15 +551,20 @@ impl Parser {
         self.statement("endif");
     }
 
-    /// Whether a tag has no more than a number, a text, `true` or the like.
-    fn is_constant(&self) -> bool {
-        let alone = self.after() == Some(&Token::TagEnd);
-        alone
-            && match self.now() {
-                Some(Token::Name(name)) => CONSTANTS.contains(&name.as_str()),
-                Some(Token::Integer(_) | Token::Float(_) | Token::Text(_)) => true,
-                _ => false,
+    /// Whether what a tag has is true, where that is no more than a number, a text, `true` or the like.
+    fn constant(&self) -> Option<bool> {
+        if self.after() != Some(&Token::TagEnd) {
+            return None;
+        }
+        match self.now()? {
+            Token::Name(name) if CONSTANTS.contains(&name.as_str()) => {
+                Some(name.eq_ignore_ascii_case("true"))
             }
+            Token::Integer(digits) => Some(digits.bytes().any(|digit| digit != b'0')),
+            Token::Float(digits) => digits.parse().ok().map(|number: f64| number != 0.0),
+            Token::Text(text) => Some(!text.is_empty()),
+            _ => None,
+        }
     }
 
     fn leave_tag(&mut self, name: &str) -> Parsed<()> {
@@ -500,33 +616,19 @@ impl Parser {
             "filter" => {
                 let filters = self.filters()?;
                 self.end_tag()?;
-                let filtered = format!("__block|{filters}|__written");
+                let filtered = format!("__block{}|{filters}|__written", self.made_safe());
                 self.captured("endfilter", "{{", &filtered, "}}")
             }
             "generation" => {
                 self.end_tag()?;
                 self.function(|parser| parser.closed_body("endgeneration"))
             }
-            "autoescape" => {
-                let constant = self.is_constant();
-                let value = self.expression()?.within(Hold::Filter);
-                self.end_tag()?;
-                if !constant {
-                    // Jinja2 then escapes some values and not others.
-                    return self.fail("{% autoescape %} by what is no constant is not taken");
-                }
-                self.statement(&format!("autoescape {value}|__is_true"));
-                // Jinja2 goes on escaping behind a loop that is left from within.
-                self.function(|parser| parser.closed_body("endautoescape"))?;
-                self.statement("endautoescape");
-                Ok(())
-            }
+            "autoescape" => self.autoescape_tag(),
             "block" => self.block_tag(),
             "print" => {
                 let printed = self.tuple(true, &[])?;
                 self.end_tag()?;
-                self.tag("{{", &printed.text, "}}");
-                Ok(())
+                self.print(printed)
             }
             "break" | "continue" => self.leave_tag(&name),
             "include" | "import" | "from" | "extends" => self.load_tag(&name),
@@ -537,11 +639,41 @@ impl Parser {
         }
     }
 
+    /// `{% autoescape %}`: what is in force is set before and set back after, which Jinja2 does not do either where a
+    /// loop is left from within.
+    fn autoescape_tag(&mut self) -> Parsed<()> {
+        let known = self.constant();
+        let value = self.expression()?;
+        self.end_tag()?;
+        let before = self.escaping;
+        match (known, value.constant) {
+            (Some(on), _) => self.escaping.on = on,
+            (None, Constant::No) => self.escaping.unknown = true,
+            _ => return self.fail("{% autoescape %} by an expression of constants is not taken"),
+        }
+        let outside = self.hidden("outside");
+        self.statement("with");
+        let set = value.through("__escape").text;
+        self.statement(&format!("set {outside} = {set}"));
+        self.scoped(|parser| parser.body_to("endautoescape"))?;
+        self.escaping = before;
+        if self.skips {
+            self.unless_left();
+        }
+        self.statement(&format!("set {outside} = {outside}|__escape"));
+        if self.skips {
+            self.statement("endif");
+        }
+        self.statement("endwith");
+        self.leave();
+        Ok(())
+    }
+
     fn for_tag(&mut self) -> Parsed<()> {
         // The name `loop` is a loop's own.
-        self.loops += 1;
+        self.loops.push("loop".to_owned());
         let target = self.target(&["in"], false)?;
-        self.loops -= 1;
+        self.loops.pop();
         if !self.skip_name("in") {
             return self.fail("\"in\" is missing");
         }
@@ -550,20 +682,62 @@ impl Parser {
         } else {
             "__each"
         };
-        let iterated = self.tuple(false, &["recursive"])?.through(each);
-        let mut inside = format!("for {target} in {}", iterated.text);
-        if self.skip_name("if") {
-            let condition = self.expression()?;
-            let _ = write!(inside, " if {}", condition.within(Hold::Or));
-        }
+        let iterated = self.tuple(false, &["recursive"])?;
+        let condition = match self.skip_name("if") {
+            true => format!(" if {}", self.expression()?.within(Hold::Or)),
+            false => String::new(),
+        };
         let recursive = self.skip_name("recursive");
-        if recursive {
-            inside.push_str(" recursive");
-        }
         self.end_tag()?;
-        let before = self.out.len();
-        self.statement(&inside);
+        if !recursive {
+            let iterated = iterated.through(each).text;
+            let this = format!("for {target} in {iterated}{condition}");
+            self.for_body(&this, "", "loop".to_owned())?;
+            self.leave();
+            return Ok(());
+        }
+        // A macro that calls itself: minijinja's own recursive loops pass over `if` and `else` from the second level on.
+        let hidden = self.hidden("recursive");
         let begins = self.out.len();
+        let from = self.at;
+        let this = format!("for {target} in {hidden}_items|{each}{condition}");
+        let this_loop = format!("{hidden}_loop");
+        // Its caller is that of the macro around it.
+        let start =
+            format!("{{% set {this_loop} = loop|__recursive({hidden}, {hidden}_depth, caller) %}}");
+        let no_caller = start.replace(", caller", "");
+        let outer = self.inside.take();
+        self.scopes += 1;
+        let body = self.out.len();
+        self.for_body(&this, &start, this_loop)?;
+        self.scopes -= 1;
+        self.inside = outer;
+        let is_caller = |(word, _): &Word| matches!(word, Token::Name(name) if name == "caller");
+        let caller = match self.words[from..self.at].iter().any(is_caller) {
+            true => ", caller",
+            false => {
+                let own = self.out.split_off(body).replacen(&start, &no_caller, 1);
+                self.out.push_str(&own);
+                ""
+            }
+        };
+        let start = format!("{{% macro {hidden}({hidden}_items, {hidden}_depth{caller}) %}}");
+        self.out.insert_str(begins, &start);
+        self.statement("endmacro");
+        self.tag(
+            "{{",
+            &format!("{hidden}({}, 0{caller})", iterated.text),
+            "}}",
+        );
+        Ok(())
+    }
+
+    /// A loop's body and its `else`; `this` is its tag, `start` stands where each round begins.
+    fn for_body(&mut self, this: &str, start: &str, name: String) -> Parsed<()> {
+        let before = self.out.len();
+        self.statement(this);
+        let begins = self.out.len();
+        self.out.push_str(start);
         let left = self.hidden("left");
         let outer = self.inside.replace(Loop {
             left,
@@ -571,20 +745,17 @@ impl Parser {
             leaves: false,
             leaves_block: false,
         });
-        self.loops += 1;
+        self.loops.push(name);
         self.scopes += 1;
         self.body(&["else", "endfor"])?;
         self.scopes -= 1;
-        self.loops -= 1;
+        self.loops.pop();
         let this = std::mem::replace(&mut self.inside, outer);
         let this = this.map_or((String::new(), false, false), |l| {
             (l.left, l.leaves, l.leaves_block)
         });
         let (left, leaves, leaves_block) = this;
         let has_else = self.is_name("else");
-        if recursive && has_else {
-            return self.fail("{% else %} of a recursive loop is not taken");
-        }
         if leaves_block {
             let flag = format!("{{% set {left} = __flag() %}}");
             self.out.insert_str(begins, &flag);
@@ -613,7 +784,6 @@ impl Parser {
         } else {
             "endfor"
         });
-        self.leave();
         Ok(())
     }
 
@@ -643,35 +813,22 @@ impl Parser {
     }
 
     fn set_tag(&mut self) -> Parsed<()> {
-        let from = self.at;
         let target = self.target(&[], true)?;
-        // minijinja gives a macro only the names that it reads.
-        for (at, pair) in self.words[from..self.at].windows(2).enumerate() {
-            if let (Token::Name(name), Token::Operator(".")) = (&pair[0].0, &pair[1].0) {
-                let private = self.words.get(from + at + 2);
-                if matches!(private, Some((Token::Name(name), _)) if name.starts_with('_')) {
-                    return self.fail("an attribute of a namespace may not begin with \"_\"");
-                }
-                let _ = write!(self.out, "{{% if {name} is defined %}}{{% endif %}}");
-            }
-        }
+        let attributes = std::mem::take(&mut self.attributes);
         if self.skip("=") {
             let value = self.tuple(true, &[])?.through("__kept");
             self.end_tag()?;
             self.statement(&format!("set {target} = {}", value.text));
+            self.out.push_str(&attributes);
             return Ok(());
         }
         let filters = match self.skip("|") {
-            true => format!("|{}", self.filters()?),
+            true => format!("{}|{}", self.made_safe(), self.filters()?),
             false => String::new(),
         };
         self.end_tag()?;
-        self.captured(
-            "endset",
-            "{%",
-            &format!("set {target} = __block{filters}"),
-            "%}",
-        )
+        let made = format!("set {target} = __block{filters}|__safe_if");
+        self.captured("endset", "{%", &made, &format!("%}}{attributes}"))
     }
 
     /// `{% with %}`: no value sees the names that stand beside it.
@@ -816,13 +973,20 @@ impl Parser {
         if self.blocks.contains(&name) {
             return self.fail(&format!("the block \"{}\" is there twice", shown(&name)));
         }
+        if self.in_scoped_block && (self.reads_self || !scoped) {
+            // It sees what the scoped one sees, and `self` calls it apart from that.
+            return self.fail("a block within a scoped block is not taken");
+        }
         self.blocks.push(name.clone());
         let names = self.macro_names.take();
-        let loops = self.loops;
+        let loops = self.loops.clone();
         if !scoped {
-            self.loops = 0;
+            self.loops.clear();
         }
         let around = std::mem::take(&mut self.out);
+        let in_scoped_block = std::mem::replace(&mut self.in_scoped_block, scoped);
+        // Jinja2 compiles blocks apart.
+        let escaping = std::mem::take(&mut self.escaping);
         self.function(|parser| {
             parser.body(&["endblock"])?;
             parser.at += 1;
@@ -832,13 +996,18 @@ impl Parser {
         let body = std::mem::replace(&mut self.out, around);
         self.macro_names = names;
         self.loops = loops;
+        self.escaping = escaping;
+        self.in_scoped_block = in_scoped_block;
         let block = format!(
             "{{% macro __block_{name}() %}}{body}{{% endmacro %}}\
              {{% set __block_{name} = __block_{name}|__macro('{name}', [], [], []) %}}"
         );
-        match scoped {
-            true => self.out.push_str(&block),
-            false => self.block_macros.push_str(&block),
+        // A scoped block that `self` calls does not see what is around it either.
+        if !scoped || self.reads_self {
+            self.block_macros.push_str(&block);
+        }
+        if scoped {
+            self.out.push_str(&block);
         }
         let written = match required {
             true => "__load('a block that is required is not there')".to_owned(),
@@ -921,7 +1090,7 @@ impl Parser {
     /// A name as minijinja takes it: two of its own are a template's to use.
     fn renamed(&self, name: &str) -> Parsed<String> {
         match name {
-            "loop" if self.loops > 0 => {
+            "loop" if !self.loops.is_empty() => {
                 self.fail("a name \"loop\" of one's own within a loop is not taken")
             }
             "loop" => Ok("__loop".to_owned()),
@@ -940,15 +1109,15 @@ impl Parser {
                 break;
             }
             targets.push(if self.skip("(") {
-                let inner = self.deeper(|parser| parser.target(&[], attributes))?;
+                let inner = self.deeper(|parser| parser.target(&[], false))?;
                 self.expect(")")?;
                 format!("({inner})")
             } else {
-                let mut name = self.set_name()?;
-                if attributes && self.skip(".") {
-                    name = format!("{name}.{}", self.name()?);
+                let name = self.set_name()?;
+                match attributes && self.skip(".") {
+                    true => self.attribute_target(&name)?,
+                    false => name,
                 }
-                name
             });
             if !self.skip(",") {
                 break;
@@ -960,6 +1129,20 @@ impl Parser {
             (1, true) => Ok(format!("{},", targets[0])),
             _ => Ok(targets.join(", ")),
         }
+    }
+
+    /// What stands for an attribute of a namespace that is set: a hidden name, of which tags behind give it its value.
+    fn attribute_target(&mut self, namespace: &str) -> Parsed<String> {
+        let attribute = self.name()?;
+        if attribute.starts_with('_') {
+            return self.fail("an attribute of a namespace may not begin with \"_\"");
+        }
+        let value = self.hidden("value");
+        let _ = write!(
+            self.attributes,
+            "{{{{ {namespace}|__set('{attribute}', {value}) }}}}"
+        );
+        Ok(value)
     }
 
     // Expressions.
@@ -1001,13 +1184,18 @@ impl Parser {
         let mut left = self.or()?;
         while self.skip_name("if") {
             self.link(&mut links)?;
-            let condition = self.or()?.within(Hold::Or);
+            let condition = self.or()?;
+            let (mut constant, mut other_constant) = (condition.constant, Constant::No);
+            let left_constant = left.constant;
+            let condition = condition.within(Hold::Or);
             let mut text = format!("{} if {condition}", left.within(Hold::Or));
             if self.skip_name("else") {
                 let other = self.expression()?;
+                other_constant = other.constant;
                 let _ = write!(text, " else {}", other.text);
             }
-            left = Expression::new(text, Hold::Choice);
+            constant = constant.of_choice(left_constant, other_constant);
+            left = Expression::new(text, Hold::Choice, constant);
         }
         Ok(left)
     }
@@ -1017,8 +1205,11 @@ impl Parser {
         let mut left = self.and()?;
         while self.skip_name("or") {
             self.link(&mut links)?;
-            let right = self.and()?.within(Hold::And);
-            left = Expression::new(format!("{} or {right}", left.within(Hold::Or)), Hold::Or);
+            let right = self.and()?;
+            let constant = left.constant.or_other(right.constant);
+            let right = right.within(Hold::And);
+            let text = format!("{} or {right}", left.within(Hold::Or));
+            left = Expression::new(text, Hold::Or, constant);
         }
         Ok(left)
     }
@@ -1028,8 +1219,11 @@ impl Parser {
         let mut left = self.not()?;
         while self.skip_name("and") {
             self.link(&mut links)?;
-            let right = self.not()?.within(Hold::Not);
-            left = Expression::new(format!("{} and {right}", left.within(Hold::And)), Hold::And);
+            let right = self.not()?;
+            let constant = left.constant.or_other(right.constant);
+            let right = right.within(Hold::Not);
+            let text = format!("{} and {right}", left.within(Hold::And));
+            left = Expression::new(text, Hold::And, constant);
         }
         Ok(left)
     }
@@ -1039,16 +1233,16 @@ impl Parser {
             return self.comparison();
         }
         let negated = self.deeper(Self::not)?;
-        Ok(Expression::new(
-            format!("not {}", negated.within(Hold::Not)),
-            Hold::Not,
-        ))
+        let constant = negated.constant;
+        let text = format!("not {}", negated.within(Hold::Not));
+        Ok(Expression::new(text, Hold::Not, constant))
     }
 
     fn comparison(&mut self) -> Parsed<Expression> {
         let left = self.sum()?;
         let mut links = 0;
         let mut compared = Vec::new();
+        let mut constant = Constant::Yes;
         loop {
             let operator = match self.now() {
                 Some(Token::Operator(o @ ("==" | "!=" | "<" | "<=" | ">" | ">="))) => *o,
@@ -1061,12 +1255,19 @@ impl Parser {
             };
             self.at += 1;
             self.link(&mut links)?;
-            compared.push(format!("'{operator}', {}", self.sum()?.text));
+            let right = self.sum()?;
+            constant = match compared.is_empty() {
+                true => right.constant,
+                // Not looked at where what stands before is false.
+                false => constant.or_other(right.constant),
+            };
+            compared.push(format!("'{operator}', {}", right.text));
         }
         if compared.is_empty() {
             return Ok(left);
         }
-        Ok(left.through(&format!("__compare({})", compared.join(", "))))
+        let filter = format!("__compare({})", compared.join(", "));
+        Ok(left.through_with(&filter, constant))
     }
 
     fn after_is_in(&self) -> bool {
@@ -1079,10 +1280,13 @@ impl Parser {
         loop {
             if self.skip("+") {
                 let right = self.joined()?;
-                left = left.through(&format!("__add({})", right.text));
+                left = left.through_with(&format!("__add({})", right.text), right.constant);
             } else if self.skip("-") {
-                let right = self.joined()?.within(Hold::Product);
-                left = Expression::new(format!("{} - {right}", left.within(Hold::Sum)), Hold::Sum);
+                let right = self.joined()?;
+                let constant = left.constant.min(right.constant);
+                let right = right.within(Hold::Product);
+                let text = format!("{} - {right}", left.within(Hold::Sum));
+                left = Expression::new(text, Hold::Sum, constant);
             } else {
                 return Ok(left);
             }
@@ -1095,14 +1299,27 @@ impl Parser {
         let first = self.product()?;
         let mut links = 0;
         let mut others = Vec::new();
+        let mut constant = Constant::Yes;
         while self.skip("~") {
             self.link(&mut links)?;
-            others.push(self.product()?.text);
+            let other = self.product()?;
+            constant = constant.min(other.constant);
+            others.push(other.text);
         }
         if others.is_empty() {
             return Ok(first);
         }
-        Ok(first.through(&format!("__concat({})", others.join(", "))))
+        // Safe texts have the others escaped only where Jinja2 knows that it escapes, and does not join beforehand.
+        let joins = match (self.escaping, first.constant.min(constant)) {
+            (Escaping { unknown: true, .. } | Escaping { on: false, .. }, _)
+            | (_, Constant::Yes) => "__concat",
+            (_, Constant::No) => "__concat_escaped",
+            _ => {
+                return self
+                    .fail("~ of a choice of constants within {% autoescape %} is not taken");
+            }
+        };
+        Ok(first.through_with(&format!("{joins}({})", others.join(", ")), constant))
     }
 
     fn product(&mut self) -> Parsed<Expression> {
@@ -1116,13 +1333,15 @@ impl Parser {
             self.at += 1;
             self.link(&mut links)?;
             let right = self.power()?;
+            let constant = right.constant;
             left = match operator {
-                "%" => left.through(&format!("__mod({})", right.text)),
-                "*" => left.through(&format!("__times({})", right.text)),
+                "%" => left.through_with(&format!("__mod({})", right.text), constant),
+                "*" => left.through_with(&format!("__times({})", right.text), constant),
                 _ => {
+                    let constant = left.constant.min(constant);
                     let right = right.within(Hold::Power);
                     let text = format!("{} {operator} {right}", left.within(Hold::Product));
-                    Expression::new(text, Hold::Product)
+                    Expression::new(text, Hold::Product, constant)
                 }
             };
         }
@@ -1133,11 +1352,11 @@ impl Parser {
         let mut left = self.unary(true)?;
         while self.skip("**") {
             self.link(&mut links)?;
-            let right = self.unary(true)?.within(Hold::Filter);
-            left = Expression::new(
-                format!("{} ** {right}", left.within(Hold::Power)),
-                Hold::Power,
-            );
+            let right = self.unary(true)?;
+            let constant = left.constant.min(right.constant);
+            let right = right.within(Hold::Filter);
+            let text = format!("{} ** {right}", left.within(Hold::Power));
+            left = Expression::new(text, Hold::Power, constant);
         }
         Ok(left)
     }
@@ -1163,6 +1382,7 @@ impl Parser {
             return self.fail("an expression is missing");
         };
         self.at += 1;
+        let mut constant = Constant::Yes;
         let text = match token {
             Token::Name(name) => {
                 if KEYWORDS.contains(&name.as_str()) {
@@ -1172,10 +1392,16 @@ impl Parser {
                 if let Some(names) = &mut self.macro_names {
                     names.reads(&name);
                 }
-                self.reads_self |= name == "self";
-                match name == "loop" && self.loops > 0 {
-                    true => name,
-                    false => self.renamed(&name)?,
+                if name == "self" && self.in_scoped_block {
+                    // Blocks called by it see what this one sees.
+                    return self.fail("self within a scoped block is not taken");
+                }
+                if !CONSTANTS.contains(&name.as_str()) {
+                    constant = Constant::No;
+                }
+                match self.loops.last() {
+                    Some(own) if name == "loop" => own.clone(),
+                    _ => self.renamed(&name)?,
                 }
             }
             Token::Text(mut text) => {
@@ -1188,34 +1414,55 @@ impl Parser {
             Token::Integer(digits) | Token::Float(digits) => digits,
             Token::Operator("(") => {
                 let inner = match self.is(")") {
-                    true => Expression::new("()".to_owned(), Hold::Primary),
+                    true => tuple_of(Vec::new()),
                     false => self.tuple(true, &[])?,
                 };
                 self.expect(")")?;
-                return Ok(Expression::new(inner.within(Hold::Primary), Hold::Primary));
+                constant = inner.constant;
+                inner.within(Hold::Primary)
             }
             Token::Operator("[") => {
-                let items = self.items("]", |parser| Ok(parser.expression()?.text))?;
-                format!("[{items}]")
+                let items = self.items("]", &mut constant, |parser, constant| {
+                    let item = parser.expression()?;
+                    *constant = item.constant.min(*constant);
+                    Ok(item.text)
+                })?;
+                return Ok(self.literal(format!("[{items}]"), constant));
             }
             Token::Operator("{") => {
-                let items = self.items("}", |parser| {
-                    let key = parser.expression()?.text;
+                let items = self.items("}", &mut constant, |parser, constant| {
+                    let key = parser.expression()?;
                     parser.expect(":")?;
-                    Ok(format!("{key}: {}", parser.expression()?.text))
+                    let value = parser.expression()?;
+                    *constant = key.constant.min(value.constant).min(*constant);
+                    Ok(format!("{}: {}", key.text, value.text))
                 })?;
-                format!("{{{items}}}")
+                return Ok(self.literal(format!("{{{items}}}"), constant));
             }
             _ => {
                 self.at -= 1;
                 return self.fail("an expression is missing");
             }
         };
-        Ok(Expression::new(text, Hold::Primary))
+        Ok(Expression::new(text, Hold::Primary, constant))
+    }
+
+    /// A list or dict as it is written. minijinja has one of those that are constant, Python makes one each time.
+    fn literal(&self, text: String, constant: Constant) -> Expression {
+        let literal = Expression::new(text, Hold::Primary, constant);
+        match self.asks_identity {
+            true => literal.through("__fresh"),
+            false => literal,
+        }
     }
 
     /// Items with commas between them, up to a closing bracket.
-    fn items(&mut self, close: &str, item: impl Fn(&mut Self) -> Parsed<String>) -> Parsed<String> {
+    fn items(
+        &mut self,
+        close: &str,
+        constant: &mut Constant,
+        item: impl Fn(&mut Self, &mut Constant) -> Parsed<String>,
+    ) -> Parsed<String> {
         let mut items = Vec::new();
         while !self.is(close) {
             if !items.is_empty() {
@@ -1224,7 +1471,7 @@ impl Parser {
             if self.is(close) {
                 break;
             }
-            items.push(item(self)?);
+            items.push(item(self, constant)?);
         }
         self.expect(close)?;
         Ok(items.join(", "))
@@ -1261,8 +1508,9 @@ impl Parser {
         if !called && (is_method_name(&name) || name.starts_with("__")) {
             return Ok(value.through(&format!("__method('{name}')")));
         }
+        let constant = value.constant;
         let text = format!("{}.{name}", value.within(Hold::Primary));
-        Ok(Expression::new(text, Hold::Primary))
+        Ok(Expression::new(text, Hold::Primary, constant))
     }
 
     fn subscript(&mut self, value: Expression, from: usize) -> Parsed<Expression> {
@@ -1289,14 +1537,16 @@ impl Parser {
                     break;
                 }
             }
+            let constants = bounds.iter().flatten().map(|bound| bound.constant);
+            let bounds_constant = constants.min().unwrap_or(Constant::Yes);
             let bounds = bounds
                 .into_iter()
                 .map(|bound| bound.map_or("none".into(), |b| b.text));
-            slice = Some(bounds.collect::<Vec<_>>().join(", "));
+            slice = Some((bounds.collect::<Vec<_>>().join(", "), bounds_constant));
         }
         self.expect("]")?;
         match (slice, items.len()) {
-            (Some(bounds), 0) => {
+            (Some((bounds, bounds_constant)), 0) => {
                 let constant = self.words[from..self.at]
                     .iter()
                     .all(|(word, _)| match word {
@@ -1309,7 +1559,7 @@ impl Parser {
                 } else {
                     "__slice"
                 };
-                Ok(value.through(&format!("{slice}({bounds})")))
+                Ok(value.through_with(&format!("{slice}({bounds})"), bounds_constant))
             }
             (Some(_), _) => self.fail("a slice beside other items"),
             (None, 0) => self.fail("an item is missing"),
@@ -1318,22 +1568,32 @@ impl Parser {
                     Some(item) if count == 1 => item,
                     last => tuple_of(items.into_iter().chain(last).collect()),
                 };
-                Ok(value.through(&format!("__item({})", item.text)))
+                Ok(value.through_with(&format!("__item({})", item.text), item.constant))
             }
         }
     }
 
     fn call(&mut self, value: Expression) -> Parsed<Expression> {
         let arguments = self.deeper(Self::arguments)?;
+        let is_loop = self.loops.last().is_some_and(|own| *own == value.text);
         let called = value.within(Hold::Primary);
-        let text = format!("{called}({})", arguments.text());
-        let (hold, call) = (Hold::Primary, Some((called, arguments)));
-        Ok(Expression { text, hold, call })
+        let mut text = format!("{called}({})", arguments.text());
+        if is_loop {
+            // As the loop's own text where it was declared, not as where it is called.
+            text.push_str(self.made_safe());
+        }
+        Ok(Expression {
+            text,
+            hold: if is_loop { Hold::Filter } else { Hold::Primary },
+            constant: Constant::No,
+            call: Some((called, arguments)),
+        })
     }
 
     fn arguments(&mut self) -> Parsed<Arguments> {
         let (mut plain, mut named) = (Vec::new(), Vec::new());
         let (mut star, mut stars) = (None, None);
+        let mut constant = Constant::Yes;
         self.expect("(")?;
         let mut first = true;
         while !self.is(")") {
@@ -1346,16 +1606,21 @@ impl Parser {
             first = false;
             let is_named = matches!(self.now(), Some(Token::Name(_)))
                 && self.after() == Some(&Token::Operator("="));
+            let mut argument = |parser: &mut Self| {
+                let given = parser.expression()?;
+                constant = given.constant.min(constant);
+                Parsed::Ok(given)
+            };
             if self.skip("*") && star.is_none() && stars.is_none() {
-                star = Some(format!("*{}", self.expression()?.within(Hold::Primary)));
+                star = Some(format!("*{}", argument(self)?.within(Hold::Primary)));
             } else if self.skip("**") && stars.is_none() {
-                stars = Some(format!("**{}", self.expression()?.within(Hold::Primary)));
+                stars = Some(format!("**{}", argument(self)?.within(Hold::Primary)));
             } else if is_named && stars.is_none() {
                 let name = self.name()?;
                 self.expect("=")?;
-                named.push(format!("{name}={}", self.expression()?.text));
+                named.push(format!("{name}={}", argument(self)?.text));
             } else if star.is_none() && stars.is_none() && named.is_empty() {
-                plain.push(self.expression()?.text);
+                plain.push(argument(self)?.text);
             } else {
                 return self.fail("the arguments of a call are in disorder");
             }
@@ -1364,29 +1629,51 @@ impl Parser {
         plain.extend(star);
         plain.append(&mut named);
         let given = plain;
-        Ok(Arguments { given, stars })
+        Ok(Arguments {
+            constant,
+            given,
+            stars,
+        })
     }
 
     /// A chain of filters that begins here, without a value.
     fn filters(&mut self) -> Parsed<String> {
         let mut links = 0;
-        let mut filters = vec![self.filter()?];
+        let mut filters = vec![self.filter(Constant::No)?.0];
         while self.skip("|") {
             self.link(&mut links)?;
-            filters.push(self.filter()?);
+            filters.push(self.filter(Constant::No)?.0);
         }
         Ok(filters.join("|"))
     }
 
-    fn filter(&mut self) -> Parsed<String> {
+    /// A filter of a value that is a constant or not; returns also whether it gives one.
+    fn filter(&mut self, value: Constant) -> Parsed<(String, Constant)> {
         let mut name = self.name()?;
         while self.skip(".") {
             name = format!("{name}.{}", self.name()?);
         }
-        if !self.is("(") {
-            return Ok(name);
+        let (mut constant, mut arguments) = (value, String::new());
+        if self.is("(") {
+            let given = self.deeper(Self::arguments)?;
+            constant = constant.min(given.constant);
+            arguments = format!("({})", given.text());
         }
-        Ok(format!("{name}({})", self.deeper(Self::arguments)?.text()))
+        if self.escaping.unknown || FILTERS_OF_CONTEXT.contains(&name.as_str()) {
+            constant = Constant::No;
+        }
+        if self.escapes && ESCAPING_FILTERS.contains(&name.as_str()) {
+            name =
+                match (constant, self.escaping.on) {
+                    (Constant::No, _) => name,
+                    (Constant::Yes, true) => format!("__escaping_{name}"),
+                    (Constant::Yes, false) => format!("__plain_{name}"),
+                    _ => return self.fail(
+                        "a filter of a choice of constants beside {% autoescape %} is not taken",
+                    ),
+                };
+        }
+        Ok((name + &arguments, constant))
     }
 
     /// Filters, tests and calls that follow an expression.
@@ -1394,8 +1681,8 @@ impl Parser {
         let mut links = 0;
         loop {
             if self.skip("|") {
-                let filter = self.filter()?;
-                value = value.through(&filter);
+                let (filter, constant) = self.filter(value.constant)?;
+                value = value.through_with(&filter, constant);
             } else if self.skip_name("is") {
                 value = self.test(value)?;
             } else if self.is("(") {
@@ -1422,25 +1709,34 @@ impl Parser {
             Some(Token::Operator(operator)) => ["[", "{"].contains(operator),
             _ => false,
         };
-        let arguments = if self.is("(") {
-            self.deeper(Self::arguments)?.text()
+        let (arguments, constant) = if self.is("(") {
+            let given = self.deeper(Self::arguments)?;
+            (given.text(), given.constant)
         } else if argument {
             let from = self.at;
             let argument = self.primary()?;
-            self.deeper(|parser| parser.postfix(argument, from))?.text
+            let argument = self.deeper(|parser| parser.postfix(argument, from))?;
+            (argument.text, argument.constant)
         } else {
-            String::new()
+            (String::new(), Constant::Yes)
+        };
+        let constant = match self.escaping.unknown {
+            true => Constant::No,
+            false => value.constant.min(constant),
         };
         let value = value.within(Hold::Filter);
         let text = format!("{value} is {negation}{name}({arguments})");
-        Ok(Expression::new(text, Hold::Filter))
+        Ok(Expression::new(text, Hold::Filter, constant))
     }
 }
 
 fn tuple_of(items: Vec<Expression>) -> Expression {
     let comma = if items.len() == 1 { "," } else { "" };
+    let constants = items.iter().map(|item| item.constant);
+    let constant = constants.min().unwrap_or(Constant::Yes);
     let items: Vec<String> = items.into_iter().map(|item| item.text).collect();
-    Expression::new(format!("({}{comma})", items.join(", ")), Hold::Primary)
+    let text = format!("({}{comma})", items.join(", "));
+    Expression::new(text, Hold::Primary, constant)
 }
 
 /// A text in minijinja's notation, on one line.
