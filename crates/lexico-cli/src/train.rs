@@ -245,6 +245,8 @@ impl Train {
                 seed: self.seed,
                 ..LearnOptions::default()
             },
+            // Sparse dictionaries have settings of their own.
+            effort: (atoms == 0).then_some(effort),
             codebooks,
             kept,
             state: Some(StateOptions {
