@@ -200,7 +200,7 @@ impl Published {
             card,
             format_args!(
                 "\nThe loss is the KL divergence of the next token's distribution from that without codes, on held-out text: \
-                 the sum of what\ncoding the keys or the values of each head alone costs. The newest tokens stay \
+                 the sum of what\ncoding the keys or the values of each head alone costs. The first and the newest tokens stay \
                  uncompressed, and count on top of the bytes.\n"
             ),
         );
