@@ -71,7 +71,7 @@ impl ModelArguments {
                 let learned = places.last().map(|place| learn(&model, place));
                 match learned.transpose()?.flatten() {
                     Some(dictionaries) => model.set_dictionaries(dictionaries)?,
-                    None => return Err(no_dictionaries(&self.model, &places)),
+                    None => return Err(no_dictionaries(&self.model, &model.name, &places)),
                 }
             }
         }
@@ -210,7 +210,7 @@ pub(crate) fn make_own_folder(out: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
+fn no_dictionaries(model: &str, name: &str, places: &[PathBuf]) -> anyhow::Error {
     let listed: Vec<String> = places
         .iter()
         .map(|place| place.display().to_string())
@@ -222,11 +222,12 @@ fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
         listed.first()
     };
     let best = best.map_or(DICTIONARY_FILE, String::as_str);
+    let repository = repository_name(name);
     anyhow::anyhow!(
         "the model {model} has no dictionaries: there is no {}. Train them with \
-         `lexico train --model {model} --corpus TEXT --out {best}`, or let `lexico run --learn` do it; name another \
-         file, or hf://OWNER/NAME on the hub, with --dictionary, or in {READY_MADE} hf://OWNER, whose repositories \
-         MODEL-lexico are then looked in; or use --cache full",
+         `lexico train --model {model} --corpus TEXT --out {best}`, or let `lexico run --learn` do it. \
+         Ready-made ones are taken by --dictionary hf://OWNER/NAME, or looked for in OWNER/{repository} where {READY_MADE} is hf://OWNER; \
+         --dictionary takes another file too, and --cache full needs none",
         listed.join(" and no ")
     )
 }

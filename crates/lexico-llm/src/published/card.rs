@@ -115,15 +115,16 @@ impl Published {
         }
         let learned = &self.learned;
         let texts = markdown(&learned.corpus.join(", "));
-        let tokens = HumanCount(learned.tokens as u64);
         let checksum = learned.tokens_crc32.as_ref();
         let checksum = checksum.map_or_else(String::new, |sum| {
             format!(" (their CRC-32: {})", markdown(sum))
         });
-        fact(
-            "learned from",
-            format!("{tokens} tokens{checksum} of {texts}"),
-        );
+        let from = match learned.tokens {
+            // Imported dictionaries do not say.
+            0 => texts,
+            tokens => format!("{} tokens{checksum} of {texts}", HumanCount(tokens as u64)),
+        };
+        fact("learned from", from);
         let known = [
             (
                 "vectors a dictionary",
