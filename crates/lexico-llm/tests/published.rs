@@ -375,7 +375,8 @@ fn a_folder_that_lies_is_refused_by_its_lie() {
     }
 
     // The index is sound, and the file is not.
-    let files: [(&str, &dyn Fn(&mut Vec<u8>), &[&str]); 3] = [
+    type Damage<'a> = (&'a str, &'a dyn Fn(&mut Vec<u8>), &'a [&'a str]);
+    let files: [Damage; 3] = [
         ("truncated", &|b| b.truncate(100), &["it has 100 bytes"]),
         ("empty", &|b| b.clear(), &["it has 0 bytes"]),
         ("changed", &|b| *b.last_mut().unwrap() ^= 1, &["SHA-256"]),
