@@ -43,7 +43,8 @@ impl LearnArguments {
             None if std::io::stdin().is_terminal() && std::io::stderr().is_terminal() => {
                 ui::note(&format!(
                     "{} has no dictionaries yet, which the cache needs. Learning them from WikiText-103 takes about {} \
-                     here, once. Learn them now? [Y/n] (--learn TEXT takes another text, --cache full needs none)",
+                     here, once. Learn them now? [Y/n] (--learn TEXT takes another text, --dictionary hf://OWNER/NAME ready-made ones, --cache full \
+                     needs none)",
                     model.name,
                     takes()?
                 ));

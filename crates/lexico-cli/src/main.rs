@@ -13,6 +13,7 @@ mod lines;
 mod measure;
 mod memory;
 mod model;
+mod publish;
 mod run;
 mod train;
 mod ui;
@@ -54,6 +55,8 @@ enum Command {
     Import(import::Import),
     /// Write a dictionary as a file of the reference implementation (.pt)
     Export(export::Export),
+    /// Make a folder of dictionaries to be uploaded to the Hugging Face hub
+    Publish(publish::Publish),
     /// Show what a dictionary, code or model file holds
     Inspect(inspect::Inspect),
 }
@@ -123,6 +126,7 @@ fn work(arguments: Arguments) -> anyhow::Result<()> {
         Command::Measure(measure) => measure.run(),
         Command::Import(import) => import.run(),
         Command::Export(export) => export.run(),
+        Command::Publish(publish) => publish.run(),
         Command::Inspect(inspect) => inspect.run(),
     }
 }

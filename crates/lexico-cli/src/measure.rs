@@ -11,7 +11,8 @@ use crate::{interrupt, model, ui};
 
 #[derive(Args)]
 pub(crate) struct Measure {
-    /// The dictionary file: of an earlier `lexico train`, of `lexico import`, or a .pt of the reference implementation
+    /// The dictionaries: a file of an earlier `lexico train` or of `lexico import`, a .pt of the reference implementation,
+    /// or published ones, as for `lexico run`
     file: PathBuf,
     /// The model: "tiny" (embedded), a folder in Hugging Face layout, a .gguf file, or
     /// org/name[@revision][/file.gguf] on the hub

@@ -9,6 +9,7 @@ use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::hub::HubName;
 use lexico_llm::import::import_reference;
+use lexico_llm::published::{Source, repository_name};
 use lexico_llm::{DICTIONARY_FILE, Device, DeviceName, Model, Quantize};
 
 use crate::ui;
@@ -22,9 +23,10 @@ pub(crate) struct ModelArguments {
     /// Format in which the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
-    /// The model's dictionaries, a file of `lexico train` or a .pt of the reference implementation
-    /// [default: the model's own]
-    #[arg(short, long, value_name = "FILE")]
+    /// The model's dictionaries: a file of `lexico train`, a .pt of the reference implementation, a folder of
+    /// `lexico publish`, or such a folder on the hub, hf://OWNER/NAME[@REVISION][/PATH]
+    /// [default: the model's own, else those of the place that LEXICO_DICTIONARIES names]
+    #[arg(short, long, value_name = "FILE|FOLDER|hf://NAME")]
     dictionary: Option<PathBuf>,
     /// A text, of which the first 4,096 tokens calibrate the cache methods that need it (oscar)
     /// [default: each cache's own prompt]
@@ -64,13 +66,13 @@ impl ModelArguments {
             places.extend(own_folder().map(|own| own.join(file)));
             if let Some(path) = places.iter().find(|place| place.is_file()) {
                 self.read(&mut model, path)?;
-                return Ok(model);
-            }
-            // The user's own folder is there for it, whoever owns the model's.
-            let learned = places.last().map(|place| learn(&model, place));
-            match learned.transpose()?.flatten() {
-                Some(dictionaries) => model.set_dictionaries(dictionaries)?,
-                None => return Err(no_dictionaries(&self.model, &places)),
+            } else if !self.read_ready_made(&mut model)? {
+                // The user's own folder is there for it, whoever owns the model's.
+                let learned = places.last().map(|place| learn(&model, place));
+                match learned.transpose()?.flatten() {
+                    Some(dictionaries) => model.set_dictionaries(dictionaries)?,
+                    None => return Err(no_dictionaries(&self.model, &model.name, &places)),
+                }
             }
         }
         if let Some(path) = &self.calibration {
@@ -83,6 +85,28 @@ impl ModelArguments {
         Ok(model)
     }
 
+    /// Reads ready-made dictionaries from the place that the environment names; `false` where it names none, or there are
+    /// none of this model, which is said.
+    fn read_ready_made(&self, model: &mut Model) -> anyhow::Result<bool> {
+        let Some(place) = ready_made(&model.name) else {
+            return Ok(false);
+        };
+        match self.read(model, &place) {
+            Ok(()) => {
+                ui::note(&format!(
+                    "{}: dictionaries of {}, by {READY_MADE}",
+                    place.display(),
+                    model.name
+                ));
+                Ok(true)
+            }
+            Err(error) => {
+                ui::note(&format!("no ready-made dictionaries: {error:#}"));
+                Ok(false)
+            }
+        }
+    }
+
     fn read(&self, model: &mut Model, path: &Path) -> anyhow::Result<()> {
         let dictionaries = read_dictionaries(model, path)?;
         let set = model.set_dictionaries(dictionaries);
@@ -90,9 +114,27 @@ impl ModelArguments {
     }
 }
 
-/// Reads dictionaries from a file of `lexico train`, whichever model they are for, or from a .pt file of the reference
-/// implementation, which does not say for which model it is.
+/// Variable that names the place where dictionaries of any model are looked for.
+const READY_MADE: &str = "LEXICO_DICTIONARIES";
+
+/// Returns where the environment has ready-made dictionaries of a model: of `hf://OWNER` the repository that is named after
+/// the model, else the place itself.
+fn ready_made(model: &str) -> Option<PathBuf> {
+    let place = std::env::var_os(READY_MADE).filter(|place| !place.is_empty())?;
+    let owner = place.to_str().and_then(|place| place.strip_prefix("hf://"));
+    let owner = owner.map(|owner| owner.trim_end_matches('/'));
+    Some(match owner.filter(|owner| !owner.contains('/')) {
+        Some(owner) => format!("hf://{owner}/{}", repository_name(model)).into(),
+        None => place.into(),
+    })
+}
+
+/// Reads dictionaries from a file of `lexico train`, whichever model they are for; from a .pt file of the reference
+/// implementation, which does not say for which model it is; or those of the model from where they are published.
 pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<DictionarySet> {
+    if let Some(source) = Source::of(path)? {
+        return Ok(source.load(model, std::io::stderr().is_terminal())?);
+    }
     Ok(if path.extension().is_some_and(|e| e == "pt") {
         import_reference(path, model.identity())?
     } else {
@@ -168,7 +210,7 @@ pub(crate) fn make_own_folder(out: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
+fn no_dictionaries(model: &str, name: &str, places: &[PathBuf]) -> anyhow::Error {
     let listed: Vec<String> = places
         .iter()
         .map(|place| place.display().to_string())
@@ -180,10 +222,12 @@ fn no_dictionaries(model: &str, places: &[PathBuf]) -> anyhow::Error {
         listed.first()
     };
     let best = best.map_or(DICTIONARY_FILE, String::as_str);
+    let repository = repository_name(name);
     anyhow::anyhow!(
         "the model {model} has no dictionaries: there is no {}. Train them with \
-         `lexico train --model {model} --corpus TEXT --out {best}`, or let `lexico run --learn` do it; name another \
-         file with --dictionary, or use --cache full",
+         `lexico train --model {model} --corpus TEXT --out {best}`, or let `lexico run --learn` do it. \
+         Ready-made ones are taken by --dictionary hf://OWNER/NAME, or looked for in OWNER/{repository} where {READY_MADE} is hf://OWNER; \
+         --dictionary takes another file too, and --cache full needs none",
         listed.join(" and no ")
     )
 }

@@ -15,6 +15,7 @@ use lexico_llm::{Model, Quantize};
 use serde_json::json;
 
 use crate::corpus::CorpusArguments;
+use crate::publish::{self, CardArguments};
 use crate::{interrupt, model, ui};
 
 /// Heading of the options that say nothing of codebooks.
@@ -28,8 +29,8 @@ pub(crate) struct Train {
     model: String,
     #[command(flatten)]
     corpus: CorpusArguments,
-    /// Keep the dictionaries of this file, with what was measured of them, and learn only the codebooks of additive
-    /// codes, which replace any that are in the file; the result goes to --out
+    /// Keep the dictionaries of this file, or published ones as for `lexico run`, with what was measured of them, and
+    /// learn only the codebooks of additive codes, which replace any that are there; the result goes to --out
     #[arg(
         short,
         long,
@@ -93,6 +94,12 @@ pub(crate) struct Train {
     /// A safetensors file to write the sampled vectors to, layers.0.keys and so on
     #[arg(long, value_name = "FILE")]
     keep_vectors: Option<PathBuf>,
+    /// A folder to put a copy of the dictionaries in, with a model card, to be uploaded to the Hugging Face hub; as
+    /// `lexico publish` makes of a dictionary file
+    #[arg(long, value_name = "FOLDER")]
+    publish_folder: Option<PathBuf>,
+    #[command(flatten)]
+    card: CardArguments,
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
@@ -131,6 +138,9 @@ impl Train {
         let started = Instant::now();
         let model = model::load_model(&self.model, Quantize::None)?;
         let kept = self.kept(&model)?;
+        let publication = self.publish_folder.as_deref();
+        let publication = publication.map(|folder| self.card.open(folder, &model));
+        let publication = publication.transpose()?;
         interrupt::listen()?;
         ui::note(&format!(
             "{}: learning dictionaries for {}",
@@ -139,7 +149,8 @@ impl Train {
         ));
         let state = self.state_folder()?;
         let options = self.options(model.decoder.config().head_dim, kept, &state)?;
-        if self.resume && !state.exists() {
+        let resumed = self.resume && state.exists();
+        if self.resume && !resumed {
             ui::note(&format!(
                 "{}: nothing to go on with, begins",
                 state.display()
@@ -163,7 +174,17 @@ impl Train {
         remove_state(&state)?;
         // Whatever came while the file was written came too late.
         interrupt::forget();
-        self.report(&trained, started.elapsed().as_secs_f64())
+        let seconds = started.elapsed().as_secs_f64();
+        self.report(&trained, seconds)?;
+        if let (Some(publication), Some(folder)) = (publication, &self.publish_folder) {
+            // What was learned before it was broken off took its time too.
+            let seconds = (!resumed).then_some(seconds);
+            publish::add(publication, folder, &self.out, seconds).with_context(|| {
+                let out = self.out.display();
+                format!("the dictionaries are in {out}, and `lexico publish {out}` takes them, but not yet published")
+            })?;
+        }
+        Ok(())
     }
 
     /// Returns the state's folder: in --work-dir or beside the dictionary file, under its name.
@@ -245,6 +266,8 @@ impl Train {
                 seed: self.seed,
                 ..LearnOptions::default()
             },
+            // Sparse dictionaries have settings of their own.
+            effort: (atoms == 0).then_some(effort),
             codebooks,
             kept,
             state: Some(StateOptions {

@@ -81,6 +81,10 @@ fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+fn words(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
+}
+
 /// Vectors that are easily made, the same everywhere.
 fn write_vectors(file: &Path, n: usize, m: usize) -> Vec<f32> {
     let vectors: Vec<f32> = (0..n * m)
@@ -686,9 +690,6 @@ fn vectors_of_a_head_are_coded_behind_its_map_and_come_back() {
             .map(|&word| word.to_owned())
             .collect()
     };
-    fn words(arguments: &[String]) -> Vec<&str> {
-        arguments.iter().map(String::as_str).collect()
-    }
     let decode = |dictionary: &Path| {
         [
             "decode",
@@ -953,6 +954,55 @@ fn write_corpus(file: &Path) {
         )
     };
     std::fs::write(file, (0..60).map(sentence).collect::<String>()).unwrap();
+}
+
+#[test]
+fn train_publishes_what_it_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let (corpus, out) = (
+        folder.path().join("corpus.txt"),
+        folder.path().join("d.safetensors"),
+    );
+    let published = folder.path().join("published");
+    write_corpus(&corpus);
+    let train = |more: &[&str]| {
+        let settings = "--context 128 --tokens 2000 --vectors 600 --codebooks 4 --first-codebook 256 --effort quick --json";
+        let given = ["train", "--corpus", path(&corpus), "--out", path(&out)];
+        let all = given.into_iter().chain(settings.split(' '));
+        all.chain(more.iter().copied())
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let message = fails(2, &words(&train(&["--license", "mit"])));
+    assert!(message.contains("--publish-folder"), "{message}");
+    // What is wrong with the folder is found before anything is learned.
+    let message = fails(1, &words(&train(&["--publish-folder", path(&corpus)])));
+    assert!(message.contains("corpus.txt") && !out.exists(), "{message}");
+    let more = [
+        "--publish-folder",
+        path(&published),
+        "--license",
+        "mit",
+        "--base-model",
+        "org/tiny",
+    ];
+    json(&words(&train(&more)));
+    assert_eq!(
+        std::fs::read(published.join("tiny-quick.safetensors")).unwrap(),
+        std::fs::read(&out).unwrap()
+    );
+    let card = std::fs::read_to_string(published.join("README.md")).unwrap();
+    for line in [
+        "base_model: org/tiny\nlicense: mit\n",
+        "| effort | quick |",
+        "| seed | 0 |",
+        "| time it took | ",
+        "tokens (their CRC-32: ",
+        "of corpus.txt |",
+    ] {
+        assert!(card.contains(line), "{line} in {card}");
+    }
+    json(&["run", "--json", "--dictionary", path(&published), QUESTION]);
 }
 
 #[test]

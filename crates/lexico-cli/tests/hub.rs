@@ -36,7 +36,8 @@ fn family_file(name: &str) -> PathBuf {
 }
 
 /// A hub with four models: `org/open`, `org/gated`, `org/bare` without weights, and `org/files` with
-/// GGUF files; and with two data sets: `org/set`, and `org/closed`, which is gated.
+/// GGUF files; with a repository of dictionaries, `org/tiny-lexico`, where a test publishes some; and with two data sets:
+/// `org/set`, and `org/closed`, which is gated.
 struct Hub {
     endpoint: String,
     requests: Arc<AtomicUsize>,
@@ -58,6 +59,10 @@ struct State {
     no_ranges: AtomicBool,
     /// Checksum that is promised of weights.
     checksum: Mutex<Option<String>>,
+    /// Folder of the files of `org/tiny-lexico`.
+    published: Mutex<Option<PathBuf>>,
+    /// Send twice the bytes that were promised.
+    grown: AtomicBool,
     /// Path, range and token of every request.
     log: Mutex<Vec<[String; 3]>>,
 }
@@ -199,7 +204,7 @@ fn answer(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
     if let Some(asked) = path.strip_prefix("/api/models/org/") {
         let (model, revision) = asked.split_once("/revision/").unwrap_or((asked, "main"));
         let about = match model {
-            "open" | "bare" => "{\"gated\": false}",
+            "open" | "bare" | "tiny-lexico" => "{\"gated\": false}",
             "gated" => "{\"gated\": \"manual\"}",
             "files" => {
                 "{\"siblings\": [{\"rfilename\": \"README.md\"}, {\"rfilename\": \"m-q8_0.gguf\"}]}"
@@ -246,16 +251,23 @@ fn answer(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
         "gated" => return refuse(&mut stream, "401 Unauthorized"),
         "bare" if file.contains("safetensors") => return refuse(&mut stream, "404 Not Found"),
         "open" | "bare" => std::fs::read(tiny_file(file)),
+        "tiny-lexico" => {
+            let folder = state.published.lock().unwrap().clone();
+            std::fs::read(folder.unwrap_or_default().join(file))
+        }
         "files" if file == "m-q8_0.gguf" => std::fs::read(family_file("llama/q8_0.gguf")),
         "files" => return refuse(&mut stream, "404 Not Found"),
         _ => return refuse(&mut stream, "401 Unauthorized"),
     };
-    let Ok(bytes) = file else {
+    let Ok(mut bytes) = file else {
         return refuse(&mut stream, "404 Not Found");
     };
     let whole = range.is_empty() || state.no_ranges.load(Ordering::SeqCst);
     if whole {
         (from, to) = (0, usize::MAX);
+    }
+    if whole && state.grown.load(Ordering::SeqCst) {
+        bytes.resize(2 * bytes.len(), 0);
     }
     let end = bytes.len().min(to.saturating_add(1));
     let from = from.min(end);
@@ -879,4 +891,226 @@ fn a_file_that_is_not_what_was_promised_is_not_kept() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(std::fs::read(blob(home.path(), &sum)).unwrap() == bytes);
     assert!(!part.exists());
+}
+
+/// Publishes the embedded model's dictionaries at `org/tiny-lexico`; returns the folder.
+fn publish(hub: &Hub, home: &Path) -> PathBuf {
+    let (folder, file) = (home.join("published"), tiny_file("dictionary.safetensors"));
+    let (folder_name, file) = (folder.to_str().unwrap(), file.to_str().unwrap());
+    let output = hub.lexico(home, &["publish", file, "--out", folder_name]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    *hub.state.published.lock().unwrap() = Some(folder.clone());
+    folder
+}
+
+/// Runs the embedded model with dictionaries of that name.
+fn run_with_dictionary(hub: &Hub, home: &Path, name: &str) -> Output {
+    hub.lexico(home, &["run", "--dictionary", name, QUESTION])
+}
+
+#[test]
+fn published_dictionaries_are_downloaded_once_and_then_serve_offline() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    publish(&hub, home.path());
+    // The download breaks off, and goes on.
+    *hub.state.cut.lock().unwrap() = Some(50_000);
+    let output = run_with_dictionary(&hub, home.path(), "hf://org/tiny-lexico");
+    assert!(
+        text(&output.stdout).contains("#### 19"),
+        "{}",
+        text(&output.stderr)
+    );
+    let asked = hub.requests.load(Ordering::SeqCst);
+    assert!(asked > 0 && hub.ranges("README.md").is_empty());
+    let unreachable = Hub {
+        endpoint: "http://127.0.0.1:9".to_owned(),
+        ..Hub::start()
+    };
+    for name in [
+        "hf://org/tiny-lexico",
+        "hf://org/tiny-lexico@main",
+        "hf://org/tiny-lexico/tiny.safetensors",
+    ] {
+        let output = run_with_dictionary(&unreachable, home.path(), name);
+        assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+    }
+    let output = run_with_dictionary(
+        &unreachable,
+        home.path(),
+        "hf://org/tiny-lexico/other.safetensors",
+    );
+    let message = text(&output.stderr);
+    assert!(
+        message.contains("names no other.safetensors; there are tiny.safetensors"),
+        "{message}"
+    );
+    // Only what is not there is asked for.
+    let output = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+        .args(["run", "-d", "hf://org/tiny-lexico", "x"])
+        .env("HF_HOME", home.path().join("empty"))
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let message = text(&output.stderr);
+    assert!(
+        message.contains("dictionaries.json") && message.contains("HF_HUB_OFFLINE"),
+        "{message}"
+    );
+}
+
+#[test]
+fn published_dictionaries_that_lie_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    // What the index says instead, whether the hub sends more than it promised, what the message has, and the ranges that
+    // are asked for of the dictionary file.
+    type Lie<'a> = (
+        &'a dyn Fn(&str) -> String,
+        bool,
+        &'a [&'a str],
+        Option<&'a [&'a str]>,
+    );
+    let replaced = |key: &'static str, value: &'static str| {
+        move |index: &str| {
+            let mut json: serde_json::Value = serde_json::from_str(index).unwrap();
+            json["dictionaries"][0][key] = serde_json::from_str(value).unwrap();
+            json.to_string()
+        }
+    };
+    let fingerprint = replaced("fingerprint", "\"0123456789abcdef\"");
+    let digest = "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"";
+    let digest = replaced("sha256", digest);
+    let (size, outside) = (
+        replaced("size", "7"),
+        replaced("file", "\"../../x.safetensors\""),
+    );
+    let large = |index: &str| format!("{index}{}", " ".repeat(1 << 20));
+    let list = |_: &str| "[]".to_owned();
+    let same = |index: &str| index.to_owned();
+    let lies: [Lie; 7] = [
+        (
+            &fingerprint,
+            false,
+            &["0123456789abcdef", "lexico train"],
+            Some(&[]),
+        ),
+        (
+            &size,
+            false,
+            &["14424352 bytes", "not the 7"],
+            Some(&["bytes=0-0"]),
+        ),
+        (&outside, false, &["dictionaries[0].file"], Some(&[])),
+        (
+            &large,
+            false,
+            &["dictionaries.json", "at most 1048576"],
+            Some(&[]),
+        ),
+        (&list, false, &["no JSON object"], Some(&[])),
+        (&digest, false, &["SHA-256", "download it anew"], None),
+        (&same, true, &["more bytes than it promised"], None),
+    ];
+    for (number, (lie, grown, words, ranges)) in lies.into_iter().enumerate() {
+        let hub = Hub::start();
+        let folder = publish(&hub, home.path());
+        let index = folder.join("dictionaries.json");
+        let sound = std::fs::read_to_string(&index).unwrap();
+        std::fs::write(&index, lie(&sound)).unwrap();
+        hub.state.grown.store(grown, Ordering::SeqCst);
+        let cache = home.path().join(format!("home-{number}"));
+        let output = run_with_dictionary(&hub, &cache, "hf://org/tiny-lexico");
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        for word in words {
+            assert!(message.contains(word), "{number}: {word} in {message}");
+        }
+        if let Some(ranges) = ranges {
+            assert_eq!(hub.ranges("tiny.safetensors"), ranges, "{message}");
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    // What is not there is told apart.
+    let hub = Hub::start();
+    for (name, word) in [
+        ("hf://org/open", "it has no dictionaries.json"),
+        ("hf://org/never", "there is no such repository"),
+        ("hf://org/gated", "it is gated"),
+        ("hf://org/tiny-lexico@v9", "it has no revision \"v9\""),
+        ("hf://org", "hf://OWNER/NAME"),
+    ] {
+        let output = run_with_dictionary(&hub, home.path(), name);
+        let message = text(&output.stderr);
+        assert!(message.contains(word), "{name}: {message}");
+    }
+}
+
+#[test]
+fn ready_made_dictionaries_are_looked_for_where_the_environment_says() {
+    let hub = Hub::start();
+    let home = tempfile::tempdir().unwrap();
+    let folder = publish(&hub, home.path());
+    // The embedded model as a folder, without dictionaries.
+    let model = home.path().join("tiny");
+    std::fs::create_dir(&model).unwrap();
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
+        std::fs::copy(tiny_file(file), model.join(file)).unwrap();
+    }
+    let run = |place: Option<&str>| {
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("lexico"));
+        command
+            .args(["run", "-m", model.to_str().unwrap(), QUESTION])
+            .env("HF_ENDPOINT", &hub.endpoint)
+            .env("HF_HOME", home.path())
+            .env("XDG_DATA_HOME", home.path().join("data"))
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_OFFLINE")
+            .env_remove("LEXICO_DICTIONARIES")
+            .stdin(Stdio::null());
+        if let Some(place) = place {
+            command.env("LEXICO_DICTIONARIES", place);
+        }
+        let output = command.output().unwrap();
+        (
+            output.status.code(),
+            text(&output.stdout),
+            text(&output.stderr),
+        )
+    };
+    // Without it nobody is asked, and the message says how.
+    let (code, _, message) = run(None);
+    assert_eq!((code, hub.requests.load(Ordering::SeqCst)), (Some(1), 0));
+    assert!(
+        message.contains("LEXICO_DICTIONARIES") && message.contains("hf://OWNER/NAME"),
+        "{message}"
+    );
+    for place in [
+        "hf://org",
+        "hf://org/",
+        "hf://org/tiny-lexico",
+        folder.to_str().unwrap(),
+    ] {
+        let (code, answer, notes) = run(Some(place));
+        assert!(answer.contains("#### 19"), "{place}: {notes}");
+        assert_eq!(code, Some(0));
+        assert!(notes.contains("LEXICO_DICTIONARIES"), "{notes}");
+    }
+    for (place, word) in [
+        ("hf://nobody", "nobody/tiny-lexico"),
+        ("hf://a b", "hf://OWNER/NAME"),
+        ("/no/such/folder", "/no/such/folder"),
+    ] {
+        let (code, _, notes) = run(Some(place));
+        assert_eq!(code, Some(1), "{notes}");
+        for word in [word, "no ready-made dictionaries", "lexico train --model"] {
+            assert!(notes.contains(word), "{place}: {word} in {notes}");
+        }
+    }
 }

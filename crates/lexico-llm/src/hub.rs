@@ -1,5 +1,6 @@
-//! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, and data
-//! sets, `hf://datasets/org/name[@revision][/path]`, through the cache of `huggingface_hub`.
+//! Models by their hub name, `org/name`, `org/name@revision` or `org/name[@revision]/file.gguf`, data sets,
+//! `hf://datasets/org/name[@revision][/path]`, and repositories of dictionaries, `hf://org/name[@revision][/path]`,
+//! through the cache of `huggingface_hub`.
 //!
 //! The variables of `huggingface_hub` count: `HF_HOME` and `HF_HUB_CACHE` say where the cache is, `HF_TOKEN` who asks,
 //! `HF_ENDPOINT` which hub, `HF_HUB_OFFLINE=1` keeps off the network, and `HF_HUB_ETAG_TIMEOUT` and
@@ -10,6 +11,7 @@ mod settings;
 
 use std::cell::OnceCell;
 use std::fs::{File, TryLockError};
+use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -87,7 +89,7 @@ fn parts(
 }
 
 /// Returns true where a part of a name between slashes is as the hub has them.
-fn plain(part: &str) -> bool {
+pub(crate) fn plain(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !part.is_empty() && !part.starts_with('.') && part.chars().all(allowed)
 }
@@ -344,6 +346,65 @@ impl DatasetName {
     }
 }
 
+/// A repository of dictionaries on the hub, or a folder or file of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepositoryName {
+    /// `org/name`
+    pub repository: String,
+    /// A branch, tag or commit.
+    pub revision: String,
+    /// A folder or file of the repository.
+    pub path: Option<String>,
+}
+
+impl FromStr for RepositoryName {
+    type Err = ();
+
+    /// Takes `hf://org/name[@revision][/path]`, as Hugging Face's own tools do for the repositories of models.
+    fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let name = text.strip_prefix("hf://").ok_or(())?;
+        // Repositories of other kinds are named so.
+        let other = ["datasets/", "spaces/", "buckets/"];
+        if other.iter().any(|kind| name.starts_with(kind)) {
+            return Err(());
+        }
+        let inside = |path: &str| path.split('/').all(plain);
+        let parts = parts(name.trim_end_matches('/'), |_| true, inside);
+        let (repository, revision, path) = parts.ok_or(())?;
+        Ok(Self {
+            repository,
+            revision,
+            path,
+        })
+    }
+}
+
+impl std::fmt::Display for RepositoryName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = named(&self.repository, &self.revision, &self.path);
+        write!(f, "hf://{name}")
+    }
+}
+
+impl RepositoryName {
+    /// The file at `path` of the repository, downloaded where the cache lacks it and the hub says that its size in bytes
+    /// is one of `sizes`. With `progress`, bars are drawn on stderr. What the cache has is not asked for again, whatever
+    /// its size.
+    ///
+    /// # Errors
+    /// [`Error::Hub`], as [`HubName::fetch`].
+    pub fn fetch(&self, path: &str, sizes: RangeInclusive<u64>, progress: bool) -> Result<PathBuf> {
+        let (repository, revision) = (&self.repository, &self.revision);
+        let shown = named(repository, revision, &None);
+        let hub = Hub::new(Kind::Dictionaries, repository, revision, shown, progress)?;
+        match hub.sized_file(hub.cached_commit().as_deref(), path, Some(sizes))? {
+            Found::Here(path) => Ok(path),
+            Found::Unknown => Err(hub.error(hub.not_cached(path))),
+            Found::Absent => Err(hub.error(format!("it has no {path}"))),
+        }
+    }
+}
+
 /// A repository, revision and path as people write them.
 fn named(repository: &str, revision: &str, path: &Option<String>) -> String {
     match path {
@@ -392,6 +453,34 @@ fn files_in(folder: &Path) -> Vec<String> {
 enum Kind {
     Model,
     Dataset,
+    /// To the hub a repository of a model.
+    Dictionaries,
+}
+
+impl Kind {
+    /// What the hub calls all repositories of the kind.
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Model | Self::Dictionaries => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+
+    /// What its addresses begin with.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Model | Self::Dictionaries => "",
+            Self::Dataset => "datasets/",
+        }
+    }
+
+    fn noun(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Dataset => "data set",
+            Self::Dictionaries => "repository",
+        }
+    }
 }
 
 /// Place of a file of a repository.
@@ -430,12 +519,7 @@ impl<'a> Hub<'a> {
             name: shown.clone(),
             reason,
         })?;
-        let kinds = if kind == Kind::Model {
-            "models"
-        } else {
-            "datasets"
-        };
-        let folder = format!("{kinds}--{}", repository.replace('/', "--"));
+        let folder = format!("{}--{}", kind.plural(), repository.replace('/', "--"));
         Ok(Self {
             revision,
             kind,
@@ -455,6 +539,16 @@ impl<'a> Hub<'a> {
 
     /// A file of a commit, or where none is known yet of the one that the revision stands for.
     fn file_of(&self, commit: Option<&str>, file: &str) -> Result<Found> {
+        self.sized_file(commit, file, None)
+    }
+
+    /// [`file_of`](Self::file_of) where the file's size matters.
+    fn sized_file(
+        &self,
+        commit: Option<&str>,
+        file: &str,
+        sizes: Option<RangeInclusive<u64>>,
+    ) -> Result<Found> {
         let found = self.cached_of(commit, file);
         if !matches!(found, Found::Unknown) || self.settings.offline.is_some() {
             return Ok(found);
@@ -463,7 +557,23 @@ impl<'a> Hub<'a> {
             Some(answer) => answer,
             None => return Ok(Found::Absent),
         };
+        if let Some(sizes) = sizes {
+            self.check_size(file, metadata.size, &sizes)?;
+        }
         self.download(&path, &metadata, file).map(Found::Here)
+    }
+
+    fn check_size(&self, file: &str, size: Option<u64>, sizes: &RangeInclusive<u64>) -> Result<()> {
+        let (least, max) = (sizes.start(), sizes.end());
+        let reason = match size {
+            Some(size) if sizes.contains(&size) => return Ok(()),
+            Some(size) if least == max => {
+                format!("{file} has {size} bytes there, and not the {max} that it should have")
+            }
+            Some(size) => format!("{file} has {size} bytes there, and may have at most {max}"),
+            None => format!("the hub does not say how many bytes {file} has"),
+        };
+        Err(self.error(format!("{reason}; nothing of it was downloaded")))
     }
 
     /// A file as far as the cache knows.
@@ -487,11 +597,7 @@ impl<'a> Hub<'a> {
 
     /// What the hub says of a file, and the path to it there; `None` where it has none of that name.
     fn ask(&self, commit: Option<&str>, file: &str) -> Result<Option<(String, Metadata)>> {
-        let prefix = if self.kind == Kind::Model {
-            ""
-        } else {
-            "datasets/"
-        };
+        let prefix = self.kind.prefix();
         let path = |revision: &str| {
             let revision = revision.replace('/', "%2F");
             let file = escaped(file);
@@ -713,18 +819,15 @@ impl<'a> Hub<'a> {
         let open = [serde_json::Value::Null, false.into()];
         self.error(match page.and_then(|(page, _)| self.info(page)) {
             Some(info) if !open.contains(&info.gated) => {
-                let endpoint = &self.settings.endpoint;
-                let page = match self.kind {
-                    Kind::Model => format!("{endpoint}/{}", self.repository),
-                    Kind::Dataset => format!("{endpoint}/datasets/{}", self.repository),
-                };
+                let (endpoint, prefix) = (&self.settings.endpoint, self.kind.prefix());
+                let page = format!("{endpoint}/{prefix}{}", self.repository);
                 format!("it is gated: accept its licence at {page} with {token}")
             }
             Some(_) => format!("it has no revision {:?}", self.revision),
             None => format!(
                 "there is no such {}, or it is private and HF_TOKEN is not a token that may \
                  read it",
-                self.noun()
+                self.kind.noun()
             ),
         })
     }
@@ -746,11 +849,7 @@ impl<'a> Hub<'a> {
 
     /// The page of the hub's interface on the revision.
     fn api_page(&self) -> String {
-        let kinds = if self.kind == Kind::Model {
-            "models"
-        } else {
-            "datasets"
-        };
+        let kinds = self.kind.plural();
         let revision = self.revision.replace('/', "%2F");
         format!("{kinds}/{}/revision/{revision}", self.repository)
     }
@@ -766,16 +865,9 @@ impl<'a> Hub<'a> {
         serde_json::from_str(&self.client.page(page).ok()?).ok()
     }
 
-    fn noun(&self) -> &'static str {
-        match self.kind {
-            Kind::Model => "model",
-            Kind::Dataset => "data set",
-        }
-    }
-
     fn error(&self, reason: String) -> Error {
         Error::Hub {
-            name: format!("{} {}", self.noun(), self.shown),
+            name: format!("{} {}", self.kind.noun(), self.shown),
             reason,
         }
     }
@@ -916,6 +1008,45 @@ mod tests {
             "hf://datasets/org/set/../a",
             "hf://datasets/org/set//a",
             "hf://datasets/../set",
+        ] {
+            assert_eq!(name(text), Err(()), "{text}");
+        }
+    }
+
+    #[test]
+    fn repositories_of_dictionaries_are_named_as_hugging_face_names_them() {
+        let name = |text: &str| {
+            let name = text.parse::<RepositoryName>();
+            name.map(|n| (n.repository, n.revision, n.path))
+        };
+        let named = |a: &str, b: &str, c: Option<&str>| {
+            Ok((a.to_owned(), b.to_owned(), c.map(str::to_owned)))
+        };
+        for (text, revision, path) in [
+            ("hf://org/m-lexico", "main", None),
+            ("hf://org/m-lexico/", "main", None),
+            ("hf://org/m-lexico@v2", "v2", None),
+            ("hf://org/m-lexico@v2/a/b", "v2", Some("a/b")),
+            (
+                "hf://org/m-lexico/a/b.safetensors",
+                "main",
+                Some("a/b.safetensors"),
+            ),
+        ] {
+            assert_eq!(name(text), named("org/m-lexico", revision, path), "{text}");
+        }
+        for text in [
+            "org/m",
+            "hf://org",
+            "hf://org/",
+            "hf:///m",
+            "hf://org/m@",
+            "hf://org/m/../a",
+            "hf://org/m//a",
+            "hf://org/m/.a",
+            "hf://../m",
+            "hf://datasets/org/set",
+            "hf://spaces/org/app",
         ] {
             assert_eq!(name(text), Err(()), "{text}");
         }

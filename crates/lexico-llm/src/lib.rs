@@ -41,6 +41,7 @@ pub mod hub;
 pub mod import;
 mod model;
 mod panics;
+pub mod published;
 pub mod sample;
 pub mod saved;
 pub mod session;

@@ -58,9 +58,7 @@ fn drawn_set(layers: usize, atoms: usize, m: usize) -> DictionarySet {
                 layers
             ],
             tool: "a test".to_owned(),
-            losses: None,
-            additive_relative_error: None,
-            additive_losses: None,
+            ..Training::default()
         },
     }
 }

@@ -20,7 +20,7 @@ pub(crate) struct DictionaryArguments {
     /// Format in which the model's matrices are held: none (as they are stored), q8_0, q6_k or q4_k
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quantize: Quantize,
-    /// The dictionaries, files of `lexico train` or .pt files of the reference implementation; one with the name
+    /// The dictionaries, files of `lexico train`, .pt files of the reference implementation or published ones; one with the name
     /// of a text was learned on it [default names: the files']
     #[arg(short, long, required = true, num_args = 1.., value_name = "[NAME=]FILE")]
     dictionary: Vec<Named>,

@@ -115,6 +115,14 @@ impl Layer {
         Ok((x + self.down.forward(&gated)?)?)
     }
 
+    /// The weights of all its norms.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &Tensor> {
+        let heads = self.head_norms.iter().flatten();
+        [&self.attention_norm, &self.feed_forward_norm]
+            .into_iter()
+            .chain(heads)
+    }
+
     /// See [`Decoder::output_moments`](super::Decoder::output_moments).
     pub(super) fn output_moments(&self, config: &Config) -> Result<Vec<f64>> {
         let m = config.head_dim;

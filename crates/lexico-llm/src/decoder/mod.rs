@@ -110,6 +110,19 @@ impl Decoder {
         &self.config
     }
 
+    /// The weights of all norms, which no file of a model rounds: layer after layer, the last norm in the end.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`].
+    pub(crate) fn norms(&self) -> Result<Vec<f32>> {
+        let norms = self.layers.iter().flat_map(Layer::norms);
+        let mut weights = Vec::new();
+        for norm in norms.chain([&self.norm]) {
+            weights.extend(norm.to_vec1::<f32>()?);
+        }
+        Ok(weights)
+    }
+
     /// Second moments of what a layer's output projection multiplies the values of each KV head with, summed up over
     /// its query heads, `[kv_heads, m, m]`. `O(heads·m·hidden·(heads + 1)·m)`.
     ///

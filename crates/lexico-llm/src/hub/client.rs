@@ -192,7 +192,7 @@ impl Client {
             if metadata.size == Some(part) {
                 return Ok(());
             }
-            let broken = match self.load_rest(url, part, file, bar) {
+            let broken = match self.load_rest(url, metadata.size, file, bar) {
                 Ok(())
                     if metadata
                         .size
@@ -218,14 +218,15 @@ impl Client {
         }
     }
 
-    /// Reads what follows the first `part` bytes; all anew where the hub answers with all of it.
+    /// Reads what follows the bytes that are there, up to `size` in all; all anew where the hub answers with all of it.
     fn load_rest(
         &self,
         url: &str,
-        part: u64,
+        size: Option<u64>,
         file: &mut File,
         bar: &ProgressBar,
     ) -> Result<(), Refusal> {
+        let part = length(file)?;
         let range = format!("bytes={part}-");
         let range = (part > 0).then_some(range.as_str());
         let mut answer = self.get(&self.loading, url, range, true)?;
@@ -250,6 +251,12 @@ impl Client {
                 return Ok(());
             }
             file.write_all(&buffer[..read]).map_err(unwritable)?;
+            // Whoever sends more than promised could fill the disk.
+            if size.is_some_and(|size| length(file).is_ok_and(|length| length > size)) {
+                file.set_len(0).map_err(unwritable)?;
+                let reason = "it sends more bytes than it promised".to_owned();
+                return Err(Refusal::Unreachable(reason));
+            }
         }
     }
 

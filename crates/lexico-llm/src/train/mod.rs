@@ -51,6 +51,8 @@ pub struct TrainOptions {
     /// Dictionaries that are kept as they are, with what was measured of them: only codebooks are learned, and replace
     /// any that are there.
     pub kept: Option<DictionarySet>,
+    /// The effort that the settings come from, for the record of how dictionaries were learned.
+    pub effort: Option<Effort>,
     /// State of the training on disk, so that it can go on after whatever ended the program. Without it nothing is
     /// kept, and sampled vectors lie among the system's temporary files.
     pub state: Option<StateOptions>,
@@ -71,11 +73,21 @@ pub enum Effort {
 }
 
 impl Effort {
+    /// Name of the effort.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Quick => "quick",
+            Self::Normal => "normal",
+            Self::Thorough => "thorough",
+        }
+    }
+
     /// All efforts, the least first, by name.
     pub const ALL: [(&str, Self); 3] = [
-        ("quick", Self::Quick),
-        ("normal", Self::Normal),
-        ("thorough", Self::Thorough),
+        (Self::Quick.name(), Self::Quick),
+        (Self::Normal.name(), Self::Normal),
+        (Self::Thorough.name(), Self::Thorough),
     ];
 
     /// Settings for a head dim `m`: of the codebooks, with the tokens and vectors that suit them.
@@ -89,6 +101,7 @@ impl Effort {
         TrainOptions {
             tokens,
             vectors,
+            effort: Some(self),
             codebooks: Some(CodebookOptions {
                 rounds,
                 vectors: a_round,
@@ -110,6 +123,7 @@ impl Default for TrainOptions {
             learn: LearnOptions::default(),
             codebooks: Some(CodebookOptions::default()),
             kept: None,
+            effort: None,
             state: None,
             keep_vectors: None,
         }
@@ -311,7 +325,7 @@ pub fn train(
             measured.push(CodeFamily::Sparse);
             learn_sparse(model, corpus, options, &reading, &state, progress)?
         }
-        None => (new_set(model, corpus, options, &reading), Vec::new()),
+        None => (new_set(model, corpus, options, &reading)?, Vec::new()),
     };
     if let Some(codebooks) = &options.codebooks {
         measured.push(CodeFamily::Additive);
@@ -361,7 +375,7 @@ fn learn_sparse(
     progress: &mut OnProgress<'_>,
 ) -> Result<(DictionarySet, Vec<[Vec<Epoch>; 2]>)> {
     let learned = learning::learn_all(reading, options, state, progress)?;
-    let mut set = new_set(model, corpus, options, reading);
+    let mut set = new_set(model, corpus, options, reading)?;
     let mut courses = Vec::with_capacity(learned.len());
     for (layer, [keys, values]) in set.layers.iter_mut().zip(learned) {
         set.training.relative_error.push(LayerErrors {
@@ -383,8 +397,8 @@ fn new_set(
     corpus: &Corpus,
     options: &TrainOptions,
     reading: &Reading,
-) -> DictionarySet {
-    DictionarySet {
+) -> Result<DictionarySet> {
+    Ok(DictionarySet {
         layers: vec![LayerDictionaries::default(); model.decoder.config().layers],
         model: model.identity(),
         training: Training {
@@ -392,9 +406,14 @@ fn new_set(
             corpus: corpus.names().to_vec(),
             tokens: reading.progress.tokens,
             tool: program(),
+            effort: options.effort.map(|effort| effort.name().to_owned()),
+            vectors: Some(reading.count()),
+            seed: Some(options.learn.seed),
+            tokens_crc32: Some(format!("{:08x}", reading.progress.checksum)),
+            model_fingerprint: Some(model.weights_fingerprint()?),
             ..Training::default()
         },
-    }
+    })
 }
 
 /// Adds the names of the texts that codebooks are learned from.

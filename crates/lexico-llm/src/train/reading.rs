@@ -38,7 +38,7 @@ pub(super) struct Progress {
     windows: usize,
     pub(super) tokens: usize,
     /// Checksum of all tokens read, so that another text under the same name is noticed.
-    checksum: u32,
+    pub(super) checksum: u32,
     /// Positions offered so far to each sample to learn from, and to each to judge by.
     positions: u64,
     positions_held_out: u64,

@@ -116,6 +116,19 @@ impl CodingLosses {
         layers.collect()
     }
 
+    /// Returns the losses of all heads at these sparsities together; a sparsity of 0 counts as 1.
+    pub(super) fn summed(&self, sparsities: &[LayerSparsities]) -> f64 {
+        let layers = self.layers.iter().zip(sparsities);
+        let heads = layers.flat_map(|(losses, own)| {
+            let keys = losses.keys.iter().zip(&own.keys);
+            keys.chain(losses.values.iter().zip(&own.values))
+        });
+        let at = |(losses, &s): (&Vec<f32>, &usize)| {
+            self.curve(losses, s.max(1)).last().copied().unwrap_or(0.0)
+        };
+        heads.map(at).sum()
+    }
+
     /// Returns the losses at 1 to `max` atoms.
     fn curve(&self, losses: &[f32], max: usize) -> Vec<f64> {
         let logarithm = |i: usize| f64::from(losses[i]).max(NEGLIGIBLE).ln();
@@ -183,6 +196,7 @@ mod tests {
             let least = if mean > 3.0 { 2 } else { 1 };
             prop_assert!(chosen.iter().all(|&s| s >= least));
             let own = summed(&losses, &chosen, 4);
+            prop_assert!((losses.summed(&losses.allocate(mean, 4)) - own).abs() <= 1e-9 * own);
             for code in 0..256usize {
                 let other: Vec<usize> = (0..4).map(|i| 1 + (code >> (2 * i)) % 4).collect();
                 if other.iter().sum::<usize>() == total && other.iter().all(|&s| s >= least) {

@@ -40,6 +40,40 @@ pub struct ModelIdentity {
     pub rotary: RotaryIdentity,
 }
 
+impl ModelIdentity {
+    /// Checks that what was learned for this model serves another. The name is for people and may differ.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`], saying which property differs.
+    pub fn check_fits(&self, model: &ModelIdentity) -> Result<()> {
+        let properties = |model: &ModelIdentity| {
+            let RotaryIdentity {
+                kind,
+                theta,
+                parameters,
+            } = &model.rotary;
+            [
+                ("architecture", model.architecture.clone()),
+                ("layers", model.layers.to_string()),
+                ("KV heads", model.kv_heads.to_string()),
+                ("head dim", model.head_dim.to_string()),
+                (
+                    "rotary embedding",
+                    format!("{kind} with theta {theta} {parameters:?}"),
+                ),
+            ]
+        };
+        let mut pairs = properties(self).into_iter().zip(properties(model));
+        let Some(((what, own), (_, other))) = pairs.find(|(own, other)| own != other) else {
+            return Ok(());
+        };
+        Err(Error::OtherModel(format!(
+            "it was learned for {} ({what} {own}), the model {} has {what} {other}",
+            self.name, model.name
+        )))
+    }
+}
+
 /// The settings of a model's rotary embedding.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RotaryIdentity {
@@ -65,6 +99,21 @@ pub struct Training {
     pub relative_error: Vec<LayerErrors>,
     /// The program and version that learned it.
     pub tool: String,
+    /// How much was spent on learning, by its name: `quick`, `normal` or `thorough`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effort: Option<String>,
+    /// Vectors that each dictionary learned from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vectors: Option<usize>,
+    /// Seed of every random choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// CRC-32 of all tokens that the model read, in order, 4 bytes each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_crc32: Option<String>,
+    /// Fingerprint of the model's weights, which tells it from others of its shape.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_fingerprint: Option<String>,
     /// Losses of coding one head alone by sparse codes, where they were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub losses: Option<CodingLosses>,
@@ -291,31 +340,7 @@ impl DictionarySet {
     /// # Errors
     /// [`Error::OtherModel`], saying which property differs.
     pub fn check_fits(&self, model: &ModelIdentity) -> Result<()> {
-        let properties = |model: &ModelIdentity| {
-            let RotaryIdentity {
-                kind,
-                theta,
-                parameters,
-            } = &model.rotary;
-            [
-                ("architecture", model.architecture.clone()),
-                ("layers", model.layers.to_string()),
-                ("KV heads", model.kv_heads.to_string()),
-                ("head dim", model.head_dim.to_string()),
-                (
-                    "rotary embedding",
-                    format!("{kind} with theta {theta} {parameters:?}"),
-                ),
-            ]
-        };
-        let mut pairs = properties(&self.model).into_iter().zip(properties(model));
-        let Some(((what, own), (_, other))) = pairs.find(|(own, other)| own != other) else {
-            return Ok(());
-        };
-        Err(Error::OtherModel(format!(
-            "it was learned for {} ({what} {own}), the model {} has {what} {other}",
-            self.model.name, model.name
-        )))
+        self.model.check_fits(model)
     }
 
     /// The largest sparsity of codes of a family in every layer; 0 where there is nothing that they could be over.
@@ -359,6 +384,12 @@ impl DictionarySet {
             CodeFamily::Additive => possible,
         };
         (max > 0).then(|| losses.allocate(mean, max))
+    }
+
+    /// The loss of codes of a family whose sparsities [`allocate`](Self::allocate) gave: the summed losses of all heads,
+    /// in nats; `None` where they were not measured.
+    pub fn summed_loss(&self, family: CodeFamily, sparsities: &[LayerSparsities]) -> Option<f64> {
+        Some(self.losses(family)?.summed(sparsities))
     }
 
     /// Bytes held by all dictionaries.
