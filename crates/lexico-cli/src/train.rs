@@ -175,6 +175,13 @@ impl Train {
         // Whatever came while the file was written came too late.
         interrupt::forget();
         let seconds = started.elapsed().as_secs_f64();
+        let unmeasured = trained.dictionaries.training.additive_losses.is_none();
+        if unmeasured && trained.dictionaries.training.losses.is_none() {
+            ui::note(
+                "what each head costs was not measured, so that all have as many atoms: the model's quantised matrices round \
+                 activations, or the text is too short",
+            );
+        }
         self.report(&trained, seconds)?;
         if let (Some(publication), Some(folder)) = (publication, &self.publish_folder) {
             // What was learned before it was broken off took its time too.

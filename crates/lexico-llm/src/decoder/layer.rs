@@ -123,6 +123,15 @@ impl Layer {
             .chain(heads)
     }
 
+    /// See [`Decoder::rounds_activations`](super::Decoder::rounds_activations).
+    pub(super) fn rounds_activations(&self) -> bool {
+        let attention = [&self.query, &self.key, &self.value, &self.output];
+        let mut all = attention
+            .into_iter()
+            .chain([&self.gate, &self.up, &self.down]);
+        all.any(|linear| linear.matrix.rounds_activations())
+    }
+
     /// See [`Decoder::output_moments`](super::Decoder::output_moments).
     pub(super) fn output_moments(&self, config: &Config) -> Result<Vec<f64>> {
         let m = config.head_dim;

@@ -110,6 +110,12 @@ impl Decoder {
         &self.config
     }
 
+    /// Whether some of its products round activations to 8 bits, so that the least change of one moves many: its outputs
+    /// are then far enough from each other that small changes cannot be told apart.
+    pub(crate) fn rounds_activations(&self) -> bool {
+        self.layers.iter().any(Layer::rounds_activations)
+    }
+
     /// The weights of all norms, which no file of a model rounds: layer after layer, the last norm in the end.
     ///
     /// # Errors

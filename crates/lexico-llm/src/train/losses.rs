@@ -22,8 +22,10 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::threads::ModelThreads;
 
-/// Fewest and most tokens of a window whose predictions are looked at; all before them is coded.
+/// Fewest and most tokens of a window whose predictions are looked at; what lies before them is coded.
 const PREDICTED: (usize, usize) = (16, 128);
+/// Newest positions before them that stay dense, a quarter at the most: few, as where memory is short.
+const RECENT: usize = 32;
 /// Fewest windows to look at, where there are so many.
 const WINDOWS: usize = 2;
 /// Shorter windows say nothing.
@@ -135,8 +137,7 @@ fn coding_losses(
                 }
             }
             let mut coded = coder.reconstruct(head, 0.., &vectors, sparsity, fit, &ModelThreads)?;
-            let sinks = vectors.len().min(SINKS * config.head_dim);
-            coded[..sinks].copy_from_slice(&vectors[..sinks]);
+            keep_dense(&vectors, config.head_dim, &mut coded);
             let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
             rows.extend(&coded);
             past.changed = Some((layer, head, part, rows));
@@ -192,7 +193,7 @@ fn coding_losses(
 /// takes, but at least 32 for each head's keys and values at each of two sparsities; a window has `context`.
 ///
 /// # Errors
-/// [`Error::Measure`] where there is too little text, or the model predicts no numbers,
+/// [`Error::Measure`] where there is too little text, the model's matrices are quantised, or it predicts no numbers,
 /// [`lexico::Error::OtherModel`](::lexico::Error::OtherModel), those of [`Corpus::chunks`], and
 /// [`lexico::Error::Interrupted`](::lexico::Error::Interrupted) where `progress` broke off.
 pub fn measure_losses(
@@ -203,22 +204,26 @@ pub fn measure_losses(
     progress: &mut OnProgress<'_>,
 ) -> Result<()> {
     dictionaries.check_fits(&model.identity())?;
+    if model.decoder.rounds_activations() {
+        let reason = "the model's quantised matrices round activations to 8 bits, and what one head costs drowns in that; \
+             measure with its weights in f16, bf16 or f32, or leave all heads as many atoms";
+        return Err(Error::Measure(reason.to_owned()));
+    }
     let windows = corpus.chunks(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
     let windows = windows.collect::<Result<Vec<_>>>()?;
-    let families = match dictionaries.usual_family() {
-        CodeFamily::Sparse => &[CodeFamily::Sparse][..],
-        CodeFamily::Additive => &FAMILIES,
-    };
+    let there = |family: &CodeFamily| dictionaries.max_sparsity(*family) > 0;
+    let families: Vec<CodeFamily> = FAMILIES.into_iter().filter(there).collect();
     measure_families(
         model,
         dictionaries,
-        families,
+        &families,
         &windows,
         tokens,
         None,
         progress,
     )?;
-    if dictionaries.training.losses.is_none() {
+    let unmeasured = |&family: &CodeFamily| dictionaries.losses(family).is_none();
+    if families.iter().all(unmeasured) {
         let reason = format!(
             "there is nothing to measure: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed"
         );
@@ -257,6 +262,16 @@ fn probes(sparsities: &[usize]) -> Vec<usize> {
     let mut probes = vec![sparsities[middle.saturating_sub(1)], sparsities[middle]];
     probes.dedup();
     probes
+}
+
+/// Puts the first positions and the newest ones back as they were: caches keep them dense, and predictions see no others
+/// as much.
+fn keep_dense(vectors: &[f32], m: usize, coded: &mut [f32]) {
+    let positions = vectors.len() / m;
+    let sinks = SINKS.min(positions) * m;
+    let recent = ((positions - RECENT.min(positions / 4)) * m).max(sinks);
+    coded[..sinks].copy_from_slice(&vectors[..sinks]);
+    coded[recent..].copy_from_slice(&vectors[recent..]);
 }
 
 /// The squared error of codes of these vectors of a head, behind the maps if there are any.
