@@ -178,8 +178,8 @@ impl Train {
         let unmeasured = trained.dictionaries.training.additive_losses.is_none();
         if unmeasured && trained.dictionaries.training.losses.is_none() {
             ui::note(
-                "what each head costs was not measured, so that all have as many atoms: the model's quantised matrices round \
-                 activations, or the text is too short",
+                "all heads have as many atoms: what each costs drowned in the rounding of the model's quantised matrices, or the \
+                 text is too short to measure it",
             );
         }
         self.report(&trained, seconds)?;

@@ -1,6 +1,7 @@
 //! The loss that coding the keys or the values of one KV head costs the model's predictions.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::reading::JUDGED_WINDOWS;
 use super::state::State;
 use super::{OnProgress, PARTS, TrainProgress, go_on};
-use crate::cache::{Footprint, FullCache, KvCache, SINKS, Step};
+use crate::cache::{CacheContext, CacheSpec, Footprint, FullCache, KvCache, SINKS, Step};
 use crate::config::Config;
 use crate::corpus::Corpus;
 use crate::decoder::Logits;
@@ -28,6 +29,8 @@ const PREDICTED: (usize, usize) = (16, 128);
 const RECENT: usize = 32;
 /// Fewest windows to look at, where there are so many.
 const WINDOWS: usize = 2;
+/// Windows on which sparsities that follow the losses are held against the same for all heads.
+const JUDGED: usize = 4;
 /// Shorter windows say nothing.
 const SHORTEST: usize = 8;
 
@@ -193,7 +196,7 @@ fn coding_losses(
 /// takes, but at least 32 for each head's keys and values at each of two sparsities; a window has `context`.
 ///
 /// # Errors
-/// [`Error::Measure`] where there is too little text, the model's matrices are quantised, or it predicts no numbers,
+/// [`Error::Measure`] where there is too little text, or the model predicts no numbers,
 /// [`lexico::Error::OtherModel`](::lexico::Error::OtherModel), those of [`Corpus::chunks`], and
 /// [`lexico::Error::Interrupted`](::lexico::Error::Interrupted) where `progress` broke off.
 pub fn measure_losses(
@@ -204,11 +207,6 @@ pub fn measure_losses(
     progress: &mut OnProgress<'_>,
 ) -> Result<()> {
     dictionaries.check_fits(&model.identity())?;
-    if model.decoder.rounds_activations() {
-        let reason = "the model's quantised matrices round activations to 8 bits, and what one head costs drowns in that; \
-             measure with its weights in f16, bf16 or f32, or leave all heads as many atoms";
-        return Err(Error::Measure(reason.to_owned()));
-    }
     let windows = corpus.chunks(&model.tokenizer, context, context * JUDGED_WINDOWS, 0)?;
     let windows = windows.collect::<Result<Vec<_>>>()?;
     let there = |family: &CodeFamily| dictionaries.max_sparsity(*family) > 0;
@@ -225,7 +223,8 @@ pub fn measure_losses(
     let unmeasured = |&family: &CodeFamily| dictionaries.losses(family).is_none();
     if families.iter().all(unmeasured) {
         let reason = format!(
-            "there is nothing to measure: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed"
+            "nothing was found out: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed, and of a model \
+             with quantised matrices what one head costs may drown in their rounding; then its weights in f16 or f32 are"
         );
         return Err(Error::Measure(reason));
     }
@@ -233,7 +232,8 @@ pub fn measure_losses(
 }
 
 /// Measures what coding each head costs with codes of these families and puts it into the dictionaries; `tokens`
-/// are for all together. See [`coding_losses`].
+/// are for all together. See [`coding_losses`]. Of a model that rounds activations they are kept only if atoms that
+/// follow them bring predictions nearer than as many for each head: there, what one head costs may drown.
 pub(super) fn measure_families(
     model: &Model,
     dictionaries: &mut DictionarySet,
@@ -252,8 +252,56 @@ pub(super) fn measure_families(
             CodeFamily::Sparse => training.losses = losses,
             CodeFamily::Additive => training.additive_losses = losses,
         }
+        if model.decoder.rounds_activations() && dictionaries.losses(family).is_some() {
+            let [follow, same] = ["measured", "same"];
+            let follow = joint_divergence(model, dictionaries, family, follow, windows)?;
+            let same = joint_divergence(model, dictionaries, family, same, windows)?;
+            if follow > same {
+                let training = &mut dictionaries.training;
+                match family {
+                    CodeFamily::Sparse => training.losses = None,
+                    CodeFamily::Additive => training.additive_losses = None,
+                }
+            }
+        }
     }
     Ok(())
+}
+
+/// Sum over the predictions of the divergence from those without codes, all heads coded with the usual sparsity.
+fn joint_divergence(
+    model: &Model,
+    dictionaries: &DictionarySet,
+    family: CodeFamily,
+    allocation: &str,
+    windows: &[Vec<u32>],
+) -> Result<f64> {
+    let format = match family {
+        CodeFamily::Sparse => "i8",
+        CodeFamily::Additive => "additive",
+    };
+    let spec = format!("lexico:format={format},allocation={allocation},window={RECENT},batch=1");
+    let spec: CacheSpec = spec.parse()?;
+    let dictionaries = Arc::new(dictionaries.clone());
+    let (decoder, mut sum) = (&model.decoder, 0.0);
+    for window in windows.iter().filter(|w| w.len() >= SHORTEST).take(JUDGED) {
+        let (before, predicted) =
+            window.split_at(window.len() - (window.len() / 4).min(PREDICTED.1));
+        let mut full = FullCache::new(decoder.config(), NumberType::F32);
+        let mut coded = spec.build(&CacheContext {
+            model: &model.name,
+            config: decoder.config(),
+            dictionaries: Some(&dictionaries),
+            calibration: None,
+            device: decoder.device(),
+        })?;
+        let predict = |cache: &mut dyn KvCache| -> Result<Vec<Vec<f32>>> {
+            decoder.forward_one(before, cache, Logits::Last)?;
+            log_probabilities(&decoder.forward_from(None, predicted, cache, &mut |_| ())?)
+        };
+        sum += divergence(&predict(&mut full)?, &predict(&mut *coded)?);
+    }
+    Ok(sum)
 }
 
 /// The two sparsities that the model predicts with: about where codes are used.

@@ -259,8 +259,7 @@ const PARTS: [&str; 2] = ["keys", "values"];
 const READING: &str = "reading";
 
 /// Learns every layer's dictionaries of `model` from `corpus`: two for sparse codes, and two of codebooks for additive
-/// codes. What each head costs is measured where the model's products do not round activations, as those of quantised
-/// matrices do: all heads have as many atoms else.
+/// codes.
 ///
 /// The first are learned side by side, one a core where there are as many; the others one after the other on all cores
 /// with all vectors in memory. The same settings and seed give the same ones whatever the number of threads, as far as
@@ -342,10 +341,6 @@ pub fn train(
         }
     }
     let learning_took = began.elapsed();
-    if model.decoder.rounds_activations() {
-        // What one head costs drowns in that: uniform sparsities do better.
-        measured.clear();
-    }
     // Measuring may cost the model this share of the tokens that it read.
     let tokens = reading.progress.tokens / 4;
     let windows = &reading.progress.judged;
