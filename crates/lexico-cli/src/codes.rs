@@ -90,11 +90,7 @@ impl Encode {
         let mut codes = Codes::new(coder.format(self.sparsity))?;
         let map = self.map(&coder)?;
         let started = Instant::now();
-        let mapped = map.map(|(maps, head)| {
-            let mut mapped = maps.apply(head, &vectors);
-            maps.centre(head, 0.., &mut mapped);
-            mapped
-        });
+        let mapped = map.map(|(maps, head)| maps.to_coded(head, 0.., &vectors));
         codes.extend(&encoder.encode(mapped.as_deref().unwrap_or(&vectors))?);
         let seconds = started.elapsed().as_secs_f64();
         let bytes = codes.bytes_used();

@@ -68,10 +68,8 @@ fn learn_one(
             let mapped = |vectors: &[Vec<f32>], positions: &[u32]| -> Vec<f32> {
                 let heads = vectors.iter().enumerate();
                 let heads = heads.flat_map(|(head, own)| {
-                    let mut mapped = maps.apply(head, own);
                     let positions = positions.iter().map(|&position| position as usize);
-                    maps.centre(head, positions, &mut mapped);
-                    mapped
+                    maps.to_coded(head, positions, own)
                 });
                 heads.collect()
             };

@@ -330,11 +330,8 @@ fn squared_error(
     vectors: &[f32],
     sparsity: usize,
 ) -> Result<f64> {
-    let mapped = coder.maps().map(|maps| {
-        let mut mapped = maps.apply(head, vectors);
-        maps.centre(head, positions, &mut mapped);
-        mapped
-    });
+    let mapped = coder.maps();
+    let mapped = mapped.map(|maps| maps.to_coded(head, positions, vectors));
     let vectors = mapped.as_deref().unwrap_or(vectors);
     let encoder = coder.encoder(sparsity, Fit::LeastSquares)?;
     let codes = encoder.encode_on(vectors, &ModelThreads)?;

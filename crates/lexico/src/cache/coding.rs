@@ -207,21 +207,15 @@ impl Coder {
         fit: Fit,
         threads: &dyn Threads,
     ) -> Result<Vec<f32>> {
-        let mapped = self.maps().map(|maps| {
-            let mut mapped = maps.apply(head, vectors);
-            maps.centre(head, positions.clone(), &mut mapped);
-            mapped
-        });
+        let mapped = self.maps();
+        let mapped = mapped.map(|maps| maps.to_coded(head, positions.clone(), vectors));
         let vectors = mapped.as_deref().unwrap_or(vectors);
         let batch = self.encoder(sparsity, fit)?.encode_on(vectors, threads)?;
         let mut codes = Codes::new(self.format(sparsity))?;
         codes.extend(&batch);
-        let mut decoded = codes.decode(self.atoms(sparsity))?;
+        let decoded = codes.decode(self.atoms(sparsity))?;
         Ok(match self.maps() {
-            Some(maps) => {
-                maps.uncentre(head, positions, &mut decoded);
-                maps.invert(head, &decoded)
-            }
+            Some(maps) => maps.from_coded(head, positions, decoded),
             None => decoded,
         })
     }

@@ -149,16 +149,13 @@ impl CodeFile {
         {
             return Err(Error::OtherDictionary(format!("tensor {:?}", self.tensor)));
         }
-        let mut decoded = self.codes.decode(atoms)?;
+        let decoded = self.codes.decode(atoms)?;
         match self.head.zip(own) {
             Some((head, maps)) if head >= maps.heads() => Err(Error::Dictionary(format!(
                 "the codes are of KV head {head}, and there are maps of {} heads",
                 maps.heads()
             ))),
-            Some((head, maps)) => {
-                maps.uncentre(head, 0.., &mut decoded);
-                Ok(maps.invert(head, &decoded))
-            }
+            Some((head, maps)) => Ok(maps.from_coded(head, 0.., decoded)),
             None => Ok(decoded),
         }
     }

@@ -155,6 +155,36 @@ impl HeadMaps {
         self.add_means(head, positions, -1.0, mapped);
     }
 
+    /// Turns vectors `[n, m]` of a head at these positions into those that are coded: [`HeadMaps::apply`], then
+    /// [`HeadMaps::centre`].
+    ///
+    /// # Panics
+    /// Those of [`HeadMaps::apply`].
+    pub fn to_coded(
+        &self,
+        head: usize,
+        positions: impl Iterator<Item = usize>,
+        vectors: &[f32],
+    ) -> Vec<f32> {
+        let mut mapped = self.apply(head, vectors);
+        self.centre(head, positions, &mut mapped);
+        mapped
+    }
+
+    /// Turns decoded vectors `[n, m]` of a head at these positions back: [`HeadMaps::uncentre`], then [`HeadMaps::invert`].
+    ///
+    /// # Panics
+    /// Those of [`HeadMaps::invert`].
+    pub fn from_coded(
+        &self,
+        head: usize,
+        positions: impl Iterator<Item = usize>,
+        mut decoded: Vec<f32>,
+    ) -> Vec<f32> {
+        self.uncentre(head, positions, &mut decoded);
+        self.invert(head, &decoded)
+    }
+
     /// Gives decoded keys back what [`HeadMaps::centre`] took. `O(n·m²)`.
     ///
     /// # Panics
