@@ -23,9 +23,6 @@ pub(crate) struct Measure {
     /// The dictionary file to write: the same dictionaries, with the losses
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
-    /// Tokens that the model may take in all, about; at least 64 for each head
-    #[arg(long, default_value_t = TrainOptions::default().tokens / 4, value_name = "N")]
-    tokens: usize,
     /// Max number of tokens that the model sees at once
     #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
     context: usize,
@@ -45,8 +42,7 @@ impl Measure {
         let mut dictionaries = model::read_dictionaries(&model, &self.file)?;
         interrupt::listen()?;
         let mut progress = Progress::new(config.layers);
-        let limits = (self.tokens, context);
-        let measured = measure_losses(&model, &corpus, &mut dictionaries, limits, &mut |step| {
+        let measured = measure_losses(&model, &corpus, &mut dictionaries, context, &mut |step| {
             progress.show(step);
             interrupt::flow()
         });

@@ -435,7 +435,7 @@ impl Progress {
                 return;
             }
             TrainProgress::Measuring { done, total } => {
-                ("measuring losses".to_owned(), done, total, "cases")
+                ("measuring heads".to_owned(), done, total, "layers")
             }
         };
         self.bars.show(message, done, total, unit);

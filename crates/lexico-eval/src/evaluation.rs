@@ -1,4 +1,4 @@
-//! Runs a task with each of several caches: `full` first, then every other at the sizes asked for.
+//! Runs a task with each of several caches: `full`, and every other at the sizes asked for.
 
 use std::ops::ControlFlow;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use lexico_llm::cache::{CacheBudget, CacheContext, CacheSpec, Lengths};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -57,6 +57,8 @@ pub struct Evaluation {
     pub seeds: Map<String, Value>,
     /// Measure of the scores.
     pub measure: Measure,
+    /// Time that this took, without what was taken over from an interrupted run.
+    pub seconds: f64,
     /// One entry a cache, `full` first.
     pub runs: Vec<Run>,
     /// Caches that could not be made as small as a budget.
@@ -99,14 +101,12 @@ pub struct Run {
     /// Scores by position, where there is more than one band of positions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub bands: Vec<Band>,
-    /// Time that the items took.
-    pub seconds: f64,
     /// Item by item.
     pub items: Vec<Outcome>,
 }
 
 /// What a cache adds to the score of `full` on the same items, as [`Measure::beside`] says.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     /// The difference.
     pub value: f64,
@@ -151,7 +151,7 @@ pub struct Skipped {
 /// Progress of an evaluation.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
-    /// The cache that is run.
+    /// The cache that is run, or how many are.
     pub cache: &'a str,
     /// Items done, of all caches.
     pub done: usize,
@@ -162,7 +162,7 @@ pub struct Progress<'a> {
 /// Called at every step; may break off.
 pub type OnProgress<'a> = dyn FnMut(Progress<'_>) -> ControlFlow<()> + 'a;
 
-/// Runs `task` with `full` and then each of `caches`.
+/// Runs `task` with `full` and each of `caches`, together.
 ///
 /// Budgets are met at the lengths that the items have with `full`: of the options that a cache leaves open, the best
 /// that fit. With a `report` folder what is done is saved there batch by batch; where a run was interrupted it goes on,
@@ -201,57 +201,84 @@ pub fn evaluate(
     let sizes = options.budgets.len().max(1);
     let mut of = order.len() * (1 + others.len() * sizes);
     let mut done = 0;
-    let mut run = |spec: &CacheSpec, budgets: Vec<String>, of: usize| -> Result<Run> {
-        let name = spec.to_string();
-        let mut outcomes = Vec::with_capacity(order.len());
-        let mut seconds = 0.0;
-        for batch in order.chunks(options.batch) {
-            let (cache, first) = (name.as_str(), outcomes.len());
-            let saved = report.as_ref().and_then(|r| r.saved(cache, first));
-            let batch = if let Some(batch) = saved.cloned() {
-                batch
-            } else {
-                let started = Instant::now();
-                let mut on_step = || progress(Progress { cache, done, of });
-                let made = task.run(model, spec, batch, &mut on_step)?;
-                let batch = Batch {
-                    cache: name.clone(),
-                    first,
-                    outcomes: made.ok_or(Error::Interrupted)?,
-                    seconds: started.elapsed().as_secs_f64(),
-                };
-                if let Some(report) = &mut report {
-                    report.append(&batch)?;
-                }
-                batch
-            };
-            done += batch.outcomes.len();
-            seconds += batch.seconds;
-            outcomes.extend(batch.outcomes);
-        }
-        Ok(Run::new(spec, budgets, task.measure(), seconds, outcomes))
-    };
-    let full = CacheSpec::from_str("full")?;
-    let mut runs = vec![run(&full, Vec::new(), of)?];
-    let mut skipped = Vec::new();
-    for spec in others {
-        let budgets: Vec<Option<CacheBudget>> = match options.budgets.as_slice() {
-            [] => vec![None],
-            budgets => budgets.iter().copied().map(Some).collect(),
+    let mut run = |specs: &[&CacheSpec], of: usize| -> Result<Vec<Vec<Outcome>>> {
+        let names: Vec<String> = specs.iter().map(ToString::to_string).collect();
+        let shown = match names.as_slice() {
+            [name] => name.clone(),
+            names => format!("{} caches", names.len()),
         };
-        for budget in budgets {
-            let named = budget.map(|b| b.to_string());
-            let chosen = budget.map_or(Ok(spec.clone()), |budget| {
-                let chosen = spec.within(budget, &lengths(&runs[0]), &context)?;
-                // Settings that a method refuses are found here, not in the middle of the run.
-                chosen.build(&context).map(|_| chosen)
-            });
-            let chosen = match chosen {
-                Ok(chosen) => chosen,
+        let mut outcomes = vec![Vec::with_capacity(order.len()); specs.len()];
+        for (number, batch) in order.chunks(options.batch).enumerate() {
+            let first = number * options.batch;
+            let saved = |name: &String| report.as_ref().and_then(|own| own.saved(name, first));
+            // Some alone would be computed in other company than before.
+            let saved: Option<Vec<Vec<Outcome>>> = names
+                .iter()
+                .map(|name| saved(name).map(|batch| batch.outcomes.clone()))
+                .collect();
+            let made = if let Some(saved) = saved {
+                saved
+            } else {
+                let mut on_step = || {
+                    progress(Progress {
+                        cache: &shown,
+                        done,
+                        of,
+                    })
+                };
+                let made = task.run(model, specs, batch, &mut on_step)?;
+                let made = made.ok_or(Error::Interrupted)?;
+                if let Some(report) = &mut report {
+                    let batches = names.iter().zip(&made).map(|(name, outcomes)| Batch {
+                        cache: name.clone(),
+                        first,
+                        outcomes: outcomes.clone(),
+                    });
+                    report.append_all(&batches.collect::<Vec<_>>())?;
+                }
+                made
+            };
+            done += batch.len() * specs.len();
+            for (all, made) in outcomes.iter_mut().zip(made) {
+                all.extend(made);
+            }
+        }
+        Ok(outcomes)
+    };
+    let began = Instant::now();
+    let full = CacheSpec::from_str("full")?;
+    let measure = task.measure();
+    let mut skipped = Vec::new();
+    let mut runs = Vec::with_capacity(1 + others.len() * sizes);
+    if options.budgets.is_empty() {
+        // All at once: what the model computes of a prompt serves every cache.
+        let specs: Vec<&CacheSpec> = std::iter::once(&full).chain(others).collect();
+        let outcomes = run(&specs, of)?;
+        let made = specs.into_iter().zip(outcomes);
+        runs.extend(made.map(|(spec, items)| Run::new(spec, measure, items)));
+    } else {
+        let outcomes = run(&[&full], of)?;
+        runs.extend(
+            outcomes
+                .into_iter()
+                .map(|items| Run::new(&full, measure, items)),
+        );
+        let lengths = lengths(&runs[0]);
+        // The caches to run, and for each what it was chosen for.
+        let mut chosen: Vec<(CacheSpec, Vec<String>, String)> = Vec::new();
+        for (spec, budget) in others
+            .iter()
+            .flat_map(|spec| options.budgets.iter().map(move |budget| (spec, budget)))
+        {
+            let within = spec.within(*budget, &lengths, &context);
+            // Settings that a method refuses are found here, not in the middle of the run.
+            let within = within.and_then(|own| own.build(&context).map(|_| own));
+            let own = match within {
+                Ok(own) => own,
                 Err(error) => {
                     skipped.push(Skipped {
                         cache: spec.to_string(),
-                        budget: named.unwrap_or_default(),
+                        budget: budget.to_string(),
                         reason: error.to_string(),
                     });
                     of -= order.len();
@@ -259,19 +286,34 @@ pub fn evaluate(
                 }
             };
             // Settings that leave nothing open are for no budget.
-            let named = named.filter(|_| chosen.to_string() != spec.to_string());
-            if let Some(same) = runs.iter_mut().find(|run| run.cache == chosen.to_string()) {
-                same.budgets.extend(named);
-                of -= order.len();
-                continue;
+            let (name, asked) = (own.to_string(), spec.to_string());
+            let named = (name != asked).then(|| budget.to_string());
+            match chosen
+                .iter_mut()
+                .find(|(other, ..)| other.to_string() == name)
+            {
+                Some((_, budgets, _)) => {
+                    budgets.extend(named);
+                    of -= order.len();
+                }
+                None => chosen.push((own, named.into_iter().collect(), asked)),
             }
-            let mut made = run(&chosen, named.into_iter().collect(), of)?;
-            if !made.budgets.is_empty() {
-                made.family = spec.to_string();
+        }
+        let specs: Vec<&CacheSpec> = chosen.iter().map(|(own, ..)| own).collect();
+        let outcomes = match specs.as_slice() {
+            [] => Vec::new(),
+            specs => run(specs, of)?,
+        };
+        for ((spec, budgets, asked), items) in chosen.iter().zip(outcomes) {
+            let mut made = Run::new(spec, measure, items);
+            if !budgets.is_empty() {
+                made.family.clone_from(asked);
+                made.budgets.clone_from(budgets);
             }
             runs.push(made);
         }
     }
+    let seconds = began.elapsed().as_secs_f64();
     if let [full, others @ ..] = runs.as_mut_slice() {
         for run in others {
             let difference = task.measure().beside(&run.items, &full.items);
@@ -304,6 +346,7 @@ pub fn evaluate(
         ]),
         seeds: named([("items", json!(options.seed))]),
         settings,
+        seconds,
         runs,
         skipped,
         prompts: prompts.map(str::to_owned).collect(),
@@ -440,13 +483,7 @@ fn lengths(run: &Run) -> Vec<Lengths> {
 }
 
 impl Run {
-    fn new(
-        spec: &CacheSpec,
-        budgets: Vec<String>,
-        measure: Measure,
-        seconds: f64,
-        items: Vec<Outcome>,
-    ) -> Self {
+    fn new(spec: &CacheSpec, measure: Measure, items: Vec<Outcome>) -> Self {
         let Estimate { value, interval } = measure.of(&items);
         let shares: f64 = items.iter().map(|item| item.share).sum();
         let (mut all, mut agreements) = (Vec::new(), 0.0);
@@ -469,7 +506,7 @@ impl Run {
             cache: spec.to_string(),
             method: spec.method().name,
             family: spec.family().to_owned(),
-            budgets,
+            budgets: Vec::new(),
             score: value,
             low: interval.map(|(low, _)| low),
             high: interval.map(|(_, high)| high),
@@ -480,7 +517,6 @@ impl Run {
             bands: Some(bands(measure, &items))
                 .filter(|bands| bands.len() > 1)
                 .unwrap_or_default(),
-            seconds,
             items,
         }
     }

@@ -203,12 +203,13 @@ impl Task for Asked {
     fn run(
         &self,
         model: &Model,
-        cache: &CacheSpec,
+        caches: &[&CacheSpec],
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
-    ) -> Result<Option<Vec<Outcome>>> {
-        let caches = items.iter().map(|_| model.cache(cache));
-        let mut caches: Vec<Box<dyn KvCache>> = caches.collect::<lexico_llm::Result<_>>()?;
+    ) -> Result<Option<Vec<Vec<Outcome>>>> {
+        let held = items.iter().flat_map(|_| caches);
+        let held = held.map(|spec| model.cache(spec));
+        let mut held: Vec<Box<dyn KvCache>> = held.collect::<lexico_llm::Result<_>>()?;
         let tokens = items.iter().map(|&item| self.tokens(model, item));
         let tokens: Vec<Vec<u32>> = tokens.collect::<Result<_>>()?;
         let limits: Vec<GenerateOptions> = items
@@ -222,26 +223,49 @@ impl Task for Asked {
                 }
             })
             .collect();
-        let mut prompts: Vec<Prompt<'_>> = tokens
-            .iter()
-            .zip(&limits)
-            .zip(&mut caches)
-            .map(|((tokens, options), cache)| Prompt {
-                tokens,
-                cache: cache.as_mut(),
-                options,
-            })
-            .collect();
+        let each = caches.len();
+        // The caches of each prompt that read it together, and then the others.
+        let mut places = Vec::with_capacity(held.len());
+        let mut prompts: Vec<Prompt<'_>> = Vec::new();
+        let of_items = held.chunks_mut(each).zip(tokens.iter().zip(&limits));
+        for (item, (own, (tokens, options))) in of_items.enumerate() {
+            let mut together = Vec::new();
+            let mut alone = Vec::new();
+            for (cache, held) in own.iter_mut().enumerate() {
+                let held: &mut dyn KvCache = held.as_mut();
+                let place = item * each + cache;
+                match caches[cache].exact_prompts() {
+                    true => together.push((place, held)),
+                    false => alone.push(vec![(place, held)]),
+                }
+            }
+            let groups = std::iter::once(together).chain(alone);
+            for group in groups.filter(|group| !group.is_empty()) {
+                let (own, caches): (Vec<usize>, Vec<_>) = group.into_iter().unzip();
+                places.extend(own);
+                prompts.push(Prompt {
+                    tokens,
+                    caches,
+                    options,
+                });
+            }
+        }
         let Some(generated) = generate_batch(model, &mut prompts, on_step)? else {
             return Ok(None);
         };
+        let mut texts: Vec<(usize, String)> = places
+            .into_iter()
+            .zip(generated.into_iter().map(|generated| generated.text))
+            .collect();
+        texts.sort_by_key(|(place, _)| *place);
         let config = model.decoder.config();
-        let outcomes = items.iter().zip(generated).zip(caches.iter().zip(&tokens));
-        let outcomes = outcomes.map(|((&number, generated), (cache, tokens))| {
+        let mut outcomes = vec![Vec::with_capacity(items.len()); each];
+        for ((place, text), cache) in texts.into_iter().zip(&held) {
+            let (number, tokens) = (items[place / each], &tokens[place / each]);
             let item = &self.questions.items[number];
-            let verdict = self.questions.judge(number, &generated.text);
+            let verdict = self.questions.judge(number, &text);
             let positions = cache.len();
-            Outcome {
+            outcomes[place % each].push(Outcome {
                 id: item.id.clone(),
                 group: item.group.clone(),
                 score: verdict.score,
@@ -249,13 +273,13 @@ impl Task for Asked {
                 prompt_positions: tokens.len(),
                 positions,
                 detail: Detail::Answer {
-                    text: generated.text,
+                    text,
                     answer: verdict.answer,
                     expected: item.expected.clone(),
                     verdict: Judgement::of(verdict.score),
                 },
-            }
-        });
-        Ok(Some(outcomes.collect()))
+            });
+        }
+        Ok(Some(outcomes))
     }
 }

@@ -37,18 +37,19 @@ pub trait Task {
         None
     }
 
-    /// Runs some items together with their caches held as `cache`, in the order given. `on_step` is called at every
-    /// step and may break off: `None` then.
+    /// Runs some items together with each of `caches`, and returns the outcomes with each, in the order given. What the
+    /// model computes of a prompt serves all caches that leave it as it is, and all are decoded together. `on_step` is called
+    /// at every step and may break off: `None` then.
     ///
     /// # Errors
     /// Those of the model.
     fn run(
         &self,
         model: &Model,
-        cache: &CacheSpec,
+        caches: &[&CacheSpec],
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
-    ) -> Result<Option<Vec<Outcome>>>;
+    ) -> Result<Option<Vec<Vec<Outcome>>>>;
 }
 
 /// Settings by their names.
@@ -60,7 +61,7 @@ pub(crate) fn named<const N: usize>(settings: [(&str, Value); N]) -> Map<String,
 }
 
 /// Measure of a task's scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
     /// Items are right (1) or wrong (0).

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::KvCache;
+use crate::cache::{KvCache, ReadTogether};
 use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -125,16 +125,17 @@ pub fn generate(
 
 /// A prompt of [`generate_batch`], and what holds its keys and values.
 pub struct Prompt<'a> {
-    /// Tokens added to those that the cache holds.
+    /// Tokens added to those that the caches hold.
     pub tokens: &'a [u32],
-    /// Cache of the keys and values, as in [`generate`].
-    pub cache: &'a mut dyn KvCache,
+    /// Caches of the keys and values, as in [`generate`], each of which a text of its own is generated with. The prompt is
+    /// computed once, with the first: see [`ReadTogether`].
+    pub caches: Vec<&'a mut dyn KvCache>,
     /// Settings of its generation.
     pub options: &'a GenerateOptions,
 }
 
 /// Generates greedily from several prompts: each is read alone, then all are decoded together, so that every reading
-/// of the weights serves all that still go on.
+/// of the weights serves all that still go on. Returns what was generated with each cache, prompt after prompt.
 ///
 /// `on_step` is called after every prompt and every step, and may stop all of them: `None` then.
 ///
@@ -147,30 +148,57 @@ pub fn generate_batch(
 ) -> Result<Option<Vec<Generated>>> {
     let mut writings = Vec::with_capacity(prompts.len());
     for prompt in prompts.iter() {
-        let held = prompt.cache.len();
-        writings.push(Writing::new(model, held, prompt.tokens, prompt.options)?);
+        for cache in &prompt.caches {
+            let held = cache.len();
+            writings.push(Writing::new(model, held, prompt.tokens, prompt.options)?);
+        }
     }
     let mut greedy = Sampler::new(Sampling::default())?;
-    let alone = (0..prompts.len()).map(|i| i..i + 1);
-    let mut readings: Vec<Range<usize>> = alone.rev().collect();
-    loop {
-        let range = readings.pop().unwrap_or(0..prompts.len());
-        let pairs = writings[range.clone()].iter_mut().zip(&mut prompts[range]);
-        let (mut at_work, mut caches) = (Vec::new(), Vec::new());
-        for (writing, prompt) in pairs {
-            if writing.goes_on(prompt.cache.len()) {
-                at_work.push(writing);
-                caches.push(&mut *prompt.cache);
-            }
+    let mut read = 0;
+    for prompt in prompts.iter_mut() {
+        let Some((first, others)) = prompt.caches.split_first_mut() else {
+            continue;
+        };
+        let own = &mut writings[read..read + 1 + others.len()];
+        read += own.len();
+        if !own[0].goes_on(first.len()) {
+            continue;
         }
+        let others = others
+            .iter_mut()
+            .map(|other| &mut **other as &mut dyn KvCache);
+        let mut caches = ReadTogether {
+            first: &mut **first,
+            others: others.collect(),
+        };
+        let logits = model
+            .decoder
+            .forward_one(prompt.tokens, &mut caches, Logits::Last)?;
+        let token = greedy.draw(logits.squeeze(0)?.to_vec1()?)?;
+        for writing in own {
+            writing.take(token)?;
+        }
+        if on_step().is_break() {
+            return Ok(None);
+        }
+    }
+    loop {
+        let caches = prompts.iter_mut().flat_map(|prompt| &mut prompt.caches);
+        let pairs = writings.iter_mut().zip(caches);
+        let going = pairs.filter_map(|(writing, cache)| {
+            writing.goes_on(cache.len()).then_some((writing, cache))
+        });
+        let (at_work, caches): (Vec<_>, Vec<_>) = going.unzip();
         if at_work.is_empty() {
             break;
         }
         let sequences = at_work.iter().zip(caches);
-        let sequences = sequences.map(|(writing, cache)| Sequence {
-            tokens: &writing.next,
-            cache,
-        });
+        let sequences = sequences.map(
+            |(writing, cache): (&&mut Writing<'_>, &mut &mut dyn KvCache)| Sequence {
+                tokens: &writing.next,
+                cache: &mut **cache,
+            },
+        );
         let mut sequences: Vec<Sequence<'_>> = sequences.collect();
         let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
         for (writing, logits) in at_work.into_iter().zip(logits.to_vec2()?) {

@@ -53,6 +53,53 @@ fn problem(q: &Value) -> String {
     format!("Question: {}\nAnswer:", q["question"].as_str().unwrap())
 }
 
+/// Each cache of a batch goes on with the text that it has alone, whoever computed the prompt.
+#[test]
+fn caches_that_read_a_prompt_together_write_what_they_write_alone() {
+    let model = Model::tiny().unwrap();
+    let specs = [
+        "lexico:sparsity=5,window=16",
+        "full",
+        "h2o:capacity=60",
+        "kivi:bits=2,group=32,residual=32",
+        "snapkv:capacity=40,window=16",
+    ];
+    let options = GenerateOptions {
+        max_tokens: 40,
+        ..GenerateOptions::default()
+    };
+    let problems = jsonl("problems_test.jsonl");
+    let prompts: Vec<String> = problems.iter().take(3).map(problem).collect();
+    let tokens = prompts
+        .iter()
+        .map(|prompt| model.tokenizer.encode_first(prompt).unwrap());
+    let tokens: Vec<Vec<u32>> = tokens.collect();
+    let made = prompts.iter().flat_map(|_| specs);
+    let made = made.map(|spec| model.cache(&spec.parse().unwrap()).unwrap());
+    let mut held: Vec<_> = made.collect();
+    let asked = held.chunks_mut(specs.len()).zip(&tokens);
+    let asked = asked.map(|(held, tokens)| Prompt {
+        tokens,
+        caches: held.iter_mut().map(|cache| cache.as_mut() as _).collect(),
+        options: &options,
+    });
+    let mut asked: Vec<Prompt<'_>> = asked.collect();
+    let batch = generate_batch(&model, &mut asked, &mut || ControlFlow::Continue(()));
+    let batch = batch.unwrap().unwrap();
+    assert_eq!(batch.len(), 15);
+    for (prompt, together) in prompts.iter().zip(batch.chunks(specs.len())) {
+        for (spec, together) in specs.iter().zip(together) {
+            let alone = run(&model, spec, prompt, &options);
+            assert_eq!(together.tokens, alone.tokens, "{spec}");
+            assert_eq!(
+                (&together.text, together.finish),
+                (&alone.text, alone.finish),
+                "{spec}"
+            );
+        }
+    }
+}
+
 /// With as many nonzeros as the vector has entries the codes are exact: 200 tokens on 20 problems
 /// come out as from the dense cache, unless the dense cache itself was undecided.
 #[test]
@@ -387,7 +434,7 @@ fn special_tokens_stop_by_their_text() {
     let mut cache = special.cache(&"full".parse().unwrap()).unwrap();
     let mut prompts = [Prompt {
         tokens: &tokens,
-        cache: cache.as_mut(),
+        caches: vec![cache.as_mut()],
         options: &options,
     }];
     let batch = generate_batch(&special, &mut prompts, &mut || ControlFlow::Continue(()));

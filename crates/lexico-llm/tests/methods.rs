@@ -445,3 +445,59 @@ fn a_calibrated_model_has_the_rotations() {
     assert_eq!(own.keys, calibrated.keys);
     assert_eq!(own.values, calibrated.values);
 }
+
+/// A prompt that a cache reads beside another leaves it as one that it attends to.
+#[test]
+fn reading_a_prompt_is_attending_to_it() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let config = model.decoder.config();
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    let names = METHODS.iter().map(|method| method.name);
+    for spec in names.chain(QUANTISED) {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let [mut attends, mut reads] = [0, 1].map(|_| spec.build(&context).unwrap());
+        for layer in 0..config.layers {
+            let [q, k, v] = draw(&mut rng, config, 150);
+            attends.attend(layer, &q, &k, &v).unwrap();
+            reads.read(layer, &q, &k, &v).unwrap();
+        }
+        assert_eq!((attends.len(), reads.len()), (150, 150), "{spec}");
+        assert_eq!(attends.footprint(), reads.footprint(), "{spec}");
+        for step in 0..3 {
+            for layer in 0..config.layers {
+                let [q, k, v] = draw(&mut rng, config, 1);
+                let outputs = [&mut attends, &mut reads].map(|cache| {
+                    let out = cache.attend(layer, &q, &k, &v).unwrap();
+                    out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                });
+                assert_eq!(outputs[0], outputs[1], "{spec}: step {step}, layer {layer}");
+            }
+        }
+    }
+}
+
+/// Methods that say that prompts are exact give for a prompt what the full cache gives.
+#[test]
+fn prompts_are_exact_where_a_method_says_so() {
+    let model = Model::tiny().unwrap();
+    let context = context(&model);
+    let config = model.decoder.config();
+    let mut rng = ChaCha8Rng::seed_from_u64(18);
+    let [q, k, v] = draw(&mut rng, config, 150);
+    let attended = |spec: &CacheSpec| {
+        let mut cache = spec.build(&context).unwrap();
+        let out = cache.attend(0, &q, &k, &v).unwrap();
+        out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let full = attended(&"full".parse().unwrap());
+    let names = METHODS.iter().map(|method| method.name);
+    let exact = ["llama-cpp:own=exact", "fp8:own=exact"];
+    for spec in names.chain(QUANTISED).chain(exact) {
+        let spec: CacheSpec = spec.parse().unwrap();
+        let own = attended(&spec);
+        let worst = full.iter().zip(&own).map(|(a, b)| (a - b).abs());
+        let worst = worst.fold(0.0, f32::max);
+        assert_eq!(spec.exact_prompts(), worst < 1e-3, "{spec}: {worst}");
+    }
+}

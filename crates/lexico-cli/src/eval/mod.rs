@@ -6,6 +6,7 @@ mod gsm8k;
 mod longbench;
 mod mmlu_pro;
 mod needle;
+mod overview;
 mod problems;
 mod recall;
 mod reconstruction;
@@ -50,6 +51,8 @@ enum Task {
     Reconstruction(reconstruction::ReconstructionArguments),
     /// Error of dictionaries on texts that they were learned on, and on others
     Dictionary(dictionary::DictionaryArguments),
+    /// Reports of several evaluations on one page: quality against bytes, and the spread over trainings of dictionaries
+    Overview(overview::OverviewArguments),
 }
 
 impl Eval {
@@ -66,6 +69,7 @@ impl Eval {
             Task::Divergence(text) => text.run(TextMeasure::Divergence),
             Task::Reconstruction(reconstruction) => reconstruction.run(),
             Task::Dictionary(dictionary) => dictionary.run(),
+            Task::Overview(overview) => overview.run(),
         }
     }
 }

@@ -38,7 +38,6 @@ pub(crate) struct Batch {
     pub(crate) cache: String,
     /// Items of the cache that were run before.
     pub(crate) first: usize,
-    pub(crate) seconds: f64,
     pub(crate) outcomes: Vec<Outcome>,
 }
 
@@ -165,6 +164,11 @@ impl ReportFolder {
 
     /// Saves settings, or a batch.
     pub(crate) fn append(&mut self, line: &impl Serialize) -> Result<()> {
+        self.append_all(std::slice::from_ref(line))
+    }
+
+    /// Saves batches, a line each.
+    pub(crate) fn append_all(&mut self, lines: &[impl Serialize]) -> Result<()> {
         let failed = |reason: String| {
             let reason = format!(
                 "what was done last could not be saved ({reason}); all before is whole: make room and go on with \
@@ -172,8 +176,11 @@ impl ReportFolder {
             );
             refused(&self.folder, reason)
         };
-        let mut bytes = serde_json::to_vec(line).map_err(|e| failed(e.to_string()))?;
-        bytes.push(b'\n');
+        let mut bytes = Vec::new();
+        for line in lines {
+            serde_json::to_writer(&mut bytes, line).map_err(|e| failed(e.to_string()))?;
+            bytes.push(b'\n');
+        }
         let written = self.progress.write_all(&bytes);
         let written = written.and_then(|()| self.progress.sync_data());
         written.map_err(|e| failed(e.to_string()))

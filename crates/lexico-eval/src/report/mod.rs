@@ -1,6 +1,7 @@
 //! Reports of an evaluation: results for machines, a page and a plot for people.
 
 pub mod folder;
+pub mod overview;
 mod page;
 
 use serde::Serialize;

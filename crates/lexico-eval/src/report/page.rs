@@ -5,6 +5,7 @@ use minijinja::value::Serde;
 use minijinja::{Environment, Error, Value, context};
 
 use super::Report;
+use super::overview::{Comparison, Overview};
 use crate::evaluation::{Difference, Evaluation, Run};
 use crate::plot::{Axis, Colours, Layout, Legend, Line, Panel, Scale, escape, svg};
 use crate::task::{Band, Measure, unique};
@@ -94,6 +95,75 @@ impl Report for Reconstruction {
     }
 }
 
+impl Report for Overview {
+    fn page(&self) -> Result<String, Error> {
+        let lead = "Each task's score against the bytes that a cache allocates over FP16's. Of several trainings of dictionaries a \
+                    point is the median, and its bar goes from the least to the most.";
+        let tables = self.comparisons.iter().map(|comparison| {
+            let (header, rows) = comparison.table();
+            context! { heading => comparison.title(), header, rows }
+        });
+        let columns = |columns: usize, frame: (f64, f64)| {
+            let layout = Layout {
+                frame,
+                legend: Legend::Below,
+                colours: Colours::Distinct,
+            };
+            Value::from_safe_string(svg(&self.panels(columns), layout))
+        };
+        render(
+            |score| score.to_string(),
+            context! {
+                title => "Quality against bytes", lead, tables => tables.collect::<Vec<_>>(),
+                wide => columns(3, (270.0, 220.0)), narrow => columns(1, (270.0, 220.0)),
+            },
+        )
+    }
+
+    fn plot(&self) -> String {
+        let layout = Layout {
+            frame: (270.0, 220.0),
+            legend: Legend::Below,
+            colours: Colours::Distinct,
+        };
+        svg(&self.panels(3), layout)
+    }
+}
+
+impl Overview {
+    /// A panel for each comparison, so many in a row, all with the same lines.
+    fn panels(&self, columns: usize) -> Vec<Vec<Panel>> {
+        let caches = self.comparisons.iter().flat_map(|own| &own.caches);
+        let families = unique(caches.map(|own| own.family.as_str()));
+        let panels = self.comparisons.iter().map(|own| own.panel(&families));
+        let panels: Vec<Panel> = panels.collect();
+        panels.chunks(columns).map(<[_]>::to_vec).collect()
+    }
+}
+
+impl Comparison {
+    /// The score against the size, a line a family.
+    fn panel(&self, families: &[&str]) -> Panel {
+        let factor = if self.measure.is_share() { 100.0 } else { 1.0 };
+        let line = |family: &&str| {
+            let own = || self.caches.iter().filter(|own| own.family == *family);
+            let points = own().map(|own| (100.0 * own.share, factor * own.median().score));
+            let bars = own().filter_map(|own| {
+                let (first, last) = (own.outcomes.first()?, own.outcomes.last()?);
+                Some((factor * first.score, factor * last.score))
+            });
+            Line {
+                name: (*family).to_owned(),
+                points: points.collect(),
+                bars: bars.collect(),
+            }
+        };
+        let lines = families.iter().map(line).collect();
+        let title = format!("{}, {}", self.task, self.model);
+        score_panel(self.measure, title, Some(self.full), lines)
+    }
+}
+
 /// Fills the template; `score` prints a score.
 fn render(
     score: impl Fn(f64) -> String + Send + Sync + 'static,
@@ -136,9 +206,16 @@ fn panel(evaluation: &Evaluation) -> Panel {
             bars: bars.collect(),
         }
     };
-    let full = evaluation.runs.first();
+    let full = evaluation.runs.first().map(|run| run.score);
+    let title = format!("{} against memory", measure.name());
+    score_panel(measure, title, full, families.iter().map(line).collect())
+}
+
+/// Lines of scores against sizes, `full` the score of the full cache.
+fn score_panel(measure: Measure, title: String, full: Option<f64>, lines: Vec<Line>) -> Panel {
+    let factor = if measure.is_share() { 100.0 } else { 1.0 };
     Panel {
-        title: format!("{} against memory", measure.name()),
+        title,
         x: Axis::new("bytes over FP16's, %", Scale::FromZero),
         y: match measure {
             Measure::Divergence => Axis::new("KL divergence from full, nats", Scale::Logarithmic),
@@ -147,8 +224,8 @@ fn panel(evaluation: &Evaluation) -> Panel {
         },
         level: full
             .filter(|_| measure != Measure::Divergence)
-            .map(|run| ("full".to_owned(), factor * run.score)),
-        lines: families.iter().map(line).collect(),
+            .map(|score| ("full".to_owned(), factor * score)),
+        lines,
     }
 }
 
@@ -207,7 +284,7 @@ fn runs(evaluation: &Evaluation) -> Value {
     if first.is_some_and(|run| run.distributions.is_some()) {
         header.extend(["99th percentile", "99.9th", "same token"]);
     }
-    header.extend(["budget", "seconds"]);
+    header.push("budget");
     let bound = |bound: Option<f64>| bound.map_or(String::new(), |x| measure.print(x));
     let rows = evaluation.runs.iter().map(|run| {
         let mut row = vec![
@@ -237,7 +314,7 @@ fn runs(evaluation: &Evaluation) -> Value {
             }
             row.push(percent(distributions.agreement));
         }
-        row.extend([run.budgets.join(", "), format!("{:.1}", run.seconds)]);
+        row.push(run.budgets.join(", "));
         row
     });
     let skipped = Value::from(Serde(&evaluation.skipped));

@@ -3,7 +3,8 @@
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 
-use lexico_llm::cache::{CacheSpec, KvCache};
+use lexico::threads::{Rayon, for_each};
+use lexico_llm::cache::{CacheSpec, KvCache, ReadTogether};
 use lexico_llm::decoder::{Logits, Sequence};
 use lexico_llm::sample::most_likely;
 use lexico_llm::{Corpus, Model};
@@ -138,18 +139,31 @@ impl TextTask {
         let (context, prompt) = (self.options.context, self.options.prompt);
         let each = caches.len();
         let mut next = Vec::with_capacity(prompts.len());
-        for (number, (tokens, caches)) in prompts.iter().zip(held.chunks_mut(each)).enumerate() {
-            let mut logits = Vec::with_capacity(each);
-            for cache in caches {
-                let mut sequences = [Sequence {
-                    tokens,
-                    cache: cache.as_mut(),
-                }];
-                let last = model.decoder.forward(&mut sequences, Logits::Last)?;
+        for (number, (tokens, held)) in prompts.iter().zip(held.chunks_mut(each)).enumerate() {
+            let mut logits = vec![Vec::new(); each];
+            let mut together = Vec::new();
+            let mut groups = Vec::new();
+            for (place, held) in held.iter_mut().enumerate() {
+                let held: &mut dyn KvCache = held.as_mut();
+                match caches[place].exact_prompts() {
+                    true => together.push((place, held)),
+                    false => groups.push(vec![(place, held)]),
+                }
+            }
+            for group in std::iter::once(together).chain(groups) {
+                let (places, mut held): (Vec<usize>, Vec<_>) = group.into_iter().unzip();
+                let Some(first) = held.pop() else { continue };
+                let mut read = ReadTogether {
+                    first,
+                    others: held,
+                };
+                let last = model.decoder.forward_one(tokens, &mut read, Logits::Last)?;
                 let last = last.squeeze(0).and_then(|last| last.to_vec1::<f32>());
                 let last = last.map_err(lexico_llm::Error::from)?;
                 check_finite(&last)?;
-                logits.push(last);
+                for place in places {
+                    logits[place].clone_from(&last);
+                }
                 if on_step().is_break() {
                     return Ok(None);
                 }
@@ -226,10 +240,10 @@ impl Task for TextTask {
     fn run(
         &self,
         model: &Model,
-        cache: &CacheSpec,
+        caches: &[&CacheSpec],
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
-    ) -> Result<Option<Vec<Outcome>>> {
+    ) -> Result<Option<Vec<Vec<Outcome>>>> {
         let Some(chunks) = self.tokens(model, items, on_step)? else {
             return Ok(None);
         };
@@ -237,37 +251,45 @@ impl Task for TextTask {
         let prompts: Vec<&[u32]> = chunks.iter().map(|chunk| &chunk[..prompt]).collect();
         let predicted = self.options.context - prompt;
         let full: CacheSpec = "full".parse()?;
-        let caches: &[&CacheSpec] = match self.measure {
-            // The full cache need not be held against itself.
-            TextMeasure::Divergence if cache.to_string() != "full" => &[&full, cache],
-            _ => &[cache],
-        };
-        let mut values = vec![Vec::with_capacity(predicted); items.len()];
-        let mut agreements = vec![0usize; items.len()];
+        let divergence = self.measure == TextMeasure::Divergence;
+        // What the others are held against.
+        let beside = divergence && caches.first().is_none_or(|first| !first.same_as(&full));
+        let full = beside.then_some(&full);
+        let all: Vec<&CacheSpec> = full.into_iter().chain(caches.iter().copied()).collect();
+        let each = all.len();
+        let mut values = vec![Vec::with_capacity(predicted); each * items.len()];
+        let mut agreements = vec![0usize; each * items.len()];
         let mut visit = |chunk: usize, at: usize, logits: &[Vec<f32>]| {
             let token = chunks[chunk][at];
-            let [first, last] = [&logits[0], &logits[logits.len() - 1]];
-            values[chunk].push(match self.measure {
-                TextMeasure::Perplexity => {
-                    let likelihood = log_softmax(last).get(token as usize).copied();
-                    -likelihood.unwrap_or(f64::NEG_INFINITY)
-                }
-                TextMeasure::Divergence => {
-                    agreements[chunk] += usize::from(most_likely(first) == most_likely(last));
-                    f64::from(divergence(&log_softmax(first), &log_softmax(last)) as f32)
-                }
+            let first = Prediction::new(&logits[0]);
+            let mut found = vec![(0.0, true); each];
+            let measure = self.measure;
+            for_each(&Rayon, found.iter_mut().zip(logits), |(found, logits)| {
+                let own = Prediction::new(logits);
+                *found = match measure {
+                    TextMeasure::Perplexity => (own.loss(token), true),
+                    TextMeasure::Divergence => {
+                        let same = most_likely(first.logits) == most_likely(own.logits);
+                        (f64::from(first.divergence(&own) as f32), same)
+                    }
+                };
             });
+            for (place, (value, same)) in (each * chunk..).zip(found) {
+                values[place].push(value);
+                agreements[place] += usize::from(same);
+            }
             token
         };
-        let Some(held) = self.read(model, caches, &prompts, on_step, &mut visit)? else {
+        let Some(held) = self.read(model, &all, &prompts, on_step, &mut visit)? else {
             return Ok(None);
         };
-        let own = held.chunks(caches.len()).filter_map(|caches| caches.last());
-        let outcomes = own.zip(items).zip(values.into_iter().zip(agreements));
-        let outcomes = outcomes.map(|((cache, item), (values, agreements))| {
+        let mut outcomes = vec![Vec::with_capacity(items.len()); each];
+        for (place, ((cache, values), agreements)) in
+            held.iter().zip(values).zip(agreements).enumerate()
+        {
             let fp16 = model.decoder.config().fp16_cache_bytes(cache.len());
-            Outcome {
-                id: item.to_string(),
+            outcomes[place % each].push(Outcome {
+                id: items[place / each].to_string(),
                 group: None,
                 score: values.iter().sum::<f64>() / predicted as f64,
                 share: cache.footprint().total() as f64 / fp16 as f64,
@@ -283,9 +305,9 @@ impl Task for TextTask {
                         agreement: agreements as f64 / predicted as f64,
                     },
                 },
-            }
-        });
-        Ok(Some(outcomes.collect()))
+            });
+        }
+        Ok(Some(outcomes.split_off(usize::from(beside))))
     }
 }
 
@@ -297,22 +319,40 @@ fn check_finite(logits: &[f32]) -> Result<()> {
     }
 }
 
-/// Logarithms of the probabilities.
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let largest = f64::from(largest);
-    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - largest).exp()).sum();
-    let normaliser = largest + sum.ln();
-    logits.iter().map(|&l| f64::from(l) - normaliser).collect()
+/// Logits of the next token, and the logarithm of the sum of their exponentials.
+struct Prediction<'a> {
+    logits: &'a [f32],
+    normaliser: f64,
 }
 
-/// `Σ p (ln p − ln q)` of logarithms of probabilities, in nats.
-fn divergence(p: &[f64], q: &[f64]) -> f64 {
-    p.iter()
-        .zip(q)
-        .map(|(p, q)| p.exp() * (p - q))
-        .sum::<f64>()
-        .max(0.0)
+impl<'a> Prediction<'a> {
+    fn new(logits: &'a [f32]) -> Self {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let largest = f64::from(largest);
+        let sum: f64 = logits.iter().map(|&l| (f64::from(l) - largest).exp()).sum();
+        Self {
+            logits,
+            normaliser: largest + sum.ln(),
+        }
+    }
+
+    /// Logarithms of the probabilities.
+    fn logarithms(&self) -> impl Iterator<Item = f64> + '_ {
+        let logits = self.logits.iter().copied();
+        logits.map(|logit| f64::from(logit) - self.normaliser)
+    }
+
+    /// The negative logarithm of a token's probability.
+    fn loss(&self, token: u32) -> f64 {
+        let own = self.logits.get(token as usize).copied();
+        self.normaliser - own.map_or(f64::NEG_INFINITY, f64::from)
+    }
+
+    /// `Σ p (ln p − ln q)`, in nats, of these probabilities `p`.
+    fn divergence(&self, other: &Self) -> f64 {
+        let pairs = self.logarithms().zip(other.logarithms());
+        pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
+    }
 }
 
 #[cfg(test)]
@@ -326,17 +366,22 @@ mod tests {
             vec![1e4, 1e4 - 1.0],
             vec![-3e38, 3e38],
         ] {
-            let sum: f64 = log_softmax(&logits).iter().map(|l| l.exp()).sum();
+            let sum: f64 = Prediction::new(&logits).logarithms().map(f64::exp).sum();
             assert!((sum - 1.0).abs() < 1e-12, "{logits:?}: {sum}");
         }
     }
 
     #[test]
     fn divergence_is_that_of_coins() {
-        let coin = |p: f64| vec![p.ln(), (1.0 - p).ln()];
+        let coin = |p: f64| [(p / (1.0 - p)).ln() as f32, 0.0];
+        let divergence = |p: f64, q: f64| {
+            let (p, q) = (coin(p), coin(q));
+            Prediction::new(&p).divergence(&Prediction::new(&q))
+        };
         // 0.5 ln(0.5/0.9) + 0.5 ln(0.5/0.1)
-        assert!((divergence(&coin(0.5), &coin(0.9)) - 0.510_825_623_765_990_7).abs() < 1e-12);
-        assert_eq!(divergence(&coin(0.3), &coin(0.3)), 0.0);
+        assert!((divergence(0.5, 0.9) - 0.510_825_623_765_990_7).abs() < 1e-7);
+        assert_eq!(divergence(0.3, 0.3), 0.0);
+        assert!((Prediction::new(&coin(0.25)).loss(0) - 4.0f64.ln()).abs() < 1e-7);
         assert_eq!(most_likely(&[0.1, 0.7, 0.7]), 1);
     }
 }

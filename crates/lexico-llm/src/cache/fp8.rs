@@ -7,7 +7,7 @@ use float8::F8E4M3;
 use super::bits::grow;
 use super::dense_parts::{DENSE_LAYERS, DenseParts, SINKS, WithSinks};
 use super::method::{Method, Values, option};
-use super::stored::{CodedHead, CodedVectors, Own, Place, StoredCache, StoredLayer};
+use super::stored::{CodedHead, CodedVectors, OWN, Own, Place, StoredCache, StoredLayer};
 use super::{CacheContext, CacheSpec, Decoded, Step};
 use crate::error::Result;
 
@@ -33,9 +33,7 @@ pub(super) static METHOD: Method = Method {
             "scales of keys and of values: 1, or from the largest of a layer's first step, as \
              vLLM's calculate_kv_scales",
         ),
-        option("own", Values::OneOf(&["coded", "exact"]), "coded").about(
-            "new positions are attended to as coded (as in vLLM), or exact (as by others here)",
-        ),
+        OWN,
         option("window", Values::Count, "0").about("newest positions, kept dense"),
         SINKS,
         DENSE_LAYERS,
@@ -89,10 +87,7 @@ impl Settings {
     fn new(spec: &CacheSpec, context: &CacheContext<'_>) -> Result<Self> {
         Ok(Self {
             calibrates: spec.text("scales") == "prompt",
-            own: match spec.text("own") {
-                "exact" => Own::Exact,
-                _ => Own::Coded,
-            },
+            own: Own::of(spec),
             window: spec.number("window")?,
             dense: DenseParts::new(spec, context.config)?,
         })

@@ -302,19 +302,30 @@ impl LexicoCache {
     }
 }
 
+impl LexicoCache {
+    fn append(&mut self, layer: usize, step: &Step) -> Result<()> {
+        let new = KeyValue::new(&step.keys[..], &step.values[..]);
+        let appended = self.layers[layer].append(new, &ModelThreads);
+        appended.map_err(|error| explained(layer, error))?;
+        if layer + 1 == self.layers.len() {
+            self.positions += step.positions();
+        }
+        Ok(())
+    }
+}
+
 impl KvCache for LexicoCache {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        if layer + 1 == self.layers.len() {
-            self.positions += k.dim(1)?;
-        }
         let step = Step::new(q, k, v)?;
         let new = KeyValue::new(&step.keys[..], &step.values[..]);
         let mut out = vec![0.0; step.queries.len()];
-        let own = &mut self.layers[layer];
-        own.attend(&step.queries, Some(new), &mut out, &ModelThreads);
-        own.append(new, &ModelThreads)
-            .map_err(|error| explained(layer, error))?;
+        self.layers[layer].attend(&step.queries, Some(new), &mut out, &ModelThreads);
+        self.append(layer, &step)?;
         Ok(Tensor::from_vec(out, step.shape, &Device::Cpu)?)
+    }
+
+    fn read(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.append(layer, &Step::new(q, k, v)?)
     }
 
     fn len(&self) -> usize {

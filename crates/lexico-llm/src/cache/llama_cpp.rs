@@ -5,7 +5,7 @@ use super::bits::grow;
 use super::dense_parts::{DENSE_LAYERS, DenseParts, SINKS, WithSinks};
 use super::method::{Method, Values, option};
 use super::rotation::{RotatedLayer, Rotation};
-use super::stored::{CodedHead, CodedVectors, Own, StoredCache};
+use super::stored::{CodedHead, CodedVectors, OWN, Own, StoredCache};
 use super::{CacheContext, CacheSpec};
 use crate::error::Result;
 
@@ -32,10 +32,7 @@ pub(super) static METHOD: Method = Method {
         option("v", TYPES, "q8_0").about("type of values, as --cache-type-v"),
         option("rotation", Values::OneOf(&["on", "off"]), "on")
             .about("Hadamard rotation before quantisation, as by default since April 2026"),
-        option("own", Values::OneOf(&["coded", "exact"]), "coded").about(
-            "new positions are attended to as coded (as in llama.cpp), or exact (as by others \
-             here)",
-        ),
+        OWN,
         option("window", Values::Count, "0").about("newest positions, kept dense"),
         SINKS,
         DENSE_LAYERS,
@@ -112,10 +109,7 @@ impl Settings {
         }
         Ok(Self {
             types: KeyValue::new("k", "v").map(|option| BlockType::named(spec.text(option))),
-            own: match spec.text("own") {
-                "exact" => Own::Exact,
-                _ => Own::Coded,
-            },
+            own: Own::of(spec),
             window: spec.number("window")?,
             dense: DenseParts::new(spec, context.config)?,
         })

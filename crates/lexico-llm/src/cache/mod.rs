@@ -35,6 +35,7 @@ mod snapkv;
 mod spec;
 mod stored;
 mod streaming_llm;
+mod together;
 mod turboquant;
 mod uniform;
 mod vllm_turboquant;
@@ -51,6 +52,7 @@ pub use full::FullCache;
 pub(crate) use lexico::SINKS;
 pub use method::{CacheBudget, CacheContext, Lengths, Method, MethodOption, Values};
 pub use spec::{CacheSpec, METHODS};
+pub use together::ReadTogether;
 
 use crate::error::{Error, Result};
 use crate::threads::ModelThreads;
@@ -67,6 +69,14 @@ pub trait KvCache: Send {
     /// [`crate::Error::Coding`] for a key or value that is not finite; the cache cannot be used
     /// any further then.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// Takes new positions as [`attend`](KvCache::attend) does, where nobody asks for the attention.
+    ///
+    /// # Errors
+    /// Those of [`attend`](KvCache::attend).
+    fn read(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.attend(layer, q, k, v).map(drop)
+    }
 
     /// Positions taken so far: the next one's number. A model with a sliding window no longer
     /// needs the oldest of them, and they may be gone.
@@ -192,6 +202,11 @@ impl Step {
         let keys = self.keys.chunks_exact(t * m);
         let pairs = keys.zip(self.values.chunks_exact(t * m));
         pairs.map(|(keys, values)| KeyValue::new(keys, values))
+    }
+
+    /// Returns the number of new positions.
+    pub(crate) fn positions(&self) -> usize {
+        self.shape.1
     }
 
     /// Returns the queries of every KV head's group, `[G, t, m]`.

@@ -4,6 +4,7 @@ use std::str::FromStr;
 use ::lexico::attention::NumberType;
 
 use super::method::Budget;
+use super::stored::{OWN, Own};
 use super::{
     CacheBudget, CacheContext, KvCache, Lengths, Method, fp8, full, h2o, kivi, kvarn, lexico,
     llama_cpp, oscar, per_token, pyramidkv, random, snapkv, streaming_llm, turboquant,
@@ -71,6 +72,13 @@ impl CacheSpec {
         };
         let variant = VARIANTS.iter().find(own);
         variant.unwrap_or(&self.method.name)
+    }
+
+    /// Returns true where new positions attend to each other as they are while a prompt is read, so that the model computes
+    /// the same of the prompt as with every other such cache.
+    pub fn exact_prompts(&self) -> bool {
+        let mut options = self.method.options.iter();
+        !options.any(|own| own.summary == OWN.summary) || Own::of(self) == Own::Exact
     }
 
     /// Makes an empty cache.

@@ -6,9 +6,9 @@ use ::lexico::attention::{DenseRows, NumberType, Positions, Source};
 use ::lexico::cache::outside_window;
 use candle_core::Tensor;
 
-use super::method::Lengths;
+use super::method::{Lengths, MethodOption, Values, option};
 use super::recent_window::RecentWindow;
-use super::{Decoded, Footprint, KvCache, Step};
+use super::{CacheSpec, Decoded, Footprint, KvCache, Step};
 use crate::config::Config;
 use crate::error::Result;
 
@@ -34,6 +34,14 @@ pub trait StoredLayer: Send {
     /// # Errors
     /// Those of the tensors that it computes with.
     fn attend(&mut self, shared: &mut Self::Shared, step: &Step, at: Place) -> Result<Tensor>;
+
+    /// Takes a step's positions where nobody asks for the attention.
+    ///
+    /// # Errors
+    /// Those of [`attend`](StoredLayer::attend).
+    fn read(&mut self, shared: &mut Self::Shared, step: &Step, at: Place) -> Result<()> {
+        self.attend(shared, step, at).map(drop)
+    }
 
     /// All keys and values as attention takes them; `None` of a method that gives positions up.
     ///
@@ -134,8 +142,14 @@ impl<H: StoredHead> StoredCache<Vec<H>> {
     }
 }
 
-impl<L: StoredLayer> KvCache for StoredCache<L> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+impl<L: StoredLayer> StoredCache<L> {
+    /// Gives a step to its layer.
+    fn step<T>(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        take: impl FnOnce(&mut L, &mut L::Shared, &Step, Place) -> Result<T>,
+    ) -> Result<T> {
         let step = Step::new(q, k, v)?;
         if L::FINITE_ONLY {
             step.check_finite(layer)?;
@@ -144,11 +158,21 @@ impl<L: StoredLayer> KvCache for StoredCache<L> {
             layer,
             sliding_window: self.sliding_window,
         };
-        let out = self.layers[layer].attend(&mut self.shared, &step, at)?;
+        let out = take(&mut self.layers[layer], &mut self.shared, &step, at)?;
         if layer + 1 == self.layers.len() {
             self.positions += k.dim(1)?;
         }
         Ok(out)
+    }
+}
+
+impl<L: StoredLayer> KvCache for StoredCache<L> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        self.step(layer, [q, k, v], L::attend)
+    }
+
+    fn read(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.step(layer, [q, k, v], L::read)
     }
 
     fn len(&self) -> usize {
@@ -179,6 +203,11 @@ impl<H: StoredHead> StoredLayer for Vec<H> {
         let attended = attended(self, step);
         let attended = attended.as_ref().unwrap_or(step);
         let out = attended.attend(self, at.sliding_window, H::sources)?;
+        self.read(shared, step, at)?;
+        Ok(out)
+    }
+
+    fn read(&mut self, shared: &mut H::Shared, step: &Step, at: Place) -> Result<()> {
         let new = step.queries().zip(step.heads());
         for (head, (queries, vectors)) in self.iter_mut().zip(new) {
             let new = NewPositions {
@@ -191,7 +220,7 @@ impl<H: StoredHead> StoredLayer for Vec<H> {
                 head.drop_front(outside);
             }
         }
-        Ok(out)
+        Ok(())
     }
 
     fn decoded(&self, _shared: &Self::Shared) -> Result<Option<Decoded>> {
@@ -248,6 +277,20 @@ pub(super) enum Own {
     Coded,
     /// As coded where a step has one position, and as they are in prompts.
     CodedInDecode,
+}
+
+/// Option of methods whose programs write to the cache first, of prompts too.
+pub(super) const OWN: MethodOption = option("own", Values::OneOf(&["coded", "exact"]), "coded")
+    .about("new positions are attended to as coded (as in its program), or exact (as by others)");
+
+impl Own {
+    /// What the option says.
+    pub(super) fn of(spec: &CacheSpec) -> Self {
+        match spec.text(OWN.name) {
+            "exact" => Self::Exact,
+            _ => Self::Coded,
+        }
+    }
 }
 
 /// A growing list of keys, or of values, of a KV head in a code.

@@ -93,9 +93,8 @@ impl Layer {
         sequences: &mut [Sequence<'_>],
     ) -> Result<Tensor> {
         let epsilon = config.norm_epsilon as f32;
-        let normed = rms_norm(x, &self.attention_norm, epsilon)?;
-        let attended = self.attend(config, layer, &normed, rotation, sequences)?;
-        let x = (x + self.output.forward(&attended)?)?;
+        let attended = self.attended(config, layer, x, rotation, sequences)?;
+        let x = (x + self.project(&attended)?)?;
         let tokens = x.dim(0)?;
         if tokens <= AT_ONCE {
             return self.feed_forward(&x, epsilon);
@@ -106,6 +105,49 @@ impl Layer {
             parts.push(self.feed_forward(&part, epsilon)?);
         }
         Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// The outputs of all heads, `[tokens, heads·m]`, for `x` `[tokens, hidden]` as it comes into the layer.
+    pub(super) fn attended(
+        &self,
+        config: &Config,
+        layer: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        sequences: &mut [Sequence<'_>],
+    ) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.attention_norm, config.norm_epsilon as f32)?;
+        self.attend(config, layer, &normed, rotation, sequences)
+    }
+
+    /// What the heads' outputs `[tokens, heads·m]` add to the layer's input, `[tokens, hidden]`.
+    fn project(&self, attended: &Tensor) -> Result<Tensor> {
+        self.output.forward(attended)
+    }
+
+    /// See [`Decoder::changes`](super::Decoder::changes).
+    pub(super) fn changes(
+        &self,
+        config: &Config,
+        x: &Tensor,
+        attended: &Tensor,
+        changed: &Tensor,
+    ) -> Result<Vec<f64>> {
+        let squares = |rows: &Tensor| -> Result<Vec<f32>> { Ok(rows.sqr()?.sum(1)?.to_vec1()?) };
+        let whole = squares(&(x + self.project(attended)?)?)?;
+        let difference = (changed - attended)?;
+        let width = config.heads / config.kv_heads * config.head_dim;
+        let of_head = |head: usize| {
+            let own = difference.narrow(1, head * width, width)?;
+            let rest = (config.kv_heads - head - 1) * width;
+            let own = own.pad_with_zeros(1, head * width, rest)?;
+            let moved = squares(&self.output.matrix.multiply(&own.contiguous()?)?)?;
+            let shares = moved.iter().zip(&whole);
+            Ok(shares
+                .map(|(&own, &all)| f64::from(own) / f64::from(all))
+                .sum())
+        };
+        (0..config.kv_heads).map(of_head).collect()
     }
 
     fn feed_forward(&self, x: &Tensor, epsilon: f32) -> Result<Tensor> {
@@ -121,15 +163,6 @@ impl Layer {
         [&self.attention_norm, &self.feed_forward_norm]
             .into_iter()
             .chain(heads)
-    }
-
-    /// See [`Decoder::rounds_activations`](super::Decoder::rounds_activations).
-    pub(super) fn rounds_activations(&self) -> bool {
-        let attention = [&self.query, &self.key, &self.value, &self.output];
-        let mut all = attention
-            .into_iter()
-            .chain([&self.gate, &self.up, &self.down]);
-        all.any(|linear| linear.matrix.rounds_activations())
     }
 
     /// See [`Decoder::output_moments`](super::Decoder::output_moments).
@@ -175,5 +208,75 @@ impl Layer {
         }
         let (q, k) = (rotation.apply(&q)?, rotation.apply(&k)?);
         attend_all(layer, &q, &k, &v, sequences)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test may panic
+
+    use candle_core::{Device, Tensor};
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use crate::Model;
+
+    #[test]
+    fn changes_are_those_of_each_group_by_the_definition() {
+        let model = Model::tiny().unwrap();
+        let (decoder, config) = (&model.decoder, model.decoder.config());
+        let (tokens, width) = (5, config.heads * config.head_dim);
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut draw = |columns: usize| {
+            let numbers: Vec<f32> = (0..tokens * columns)
+                .map(|_| rng.random_range(-1.0..1.0))
+                .collect();
+            Tensor::from_vec(numbers, (tokens, columns), &Device::Cpu).unwrap()
+        };
+        let (input, attended, moved) = (draw(config.hidden), draw(width), draw(width));
+        let rows = |x: &Tensor| x.to_vec2::<f32>().unwrap();
+        let squared = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
+        let layer = &decoder.layers[1];
+        let before = rows(&layer.project(&attended).unwrap());
+        let group = config.heads / config.kv_heads * config.head_dim;
+        let mut all = rows(&attended);
+        for head in 0..config.kv_heads {
+            // Only this head's outputs are others.
+            let mut changed = rows(&attended);
+            for ((own, all), moved) in changed.iter_mut().zip(&mut all).zip(rows(&moved)) {
+                let part = head * group..(head + 1) * group;
+                own[part.clone()].copy_from_slice(&moved[part.clone()]);
+                all[part.clone()].copy_from_slice(&moved[part]);
+            }
+            let changed = Tensor::new(changed, &Device::Cpu).unwrap();
+            let after = rows(&layer.project(&changed).unwrap());
+            let mut expected = 0.0;
+            for ((input, before), after) in rows(&input).iter().zip(&before).zip(&after) {
+                let sum = input
+                    .iter()
+                    .zip(before)
+                    .map(|(a, b)| f64::from(*a) + f64::from(*b));
+                let difference = after
+                    .iter()
+                    .zip(before)
+                    .map(|(a, b)| f64::from(*a) - f64::from(*b));
+                let (sum, difference): (Vec<f64>, Vec<f64>) = (sum.collect(), difference.collect());
+                expected += squared(&difference) / squared(&sum);
+            }
+            let found = decoder.changes(1, &input, &attended, &changed).unwrap();
+            for (other, &found) in found.iter().enumerate() {
+                let expected = if other == head { expected } else { 0.0 };
+                assert!(
+                    (found - expected).abs() <= 1e-3 * expected,
+                    "{head}, {other}: {found}, {expected}"
+                );
+            }
+        }
+        // All at once: each head's change is the same.
+        let all = Tensor::new(all, &Device::Cpu).unwrap();
+        let all = decoder.changes(1, &input, &attended, &all).unwrap();
+        assert!(all.len() == config.kv_heads && all.iter().all(|change| *change > 0.0));
+        let none = decoder.changes(1, &input, &attended, &attended).unwrap();
+        assert!(none.iter().all(|change| *change == 0.0));
     }
 }

@@ -30,11 +30,6 @@ pub(super) enum Matrix {
 }
 
 impl Matrix {
-    /// Whether products round what they are multiplied with to 8 bits.
-    pub(super) fn rounds_activations(&self) -> bool {
-        matches!(self, Self::Blocks(_) | Self::Quantised(_))
-    }
-
     /// Reads a matrix some rows at a time, quantising it on the way where that is wanted and makes it smaller.
     pub(super) fn load(
         weights: &Weights,

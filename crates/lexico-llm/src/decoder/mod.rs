@@ -110,12 +110,6 @@ impl Decoder {
         &self.config
     }
 
-    /// Whether some of its products round activations to 8 bits, so that the least change of one moves many: its outputs
-    /// are then far enough from each other that small changes cannot be told apart.
-    pub(crate) fn rounds_activations(&self) -> bool {
-        self.layers.iter().any(Layer::rounds_activations)
-    }
-
     /// The weights of all norms, which no file of a model rounds: layer after layer, the last norm in the end.
     ///
     /// # Errors
@@ -136,6 +130,40 @@ impl Decoder {
     /// [`Error::Tensor`].
     pub(crate) fn output_moments(&self, layer: usize) -> Result<Vec<f64>> {
         self.layers[layer].output_moments(&self.config)
+    }
+
+    /// The outputs of a layer's heads at new positions, `[tokens, heads·m]`, for what comes into the layer there,
+    /// `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// Those of the cache, [`Error::Tensor`].
+    pub(crate) fn attended(
+        &self,
+        layer: usize,
+        input: &Tensor,
+        tokens: &[u32],
+        cache: &mut dyn KvCache,
+    ) -> Result<Tensor> {
+        let mut sequences = [Sequence { tokens, cache }];
+        let (positions, _) = self.check(&sequences)?;
+        let rotation = rotary::Rotation::at(&positions, &self.frequencies, &self.device)?;
+        self.layers[layer].attended(&self.config, layer, input, &rotation, &mut sequences)
+    }
+
+    /// How far a layer's output moves where the outputs of its heads change from `attended` to `changed`,
+    /// `[tokens, heads·m]` both: for the query group of each KV head, the squared length of what is added over that of
+    /// what the layer's attention gives with its `input` `[tokens, hidden]`, summed up over the tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`].
+    pub(crate) fn changes(
+        &self,
+        layer: usize,
+        input: &Tensor,
+        attended: &Tensor,
+        changed: &Tensor,
+    ) -> Result<Vec<f64>> {
+        self.layers[layer].changes(&self.config, input, attended, changed)
     }
 
     /// Runs the new tokens of one sequence through the model.

@@ -1,4 +1,7 @@
 //! The loss that coding the keys or the values of one KV head costs the model's predictions.
+//!
+//! Predictions with one head coded differ from those without by so little that rounding drowns it, and cost a pass of
+//! the model each. What coding a head does to what its layer adds up is seen at once.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -23,14 +26,14 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::threads::ModelThreads;
 
-/// Fewest and most tokens of a window whose predictions are looked at; what lies before them is coded.
-const PREDICTED: (usize, usize) = (16, 128);
+/// Most tokens of a window whose predictions are looked at, a quarter at the most; what lies before them is coded.
+const PREDICTED: usize = 128;
 /// Newest positions before them that stay dense, a quarter at the most: few, as where memory is short.
 const RECENT: usize = 32;
-/// Fewest windows to look at, where there are so many.
-const WINDOWS: usize = 2;
+/// Windows on which heads are coded one by one.
+const WINDOWS: usize = 4;
 /// Windows on which sparsities that follow the losses are held against the same for all heads.
-const JUDGED: usize = 4;
+const JUDGED: usize = 2;
 /// Shorter windows say nothing.
 const SHORTEST: usize = 8;
 
@@ -60,25 +63,22 @@ pub(super) fn file(family: CodeFamily) -> &'static str {
 struct Measured {
     windows: usize,
     predictions: usize,
-    /// Cases of the next window that were looked at.
-    cases: usize,
-    /// Losses of every layer, part, head and probed sparsity in turn.
-    sums: Vec<f64>,
+    /// Layers of the next window that were looked at.
+    layers: usize,
+    /// Changes by every layer, part, head and probed sparsity in turn.
+    changes: Vec<f64>,
     /// Squared errors of every layer, part, head and sparsity in turn.
     errors: Vec<f64>,
 }
 
-/// Measures on `windows`, one after another, as far as `tokens` for the model to take go, but on two of 16 predictions
-/// at the least. `None` where the dictionaries are too small for several sparsities, or the windows too short.
-///
-/// The model predicts with each head coded at two sparsities only, from the head's layer on. The losses at the other
-/// sparsities follow from the error of the head's vectors, which is cheap, by the power of it that goes through both.
+/// Measures on a few windows how far coding each head moves what its layer gives, at two sparsities. How far at others
+/// follows from the error of the head's vectors, which is cheap, by the power of it that goes through both. `None` where
+/// the dictionaries are too small for several sparsities, or the windows too short.
 fn coding_losses(
     model: &Model,
     layers: &[LayerDictionaries],
     family: CodeFamily,
     windows: &[Vec<u32>],
-    tokens: usize,
     state: Option<&State>,
     progress: &mut OnProgress<'_>,
 ) -> Result<Option<CodingLosses>> {
@@ -89,7 +89,8 @@ fn coding_losses(
         CodeFamily::Additive => &SPARSITIES,
     };
     let sparsities: Vec<usize> = measured.iter().filter(possible).copied().collect();
-    let windows: Vec<&Vec<u32>> = windows.iter().filter(|w| w.len() >= SHORTEST).collect();
+    let windows = windows.iter().filter(|w| w.len() >= SHORTEST);
+    let windows: Vec<&Vec<u32>> = windows.take(WINDOWS).collect();
     if sparsities.len() < 2 || windows.is_empty() {
         return Ok(None);
     }
@@ -97,14 +98,10 @@ fn coding_losses(
     let coders = layers.iter().map(|layer| coding.coders(layer));
     let coders: Vec<KeyValue<Coder>> = coders.collect::<::lexico::Result<_>>()?;
     let probes = probes(&sparsities);
-    let places = layers.len() * 2 * config.kv_heads;
-    let count = places * probes.len();
-    let worth = tokens / count;
-    let most = (worth / WINDOWS).clamp(PREDICTED.0, PREDICTED.1);
-    let windows = &windows[..windows.len().min((worth / most).max(WINDOWS))];
+    let (m, places) = (config.head_dim, layers.len() * 2 * config.kv_heads);
     let saved = state.map(|state| state.load_json(file(family)));
     let mut measured: Measured = saved.transpose()?.flatten().unwrap_or_default();
-    measured.sums.resize(count, 0.0);
+    measured.changes.resize(places * probes.len(), 0.0);
     measured.errors.resize(places * sparsities.len(), 0.0);
     let save =
         |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(file(family), measured));
@@ -112,54 +109,48 @@ fn coding_losses(
     for (number, window) in windows.iter().enumerate().skip(measured.windows) {
         // Contexts of all lengths: heads matter more in some than in others.
         let length = window.len() * (number + 1) / windows.len();
-        let window = &window[..length.max(SHORTEST)];
-        let (before, predicted) = window.split_at(window.len() - (window.len() / 4).min(most));
+        let (before, predicted) = split(&window[..length.max(SHORTEST)]);
         let mut past = Past::new(config);
         let decoder = &model.decoder;
         decoder.forward_one(before, &mut past, Logits::Last)?;
         past.reading = false;
         let mut inputs = Vec::with_capacity(layers.len());
-        let logits =
-            decoder.forward_from(None, predicted, &mut past, &mut |x| inputs.push(x.clone()))?;
-        let reference = log_probabilities(&logits)?;
-        for case in measured.cases..count {
-            let (place, sparsity) = (case / probes.len(), probes[case % probes.len()]);
-            let (head, part) = (place % config.kv_heads, place / config.kv_heads % 2);
-            let layer = place / config.kv_heads / 2;
-            let KeyValue { keys, values } = &coders[layer];
-            let (coder, fit) = ([keys, values][part], Fit::default());
-            let vectors = past.rows(layer, head, part).to_f32();
-            if case % probes.len() == 0 {
-                let stride = (vectors.len() / config.head_dim).div_ceil(VECTORS).max(1);
-                let rows = vectors.chunks_exact(config.head_dim).step_by(stride);
-                let rows: Vec<f32> = rows.flatten().copied().collect();
-                let errors = &mut measured.errors[place * sparsities.len()..];
-                for (error, &sparsity) in errors.iter_mut().zip(&sparsities) {
-                    let positions = (0..).step_by(stride);
-                    *error += squared_error(coder, head, positions, &rows, sparsity)?;
+        decoder.forward_from(None, predicted, &mut past, &mut |x| inputs.push(x.clone()))?;
+        for layer in measured.layers..layers.len() {
+            let attended = decoder.attended(layer, &inputs[layer], predicted, &mut past)?;
+            for part in 0..PARTS.len() {
+                let KeyValue { keys, values } = &coders[layer];
+                let coder = [keys, values][part];
+                let first = (layer * PARTS.len() + part) * config.kv_heads;
+                let vectors: Vec<Vec<f32>> = (0..config.kv_heads)
+                    .map(|head| past.rows(layer, head, part).to_f32())
+                    .collect();
+                for (head, vectors) in vectors.iter().enumerate() {
+                    let errors = &mut measured.errors[(first + head) * sparsities.len()..];
+                    add_errors(coder, m, head, vectors, &sparsities, errors)?;
+                }
+                for (probe, &sparsity) in probes.iter().enumerate() {
+                    let coded = vectors.iter().enumerate();
+                    let coded = coded.map(|(head, own)| coded_rows(coder, m, head, own, sparsity));
+                    past.changed = Some((layer, part, coded.collect::<Result<_>>()?));
+                    let changed = decoder.attended(layer, &inputs[layer], predicted, &mut past)?;
+                    past.changed = None;
+                    let moved = decoder.changes(layer, &inputs[layer], &attended, &changed)?;
+                    if !moved.iter().all(|own| own.is_finite()) {
+                        let part = PARTS[part];
+                        let reason =
+                            format!("with the {part} of layer {layer} coded it gives no numbers");
+                        return Err(Error::Measure(reason));
+                    }
+                    for (head, moved) in moved.into_iter().enumerate() {
+                        measured.changes[(first + head) * probes.len() + probe] += moved;
+                    }
                 }
             }
-            let mut coded = coder.reconstruct(head, 0.., &vectors, sparsity, fit, &ModelThreads)?;
-            keep_dense(&vectors, config.head_dim, &mut coded);
-            let mut rows = DenseRows::new(config.head_dim, NumberType::F32);
-            rows.extend(&coded);
-            past.changed = Some((layer, head, part, rows));
-            let input = Some((layer, &inputs[layer]));
-            let coded = decoder.forward_from(input, predicted, &mut past, &mut |_| ())?;
-            let coded = log_probabilities(&coded)?;
-            past.changed = None;
-            let sum = divergence(&reference, &coded);
-            if !sum.is_finite() {
-                let part = PARTS[part];
-                let reason =
-                    format!("with the {part} of layer {layer} coded the model predicts no numbers");
-                return Err(Error::Measure(reason));
-            }
-            measured.sums[case] += sum;
-            measured.cases += 1;
+            measured.layers += 1;
             let flow = progress(TrainProgress::Measuring {
-                done: number * count + measured.cases,
-                total: windows.len() * count,
+                done: number * layers.len() + measured.layers,
+                total: windows.len() * layers.len(),
             });
             let due = state.is_some_and(|state| last_saved.elapsed() >= state.every);
             if due || flow == ControlFlow::Break(()) {
@@ -169,12 +160,12 @@ fn coding_losses(
             go_on(flow)?;
         }
         measured.windows += 1;
-        measured.cases = 0;
+        measured.layers = 0;
         measured.predictions += predicted.len();
         save(&measured)?;
     }
     let predictions = measured.predictions.max(1) as f64;
-    let probed = measured.sums.chunks_exact(probes.len());
+    let probed = measured.changes.chunks_exact(probes.len());
     let errors = measured.errors.chunks_exact(sparsities.len());
     let mut heads = probed.zip(errors).map(|(probed, errors)| {
         let probed: Vec<f64> = probed.iter().map(|sum| sum / predictions).collect();
@@ -191,9 +182,47 @@ fn coding_losses(
     }))
 }
 
-/// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`,
-/// and puts it into them, with additive codes too where there are codebooks. `tokens` are about as many as the model
-/// takes, but at least 32 for each head's keys and values at each of two sparsities; a window has `context`.
+/// Cuts a window into what is coded and what is predicted from it.
+fn split(window: &[u32]) -> (&[u32], &[u32]) {
+    window.split_at(window.len() - (window.len() / 4).min(PREDICTED))
+}
+
+/// The vectors of a head, all but those that caches keep dense as their codes of this sparsity say.
+fn coded_rows(
+    coder: &Coder,
+    m: usize,
+    head: usize,
+    vectors: &[f32],
+    sparsity: usize,
+) -> Result<DenseRows> {
+    let mut coded =
+        coder.reconstruct(head, 0.., vectors, sparsity, Fit::default(), &ModelThreads)?;
+    keep_dense(vectors, m, &mut coded);
+    let mut rows = DenseRows::new(m, NumberType::F32);
+    rows.extend(&coded);
+    Ok(rows)
+}
+
+/// Adds the squared errors of some of a head's vectors at each sparsity.
+fn add_errors(
+    coder: &Coder,
+    m: usize,
+    head: usize,
+    vectors: &[f32],
+    sparsities: &[usize],
+    errors: &mut [f64],
+) -> Result<()> {
+    let stride = (vectors.len() / m).div_ceil(VECTORS).max(1);
+    let rows = vectors.chunks_exact(m).step_by(stride);
+    let rows: Vec<f32> = rows.flatten().copied().collect();
+    for (error, &sparsity) in errors.iter_mut().zip(sparsities) {
+        *error += squared_error(coder, head, (0..).step_by(stride), &rows, sparsity)?;
+    }
+    Ok(())
+}
+
+/// Measures what coding each head costs with dictionaries that were made without measuring it, on text of `corpus`
+/// in windows of `context` tokens, and puts it into them, with additive codes too where there are codebooks.
 ///
 /// # Errors
 /// [`Error::Measure`] where there is too little text, or the model predicts no numbers,
@@ -203,7 +232,7 @@ pub fn measure_losses(
     model: &Model,
     corpus: &Corpus,
     dictionaries: &mut DictionarySet,
-    (tokens, context): (usize, usize),
+    context: usize,
     progress: &mut OnProgress<'_>,
 ) -> Result<()> {
     dictionaries.check_fits(&model.identity())?;
@@ -211,100 +240,117 @@ pub fn measure_losses(
     let windows = windows.collect::<Result<Vec<_>>>()?;
     let there = |family: &CodeFamily| dictionaries.max_sparsity(*family) > 0;
     let families: Vec<CodeFamily> = FAMILIES.into_iter().filter(there).collect();
-    measure_families(
-        model,
-        dictionaries,
-        &families,
-        &windows,
-        tokens,
-        None,
-        progress,
-    )?;
+    measure_families(model, dictionaries, &families, &windows, None, progress)?;
     let unmeasured = |&family: &CodeFamily| dictionaries.losses(family).is_none();
     if families.iter().all(unmeasured) {
         let reason = format!(
-            "nothing was found out: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed, and of a model \
-             with quantised matrices what one head costs may drown in their rounding; then its weights in f16 or f32 are"
+            "nothing was found out: dictionaries of 2 atoms or more and a text of {SHORTEST} tokens are needed, and atoms that \
+             follow what each head costs must do better than as many for each head"
         );
         return Err(Error::Measure(reason));
     }
     Ok(())
 }
 
-/// Measures what coding each head costs with codes of these families and puts it into the dictionaries; `tokens`
-/// are for all together. See [`coding_losses`]. Of a model that rounds activations they are kept only if atoms that
-/// follow them bring predictions nearer than as many for each head: there, what one head costs may drown.
+/// Measures what coding each head costs with codes of these families and puts it into the dictionaries.
+///
+/// How far a head moves what its layer gives says which heads matter. How much all of that costs the predictions, the
+/// model says with all heads coded together, with as many atoms for each: their losses are shares of it. They are kept
+/// only if atoms that follow them bring the predictions nearer.
 pub(super) fn measure_families(
     model: &Model,
     dictionaries: &mut DictionarySet,
     families: &[CodeFamily],
     windows: &[Vec<u32>],
-    tokens: usize,
     state: Option<&State>,
     progress: &mut OnProgress<'_>,
 ) -> Result<()> {
-    let tokens = tokens / families.len().max(1);
     for &family in families {
         let layers = &dictionaries.layers;
-        let losses = coding_losses(model, layers, family, windows, tokens, state, progress)?;
-        let training = &mut dictionaries.training;
-        match family {
-            CodeFamily::Sparse => training.losses = losses,
-            CodeFamily::Additive => training.additive_losses = losses,
+        let Some(mut losses) = coding_losses(model, layers, family, windows, state, progress)?
+        else {
+            continue;
+        };
+        let probe = (losses.sparsities.len() / 2).saturating_sub(1);
+        let sparsity = losses.sparsities[probe];
+        let heads = |losses: &CodingLosses| {
+            let layers = losses.layers.iter();
+            let heads = layers.flat_map(|layer| layer.keys.iter().chain(&layer.values));
+            heads.map(|own| f64::from(own[probe])).sum::<f64>()
+        };
+        let moved = heads(&losses);
+        keep(dictionaries, family, Some(losses.clone()));
+        let both = joint_divergences(model, dictionaries, family, sparsity, windows)?;
+        let (follow, same) = (both[0], both[1]);
+        if follow > same {
+            keep(dictionaries, family, None);
+            continue;
         }
-        if model.decoder.rounds_activations() && dictionaries.losses(family).is_some() {
-            let [follow, same] = ["measured", "same"];
-            let follow = joint_divergence(model, dictionaries, family, follow, windows)?;
-            let same = joint_divergence(model, dictionaries, family, same, windows)?;
-            if follow > same {
-                let training = &mut dictionaries.training;
-                match family {
-                    CodeFamily::Sparse => training.losses = None,
-                    CodeFamily::Additive => training.additive_losses = None,
-                }
-            }
+        let share = (same / moved.max(f64::MIN_POSITIVE)) as f32;
+        let layers = losses.layers.iter_mut();
+        let each = layers.flat_map(|layer| layer.keys.iter_mut().chain(&mut layer.values));
+        for loss in each.flatten() {
+            *loss = (*loss * share).min(f32::MAX);
         }
+        keep(dictionaries, family, Some(losses));
     }
     Ok(())
 }
 
-/// Sum over the predictions of the divergence from those without codes, all heads coded with the usual sparsity.
-fn joint_divergence(
+/// Puts the losses of codes of a family into the dictionaries.
+fn keep(dictionaries: &mut DictionarySet, family: CodeFamily, losses: Option<CodingLosses>) {
+    let training = &mut dictionaries.training;
+    match family {
+        CodeFamily::Sparse => training.losses = losses,
+        CodeFamily::Additive => training.additive_losses = losses,
+    }
+}
+
+/// Means over the predictions of the divergence from those without codes, in nats, all heads coded: with atoms that
+/// follow the losses, and with as many for each head.
+fn joint_divergences(
     model: &Model,
     dictionaries: &DictionarySet,
     family: CodeFamily,
-    allocation: &str,
+    sparsity: usize,
     windows: &[Vec<u32>],
-) -> Result<f64> {
+) -> Result<[f64; 2]> {
     let format = match family {
         CodeFamily::Sparse => "i8",
         CodeFamily::Additive => "additive",
     };
-    let spec = format!("lexico:format={format},allocation={allocation},window={RECENT},batch=1");
-    let spec: CacheSpec = spec.parse()?;
+    let spec = |allocation: &str| -> Result<CacheSpec> {
+        let window = format!("window={RECENT},batch=1");
+        format!("lexico:format={format},sparsity={sparsity},allocation={allocation},{window}")
+            .parse()
+    };
+    let specs = [spec("measured")?, spec("same")?];
     let dictionaries = Arc::new(dictionaries.clone());
-    let (decoder, mut sum) = (&model.decoder, 0.0);
+    let decoder = &model.decoder;
+    let (mut sums, mut predictions) = ([0.0; 2], 0usize);
     for window in windows.iter().filter(|w| w.len() >= SHORTEST).take(JUDGED) {
-        let (before, predicted) =
-            window.split_at(window.len() - (window.len() / 4).min(PREDICTED.1));
-        let mut full = FullCache::new(decoder.config(), NumberType::F32);
-        let mut coded = spec.build(&CacheContext {
-            model: &model.name,
-            config: decoder.config(),
-            dictionaries: Some(&dictionaries),
-            calibration: None,
-            device: decoder.device(),
-        })?;
+        let (before, predicted) = split(window);
         let predict = |cache: &mut dyn KvCache| -> Result<Vec<Vec<f32>>> {
             decoder.forward_one(before, cache, Logits::Last)?;
             log_probabilities(&decoder.forward_from(None, predicted, cache, &mut |_| ())?)
         };
-        sum += divergence(&predict(&mut full)?, &predict(&mut *coded)?);
+        let full = predict(&mut FullCache::new(decoder.config(), NumberType::F32))?;
+        for (sum, spec) in sums.iter_mut().zip(&specs) {
+            let mut coded = spec.build(&CacheContext {
+                model: &model.name,
+                config: decoder.config(),
+                dictionaries: Some(&dictionaries),
+                calibration: None,
+                device: decoder.device(),
+            })?;
+            *sum += divergence(&full, &predict(&mut *coded)?);
+        }
+        predictions += predicted.len();
     }
-    Ok(sum)
+    Ok(sums.map(|sum| sum / predictions.max(1) as f64))
 }
 
-/// The two sparsities that the model predicts with: about where codes are used.
+/// The two sparsities that heads are coded with: about where codes are used.
 fn probes(sparsities: &[usize]) -> Vec<usize> {
     let middle = sparsities.len() / 2;
     let mut probes = vec![sparsities[middle.saturating_sub(1)], sparsities[middle]];
@@ -408,8 +454,8 @@ struct Past {
     sliding: Option<usize>,
     /// True while new positions are kept.
     reading: bool,
-    /// Rows that stand for those of a layer, head and part.
-    changed: Option<(usize, usize, usize, DenseRows)>,
+    /// Rows that stand for those of all heads of a layer and part.
+    changed: Option<(usize, usize, Vec<DenseRows>)>,
 }
 
 impl Past {
@@ -436,7 +482,7 @@ impl KvCache for Past {
         let heads: Vec<usize> = (0..k.dim(0)?).collect();
         Step::new(q, k, v)?.attend(&heads, self.sliding, |&head| {
             let rows = |part: usize| match &self.changed {
-                Some((l, h, p, rows)) if (*l, *h, *p) == (layer, head, part) => rows,
+                Some((l, p, rows)) if (*l, *p) == (layer, part) => &rows[head],
                 _ => self.rows(layer, head, part),
             };
             vec![Source::Dense(KeyValue::new(rows(0), rows(1)))]

@@ -215,11 +215,11 @@ pub enum TrainProgress {
         /// Held-out mean relative error.
         held_out_error: f32,
     },
-    /// Measurement of losses: the model predicts with the keys or the values of one head after the other coded.
+    /// Measurement of what each head costs, layer after layer.
     Measuring {
-        /// Cases measured.
+        /// Layers measured.
         done: usize,
-        /// Cases in all.
+        /// Layers in all, of all windows of text.
         total: usize,
     },
 }
@@ -341,8 +341,6 @@ pub fn train(
         }
     }
     let learning_took = began.elapsed();
-    // Measuring may cost the model this share of the tokens that it read.
-    let tokens = reading.progress.tokens / 4;
     let windows = &reading.progress.judged;
     let state = Some(&state);
     losses::measure_families(
@@ -350,7 +348,6 @@ pub fn train(
         &mut dictionaries,
         &measured,
         windows,
-        tokens,
         state,
         progress,
     )?;
@@ -479,6 +476,7 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         // Earlier versions had others too; a state of theirs is refused.
         "learner": "Adam",
         "keys": "without their means before the rotary embedding",
+        "cost of heads": "in their layers",
         "sparse": options.sparse,
         "atoms": learn.atoms,
         "sparsity": learn.sparsity,
