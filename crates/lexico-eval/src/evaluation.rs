@@ -153,9 +153,9 @@ pub struct Skipped {
 pub struct Progress<'a> {
     /// The cache that is run, or how many are.
     pub cache: &'a str,
-    /// Items done, of all caches.
+    /// Steps done: prompts read and tokens decoded, each of all caches that run together.
     pub done: usize,
-    /// Items there are, of all caches.
+    /// Steps there are, about.
     pub of: usize,
 }
 
@@ -198,8 +198,10 @@ pub fn evaluate(
     if let Some(report) = &mut report {
         report.begin(&settings)?;
     }
-    let sizes = options.budgets.len().max(1);
-    let mut of = order.len() * (1 + others.len() * sizes);
+    let steps = |specs: &[&CacheSpec]| -> usize {
+        let batches = order.chunks(options.batch);
+        batches.map(|batch| task.steps(specs, batch)).sum()
+    };
     let mut done = 0;
     let mut run = |specs: &[&CacheSpec], of: usize| -> Result<Vec<Vec<Outcome>>> {
         let names: Vec<String> = specs.iter().map(ToString::to_string).collect();
@@ -219,10 +221,12 @@ pub fn evaluate(
             let made = if let Some(saved) = saved {
                 saved
             } else {
+                let mut taken = 0;
                 let mut on_step = || {
+                    taken += 1;
                     progress(Progress {
                         cache: &shown,
-                        done,
+                        done: (done + taken).min(of),
                         of,
                     })
                 };
@@ -238,7 +242,7 @@ pub fn evaluate(
                 }
                 made
             };
-            done += batch.len() * specs.len();
+            done += task.steps(specs, batch);
             for (all, made) in outcomes.iter_mut().zip(made) {
                 all.extend(made);
             }
@@ -249,15 +253,16 @@ pub fn evaluate(
     let full = CacheSpec::from_str("full")?;
     let measure = task.measure();
     let mut skipped = Vec::new();
-    let mut runs = Vec::with_capacity(1 + others.len() * sizes);
+    let mut runs = Vec::new();
     if options.budgets.is_empty() {
         // All at once: what the model computes of a prompt serves every cache.
         let specs: Vec<&CacheSpec> = std::iter::once(&full).chain(others).collect();
-        let outcomes = run(&specs, of)?;
+        let outcomes = run(&specs, steps(&specs))?;
         let made = specs.into_iter().zip(outcomes);
         runs.extend(made.map(|(spec, items)| Run::new(spec, measure, items)));
     } else {
-        let outcomes = run(&[&full], of)?;
+        let first = steps(&[&full]);
+        let outcomes = run(&[&full], first + steps(&others))?;
         runs.extend(
             outcomes
                 .into_iter()
@@ -281,7 +286,6 @@ pub fn evaluate(
                         budget: budget.to_string(),
                         reason: error.to_string(),
                     });
-                    of -= order.len();
                     continue;
                 }
             };
@@ -292,17 +296,14 @@ pub fn evaluate(
                 .iter_mut()
                 .find(|(other, ..)| other.to_string() == name)
             {
-                Some((_, budgets, _)) => {
-                    budgets.extend(named);
-                    of -= order.len();
-                }
+                Some((_, budgets, _)) => budgets.extend(named),
                 None => chosen.push((own, named.into_iter().collect(), asked)),
             }
         }
         let specs: Vec<&CacheSpec> = chosen.iter().map(|(own, ..)| own).collect();
         let outcomes = match specs.as_slice() {
             [] => Vec::new(),
-            specs => run(specs, of)?,
+            specs => run(specs, first + steps(specs))?,
         };
         for ((spec, budgets, asked), items) in chosen.iter().zip(outcomes) {
             let mut made = Run::new(spec, measure, items);

@@ -9,7 +9,7 @@ use lexico_llm::generate::{GenerateOptions, Prompt, generate_batch};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Judgement, Measure, Outcome, Task};
+use crate::task::{Detail, Judgement, Measure, Outcome, Task, readings};
 
 /// A text for the model to go on from, and the answer that it asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -198,6 +198,13 @@ impl Task for Asked {
 
     fn prompt(&self, item: usize) -> Option<&str> {
         Some(&self.questions.items[item].prompt)
+    }
+
+    fn steps(&self, caches: &[&CacheSpec], items: &[usize]) -> usize {
+        let longest = items
+            .iter()
+            .map(|&item| self.questions.items[item].max_tokens);
+        items.len() * readings(caches) + longest.max().unwrap_or(0)
     }
 
     fn run(

@@ -37,6 +37,9 @@ pub trait Task {
         None
     }
 
+    /// About how many steps [`run`](Task::run) takes.
+    fn steps(&self, caches: &[&CacheSpec], items: &[usize]) -> usize;
+
     /// Runs some items together with each of `caches`, and returns the outcomes with each, in the order given. What the
     /// model computes of a prompt serves all caches that leave it as it is, and all are decoded together. `on_step` is called
     /// at every step and may break off: `None` then.
@@ -50,6 +53,12 @@ pub trait Task {
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Vec<Vec<Outcome>>>>;
+}
+
+/// Readings of a prompt: one for all caches that leave what the model computes as it is, and one for each other.
+pub(crate) fn readings(caches: &[&CacheSpec]) -> usize {
+    let alone = caches.iter().filter(|spec| !spec.exact_prompts()).count();
+    alone + usize::from(alone < caches.len())
 }
 
 /// Settings by their names.

@@ -27,9 +27,8 @@ pub(crate) struct ModelThreads;
 /// time that the system gives a thread at once.
 const AWAKE: Duration = Duration::from_micros(200);
 
-/// Time that a thread is left out after the others had to wait for it: the least, and the most where it keeps them waiting
-/// whenever it comes back.
-const LEFT_OUT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(1600));
+/// Time that a thread is left out after the others had to wait for it.
+const LEFT_OUT: Duration = Duration::from_millis(100);
 
 /// Number of threads: as many as rayon has, unless the environment says otherwise.
 static COUNT: LazyLock<usize> = LazyLock::new(rayon::current_num_threads);
@@ -105,25 +104,6 @@ struct WorkerState {
     inside: AtomicBool,
     /// Microseconds from the pool's beginning until which it is left out.
     left_out_until: AtomicU64,
-    /// Microseconds that it was left out the last time.
-    left_out_for: AtomicU64,
-}
-
-impl WorkerState {
-    /// Leaves the thread out from `now` on, for longer each time it was there for less than it had been left out.
-    fn leave_out(&self, now: Duration) {
-        let last = Duration::from_micros(self.left_out_for.load(SeqCst));
-        let back = Duration::from_micros(self.left_out_until.load(SeqCst));
-        let time = if now < back + last {
-            2 * last
-        } else {
-            LEFT_OUT.0
-        };
-        let time = time.clamp(LEFT_OUT.0, LEFT_OUT.1);
-        self.left_out_for.store(time.as_micros() as u64, SeqCst);
-        let until = (now + time).as_micros() as u64;
-        self.left_out_until.store(until, SeqCst);
-    }
 }
 
 impl Pool {
@@ -226,11 +206,12 @@ impl Shared {
         while !left() && Instant::now() < patience {
             thread::park_timeout(patience.saturating_duration_since(Instant::now()));
         }
+        let until = (self.began.elapsed() + LEFT_OUT).as_micros() as u64;
         for worker in workers
             .iter()
             .filter(|worker| worker.state.inside.load(SeqCst))
         {
-            worker.state.leave_out(self.began.elapsed());
+            worker.state.left_out_until.store(until, SeqCst);
         }
         while !left() {
             thread::park();
@@ -296,28 +277,6 @@ fn awake_until(happened: impl Fn() -> bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_thread_that_keeps_others_waiting_is_left_out_for_longer() {
-        let (least, most) = LEFT_OUT;
-        let state = WorkerState::default();
-        let (mut now, mut times) = (Duration::ZERO, Vec::new());
-        for _ in 0..6 {
-            state.leave_out(now);
-            let until = Duration::from_micros(state.left_out_until.load(SeqCst));
-            times.push((until - now).as_millis() / least.as_millis());
-            // Back for a moment only.
-            now = until + least / 2;
-        }
-        assert_eq!(times, [1, 2, 4, 8, 16, 16]);
-        // Back for longer than it was left out.
-        now += 2 * most;
-        state.leave_out(now);
-        assert_eq!(
-            state.left_out_until.load(SeqCst),
-            (now + least).as_micros() as u64
-        );
-    }
 
     #[test]
     fn every_task_runs_once() {

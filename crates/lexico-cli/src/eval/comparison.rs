@@ -96,7 +96,7 @@ impl ComparisonArguments {
             batch: self.batch_size,
             budgets: self.budget,
         };
-        let bar = ui::progress(0, "items");
+        let mut bars = ui::Bars::default();
         let evaluated = evaluate(
             task.as_ref(),
             &model,
@@ -104,17 +104,16 @@ impl ComparisonArguments {
             &options,
             folder.as_mut(),
             &mut |progress| {
-                if bar.length() != Some(progress.of as u64) {
-                    bar.set_length(progress.of as u64);
-                }
-                if bar.message() != progress.cache {
-                    bar.set_message(progress.cache.to_owned());
-                }
-                bar.set_position(progress.done as u64);
+                bars.show(
+                    progress.cache.to_owned(),
+                    progress.done,
+                    progress.of,
+                    "steps",
+                );
                 interrupt::flow()
             },
         );
-        bar.finish_and_clear();
+        bars.finish();
         let evaluation = match (evaluated, report) {
             (Err(lexico_eval::Error::Interrupted), Some(report)) => anyhow::bail!(
                 "interrupted; the same command with --resume goes on from what is in {}",

@@ -11,7 +11,7 @@ use lexico_llm::{Corpus, Model};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Measure, Outcome, Task, named};
+use crate::task::{Detail, Measure, Outcome, Task, named, readings};
 
 /// Settings of [`TextTask`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,6 +235,10 @@ impl Task for TextTask {
 
     fn count(&self) -> usize {
         self.chunks.len()
+    }
+
+    fn steps(&self, caches: &[&CacheSpec], items: &[usize]) -> usize {
+        items.len() * readings(caches) + self.options.context - self.options.prompt
     }
 
     fn run(

@@ -8,8 +8,13 @@ use crate::kernels::scan::at_least;
 use crate::kernels::vector::{add_scaled, dot_mixed, raise, square, subtract_scaled};
 use crate::threads::Threads;
 
-/// Sums that are followed side by side, those of some vectors: each reading of a codebook serves all of them.
-const SUMS: usize = 128;
+/// Fewest and most sums that are followed side by side, those of some vectors: each reading of a codebook serves all of
+/// them, and is laid out anew for them.
+const SUMS: (usize, usize) = (128, 512);
+/// Correlations with the first codebook's atoms that stay in a core's cache.
+const CORRELATIONS: usize = 1 << 17;
+/// Blocks that vectors are at least cut into, as far as blocks are large enough, so that threads share them.
+const BLOCKS: usize = 8;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM_WIDTH: usize = 8;
 /// Larger numbers are coded as this one, far beyond what atoms reach, so that squares stay finite.
@@ -63,6 +68,15 @@ impl<'d> BeamSearch<'d> {
     pub fn with_fit(mut self, fit: Fit) -> Self {
         self.fit = fit;
         self
+    }
+
+    /// Returns how many of `n` vectors are searched for side by side.
+    fn block(&self, n: usize) -> usize {
+        let of_sums = |sums: usize| (sums / self.beam_width).max(1);
+        let first = self.codebooks.sizes().size(0);
+        let least = of_sums(SUMS.0);
+        let most = of_sums(SUMS.1).min(CORRELATIONS / first).max(least);
+        n.div_ceil(BLOCKS).clamp(least, most)
     }
 
     /// Finds the nearest sums for a block of vectors; `lengths` says after how many codebooks each ends.
@@ -169,7 +183,7 @@ impl Encoder for BeamSearch<'_> {
         threads: &dyn Threads,
     ) -> Result<Vec<EncodedBatch>> {
         let (m, s) = (self.head_dim(), self.sparsity);
-        let block = (SUMS / self.beam_width).max(1);
+        let block = self.block(vectors.len() / m);
         let encode_block = |vectors: &[f32], block: BlockMut<'_>| {
             SCRATCH.with_borrow_mut(|scratch| {
                 self.search(vectors, block.lengths, scratch, block.indices);

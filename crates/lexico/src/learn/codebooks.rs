@@ -14,9 +14,9 @@ use crate::threads::{Threads, for_each};
 use crate::{Error, Result};
 
 /// Passes of k-means over the residuals that a codebook is to code.
-const ITERATIONS: usize = 4;
+const ITERATIONS: usize = 2;
 /// Max vectors that k-means looks at for each atom.
-const VECTORS_AN_ATOM: usize = 128;
+const VECTORS_AN_ATOM: usize = 64;
 /// Vectors below which an atom counts as unused.
 const USERS: usize = 2;
 /// Passes over the codebooks for the same codes.
@@ -317,9 +317,14 @@ impl CodebookLearner<'_> {
         let mut atoms = Vec::new();
         let mut residuals = self.vectors.to_vec();
         for codebook in 0..self.options.codebooks {
-            let own = self.means(&residuals, self.sizes.size(codebook))?;
+            let mut own = self.means(&residuals, self.sizes.size(codebook))?;
             if codebook + 1 < self.options.codebooks {
                 let (nearest, _) = self.nearest(&own, &residuals)?;
+                // Means of all vectors, where k-means looked at some.
+                let users = Users::new(&nearest, self.sizes.size(codebook));
+                users.move_atoms(self.threads, &mut own, m, None, |v, sum| {
+                    add(sum, &residuals[v * m..(v + 1) * m]);
+                });
                 subtract(self.threads, &mut residuals, &own, m, &nearest);
             }
             atoms.extend(own);
