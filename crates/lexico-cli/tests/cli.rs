@@ -1127,7 +1127,7 @@ fn train_adds_codebooks_to_dictionaries_that_are_there() {
         "--out",
         path(&again),
     ];
-    let limits = ["--context", "96", "--tokens", "4000"];
+    let limits = ["--context", "96"];
     let output = run(&[&measure[..], &limits].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let measured = DictionarySet::load(&again).unwrap().training;
@@ -1180,7 +1180,7 @@ fn measure_adds_losses_to_imported_dictionaries() {
         ],
     );
     assert!(refused.contains("lexico measure"), "{refused}");
-    let limits = ["--context", "96", "--tokens", "4000"];
+    let limits = ["--context", "96"];
     for from in [&plain, &pt] {
         let corpus = ["--corpus", path(&corpus), "--out", path(&out)];
         let output = run(&[&["measure", path(from)], &corpus[..], &limits].concat());
