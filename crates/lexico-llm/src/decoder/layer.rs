@@ -123,13 +123,23 @@ impl Layer {
             .chain(heads)
     }
 
+    /// See [`Decoder::rows_alike`](super::Decoder::rows_alike).
+    pub(super) fn rows_alike(&self) -> usize {
+        let all = self.linears().map(|linear| linear.matrix.rows_alike());
+        all.fold(usize::MAX, usize::min)
+    }
+
     /// See [`Decoder::rounds_activations`](super::Decoder::rounds_activations).
     pub(super) fn rounds_activations(&self) -> bool {
+        self.linears()
+            .any(|linear| linear.matrix.rounds_activations())
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
         let attention = [&self.query, &self.key, &self.value, &self.output];
-        let mut all = attention
+        attention
             .into_iter()
-            .chain([&self.gate, &self.up, &self.down]);
-        all.any(|linear| linear.matrix.rounds_activations())
+            .chain([&self.gate, &self.up, &self.down])
     }
 
     /// See [`Decoder::output_moments`](super::Decoder::output_moments).
