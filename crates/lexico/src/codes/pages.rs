@@ -188,3 +188,45 @@ impl<P: Page> Pages<P> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use super::*;
+    use crate::codes::AdditiveFormat;
+    use crate::codes::additive::AdditivePage;
+    use crate::dictionary::CodebookSizes;
+
+    fn batch(count: usize) -> EncodedBatch {
+        EncodedBatch {
+            sparsity: 1,
+            lengths: vec![1; count],
+            indices: (0..count as u16).collect(),
+            coefficients: vec![1.0; count],
+            relative_errors: vec![0.0; count],
+        }
+    }
+
+    #[test]
+    fn copies_share_what_is_there_and_nothing_that_comes_later() {
+        let format = AdditiveFormat {
+            sparsity: 1,
+            sizes: CodebookSizes { first: 100 },
+        };
+        let mut pages = Pages::<AdditivePage>::new(format);
+        pages.extend(&batch(10));
+        let mut copy = pages.clone();
+        assert!(Arc::ptr_eq(&pages.pages[0], &copy.pages[0]));
+        pages.extend(&batch(3));
+        copy.extend(&batch(4));
+        copy.drop_front(2);
+        assert_eq!((pages.len(), copy.len()), (13, 12));
+        assert_eq!(pages.pages().map(Page::len).collect::<Vec<_>>(), [10, 3]);
+        assert_eq!(copy.pages().map(Page::len).collect::<Vec<_>>(), [8, 4]);
+        // Alone again, the last page grows.
+        drop(copy);
+        pages.extend(&batch(5));
+        assert_eq!(pages.pages().map(Page::len).collect::<Vec<_>>(), [10, 8]);
+    }
+}
