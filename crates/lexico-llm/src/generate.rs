@@ -272,7 +272,7 @@ impl<'a> Writing<'a> {
     }
 
     /// Returns what was generated, and the end of its text, which was held back until now.
-    fn end(mut self) -> Result<(Generated, String)> {
+    fn end(self) -> Result<(Generated, String)> {
         let decode = self.started.elapsed() - self.prefill;
         let ended = matches!(self.finish, Some(Finish::End | Finish::Stop));
         let mut rest = String::new();

@@ -197,7 +197,8 @@ impl PrefixStore {
             return;
         }
         let key = key.to_string();
-        let written = self.0.objects.put(&self.path(&key), bytes.into());
+        let path = self.path(&key);
+        let written = self.0.objects.put(&path, bytes.into());
         match timeout(PATIENCE, written).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
