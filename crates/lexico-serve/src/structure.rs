@@ -9,8 +9,9 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 
-/// White space between the parts of a document: a model that likes it too much is kept from writing nothing else.
-const WHITE_SPACE: &str = r"[ \n]{1,20}";
+/// White space between the parts of a document, a space or a line's end and beginning: small models that may write more go
+/// on with it for long.
+const WHITE_SPACE: &str = r" |\n {0,8}";
 
 /// Makes structures over a model's vocabulary.
 pub(crate) struct Structures {

@@ -27,9 +27,10 @@ fn fifty_texts_together_are_each_what_they_are_alone() {
     let prompts = prompts(50);
     let lengths = |i: usize| 8 + i % 40;
     let together: Vec<String> = std::thread::scope(|scope| {
-        let ask = |(i, prompt)| {
+        let ask = |(i, prompt): (usize, &String)| {
+            let prompt = prompt.clone();
             let server = &server;
-            scope.spawn(move || text(&server.complete(&greedy(prompt, lengths(i)))).to_owned())
+            scope.spawn(move || text(&server.complete(&greedy(&prompt, lengths(i)))).to_owned())
         };
         let asked: Vec<_> = prompts.iter().enumerate().map(ask).collect();
         asked.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -172,7 +173,7 @@ fn texts_end_where_they_should() {
     let told = server.complete(&body);
     let names = told["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone();
     let tokens = server.post("/tokenize", &json!({ "prompt": names[2], "add_special_tokens": false }));
-    if let [token] = tokens.document["tokens"].as_array().unwrap()[..] {
+    if let [token] = &tokens.document["tokens"].as_array().unwrap()[..] {
         body["stop_token_ids"] = json!([token]);
         let ended = server.complete(&body);
         assert_eq!(ended["choices"][0]["finish_reason"], "stop");

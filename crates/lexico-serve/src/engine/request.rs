@@ -63,8 +63,6 @@ pub(crate) enum Event {
         /// The end of the text, which was held back until now.
         text: String,
         reason: FinishReason,
-        /// Number of tokens written.
-        written: usize,
     },
     Failed(Failure),
 }

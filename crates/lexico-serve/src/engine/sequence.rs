@@ -185,12 +185,7 @@ impl<'m> Sequence<'m> {
     }
 
     fn finish(&mut self, reason: FinishReason, text: String) {
-        let written = self.written;
-        self.send(Event::Done {
-            text,
-            reason,
-            written,
-        });
+        self.send(Event::Done { text, reason });
         self.over = true;
     }
 

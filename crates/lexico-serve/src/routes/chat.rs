@@ -239,7 +239,7 @@ impl Chunks {
                 };
                 vec![chunk(json!({ "content": text }), logprobs, Value::Null)]
             }
-            Event::Done { text, reason, .. } => {
+            Event::Done { text, reason } => {
                 let mut chunks = Vec::new();
                 let (mut rest, mut reason) = (text, reason.name());
                 if let Some(several) = self.tools {

@@ -181,7 +181,7 @@ pub(super) async fn completions(
                 });
                 vec![chunk(&text, logprobs.unwrap_or(Value::Null), Value::Null)]
             }
-            Event::Done { text, reason, .. } => vec![chunk(&text, Value::Null, reason.name().into())],
+            Event::Done { text, reason } => vec![chunk(&text, Value::Null, reason.name().into())],
             Event::Failed(_) => Vec::new(),
         };
         *offset = told.offset;

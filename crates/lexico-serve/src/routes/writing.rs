@@ -195,7 +195,7 @@ impl Orders {
                     written.tokens.push(token);
                     written.logprobs.extend(logprob);
                 }
-                Event::Done { text, reason, .. } => {
+                Event::Done { text, reason } => {
                     written.text += &text;
                     written.reason = Some(reason);
                     left -= 1;

@@ -18,22 +18,22 @@ use ureq::http::Response;
 /// Time after which what should have come about will not.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-pub struct Running {
-    pub base: String,
+pub(crate) struct Running {
+    pub(crate) base: String,
     agent: Agent,
     stop: Arc<Notify>,
     thread: Option<JoinHandle<lexico_serve::Result<()>>>,
 }
 
 /// An answer: its status, its headers and its document.
-pub struct Answer {
-    pub status: u16,
-    pub headers: ureq::http::HeaderMap,
-    pub document: Value,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: ureq::http::HeaderMap,
+    pub(crate) document: Value,
 }
 
 /// Options under which the embedded model codes much of a short prompt, and reads it in several steps.
-pub fn small() -> Options {
+pub(crate) fn small() -> Options {
     Options {
         address: ("127.0.0.1".to_owned(), 0),
         cache: "lexico:window=16,batch=4".parse().unwrap(),
@@ -44,7 +44,7 @@ pub fn small() -> Options {
 }
 
 impl Running {
-    pub fn start(options: Options) -> Self {
+    pub(crate) fn start(options: Options) -> Self {
         let server = Server::bind(options).unwrap();
         let base = format!("http://{}", server.address());
         let stop = Arc::new(Notify::new());
@@ -68,7 +68,7 @@ impl Running {
     }
 
     /// Waits until something has come about.
-    pub fn until(&self, what: &str, mut happened: impl FnMut() -> bool) {
+    pub(crate) fn until(&self, what: &str, mut happened: impl FnMut() -> bool) {
         let started = Instant::now();
         while !happened() {
             assert!(started.elapsed() < PATIENCE, "waited in vain until {what}");
@@ -76,23 +76,23 @@ impl Running {
         }
     }
 
-    pub fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         read(self.agent.get(format!("{}{path}", self.base)).call().unwrap())
     }
 
-    pub fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
         self.post_text(path, &body.to_string())
     }
 
-    pub fn post_text(&self, path: &str, body: &str) -> Answer {
+    pub(crate) fn post_text(&self, path: &str, body: &str) -> Answer {
         read(self.send(path, body, &[]))
     }
 
-    pub fn post_with(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Answer {
+    pub(crate) fn post_with(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Answer {
         read(self.send(path, &body.to_string(), headers))
     }
 
-    pub fn send(&self, path: &str, body: &str, headers: &[(&str, &str)]) -> Response<ureq::Body> {
+    pub(crate) fn send(&self, path: &str, body: &str, headers: &[(&str, &str)]) -> Response<ureq::Body> {
         let mut request = self.agent.post(format!("{}{path}", self.base));
         request = request.header("content-type", "application/json");
         for (name, value) in headers {
@@ -102,21 +102,21 @@ impl Running {
     }
 
     /// A completion, which must be one.
-    pub fn complete(&self, body: &Value) -> Value {
+    pub(crate) fn complete(&self, body: &Value) -> Value {
         let answer = self.post("/v1/completions", body);
         assert_eq!(answer.status, 200, "{}", answer.document);
         answer.document
     }
 
     /// A chat's answer, which must be one.
-    pub fn chat(&self, body: &Value) -> Value {
+    pub(crate) fn chat(&self, body: &Value) -> Value {
         let answer = self.post("/v1/chat/completions", body);
         assert_eq!(answer.status, 200, "{}", answer.document);
         answer.document
     }
 
     /// The chunks of a stream, which must end as streams do.
-    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut body = body.clone();
         body["stream"] = json!(true);
         let mut response = self.send(path, &body.to_string(), &[]);
@@ -134,7 +134,7 @@ impl Running {
     }
 
     /// A figure of `/metrics`.
-    pub fn figure(&self, name: &str) -> f64 {
+    pub(crate) fn figure(&self, name: &str) -> f64 {
         let text = self.get("/metrics").document;
         let text = text.as_str().unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -142,18 +142,18 @@ impl Running {
     }
 
     /// Asks it to stop.
-    pub fn ask_to_stop(&self) {
+    pub(crate) fn ask_to_stop(&self) {
         self.stop.notify_one();
     }
 
     /// Stops it and waits until it has.
-    pub fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         self.ask_to_stop();
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 
     /// Waits until it has stopped.
-    pub fn stopped(mut self) {
+    pub(crate) fn stopped(mut self) {
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 }
@@ -174,7 +174,7 @@ fn read(mut response: Response<ureq::Body>) -> Answer {
 }
 
 /// A word problem as the embedded model knows them.
-pub fn problem(number: usize) -> String {
+pub(crate) fn problem(number: usize) -> String {
     let names = ["Ana", "Ben", "Eva", "Tom", "Mia", "Leo"];
     let things = ["coins", "apples", "books", "cards"];
     let (a, b) = (names[number % 6], names[(number + 1 + number / 6) % 6]);
@@ -184,7 +184,7 @@ pub fn problem(number: usize) -> String {
 }
 
 /// The text of the first choice.
-pub fn text(document: &Value) -> &str {
+pub(crate) fn text(document: &Value) -> &str {
     let choice = &document["choices"][0];
     let text = choice.get("text").unwrap_or(&choice["message"]["content"]);
     text.as_str().unwrap_or_default()
