@@ -40,11 +40,22 @@ pub(crate) struct Serve {
     #[arg(short, long, visible_alias = "served-model-name", value_name = "NAME")]
     alias: Option<String>,
     /// Max number of texts that are read or written at once; others wait
-    #[arg(long, visible_alias = "max-num-seqs", default_value_t = 32, value_name = "N")]
+    #[arg(
+        long,
+        visible_alias = "max-num-seqs",
+        default_value_t = 32,
+        value_name = "N"
+    )]
     #[arg(value_parser = positive)]
     parallel: usize,
     /// Max number of positions of prompt and answer together (0: the model's context)
-    #[arg(short, long, visible_alias = "max-model-len", default_value_t = 0, value_name = "N")]
+    #[arg(
+        short,
+        long,
+        visible_alias = "max-model-len",
+        default_value_t = 0,
+        value_name = "N"
+    )]
     ctx_size: usize,
     /// Max number of tokens of a chat's answer where the request names none
     #[arg(short, long, default_value_t = 2048, value_name = "N", value_parser = positive)]
@@ -65,7 +76,12 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "ENDPOINT")]
     kv_events: Option<String>,
     /// Origins whose web pages may ask, with commas between; * for all
-    #[arg(long, default_value = "*", value_delimiter = ',', value_name = "ORIGIN")]
+    #[arg(
+        long,
+        default_value = "*",
+        value_delimiter = ',',
+        value_name = "ORIGIN"
+    )]
     allowed_origins: Vec<String>,
     /// Max size of a request's body
     #[arg(long, default_value = "16MiB", value_name = "SIZE", value_parser = size)]

@@ -189,7 +189,9 @@ fn bytes_of_characters(text: &str) -> Vec<u8> {
     let others = (0..=u8::MAX).filter(|byte| !printable(byte));
     let byte = |c: char| match u8::try_from(u32::from(c)) {
         Ok(byte) if printable(&byte) => Some(byte),
-        _ => others.clone().nth((u32::from(c) as usize).checked_sub(256)?),
+        _ => others
+            .clone()
+            .nth((u32::from(c) as usize).checked_sub(256)?),
     };
     let bytes: Option<Vec<u8>> = text.chars().map(byte).collect();
     // A character that stands for no byte: the token is plain text.

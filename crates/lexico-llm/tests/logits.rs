@@ -207,11 +207,18 @@ fn tokens_of_several_sequences_have_the_logits_that_each_has_alone() {
         let spec: CacheSpec = "lexico:window=8,batch=4".parse().unwrap();
         let count = model.decoder.rows_alike().min(21);
         assert!(count > 4);
-        let text = |i: usize| -> Vec<u32> { (0..20 + 5 * i).map(|t| ((7 * t + i) % 900) as u32).collect() };
+        let text = |i: usize| -> Vec<u32> {
+            (0..20 + 5 * i)
+                .map(|t| ((7 * t + i) % 900) as u32)
+                .collect()
+        };
         let read = |i: usize| {
             let mut cache = model.cache(&spec).unwrap();
             let own = cache.as_mut();
-            model.decoder.forward_one(&text(i), own, Logits::Last).unwrap();
+            model
+                .decoder
+                .forward_one(&text(i), own, Logits::Last)
+                .unwrap();
             cache
         };
         let mut caches: Vec<Box<dyn KvCache>> = (0..count).map(read).collect();
@@ -226,8 +233,15 @@ fn tokens_of_several_sequences_have_the_logits_that_each_has_alone() {
         for (i, together) in together.to_vec2::<f32>().unwrap().iter().enumerate() {
             let mut cache = read(i);
             let own = cache.as_mut();
-            let alone = model.decoder.forward_one(&tokens[i], own, Logits::Last).unwrap();
-            assert_eq!(&alone.to_vec2::<f32>().unwrap()[0], together, "{quantize:?}, sequence {i}");
+            let alone = model
+                .decoder
+                .forward_one(&tokens[i], own, Logits::Last)
+                .unwrap();
+            assert_eq!(
+                &alone.to_vec2::<f32>().unwrap()[0],
+                together,
+                "{quantize:?}, sequence {i}"
+            );
         }
     }
 }

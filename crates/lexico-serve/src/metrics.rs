@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 /// The figures of one server.
@@ -151,7 +151,9 @@ impl Metrics {
     }
 
     pub(crate) fn prompt_tokens(&self, count: usize, cached: usize) {
-        self.prompt_tokens.iter().for_each(|c| c.inc_by(count as u64));
+        self.prompt_tokens
+            .iter()
+            .for_each(|c| c.inc_by(count as u64));
         self.cached_tokens.inc_by(cached as u64);
     }
 
@@ -173,7 +175,11 @@ impl Metrics {
     }
 
     pub(crate) fn sequences(&self, waiting: usize, reading: usize, writing: usize) {
-        let states = [("waiting", waiting), ("reading", reading), ("writing", writing)];
+        let states = [
+            ("waiting", waiting),
+            ("reading", reading),
+            ("writing", writing),
+        ];
         for (state, count) in states {
             self.sequences.with_label_values(&[state]).set(whole(count));
         }
@@ -183,7 +189,8 @@ impl Metrics {
 
     pub(crate) fn reserved(&self, bytes: usize) {
         self.reserved.set(whole(bytes));
-        self.usage.set(bytes as f64 / self.budget.get().max(1) as f64);
+        self.usage
+            .set(bytes as f64 / self.budget.get().max(1) as f64);
     }
 
     pub(crate) fn caches(&self, bytes: usize, fp16_bytes: usize, prefixes: usize) {

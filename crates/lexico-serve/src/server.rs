@@ -24,6 +24,7 @@ use crate::{Error, Options, Result};
 const HEAD_PATIENCE: Duration = Duration::from_secs(30);
 /// Files and connections that are asked of the system.
 const FILES: u64 = 1 << 16;
+
 /// A server that listens.
 pub struct Server {
     listener: TcpListener,
@@ -56,7 +57,11 @@ impl Server {
                 return Err(Error::Setting { setting, reason });
             }
         }
-        if options.api_key.as_deref().is_some_and(|key| key.trim().is_empty()) {
+        if options
+            .api_key
+            .as_deref()
+            .is_some_and(|key| key.trim().is_empty())
+        {
             let reason = "an empty key would shut everybody out; leave it out for none".to_owned();
             return Err(Error::Setting {
                 setting: "--api-key",
@@ -134,7 +139,10 @@ impl Server {
             .handle(handle.clone())
             .first_request_timeout(HEAD_PATIENCE)
             .accept_error_handler(|_, error| tracing::warn!(%error, "a connection was not taken"));
-        server.http_builder().http1().header_read_timeout(HEAD_PATIENCE);
+        server
+            .http_builder()
+            .http1()
+            .header_read_timeout(HEAD_PATIENCE);
         let routes = router(Arc::clone(&app)).into_make_service();
         let serving = tokio::spawn(server.serve(routes));
         tracing::info!(address = %self.address, "listening; the model is being loaded");
@@ -143,6 +151,8 @@ impl Server {
             () = stop() => return Ok(()),
         };
         let service = Arc::new(loaded?);
+        // It is set here alone.
+        let _ = app.service.set(Arc::clone(&service));
         let config = service.model.decoder.config();
         tracing::info!(
             model = service.name,
@@ -152,8 +162,6 @@ impl Server {
             full_cache_tokens = app.options.kv_memory / config.fp16_cache_bytes(1).max(1),
             "ready"
         );
-        // It is set here alone.
-        let _ = app.service.set(Arc::clone(&service));
         let mut serving = serving;
         tokio::select! {
             () = stop() => {}
@@ -231,7 +239,10 @@ async fn prepare(
         Some(_) if !saved => {
             return Err(Error::Setting {
                 setting: "--prefix-store",
-                reason: format!("caches of {} cannot be kept; use --cache lexico", options.cache),
+                reason: format!(
+                    "caches of {} cannot be kept; use --cache lexico",
+                    options.cache
+                ),
             });
         }
         Some(place) => {
@@ -263,7 +274,11 @@ async fn prepare(
     let pieces = model.tokenizer.pieces();
     Ok(Service {
         name: options.model_name.unwrap_or_else(|| model.name.clone()),
-        longest_piece: pieces.iter().map(|piece| piece.bytes.len()).max().unwrap_or(1),
+        longest_piece: pieces
+            .iter()
+            .map(|piece| piece.bytes.len())
+            .max()
+            .unwrap_or(1),
         vocabulary: model.decoder.config().vocabulary,
         pieces,
         engine,
@@ -284,7 +299,9 @@ fn chat_template(model: &mut Model, given: Option<&str>) -> Result<ChatTemplate>
     if let Some(own) = model.chat_template()? {
         return Ok(own);
     }
-    tracing::warn!("the model has no chat template; chats are written as ChatML (--chat-template FILE takes another)");
+    tracing::warn!(
+        "the model has no chat template; chats are written as ChatML (--chat-template FILE takes another)"
+    );
     model.stop_texts.push(CHAT_ML_END.to_owned());
     Ok(ChatTemplate::parse(CHAT_ML, special)?)
 }

@@ -134,7 +134,10 @@ mod tests {
         }
         let any = structures.schema(&json!({ "type": "object" })).unwrap();
         assert!(takes(&any, &model, r#"{"a": [1, null], "b": {"c": "d"}}"#));
-        for impossible in [json!({ "type": "no such type" }), json!({ "$ref": "#/nowhere" })] {
+        for impossible in [
+            json!({ "type": "no such type" }),
+            json!({ "$ref": "#/nowhere" }),
+        ] {
             assert!(structures.schema(&impossible).is_err(), "{impossible}");
         }
         assert!(structures.grammar("start: \"a".to_owned()).is_err());

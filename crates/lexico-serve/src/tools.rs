@@ -191,8 +191,13 @@ fn bare(text: &str) -> Option<Vec<Call>> {
         Ok(Value::Array(list)) => list.iter().map(call).collect(),
         Ok(value) => Some(vec![call(&value)?]),
         Err(_) => {
-            let parts = text.split(';').map(str::trim).filter(|part| !part.is_empty());
-            parts.map(|part| call(&serde_json::from_str(part).ok()?)).collect()
+            let parts = text
+                .split(';')
+                .map(str::trim)
+                .filter(|part| !part.is_empty());
+            parts
+                .map(|part| call(&serde_json::from_str(part).ok()?))
+                .collect()
         }
     }
 }
@@ -200,7 +205,9 @@ fn bare(text: &str) -> Option<Vec<Call>> {
 fn call(value: &Value) -> Option<Call> {
     let fields: &Map<String, Value> = value.as_object()?;
     let name = fields.get("name")?.as_str()?.to_owned();
-    let arguments = fields.get("arguments").or_else(|| fields.get("parameters"))?;
+    let arguments = fields
+        .get("arguments")
+        .or_else(|| fields.get("parameters"))?;
     let arguments = match arguments {
         // Some models write them as OpenAI does.
         Value::String(text) => text.clone(),
@@ -232,7 +239,10 @@ mod tests {
         let object = r#"{"name": "sun", "arguments": {"city": "Rome"}}"#;
         let texts = [
             (format!("<tool_call>\n{object}\n</tool_call>"), 1),
-            (format!("<tool_call>{object}</tool_call>\n<tool_call>{object}</tool_call>"), 2),
+            (
+                format!("<tool_call>{object}</tool_call>\n<tool_call>{object}</tool_call>"),
+                2,
+            ),
             (object.replace("arguments", "parameters"), 1),
             (format!("\n[{object}, {object}]"), 2),
             (format!("{object}; {object}"), 2),

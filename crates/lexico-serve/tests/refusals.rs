@@ -42,25 +42,53 @@ fn wrong_fields_are_named() {
         (CHAT, chat("messages", json!("Hello")), "messages"),
         (CHAT, json!({ "max_tokens": 3 }), "messages"),
         (CHAT, message(json!("Hello")), "messages[0]"),
-        (CHAT, message(json!({ "content": "Hello" })), "messages[0].role"),
-        (CHAT, message(json!({ "role": "robot", "content": "Hello" })), "messages[0].role"),
-        (CHAT, message(json!({ "role": "user" })), "messages[0].content"),
-        (CHAT, message(json!({ "role": "user", "content": 5 })), "messages[0].content"),
         (
             CHAT,
-            message(json!({ "role": "user", "content": [{ "type": "image_url", "image_url": {} }] })),
+            message(json!({ "content": "Hello" })),
+            "messages[0].role",
+        ),
+        (
+            CHAT,
+            message(json!({ "role": "robot", "content": "Hello" })),
+            "messages[0].role",
+        ),
+        (
+            CHAT,
+            message(json!({ "role": "user" })),
+            "messages[0].content",
+        ),
+        (
+            CHAT,
+            message(json!({ "role": "user", "content": 5 })),
+            "messages[0].content",
+        ),
+        (
+            CHAT,
+            message(
+                json!({ "role": "user", "content": [{ "type": "image_url", "image_url": {} }] }),
+            ),
             "messages[0].content[0]",
         ),
-        (CHAT, message(json!({ "role": "assistant", "tool_calls": 3 })), "messages[0].tool_calls"),
         (
             CHAT,
-            message(json!({ "role": "assistant", "tool_calls": [{ "function": { "name": "f", "arguments": "{" } }] })),
+            message(json!({ "role": "assistant", "tool_calls": 3 })),
+            "messages[0].tool_calls",
+        ),
+        (
+            CHAT,
+            message(
+                json!({ "role": "assistant", "tool_calls": [{ "function": { "name": "f", "arguments": "{" } }] }),
+            ),
             "messages[0].tool_calls[0].function.arguments",
         ),
         (CHAT, chat("max_tokens", json!(-1)), "max_tokens"),
         (CHAT, chat("max_tokens", json!(0)), "max_tokens"),
         (CHAT, chat("max_tokens", json!("many")), "max_tokens"),
-        (CHAT, chat("max_completion_tokens", json!(1.5)), "max_completion_tokens"),
+        (
+            CHAT,
+            chat("max_completion_tokens", json!(1.5)),
+            "max_completion_tokens",
+        ),
         (CHAT, chat("temperature", json!(-1)), "temperature"),
         (CHAT, chat("temperature", json!("hot")), "temperature"),
         (CHAT, chat("top_p", json!(0)), "top_p"),
@@ -68,31 +96,83 @@ fn wrong_fields_are_named() {
         (CHAT, chat("top_k", json!(-2)), "top_k"),
         (CHAT, chat("min_p", json!(2)), "min_p"),
         (CHAT, chat("presence_penalty", json!(3)), "presence_penalty"),
-        (CHAT, chat("frequency_penalty", json!(-3)), "frequency_penalty"),
-        (CHAT, chat("repetition_penalty", json!(0)), "repetition_penalty"),
-        (CHAT, chat("logit_bias", json!({ "99999": 1 })), "logit_bias.99999"),
-        (CHAT, chat("logit_bias", json!({ "5": 1000 })), "logit_bias.5"),
+        (
+            CHAT,
+            chat("frequency_penalty", json!(-3)),
+            "frequency_penalty",
+        ),
+        (
+            CHAT,
+            chat("repetition_penalty", json!(0)),
+            "repetition_penalty",
+        ),
+        (
+            CHAT,
+            chat("logit_bias", json!({ "99999": 1 })),
+            "logit_bias.99999",
+        ),
+        (
+            CHAT,
+            chat("logit_bias", json!({ "5": 1000 })),
+            "logit_bias.5",
+        ),
         (CHAT, chat("seed", json!("luck")), "seed"),
         (CHAT, chat("n", json!(0)), "n"),
         (CHAT, chat("n", json!(1000)), "n"),
         (CHAT, chat("stop", json!(5)), "stop"),
         (CHAT, chat("stop", json!(vec!["x"; 100])), "stop"),
-        (CHAT, chat("stop_token_ids", json!([-1])), "stop_token_ids[0]"),
+        (
+            CHAT,
+            chat("stop_token_ids", json!([-1])),
+            "stop_token_ids[0]",
+        ),
         (CHAT, chat("stream", json!("yes")), "stream"),
-        (CHAT, chat("stream_options", json!({ "include_usage": true })), "stream_options"),
+        (
+            CHAT,
+            chat("stream_options", json!({ "include_usage": true })),
+            "stream_options",
+        ),
         (CHAT, chat("top_logprobs", json!(3)), "top_logprobs"),
         (CHAT, chat("top_logprobs", json!(21)), "top_logprobs"),
-        (CHAT, chat("response_format", json!({ "type": "poem" })), "response_format"),
-        (CHAT, schema(json!({ "type": "no such type" })), "response_format"),
-        (CHAT, schema(json!({ "$ref": "#/nowhere" })), "response_format"),
+        (
+            CHAT,
+            chat("response_format", json!({ "type": "poem" })),
+            "response_format.type",
+        ),
+        (
+            CHAT,
+            schema(json!({ "type": "no such type" })),
+            "response_format",
+        ),
+        (
+            CHAT,
+            schema(json!({ "$ref": "#/nowhere" })),
+            "response_format",
+        ),
         (CHAT, chat("tools", json!({})), "tools"),
         (CHAT, tool(json!({ "type": "browser" })), "tools[0].type"),
-        (CHAT, tool(json!({ "type": "function" })), "tools[0].function"),
-        (CHAT, function(json!({ "name": "a b" })), "tools[0].function.name"),
-        (CHAT, function(json!({ "name": "f", "parameters": 3 })), "tools[0].function.parameters"),
+        (
+            CHAT,
+            tool(json!({ "type": "function" })),
+            "tools[0].function",
+        ),
+        (
+            CHAT,
+            function(json!({ "name": "a b" })),
+            "tools[0].function.name",
+        ),
+        (
+            CHAT,
+            function(json!({ "name": "f", "parameters": 3 })),
+            "tools[0].function.parameters",
+        ),
         (CHAT, chat("tool_choice", json!("required")), "tool_choice"),
         (CHAT, chat("tool_choice", json!("perhaps")), "tool_choice"),
-        (CHAT, chat("tool_choice", json!({ "function": { "name": "f" } })), "tool_choice"),
+        (
+            CHAT,
+            chat("tool_choice", json!({ "function": { "name": "f" } })),
+            "tool_choice",
+        ),
         (TEXT, json!({ "max_tokens": 3 }), "prompt"),
         (TEXT, completion("prompt", json!([])), "prompt"),
         (TEXT, completion("prompt", json!([[]])), "prompt"),
@@ -102,7 +182,11 @@ fn wrong_fields_are_named() {
         (TEXT, completion("max_tokens", json!(0)), "max_tokens"),
         (TEXT, completion("logprobs", json!(21)), "logprobs"),
         (TEXT, completion("suffix", json!("and so on")), "suffix"),
-        (TEXT, completion("prompt", json!("coins ".repeat(5000))), "prompt"),
+        (
+            TEXT,
+            completion("prompt", json!("coins ".repeat(5000))),
+            "prompt",
+        ),
         (TEXT, completion("max_tokens", json!(5000)), "prompt"),
         ("/tokenize", json!({}), "prompt"),
         ("/detokenize", json!({ "tokens": [99999] }), "tokens"),
@@ -120,8 +204,17 @@ fn wrong_fields_are_named() {
     let long = server.post(TEXT, &completion("max_tokens", json!(5000)));
     assert_eq!(long.document["error"]["code"], "context_length_exceeded");
     let other = server.post(TEXT, &completion("model", json!("gpt-4")));
-    assert_eq!((other.status, &other.document["error"]["code"]), (404, &json!("model_not_found")));
-    for (path, body) in [(TEXT, ""), (TEXT, "{"), (TEXT, "[]"), (CHAT, "\u{0}"), (CHAT, "{} {}")] {
+    assert_eq!(
+        (other.status, &other.document["error"]["code"]),
+        (404, &json!("model_not_found"))
+    );
+    for (path, body) in [
+        (TEXT, ""),
+        (TEXT, "{"),
+        (TEXT, "[]"),
+        (CHAT, "\u{0}"),
+        (CHAT, "{} {}"),
+    ] {
         let answer = server.post_text(path, body);
         assert_eq!(answer.status, 400, "{body:?}");
         assert!(answer.document["error"]["message"].is_string(), "{body:?}");
@@ -132,8 +225,21 @@ fn wrong_fields_are_named() {
     assert_eq!(server.get("/v1/models/gpt-4").status, 404);
     let known = completion("an unknown field", json!({ "of": ["any", "kind"] }));
     assert_eq!(server.post(TEXT, &known).status, 200);
-    for field in ["temperature", "stop", "seed", "stream", "logit_bias", "n", "logprobs", "model"] {
-        assert_eq!(server.post(TEXT, &completion(field, Value::Null)).status, 200, "{field}");
+    for field in [
+        "temperature",
+        "stop",
+        "seed",
+        "stream",
+        "logit_bias",
+        "n",
+        "logprobs",
+        "model",
+    ] {
+        assert_eq!(
+            server.post(TEXT, &completion(field, Value::Null)).status,
+            200,
+            "{field}"
+        );
     }
 }
 
@@ -150,11 +256,20 @@ fn requests_without_the_key_are_turned_away() {
     }
     assert_eq!(server.get("/").status, 200);
     let body = completion("n", json!(1));
-    assert_eq!(server.post_with(TEXT, &body, &[("authorization", "Bearer wrong")]).status, 401);
+    assert_eq!(
+        server
+            .post_with(TEXT, &body, &[("authorization", "Bearer wrong")])
+            .status,
+        401
+    );
     let answer = server.post_with(
         TEXT,
         &body,
-        &[("authorization", "Bearer secret"), ("x-request-id", "mine"), ("origin", "http://page.example")],
+        &[
+            ("authorization", "Bearer secret"),
+            ("x-request-id", "mine"),
+            ("origin", "http://page.example"),
+        ],
     );
     assert_eq!(answer.status, 200);
     assert_eq!(answer.headers["x-request-id"], "mine");
@@ -164,7 +279,7 @@ fn requests_without_the_key_are_turned_away() {
 #[test]
 fn texts_that_can_never_fit_are_refused_and_full_queues_say_when_to_come_back() {
     let server = Running::start(Options {
-        kv_memory: 1 << 20,
+        kv_memory: 700_000,
         parallel: 1,
         queue: 0,
         ..small()
@@ -172,10 +287,24 @@ fn texts_that_can_never_fit_are_refused_and_full_queues_say_when_to_come_back() 
     let huge = server.post(TEXT, &completion("max_tokens", json!(4000)));
     assert_eq!(huge.status, 400, "{}", huge.document);
     assert_eq!(huge.document["error"]["code"], "kv_memory_exceeded");
+    let mut long = completion("max_tokens", json!(1500));
+    long["stream"] = json!(true);
+    long["ignore_eos"] = json!(true);
+    let mut others = server.send(TEXT, &long.to_string(), &[]);
+    let mut some = [0; 10];
+    others.body_mut().as_reader().read_exact(&mut some).unwrap();
     let busy = server.post(TEXT, &completion("max_tokens", json!(5)));
+    drop(others);
     assert_eq!(busy.status, 429, "{}", busy.document);
     assert_eq!(busy.document["error"]["type"], "rate_limit_error");
-    assert!(busy.headers["retry-after"].to_str().unwrap().parse::<u64>().unwrap() > 0);
+    assert!(
+        busy.headers["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            > 0
+    );
 }
 
 #[test]
@@ -199,7 +328,10 @@ fn bodies_and_headers_beyond_limits_are_refused() {
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         let answer = String::from_utf8_lossy(&answer);
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{answer}"
+        );
     }
     assert_eq!(server.get("/health").status, 200);
 }
@@ -207,14 +339,29 @@ fn bodies_and_headers_beyond_limits_are_refused() {
 #[test]
 fn settings_that_cannot_be_are_refused_before_anything_is_loaded() {
     for options in [
-        Options { parallel: 0, ..small() },
-        Options { chunk: 0, ..small() },
-        Options { kv_memory: 0, ..small() },
-        Options { api_key: Some(" ".to_owned()), ..small() },
+        Options {
+            parallel: 0,
+            ..small()
+        },
+        Options {
+            chunk: 0,
+            ..small()
+        },
+        Options {
+            kv_memory: 0,
+            ..small()
+        },
+        Options {
+            api_key: Some(" ".to_owned()),
+            ..small()
+        },
     ] {
         assert!(matches!(Server::bind(options), Err(Error::Setting { .. })));
     }
-    let options = Options { address: ("no such host.example".to_owned(), 1), ..small() };
+    let options = Options {
+        address: ("no such host.example".to_owned(), 1),
+        ..small()
+    };
     assert!(matches!(Server::bind(options), Err(Error::Listen { .. })));
     let run = |options: Options| {
         let server = Server::bind(options).unwrap();
@@ -222,12 +369,34 @@ fn settings_that_cannot_be_are_refused_before_anything_is_loaded() {
     };
     let folder = tempfile::tempdir().unwrap();
     let store = Some(folder.path().join("store").to_str().unwrap().to_owned());
-    let full = Options { cache: "full".parse().unwrap(), prefix_store: store, ..small() };
-    assert!(run(full).unwrap_err().to_string().contains("--prefix-store"));
-    let template = Options { chat_template: Some("{% for".to_owned()), ..small() };
-    assert!(run(template).unwrap_err().to_string().contains("chat template"));
-    let events = Options { kv_events: Some("carrier pigeon".to_owned()), ..small() };
+    let full = Options {
+        cache: "full".parse().unwrap(),
+        prefix_store: store,
+        ..small()
+    };
+    assert!(
+        run(full)
+            .unwrap_err()
+            .to_string()
+            .contains("--prefix-store")
+    );
+    let template = Options {
+        chat_template: Some("{% for".to_owned()),
+        ..small()
+    };
+    assert!(
+        run(template)
+            .unwrap_err()
+            .to_string()
+            .contains("chat template")
+    );
+    let events = Options {
+        kv_events: Some("carrier pigeon".to_owned()),
+        ..small()
+    };
     assert!(run(events).unwrap_err().to_string().contains("--kv-events"));
-    let failed = Server::bind(small()).unwrap().run(|| Err("no model"), std::future::pending);
+    let failed = Server::bind(small())
+        .unwrap()
+        .run(|| Err("no model"), std::future::pending);
     assert_eq!(failed.unwrap_err().to_string(), "no model");
 }

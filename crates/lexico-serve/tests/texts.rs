@@ -14,7 +14,9 @@ fn greedy(prompt: &str, max_tokens: usize) -> Value {
 /// Prompts of many lengths.
 fn prompts(count: usize) -> Vec<String> {
     let prompt = |number: usize| {
-        let before: String = (0..number % 5).map(|i| problem(number + 7 * i) + "Answer: 5\n").collect();
+        let before: String = (0..number % 5)
+            .map(|i| problem(number + 7 * i) + "Answer: 5\n")
+            .collect();
         before + &problem(number)
     };
     (0..count).map(prompt).collect()
@@ -33,7 +35,10 @@ fn fifty_texts_together_are_each_what_they_are_alone() {
             scope.spawn(move || text(&server.complete(&greedy(&prompt, lengths(i)))).to_owned())
         };
         let asked: Vec<_> = prompts.iter().enumerate().map(ask).collect();
-        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+        asked
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     assert!(server.figure("lexico_generated_tokens_total") > 500.0);
     server.stop();
@@ -50,13 +55,18 @@ fn fifty_texts_together_are_each_what_they_are_alone() {
 fn drawn_texts_depend_on_their_seed_alone() {
     let server = Running::start(small());
     let body = |seed: i64| json!({ "prompt": problem(3), "max_tokens": 30, "temperature": 1.2, "seed": seed });
-    let alone: Vec<String> = (0..6).map(|seed| text(&server.complete(&body(seed))).to_owned()).collect();
+    let alone: Vec<String> = (0..6)
+        .map(|seed| text(&server.complete(&body(seed))).to_owned())
+        .collect();
     let together: Vec<String> = std::thread::scope(|scope| {
         let server = &server;
         let asked: Vec<_> = (0..6)
             .map(|seed| scope.spawn(move || text(&server.complete(&body(seed))).to_owned()))
             .collect();
-        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+        asked
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     assert_eq!(alone, together);
     assert!(alone.iter().any(|text| *text != alone[0]), "seeds differ");
@@ -64,7 +74,10 @@ fn drawn_texts_depend_on_their_seed_alone() {
         "prompt": problem(3), "max_tokens": 30, "temperature": 1.2, "seed": 0, "n": 3,
     }));
     let choices = several["choices"].as_array().unwrap();
-    let texts: Vec<&str> = choices.iter().map(|c| c["text"].as_str().unwrap()).collect();
+    let texts: Vec<&str> = choices
+        .iter()
+        .map(|c| c["text"].as_str().unwrap())
+        .collect();
     assert_eq!(texts, alone[..3], "each answer has the next seed");
     let usage = &several["usage"];
     assert_eq!(
@@ -78,7 +91,9 @@ fn prompts_that_were_read_before_are_not_read_anew_and_give_the_same_texts() {
     let first = Running::start(small());
     let long: String = (0..6).map(|i| problem(i) + "Answer: 7\n").collect();
     let cached = |document: &Value| {
-        document["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+        document["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
     };
     let ask = |server: &Running, prompt: &str| {
         let document = server.complete(&greedy(prompt, 24));
@@ -88,7 +103,9 @@ fn prompts_that_were_read_before_are_not_read_anew_and_give_the_same_texts() {
     assert_eq!(anew.1, 0);
     let again = ask(&first, &long);
     assert_eq!(again.0, anew.0);
-    let tokens = first.post("/tokenize", &json!({ "prompt": long })).document["count"].as_u64().unwrap();
+    let tokens = first.post("/tokenize", &json!({ "prompt": long })).document["count"]
+        .as_u64()
+        .unwrap();
     assert_eq!(again.1, (tokens - 1) / 32 * 32, "all whole chunks");
     // A prompt that goes on otherwise is read from where they part once that has been seen.
     let others: Vec<String> = (20..24).map(|i| long.clone() + &problem(i)).collect();
@@ -101,7 +118,10 @@ fn prompts_that_were_read_before_are_not_read_anew_and_give_the_same_texts() {
     }
     let cheap = small();
     let spec = "lexico:window=16,batch=4,format=i8".parse().unwrap();
-    let third = Running::start(lexico_serve::Options { cache: spec, ..cheap });
+    let third = Running::start(lexico_serve::Options {
+        cache: spec,
+        ..cheap
+    });
     let sparse: Vec<_> = (0..2).map(|_| ask(&third, &others[0])).collect();
     assert!(sparse[1].1 > 0 && sparse[0].0 == sparse[1].0, "{sparse:?}");
 }
@@ -116,13 +136,27 @@ fn streams_tell_what_whole_answers_tell() {
     let chunks = server.stream("/v1/completions", &asked);
     let (usage, chunks) = chunks.split_last().unwrap();
     assert_eq!(usage["choices"], json!([]));
-    assert_eq!(usage["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
+    assert_eq!(
+        usage["usage"]["completion_tokens"],
+        whole["usage"]["completion_tokens"]
+    );
     let streamed: String = chunks.iter().map(text).collect();
     assert_eq!(streamed, text(&whole));
     let (last, before) = chunks.split_last().unwrap();
-    assert_eq!(last["choices"][0]["finish_reason"], whole["choices"][0]["finish_reason"]);
-    assert!(before.iter().all(|chunk| chunk["choices"][0]["finish_reason"].is_null()));
-    assert!(chunks.iter().all(|chunk| chunk["usage"].is_null() && chunk["id"] == usage["id"]));
+    assert_eq!(
+        last["choices"][0]["finish_reason"],
+        whole["choices"][0]["finish_reason"]
+    );
+    assert!(
+        before
+            .iter()
+            .all(|chunk| chunk["choices"][0]["finish_reason"].is_null())
+    );
+    assert!(
+        chunks
+            .iter()
+            .all(|chunk| chunk["usage"].is_null() && chunk["id"] == usage["id"])
+    );
 
     let body = json!({
         "messages": [{ "role": "user", "content": problem(2) }], "max_tokens": 20, "temperature": 0, "n": 2,
@@ -135,13 +169,24 @@ fn streams_tell_what_whole_answers_tell() {
             .map(|chunk| &chunk["choices"][0])
             .filter(|choice| choice["index"] == index)
             .collect();
-        assert_eq!(own[0]["delta"], json!({ "role": "assistant", "content": "" }));
+        assert_eq!(
+            own[0]["delta"],
+            json!({ "role": "assistant", "content": "" })
+        );
         assert_eq!(own.last().unwrap()["delta"], json!({}));
-        let content = own.iter().filter_map(|choice| choice["delta"]["content"].as_str());
+        let content = own
+            .iter()
+            .filter_map(|choice| choice["delta"]["content"].as_str());
         let message = &whole["choices"][index as usize]["message"];
-        assert_eq!(content.collect::<String>(), message["content"].as_str().unwrap());
+        assert_eq!(
+            content.collect::<String>(),
+            message["content"].as_str().unwrap()
+        );
     }
-    assert!(chunks.iter().all(|chunk| chunk.get("usage").is_none()), "none was asked for");
+    assert!(
+        chunks.iter().all(|chunk| chunk.get("usage").is_none()),
+        "none was asked for"
+    );
 }
 
 #[test]
@@ -171,8 +216,14 @@ fn texts_end_where_they_should() {
     // The third token is named as one that ends the text.
     body["logprobs"] = json!(0);
     let told = server.complete(&body);
-    let names = told["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone();
-    let tokens = server.post("/tokenize", &json!({ "prompt": names[2], "add_special_tokens": false }));
+    let names = told["choices"][0]["logprobs"]["tokens"]
+        .as_array()
+        .unwrap()
+        .clone();
+    let tokens = server.post(
+        "/tokenize",
+        &json!({ "prompt": names[2], "add_special_tokens": false }),
+    );
     if let [token] = &tokens.document["tokens"].as_array().unwrap()[..] {
         body["stop_token_ids"] = json!([token]);
         let ended = server.complete(&body);
@@ -185,7 +236,10 @@ fn texts_end_where_they_should() {
 fn log_probabilities_of_prompts_and_answers_agree() {
     let server = Running::start(small());
     let prompt = problem(6) + &problem(7);
-    let tokens = server.post("/tokenize", &json!({ "prompt": prompt })).document["tokens"].clone();
+    let tokens = server
+        .post("/tokenize", &json!({ "prompt": prompt }))
+        .document["tokens"]
+        .clone();
     let written = server.complete(&json!({
         "prompt": tokens, "max_tokens": 4, "temperature": 0, "logprobs": 2, "ignore_eos": true,
     }));
@@ -205,7 +259,12 @@ fn log_probabilities_of_prompts_and_answers_agree() {
     assert!(told["token_logprobs"][0].is_null());
     let sums = told["top_logprobs"].as_array().unwrap().iter().skip(1);
     for (top, own) in sums.zip(told["token_logprobs"].as_array().unwrap().iter().skip(1)) {
-        let top: Vec<f64> = top.as_object().unwrap().values().map(|l| l.as_f64().unwrap()).collect();
+        let top: Vec<f64> = top
+            .as_object()
+            .unwrap()
+            .values()
+            .map(|l| l.as_f64().unwrap())
+            .collect();
         let own = own.as_f64().unwrap();
         assert!(own <= 0.0 && top.contains(&own) && top.iter().all(|&l| l <= 0.0));
         assert!(top.iter().map(|l| l.exp()).sum::<f64>() < 1.001);
@@ -213,7 +272,11 @@ fn log_probabilities_of_prompts_and_answers_agree() {
     let alone = server.complete(&json!({
         "prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": 2, "echo": true, "ignore_eos": true,
     }));
-    let last = alone["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap().last().unwrap();
+    let last = alone["choices"][0]["logprobs"]["token_logprobs"]
+        .as_array()
+        .unwrap()
+        .last()
+        .unwrap();
     // Many rows of logits are summed in another order than one.
     let differ = last.as_f64().unwrap() - own["token_logprobs"][0].as_f64().unwrap();
     assert!(differ.abs() < 1e-3, "the first token of the answer");
@@ -251,7 +314,10 @@ fn structures_are_followed() {
     });
     for (choice, names) in [
         (json!("required"), &["add", "subtract"][..]),
-        (json!({ "type": "function", "function": { "name": "subtract" } }), &["subtract"]),
+        (
+            json!({ "type": "function", "function": { "name": "subtract" } }),
+            &["subtract"],
+        ),
     ] {
         body["tool_choice"] = choice;
         let answer = server.chat(&body);
@@ -259,13 +325,20 @@ fn structures_are_followed() {
         assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
         let call = &choice["message"]["tool_calls"][0];
         assert!(names.contains(&call["function"]["name"].as_str().unwrap()));
-        let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+        let arguments: Value =
+            serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
         assert!(arguments["a"].as_i64().unwrap() <= 9);
         let chunks = server.stream("/v1/chat/completions", &body);
-        let calls: Vec<&Value> = chunks.iter().map(|c| &c["choices"][0]["delta"]["tool_calls"][0]).collect();
+        let calls: Vec<&Value> = chunks
+            .iter()
+            .map(|c| &c["choices"][0]["delta"]["tool_calls"][0])
+            .collect();
         let streamed = calls.into_iter().find(|call| !call.is_null()).unwrap();
         assert_eq!(streamed["function"], call["function"]);
         assert_eq!(streamed["index"], 0);
-        assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+        assert_eq!(
+            chunks.last().unwrap()["choices"][0]["finish_reason"],
+            "tool_calls"
+        );
     }
 }

@@ -174,20 +174,36 @@ mod tests {
     fn penalties_grow_with_what_was_written() {
         let logits = [0.0, 3.0, 2.0, 1.2];
         assert_eq!(written(greedy(), &logits, 3), [1, 1, 1]);
-        let presence = ChoiceSettings { presence_penalty: 1.5, ..greedy() };
+        let presence = ChoiceSettings {
+            presence_penalty: 1.5,
+            ..greedy()
+        };
         assert_eq!(written(presence, &logits, 4), [1, 2, 1, 1]);
-        let frequency = ChoiceSettings { frequency_penalty: 1.1, ..greedy() };
+        let frequency = ChoiceSettings {
+            frequency_penalty: 1.1,
+            ..greedy()
+        };
         assert_eq!(written(frequency, &logits, 5), [1, 2, 1, 3, 2]);
     }
 
     #[test]
     fn biases_and_minima_change_what_is_taken() {
         let logits = [5.0, 3.0, 2.0];
-        let bias = ChoiceSettings { bias: vec![(2, 100.0), (99, 1.0)], ..greedy() };
+        let bias = ChoiceSettings {
+            bias: vec![(2, 100.0), (99, 1.0)],
+            ..greedy()
+        };
         assert_eq!(written(bias, &logits, 1), [2]);
-        let patient = ChoiceSettings { min_tokens: 2, ..greedy() };
+        let patient = ChoiceSettings {
+            min_tokens: 2,
+            ..greedy()
+        };
         assert_eq!(written(patient, &logits, 3), [1, 1, 0]);
-        let stop = ChoiceSettings { min_tokens: 1, stop_tokens: vec![1], ..greedy() };
+        let stop = ChoiceSettings {
+            min_tokens: 1,
+            stop_tokens: vec![1],
+            ..greedy()
+        };
         assert_eq!(written(stop, &logits, 2), [2, 0]);
     }
 
@@ -197,12 +213,22 @@ mod tests {
         let all = logprob(&logits, 2, 4);
         let sum: f32 = all.top.iter().map(|(_, l)| l.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-6);
-        assert_eq!(all.top.iter().map(|(t, _)| *t).collect::<Vec<_>>(), [1, 2, 0, 3]);
+        assert_eq!(
+            all.top.iter().map(|(t, _)| *t).collect::<Vec<_>>(),
+            [1, 2, 0, 3]
+        );
         assert_eq!(all.logprob, all.top[1].1);
         assert_eq!(all.top[3].1, LEAST);
         assert!(logprob(&logits, 0, 0).top.is_empty());
-        let settings = ChoiceSettings { logprobs: Some(1), bias: vec![(0, 50.0)], ..greedy() };
-        let chosen = Choice::new(settings, &[], &[]).unwrap().next(logits.to_vec()).unwrap();
+        let settings = ChoiceSettings {
+            logprobs: Some(1),
+            bias: vec![(0, 50.0)],
+            ..greedy()
+        };
+        let chosen = Choice::new(settings, &[], &[])
+            .unwrap()
+            .next(logits.to_vec())
+            .unwrap();
         let reported = chosen.logprob.unwrap();
         assert_eq!((chosen.token, reported.top[0].0), (0, 1));
         assert_eq!(reported.logprob, logprob(&logits, 0, 0).logprob);

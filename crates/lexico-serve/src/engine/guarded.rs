@@ -90,15 +90,23 @@ mod tests {
         let spec = "lexico".parse().unwrap();
         let alone = {
             let mut cache = model.cache(&spec).unwrap();
-            let logits = model.decoder.forward_one(&[5, 6, 7], cache.as_mut(), Logits::Last);
+            let logits = model
+                .decoder
+                .forward_one(&[5, 6, 7], cache.as_mut(), Logits::Last);
             logits.unwrap().to_vec2::<f32>().unwrap()
         };
         for panics in [false, true] {
             let mut good = Guarded::new(model.cache(&spec).unwrap());
             let mut bad = Guarded::new(Box::new(Poisoned { panics }));
             let mut sequences = [
-                Sequence { tokens: &[9, 8], cache: &mut bad },
-                Sequence { tokens: &[5, 6, 7], cache: &mut good },
+                Sequence {
+                    tokens: &[9, 8],
+                    cache: &mut bad,
+                },
+                Sequence {
+                    tokens: &[5, 6, 7],
+                    cache: &mut good,
+                },
             ];
             let logits = model.decoder.forward(&mut sequences, Logits::Last).unwrap();
             let logits = logits.to_vec2::<f32>().unwrap();

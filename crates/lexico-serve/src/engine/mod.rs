@@ -17,9 +17,7 @@ use lexico_llm::{Model, Result};
 use crate::memory::{Memory, Share};
 use crate::metrics::Metrics;
 use crate::prefix::{Key, PrefixStore, Prefixes};
-pub(crate) use request::{
-    ChoiceSettings, Event, Failure, FinishReason, Logprob, Request,
-};
+pub(crate) use request::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
 use scheduler::Scheduler;
 
 /// What the engine works with.
@@ -56,7 +54,9 @@ impl Setup {
     /// The bytes that the cache of a text takes at its end, with a little for what sizes cannot tell in advance.
     pub(crate) fn bytes_of(&self, prompt: usize, max_tokens: usize) -> Result<usize> {
         let end = (prompt + max_tokens).min(self.context);
-        let expected = self.model.cache_bytes(&self.spec, Lengths { prompt, end })?;
+        let expected = self
+            .model
+            .cache_bytes(&self.spec, Lengths { prompt, end })?;
         Ok((expected * 1.03) as usize)
     }
 
@@ -98,15 +98,26 @@ impl Engine {
             None => Err(request),
         };
         if let Err(request) = refused {
-            let _ = request.events.send((request.index, Event::Failed(Failure::Ending)));
+            let _ = request
+                .events
+                .send((request.index, Event::Failed(Failure::Ending)));
         }
     }
 
     /// Ends the thread once the texts at hand are written or given up by their clients.
     pub(crate) fn end(&self) {
-        let lock = |_: ()| self.requests.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lock = |_: ()| {
+            self.requests
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take()
+        };
         drop(lock(()));
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(thread) = thread {
             // A panic has been said on stderr.
             let _ = thread.join();

@@ -10,6 +10,8 @@ pub(crate) struct Request {
     pub(crate) index: usize,
     /// At least one token, all of the model's vocabulary.
     pub(crate) prompt: Vec<u32>,
+    /// The bytes that its cache takes at its end, as expected.
+    pub(crate) bytes: usize,
     /// Max number of tokens to write; with 0 the prompt is read for its log-probabilities alone.
     pub(crate) max_tokens: usize,
     pub(crate) choice: ChoiceSettings,

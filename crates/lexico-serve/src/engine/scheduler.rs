@@ -16,10 +16,10 @@ use lexico_llm::decoder::{self, Logits};
 use lexico_llm::{Result, caught};
 use rayon::prelude::*;
 
+use super::Setup;
 use super::guarded::Guarded;
 use super::request::{Event, Failure, Request};
 use super::sequence::Sequence;
-use super::Setup;
 use crate::prefix::{Prefix, shared_and_own};
 
 /// Time after which waiting requests are looked at again while nothing else happens.
@@ -70,18 +70,21 @@ impl<'s> Scheduler<'s> {
         if self.running.is_empty() && !self.closed {
             self.measure();
             let next = match self.waiting.is_empty() {
-                true => self.requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                true => self
+                    .requests
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
                 false => self.requests.recv_timeout(LOOK),
             };
             match next {
-                Ok(request) => self.queue(request),
+                Ok(request) => self.waiting.push_back(request),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => self.closed = true,
             }
         }
         loop {
             match self.requests.try_recv() {
-                Ok(request) => self.queue(request),
+                Ok(request) => self.waiting.push_back(request),
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => {
                     self.closed = true;
@@ -91,15 +94,8 @@ impl<'s> Scheduler<'s> {
         }
     }
 
-    fn queue(&mut self, (request, asked): (Request, Instant)) {
-        let full = self.waiting.len() >= self.setup.queue;
-        match full {
-            true => fail(&request, Failure::Busy),
-            false => self.waiting.push_back((request, asked)),
-        }
-    }
-
-    /// Admits those that wait, in their order, as far as places and memory reach.
+    /// Admits those that wait, in their order, as far as places and memory reach, and turns away those that came last where
+    /// too many are left.
     fn admit(&mut self) {
         let patience = self.setup.patience;
         self.waiting.retain(|(request, asked)| {
@@ -112,27 +108,12 @@ impl<'s> Scheduler<'s> {
         while self.running.len() < self.setup.parallel
             && let Some((request, _)) = self.waiting.front()
         {
-            let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
-            let bytes = self.setup.bytes_of(prompt, max_tokens);
-            let budget = self.setup.memory.budget();
             let keys = self.setup.root.of_prompt(&request.prompt, self.setup.chunk);
-            let own = match bytes {
-                Ok(bytes) if bytes > budget => Err(Failure::TooLarge { bytes, budget }),
-                Ok(bytes) => match self.setup.make_room(&keys, bytes) {
-                    Some(own) => Ok(own),
-                    None => return,
-                },
-                Err(error) => Err(Failure::Internal(error.to_string())),
+            let Some(own) = self.setup.make_room(&keys, request.bytes) else {
+                break;
             };
             let Some((request, asked)) = self.waiting.pop_front() else {
-                return;
-            };
-            let own = match own {
-                Ok(own) => own,
-                Err(failure) => {
-                    fail(&request, failure);
-                    continue;
-                }
+                break;
             };
             let (index, events) = (request.index, request.events.clone());
             let made = self.setup.model.cache(&self.setup.spec).and_then(|cache| {
@@ -146,6 +127,11 @@ impl<'s> Scheduler<'s> {
                     let _ = events.send((index, Event::Failed(failure)));
                 }
             }
+        }
+        while self.waiting.len() > self.setup.queue
+            && let Some((request, _)) = self.waiting.pop_back()
+        {
+            fail(&request, Failure::Busy);
         }
     }
 
@@ -209,7 +195,9 @@ impl<'s> Scheduler<'s> {
         let setup = self.setup;
         let reading = self.running.iter().filter(|s| s.reads()).count();
         let writing = self.running.len() - reading;
-        setup.metrics.sequences(self.waiting.len(), reading, writing);
+        setup
+            .metrics
+            .sequences(self.waiting.len(), reading, writing);
         setup.metrics.reserved(setup.memory.taken());
         if self.measured.elapsed() < NOW_AND_THEN && !self.running.is_empty() {
             return;
@@ -217,7 +205,10 @@ impl<'s> Scheduler<'s> {
         self.measured = Instant::now();
         let held = self.running.iter().map(|s| s.cache.footprint().total());
         let config = setup.model.decoder.config();
-        let fp16 = self.running.iter().map(|s| config.fp16_cache_bytes(s.cache.len()));
+        let fp16 = self
+            .running
+            .iter()
+            .map(|s| config.fp16_cache_bytes(s.cache.len()));
         let prefixes = setup.prefixes().len();
         setup.metrics.caches(held.sum(), fp16.sum(), prefixes);
     }

@@ -108,7 +108,8 @@ impl<'m> Sequence<'m> {
     /// Takes log-probabilities of the prompt's tokens after `from`, by the logits at each.
     pub(super) fn take_prompt_logits(&mut self, from: usize, rows: &[Vec<f32>]) {
         for (logits, &token) in rows.iter().zip(&self.prompt[from + 1..]) {
-            self.logprobs.push(logprob(logits, token, self.top_logprobs));
+            self.logprobs
+                .push(logprob(logits, token, self.top_logprobs));
         }
     }
 
@@ -154,8 +155,8 @@ impl<'m> Sequence<'m> {
         } = chosen;
         self.written += 1;
         self.last = Some(token);
-        let ended = self.choice.is_stop_token(token)
-            || (self.choice.ends(token) && !self.ignore_end);
+        let ended =
+            self.choice.is_stop_token(token) || (self.choice.ends(token) && !self.ignore_end);
         let text = match (&mut self.text, ended) {
             (Some(text), false) => match text.push(token) {
                 Ok(sure) => sure,

@@ -69,7 +69,11 @@ mod tests {
         let prompt: Vec<u32> = (0..9).collect();
         let keys = root.of_prompt(&prompt, 4);
         assert_eq!(keys.len(), 2);
-        assert_eq!(root.of_prompt(&prompt[..8], 4), keys[..1], "one token is left");
+        assert_eq!(
+            root.of_prompt(&prompt[..8], 4),
+            keys[..1],
+            "one token is left"
+        );
         let mut other = prompt.clone();
         other[1] = 7;
         let others = root.of_prompt(&other, 4);
@@ -77,6 +81,9 @@ mod tests {
         other[1] = 1;
         other[5] = 7;
         assert_eq!(root.of_prompt(&other, 4)[0], keys[0]);
-        assert_ne!(Key::root(&["models", "ettings"]).of_prompt(&prompt, 4)[0], keys[0]);
+        assert_ne!(
+            Key::root(&["models", "ettings"]).of_prompt(&prompt, 4)[0],
+            keys[0]
+        );
     }
 }

@@ -180,7 +180,12 @@ impl Prefixes {
         let only_here = chunks.into_values();
         let only_here = only_here.filter(|(count, chunk)| Arc::strong_count(chunk) == *count);
         let codes: usize = only_here.map(|(_, chunk)| chunk.bytes()).sum();
-        codes + self.kept.values().map(|kept| kept.own.bytes()).sum::<usize>()
+        codes
+            + self
+                .kept
+                .values()
+                .map(|kept| kept.own.bytes())
+                .sum::<usize>()
     }
 
     fn give_up(&mut self, key: Key) {

@@ -113,7 +113,9 @@ impl PrefixStore {
         let keys = setup.root.of_prompt(prompt, setup.chunk);
         let missing = || {
             let index = self.index();
-            let stored = keys.iter().rposition(|key| index.contains_key(&key.to_string()));
+            let stored = keys
+                .iter()
+                .rposition(|key| index.contains_key(&key.to_string()));
             let number = stored? + 1;
             drop(index);
             (number > setup.prefixes().longest(&keys)).then_some(number)
@@ -142,7 +144,9 @@ impl PrefixStore {
                 self.forget(key);
                 return self.say("read", &format!("a prefix could not be read: {error}"));
             }
-            Err(_) => return self.say("slow", "it did not answer in time; the prompt is read anew"),
+            Err(_) => {
+                return self.say("slow", "it did not answer in time; the prompt is read anew");
+            }
         };
         let tokens = prompt[..number * setup.chunk].to_vec();
         let own = Arc::clone(setup);
@@ -282,7 +286,10 @@ impl PrefixStore {
         let mut said = self.0.said.lock().unwrap_or_else(PoisonError::into_inner);
         if !said.contains(&kind) {
             said.push(kind);
-            tracing::warn!(reason = shown(reason), "the prefix store is not as it should be");
+            tracing::warn!(
+                reason = shown(reason),
+                "the prefix store is not as it should be"
+            );
         }
     }
 }
@@ -290,7 +297,10 @@ impl PrefixStore {
 /// The store at a place, and the path of what is kept in it.
 fn open(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
     if place.contains("://") {
-        return Err(format!("{}: only folders can be prefix stores", shown(place)));
+        return Err(format!(
+            "{}: only folders can be prefix stores",
+            shown(place)
+        ));
     }
     let folder = FilePath::new(place);
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", shown_path(folder));
@@ -326,7 +336,10 @@ fn object(key: Key, prefix: &Prefix, tokens: &[u32]) -> Option<Vec<u8>> {
     let header = Header {
         key: key.to_string(),
         facts: state.facts,
-        blocks: blocks.iter().map(|(name, bytes)| (name.clone(), bytes.len())).collect(),
+        blocks: blocks
+            .iter()
+            .map(|(name, bytes)| (name.clone(), bytes.len()))
+            .collect(),
     };
     let header = serde_json::to_vec(&header).ok()?;
     let mut object = MAGIC.to_vec();

@@ -17,14 +17,14 @@ impl FromRequest<Arc<App>> for Body {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let bytes = Bytes::from_request(request, app).await;
-        bytes.map(Self).map_err(|rejection| {
-            match rejection.status() {
+        bytes
+            .map(Self)
+            .map_err(|rejection| match rejection.status() {
                 axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
                     ApiError::body_too_large(app.options.body_bytes)
                 }
                 _ => ApiError::bad_request(format!("the body cannot be read: {rejection}")),
-            }
-        })
+            })
     }
 }
 

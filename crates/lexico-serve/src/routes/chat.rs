@@ -137,7 +137,8 @@ pub(super) async fn completions(
     let top_logprobs = fields.top_logprobs.unwrap_or(0);
     let wanted = fields.logprobs.unwrap_or(false);
     if top_logprobs > MAX_LOGPROBS {
-        let reason = format!("top_logprobs is {top_logprobs}, and it must be at most {MAX_LOGPROBS}");
+        let reason =
+            format!("top_logprobs is {top_logprobs}, and it must be at most {MAX_LOGPROBS}");
         return Err(ApiError::field("top_logprobs", reason));
     }
     if top_logprobs > 0 && !wanted {
@@ -313,9 +314,11 @@ fn prepare(service: &Service, fields: ChatFields) -> Result<Prepared, ApiError> 
     let mut structure = match fields.response_format {
         None | Some(ResponseFormat::Text) => None,
         Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
-        Some(ResponseFormat::JsonSchema { json_schema }) => {
-            Some(json_schema.schema.unwrap_or_else(|| json!({ "type": "object" })))
-        }
+        Some(ResponseFormat::JsonSchema { json_schema }) => Some(
+            json_schema
+                .schema
+                .unwrap_or_else(|| json!({ "type": "object" })),
+        ),
     }
     .map(|schema| {
         let made = service.structures()?.schema(&schema);
@@ -342,7 +345,9 @@ fn prepare(service: &Service, fields: ChatFields) -> Result<Prepared, ApiError> 
             text
         }
         None => {
-            let rendered = service.chat.render_given(&messages, answer, None, None, &variables);
+            let rendered = service
+                .chat
+                .render_given(&messages, answer, None, None, &variables);
             rendered.map_err(failed)?
         }
     };
@@ -380,7 +385,10 @@ fn checked_tools(fields: &[Map<String, Value>]) -> Result<Vec<Tool>, ApiError> {
         let Some(function) = field.get("function").and_then(Value::as_object) else {
             return refused("function", "a tool has a function, an object");
         };
-        let name = function.get("name").and_then(Value::as_str).unwrap_or_default();
+        let name = function
+            .get("name")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
         let sound = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         if name.is_empty() || name.len() > 64 || !name.chars().all(sound) {
             let reason = "a name has 1 to 64 letters, digits, dots, dashes and underscores";
@@ -444,14 +452,22 @@ pub(super) fn messages(fields: Vec<Map<String, Value>>) -> Result<Vec<Message>, 
         return Err(ApiError::field("messages", reason));
     }
     let fields = fields.into_iter().enumerate();
-    fields.map(|(number, message)| self::message(number, message)).collect()
+    fields
+        .map(|(number, message)| self::message(number, message))
+        .collect()
 }
 
 fn message(number: usize, mut fields: Map<String, Value>) -> Result<Message, ApiError> {
     let refused = |field: &str, reason: &str| {
-        Err(ApiError::field(format!("messages[{number}].{field}"), reason))
+        Err(ApiError::field(
+            format!("messages[{number}].{field}"),
+            reason,
+        ))
     };
-    let role = fields.get("role").and_then(Value::as_str).unwrap_or_default();
+    let role = fields
+        .get("role")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
     let role = match role {
         // Models know it by its older name.
         "developer" => "system".to_owned(),

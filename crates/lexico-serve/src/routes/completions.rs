@@ -86,7 +86,11 @@ pub(super) async fn completions(
     let fields: CompletionFields = body.read()?;
     drop(body);
     service.check_model(writing.model.as_deref())?;
-    if fields.suffix.as_deref().is_some_and(|suffix| !suffix.is_empty()) {
+    if fields
+        .suffix
+        .as_deref()
+        .is_some_and(|suffix| !suffix.is_empty())
+    {
         let reason = "text cannot be written into the middle of another here";
         return Err(ApiError::field("suffix", reason));
     }
@@ -140,7 +144,10 @@ pub(super) async fn completions(
                 }
             }
             text += &written.text;
-            written.logprobs.iter().for_each(|own| told.push(&service, own));
+            written
+                .logprobs
+                .iter()
+                .for_each(|own| told.push(&service, own));
             let reason = written.reason.map_or("stop", |reason| reason.name());
             let logprobs = logprobs.then(|| told.document());
             json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason })
@@ -168,7 +175,11 @@ pub(super) async fn completions(
                 if logprobs {
                     told.prompt(&service, tokens, &own);
                 }
-                let logprobs = if logprobs { told.document() } else { Value::Null };
+                let logprobs = if logprobs {
+                    told.document()
+                } else {
+                    Value::Null
+                };
                 vec![chunk(prompt, logprobs, Value::Null)]
             }
             Event::Token { text, logprob, .. } => {
@@ -216,10 +227,12 @@ impl Told {
         self.token(service, own.token);
         self.logprobs.push(Some(own.logprob));
         let top = own.top.iter();
-        let mut top: Map<String, Value> =
-            top.map(|&(t, l)| (service.token_name(t), l.into())).collect();
+        let mut top: Map<String, Value> = top
+            .map(|&(t, l)| (service.token_name(t), l.into()))
+            .collect();
         // As OpenAI's, the token itself is always there.
-        top.entry(service.token_name(own.token)).or_insert(own.logprob.into());
+        top.entry(service.token_name(own.token))
+            .or_insert(own.logprob.into());
         self.top.push(Some(top));
     }
 

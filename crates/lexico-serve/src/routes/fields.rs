@@ -120,19 +120,29 @@ impl WritingFields {
             within(name, value, "from -2 to 2", |x| (-2.0..=2.0).contains(&x))?;
         }
         let penalty = self.repetition_penalty;
-        within("repetition_penalty", penalty, "above 0 and at most 100", |x| {
-            x > 0.0 && x <= 100.0
-        })?;
+        within(
+            "repetition_penalty",
+            penalty,
+            "above 0 and at most 100",
+            |x| x > 0.0 && x <= 100.0,
+        )?;
         let top_k = match self.top_k.unwrap_or(0) {
             -1 => 0,
             top_k => usize::try_from(top_k).map_err(|_| {
-                ApiError::field("top_k", "top_k must be a number of tokens, or 0 or -1 for all")
+                ApiError::field(
+                    "top_k",
+                    "top_k must be a number of tokens, or 0 or -1 for all",
+                )
             })?,
         };
         let mut bias = Vec::new();
         for (token, &value) in self.logit_bias.iter().flatten() {
             let name = format!("logit_bias.{token}");
-            let Some(known) = token.parse().ok().filter(|&t: &u32| (t as usize) < vocabulary) else {
+            let Some(known) = token
+                .parse()
+                .ok()
+                .filter(|&t: &u32| (t as usize) < vocabulary)
+            else {
                 let reason = format!("{token:?} is no token of the model's {vocabulary}");
                 return Err(ApiError::field(name, reason));
             };

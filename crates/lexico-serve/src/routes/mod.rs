@@ -94,7 +94,9 @@ impl Service {
         let make = || Structures::new(&self.pieces, self.vocabulary, &self.model.end_tokens);
         let made = self.structures.get_or_init(make).as_ref();
         made.map_err(|reason| {
-            ApiError::bad_request(format!("texts of this model cannot be made to follow a structure: {reason}"))
+            ApiError::bad_request(format!(
+                "texts of this model cannot be made to follow a structure: {reason}"
+            ))
         })
     }
 
@@ -154,7 +156,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .layer(DefaultBodyLimit::max(app.options.body_bytes))
         .layer(RequestBodyTimeoutLayer::new(BODY_PATIENCE))
         .layer(CatchPanicLayer::custom(|_| {
-            ApiError::internal("something went wrong while the request was answered").into_response()
+            ApiError::internal("something went wrong while the request was answered")
+                .into_response()
         }))
         .layer(cors(&app.options.allowed_origins))
         .layer(from_fn_with_state(Arc::clone(&app), observe))
@@ -184,7 +187,9 @@ async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) ->
 }
 
 fn bearer(headers: &HeaderMap) -> &[u8] {
-    let value = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    let value = headers
+        .get(header::AUTHORIZATION)
+        .map(HeaderValue::as_bytes);
     let value = value.unwrap_or_default();
     match value.split_at_checked(7) {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
@@ -210,7 +215,10 @@ async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> R
     let mut response = next.run(request).await;
     let (status, time) = (response.status().as_u16(), started.elapsed());
     app.metrics.request(&route, status, time);
-    let shown = id.as_ref().and_then(|id| id.to_str().ok()).unwrap_or_default();
+    let shown = id
+        .as_ref()
+        .and_then(|id| id.to_str().ok())
+        .unwrap_or_default();
     let milliseconds = time.as_millis() as u64;
     match route.as_str() {
         // They are asked for every few seconds.

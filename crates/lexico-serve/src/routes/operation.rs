@@ -58,7 +58,9 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Json<Value>, A
 )]
 pub(super) async fn models(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let service = app.service()?;
-    Ok(Json(json!({ "object": "list", "data": [document(&service)] })))
+    Ok(Json(
+        json!({ "object": "list", "data": [document(&service)] }),
+    ))
 }
 
 /// Describe the model
@@ -112,7 +114,10 @@ pub(super) async fn version() -> Json<Value> {
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let text = app.metrics.text().map_err(ApiError::internal)?;
-    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    let kind = [(
+        header::CONTENT_TYPE,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )];
     Ok((kind, text).into_response())
 }
 

@@ -74,9 +74,17 @@ pub(super) async fn tokenize(
                 let messages = chat::messages(messages)?;
                 let answer = fields.add_generation_prompt.unwrap_or(true);
                 let text = service.chat.render(&messages, answer);
-                ("messages", text.and_then(|text| tokenizer.encode_more(&text)))
+                (
+                    "messages",
+                    text.and_then(|text| tokenizer.encode_more(&text)),
+                )
             }
-            _ => return Err(ApiError::field("prompt", "either prompt or messages are needed")),
+            _ => {
+                return Err(ApiError::field(
+                    "prompt",
+                    "either prompt or messages are needed",
+                ));
+            }
         };
         tokens.map_err(|error| ApiError::field(param, error))
     })
@@ -112,9 +120,15 @@ pub(super) async fn detokenize(
     drop(body);
     service.check_model(fields.model.as_deref())?;
     let text = computed(&service, move |service| {
-        let outside = fields.tokens.iter().find(|&&t| t as usize >= service.vocabulary);
+        let outside = fields
+            .tokens
+            .iter()
+            .find(|&&t| t as usize >= service.vocabulary);
         if let Some(token) = outside {
-            let reason = format!("token {token} is none of the model's {}", service.vocabulary);
+            let reason = format!(
+                "token {token} is none of the model's {}",
+                service.vocabulary
+            );
             return Err(ApiError::field("tokens", reason));
         }
         let text = service.model.tokenizer.decode(&fields.tokens);
@@ -138,7 +152,13 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<Value>, Api
     let special = service.model.tokenizer.special_tokens().iter();
     let special = special.map(|(name, token)| (name.clone(), token.as_str().into()));
     let mut document: Map<String, Value> = special.collect();
-    document.insert("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into());
-    document.insert("model_max_length".to_owned(), service.engine.setup.context.into());
+    document.insert(
+        "tokenizer_class".to_owned(),
+        "PreTrainedTokenizerFast".into(),
+    );
+    document.insert(
+        "model_max_length".to_owned(),
+        service.engine.setup.context.into(),
+    );
     Ok(Json(document.into()))
 }

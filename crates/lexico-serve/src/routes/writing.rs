@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::Service;
 use super::error::ApiError;
 use super::fields::StreamOptions;
-use crate::engine::{ChoiceSettings, Event, FinishReason, Logprob, Request};
+use crate::engine::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
 
 /// Texts to be written: `n` for each prompt, prompt after prompt.
 pub(super) struct Order {
@@ -86,7 +86,10 @@ impl Service {
                 let reason = format!("token {token} is none of the model's {}", self.vocabulary);
                 return Err(ApiError::field(order.param, reason));
             }
-            let wanted = order.max_tokens.unwrap_or(0).max(usize::from(!order.prompt_logprobs));
+            let wanted = order
+                .max_tokens
+                .unwrap_or(0)
+                .max(usize::from(!order.prompt_logprobs));
             if length.saturating_add(wanted) > context {
                 let reason = format!(
                     "the model's context is {context} tokens; the prompt has {length}, and {wanted} more are asked for"
@@ -95,6 +98,12 @@ impl Service {
             }
             let left = context - length;
             let max_tokens = order.max_tokens.unwrap_or(order.usual_max_tokens.min(left));
+            let bytes = self.engine.setup.bytes_of(length, max_tokens);
+            let bytes = bytes.map_err(ApiError::internal)?;
+            let budget = self.engine.setup.memory.budget();
+            if bytes > budget {
+                return Err(Failure::TooLarge { bytes, budget }.into());
+            }
             usage.prompt += length;
             if let Some(store) = &self.engine.setup.store
                 && !order.prompt_logprobs
@@ -109,6 +118,7 @@ impl Service {
                 requests.push(Request {
                     index,
                     prompt: prompt.clone(),
+                    bytes,
                     max_tokens,
                     choice: ChoiceSettings {
                         sampling,
@@ -126,7 +136,9 @@ impl Service {
         }
         drop(events);
         let count = requests.len();
-        requests.into_iter().for_each(|request| self.engine.submit(request));
+        requests
+            .into_iter()
+            .for_each(|request| self.engine.submit(request));
         let mut orders = Orders {
             first: None,
             events: receiver,
@@ -165,7 +177,9 @@ impl Orders {
             Some((_, Event::Failed(failure))) => Err(failure.into()),
             Some((index, event)) => {
                 match &event {
-                    Event::Read { cached, .. } => self.usage.cached = self.usage.cached.max(*cached),
+                    Event::Read { cached, .. } => {
+                        self.usage.cached = self.usage.cached.max(*cached)
+                    }
                     Event::Token { .. } => self.usage.written += 1,
                     Event::Done { .. } | Event::Failed(_) => {}
                 }

@@ -77,7 +77,12 @@ impl Running {
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
-        read(self.agent.get(format!("{}{path}", self.base)).call().unwrap())
+        read(
+            self.agent
+                .get(format!("{}{path}", self.base))
+                .call()
+                .unwrap(),
+        )
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
@@ -92,7 +97,12 @@ impl Running {
         read(self.send(path, &body.to_string(), headers))
     }
 
-    pub(crate) fn send(&self, path: &str, body: &str, headers: &[(&str, &str)]) -> Response<ureq::Body> {
+    pub(crate) fn send(
+        &self,
+        path: &str,
+        body: &str,
+        headers: &[(&str, &str)],
+    ) -> Response<ureq::Body> {
         let mut request = self.agent.post(format!("{}{path}", self.base));
         request = request.header("content-type", "application/json");
         for (name, value) in headers {
@@ -121,7 +131,10 @@ impl Running {
         body["stream"] = json!(true);
         let mut response = self.send(path, &body.to_string(), &[]);
         assert_eq!(response.status(), 200);
-        let kind = response.headers()["content-type"].to_str().unwrap().to_owned();
+        let kind = response.headers()["content-type"]
+            .to_str()
+            .unwrap()
+            .to_owned();
         assert!(kind.starts_with("text/event-stream"), "{kind}");
         let lines = std::io::BufReader::new(response.body_mut().as_reader()).lines();
         let data: Vec<String> = lines
@@ -130,15 +143,22 @@ impl Running {
             .collect();
         let (done, chunks) = data.split_last().unwrap();
         assert_eq!(done, "[DONE]");
-        chunks.iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
+        chunks
+            .iter()
+            .map(|chunk| serde_json::from_str(chunk).unwrap())
+            .collect()
     }
 
     /// A figure of `/metrics`.
     pub(crate) fn figure(&self, name: &str) -> f64 {
         let text = self.get("/metrics").document;
         let text = text.as_str().unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no figure {name}")).parse().unwrap()
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no figure {name}"))
+            .parse()
+            .unwrap()
     }
 
     /// Asks it to stop.
@@ -180,7 +200,9 @@ pub(crate) fn problem(number: usize) -> String {
     let (a, b) = (names[number % 6], names[(number + 1 + number / 6) % 6]);
     let thing = things[number % 4];
     let (x, y) = (3 + number % 17, 2 + number % 11);
-    format!("Question: {a} has {x} {thing}. {b} gives {a} {y} more. How many {thing} does {a} have now?\n")
+    format!(
+        "Question: {a} has {x} {thing}. {b} gives {a} {y} more. How many {thing} does {a} have now?\n"
+    )
 }
 
 /// The text of the first choice.
