@@ -13,42 +13,35 @@ use serde_json::{Value, json};
 struct Server {
     child: Child,
     address: String,
-    log: BufReader<ChildStderr>,
+    log: Option<BufReader<ChildStderr>>,
 }
 
 impl Server {
     fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
-            .args([
-                "serve",
-                "--port",
-                "0",
-                "--log-format",
-                "json",
-                "--kv-memory",
-                "64MiB",
-            ])
+        let child = Command::new(assert_cmd::cargo::cargo_bin!("lexico"))
+            .args(["serve", "--port", "0", "--log-format", "json"])
+            .args(["--kv-memory", "64MiB"])
             .args(arguments)
             .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut address = String::new();
+            .spawn();
+        let mut server = Self {
+            child: child.unwrap(),
+            address: String::new(),
+            log: None,
+        };
+        let mut log = BufReader::new(server.child.stderr.take().unwrap());
         loop {
             let mut line = String::new();
             assert!(log.read_line(&mut line).unwrap() > 0, "it ended");
             let Ok(line) = serde_json::from_str::<Value>(&line) else {
                 panic!("{line}");
             };
-            if let Some(own) = line["address"].as_str() {
-                address = own.to_owned();
+            if let Some(address) = line["address"].as_str() {
+                address.clone_into(&mut server.address);
             }
             if line["message"] == "ready" {
-                return Self {
-                    child,
-                    address,
-                    log,
-                };
+                server.log = Some(log);
+                return server;
             }
         }
     }
@@ -108,7 +101,8 @@ fn it_stops_when_it_is_told_to() {
     server.signal("-TERM");
     assert!(server.child.wait().unwrap().success());
     let mut rest = String::new();
-    server.log.read_to_string(&mut rest).unwrap();
+    let log = server.log.as_mut().unwrap();
+    log.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("\"stopped\""), "{rest}");
 }
 

@@ -97,7 +97,7 @@ pub(crate) fn grammar(style: Style, tools: &[Tool], several: bool) -> String {
     let call = |tool: &Tool| {
         json!({
             "type": "object",
-            "properties": { "name": { "const": tool.name }, arguments: tool.parameters },
+            "properties": { "name": { "const": tool.name }, arguments: closed(&tool.parameters) },
             "required": ["name", arguments],
             "additionalProperties": false,
         })
@@ -118,6 +118,17 @@ pub(crate) fn grammar(style: Style, tools: &[Tool], several: bool) -> String {
             format!("start: \"[\" call{more} \"]\"\nmore: \", \" call\ncall: %json {one}\n")
         }
     }
+}
+
+/// A schema of arguments that has no others than it names, unless it says that it may.
+fn closed(parameters: &Value) -> Value {
+    let mut parameters = parameters.clone();
+    if let Some(fields) = parameters.as_object_mut()
+        && fields.contains_key("properties")
+    {
+        fields.entry("additionalProperties").or_insert(false.into());
+    }
+    parameters
 }
 
 /// Tells calls from the text around them as it comes.

@@ -401,7 +401,7 @@ fn parse(object: &[u8]) -> Result<(Header, Blocks), String> {
     let (length, rest) = rest.split_first_chunk().ok_or_else(damaged)?;
     let length = u32::from_le_bytes(*length) as usize;
     let (header, mut rest) = rest.split_at_checked(length).ok_or_else(damaged)?;
-    let header: Header = serde_json::from_slice(header).map_err(|e| shown(e))?;
+    let header: Header = serde_json::from_slice(header).map_err(shown)?;
     let mut blocks = Vec::with_capacity(header.blocks.len());
     for (name, bytes) in &header.blocks {
         let (block, after) = rest.split_at_checked(*bytes).ok_or_else(damaged)?;

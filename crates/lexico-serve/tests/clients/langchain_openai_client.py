@@ -6,7 +6,7 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
-model = ChatOpenAI(model="tiny", base_url=os.environ["BASE"] + "/v1", api_key=os.environ["KEY"], temperature=0, max_tokens=60)
+model = ChatOpenAI(model="tiny", base_url=os.environ["BASE"] + "/v1", api_key=os.environ["KEY"], temperature=0, max_tokens=150)
 question = [HumanMessage("Question: Ana has 12 coins. Ben gives Ana 7 more. How many coins does Ana have now?")]
 whole = model.invoke(question)
 assert whole.usage_metadata["output_tokens"] > 0, whole

@@ -29,7 +29,7 @@ assert text == whole.choices[0].message.content, (text, whole)
 assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens and not chunks[-1].choices
 assert chunks[0].choices[0].delta.role == "assistant"
 
-several = client.completions.create(model="tiny", prompt=[question, [5, 6, 7]], max_tokens=4, n=2, logprobs=1, echo=True)
+several = client.completions.create(model="tiny", prompt=[question, question + " And Ben?"], max_tokens=4, n=2, logprobs=1, echo=True)
 assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
 assert several.choices[0].text.startswith(question)
 assert several.choices[0].logprobs.token_logprobs[0] is None

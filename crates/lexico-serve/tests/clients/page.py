@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import sys
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if not chromium:
@@ -41,14 +41,15 @@ with sync_playwright() as browsers:
         # The server asks for its key.
         page.get_by_label("The server's key").fill(os.environ["KEY"])
         page.get_by_label("The server's key").press("Tab")
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        expect(page.locator("#model")).to_have_text("tiny")
         question = page.get_by_label("Your message", exact=False)
         for turn in range(3):
             question.focus()
             page.keyboard.type(f"Question: Ana has {turn + 2} coins. Ben gives Ana 7 more.")
             page.keyboard.press("Enter")
-            page.wait_for_function(f"document.querySelectorAll('#turns li').length === {2 * turn + 2} && !document.getElementById('send').disabled", timeout=120_000)
-        page.wait_for_function("/ of /.test(document.getElementById('reserved').textContent)")
+            expect(page.locator("#turns li")).to_have_count(2 * turn + 2)
+            expect(page.locator("#send")).to_be_enabled(timeout=120_000)
+        expect(page.locator("#reserved")).to_contain_text(" of ")
         answers = page.locator("#turns li.assistant").all_inner_texts()
         assert len(answers) == 3 and all(answer.removeprefix("Model").strip() for answer in answers), answers
         assert page.locator(".fault").count() == 0
