@@ -15,6 +15,7 @@ mod memory;
 mod model;
 mod publish;
 mod run;
+mod serve;
 mod train;
 mod ui;
 
@@ -37,6 +38,8 @@ struct Arguments {
 enum Command {
     /// Generate text, the KV cache held as sparse codes
     Run(run::Run),
+    /// Serve a model to many at once, as OpenAI's API does
+    Serve(serve::Serve),
     /// Learn a model's dictionaries from text
     Train(train::Train),
     /// Measure what coding each head costs with dictionaries made without it, as imported ones
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
     let command = Arguments::command()
         .after_help(EXIT_CODES)
         .mut_subcommand("run", |c| c.after_help(caches.clone()))
+        .mut_subcommand("serve", |c| c.after_help(caches.clone()))
         .mut_subcommand("bench", |c| c.after_help(caches.clone()))
         .mut_subcommand("eval", |c| c.after_help(caches.clone()));
     let arguments = match Arguments::from_arg_matches(&command.get_matches()) {
@@ -118,6 +122,7 @@ fn work(arguments: Arguments) -> anyhow::Result<()> {
     }
     match arguments.command {
         Command::Run(run) => run.run(),
+        Command::Serve(serve) => serve.run(),
         Command::Train(train) => train.run(),
         Command::Eval(eval) => eval.run(),
         Command::Bench(bench) => bench.run(),

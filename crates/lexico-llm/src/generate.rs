@@ -10,7 +10,7 @@ use crate::decoder::{Logits, Sequence};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::sample::{Sampler, Sampling};
-use crate::tokenizer::TextStream;
+use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Settings of [`generate`].
 #[derive(Debug, Clone, PartialEq)]
@@ -227,8 +227,7 @@ struct Writing<'a> {
     model: &'a Model,
     options: &'a GenerateOptions,
     context: usize,
-    stop: StopFilter<'a>,
-    stream: TextStream<'a>,
+    written: WrittenText<'a>,
     text: String,
     tokens: Vec<u32>,
     /// Tokens that the model reads next.
@@ -249,17 +248,16 @@ impl<'a> Writing<'a> {
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let (mut stop, mut stream) = (StopFilter::new(&options.stop), model.tokenizer.stream());
+        let mut written = WrittenText::new(&model.tokenizer, options.stop.clone());
         for &token in &options.written {
             // The earlier call has given it out.
-            let _ = push(model, &mut stop, &mut stream, token)?;
+            let _ = written.push(token)?;
         }
         Ok(Self {
             model,
             options,
             context,
-            stop,
-            stream,
+            written,
             text: String::new(),
             tokens: Vec::new(),
             next: prompt.to_vec(),
@@ -292,23 +290,22 @@ impl<'a> Writing<'a> {
         if ended {
             self.finish = Some(Finish::End);
         } else {
-            sure = push(self.model, &mut self.stop, &mut self.stream, token)?;
+            sure = self.written.push(token)?;
         }
         self.text.push_str(&sure);
-        if self.stop.found {
+        if self.written.stopped() {
             self.finish.get_or_insert(Finish::Stop);
         }
         Ok(sure)
     }
 
     /// Returns what was generated, and the end of its text, which was held back until now.
-    fn end(mut self) -> Result<(Generated, String)> {
+    fn end(self) -> Result<(Generated, String)> {
         let decode = self.started.elapsed() - self.prefill;
         let ended = matches!(self.finish, Some(Finish::End | Finish::Stop));
         let mut rest = String::new();
         if ended || !self.options.goes_on {
-            rest = self.stop.push(&self.stream.finish()?);
-            rest.push_str(&self.stop.rest());
+            rest = self.written.finish()?;
         }
         let generated = Generated {
             text: self.text + &rest,
@@ -321,31 +318,62 @@ impl<'a> Writing<'a> {
     }
 }
 
-/// Takes a token; returns the text that became certain.
-fn push(
-    model: &Model,
-    stop: &mut StopFilter<'_>,
-    stream: &mut TextStream<'_>,
-    token: u32,
-) -> Result<String> {
-    let mut sure = stop.push(&stream.push(token)?);
-    if let Some(text) = model.tokenizer.hidden_text(token) {
-        sure += &stop.push_hidden(text);
+/// The text of tokens as they come, up to a stop text.
+pub struct WrittenText<'t> {
+    tokenizer: &'t Tokenizer,
+    stop: StopFilter,
+    stream: TextStream<'t>,
+}
+
+impl<'t> WrittenText<'t> {
+    /// No text yet, which ends before the first of these stop texts; see [`GenerateOptions::stop`].
+    pub fn new(tokenizer: &'t Tokenizer, stop: Vec<String>) -> Self {
+        Self {
+            tokenizer,
+            stop: StopFilter::new(stop),
+            stream: tokenizer.stream(),
+        }
     }
-    Ok(sure)
+
+    /// Takes a token; returns the text that became certain, often empty: no part of a stop text, and whole characters.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::decode`].
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        let mut sure = self.stop.push(&self.stream.push(token)?);
+        if let Some(text) = self.tokenizer.hidden_text(token) {
+            sure += &self.stop.push_hidden(text);
+        }
+        Ok(sure)
+    }
+
+    /// Returns true where a stop text came up.
+    pub fn stopped(&self) -> bool {
+        self.stop.found
+    }
+
+    /// Returns the end of the text, which was held back until now.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::decode`].
+    pub fn finish(mut self) -> Result<String> {
+        let mut rest = self.stop.push(&self.stream.finish()?);
+        rest.push_str(&self.stop.rest());
+        Ok(rest)
+    }
 }
 
 /// Holds text back while it may be the beginning of a stop text.
-struct StopFilter<'a> {
-    stops: &'a [String],
+struct StopFilter {
+    stops: Vec<String>,
     held: String,
     /// Places in it of text that counts for stops and is not given out.
     hidden: Vec<Range<usize>>,
     found: bool,
 }
 
-impl<'a> StopFilter<'a> {
-    fn new(stops: &'a [String]) -> Self {
+impl StopFilter {
+    fn new(stops: Vec<String>) -> Self {
         Self {
             stops,
             held: String::new(),
@@ -409,7 +437,7 @@ mod tests {
 
     fn filtered(stops: &[&str], pieces: &[&str]) -> (Vec<String>, bool, String) {
         let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
-        let mut filter = StopFilter::new(&stops);
+        let mut filter = StopFilter::new(stops);
         // A piece that begins with a bar is hidden.
         let push = |piece: &&str| match piece.strip_prefix('|') {
             Some(hidden) => filter.push_hidden(hidden),

@@ -13,7 +13,7 @@ use lexico::kernels::{dot_bf16, dot_f16};
 use lexico::threads::{Threads, for_each};
 
 /// Products from which widening rows to f32 for one matrix product is faster than single products.
-const MANY_PRODUCTS: usize = 8;
+pub(crate) const MANY_PRODUCTS: usize = 8;
 /// Rows that one task works on: of a matrix product enough that its right side is rarely packed, of
 /// few products so few that a small matrix too keeps all threads busy.
 const PRODUCT_ROWS: usize = 256;

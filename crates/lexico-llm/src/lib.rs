@@ -60,6 +60,6 @@ pub use error::{Error, Result};
 pub use model::{DICTIONARY_FILE, Model};
 pub use panics::{caught, hide_caught_panics};
 pub use threads::threads_in_use;
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::{TextStream, TokenPiece, Tokenizer};
 pub use tokenizer_config::TokenizerFiles;
 pub use weights::Quantize;

@@ -11,7 +11,7 @@ use lexico::shown::{shown, shown_path};
 use lexico::tensor_file::TensorFile;
 use sha2::{Digest, Sha256};
 
-use crate::cache::{CacheContext, CacheSpec, Calibration, FullCache, KvCache};
+use crate::cache::{CacheContext, CacheSpec, Calibration, FullCache, KvCache, Lengths};
 use crate::chat::ChatTemplate;
 use crate::config::{Config, GenerationConfig, OneOrMany, read_required};
 use crate::decoder::{Decoder, Logits};
@@ -294,13 +294,25 @@ impl Model {
     /// # Errors
     /// Those of [`CacheSpec::build`].
     pub fn cache(&self, spec: &CacheSpec) -> Result<Box<dyn KvCache>> {
-        spec.build(&CacheContext {
+        spec.build(&self.cache_context())
+    }
+
+    /// The bytes that a cache of this model is expected to hold at the end of a sequence of these lengths.
+    ///
+    /// # Errors
+    /// Those of [`CacheSpec::expected_bytes`].
+    pub fn cache_bytes(&self, spec: &CacheSpec, lengths: Lengths) -> Result<f64> {
+        spec.expected_bytes(&self.cache_context(), lengths)
+    }
+
+    fn cache_context(&self) -> CacheContext<'_> {
+        CacheContext {
             model: &self.name,
             config: self.decoder.config(),
             dictionaries: self.dictionaries.as_ref(),
             calibration: self.calibration.as_ref(),
             device: self.decoder.device(),
-        })
+        }
     }
 }
 

@@ -134,10 +134,13 @@ impl Sampler {
         }
         let mut candidates: Vec<(u32, f32)> = (0..).zip(logits).collect();
         // The token breaks ties, so that equal logits give the same text on every machine.
-        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if self.sampling.top_k > 0 {
-            candidates.truncate(self.sampling.top_k);
+        let likelier = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let top_k = self.sampling.top_k;
+        if (1..candidates.len()).contains(&top_k) {
+            candidates.select_nth_unstable_by(top_k - 1, likelier);
+            candidates.truncate(top_k);
         }
+        candidates.sort_unstable_by(likelier);
         let probabilities = softmax(&candidates, 1.0);
         let mut kept = 0;
         let mut reached = 0.0;

@@ -140,6 +140,29 @@ impl Tokenizer {
         sound(|| self.inner.decode(tokens, true)).map_err(failed)
     }
 
+    /// What every token stands for, by its number.
+    pub fn pieces(&self) -> Vec<TokenPiece> {
+        let decoder = serde_json::to_string(&self.inner.get_decoder()).unwrap_or_default();
+        let added = self.inner.get_added_tokens_decoder();
+        let count = self.vocabulary() as u32;
+        let piece = |token: u32| {
+            let special = self.hidden.contains_key(&token);
+            let bytes = match self.inner.id_to_token(token) {
+                None => Vec::new(),
+                Some(text) if added.contains_key(&token) => text.into_bytes(),
+                Some(text) if decoder.contains("ByteLevel") => bytes_of_characters(&text),
+                Some(text) => bytes_of_sentence_piece(&text),
+            };
+            TokenPiece { bytes, special }
+        };
+        (0..count).map(piece).collect()
+    }
+
+    /// The special tokens by the names that chat templates use, `eos_token` say.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special
+    }
+
     /// Decodes token by token: characters that span tokens come whole.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream {
@@ -147,6 +170,40 @@ impl Tokenizer {
             tokens: Vec::new(),
             shown: 0,
         }
+    }
+}
+
+/// What a token stands for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenPiece {
+    /// Bytes of text, which need not be whole characters; the name of a special token.
+    pub bytes: Vec<u8>,
+    /// True of a special token, which decoding leaves out.
+    pub special: bool,
+}
+
+/// The bytes of a token of a byte-level vocabulary, whose characters stand for one byte each, as GPT-2 has it: printable ones
+/// of Latin-1 for themselves, those from U+0100 on for the others in order.
+fn bytes_of_characters(text: &str) -> Vec<u8> {
+    let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let others = (0..=u8::MAX).filter(|byte| !printable(byte));
+    let byte = |c: char| match u8::try_from(u32::from(c)) {
+        Ok(byte) if printable(&byte) => Some(byte),
+        _ => others
+            .clone()
+            .nth((u32::from(c) as usize).checked_sub(256)?),
+    };
+    let bytes: Option<Vec<u8>> = text.chars().map(byte).collect();
+    // A character that stands for no byte: the token is plain text.
+    bytes.unwrap_or_else(|| text.as_bytes().to_vec())
+}
+
+/// The bytes of a token of SentencePiece: `<0x0A>` is one byte, and `▁` a space.
+fn bytes_of_sentence_piece(text: &str) -> Vec<u8> {
+    let hexadecimal = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    match hexadecimal.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+        Some(byte) => vec![byte],
+        None => text.replace('\u{2581}', " ").into_bytes(),
     }
 }
 

@@ -198,3 +198,50 @@ fn a_long_prompt_is_the_same_in_one_piece_and_in_many() {
     }
     assert!(worst(&last[0], &last[1]) < TOLERANCE);
 }
+
+/// What a server relies on: who is decoded beside a sequence changes none of its logits.
+#[test]
+fn tokens_of_several_sequences_have_the_logits_that_each_has_alone() {
+    for quantize in [Quantize::None, Quantize::Q8_0] {
+        let model = Model::tiny_on(quantize, &lexico_llm::Device::Cpu).unwrap();
+        let spec: CacheSpec = "lexico:window=8,batch=4".parse().unwrap();
+        let count = model.decoder.rows_alike().min(21);
+        assert!(count > 4);
+        let text = |i: usize| -> Vec<u32> {
+            (0..20 + 5 * i)
+                .map(|t| ((7 * t + i) % 900) as u32)
+                .collect()
+        };
+        let read = |i: usize| {
+            let mut cache = model.cache(&spec).unwrap();
+            let own = cache.as_mut();
+            model
+                .decoder
+                .forward_one(&text(i), own, Logits::Last)
+                .unwrap();
+            cache
+        };
+        let mut caches: Vec<Box<dyn KvCache>> = (0..count).map(read).collect();
+        let tokens: Vec<[u32; 1]> = (0..count).map(|i| [i as u32 + 100]).collect();
+        let sequences = caches.iter_mut().zip(&tokens);
+        let sequences = sequences.map(|(cache, tokens)| Sequence {
+            tokens,
+            cache: cache.as_mut(),
+        });
+        let mut sequences: Vec<Sequence<'_>> = sequences.collect();
+        let together = model.decoder.forward(&mut sequences, Logits::Last).unwrap();
+        for (i, together) in together.to_vec2::<f32>().unwrap().iter().enumerate() {
+            let mut cache = read(i);
+            let own = cache.as_mut();
+            let alone = model
+                .decoder
+                .forward_one(&tokens[i], own, Logits::Last)
+                .unwrap();
+            assert_eq!(
+                &alone.to_vec2::<f32>().unwrap()[0],
+                together,
+                "{quantize:?}, sequence {i}"
+            );
+        }
+    }
+}

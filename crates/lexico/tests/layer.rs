@@ -853,3 +853,58 @@ fn what_is_not_finite_behind_a_map_is_refused() {
         assert!(out[out.len() - 8..].iter().all(|x| x.is_nan()));
     }
 }
+
+/// A cache and its copy go on apart, each as if the other were not there, and hold the codes that are there only once.
+#[test]
+fn copies_go_on_by_themselves() {
+    let (heads, m) = (2, 8);
+    for coding in [
+        Coding::Additive { beam_width: 4 },
+        Coding::usual(lexico::dictionary::CodeFamily::Sparse),
+    ] {
+        let dictionaries = drawn_dictionaries(5, heads, m, true);
+        let cache = || {
+            let settings = LayerSettings {
+                coding,
+                recent_window: 6,
+                batch: 4,
+                delay: 2,
+                background: true,
+                ..LayerSettings::new(LayerSparsities::same(heads, 2, 3))
+            };
+            LayerCache::new(&dictionaries, settings).unwrap()
+        };
+        let vectors = |seed: u64, t: usize| KeyValue {
+            keys: drawn_vectors(seed, heads * t, m),
+            values: drawn_vectors(seed ^ 9, heads * t, m),
+        };
+        let take = |cache: &mut LayerCache, seed: u64, t: usize| {
+            let new = vectors(seed, t);
+            cache.append(new.as_ref().map(|x| &x[..]), &Alone).unwrap();
+        };
+        // In the middle of a batch that leaves, too.
+        for steps in [0, 5, 7] {
+            let begin = || {
+                let mut cache = cache();
+                take(&mut cache, 1, 30);
+                (0..steps).for_each(|step| take(&mut cache, 100 + step, 1));
+                cache
+            };
+            let go_on = |cache: &mut LayerCache, seed: u64| {
+                take(cache, seed, 20);
+                (0..40).for_each(|step| take(cache, seed + step, 1));
+                cache.decode().unwrap()
+            };
+            let mut original = begin();
+            let mut copy = original.fork();
+            assert_eq!(copy.decode().unwrap(), original.decode().unwrap());
+            let codes = |cache: &LayerCache| cache.footprint().codes.into_iter().sum::<usize>();
+            assert_eq!(codes(&copy), codes(&original));
+            let first = go_on(&mut original, 1000);
+            let second = go_on(&mut copy, 2000);
+            assert_eq!(first, go_on(&mut begin(), 1000));
+            assert_eq!(second, go_on(&mut begin(), 2000));
+            assert_ne!(first, second);
+        }
+    }
+}

@@ -342,6 +342,14 @@ impl KvCache for LexicoCache {
         }))
     }
 
+    fn fork(&self) -> Option<Box<dyn KvCache>> {
+        let layers = self.layers.iter().map(LayerCache::fork);
+        Some(Box::new(Self {
+            layers: layers.collect(),
+            positions: self.positions,
+        }))
+    }
+
     fn state(&self) -> Option<CacheState> {
         Some(saved::state(self))
     }

@@ -98,6 +98,12 @@ pub trait KvCache: Send {
         Ok(None)
     }
 
+    /// Returns a copy that goes on by itself, exactly as this cache would, and shares with it what neither changes any
+    /// more; `None` of a method that has none.
+    fn fork(&self) -> Option<Box<dyn KvCache>> {
+        None
+    }
+
     /// Returns all that an empty cache of the same settings needs to [go on](KvCache::resume) exactly as this one would;
     /// `None` of a method that cannot be saved.
     fn state(&self) -> Option<CacheState> {

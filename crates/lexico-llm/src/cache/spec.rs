@@ -225,6 +225,14 @@ impl CacheSpec {
     }
 }
 
+impl Default for CacheSpec {
+    /// The method `lexico`, all options left to their defaults.
+    fn default() -> Self {
+        let (method, options) = (&lexico::METHOD, Vec::new());
+        Self { method, options }
+    }
+}
+
 impl FromStr for CacheSpec {
     type Err = Error;
 

@@ -169,6 +169,21 @@ impl ChatTemplate {
         tools: Option<&Json>,
         documents: Option<&Json>,
     ) -> Result<String> {
+        self.render_given(messages, answer, tools, documents, &Map::new())
+    }
+
+    /// [`ChatTemplate::render_with`] with values of variables that the template knows, `enable_thinking` say.
+    ///
+    /// # Errors
+    /// Those of [`ChatTemplate::render_with`].
+    pub fn render_given(
+        &self,
+        messages: &[Message],
+        answer: bool,
+        tools: Option<&Json>,
+        documents: Option<&Json>,
+        variables: &Map<String, Json>,
+    ) -> Result<String> {
         if messages.is_empty() {
             return Err(Error::Chat(
                 "a conversation has at least one message".into(),
@@ -186,6 +201,8 @@ impl ChatTemplate {
         ];
         let tokens = self.tokens.iter();
         context.extend(tokens.map(|(name, token)| (name.as_str(), Value::from(token.as_str()))));
+        let variables = variables.iter();
+        context.extend(variables.map(|(name, value)| (name.as_str(), value_of(value))));
         let context = Value::from_pairs(context);
         let rendered = caught(|| environment.get_template(NAME)?.render(context));
         let rendered = rendered.map_err(|panic| Error::Chat(bounded(&panic)))?;

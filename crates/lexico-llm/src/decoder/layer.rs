@@ -165,6 +165,16 @@ impl Layer {
             .chain(heads)
     }
 
+    /// See [`Decoder::rows_alike`](super::Decoder::rows_alike).
+    pub(super) fn rows_alike(&self) -> usize {
+        let attention = [&self.query, &self.key, &self.value, &self.output];
+        let all = attention
+            .into_iter()
+            .chain([&self.gate, &self.up, &self.down]);
+        let alike = all.map(|linear| linear.matrix.rows_alike());
+        alike.fold(usize::MAX, usize::min)
+    }
+
     /// See [`Decoder::output_moments`](super::Decoder::output_moments).
     pub(super) fn output_moments(&self, config: &Config) -> Result<Vec<f64>> {
         let m = config.head_dim;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::block_matrix::multiply_all;
 use crate::error::Result;
-use crate::half_matrix::{HalfMatrix, Halves};
+use crate::half_matrix::{HalfMatrix, Halves, MANY_PRODUCTS};
 use crate::threads::ModelThreads;
 use crate::weights::{Quantize, Weights, block_type};
 
@@ -30,6 +30,15 @@ pub(super) enum Matrix {
 }
 
 impl Matrix {
+    /// See [`Decoder::rows_alike`](super::Decoder::rows_alike).
+    pub(super) fn rows_alike(&self) -> usize {
+        match self {
+            Self::Dense(matrix) if matrix.device().is_cpu() => 1,
+            Self::Half(_) => MANY_PRODUCTS - 1,
+            Self::Dense(_) | Self::Blocks(_) | Self::Quantised(_) => usize::MAX,
+        }
+    }
+
     /// Reads a matrix some rows at a time, quantising it on the way where that is wanted and makes it smaller.
     pub(super) fn load(
         weights: &Weights,

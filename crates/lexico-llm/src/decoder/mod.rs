@@ -110,6 +110,14 @@ impl Decoder {
         &self.config
     }
 
+    /// The number of tokens that [`Decoder::forward`] may be given together such that each one's logits are, to the last bit,
+    /// what they are alone: beyond it products are computed otherwise. On a GPU nothing is promised.
+    pub fn rows_alike(&self) -> usize {
+        let layers = self.layers.iter().map(Layer::rows_alike);
+        let head = self.head.as_ref().unwrap_or(&self.embedding).rows_alike();
+        layers.fold(head, usize::min)
+    }
+
     /// The weights of all norms, which no file of a model rounds: layer after layer, the last norm in the end.
     ///
     /// # Errors

@@ -47,6 +47,7 @@ pub(super) type Background = Option<Mutex<Receiver<Result<Batch>>>>;
 
 /// The keys, or the values, of one KV head: the first positions, the past as codes, then the recent window. Where there
 /// are maps, all of them are mapped.
+#[derive(Clone)]
 pub(super) struct HeadRows {
     pub(super) sinks: DenseRows,
     pub(super) codes: Codes,
@@ -274,6 +275,24 @@ impl LayerCache {
             rows.sinks.drop_front(sinks);
             rows.codes.drop_front(coded);
             rows.recent.drop_front(recent);
+        }
+    }
+
+    /// A copy that goes on by itself, exactly as this cache would. Both share the codes that are there, so that these take
+    /// memory once; what is dense is copied.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        Self {
+            coders: self.coders.clone(),
+            head_dim: self.head_dim,
+            settings: Arc::clone(&self.settings),
+            heads: self.heads.clone(),
+            dropped: self.dropped,
+            // Coding a batch anew gives the same.
+            leaving: self.leaving.as_ref().map(|leaving| Leaving {
+                age: leaving.age,
+                codes: None,
+            }),
         }
     }
 

@@ -163,7 +163,7 @@ impl CodeFile {
 
 fn additive_tensors(pages: &Pages<AdditivePage>) -> Vec<NewTensor> {
     let (n, s) = (pages.len(), pages.format().sparsity);
-    let own = pages.pages().iter();
+    let own = pages.pages();
     let first = own.clone().flat_map(|page| &page.first);
     let first = first.flat_map(|leading| leading.0.to_le_bytes());
     let rest = own.flat_map(|page| page.rest.iter().copied());

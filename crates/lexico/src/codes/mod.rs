@@ -71,7 +71,8 @@ impl From<AdditiveFormat> for CodeFormat {
     }
 }
 
-/// Codes of a growing list of vectors, in pages of 8,192.
+/// Codes of a growing list of vectors, in pages of 8,192. A copy shares the pages that are there, and neither changes
+/// them any more.
 ///
 /// See [`SparseFormat`] and [`AdditiveFormat`] for the bytes that a vector takes.
 #[derive(Debug, Clone)]

@@ -1,5 +1,6 @@
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::dictionary::Atoms;
 use crate::encode::EncodedBatch;
@@ -60,12 +61,12 @@ pub(super) fn growth(len: usize) -> usize {
     GROWTH.max(len / 64).min(PAGE.saturating_sub(len))
 }
 
-/// Codes of one family in pages. All pages but the newest are full, or were.
+/// Codes of one family in pages. Copies share them: a page that has more than one owner no longer grows.
 #[derive(Debug, Clone)]
 pub(super) struct Pages<P: Page> {
     format: P::Format,
     len: usize,
-    pages: Vec<P>,
+    pages: Vec<Arc<P>>,
     /// So that users of the codes can check them against a dictionary at once.
     largest_index: u16,
 }
@@ -83,11 +84,12 @@ impl<P: Page> Pages<P> {
     pub(super) fn extend(&mut self, batch: &EncodedBatch) {
         let mut done = 0;
         while done < batch.len() {
-            if self.pages.last().is_none_or(|page| page.len() >= PAGE) {
+            let newest = self.pages.last_mut().and_then(Arc::get_mut);
+            if newest.is_none_or(|page| page.len() >= PAGE) {
                 self.pages.reserve_exact(1);
-                self.pages.push(P::new(self.format));
+                self.pages.push(Arc::new(P::new(self.format)));
             }
-            let Some(page) = self.pages.last_mut() else {
+            let Some(page) = self.pages.last_mut().and_then(Arc::get_mut) else {
                 return;
             };
             let count = (batch.len() - done).min(PAGE - page.len());
@@ -104,7 +106,7 @@ impl<P: Page> Pages<P> {
         self.largest_index = self.largest_index.max(page.largest_index());
         self.len += page.len();
         self.pages.reserve_exact(1);
-        self.pages.push(page);
+        self.pages.push(Arc::new(page));
     }
 
     pub(super) fn drop_front(&mut self, count: usize) {
@@ -118,7 +120,7 @@ impl<P: Page> Pages<P> {
         }
         self.pages.drain(..whole);
         if left > 0 {
-            self.pages[0].drop_front(left);
+            Arc::make_mut(&mut self.pages[0]).drop_front(left);
         }
         self.len -= count;
     }
@@ -127,8 +129,8 @@ impl<P: Page> Pages<P> {
         self.format
     }
 
-    pub(super) fn pages(&self) -> &[P] {
-        &self.pages
+    pub(super) fn pages(&self) -> impl Iterator<Item = &P> + Clone {
+        self.pages.iter().map(Arc::as_ref)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -140,19 +142,21 @@ impl<P: Page> Pages<P> {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let pages: usize = self.pages.iter().map(P::bytes).sum();
-        self.pages.capacity() * size_of::<P>() + pages
+        let pages: usize = self.pages().map(P::bytes).sum();
+        // Beside a page in its `Arc` stand two counts.
+        let page = size_of::<P>() + 2 * size_of::<usize>();
+        self.pages.capacity() * size_of::<Arc<P>>() + self.pages.len() * page + pages
     }
 
     pub(super) fn bytes_used(&self) -> usize {
-        self.pages.iter().map(P::bytes_used).sum()
+        self.pages().map(P::bytes_used).sum()
     }
 
     pub(super) fn decode(&self, atoms: Atoms<'_>) -> Vec<f32> {
         let m = atoms.head_dim();
         let mut vectors = vec![0.0; self.len * m];
         let mut rest = &mut vectors[..];
-        for page in &self.pages {
+        for page in self.pages() {
             let (own, later) = rest.split_at_mut(page.len() * m);
             page.for_each(|v, index, coefficient| {
                 add_scaled(&mut own[v * m..][..m], coefficient, atoms.atom(index));
@@ -182,5 +186,47 @@ impl<P: Page> Pages<P> {
             }
             before = after;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use super::*;
+    use crate::codes::AdditiveFormat;
+    use crate::codes::additive::AdditivePage;
+    use crate::dictionary::CodebookSizes;
+
+    fn batch(count: usize) -> EncodedBatch {
+        EncodedBatch {
+            sparsity: 1,
+            lengths: vec![1; count],
+            indices: (0..count as u16).collect(),
+            coefficients: vec![1.0; count],
+            relative_errors: vec![0.0; count],
+        }
+    }
+
+    #[test]
+    fn copies_share_what_is_there_and_nothing_that_comes_later() {
+        let format = AdditiveFormat {
+            sparsity: 1,
+            sizes: CodebookSizes { first: 100 },
+        };
+        let mut pages = Pages::<AdditivePage>::new(format);
+        pages.extend(&batch(10));
+        let mut copy = pages.clone();
+        assert!(Arc::ptr_eq(&pages.pages[0], &copy.pages[0]));
+        pages.extend(&batch(3));
+        copy.extend(&batch(4));
+        copy.drop_front(2);
+        assert_eq!((pages.len(), copy.len()), (13, 12));
+        assert_eq!(pages.pages().map(Page::len).collect::<Vec<_>>(), [10, 3]);
+        assert_eq!(copy.pages().map(Page::len).collect::<Vec<_>>(), [8, 4]);
+        // Alone again, the last page grows.
+        drop(copy);
+        pages.extend(&batch(5));
+        assert_eq!(pages.pages().map(Page::len).collect::<Vec<_>>(), [10, 8]);
     }
 }

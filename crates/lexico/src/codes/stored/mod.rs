@@ -254,8 +254,8 @@ mod tests {
     /// The pages to the last bit.
     fn pages(codes: &Codes) -> String {
         match &codes.0 {
-            FamilyPages::Sparse(pages) => format!("{:?}", pages.pages()),
-            FamilyPages::Additive(pages) => format!("{:?}", pages.pages()),
+            FamilyPages::Sparse(pages) => format!("{:?}", pages.pages().collect::<Vec<_>>()),
+            FamilyPages::Additive(pages) => format!("{:?}", pages.pages().collect::<Vec<_>>()),
         }
     }
 

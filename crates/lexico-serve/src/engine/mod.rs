@@ -1,0 +1,126 @@
+//! The engine: one thread that reads prompts and writes texts, all of them together, step by step.
+
+mod choice;
+mod guarded;
+mod request;
+mod scheduler;
+mod sequence;
+
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use lexico_llm::cache::{CacheSpec, Lengths};
+use lexico_llm::{Model, Result};
+
+use crate::memory::{Memory, Share};
+use crate::metrics::Metrics;
+use crate::prefix::{Key, PrefixStore, Prefixes};
+pub(crate) use request::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
+use scheduler::Scheduler;
+
+/// What the engine works with.
+pub(crate) struct Setup {
+    pub(crate) model: Arc<Model>,
+    pub(crate) spec: CacheSpec,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) prefixes: Arc<Mutex<Prefixes>>,
+    pub(crate) store: Option<PrefixStore>,
+    /// The name of the empty prefix.
+    pub(crate) root: Key,
+    /// Tokens of a prompt that are read in one step.
+    pub(crate) chunk: usize,
+    /// Max number of texts that are read or written at once.
+    pub(crate) parallel: usize,
+    /// Max number of texts that wait.
+    pub(crate) queue: usize,
+    /// Time that a text waits for memory at the most.
+    pub(crate) patience: std::time::Duration,
+    /// Max number of tokens of a text, its prompt included.
+    pub(crate) context: usize,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// A running engine.
+pub(crate) struct Engine {
+    pub(crate) setup: Arc<Setup>,
+    /// `None` once it is to end.
+    requests: Mutex<Option<Sender<(Request, Instant)>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Setup {
+    /// The bytes that the cache of a text takes at its end, with a little for what sizes cannot tell in advance.
+    pub(crate) fn bytes_of(&self, prompt: usize, max_tokens: usize) -> Result<usize> {
+        let end = (prompt + max_tokens).min(self.context);
+        let expected = self
+            .model
+            .cache_bytes(&self.spec, Lengths { prompt, end })?;
+        Ok((expected * 1.03) as usize)
+    }
+
+    /// Takes memory for a text whose prompt has these prefixes, the one that it begins from being the last to be given up.
+    fn make_room(&self, keys: &[Key], bytes: usize) -> Option<Share> {
+        let mut prefixes = self.prefixes();
+        prefixes.touch(keys);
+        prefixes.make_room(bytes)
+    }
+
+    pub(crate) fn prefixes(&self) -> std::sync::MutexGuard<'_, Prefixes> {
+        self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// Where the system gives no thread.
+    pub(crate) fn start(setup: Setup) -> std::io::Result<Self> {
+        let setup = Arc::new(setup);
+        let (sender, receiver) = channel();
+        let own = Arc::clone(&setup);
+        let run = move || Scheduler::new(&own, receiver).run();
+        let thread = std::thread::Builder::new().name("engine".to_owned());
+        Ok(Self {
+            setup,
+            requests: Mutex::new(Some(sender)),
+            thread: Mutex::new(Some(thread.spawn(run)?)),
+        })
+    }
+
+    /// Hands over a request; its events tell what becomes of it.
+    pub(crate) fn submit(&self, request: Request) {
+        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = match requests.as_ref() {
+            Some(sender) => sender.send((request, Instant::now())).map_err(|e| e.0.0),
+            None => Err(request),
+        };
+        if let Err(request) = refused {
+            let _ = request
+                .events
+                .send((request.index, Event::Failed(Failure::Ending)));
+        }
+    }
+
+    /// Ends the thread once the texts at hand are written or given up by their clients.
+    pub(crate) fn end(&self) {
+        let lock = |_: ()| {
+            self.requests
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take()
+        };
+        drop(lock(()));
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread {
+            // A panic has been said on stderr.
+            let _ = thread.join();
+        }
+    }
+}

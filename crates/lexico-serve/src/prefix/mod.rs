@@ -1,0 +1,213 @@
+//! Prefixes of prompts that were read before, kept by recency.
+//!
+//! A prompt is read in chunks of a fixed length. What a cache holds at the end of a chunk depends on the tokens so far and
+//! on nothing else, so that a text that begins from a kept prefix is the text that reading the prompt anew would give.
+//! The codes of kept prefixes and of running sequences are shared; only the newest positions, which are dense, are copied.
+//! They weigh more than a chunk's codes. So a prefix is kept where it is likely to be needed: at the last whole chunk of a
+//! prompt, and where a prompt parts from one that was read before.
+
+mod key;
+mod store;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use lexico_llm::cache::KvCache;
+
+use crate::kv_events::{KvEvent, KvEvents};
+use crate::memory::{Memory, Share};
+pub(crate) use key::Key;
+pub(crate) use store::PrefixStore;
+
+/// Chunks that are remembered at the most, twice.
+const SEEN: usize = 1 << 16;
+
+/// Prefixes in memory.
+pub(crate) struct Prefixes {
+    memory: Arc<Memory>,
+    kept: HashMap<Key, Kept>,
+    /// In how many kept prefixes a chunk is.
+    chunks: HashMap<Key, usize>,
+    /// Chunks that were read, those of late and those before them.
+    seen: [HashSet<Key>; 2],
+    /// Counts uses.
+    clock: u64,
+    events: Option<KvEvents>,
+}
+
+pub(crate) struct Kept {
+    prefix: Prefix,
+    /// The names of the prefixes that end with each of its chunks.
+    keys: Vec<Key>,
+    /// The bytes of what is dense.
+    own: Share,
+    used: u64,
+}
+
+/// The beginning of a prompt, as a cache holds it.
+pub(crate) struct Prefix {
+    pub(crate) positions: usize,
+    pub(crate) cache: Box<dyn KvCache>,
+    /// The bytes of the codes, chunk by chunk, which others may share.
+    pub(crate) chunks: Vec<Arc<Share>>,
+}
+
+impl Prefix {
+    /// A copy that goes on by itself.
+    pub(crate) fn fork(&self) -> Option<Self> {
+        Some(Self {
+            positions: self.positions,
+            cache: self.cache.fork()?,
+            chunks: self.chunks.clone(),
+        })
+    }
+}
+
+/// The bytes of a cache's codes, which copies share, and of all else.
+pub(crate) fn shared_and_own(cache: &dyn KvCache) -> (usize, usize) {
+    let footprint = cache.footprint();
+    let codes = footprint.parts.iter().filter(|(name, _)| *name == "codes");
+    let codes = codes.map(|(_, bytes)| bytes).sum();
+    (codes, footprint.total() - codes)
+}
+
+impl Prefixes {
+    pub(crate) fn new(memory: Arc<Memory>, events: Option<KvEvents>) -> Self {
+        Self {
+            memory,
+            kept: HashMap::new(),
+            chunks: HashMap::new(),
+            seen: Default::default(),
+            clock: 0,
+            events,
+        }
+    }
+
+    /// The number of chunks of the longest of these prefixes, the shortest first, that is kept.
+    pub(crate) fn longest(&self, keys: &[Key]) -> usize {
+        let found = keys.iter().rposition(|key| self.kept.contains_key(key));
+        found.map_or(0, |at| at + 1)
+    }
+
+    /// The longest of these prefixes, the shortest first, that is kept.
+    pub(crate) fn find(&mut self, keys: &[Key]) -> Option<Prefix> {
+        self.touch(keys)?.prefix.fork()
+    }
+
+    /// Counts a use of the longest of these prefixes that is kept.
+    pub(crate) fn touch(&mut self, keys: &[Key]) -> Option<&Kept> {
+        let longest = keys.get(self.longest(keys).checked_sub(1)?)?;
+        self.clock += 1;
+        let kept = self.kept.get_mut(longest)?;
+        kept.used = self.clock;
+        Some(kept)
+    }
+
+    /// The number of chunks at the beginning that were read before.
+    pub(crate) fn seen(&self, keys: &[Key]) -> usize {
+        let seen = |key: &&Key| self.seen.iter().any(|seen| seen.contains(key));
+        keys.iter().take_while(seen).count()
+    }
+
+    /// Remembers that a chunk was read.
+    pub(crate) fn see(&mut self, key: Key) {
+        if self.seen[0].len() >= SEEN {
+            self.seen.swap(0, 1);
+            self.seen[0].clear();
+        }
+        self.seen[0].insert(key);
+    }
+
+    /// Keeps the prefix of these tokens, whose chunks have these names, where there is room or others that were used longer
+    /// ago can make some.
+    pub(crate) fn keep(&mut self, keys: &[Key], prefix: Prefix, tokens: &[u32]) {
+        let Some(&key) = keys.last() else {
+            return;
+        };
+        if self.kept.contains_key(&key) {
+            return;
+        }
+        let (_, own) = shared_and_own(prefix.cache.as_ref());
+        let Some(own) = self.make_room(own) else {
+            return;
+        };
+        let chunk = tokens.len() / keys.len();
+        let mut parent = None;
+        for (key, tokens) in keys.iter().zip(tokens.chunks_exact(chunk)) {
+            let count = self.chunks.entry(*key).or_default();
+            *count += 1;
+            if let (1, Some(events)) = (*count, &self.events) {
+                events.publish(KvEvent::stored(*key, parent, tokens));
+            }
+            parent = Some(*key);
+        }
+        self.clock += 1;
+        let kept = Kept {
+            prefix,
+            keys: keys.to_vec(),
+            own,
+            used: self.clock,
+        };
+        self.kept.insert(key, kept);
+    }
+
+    /// Takes so many bytes of memory, for which prefixes that were used longest ago are given up, unless all of them would
+    /// not be enough.
+    pub(crate) fn make_room(&mut self, bytes: usize) -> Option<Share> {
+        if let Some(share) = self.memory.take(bytes) {
+            return Some(share);
+        }
+        let left = self.memory.budget().saturating_sub(self.memory.taken());
+        if left + self.reclaimable() < bytes {
+            return None;
+        }
+        loop {
+            let oldest = self.kept.iter().min_by_key(|(_, kept)| kept.used);
+            let oldest = *oldest?.0;
+            self.give_up(oldest);
+            if let Some(share) = self.memory.take(bytes) {
+                return Some(share);
+            }
+        }
+    }
+
+    /// The bytes that no running sequence shares.
+    fn reclaimable(&self) -> usize {
+        let mut chunks: HashMap<*const Share, (usize, &Arc<Share>)> = HashMap::new();
+        for chunk in self.kept.values().flat_map(|kept| &kept.prefix.chunks) {
+            chunks.entry(Arc::as_ptr(chunk)).or_insert((0, chunk)).0 += 1;
+        }
+        let only_here = chunks.into_values();
+        let only_here = only_here.filter(|(count, chunk)| Arc::strong_count(chunk) == *count);
+        let codes: usize = only_here.map(|(_, chunk)| chunk.bytes()).sum();
+        codes
+            + self
+                .kept
+                .values()
+                .map(|kept| kept.own.bytes())
+                .sum::<usize>()
+    }
+
+    fn give_up(&mut self, key: Key) {
+        let Some(kept) = self.kept.remove(&key) else {
+            return;
+        };
+        for key in kept.keys.into_iter().rev() {
+            let Some(count) = self.chunks.get_mut(&key) else {
+                continue;
+            };
+            *count -= 1;
+            if *count == 0 {
+                self.chunks.remove(&key);
+                if let Some(events) = &self.events {
+                    events.publish(KvEvent::removed(key));
+                }
+            }
+        }
+    }
+
+    /// The number of prefixes kept.
+    pub(crate) fn len(&self) -> usize {
+        self.kept.len()
+    }
+}

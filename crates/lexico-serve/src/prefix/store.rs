@@ -1,0 +1,415 @@
+//! Prefixes on disk or in an object store, for later starts and for other servers.
+//!
+//! An object is one prefix, whole, in a file `KEY.prefix`:
+//!
+//! | bytes | |
+//! |---|---|
+//! | 16 | `lexico-prefix/1` and a line end |
+//! | 4 | bytes of the header, little-endian |
+//! | | header: JSON of the key, the facts of the cache, and the name and bytes of each block |
+//! | | blocks: the tokens, four bytes each, then the cache's, codes [at rest](lexico::codes::stored) |
+//! | 32 | SHA-256 of all before |
+//!
+//! An object is read only where its key, its tokens, its settings and dictionaries are those of the prompt at hand. Whatever
+//! is wrong with one makes it a miss.
+
+use std::collections::HashMap;
+use std::path::Path as FilePath;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use futures::TryStreamExt;
+use lexico::shown::{shown, shown_path};
+use lexico_llm::cache::{CacheState, KvCache};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::{Key, Prefix, shared_and_own};
+use crate::engine::Setup;
+
+const MAGIC: &[u8; 16] = b"lexico-prefix/1\n";
+const ENDING: &str = ".prefix";
+/// Bytes of the checksum.
+const CHECKSUM: usize = 32;
+/// Prefixes that are written, and such that are read, at once.
+const AT_ONCE: usize = 4;
+/// Time that an answer of the store may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Time between two looks at what others have written.
+const LOOK: Duration = Duration::from_secs(10);
+/// Age from which a file that was not finished is a leftover.
+const LEFTOVER: Duration = Duration::from_secs(3600);
+
+/// A store of prefixes.
+#[derive(Clone)]
+pub(crate) struct PrefixStore(Arc<Inner>);
+
+struct Inner {
+    objects: Arc<dyn ObjectStore>,
+    place: Path,
+    /// What is there, by key.
+    index: Mutex<HashMap<String, Object>>,
+    max_bytes: u64,
+    writing: AtomicUsize,
+    reading: Semaphore,
+    runtime: tokio::runtime::Handle,
+    /// Faults that were said, so that each is said once.
+    said: Mutex<Vec<&'static str>>,
+}
+
+struct Object {
+    bytes: u64,
+    written: SystemTime,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    key: String,
+    facts: Value,
+    blocks: Vec<(String, usize)>,
+}
+
+impl PrefixStore {
+    /// Opens a folder, which is made where it is not there.
+    ///
+    /// # Errors
+    /// The reason why it cannot be used.
+    pub(crate) async fn open(place: &str, max_bytes: u64) -> Result<Self, String> {
+        let (objects, path) = open(place)?;
+        let store = Self(Arc::new(Inner {
+            objects,
+            place: path,
+            index: Mutex::default(),
+            max_bytes,
+            writing: AtomicUsize::new(0),
+            reading: Semaphore::new(AT_ONCE),
+            runtime: tokio::runtime::Handle::current(),
+            said: Mutex::default(),
+        }));
+        store.look().await;
+        let looks = Arc::downgrade(&store.0);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(LOOK).await;
+                let Some(inner) = looks.upgrade() else {
+                    return;
+                };
+                Self(inner).look().await;
+            }
+        });
+        Ok(store)
+    }
+
+    /// Brings the longest prefix of a prompt into memory that is there and that memory does not have.
+    pub(crate) async fn fetch(&self, setup: &Arc<Setup>, prompt: &[u32]) {
+        let keys = setup.root.of_prompt(prompt, setup.chunk);
+        let missing = || {
+            let index = self.index();
+            let stored = keys
+                .iter()
+                .rposition(|key| index.contains_key(&key.to_string()));
+            let number = stored? + 1;
+            drop(index);
+            (number > setup.prefixes().longest(&keys)).then_some(number)
+        };
+        if missing().is_none() {
+            return;
+        }
+        let Ok(_turn) = self.0.reading.acquire().await else {
+            return;
+        };
+        // Another request may have brought it meanwhile.
+        let Some(number) = missing() else {
+            return;
+        };
+        let keys = keys[..number].to_vec();
+        let Some(key) = keys.last().copied() else {
+            return;
+        };
+        let read = async {
+            let object = self.0.objects.get(&self.path(&key.to_string())).await?;
+            object.bytes().await
+        };
+        let bytes = match timeout(PATIENCE, read).await {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) => {
+                self.forget(key);
+                return self.say("read", &format!("a prefix could not be read: {error}"));
+            }
+            Err(_) => {
+                return self.say("slow", "it did not answer in time; the prompt is read anew");
+            }
+        };
+        let tokens = prompt[..number * setup.chunk].to_vec();
+        let own = Arc::clone(setup);
+        let resumed = tokio::task::spawn_blocking(move || {
+            let cache = resume(&own, key, &tokens, &bytes)?;
+            let mut prefixes = own.prefixes();
+            let (coded, _) = shared_and_own(cache.as_ref());
+            let Some(codes) = prefixes.make_room(coded) else {
+                return Ok(());
+            };
+            let prefix = Prefix {
+                positions: tokens.len(),
+                cache,
+                chunks: vec![Arc::new(codes)],
+            };
+            keys.iter().for_each(|&key| prefixes.see(key));
+            prefixes.keep(&keys, prefix, &tokens);
+            Ok(())
+        });
+        let reason = match resumed.await {
+            Ok(Ok(())) => return,
+            Ok(Err(reason)) => reason,
+            Err(panic) => panic.to_string(),
+        };
+        self.forget(key);
+        let reason = format!("{key}{ENDING} is of no use, and the prompt is read anew: {reason}");
+        self.say("damaged", &reason);
+    }
+
+    /// Writes a prefix in the background, unless it is there or too many are being written.
+    pub(crate) fn write(&self, key: Key, prefix: Prefix, tokens: Vec<u32>) {
+        if self.index().contains_key(&key.to_string()) {
+            return;
+        }
+        let store = self.clone();
+        if store.0.writing.fetch_add(1, SeqCst) >= AT_ONCE {
+            store.0.writing.fetch_sub(1, SeqCst);
+            return;
+        }
+        self.0.runtime.spawn(async move {
+            let bytes = tokio::task::spawn_blocking(move || object(key, &prefix, &tokens)).await;
+            if let Ok(Some(bytes)) = bytes {
+                store.put(key, bytes).await;
+            }
+            store.0.writing.fetch_sub(1, SeqCst);
+        });
+    }
+
+    async fn put(&self, key: Key, bytes: Vec<u8>) {
+        let size = bytes.len() as u64;
+        if size > self.0.max_bytes {
+            return;
+        }
+        let key = key.to_string();
+        let path = self.path(&key);
+        let written = self.0.objects.put(&path, bytes.into());
+        match timeout(PATIENCE, written).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                return self.say("write", &format!("a prefix could not be written: {error}"));
+            }
+            Err(_) => return self.say("slow", "it did not take a prefix in time"),
+        }
+        let now = Object {
+            bytes: size,
+            written: SystemTime::now(),
+        };
+        self.index().insert(key, now);
+        self.shrink().await;
+    }
+
+    /// Waits until all that is being written is written, or a while.
+    pub(crate) async fn flush(&self) {
+        let written = async {
+            while self.0.writing.load(SeqCst) > 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let _ = timeout(PATIENCE, written).await;
+    }
+
+    /// Removes the oldest prefixes beyond the size that is allowed.
+    async fn shrink(&self) {
+        loop {
+            let oldest = {
+                let index = self.index();
+                let bytes: u64 = index.values().map(|object| object.bytes).sum();
+                if bytes <= self.0.max_bytes {
+                    return;
+                }
+                let oldest = index.iter().min_by_key(|(_, object)| object.written);
+                oldest.map(|(key, _)| key.clone())
+            };
+            let Some(key) = oldest else {
+                return;
+            };
+            self.index().remove(&key);
+            // Another server may have removed it; what stays is seen again at the next look.
+            let _ = timeout(PATIENCE, self.0.objects.delete(&self.path(&key))).await;
+        }
+    }
+
+    /// Takes note of what is there.
+    async fn look(&self) {
+        let place = Some(&self.0.place).filter(|place| !place.as_ref().is_empty());
+        let listed = self.0.objects.list(place).try_collect::<Vec<_>>();
+        let listed = match timeout(PATIENCE, listed).await {
+            Ok(Ok(listed)) => listed,
+            Ok(Err(error)) => return self.say("list", &format!("it cannot be listed: {error}")),
+            Err(_) => return self.say("slow", "it was not listed in time"),
+        };
+        let found = listed.into_iter().filter_map(|meta| {
+            let key = meta.location.filename()?.strip_suffix(ENDING)?.to_owned();
+            let object = Object {
+                bytes: meta.size,
+                written: meta.last_modified.into(),
+            };
+            Some((key, object))
+        });
+        *self.index() = found.collect();
+    }
+
+    fn forget(&self, key: Key) {
+        self.index().remove(&key.to_string());
+    }
+
+    fn path(&self, key: &str) -> Path {
+        self.0.place.clone().join(format!("{key}{ENDING}"))
+    }
+
+    fn index(&self) -> MutexGuard<'_, HashMap<String, Object>> {
+        self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says a fault of this kind, once.
+    fn say(&self, kind: &'static str, reason: &str) {
+        let mut said = self.0.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if !said.contains(&kind) {
+            said.push(kind);
+            tracing::warn!(
+                reason = shown(reason),
+                "the prefix store is not as it should be"
+            );
+        }
+    }
+}
+
+/// The store at a place, and the path of what is kept in it.
+fn open(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
+    if place.contains("://") {
+        return Err(format!(
+            "{}: only folders can be prefix stores",
+            shown(place)
+        ));
+    }
+    let folder = FilePath::new(place);
+    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", shown_path(folder));
+    std::fs::create_dir_all(folder).map_err(|e| failed(&e))?;
+    remove_leftovers(folder);
+    let files = LocalFileSystem::new_with_prefix(folder).map_err(|e| failed(&e))?;
+    Ok((Arc::new(files), Path::default()))
+}
+
+/// Removes what was being written when a server was killed: files that have the ending and a number.
+fn remove_leftovers(folder: &FilePath) {
+    let Ok(entries) = folder.read_dir() else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let ours = name.to_string_lossy().contains(&format!("{ENDING}#"));
+        let modified = entry.metadata().and_then(|meta| meta.modified());
+        let old = modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LEFTOVER));
+        if ours && old {
+            // It does no harm where it stays.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// The bytes of an object; `None` of a cache that cannot be saved.
+fn object(key: Key, prefix: &Prefix, tokens: &[u32]) -> Option<Vec<u8>> {
+    let state = prefix.cache.state()?;
+    let tokens = tokens.iter().flat_map(|token| token.to_le_bytes());
+    let tokens = ("tokens".to_owned(), tokens.collect::<Vec<u8>>());
+    let blocks: Vec<(String, Vec<u8>)> = std::iter::once(tokens).chain(state.blocks).collect();
+    let header = Header {
+        key: key.to_string(),
+        facts: state.facts,
+        blocks: blocks
+            .iter()
+            .map(|(name, bytes)| (name.clone(), bytes.len()))
+            .collect(),
+    };
+    let header = serde_json::to_vec(&header).ok()?;
+    let mut object = MAGIC.to_vec();
+    object.extend(u32::try_from(header.len()).ok()?.to_le_bytes());
+    object.extend(header);
+    blocks.iter().for_each(|(_, bytes)| object.extend(bytes));
+    let checksum = Sha256::digest(&object);
+    object.extend(checksum);
+    Some(object)
+}
+
+/// The cache of an object, where that is the prefix of this name and these tokens.
+fn resume(
+    setup: &Setup,
+    key: Key,
+    tokens: &[u32],
+    object: &[u8],
+) -> Result<Box<dyn KvCache>, String> {
+    let (header, blocks) = parse(object)?;
+    if header.key != key.to_string() {
+        return Err("it is another prefix".to_owned());
+    }
+    let mut blocks = blocks.into_iter();
+    let own = tokens.iter().flat_map(|token| token.to_le_bytes());
+    let Some((_, stored)) = blocks.next() else {
+        return Err("it has no tokens".to_owned());
+    };
+    if !own.eq(stored) {
+        return Err("its tokens are not those of the prompt".to_owned());
+    }
+    let state = CacheState {
+        facts: header.facts,
+        blocks: blocks.collect(),
+    };
+    let mut cache = setup.model.cache(&setup.spec).map_err(|e| e.to_string())?;
+    cache.resume(&state)?;
+    match cache.len() == tokens.len() {
+        true => Ok(cache),
+        false => Err("it holds another number of positions".to_owned()),
+    }
+}
+
+/// Names and bytes of the blocks of an object.
+type Blocks = Vec<(String, Vec<u8>)>;
+
+fn parse(object: &[u8]) -> Result<(Header, Blocks), String> {
+    let damaged = || "it is damaged or cut short".to_owned();
+    let (content, checksum) = object
+        .len()
+        .checked_sub(CHECKSUM)
+        .map(|at| object.split_at(at))
+        .ok_or_else(damaged)?;
+    let Some(rest) = content.strip_prefix(MAGIC) else {
+        return Err("it is no prefix of this version".to_owned());
+    };
+    if Sha256::digest(content).as_slice() != checksum {
+        return Err(damaged());
+    }
+    let (length, rest) = rest.split_first_chunk().ok_or_else(damaged)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    let (header, mut rest) = rest.split_at_checked(length).ok_or_else(damaged)?;
+    let header: Header = serde_json::from_slice(header).map_err(shown)?;
+    let mut blocks = Vec::with_capacity(header.blocks.len());
+    for (name, bytes) in &header.blocks {
+        let (block, after) = rest.split_at_checked(*bytes).ok_or_else(damaged)?;
+        blocks.push((name.clone(), block.to_vec()));
+        rest = after;
+    }
+    if !rest.is_empty() {
+        return Err(damaged());
+    }
+    Ok((header, blocks))
+}
