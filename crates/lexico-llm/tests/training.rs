@@ -86,8 +86,8 @@ fn learns_saves_and_serves() {
     assert_eq!(losses.layers.len(), 4);
     for layer in &losses.layers {
         for head in layer.keys.iter().chain(&layer.values) {
-            // One atom hurts, sixteen hardly.
-            assert!(head[0] > 0.0 && head[5] < 0.2 * head[0], "{losses:?}");
+            // One atom hurts, sixteen by far less, whatever the head.
+            assert!(head[0] > 0.0 && head[5] < 0.5 * head[0], "{losses:?}");
         }
     }
     let losses = training.additive_losses.as_ref().unwrap();
