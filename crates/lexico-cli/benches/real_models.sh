@@ -48,7 +48,7 @@ rivals=(
     --cache turboquant:norm=eden,bits=2,window=32,sinks=4
     --cache turboquant:norm=eden,bits=3,window=32,sinks=4
     --cache vllm-turboquant:preset=3bit_nc,dense-layers=0,window=32,sinks=4
-    --cache kvarn:group=32,window=32,sinks=4
+    --cache kvarn:window=32,sinks=4
     --cache oscar:window=32,sinks=4
     --cache llama-cpp:k=q4_0,v=q4_0,window=32,sinks=4
     --cache streaming-llm:window=110
