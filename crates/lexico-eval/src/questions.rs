@@ -9,7 +9,7 @@ use lexico_llm::generate::{GenerateOptions, Prompt, generate_batch};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Judgement, Measure, Outcome, Task, readings};
+use crate::task::{Detail, Judgement, Measure, Outcome, Task, reading_groups, readings};
 
 /// A text for the model to go on from, and the answer that it asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -236,20 +236,9 @@ impl Task for Asked {
         let mut prompts: Vec<Prompt<'_>> = Vec::new();
         let of_items = held.chunks_mut(each).zip(tokens.iter().zip(&limits));
         for (item, (own, (tokens, options))) in of_items.enumerate() {
-            let mut together = Vec::new();
-            let mut alone = Vec::new();
-            for (cache, held) in own.iter_mut().enumerate() {
-                let held: &mut dyn KvCache = held.as_mut();
-                let place = item * each + cache;
-                match caches[cache].exact_prompts() {
-                    true => together.push((place, held)),
-                    false => alone.push(vec![(place, held)]),
-                }
-            }
-            let groups = std::iter::once(together).chain(alone);
-            for group in groups.filter(|group| !group.is_empty()) {
+            for group in reading_groups(caches, own) {
                 let (own, caches): (Vec<usize>, Vec<_>) = group.into_iter().unzip();
-                places.extend(own);
+                places.extend(own.into_iter().map(|place| item * each + place));
                 prompts.push(Prompt {
                     tokens,
                     caches,

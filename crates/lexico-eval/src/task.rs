@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use lexico_llm::Model;
-use lexico_llm::cache::CacheSpec;
+use lexico_llm::cache::{CacheSpec, KvCache};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -53,6 +53,26 @@ pub trait Task {
         items: &[usize],
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Vec<Vec<Outcome>>>>;
+}
+
+/// One sequence's caches, and the place of each among the specs, in groups that read a prompt together: those that leave what
+/// the model computes as it is, in their order, and each other alone.
+pub(crate) fn reading_groups<'c>(
+    specs: &[&CacheSpec],
+    caches: &'c mut [Box<dyn KvCache>],
+) -> Vec<Vec<(usize, &'c mut dyn KvCache)>> {
+    let mut together: Vec<(usize, &mut dyn KvCache)> = Vec::new();
+    let mut groups = Vec::new();
+    for ((place, cache), spec) in caches.iter_mut().enumerate().zip(specs) {
+        match spec.exact_prompts() {
+            true => together.push((place, cache.as_mut())),
+            false => groups.push(vec![(place, cache.as_mut() as &mut dyn KvCache)]),
+        }
+    }
+    if !together.is_empty() {
+        groups.insert(0, together);
+    }
+    groups
 }
 
 /// Readings of a prompt: one for all caches that leave what the model computes as it is, and one for each other.

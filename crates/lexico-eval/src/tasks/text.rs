@@ -11,7 +11,7 @@ use lexico_llm::{Corpus, Model};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::task::{Detail, Measure, Outcome, Task, named, readings};
+use crate::task::{Detail, Measure, Outcome, Task, named, reading_groups, readings};
 
 /// Settings of [`TextTask`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,21 +141,13 @@ impl TextTask {
         let mut next = Vec::with_capacity(prompts.len());
         for (number, (tokens, held)) in prompts.iter().zip(held.chunks_mut(each)).enumerate() {
             let mut logits = vec![Vec::new(); each];
-            let mut together = Vec::new();
-            let mut groups = Vec::new();
-            for (place, held) in held.iter_mut().enumerate() {
-                let held: &mut dyn KvCache = held.as_mut();
-                match caches[place].exact_prompts() {
-                    true => together.push((place, held)),
-                    false => groups.push(vec![(place, held)]),
-                }
-            }
-            for group in std::iter::once(together).chain(groups) {
-                let (places, mut held): (Vec<usize>, Vec<_>) = group.into_iter().unzip();
-                let Some(first) = held.pop() else { continue };
+            for group in reading_groups(caches, held) {
+                let (places, held): (Vec<usize>, Vec<_>) = group.into_iter().unzip();
+                let mut held = held.into_iter();
+                let Some(first) = held.next() else { continue };
                 let mut read = ReadTogether {
                     first,
-                    others: held,
+                    others: held.collect(),
                 };
                 let last = model.decoder.forward_one(tokens, &mut read, Logits::Last)?;
                 let last = last.squeeze(0).and_then(|last| last.to_vec1::<f32>());
