@@ -100,7 +100,8 @@ fn constructs_render_as_in_transformers_or_are_refused() {
         failures.len(),
         failures.join("\n")
     );
-    assert!(equal > 2700 && refused > 500 && refused_here < 10);
+    // Three are random, and one is half a character.
+    assert!(equal > 2800 && refused > 500 && refused_here <= 4);
 }
 
 /// Templates as published, of models, of TRL and of vLLM, with and without tools; `fixtures/fetch_templates.py` puts

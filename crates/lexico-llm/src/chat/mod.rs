@@ -218,7 +218,6 @@ fn environment(source: &str) -> Result<Environment<'static>> {
         return Err(Error::Chat(reason));
     }
     let failed = |why: String| Error::Chat(format!("it does not parse: {}", bounded(&why)));
-    let translated = translate::translate(source).map_err(failed)?;
     let mut environment = Environment::empty();
     // A template is a program from outside.
     environment.set_fuel(Some(FUEL));
@@ -231,6 +230,7 @@ fn environment(source: &str) -> Result<Environment<'static>> {
     functions::add_to(&mut environment);
     macros::add_to(&mut environment);
     markup::add_to(&mut environment);
+    let translated = translate::translate(source, &environment).map_err(failed)?;
     // The translation ends as the template does.
     let mut syntax = minijinja::syntax::SyntaxConfig::builder();
     let syntax = syntax.keep_trailing_newline(true).build();

@@ -7,9 +7,11 @@
 use std::fmt::Write;
 
 use lexico::shown::shown;
+use minijinja::{Environment, Value};
 
 use super::lexer::{Token, Word, words};
 use super::methods::is_method_name;
+use super::python::is_true;
 
 /// Longest source of a template: a hundred times that of a long one.
 const LONGEST: usize = 1 << 20;
@@ -203,8 +205,9 @@ impl Expression {
 
 type Parsed<T> = Result<T, String>;
 
-/// Writes a template down for minijinja; the error says what is wrong, and where.
-pub(super) fn translate(source: &str) -> Parsed<String> {
+/// Writes a template down for minijinja; the error says what is wrong, and where. `environment` is the one that will run it:
+/// it works out constants.
+pub(super) fn translate(source: &str, environment: &Environment) -> Parsed<String> {
     if source.len() > LONGEST {
         return Err(format!("it is longer than {LONGEST} bytes"));
     }
@@ -231,16 +234,17 @@ pub(super) fn translate(source: &str) -> Parsed<String> {
         block_macros: String::new(),
         reads_self,
         asks_identity,
-        in_scoped_block: false,
+        scoped_block: None,
+        environment,
         attributes: String::new(),
         escaping: Escaping::default(),
         escapes,
     };
     parser.body(&[])?;
-    Ok(parser.finish())
+    parser.finish()
 }
 
-struct Parser {
+struct Parser<'e> {
     words: Vec<Word>,
     at: usize,
     out: String,
@@ -265,7 +269,9 @@ struct Parser {
     reads_self: bool,
     /// Whether the template has the test `sameas` at all.
     asks_identity: bool,
-    in_scoped_block: bool,
+    /// The scoped block around the tag.
+    scoped_block: Option<ScopedBlock>,
+    environment: &'e Environment<'e>,
     /// Tags that give attributes of namespaces their values, behind the tag at hand.
     attributes: String,
     escaping: Escaping,
@@ -273,8 +279,21 @@ struct Parser {
     escapes: bool,
 }
 
-impl Parser {
-    fn finish(self) -> String {
+/// A block that sees what is around it: so do the blocks within it, and those that it calls by `self`.
+struct ScopedBlock {
+    /// What `loop` is called around it.
+    loops: Vec<String>,
+    /// The blocks within it that are not scoped, as macros.
+    block_macros: String,
+    /// Whether it has the name `self`.
+    reads_self: bool,
+}
+
+/// Stands for all blocks until they are known.
+const ALL_BLOCKS: &str = "{% set __all_blocks %}";
+
+impl Parser<'_> {
+    fn finish(self) -> Parsed<String> {
         let mut start = self.block_macros;
         if self.reads_self {
             let blocks = self
@@ -288,7 +307,10 @@ impl Parser {
                 blocks.join(", ")
             );
         }
-        start + &self.out
+        if start.contains(ALL_BLOCKS) {
+            return Err("self in a scoped block within a block is not taken".to_owned());
+        }
+        Ok(start.clone() + &self.out.replace(ALL_BLOCKS, &start))
     }
 
     /// A name that no template uses.
@@ -551,20 +573,10 @@ impl Parser {
         self.statement("endif");
     }
 
-    /// Whether what a tag has is true, where that is no more than a number, a text, `true` or the like.
-    fn constant(&self) -> Option<bool> {
-        if self.after() != Some(&Token::TagEnd) {
-            return None;
-        }
-        match self.now()? {
-            Token::Name(name) if CONSTANTS.contains(&name.as_str()) => {
-                Some(name.eq_ignore_ascii_case("true"))
-            }
-            Token::Integer(digits) => Some(digits.bytes().any(|digit| digit != b'0')),
-            Token::Float(digits) => digits.parse().ok().map(|number: f64| number != 0.0),
-            Token::Text(text) => Some(!text.is_empty()),
-            _ => None,
-        }
+    /// The value of an expression of constants, unless it has none.
+    fn worked_out(&self, expression: &str) -> Option<Value> {
+        let compiled = self.environment.compile_expression(expression);
+        compiled.ok()?.eval(()).ok()
     }
 
     fn leave_tag(&mut self, name: &str) -> Parsed<()> {
@@ -642,14 +654,15 @@ impl Parser {
     /// `{% autoescape %}`: what is in force is set before and set back after, which Jinja2 does not do either where a
     /// loop is left from within.
     fn autoescape_tag(&mut self) -> Parsed<()> {
-        let known = self.constant();
         let value = self.expression()?;
         self.end_tag()?;
         let before = self.escaping;
-        match (known, value.constant) {
-            (Some(on), _) => self.escaping.on = on,
-            (None, Constant::No) => self.escaping.unknown = true,
-            _ => return self.fail("{% autoescape %} by an expression of constants is not taken"),
+        match (value.constant, self.worked_out(&value.text)) {
+            (Constant::Yes, Some(known)) => self.escaping.on = is_true(&known),
+            (Constant::Perhaps, _) => {
+                return self.fail("{% autoescape %} by a choice of constants is not taken");
+            }
+            _ => self.escaping.unknown = true,
         }
         let outside = self.hidden("outside");
         self.statement("with");
@@ -973,18 +986,21 @@ impl Parser {
         if self.blocks.contains(&name) {
             return self.fail(&format!("the block \"{}\" is there twice", shown(&name)));
         }
-        if self.in_scoped_block && (self.reads_self || !scoped) {
-            // It sees what the scoped one sees, and `self` calls it apart from that.
-            return self.fail("a block within a scoped block is not taken");
-        }
         self.blocks.push(name.clone());
         let names = self.macro_names.take();
         let loops = self.loops.clone();
-        if !scoped {
-            self.loops.clear();
-        }
         let around = std::mem::take(&mut self.out);
-        let in_scoped_block = std::mem::replace(&mut self.in_scoped_block, scoped);
+        let mut outer = None;
+        if scoped {
+            outer = self.scoped_block.replace(ScopedBlock {
+                loops: loops.clone(),
+                block_macros: String::new(),
+                reads_self: false,
+            });
+        } else {
+            let scoped_block = self.scoped_block.as_ref();
+            self.loops = scoped_block.map_or_else(Vec::new, |block| block.loops.clone());
+        }
         // Jinja2 compiles blocks apart.
         let escaping = std::mem::take(&mut self.escaping);
         self.function(|parser| {
@@ -997,16 +1013,27 @@ impl Parser {
         self.macro_names = names;
         self.loops = loops;
         self.escaping = escaping;
-        self.in_scoped_block = in_scoped_block;
         let block = format!(
             "{{% macro __block_{name}() %}}{body}{{% endmacro %}}\
              {{% set __block_{name} = __block_{name}|__macro('{name}', [], [], []) %}}"
         );
-        // A scoped block that `self` calls does not see what is around it either.
-        if !scoped || self.reads_self {
+        // A scoped block that `self` calls from outside does not see what is around it.
+        if self.reads_self || !(scoped || self.scoped_block.is_some()) {
             self.block_macros.push_str(&block);
         }
-        if scoped {
+        if !scoped && let Some(scoped_block) = &mut self.scoped_block {
+            scoped_block.block_macros.push_str(&block);
+        }
+        let within = match scoped {
+            true => std::mem::replace(&mut self.scoped_block, outer),
+            false => None,
+        };
+        if let Some(within) = within {
+            self.out.push_str("{% with %}");
+            if within.reads_self {
+                self.out.push_str(ALL_BLOCKS);
+            }
+            self.out.push_str(&within.block_macros);
             self.out.push_str(&block);
         }
         let written = match required {
@@ -1014,6 +1041,9 @@ impl Parser {
             false => format!("__block_{name}()"),
         };
         self.tag("{{", &written, "}}");
+        if scoped {
+            self.out.push_str("{% endwith %}");
+        }
         Ok(())
     }
 
@@ -1392,9 +1422,10 @@ impl Parser {
                 if let Some(names) = &mut self.macro_names {
                     names.reads(&name);
                 }
-                if name == "self" && self.in_scoped_block {
-                    // Blocks called by it see what this one sees.
-                    return self.fail("self within a scoped block is not taken");
+                if name == "self"
+                    && let Some(scoped_block) = &mut self.scoped_block
+                {
+                    scoped_block.reads_self = true;
                 }
                 if !CONSTANTS.contains(&name.as_str()) {
                     constant = Constant::No;

@@ -250,6 +250,7 @@ mod tests {
         let before = rows(&layer.project(&attended).unwrap());
         let group = config.heads / config.kv_heads * config.head_dim;
         let mut all = rows(&attended);
+        let mut alone = Vec::new();
         for head in 0..config.kv_heads {
             // Only this head's outputs are others.
             let mut changed = rows(&attended);
@@ -281,11 +282,18 @@ mod tests {
                     "{head}, {other}: {found}, {expected}"
                 );
             }
+            alone.push(expected);
         }
-        // All at once: each head's change is the same.
+        // All at once: each head's change is what it is alone.
         let all = Tensor::new(all, &Device::Cpu).unwrap();
         let all = decoder.changes(1, &input, &attended, &all).unwrap();
-        assert!(all.len() == config.kv_heads && all.iter().all(|change| *change > 0.0));
+        assert_eq!(all.len(), alone.len());
+        for (found, expected) in all.iter().zip(alone) {
+            assert!(
+                expected > 0.0 && (found - expected).abs() <= 1e-3 * expected,
+                "{found}, {expected}"
+            );
+        }
         let none = decoder.changes(1, &input, &attended, &attended).unwrap();
         assert!(none.iter().all(|change| *change == 0.0));
     }
