@@ -5,11 +5,11 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
+use positioned_io::ReadAt;
 pub use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 
@@ -30,7 +30,7 @@ pub struct TensorFile {
 
 #[derive(Debug)]
 enum Source {
-    File(Mutex<File>),
+    File(File),
     Memory(&'static [u8]),
 }
 
@@ -38,15 +38,8 @@ impl Source {
     /// Fills `out` from byte `at` on.
     fn read(&self, at: u64, out: &mut [u8]) -> std::io::Result<()> {
         match self {
-            Self::Memory(bytes) => {
-                let mut rest = bytes.get(at as usize..).unwrap_or_default();
-                rest.read_exact(out)
-            }
-            Self::File(file) => {
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                file.seek(SeekFrom::Start(at))?;
-                file.read_exact(out)
-            }
+            Self::Memory(bytes) => bytes.read_exact_at(at, out),
+            Self::File(file) => file.read_exact_at(at, out),
         }
     }
 }
@@ -64,7 +57,7 @@ impl TensorFile {
         if !metadata.is_file() {
             return Err(not_safetensors(&path, "it is not a regular file"));
         }
-        Self::read(path, Source::File(Mutex::new(file)), metadata.len())
+        Self::read(path, Source::File(file), metadata.len())
     }
 
     /// Reads a file that is embedded in the program; `name` stands for its path in messages.

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::string::FromUtf8Error;
-use std::sync::{Mutex, PoisonError};
 
 use candle_core::quantized::GgmlDType;
+use positioned_io::ReadAt;
 
 use crate::error::{Result, io, refused};
 use crate::weights::numbers;
@@ -19,13 +19,15 @@ const MAX_ELEMENTS: u64 = 1 << 24;
 /// Bytes of a text, and of a header, at the most: real headers take a twentieth.
 const MAX_TEXT_BYTES: u64 = 1 << 24;
 const MAX_HEADER_BYTES: u64 = 1 << 28;
+/// Bytes of a header that are read at a time.
+const HEADER_BUFFER: usize = 1 << 20;
 /// Dimensions that ggml's tensors have at the most.
 const MAX_DIMENSIONS: u32 = 4;
 
 /// An open file; its header is read.
 pub(crate) struct GgufFile {
     path: PathBuf,
-    file: Mutex<File>,
+    file: File,
     metadata: Metadata,
     pub(super) tensors: HashMap<String, TensorPlace>,
 }
@@ -73,7 +75,7 @@ impl GgufFile {
         }
         let mut header = Header {
             path,
-            reader: BufReader::new(&file),
+            reader: BufReader::with_capacity(HEADER_BUFFER, &file),
             position: 0,
             total: about.len(),
         };
@@ -82,7 +84,7 @@ impl GgufFile {
             path: path.to_owned(),
             metadata,
             tensors,
-            file: Mutex::new(file),
+            file,
         })
     }
 
@@ -162,10 +164,8 @@ impl GgufFile {
             let reason = format!("tensor {name:?} has {} bytes, too few", tensor.bytes);
             return Err(self.error(reason));
         }
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start(tensor.start + first as u64))
-            .and_then(|_| file.read_exact(out))
-            .map_err(io(&self.path))
+        let read = self.file.read_exact_at(tensor.start + first as u64, out);
+        read.map_err(io(&self.path))
     }
 
     /// A small tensor in f32.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::body::Body;
-use super::error::ApiError;
+use super::error::{ApiError, Refusal};
 use super::fields::{MAX_LOGPROBS, WritingFields};
 use super::writing::{Order, computed};
 use super::{App, Service, new_id};
@@ -68,13 +68,7 @@ pub(crate) struct CompletionRequest {
     responses(
         (status = 200, description = "The answer, or a stream of its chunks", content(
             (Object = "application/json"), (String = "text/event-stream"))),
-        (status = 400, description = "A field is wrong, which `param` names"),
-        (status = 401, description = "The key is missing or wrong"),
-        (status = 404, description = "There is no such model"),
-        (status = 413, description = "The body is too large"),
-        (status = 429, description = "The server is full"),
-        (status = 500, description = "Something went wrong in the server"),
-        (status = 503, description = "The model is being loaded, or the server is about to stop"),
+        Refusal<'static>,
     ),
 )]
 pub(super) async fn completions(

@@ -4,12 +4,53 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use lexico::shown::shown_message;
+use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::{IntoResponses, ToSchema};
 
 use crate::engine::Failure;
 
 /// Seconds after which it is worth asking again.
 const RETRY_AFTER: u64 = 2;
+
+/// OpenAI's envelope.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Envelope<'a> {
+    error: Reason<'a>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = Error)]
+pub(super) struct Reason<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    /// The field of the request that is at fault.
+    param: Option<&'a str>,
+    code: Option<&'static str>,
+}
+
+/// What a path that takes a request's body may answer when it does not do what was asked.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "it is there for the OpenAPI document")]
+pub(super) enum Refusal<'a> {
+    #[response(status = 400, description = "A field is wrong, which `param` names")]
+    Field(#[to_schema] Envelope<'a>),
+    #[response(status = 401, description = "The key is missing or wrong")]
+    Key(#[to_schema] Envelope<'a>),
+    #[response(status = 404, description = "There is no such model")]
+    Model(#[to_schema] Envelope<'a>),
+    #[response(status = 413, description = "The body is too large")]
+    Size(#[to_schema] Envelope<'a>),
+    #[response(status = 429, description = "The server is full")]
+    Full(#[to_schema] Envelope<'a>),
+    #[response(status = 500, description = "Something went wrong in the server")]
+    Internal(#[to_schema] Envelope<'a>),
+    #[response(
+        status = 503,
+        description = "The model is being loaded, or the server is about to stop"
+    )]
+    Unready(#[to_schema] Envelope<'a>),
+}
 
 /// An answer that is none.
 #[derive(Debug, Clone)]
@@ -104,9 +145,13 @@ impl ApiError {
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        json!({ "error": {
-            "message": self.message, "type": kind, "param": self.param, "code": self.code,
-        } })
+        let error = Reason {
+            message: &self.message,
+            r#type: kind,
+            param: self.param.as_deref(),
+            code: self.code,
+        };
+        json!(Envelope { error })
     }
 }
 

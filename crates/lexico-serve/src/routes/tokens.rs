@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::App;
 use super::body::Body;
 use super::chat;
-use super::error::ApiError;
+use super::error::{ApiError, Refusal};
 use super::writing::computed;
 
 /// A text or a conversation whose tokens are wanted.
@@ -43,11 +43,7 @@ pub(crate) struct DetokenizeFields {
     post, path = "/tokenize", tag = "tokens", request_body = TokenizeFields,
     responses(
         (status = 200, description = "The tokens", body = Object),
-        (status = 400, description = "A field is wrong, which `param` names"),
-        (status = 401, description = "The key is missing or wrong"),
-        (status = 404, description = "There is no such model"),
-        (status = 413, description = "The body is too large"),
-        (status = 503, description = "The model is being loaded"),
+        Refusal<'static>,
     ),
 )]
 pub(super) async fn tokenize(
@@ -104,11 +100,7 @@ pub(super) async fn tokenize(
     post, path = "/detokenize", tag = "tokens", request_body = DetokenizeFields,
     responses(
         (status = 200, description = "The text", body = Object),
-        (status = 400, description = "A field is wrong, which `param` names"),
-        (status = 401, description = "The key is missing or wrong"),
-        (status = 404, description = "There is no such model"),
-        (status = 413, description = "The body is too large"),
-        (status = 503, description = "The model is being loaded"),
+        Refusal<'static>,
     ),
 )]
 pub(super) async fn detokenize(

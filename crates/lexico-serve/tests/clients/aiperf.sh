@@ -4,7 +4,7 @@
 set -euo pipefail
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-HF_HUB_OFFLINE=1 aiperf profile --model tiny --tokenizer "$ROOT/models/tiny" --url "$BASE" --api-key "$KEY" --endpoint-type completions --streaming \
+aiperf profile --model tiny --tokenizer "$ROOT/models/tiny" --url "$BASE" --api-key "$KEY" --endpoint-type completions --streaming \
     --concurrency 4 --request-count 12 --synthetic-input-tokens-mean 60 --output-tokens-mean 16 --extra-inputs ignore_eos:true \
     --artifact-dir "$out" --ui none
 python3 - "$out" <<'PYTHON'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# lm_eval[api]==0.4.13
+# lm_eval[api]==0.4.13 transformers==5.24.0
 # lm-eval's local-completions: texts to be written, and the likelihood of texts, as gsm8k and wikitext ask for them. Its own
 # tasks need the hub; these two ask the same of problems and of prose that are here.
 set -euo pipefail

@@ -49,31 +49,6 @@ pub(super) fn prefetch_lines<T>(from: *const T, bytes: usize, ahead: usize) {
     }
 }
 
-/// Asks for large pages for memory that is not touched yet, where the system has them: a tenth of the time that filling
-/// many small ones takes, and fewer to look up when it is read. Without them all goes on as it is.
-pub(super) fn ask_for_large_pages<T>(numbers: &mut [T]) {
-    #[cfg(target_os = "linux")]
-    {
-        const LARGE: usize = 1 << 21;
-        let (start, bytes) = (numbers.as_mut_ptr().addr(), size_of_val(numbers));
-        let first = start.next_multiple_of(LARGE);
-        let end = (start + bytes) / LARGE * LARGE;
-        if first < end {
-            let inside = numbers.as_mut_ptr().cast::<libc::c_void>();
-            // SAFETY: the pages lie within what is lent to this function; the advice changes nothing of what they hold.
-            unsafe {
-                libc::madvise(
-                    inside.wrapping_byte_add(first - start),
-                    end - first,
-                    libc::MADV_HUGEPAGE,
-                )
-            };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = numbers;
-}
-
 /// Fetches the first numbers, up to 2 KiB, into the caches, where the processor can be told to.
 pub(crate) fn prefetch_first<T>(numbers: &[T]) {
     prefetch_lines(numbers.as_ptr(), size_of_val(numbers).min(2048), 0);

@@ -8,8 +8,8 @@ mod splits;
 mod tests;
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
 
+use hashbrown::{HashMap, HashSet};
 use lexico::shown::shown;
 use serde_json::{Value, json};
 use tokenizers::models::ModelWrapper;
@@ -271,7 +271,8 @@ impl<'a> Vocabulary<'a> {
             return Err(self.file.error(reason));
         };
         let mut merges = Vec::with_capacity(list.texts.len());
-        let (mut seen, mut joined, mut left_out) = (HashSet::new(), String::new(), 0);
+        let mut seen = HashSet::with_capacity(list.texts.len());
+        let (mut joined, mut left_out) = (String::new(), 0);
         for (number, merge) in list.texts.iter().enumerate() {
             // As in llama.cpp: the first piece may begin with a space, the second may hold any.
             let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');

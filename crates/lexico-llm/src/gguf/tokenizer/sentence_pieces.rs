@@ -1,7 +1,6 @@
 //! SentencePiece vocabularies: pieces that are merged by their scores, and bytes where no piece fits.
 
-use std::collections::HashMap;
-
+use hashbrown::HashMap;
 use serde_json::{Value, json};
 
 use super::{Vocabulary, token_id};

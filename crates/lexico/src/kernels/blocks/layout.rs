@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use bytemuck::{Zeroable, zeroed_vec};
+use bytemuck::{Pod, Zeroable, zeroed_vec};
 use half::f16;
 
 use super::product::low_bits;
 use super::{BlockType, GROUP, LINE, STEP, STEPS, UNIT, pack as portable};
-use crate::kernels::memory::ask_for_large_pages;
 use crate::kernels::{compile, dispatch};
 
 /// Numbers of sixteen rows and a step of columns: one vector of the widest registers.
@@ -17,6 +16,44 @@ pub(super) struct Line(pub(super) [u8; LINE]);
 
 // SAFETY: bytes of zero are a line.
 unsafe impl Zeroable for Line {}
+// SAFETY: it is bytes, and as many as its alignment.
+unsafe impl Pod for Line {}
+
+/// Lines of zeros in memory that nothing has touched yet, so that the thread that fills a page is the first to. A `Vec` of
+/// them is no such memory: where more than the allocator's own alignment is asked for, zeros are written.
+struct Lines {
+    storage: Vec<u128>,
+    /// Where the first line begins.
+    start: usize,
+    count: usize,
+}
+
+impl Lines {
+    const PARTS: usize = LINE / size_of::<u128>();
+
+    fn zeros(count: usize) -> Self {
+        let storage: Vec<u128> = zeroed_vec((count + 1) * Self::PARTS);
+        let start = storage.as_ptr().align_offset(LINE);
+        Self {
+            storage,
+            start,
+            count,
+        }
+    }
+
+    fn range(&self) -> Range<usize> {
+        self.start..self.start + self.count * Self::PARTS
+    }
+
+    fn all(&self) -> &[Line] {
+        bytemuck::cast_slice(&self.storage[self.range()])
+    }
+
+    fn all_mut(&mut self) -> &mut [Line] {
+        let range = self.range();
+        bytemuck::cast_slice_mut(&mut self.storage[range])
+    }
+}
 
 compile! {
     lay_out(kind: BlockType, rows: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u8]);
@@ -28,7 +65,7 @@ pub struct BlockMatrix {
     rows: usize,
     columns: usize,
     /// By group, unit and bits.
-    quants: Vec<Line>,
+    quants: Lines,
     /// By group and half-precision scale.
     scales: Vec<u8>,
 }
@@ -46,14 +83,11 @@ impl BlockMatrix {
         let (groups, layout) = (rows.div_ceil(GROUP), kind.layout());
         let units = columns / UNIT;
         let lines = layout.quant_bytes() / LINE;
-        // Pages that are first touched by the thread that fills them.
-        let mut quants = zeroed_vec(groups * units * lines);
-        ask_for_large_pages(&mut quants);
         Self {
             kind,
             rows,
             columns,
-            quants,
+            quants: Lines::zeros(groups * units * lines),
             scales: vec![0; groups * units / layout.units() * layout.scale_bytes()],
         }
     }
@@ -98,7 +132,7 @@ impl BlockMatrix {
 
     /// Bytes that the matrix takes here.
     pub fn bytes(&self) -> usize {
-        self.quants.len() * LINE + self.scales.len()
+        self.quants.count * LINE + self.scales.len()
     }
 
     /// Bytes of a row in a file.
@@ -116,7 +150,7 @@ impl BlockMatrix {
         let lines = units * layout.quant_bytes() / LINE;
         let scales = units / layout.units() * layout.scale_bytes();
         let (kind, columns, rows) = (self.kind, self.columns, self.rows);
-        let quants = self.quants.chunks_mut(groups * lines);
+        let quants = self.quants.all_mut().chunks_mut(groups * lines);
         let parts = quants.zip(self.scales.chunks_mut(groups * scales));
         let part = |(part, (quants, scales))| {
             let first = part * groups * GROUP;
@@ -138,7 +172,7 @@ impl BlockMatrix {
         let lines = units * layout.quant_bytes() / LINE;
         let scales = units / layout.units() * layout.scale_bytes();
         (
-            &self.quants[group * lines..][..lines],
+            &self.quants.all()[group * lines..][..lines],
             &self.scales[group * scales..][..scales],
         )
     }
