@@ -1,5 +1,6 @@
 //! A model with all it needs to speak: decoder, tokenizer, dictionaries.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -135,8 +136,17 @@ impl Model {
             Ok::<_, Error>((Tokenizer::new(inner, files, &path)?, notes))
         };
         let decoder = || Decoder::load(config, &weights, quantize, device);
-        // Both take about as long.
-        let (tokenizer, decoder) = rayon::join(tokenizer, decoder);
+        // The tokenizer is made by this thread: it allocates a million times, for which a pool's threads take twice as long
+        // with glibc.
+        let (tokenizer, decoder) = std::thread::scope(|scope| {
+            let decoder = scope.spawn(decoder);
+            let tokenizer = tokenizer();
+            let decoder = decoder.join();
+            (
+                tokenizer,
+                decoder.unwrap_or_else(|panic| resume_unwind(panic)),
+            )
+        });
         let (tokenizer, notes) = tokenizer?;
         Ok(Self {
             name,
