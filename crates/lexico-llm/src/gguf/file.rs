@@ -1,10 +1,11 @@
 //! The container: metadata by key, tensors by name. The format's own document is ggml's `gguf.md`.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::iter;
 use std::path::{Path, PathBuf};
-use std::string::FromUtf8Error;
 
 use candle_core::quantized::GgmlDType;
 use positioned_io::ReadAt;
@@ -54,12 +55,28 @@ enum Value {
     Numbers(Vec<f64>),
 }
 
-/// A list of texts. Some vocabularies hold pieces that are no UTF-8: there the text has replacement characters,
-/// and the bytes are kept beside it.
+/// A list of texts, one after the other. Some vocabularies hold pieces that are no UTF-8: there the text has replacement
+/// characters, and the bytes are kept beside it.
+#[derive(Default)]
 pub(super) struct Texts {
-    pub(super) texts: Vec<String>,
+    all: String,
+    /// Where each of them ends.
+    ends: Vec<usize>,
     /// Bytes of those that are no UTF-8, by their place in the list.
     pub(super) not_utf8: HashMap<usize, Vec<u8>>,
+}
+
+impl Texts {
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &str> {
+        let starts = iter::once(0).chain(self.ends.iter().copied());
+        starts
+            .zip(&self.ends)
+            .map(|(start, &end)| &self.all[start..end])
+    }
 }
 
 /// The metadata by key.
@@ -181,11 +198,6 @@ impl GgufFile {
         self.read_bytes(name, tensor, 0, &mut bytes)?;
         Ok(Some(numbers(GgmlDType::F32, &bytes)))
     }
-}
-
-/// The text with replacement characters where it is no UTF-8.
-fn lossy(error: &FromUtf8Error) -> String {
-    String::from_utf8_lossy(error.as_bytes()).into_owned()
 }
 
 /// A header that is being read; nothing is read or allocated beyond the file's length.
@@ -372,23 +384,21 @@ impl<R: Read> Header<'_, R> {
     }
 
     fn texts(&mut self, count: u64) -> Result<Texts> {
-        let mut list = Texts {
-            texts: Vec::new(),
-            not_utf8: HashMap::new(),
-        };
-        for _ in 0..count {
-            let text = String::from_utf8(self.text_bytes()?).unwrap_or_else(|error| {
-                let text = lossy(&error);
-                list.not_utf8.insert(list.texts.len(), error.into_bytes());
-                text
-            });
-            list.texts.push(text);
+        let mut list = Texts::default();
+        for place in 0..count as usize {
+            let bytes = self.text_bytes()?;
+            let text = String::from_utf8_lossy(&bytes);
+            list.all.push_str(&text);
+            if let Cow::Owned(_) = text {
+                list.not_utf8.insert(place, bytes);
+            }
+            list.ends.push(list.all.len());
         }
         Ok(list)
     }
 
     fn text(&mut self) -> Result<String> {
-        Ok(String::from_utf8(self.text_bytes()?).unwrap_or_else(|error| lossy(&error)))
+        Ok(String::from_utf8_lossy(&self.text_bytes()?).into_owned())
     }
 
     fn text_bytes(&mut self) -> Result<Vec<u8>> {

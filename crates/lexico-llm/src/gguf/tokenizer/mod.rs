@@ -113,7 +113,7 @@ fn token_id(file: &GgufFile, name: &str) -> Result<Option<usize>> {
     let Some(tokens) = file.texts("tokenizer.ggml.tokens")? else {
         return Ok(None);
     };
-    let count = tokens.texts.len();
+    let count = tokens.len();
     let inside = |id: u64| usize::try_from(id).ok().filter(|&id| id < count);
     match file.unsigned(&key)?.filter(|&id| id != NONE) {
         Some(id) => {
@@ -160,8 +160,7 @@ impl<'a> Vocabulary<'a> {
         let Some(list) = file.texts("tokenizer.ggml.tokens")? else {
             return Ok(None);
         };
-        let texts = list.texts.iter().map(String::as_str);
-        let mut tokens: Vec<Cow<'a, str>> = texts.map(Cow::Borrowed).collect();
+        let mut tokens: Vec<Cow<'a, str>> = list.iter().map(Cow::Borrowed).collect();
         for (id, token) in tokens.iter_mut().enumerate() {
             if token.is_empty() {
                 // llama.cpp's name.
@@ -170,10 +169,11 @@ impl<'a> Vocabulary<'a> {
         }
         let mut not_utf8 = HashSet::new();
         let sentence_pieces = file.text("tokenizer.ggml.model")? == Some("llama");
+        let has = |name: &str| list.iter().any(|token| token == name);
         for (&id, bytes) in &list.not_utf8 {
             match bytes[..] {
                 // llama.cpp falls back on it where there is no piece with the byte's name.
-                [byte] if sentence_pieces && !list.texts.contains(&format!("<0x{byte:02X}>")) => {
+                [byte] if sentence_pieces && !has(&format!("<0x{byte:02X}>")) => {
                     tokens[id] = format!("<0x{byte:02X}>").into();
                 }
                 _ => {
@@ -270,10 +270,10 @@ impl<'a> Vocabulary<'a> {
             let reason = "it has no merges (tokenizer.ggml.merges)";
             return Err(self.file.error(reason));
         };
-        let mut merges = Vec::with_capacity(list.texts.len());
-        let mut seen = HashSet::with_capacity(list.texts.len());
+        let mut merges = Vec::with_capacity(list.len());
+        let mut seen = HashSet::with_capacity(list.len());
         let (mut joined, mut left_out) = (String::new(), 0);
-        for (number, merge) in list.texts.iter().enumerate() {
+        for (number, merge) in list.iter().enumerate() {
             // As in llama.cpp: the first piece may begin with a space, the second may hold any.
             let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');
             let Some((space, _)) = space else {
@@ -298,7 +298,7 @@ impl<'a> Vocabulary<'a> {
             }
         }
         let note = (left_out > 0).then(|| {
-            let all = list.texts.len();
+            let all = list.len();
             format!("{left_out} of its {all} merges name pieces that its vocabulary lacks: they are left out")
         });
         Ok((merges, note))
