@@ -1,8 +1,9 @@
 //! Vocabularies against the libraries and programs that they come from.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use hashbrown::HashMap;
 use serde::Deserialize;
 use serde_json::json;
 use tokenizers::Tokenizer as Inner;
