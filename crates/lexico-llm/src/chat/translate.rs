@@ -657,12 +657,15 @@ impl Parser<'_> {
         let value = self.expression()?;
         self.end_tag()?;
         let before = self.escaping;
-        match (value.constant, self.worked_out(&value.text)) {
-            (Constant::Yes, Some(known)) => self.escaping.on = is_true(&known),
-            (Constant::Perhaps, _) => {
+        match value.constant {
+            Constant::Yes => match self.worked_out(&value.text) {
+                Some(known) => self.escaping.on = is_true(&known),
+                None => self.escaping.unknown = true,
+            },
+            Constant::Perhaps => {
                 return self.fail("{% autoescape %} by a choice of constants is not taken");
             }
-            _ => self.escaping.unknown = true,
+            Constant::No => self.escaping.unknown = true,
         }
         let outside = self.hidden("outside");
         self.statement("with");
