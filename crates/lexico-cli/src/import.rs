@@ -10,8 +10,8 @@ use crate::{model, ui};
 pub(crate) struct Import {
     /// The .pt file: one tensor [2·layers, m, N], keys and values interleaved
     file: PathBuf,
-    /// The model it was learned for: "tiny" or a folder
-    #[arg(short, long, value_name = "tiny|FOLDER|ORG/NAME")]
+    /// The model it was learned for: "tiny", a folder or GGUF file, or a name on the hub
+    #[arg(short, long, value_name = "tiny|PATH|ORG/NAME")]
     model: String,
     /// The dictionary file to write
     #[arg(short, long, value_name = "FILE")]

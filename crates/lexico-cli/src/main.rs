@@ -23,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// Runs language models with a KV cache held as sparse codes over universal dictionaries.
+/// Runs language models with a KV cache held as short codes over learned dictionaries.
 #[derive(Parser)]
 #[command(name = "lexico", version, arg_required_else_help = true)]
 struct Arguments {
@@ -36,7 +36,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Generate text, the KV cache held as sparse codes
+    /// Generate text, the KV cache held as codes over dictionaries
     Run(run::Run),
     /// Serve a model to many at once, as OpenAI's API does
     Serve(serve::Serve),
@@ -60,7 +60,7 @@ enum Command {
     Export(export::Export),
     /// Make a folder of dictionaries to be uploaded to the Hugging Face hub
     Publish(publish::Publish),
-    /// Show what a dictionary, code or model file holds
+    /// Show what a dictionary, code, saved cache or model file holds
     Inspect(inspect::Inspect),
 }
 

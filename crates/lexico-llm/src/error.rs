@@ -108,7 +108,7 @@ pub enum Error {
     ContextFull {
         /// Tokens asked for in all.
         wanted: usize,
-        /// The settings that fit.
+        /// Tokens that the context holds.
         context: usize,
     },
     /// A token outside the vocabulary.

@@ -1,4 +1,4 @@
-//! Language models whose KV cache is held as sparse codes.
+//! Language models whose KV cache is held as codes over learned dictionaries.
 //!
 //! A [`Model`] reads a Hugging Face folder or a GGUF file, or is the small one embedded here; a cache is made by
 //! name, from [`cache::METHODS`]; [`generate`](generate::generate) goes on from a prompt, and a

@@ -27,8 +27,8 @@ pub(super) struct ComparisonArguments {
         default_value = "lexico"
     )]
     cache: Vec<Caches>,
-    /// Run each cache at this size, a share of FP16 (20%) or bytes (64MiB), with the best settings that fit of those
-    /// that --cache leaves open; may be given several times
+    /// Run each cache at this size, a share of FP16 (20%) or bytes (64MiB), choosing the best values that fit for
+    /// options that --cache does not give; may be given several times
     #[arg(long, value_name = "SHARE|SIZE")]
     budget: Vec<CacheBudget>,
     /// Items to run, from the first on

@@ -21,7 +21,7 @@ pub(super) static METHOD: Method = Method {
     needs_dictionaries: true,
     saves: true,
     options: &[
-        option("sparsity", Values::Number, "as trained")
+        option("sparsity", Values::Number, "as trained, half as many again with additive codes")
             .about("atoms of keys and values, on average"),
         option("key-sparsity", Values::Count, "sparsity").about("atoms of a key"),
         option("value-sparsity", Values::Count, "sparsity").about("atoms of a value"),
@@ -38,7 +38,7 @@ pub(super) static METHOD: Method = Method {
             Values::OneOf(&["unbiased", "least-squares"]),
             "unbiased",
         )
-        .about("coefficients that keep scores, or vectors, nearest"),
+        .about("unbiased keeps attention scores right on average, least-squares is nearest to the vectors"),
         option("sinks", Values::Count, "4").about("first positions, kept dense"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
         option("batch", Values::Count, "16").about("positions that leave the window at once"),
@@ -47,7 +47,7 @@ pub(super) static METHOD: Method = Method {
             Values::OneOf(&["additive", "i8", "f8", "f32"]),
             "additive, where there are codebooks",
         )
-        .about("additive codes of a byte an atom, or sparse ones of 2 and a coefficient")
+        .about("additive: one byte per atom; the others: two bytes per atom and a coefficient")
         .with_aliases(&[("packed", "additive")]),
         option("beam", Values::Count, "8").about("sums that the search for additive codes follows"),
         option("dense", NUMBER_TYPES, "f16").about("numbers of the window"),

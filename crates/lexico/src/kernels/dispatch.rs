@@ -1,4 +1,4 @@
-//! Chooses between the forms of a kernel; only `sparse`, whose AVX-512 forms do not serve all shapes, chooses there too.
+//! Chooses between the forms of a kernel. `sparse`, `dense` and `scan` also ask for the level in their `mod.rs`.
 
 /// Runs a kernel of the family around it at the program's level, or at the one given: the function of that name in
 /// `portable`, `avx2` and so on.

@@ -11,7 +11,7 @@ pub(super) mod avx2 {
     use super::*;
 
     /// # Safety
-    /// Needs AVX2; sizes as [`scan`](super::super::scan) checks them, numbers of vectors up to 64.
+    /// Needs AVX2; sizes as [`scan`](super::super::scan) checks them, every number of a vector within ±64.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(in crate::kernels::scan) unsafe fn scan(
         operands: Operands<'_>,
