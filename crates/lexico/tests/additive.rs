@@ -161,6 +161,56 @@ fn a_wider_beam_comes_nearer_on_the_whole() {
     );
 }
 
+/// The squared distance that a beam search in f64 ends with.
+fn beam_in_f64(codebooks: &Codebooks, x: &[f32], s: usize, beam: usize) -> f64 {
+    let rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+    let square = |rest: &[f64]| rest.iter().map(|r| r * r).sum::<f64>();
+    let mut sums = vec![(square(&rest), rest)];
+    for codebook in 0..s {
+        let atoms = codebooks.codebook(codebook).chunks_exact(x.len());
+        let less = |rest: &[f64], atom: &[f32]| -> Vec<f64> {
+            rest.iter()
+                .zip(atom)
+                .map(|(r, &a)| r - f64::from(a))
+                .collect()
+        };
+        let continued = sums
+            .iter()
+            .flat_map(|(_, rest)| atoms.clone().map(|atom| less(rest, atom)));
+        let mut next: Vec<(f64, Vec<f64>)> = continued.map(|rest| (square(&rest), rest)).collect();
+        next.sort_by(|a, b| a.0.total_cmp(&b.0));
+        next.truncate(beam);
+        sums = next;
+    }
+    sums[0].0
+}
+
+#[test]
+fn the_look_in_8_bits_loses_nothing() {
+    let m = 24;
+    let codebooks = drawn_codebooks(5, 90, 5, m);
+    let mut vectors = drawn_vectors(6, 60, m);
+    // Some of them with one number that leaves little of the 8 bits to the others.
+    vectors.iter_mut().step_by(2 * m).for_each(|x| *x *= 30.0);
+    for beam in [1, 3, 8, 20] {
+        let search = BeamSearch::new(&codebooks, 5)
+            .unwrap()
+            .with_beam_width(beam);
+        let batch = search.with_fit(Fit::LeastSquares).encode(&vectors).unwrap();
+        let (mut found, mut exact) = (0.0, 0.0);
+        for (v, x) in vectors.chunks_exact(m).enumerate() {
+            let indices: Vec<usize> = batch.row(v).0.iter().map(|&i| usize::from(i)).collect();
+            let whole: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+            found += squared_distance(&codebooks, x, &indices) / whole;
+            exact += beam_in_f64(&codebooks, x, 5, beam) / whole;
+        }
+        assert!(
+            (found / exact - 1.0).abs() < 1e-3,
+            "{beam}: {found} for {exact}"
+        );
+    }
+}
+
 #[test]
 fn extreme_vectors_are_coded_or_refused() {
     let codebooks = drawn_codebooks(3, 10, 3, 4);

@@ -1,5 +1,9 @@
+use std::sync::OnceLock;
+
 use super::atoms::{AtomMatrix, Atoms};
 use super::{CODEBOOK_ATOMS, CodebookSizes, MAX_FIRST_ATOMS};
+use crate::kernels::scan::{RoundedAtoms, TILE_ATOMS};
+use crate::kernels::vector::square;
 use crate::{Error, Result};
 
 /// Codebooks for additive codes: a code of sparsity `s` is the sum of one atom of each of the first `s` codebooks, so
@@ -8,10 +12,46 @@ use crate::{Error, Result};
 ///
 /// Residual and additive quantisation (Chen, Guan, Wang 2010; Babenko & Lempitsky 2014), which for a Gaussian
 /// reaches the rate-distortion function (sparse regression codes, Venkataramanan, Sarkar, Tatikonda 2014).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Codebooks {
     atoms: AtomMatrix,
     sizes: CodebookSizes,
+    /// Made when vectors are first coded.
+    rounded: OnceLock<Box<[RoundedCodebook]>>,
+}
+
+/// A codebook as a search looks over it.
+#[derive(Debug, Clone)]
+pub(crate) struct RoundedCodebook {
+    /// The atoms in 8 bits.
+    pub(crate) atoms: RoundedAtoms,
+    /// Half the squared length of every atom; infinite for those that fill the last tile.
+    pub(crate) losses: Vec<[f32; TILE_ATOMS]>,
+}
+
+impl RoundedCodebook {
+    fn new(atoms: &[f32], head_dim: usize) -> Self {
+        let halves = atoms
+            .chunks_exact(head_dim)
+            .map(|atom| 0.5 * square(atom) as f32);
+        let mut losses = vec![[f32::INFINITY; TILE_ATOMS]; halves.len().div_ceil(TILE_ATOMS)];
+        let places = losses.as_flattened_mut().iter_mut();
+        places.zip(halves).for_each(|(place, half)| *place = half);
+        Self {
+            atoms: RoundedAtoms::new(atoms, head_dim),
+            losses,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.atoms.bytes() + size_of_val(&self.losses[..])
+    }
+}
+
+impl PartialEq for Codebooks {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.atoms, self.sizes) == (&other.atoms, other.sizes)
+    }
 }
 
 impl<'a> From<&'a Codebooks> for Atoms<'a> {
@@ -39,7 +79,11 @@ impl Codebooks {
             );
             return Err(Error::Dictionary(reason));
         }
-        Ok(Self { atoms, sizes })
+        Ok(Self {
+            atoms,
+            sizes,
+            rounded: OnceLock::new(),
+        })
     }
 
     /// The sizes of the codebooks.
@@ -110,9 +154,21 @@ impl Codebooks {
         Self::new(self.atoms.in_half_precision(), self.head_dim(), self.sizes)
     }
 
-    /// The bytes held: those of the atoms; once codes have been attended to, of a copy in f16.
+    /// The codebooks as a search looks over them.
+    pub(crate) fn rounded(&self) -> &[RoundedCodebook] {
+        self.rounded.get_or_init(|| {
+            let codebooks = (0..self.len()).map(|codebook| self.codebook(codebook));
+            codebooks
+                .map(|atoms| RoundedCodebook::new(atoms, self.head_dim()))
+                .collect()
+        })
+    }
+
+    /// The bytes held: those of the atoms; once codes have been attended to, of a copy in f16; once vectors have been coded,
+    /// of one in 8 bits.
     pub fn bytes(&self) -> usize {
-        self.atoms.bytes()
+        let rounded = self.rounded.get().into_iter().flatten();
+        self.atoms.bytes() + rounded.map(RoundedCodebook::bytes).sum::<usize>()
     }
 
     /// A checksum of the atoms and sizes, so that codes can say which codebooks they need.

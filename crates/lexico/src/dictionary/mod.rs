@@ -9,6 +9,7 @@ mod set;
 mod unit;
 
 pub use additive::Codebooks;
+pub(crate) use additive::RoundedCodebook;
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use atoms::Atoms;
 pub use maps::{HeadMaps, RotaryOffsets};

@@ -1,22 +1,24 @@
 use std::cell::RefCell;
+use std::cmp::Ordering;
 
 use super::{BlockMut, EncodedBatch, Encoder, Fit, encode_in_blocks};
 use crate::Result;
-use crate::dictionary::Codebooks;
-use crate::kernels::matmul::{Matrix, multiply};
-use crate::kernels::scan::at_least;
-use crate::kernels::vector::{add_scaled, dot_mixed, raise, square, subtract_scaled};
+use crate::dictionary::{Codebooks, RoundedCodebook};
+use crate::kernels::beam::{Continued, gains};
+use crate::kernels::larger;
+use crate::kernels::scan::{RoundedVectors, TILE_ATOMS, at_least};
+use crate::kernels::vector::{add_scaled, dot, dot_mixed, square, subtract_scaled};
 use crate::threads::Threads;
 
-/// Fewest and most sums that are followed side by side, those of some vectors: each reading of a codebook serves all of
-/// them, and is laid out anew for them.
-const SUMS: (usize, usize) = (128, 512);
-/// Correlations with the first codebook's atoms that stay in a core's cache.
-const CORRELATIONS: usize = 1 << 17;
-/// Blocks that vectors are at least cut into, as far as blocks are large enough, so that threads share them.
-const BLOCKS: usize = 8;
+/// Vectors that are searched for side by side: each reading of a codebook serves all of them.
+const BLOCK: usize = 32;
+/// Sums whose products with a codebook stay in a core's nearest cache.
+const GROUP: usize = 16;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM_WIDTH: usize = 8;
+/// How much nearer than a bound two products are moved by rounding, but for one in thousands: errors of many numbers hardly
+/// ever add up.
+const MARGIN: f32 = 2.0 / 3.0;
 /// Larger numbers are coded as this one, far beyond what atoms reach, so that squares stay finite.
 const LARGEST: f32 = 1e15;
 
@@ -27,12 +29,11 @@ const MAX_SCALE: f64 = 2.0;
 ///
 /// Codebook by codebook every vector's nearest sums so far, as many as the beam is wide, are continued with every atom
 /// of the codebook, and the nearest of all those are kept (beam search, as Babenko & Lempitsky 2014 encode additive
-/// quantisation). A beam of width 1 is matching pursuit. `O(N·m·b)` a vector for a beam of width `b`.
+/// quantisation). A beam of width 1 is matching pursuit. Products are looked over in 8-bit integers, and the few sums that may
+/// be among the nearest compared exactly. `O(N·m·b)` a vector for a beam of width `b`.
 #[derive(Debug)]
 pub struct BeamSearch<'d> {
     codebooks: &'d Codebooks,
-    /// Half the squared length of every atom.
-    half_squares: Vec<f32>,
     sparsity: usize,
     beam_width: usize,
     fit: Fit,
@@ -45,10 +46,8 @@ impl<'d> BeamSearch<'d> {
     /// [`Error::Codebooks`](crate::Error::Codebooks) unless `1 ≤ sparsity ≤` the number of codebooks.
     pub fn new(codebooks: &'d Codebooks, sparsity: usize) -> Result<Self> {
         codebooks.check_sparsity(sparsity)?;
-        let atoms = codebooks.atoms().chunks_exact(codebooks.head_dim());
         Ok(Self {
             codebooks,
-            half_squares: atoms.map(|atom| 0.5 * square(atom) as f32).collect(),
             sparsity,
             beam_width: BEAM_WIDTH,
             fit: Fit::default(),
@@ -70,81 +69,62 @@ impl<'d> BeamSearch<'d> {
         self
     }
 
-    /// Returns how many of `n` vectors are searched for side by side.
-    fn block(&self, n: usize) -> usize {
-        let of_sums = |sums: usize| (sums / self.beam_width).max(1);
-        let first = self.codebooks.sizes().size(0);
-        let least = of_sums(SUMS.0);
-        let most = of_sums(SUMS.1).min(CORRELATIONS / first).max(least);
-        n.div_ceil(BLOCKS).clamp(least, most)
-    }
-
     /// Finds the nearest sums for a block of vectors; `lengths` says after how many codebooks each ends.
     fn search(&self, vectors: &[f32], lengths: &[u16], scratch: &mut Scratch, indices: &mut [u16]) {
         let (m, s) = (self.codebooks.head_dim(), self.sparsity);
-        let sizes = self.codebooks.sizes();
-        let Scratch {
-            beams,
-            next,
-            correlations,
-            largest,
-            candidates,
-            ranked,
-        } = scratch;
-        beams.clear();
-        for (v, x) in vectors.chunks_exact(m).enumerate() {
-            beams
-                .residuals
-                .extend(x.iter().map(|x| x.clamp(-LARGEST, LARGEST)));
-            beams.sums.push(Sum {
-                vector: v,
-                gain: 0.0,
-            });
-            beams.chosen.resize(beams.chosen.len() + s, 0);
-        }
-        for codebook in 0..s {
+        let Scratch { sums, next, look } = scratch;
+        sums.begin(vectors, m, s);
+        for (codebook, rounded) in self.codebooks.rounded()[..s].iter().enumerate() {
             let atoms = self.codebooks.codebook(codebook);
-            let count = atoms.len() / m;
-            let half_squares = &self.half_squares[sizes.start(codebook)..][..count];
-            correlations.resize(beams.sums.len() * count, 0.0);
-            let residuals = Matrix::by_rows(&beams.residuals, beams.sums.len(), m);
-            let atoms_across = Matrix::by_rows(atoms, count, m).transposed();
-            multiply(correlations, false, residuals, atoms_across);
+            let start = self.codebooks.sizes().start(codebook);
             next.clear();
             let mut first = 0;
-            for own in beams.sums.chunk_by(|a, b| a.vector == b.vector) {
-                let vector = own[0].vector;
-                let gains = &mut correlations[first * count..][..own.len() * count];
-                let last = usize::from(lengths[vector]) == codebook + 1;
-                let keep = if last { 1 } else { self.beam_width };
-                // By how much half the squared distance falls, from that of the vector itself.
-                largest.clear();
-                largest.resize(count, f32::NEG_INFINITY);
-                for (gains, sum) in gains.chunks_exact_mut(count).zip(own) {
-                    raise(gains, sum.gain, half_squares, largest);
-                }
-                best(gains, largest, keep, candidates, ranked);
-                for &(gain, candidate) in ranked.iter() {
-                    let (parent, atom) = (first + candidate / count, candidate % count);
-                    let chosen = &beams.chosen[parent * s..][..s];
-                    if last {
-                        let out = &mut indices[vector * s..][..s];
-                        out.copy_from_slice(chosen);
-                        out[codebook] = (sizes.start(codebook) + atom) as u16;
-                        continue;
+            while first < sums.sums.len() {
+                let group = sums.group(first);
+                look.multiply(rounded, &sums.residuals[first * m..][..group * m], m);
+                let group = first..first + group;
+                for of_vector in sums.sums[group.clone()].chunk_by(|a, b| a.vector == b.vector) {
+                    let vector = of_vector[0].vector;
+                    let last = usize::from(lengths[vector]) == codebook + 1;
+                    let keep = if last { 1 } else { self.beam_width };
+                    look.find(
+                        rounded,
+                        first - group.start,
+                        of_vector,
+                        atoms.len() / m,
+                        keep,
+                    );
+                    for found in &mut look.found {
+                        let (parent, atom) = (first + found.sum as usize, found.atom as usize);
+                        let residual = &sums.residuals[parent * m..][..m];
+                        let product = dot(residual, &atoms[atom * m..][..m]);
+                        let loss = rounded.losses.as_flattened()[atom];
+                        found.gain = sums.sums[parent].gain - loss + product;
                     }
-                    next.sums.push(Sum { vector, gain });
-                    next.chosen.extend_from_slice(chosen);
-                    let row = next.chosen.len() - s + codebook;
-                    next.chosen[row] = (sizes.start(codebook) + atom) as u16;
-                    let start = next.residuals.len();
-                    next.residuals
-                        .extend_from_slice(&beams.residuals[parent * m..][..m]);
-                    add_scaled(&mut next.residuals[start..], -1.0, &atoms[atom * m..][..m]);
+                    look.found.sort_unstable_by(Found::larger_first);
+                    look.found.truncate(keep);
+                    for &Found { gain, sum, atom } in &look.found {
+                        let (parent, atom) = (first + sum as usize, atom as usize);
+                        let chosen = &sums.chosen[parent * s..][..s];
+                        if last {
+                            let out = &mut indices[vector * s..][..s];
+                            out.copy_from_slice(chosen);
+                            out[codebook] = (start + atom) as u16;
+                            continue;
+                        }
+                        next.sums.push(Sum { vector, gain });
+                        next.chosen.extend_from_slice(chosen);
+                        let place = next.chosen.len() - s + codebook;
+                        next.chosen[place] = (start + atom) as u16;
+                        let place = next.residuals.len();
+                        next.residuals
+                            .extend_from_slice(&sums.residuals[parent * m..][..m]);
+                        add_scaled(&mut next.residuals[place..], -1.0, &atoms[atom * m..][..m]);
+                    }
+                    first += of_vector.len();
                 }
-                first += own.len();
             }
-            std::mem::swap(beams, next);
+            std::mem::swap(sums, next);
         }
     }
 
@@ -183,7 +163,6 @@ impl Encoder for BeamSearch<'_> {
         threads: &dyn Threads,
     ) -> Result<Vec<EncodedBatch>> {
         let (m, s) = (self.head_dim(), self.sparsity);
-        let block = self.block(vectors.len() / m);
         let encode_block = |vectors: &[f32], block: BlockMut<'_>| {
             SCRATCH.with_borrow_mut(|scratch| {
                 self.search(vectors, block.lengths, scratch, block.indices);
@@ -195,7 +174,7 @@ impl Encoder for BeamSearch<'_> {
                 block.relative_errors[v] = error;
             }
         };
-        encode_in_blocks(self, vectors, sparsities, block, threads, encode_block)
+        encode_in_blocks(self, vectors, sparsities, BLOCK, threads, encode_block)
     }
 }
 
@@ -221,55 +200,193 @@ impl Beams {
         self.residuals.clear();
         self.chosen.clear();
     }
+
+    /// Begins with nothing taken of `vectors`.
+    fn begin(&mut self, vectors: &[f32], m: usize, s: usize) {
+        self.clear();
+        let numbers = vectors.iter().map(|x| x.clamp(-LARGEST, LARGEST));
+        self.residuals.extend(numbers);
+        let count = vectors.len() / m;
+        self.sums
+            .extend((0..count).map(|vector| Sum { vector, gain: 0.0 }));
+        self.chosen.resize(count * s, 0);
+    }
+
+    /// The number of sums, from sum `first` on, that are looked over together: those of whole vectors.
+    fn group(&self, first: usize) -> usize {
+        let mut group = 0;
+        for of_vector in self.sums[first..].chunk_by(|a, b| a.vector == b.vector) {
+            group += of_vector.len();
+            if group >= GROUP {
+                break;
+            }
+        }
+        group
+    }
 }
 
 /// Scratch memory of one thread.
 #[derive(Default)]
 struct Scratch {
-    beams: Beams,
+    sums: Beams,
     next: Beams,
-    /// Correlations of every sum's residual with every atom of a codebook.
-    correlations: Vec<f32>,
-    /// The largest gain with each atom.
-    largest: Vec<f32>,
-    candidates: Vec<u32>,
-    ranked: Vec<(f32, usize)>,
+    look: Look,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// The `keep` largest of `gains` `[sums, atoms]`, the largest first, the first of equals; `largest` has the
-/// largest of each atom.
-fn best(
-    gains: &[f32],
-    largest: &[f32],
-    keep: usize,
-    candidates: &mut Vec<u32>,
-    ranked: &mut Vec<(f32, usize)>,
-) {
-    // Each of `keep` parts of the atoms has one that is at least the least of the parts' largest.
-    let part = (largest.len() / keep).max(1);
-    let enough = largest
-        .chunks_exact(part)
-        .take(keep)
-        .map(|part| part.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)))
-        .fold(f32::INFINITY, f32::min);
-    let enough = if keep > largest.len() {
-        f32::NEG_INFINITY
-    } else {
-        enough
-    };
-    candidates.clear();
-    at_least(gains, enough, candidates);
-    ranked.clear();
-    let gain = |&candidate: &u32| (gains[candidate as usize], candidate as usize);
-    ranked.extend(candidates.iter().map(gain));
-    let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    if ranked.len() > keep {
-        ranked.select_nth_unstable_by(keep - 1, order);
-        ranked.truncate(keep);
+/// A quick look over all sums that can be continued from some, in 8-bit integers.
+#[derive(Default)]
+struct Look {
+    residuals: RoundedVectors,
+    /// Products of each residual with each atom, `[sums, tiles]`.
+    products: Vec<[i32; TILE_ATOMS]>,
+    continued: Vec<Continued>,
+    /// What each sum of a vector gains with each atom, nearly: `[sums, tiles]`.
+    gains: Vec<[f32; TILE_ATOMS]>,
+    /// The largest gain with each atom.
+    largest: Vec<[f32; TILE_ATOMS]>,
+    atoms: Vec<u32>,
+    found: Vec<Found>,
+}
+
+/// A sum continued with an atom.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    gain: f32,
+    /// The sum's number among its vector's.
+    sum: u32,
+    atom: u32,
+}
+
+impl Found {
+    /// The larger gain first, and the first of equals.
+    fn larger_first(&self, other: &Self) -> Ordering {
+        let place = |found: &Self| (found.sum, found.atom);
+        other
+            .gain
+            .total_cmp(&self.gain)
+            .then_with(|| place(self).cmp(&place(other)))
     }
-    ranked.sort_unstable_by(order);
+}
+
+impl Look {
+    /// Rounds `residuals`, and multiplies them with the codebook's atoms.
+    fn multiply(&mut self, codebook: &RoundedCodebook, residuals: &[f32], m: usize) {
+        let count = residuals.len() / m;
+        for (slot, residual) in residuals.chunks_exact(m).enumerate() {
+            codebook.atoms.round(residual, slot, &mut self.residuals);
+        }
+        self.products
+            .resize(count * codebook.losses.len(), [0; TILE_ATOMS]);
+        codebook
+            .atoms
+            .products(&self.residuals, count, &mut self.products);
+    }
+
+    /// Finds what can be among the `keep` largest gains of a vector's sums, of which the first is number `slot` of the group,
+    /// with one of `count` atoms.
+    fn find(
+        &mut self,
+        codebook: &RoundedCodebook,
+        slot: usize,
+        sums: &[Sum],
+        count: usize,
+        keep: usize,
+    ) {
+        let tiles = codebook.losses.len();
+        let slots = slot..slot + sums.len();
+        self.continued.clear();
+        self.continued
+            .extend(slots.clone().zip(sums).map(|(slot, sum)| Continued {
+                unit: self.residuals.unit(slot),
+                gain: sum.gain,
+            }));
+        self.gains.resize(sums.len() * tiles, [0.0; TILE_ATOMS]);
+        self.largest.resize(tiles, [0.0; TILE_ATOMS]);
+        let products = &self.products[slot * tiles..][..sums.len() * tiles];
+        let units = &codebook.atoms.units()[..tiles];
+        gains(
+            products,
+            &self.continued,
+            units,
+            &codebook.losses,
+            &mut self.gains,
+            &mut self.largest,
+        );
+        // The `keep`-th largest of some gains is no larger than that of all; rounding can have moved both.
+        let mut most = [f32::NEG_INFINITY; TILE_ATOMS];
+        for largest in &self.largest {
+            most.iter_mut()
+                .zip(largest)
+                .for_each(|(most, &gain)| *most = larger(gain, *most));
+        }
+        let least = if keep <= TILE_ATOMS.min(count) {
+            nth_largest(&most, keep)
+        } else {
+            nth_largest(&self.largest.as_flattened()[..count], keep)
+        };
+        let bounds = slots.map(|slot| self.residuals.bound(slot));
+        let margin = MARGIN * bounds.fold(0.0, f32::max);
+        self.atoms.clear();
+        at_least(
+            &self.largest.as_flattened()[..count],
+            least - margin,
+            &mut self.atoms,
+        );
+        self.found.clear();
+        let (all, width) = (self.gains.as_flattened(), tiles * TILE_ATOMS);
+        for &atom in &self.atoms {
+            let own = all[atom as usize..].iter().step_by(width);
+            for (sum, &gain) in own.enumerate() {
+                if gain >= least - margin {
+                    let sum = sum as u32;
+                    self.found.push(Found { gain, sum, atom });
+                }
+            }
+        }
+        if self.found.len() > keep {
+            self.found.sort_unstable_by(Found::larger_first);
+            let least = self.found[keep - 1].gain;
+            let enough = self
+                .found
+                .partition_point(|found| found.gain >= least - margin);
+            self.found.truncate(enough);
+        }
+        if self.found.is_empty() {
+            // Atoms of such lengths that nothing can be said of any.
+            self.found.push(Found {
+                gain: 0.0,
+                sum: 0,
+                atom: 0,
+            });
+        }
+    }
+}
+
+/// The `n`-th largest of some numbers, −∞ where there are fewer.
+fn nth_largest(numbers: &[f32], n: usize) -> f32 {
+    if n > numbers.len() {
+        return f32::NEG_INFINITY;
+    }
+    if numbers.len() > TILE_ATOMS {
+        let mut numbers = numbers.to_vec();
+        return *numbers
+            .select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a))
+            .1;
+    }
+    // Of few numbers, without a branch.
+    let as_large = |x: f32| numbers.iter().map(|&y| u32::from(y >= x)).sum::<u32>();
+    let enough = |x: f32| {
+        if as_large(x) as usize >= n {
+            x
+        } else {
+            f32::NEG_INFINITY
+        }
+    };
+    numbers
+        .iter()
+        .fold(f32::NEG_INFINITY, |nth, &x| nth.max(enough(x)))
 }

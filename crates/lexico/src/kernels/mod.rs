@@ -10,6 +10,7 @@
 //! own weights need too, and [`check_level`].
 
 pub(crate) mod additive;
+pub(crate) mod beam;
 pub mod blocks;
 pub(crate) mod dense;
 mod dispatch;
@@ -48,7 +49,7 @@ fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 /// The larger number, `b` where they cannot be compared: one instruction, unlike `f32::max`.
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 

@@ -35,33 +35,71 @@ pub(super) mod neon {
         out: &mut [f32],
         largest: &mut [[f32; TILE_ATOMS]],
     ) {
-        /// Vectors at a time: two sums an atom each.
-        const AT_ONCE: usize = 2;
-        let quads = operands.quads;
         out.fill(0.0);
-        for (t, tile) in operands.tiles.chunks_exact(quads * QUAD_BYTES).enumerate() {
+        for (t, tile) in operands
+            .tiles
+            .chunks_exact(operands.quads * QUAD_BYTES)
+            .enumerate()
+        {
             for first in (0..largest.len()).step_by(AT_ONCE) {
-                let mut halves = [[[vdupq_n_s32(0); 2]; PARTS]; AT_ONCE];
-                // Whole blocks of vectors are there, whatever is in those that nobody asks for.
-                let own = operands.numbers_from(first);
-                for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
-                    let x = &own[quad * LANES..][..AT_ONCE];
-                    for (part, numbers) in numbers.as_chunks::<16>().0.iter().enumerate() {
-                        let atoms = signed(numbers);
-                        for (halves, &x) in halves.iter_mut().zip(x) {
-                            let x = vreinterpretq_s8_u32(vdupq_n_u32(x));
-                            let low = vmull_s8(vget_low_s8(atoms), vget_low_s8(x));
-                            let high = vmull_high_s8(atoms, x);
-                            let [first, second] = &mut halves[part];
-                            *first = vpadalq_s16(*first, low);
-                            *second = vpadalq_s16(*second, high);
-                        }
-                    }
-                }
-                let sums = halves.map(|parts| parts.map(|[a, b]| vpaddq_s32(a, b)));
-                keep_largest(operands, t, first, &sums, out, largest);
+                keep_largest(
+                    operands,
+                    t,
+                    first,
+                    &tile_sums(operands, tile, first),
+                    out,
+                    largest,
+                );
             }
         }
+    }
+
+    /// # Safety
+    /// Needs NEON; sizes as [`products`](super::super::products) checks them.
+    #[target_feature(enable = "neon")]
+    pub(in crate::kernels::scan) unsafe fn products(
+        operands: Operands<'_>,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        let tiles = out.len() / count;
+        let all = operands.tiles.chunks_exact(operands.quads * QUAD_BYTES);
+        for (t, tile) in all.take(tiles).enumerate() {
+            for first in (0..count).step_by(AT_ONCE) {
+                write_products(t, first, &tile_sums(operands, tile, first), count, out);
+            }
+        }
+    }
+
+    /// Vectors at a time: two sums an atom each.
+    const AT_ONCE: usize = 2;
+
+    /// Sums of products of a tile with vectors from `first` on.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn tile_sums(
+        operands: Operands<'_>,
+        tile: &[u8],
+        first: usize,
+    ) -> [[int32x4_t; PARTS]; AT_ONCE] {
+        let mut halves = [[[vdupq_n_s32(0); 2]; PARTS]; AT_ONCE];
+        // Whole blocks of vectors are there, whatever is in those that nobody asks for.
+        let own = operands.numbers_from(first);
+        for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
+            let x = &own[quad * LANES..][..AT_ONCE];
+            for (part, numbers) in numbers.as_chunks::<16>().0.iter().enumerate() {
+                let atoms = signed(numbers);
+                for (halves, &x) in halves.iter_mut().zip(x) {
+                    let x = vreinterpretq_s8_u32(vdupq_n_u32(x));
+                    let low = vmull_s8(vget_low_s8(atoms), vget_low_s8(x));
+                    let high = vmull_high_s8(atoms, x);
+                    let [first, second] = &mut halves[part];
+                    *first = vpadalq_s16(*first, low);
+                    *second = vpadalq_s16(*second, high);
+                }
+            }
+        }
+        halves.map(|parts| parts.map(|[a, b]| vpaddq_s32(a, b)))
     }
 
     #[target_feature(enable = "neon")]
@@ -84,31 +122,90 @@ pub(super) mod dot_product {
         out: &mut [f32],
         largest: &mut [[f32; TILE_ATOMS]],
     ) {
-        /// Vectors at a time: their quads fill a register.
-        const AT_ONCE: usize = 4;
-        let quads = operands.quads;
         out.fill(0.0);
-        for (t, tile) in operands.tiles.chunks_exact(quads * QUAD_BYTES).enumerate() {
+        for (t, tile) in operands
+            .tiles
+            .chunks_exact(operands.quads * QUAD_BYTES)
+            .enumerate()
+        {
             for first in (0..largest.len()).step_by(AT_ONCE) {
-                let mut sums = [[vdupq_n_s32(0); PARTS]; AT_ONCE];
-                // Whole blocks of vectors are there, whatever is in those that nobody asks for.
-                let own = operands.numbers_from(first);
-                for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
-                    let x = &own[quad * LANES..][..AT_ONCE];
-                    // SAFETY: the quads of four vectors, and NEON's dot products are there.
-                    unsafe {
-                        let x = vld1q_s8(x.as_ptr().cast());
-                        for (part, numbers) in numbers.as_chunks::<16>().0.iter().enumerate() {
-                            let atoms = signed(numbers);
-                            add_products!(sums[0][part], atoms, x, 0);
-                            add_products!(sums[1][part], atoms, x, 1);
-                            add_products!(sums[2][part], atoms, x, 2);
-                            add_products!(sums[3][part], atoms, x, 3);
-                        }
-                    }
-                }
-                keep_largest(operands, t, first, &sums, out, largest);
+                keep_largest(
+                    operands,
+                    t,
+                    first,
+                    &tile_sums(operands, tile, first),
+                    out,
+                    largest,
+                );
             }
+        }
+    }
+
+    /// # Safety
+    /// Needs NEON and its dot products; sizes as [`products`](super::super::products) checks them.
+    #[target_feature(enable = "neon,dotprod")]
+    pub(in crate::kernels::scan) unsafe fn products(
+        operands: Operands<'_>,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        let tiles = out.len() / count;
+        let all = operands.tiles.chunks_exact(operands.quads * QUAD_BYTES);
+        for (t, tile) in all.take(tiles).enumerate() {
+            for first in (0..count).step_by(AT_ONCE) {
+                write_products(t, first, &tile_sums(operands, tile, first), count, out);
+            }
+        }
+    }
+
+    /// Vectors at a time: their quads fill a register.
+    const AT_ONCE: usize = 4;
+
+    /// Sums of products of a tile with vectors from `first` on.
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    fn tile_sums(
+        operands: Operands<'_>,
+        tile: &[u8],
+        first: usize,
+    ) -> [[int32x4_t; PARTS]; AT_ONCE] {
+        let mut sums = [[vdupq_n_s32(0); PARTS]; AT_ONCE];
+        // Whole blocks of vectors are there, whatever is in those that nobody asks for.
+        let own = operands.numbers_from(first);
+        for (quad, numbers) in tile.chunks_exact(QUAD_BYTES).enumerate() {
+            let x = &own[quad * LANES..][..AT_ONCE];
+            // SAFETY: the quads of four vectors, and NEON's dot products are there.
+            unsafe {
+                let x = vld1q_s8(x.as_ptr().cast());
+                for (part, numbers) in numbers.as_chunks::<16>().0.iter().enumerate() {
+                    let atoms = signed(numbers);
+                    add_products!(sums[0][part], atoms, x, 0);
+                    add_products!(sums[1][part], atoms, x, 1);
+                    add_products!(sums[2][part], atoms, x, 2);
+                    add_products!(sums[3][part], atoms, x, 3);
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// Writes the products of tile `t` with vectors from `first` on, those of them that are asked for.
+#[inline]
+#[target_feature(enable = "neon")]
+fn write_products(
+    t: usize,
+    first: usize,
+    sums: &[[int32x4_t; PARTS]],
+    count: usize,
+    out: &mut [[i32; TILE_ATOMS]],
+) {
+    let tiles = out.len() / count;
+    for (v, sums) in (first..count).zip(sums) {
+        let places = out[v * tiles + t].as_chunks_mut::<4>().0;
+        for (&sum, place) in sums.iter().zip(places) {
+            // SAFETY: four numbers.
+            unsafe { vst1q_s32(place.as_mut_ptr(), sum) };
         }
     }
 }

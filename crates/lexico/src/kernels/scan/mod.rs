@@ -22,7 +22,7 @@ use super::level::level;
 /// Numbers that one instruction multiplies and adds at a time.
 pub(super) const QUAD: usize = 4;
 /// Atoms of a tile.
-pub(super) const TILE_ATOMS: usize = 16;
+pub(crate) const TILE_ATOMS: usize = 16;
 /// Tiles of a strip, which are looked over together: with eight vectors 24 sums, as many as registers hold beside
 /// the operands.
 pub(super) const STRIP_TILES: usize = 3;
@@ -39,8 +39,15 @@ pub(super) struct Operands<'a> {
     /// The vectors' numbers, up to [`largest_number`] either way, `[vectors / 8, quads, 8]` of four each:
     /// whole blocks.
     pub(super) vectors: &'a [u32],
+    /// Where sums of each vector's products start: the tiles' numbers are 128 too large, see [`start`].
+    pub(super) starts: &'a [i32],
     /// Quads of an atom and of a vector.
     pub(super) quads: usize,
+}
+
+/// What sums of products with tiles' numbers, which are 128 too large, start from.
+fn start(numbers: &[i8]) -> i32 {
+    -128 * numbers.iter().map(|&x| i32::from(x)).sum::<i32>()
 }
 
 impl<'a> Operands<'a> {
@@ -60,12 +67,12 @@ impl<'a> Operands<'a> {
         own.map(|quad| quad.to_le_bytes().map(|byte| byte as i8))
     }
 
-    /// The start of sums of the tiles' products with vector `v`: the tiles' numbers are 128 too large.
-    pub(super) fn start(self, v: usize) -> i32 {
-        -128 * self.vector(v).flatten().map(i32::from).sum::<i32>()
+    fn check(self, out: usize, largest: usize) {
+        self.check_vectors(largest);
+        assert_eq!(out, largest * self.row(), "a vector has its results");
     }
 
-    fn check(self, out: usize, largest: usize) {
+    fn check_vectors(self, count: usize) {
         let atoms = self.scales.len();
         assert!(
             self.quads > 0 && atoms > 0 && atoms.is_multiple_of(STRIP_TILES * TILE_ATOMS),
@@ -76,10 +83,10 @@ impl<'a> Operands<'a> {
             atoms * self.quads * QUAD,
             "an atom has its quads"
         );
-        assert_eq!(out, largest * self.row(), "a vector has its results");
         assert!(
-            self.vectors.len() >= largest.div_ceil(LANES) * self.quads * LANES,
-            "a vector has its quads"
+            self.vectors.len() >= count.div_ceil(LANES) * self.quads * LANES
+                && self.starts.len() >= count,
+            "a vector has its quads and its start"
         );
     }
 }
@@ -100,6 +107,17 @@ fn largest_number() -> u8 {
 fn scan(operands: Operands<'_>, out: &mut [f32], largest: &mut [[f32; TILE_ATOMS]]) {
     operands.check(out.len(), largest.len());
     dispatch!(scan(operands, out, largest))
+}
+
+/// Writes `⟨tiles_i − 128, vectors_v⟩` for each of `count` vectors `v` and the atoms `i` of the first tiles, as many as there
+/// is room for: `out` is `[vectors, tiles]`.
+fn products(operands: Operands<'_>, count: usize, out: &mut [[i32; TILE_ATOMS]]) {
+    operands.check_vectors(count);
+    assert!(
+        out.len().is_multiple_of(count) && out.len() / count * TILE_ATOMS <= operands.scales.len(),
+        "products of tiles that there are"
+    );
+    dispatch!(products(operands, count, out))
 }
 
 /// Appends the numbers of those entries of `a` that are at least `enough`, in order.
@@ -146,6 +164,7 @@ mod tests {
                     .collect();
                 let mut exact = vec![0f32; count * row];
                 let mut wanted = vec![[0f32; TILE_ATOMS]; count];
+                let mut sums = vec![Vec::new(); count];
                 for v in 0..count {
                     for (i, scale) in scales.iter().enumerate() {
                         let sum: i64 = (0..quads)
@@ -155,6 +174,7 @@ mod tests {
                                 (0..QUAD).map(|k| (i64::from(tiles[at + k]) - 128) * i64::from(x[k] as i8)).sum::<i64>()
                             })
                             .sum();
+                        sums[v].push(sum as i32);
                         let place = i % TILE_ATOMS;
                         let scaled = sum.abs() as f32 * scale;
                         let exact = &mut exact[v * row + i / (STRIP_TILES * TILE_ATOMS) * TILE_ATOMS + place];
@@ -162,12 +182,22 @@ mod tests {
                         wanted[v][place] = wanted[v][place].max(scaled);
                     }
                 }
-                let operands = Operands { tiles: &tiles, scales: &scales, vectors: &vectors, quads };
+                let own = Operands { tiles: &tiles, scales: &scales, vectors: &vectors, starts: &[], quads };
+                let starts: Vec<i32> = (0..count).map(|v| start(own.vector(v).collect::<Vec<_>>().as_flattened())).collect();
+                let operands = Operands { starts: &starts, ..own };
                 let mut out = vec![f32::NAN; count * row];
                 let mut largest = vec![[0f32; TILE_ATOMS]; count];
                 at_level(level, || scan(operands, &mut out, &mut largest));
                 prop_assert!(out == exact, "{:?}", level);
                 prop_assert!(largest == wanted, "{:?}", level);
+                let tiles = (seed as usize % (groups * STRIP_TILES)) + 1;
+                let mut all = vec![[i32::MIN; TILE_ATOMS]; count * tiles];
+                at_level(level, || products(operands, count, &mut all));
+                for (v, own) in all.chunks_exact(tiles).enumerate() {
+                    for (i, &sum) in own.as_flattened().iter().enumerate() {
+                        prop_assert_eq!(sum, sums[v][i], "{:?}", level);
+                    }
+                }
             }
         }
     }

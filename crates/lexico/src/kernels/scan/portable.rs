@@ -14,12 +14,11 @@ pub(super) fn scan<const FMA: bool>(
     let numbers: Vec<[i16; QUAD]> = (0..largest.len())
         .flat_map(|v| operands.vector(v).map(|x| x.map(i16::from)))
         .collect();
-    let starts: Vec<i32> = (0..largest.len()).map(|v| operands.start(v)).collect();
     let tiles = operands.tiles.chunks_exact(quads * TILE_ATOMS * QUAD);
     let tiles = tiles.zip(operands.scales.chunks_exact(TILE_ATOMS));
     for (t, (tile, scales)) in tiles.enumerate() {
         let tile = tile.as_chunks().0;
-        let vectors = numbers.chunks_exact(quads).zip(&starts);
+        let vectors = numbers.chunks_exact(quads).zip(operands.starts);
         let results = out.chunks_exact_mut(row).zip(largest.iter_mut());
         for ((numbers, &start), (out, largest)) in vectors.zip(results) {
             let out = &mut out[t / STRIP_TILES * TILE_ATOMS..][..TILE_ATOMS];
@@ -30,6 +29,23 @@ pub(super) fn scan<const FMA: bool>(
                 *out = out.max(sum.unsigned_abs() as f32 * scale);
                 *largest = largest.max(*out);
             }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn products<const FMA: bool>(
+    operands: Operands<'_>,
+    count: usize,
+    out: &mut [[i32; TILE_ATOMS]],
+) {
+    let tiles = out.len() / count;
+    let all = operands.tiles.as_chunks().0;
+    for (v, out) in out.chunks_exact_mut(tiles).enumerate() {
+        let numbers: Vec<[i16; QUAD]> = operands.vector(v).map(|x| x.map(i16::from)).collect();
+        let start = operands.starts[v];
+        for (tile, out) in all.chunks_exact(operands.quads).zip(out) {
+            *out = tile_sums(tile, &numbers, start);
         }
     }
 }

@@ -4,7 +4,9 @@
 //! (Cauchy–Schwarz), so that the atoms whose rounded correlation comes within twice that of the
 //! largest hold the true largest for certain; those few are then compared exactly.
 
-use super::{LANES, Operands, QUAD, STRIP_TILES, TILE_ATOMS, largest_number, scan};
+use super::{
+    LANES, Operands, QUAD, STRIP_TILES, TILE_ATOMS, largest_number, products, scan, start,
+};
 use crate::kernels::vector::{norm, peak, round_to_bytes};
 
 /// Atoms rounded to 8 bits: `N·m` bytes and a scale each.
@@ -17,6 +19,8 @@ pub(crate) struct RoundedAtoms {
     scales: Vec<f32>,
     /// Quads in an atom, `m / 4`.
     quads: usize,
+    /// Length of an atom at the most.
+    longest: f32,
     /// Length of what rounding took from an atom, at the most.
     rounding: f32,
 }
@@ -26,6 +30,8 @@ pub(crate) struct RoundedAtoms {
 pub(crate) struct RoundedVectors {
     /// `[vectors / LANES, m / 4, LANES]`, four numbers in each.
     quads: Vec<u32>,
+    /// What sums of each vector's products start from.
+    starts: Vec<i32>,
     /// One vector, filled up with zeros.
     bytes: Vec<i8>,
     /// The largest rounded correlation of each vector, among the atoms of each place in a tile.
@@ -43,7 +49,7 @@ impl RoundedAtoms {
         let filled = count.next_multiple_of(STRIP_TILES * TILE_ATOMS);
         let mut tiles = vec![128; filled * quads * QUAD];
         let mut scales = vec![0.0; filled];
-        let mut rounding = 0f64;
+        let (mut longest, mut rounding) = (0f64, 0f64);
         let mut rest = vec![0.0; head_dim];
         for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
             let scale = unit(atom, 127);
@@ -54,12 +60,14 @@ impl RoundedAtoms {
                 let tile = (i / TILE_ATOMS * quads + k / QUAD) * TILE_ATOMS + i % TILE_ATOMS;
                 tiles[tile * QUAD + k % QUAD] = (rounded as i16 + 128) as u8;
             }
+            longest = longest.max(norm(atom));
             rounding = rounding.max(norm(&rest));
         }
         Self {
             tiles,
             scales,
             quads,
+            longest: longest as f32,
             rounding: rounding as f32,
         }
     }
@@ -89,6 +97,7 @@ impl RoundedAtoms {
             tiles: &self.tiles,
             scales: &self.scales,
             vectors: &vectors.quads,
+            starts: &vectors.starts,
             quads: self.quads,
         };
         scan(
@@ -96,6 +105,28 @@ impl RoundedAtoms {
             &mut out[..count * self.room()],
             &mut vectors.largest,
         );
+    }
+
+    /// The unit that each atom's numbers are multiples of, those that fill the last tile 0.
+    pub(crate) fn units(&self) -> &[[f32; TILE_ATOMS]] {
+        self.scales.as_chunks().0
+    }
+
+    /// Products of the atoms of the first tiles with `count` rounded vectors, `[count, tiles]`, in the units of both.
+    pub(crate) fn products(
+        &self,
+        vectors: &RoundedVectors,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        let operands = Operands {
+            tiles: &self.tiles,
+            scales: &self.scales,
+            vectors: &vectors.quads,
+            starts: &vectors.starts,
+            quads: self.quads,
+        };
+        products(operands, count, out);
     }
 
     /// Rounds a vector, none of whose numbers may be beyond the powers of two that f32 inverts, as
@@ -117,10 +148,14 @@ impl RoundedAtoms {
         // The atom's rounding against the vector, the vector's against the rounded atom; and the
         // bound's own rounding.
         let (whole, rest) = (whole.sqrt(), rest.sqrt());
-        let bound = self.rounding * whole + (1.02 + self.rounding) * rest + 1e-5 * whole;
+        let bound = self.rounding * whole
+            + (1.02 * self.longest + self.rounding) * rest
+            + 1e-5 * self.longest * whole;
         let slots = block.bounds.len().max(slot + 1);
         block.bounds.resize(slots, 0.0);
         block.bounds[slot] = bound;
+        block.starts.resize(slots, 0);
+        block.starts[slot] = start(&block.bytes);
         block.units.resize(slots, 0.0);
         block.units[slot] = unit;
     }
@@ -134,16 +169,29 @@ impl RoundedVectors {
         largest - 2.0 * self.bounds[slot]
     }
 
+    /// The unit that the numbers of vector `slot` are multiples of.
+    pub(crate) fn unit(&self, slot: usize) -> f32 {
+        self.units[slot]
+    }
+
+    /// How far rounding can have moved a correlation with vector `slot`.
+    pub(crate) fn bound(&self, slot: usize) -> f32 {
+        self.bounds[slot] * self.units[slot]
+    }
+
     /// The most that a correlation with vector `slot` can be, whose rounded one is `rounded`.
     pub(crate) fn at_most(&self, slot: usize, rounded: f32) -> f32 {
         (rounded + self.bounds[slot]) * self.units[slot]
     }
 }
 
+/// Numbers of no vector that counts, of whose inverses nothing is left in f32.
+const NOTHING: f32 = 1e-30;
+
 /// The unit that a vector's numbers are rounded to multiples of: the largest is `max` of them.
 fn unit(x: &[f32], max: u8) -> f32 {
     let largest = peak(x);
-    if largest > 0.0 {
+    if largest > NOTHING {
         largest / f32::from(max)
     } else {
         1.0

@@ -18,13 +18,35 @@ pub(super) mod avx2 {
         out: &mut [f32],
         largest: &mut [[f32; TILE_ATOMS]],
     ) {
-        let ones = _mm256_set1_epi16(1);
-        let add_products = |sum, atoms, x| {
-            let pairs = _mm256_maddubs_epi16(atoms, x);
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones))
-        };
         // SAFETY: AVX2 is there, and the sizes are right.
-        unsafe { tile_by_tile(operands, out, largest, add_products) }
+        unsafe {
+            tile_by_tile(operands, out, largest, |sum, atoms, x| {
+                add_products(sum, atoms, x)
+            })
+        }
+    }
+
+    /// # Safety
+    /// Needs AVX2; sizes as [`products`](super::super::products) checks them, every number of a vector within ±64.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(in crate::kernels::scan) unsafe fn products(
+        operands: Operands<'_>,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        // SAFETY: AVX2 is there, and the sizes are right.
+        unsafe {
+            all_products(operands, count, out, |sum, atoms, x| {
+                add_products(sum, atoms, x)
+            })
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add_products(sum: __m256i, atoms: __m256i, x: __m256i) -> __m256i {
+        let pairs = _mm256_maddubs_epi16(atoms, x);
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -60,6 +82,19 @@ pub(super) mod avx_vnni {
         // SAFETY: AVX2 is there, and the sizes are right.
         unsafe { tile_by_tile(operands, out, largest, add_products) }
     }
+
+    /// # Safety
+    /// Needs AVX2 and AVX-VNNI; sizes as [`products`](super::super::products) checks them.
+    #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+    pub(in crate::kernels::scan) unsafe fn products(
+        operands: Operands<'_>,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        let add_products = |sum, atoms, x| _mm256_dpbusd_avx_epi32(sum, atoms, x);
+        // SAFETY: AVX2 is there, and the sizes are right.
+        unsafe { all_products(operands, count, out, add_products) }
+    }
 }
 
 /// AVX-512.
@@ -75,7 +110,6 @@ pub(super) mod avx512 {
         largest: &mut [[f32; TILE_ATOMS]],
     ) {
         let (quads, row, count) = (operands.quads, operands.row(), largest.len());
-        let starts: Vec<i32> = (0..count).map(|v| operands.start(v)).collect();
         let strip_bytes = STRIP_TILES * quads * QUAD_BYTES;
         let tiles = operands.tiles.chunks_exact(strip_bytes);
         let scales = operands.scales.chunks_exact(STRIP_TILES * TILE_ATOMS);
@@ -87,7 +121,7 @@ pub(super) mod avx512 {
                     scales: scales.as_ptr(),
                     quads,
                     vectors: operands.numbers_from(first).as_ptr(),
-                    starts: &starts[first..],
+                    starts: &operands.starts[first..count],
                     out: out[first * row + strip * TILE_ATOMS..].as_mut_ptr(),
                     largest: largest[first..].as_mut_ptr(),
                     row,
@@ -104,6 +138,82 @@ pub(super) mod avx512 {
                 };
             }
         }
+    }
+
+    /// # Safety
+    /// Needs AVX-512 with VNNI; sizes as [`products`](super::super::products) checks them.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    pub(in crate::kernels::scan) unsafe fn products(
+        operands: Operands<'_>,
+        count: usize,
+        out: &mut [[i32; TILE_ATOMS]],
+    ) {
+        let tiles = out.len() / count;
+        let strip_bytes = STRIP_TILES * operands.quads * QUAD_BYTES;
+        for (strip, strip_tiles) in operands.tiles.chunks_exact(strip_bytes).enumerate() {
+            let here = strip * STRIP_TILES..((strip + 1) * STRIP_TILES).min(tiles);
+            let mut first = 0;
+            while first < count && !here.is_empty() {
+                let vectors = operands.numbers_from(first).as_ptr();
+                let starts = &operands.starts[first..count];
+                let mut write = |sums: &[[__m512i; STRIP_TILES]]| {
+                    for (v, sums) in sums.iter().enumerate() {
+                        for (t, &sum) in here.clone().zip(sums) {
+                            let out = out[(first + v) * tiles + t].as_mut_ptr();
+                            // SAFETY: a result has 16 numbers.
+                            unsafe { _mm512_storeu_si512(out.cast(), sum) };
+                        }
+                    }
+                    sums.len()
+                };
+                // SAFETY: the strip and the vectors, of which no more are taken than are left in the block, lie within
+                // their slices.
+                first += unsafe {
+                    let (strip, quads) = (strip_tiles.as_ptr(), operands.quads);
+                    match count - first {
+                        LANES.. => write(&strip_sums::<LANES>(strip, quads, vectors, starts)),
+                        4.. => write(&strip_sums::<4>(strip, quads, vectors, starts)),
+                        2.. => write(&strip_sums::<2>(strip, quads, vectors, starts)),
+                        _ => write(&strip_sums::<1>(strip, quads, vectors, starts)),
+                    }
+                };
+            }
+        }
+    }
+
+    /// Sums of products of a strip's tiles with `V` vectors of one block, each added to its vector's start.
+    ///
+    /// # Safety
+    /// A strip's tiles and `V` vectors of one block must lie behind the pointers.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn strip_sums<const V: usize>(
+        strip: *const u8,
+        quads: usize,
+        vectors: *const u32,
+        starts: &[i32],
+    ) -> [[__m512i; STRIP_TILES]; V] {
+        let mut sums = [[_mm512_setzero_si512(); STRIP_TILES]; V];
+        for (sums, &start) in sums.iter_mut().zip(starts) {
+            *sums = [_mm512_set1_epi32(start); STRIP_TILES];
+        }
+        for quad in 0..quads {
+            let mut tiles = [_mm512_setzero_si512(); STRIP_TILES];
+            for (t, tile) in tiles.iter_mut().enumerate() {
+                let at = (t * quads + quad) * QUAD_BYTES;
+                // SAFETY: quad `quad` of tile `t`, which the caller vouches for.
+                *tile = unsafe { _mm512_loadu_si512(strip.add(at).cast()) };
+            }
+            for (v, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: quad `quad` of vector `v`, which the caller vouches for.
+                let x = unsafe { *vectors.add(quad * LANES + v) };
+                let x = _mm512_set1_epi32(x as i32);
+                for (sum, &tile) in sums.iter_mut().zip(&tiles) {
+                    *sum = _mm512_dpbusd_epi32(*sum, tile, x);
+                }
+            }
+        }
+        sums
     }
 
     /// A strip of tiles, some vectors, and where their results go.
@@ -127,26 +237,9 @@ pub(super) mod avx512 {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
         unsafe fn look_over<const V: usize>(&self) -> usize {
-            let mut sums = [[_mm512_setzero_si512(); STRIP_TILES]; V];
-            for (sums, &start) in sums.iter_mut().zip(self.starts) {
-                *sums = [_mm512_set1_epi32(start); STRIP_TILES];
-            }
-            for quad in 0..self.quads {
-                let mut tiles = [_mm512_setzero_si512(); STRIP_TILES];
-                for (t, tile) in tiles.iter_mut().enumerate() {
-                    let at = (t * self.quads + quad) * QUAD_BYTES;
-                    // SAFETY: quad `quad` of tile `t`, which the caller vouches for.
-                    *tile = unsafe { _mm512_loadu_si512(self.tiles.add(at).cast()) };
-                }
-                for (v, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: quad `quad` of vector `v`, which the caller vouches for.
-                    let x = unsafe { *self.vectors.add(quad * LANES + v) };
-                    let x = _mm512_set1_epi32(x as i32);
-                    for (sum, &tile) in sums.iter_mut().zip(&tiles) {
-                        *sum = _mm512_dpbusd_epi32(*sum, tile, x);
-                    }
-                }
-            }
+            // SAFETY: the caller vouches for the strip's tiles and `V` vectors.
+            let sums =
+                unsafe { strip_sums::<V>(self.tiles, self.quads, self.vectors, self.starts) };
             for (v, sums) in sums.iter().enumerate() {
                 let mut max = _mm512_setzero_ps();
                 for (t, &sum) in sums.iter().enumerate() {
@@ -180,6 +273,73 @@ pub(super) mod avx512 {
     }
 }
 
+/// Vectors at a time: with the two halves of a tile as many sums as additions are under way.
+const AT_ONCE: usize = 4;
+
+/// Sums of products of a tile with four vectors from `first` on, each added to its vector's start.
+///
+/// # Safety
+/// Needs AVX2, and whole blocks of vectors, whatever is in those that nobody asks for.
+#[inline(always)]
+unsafe fn tile_sums(
+    operands: Operands<'_>,
+    tile: &[[u8; QUAD_BYTES]],
+    first: usize,
+    starts: &[i32],
+    add_products: &impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+) -> [[__m256i; 2]; AT_ONCE] {
+    let quads = operands.quads;
+    let block = &operands.vectors[first / LANES * quads * LANES..][..quads * LANES];
+    let (block, first_lane) = (block.as_chunks::<LANES>().0, first % LANES);
+    // SAFETY: AVX2 is there; a quad of a tile has two halves of 32 bytes.
+    unsafe {
+        let mut sums = [[_mm256_setzero_si256(); 2]; AT_ONCE];
+        for (sums, &start) in sums.iter_mut().zip(starts) {
+            *sums = [_mm256_set1_epi32(start); 2];
+        }
+        for (numbers, x) in tile.iter().zip(block) {
+            let x = &x[first_lane..][..AT_ONCE];
+            let low = _mm256_loadu_si256(numbers.as_ptr().cast());
+            let high = _mm256_loadu_si256(numbers[QUAD_BYTES / 2..].as_ptr().cast());
+            for (sums, &x) in sums.iter_mut().zip(x) {
+                let x = _mm256_set1_epi32(x as i32);
+                sums[0] = add_products(sums[0], low, x);
+                sums[1] = add_products(sums[1], high, x);
+            }
+        }
+        sums
+    }
+}
+
+/// Writes all products with `add_products`, which adds the products of eight quads to eight sums.
+///
+/// # Safety
+/// Needs AVX2; sizes as [`products`](super::products) checks them.
+#[inline(always)]
+unsafe fn all_products(
+    operands: Operands<'_>,
+    count: usize,
+    out: &mut [[i32; TILE_ATOMS]],
+    add_products: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+) {
+    let tiles = out.len() / count;
+    let all = operands.tiles.as_chunks::<QUAD_BYTES>().0;
+    for (t, tile) in all.chunks_exact(operands.quads).take(tiles).enumerate() {
+        for (part, starts) in operands.starts[..count].chunks(AT_ONCE).enumerate() {
+            let first = part * AT_ONCE;
+            // SAFETY: AVX2 is there; a result has 16 numbers, half of them from either half's place on.
+            unsafe {
+                let sums = tile_sums(operands, tile, first, starts, &add_products);
+                for (v, sums) in sums.into_iter().enumerate().take(starts.len()) {
+                    let out = out[(first + v) * tiles + t].as_mut_ptr();
+                    _mm256_storeu_si256(out.cast(), sums[0]);
+                    _mm256_storeu_si256(out.add(TILE_ATOMS / 2).cast(), sums[1]);
+                }
+            }
+        }
+    }
+}
+
 /// Scans with `add_products`, which adds the products of eight quads to eight sums.
 ///
 /// # Safety
@@ -191,40 +351,23 @@ unsafe fn tile_by_tile(
     largest: &mut [[f32; TILE_ATOMS]],
     add_products: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
 ) {
-    /// Vectors at a time: with the two halves of a tile as many sums as additions are under way.
-    const AT_ONCE: usize = 4;
     /// Atoms of half a tile.
     const HALF: usize = TILE_ATOMS / 2;
     let (quads, row) = (operands.quads, operands.row());
-    let starts: Vec<i32> = (0..largest.len()).map(|v| operands.start(v)).collect();
     out.fill(0.0);
     let tiles = operands.tiles.chunks_exact(quads * QUAD_BYTES);
     let scales = operands.scales.chunks_exact(TILE_ATOMS);
     for (t, (tile, scales)) in tiles.zip(scales).enumerate() {
         let tile = tile.as_chunks::<QUAD_BYTES>().0;
-        let parts = largest.chunks_mut(AT_ONCE).zip(starts.chunks(AT_ONCE));
+        let parts = largest
+            .chunks_mut(AT_ONCE)
+            .zip(operands.starts.chunks(AT_ONCE));
         for (part, (largest, starts)) in parts.enumerate() {
             let first = part * AT_ONCE;
-            // Whole blocks of vectors are there, whatever is in those that nobody asks for.
-            let block = &operands.vectors[first / LANES * quads * LANES..][..quads * LANES];
-            let (block, first_lane) = (block.as_chunks::<LANES>().0, first % LANES);
-            // SAFETY: AVX2 is there; a quad of a tile has two halves of 32 bytes; scales, results and the
-            // largest have 16 numbers, half of them from either half's place on.
+            // SAFETY: AVX2 is there; scales, results and the largest have 16 numbers, half of them from either half's place
+            // on.
             unsafe {
-                let mut sums = [[_mm256_setzero_si256(); 2]; AT_ONCE];
-                for (sums, &start) in sums.iter_mut().zip(starts) {
-                    *sums = [_mm256_set1_epi32(start); 2];
-                }
-                for (numbers, x) in tile.iter().zip(block) {
-                    let x = &x[first_lane..][..AT_ONCE];
-                    let low = _mm256_loadu_si256(numbers.as_ptr().cast());
-                    let high = _mm256_loadu_si256(numbers[QUAD_BYTES / 2..].as_ptr().cast());
-                    for (sums, &x) in sums.iter_mut().zip(x) {
-                        let x = _mm256_set1_epi32(x as i32);
-                        sums[0] = add_products(sums[0], low, x);
-                        sums[1] = add_products(sums[1], high, x);
-                    }
-                }
+                let sums = tile_sums(operands, tile, first, starts, &add_products);
                 for (v, (largest, sums)) in largest.iter_mut().zip(sums).enumerate() {
                     let place = (first + v) * row + t / STRIP_TILES * TILE_ATOMS;
                     let out = &mut out[place..][..TILE_ATOMS];

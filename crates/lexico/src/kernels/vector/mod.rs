@@ -12,7 +12,6 @@ compile! {
     dot_mixed(a: &[f32], b: &[f64]) -> f64;
     subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
-    raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]);
     add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
     dot(a: &[f32], b: &[f32]) -> f32;
     dot_bf16(a: &[bf16], b: &[f32]) -> f32;
@@ -47,11 +46,6 @@ pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]) {
 /// rounding took and of the whole, in the bytes' units.
 pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32) {
     dispatch!(round_to_bytes(x, inverse, out))
-}
-
-/// `gains += by − losses`, and every entry of `largest` that one of them exceeds is raised to it.
-pub(crate) fn raise(gains: &mut [f32], by: f32, losses: &[f32], largest: &mut [f32]) {
-    dispatch!(raise(gains, by, losses, largest))
 }
 
 /// `a += scale · b`.

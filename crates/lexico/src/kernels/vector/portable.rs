@@ -39,34 +39,26 @@ pub(in crate::kernels) fn dot_of<const FMA: bool, T>(
             sums[l] = multiply_add::<FMA>(a[l], b[l], sums[l]);
         }
     }
-    // A tree keeps the addition vectorised.
+    across(sums, |a, b| a + b)
+}
+
+/// All numbers joined to one, by a tree, which stays in vector registers.
+#[inline(always)]
+fn across(mut numbers: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {
-            sums[l] += sums[l + width];
+            numbers[l] = join(numbers[l], numbers[l + width]);
         }
         width /= 2;
     }
-    sums[0]
+    numbers[0]
 }
 
 #[inline(always)]
 pub(in crate::kernels) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) {
     for (a, &b) in a.iter_mut().zip(b) {
         *a = multiply_add::<FMA>(scale, b, *a);
-    }
-}
-
-#[inline(always)]
-pub(super) fn raise<const FMA: bool>(
-    gains: &mut [f32],
-    by: f32,
-    losses: &[f32],
-    largest: &mut [f32],
-) {
-    for ((gain, &loss), largest) in gains.iter_mut().zip(losses).zip(largest) {
-        *gain += by - loss;
-        *largest = larger(*gain, *largest);
     }
 }
 
@@ -138,7 +130,7 @@ pub(super) fn round_to_bytes<const FMA: bool>(
     for (l, (&x, out)) in rest.iter().zip(out_rest).enumerate() {
         one(x, out, l);
     }
-    (rests.iter().sum(), wholes.iter().sum())
+    (across(rests, |a, b| a + b), across(wholes, |a, b| a + b))
 }
 
 /// The largest magnitude.
@@ -154,5 +146,5 @@ pub(super) fn peak<const FMA: bool>(a: &[f32]) -> f32 {
     for (peak, a) in peaks.iter_mut().zip(rest) {
         *peak = peak.max(a.abs());
     }
-    peaks.iter().fold(0f32, |peak, &x| peak.max(x))
+    across(peaks, larger)
 }
