@@ -66,8 +66,8 @@ pub(crate) struct Serve {
     /// Jinja template of chats, a file, in place of the model's own
     #[arg(long, visible_alias = "chat-template-file", value_name = "FILE")]
     chat_template: Option<PathBuf>,
-    /// Folder in which prefixes of prompts are kept, compressed, for later starts and other servers
-    #[arg(long, value_name = "FOLDER")]
+    /// Where prefixes of prompts are kept, compressed, for later starts and other servers: a folder, or s3://BUCKET/FOLDER
+    #[arg(long, value_name = "FOLDER|s3://BUCKET")]
     prefix_store: Option<String>,
     /// Size of the prefix store, beyond which the oldest are removed
     #[arg(long, default_value = "16GiB", value_name = "SIZE", value_parser = size)]

@@ -30,7 +30,7 @@ pub struct Options {
     pub api_key: Option<String>,
     /// A chat template, in Jinja, in place of the model's own.
     pub chat_template: Option<String>,
-    /// The folder in which prefixes are kept.
+    /// Where prefixes are kept: a folder, or `s3://BUCKET/FOLDER`.
     pub prefix_store: Option<String>,
     /// Bytes that the prefix store may take.
     pub prefix_store_bytes: u64,

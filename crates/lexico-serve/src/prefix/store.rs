@@ -22,9 +22,10 @@ use std::time::{Duration, SystemTime};
 use futures::TryStreamExt;
 use lexico::shown::{shown, shown_path};
 use lexico_llm::cache::{CacheState, KvCache};
+use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{ObjectStore, ObjectStoreExt, RetryConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -78,7 +79,7 @@ struct Header {
 }
 
 impl PrefixStore {
-    /// Opens a folder, which is made where it is not there.
+    /// Opens a folder, which is made where it is not there, or a place in S3.
     ///
     /// # Errors
     /// The reason why it cannot be used.
@@ -294,11 +295,17 @@ impl PrefixStore {
     }
 }
 
+/// The beginning of the names of places in S3, and in what speaks as it does.
+const S3: &str = "s3://";
+
 /// The store at a place, and the path of what is kept in it.
 fn open(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
+    if let Some(place) = place.strip_prefix(S3) {
+        return open_s3(place);
+    }
     if place.contains("://") {
         return Err(format!(
-            "{}: only folders can be prefix stores",
+            "{}: only folders and s3://BUCKET/FOLDER can be prefix stores",
             shown(place)
         ));
     }
@@ -308,6 +315,28 @@ fn open(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
     remove_leftovers(folder);
     let files = LocalFileSystem::new_with_prefix(folder).map_err(|e| failed(&e))?;
     Ok((Arc::new(files), Path::default()))
+}
+
+/// A bucket, with a folder after a slash where there is one. Keys, region and endpoint are those of the usual variables:
+/// `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT`, `AWS_ALLOW_HTTP`.
+fn open_s3(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
+    let (bucket, folder) = place.split_once('/').unwrap_or((place, ""));
+    let failed =
+        |reason: &dyn std::fmt::Display| format!("{S3}{}: {}", shown(place), shown(reason));
+    if bucket.is_empty() {
+        return Err(failed(
+            &"it names no bucket; write s3://BUCKET or s3://BUCKET/FOLDER",
+        ));
+    }
+    let path = Path::parse(folder.trim_end_matches('/')).map_err(|e| failed(&e))?;
+    let bucket = AmazonS3Builder::from_env().with_bucket_name(bucket);
+    // Beyond a while the prompt is read anew rather than that the store is asked again.
+    let retries = RetryConfig {
+        retry_timeout: PATIENCE,
+        ..RetryConfig::default()
+    };
+    let store = bucket.with_retry(retries).build().map_err(|e| failed(&e))?;
+    Ok((Arc::new(store), path))
 }
 
 /// Removes what was being written when a server was killed: files that have the ending and a number.
