@@ -16,9 +16,8 @@ const BLOCK: usize = 32;
 const GROUP: usize = 16;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM_WIDTH: usize = 8;
-/// How much nearer than a bound two products are moved by rounding, but for one in thousands: errors of many numbers hardly
-/// ever add up.
-const MARGIN: f32 = 2.0 / 3.0;
+/// Standard deviations of rounding within which two gains may have changed places: one in thousands is further off.
+const MARGIN: f32 = 5.0;
 /// Larger numbers are coded as this one, far beyond what atoms reach, so that squares stay finite.
 const LARGEST: f32 = 1e15;
 
@@ -328,8 +327,8 @@ impl Look {
         } else {
             nth_largest(&self.largest.as_flattened()[..count], keep)
         };
-        let bounds = slots.map(|slot| self.residuals.bound(slot));
-        let margin = MARGIN * bounds.fold(0.0, f32::max);
+        let deviations = slots.map(|slot| self.residuals.deviation(slot));
+        let margin = MARGIN * deviations.fold(0.0, f32::max);
         self.atoms.clear();
         at_least(
             &self.largest.as_flattened()[..count],

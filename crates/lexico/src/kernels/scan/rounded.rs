@@ -23,6 +23,8 @@ pub(crate) struct RoundedAtoms {
     longest: f32,
     /// Length of what rounding took from an atom, at the most.
     rounding: f32,
+    /// Mean squares of an atom's numbers, and of what rounding took from each.
+    squares: (f32, f32),
 }
 
 /// A block's residuals rounded to 8 bits.
@@ -38,6 +40,8 @@ pub(crate) struct RoundedVectors {
     largest: Vec<[f32; TILE_ATOMS]>,
     /// Largest error of a scanned correlation, in the scan's own units, `[vectors]`.
     bounds: Vec<f32>,
+    /// Standard deviation of what rounding adds to a correlation.
+    deviations: Vec<f32>,
     /// The unit that each vector's numbers are multiples of.
     units: Vec<f32>,
 }
@@ -50,6 +54,7 @@ impl RoundedAtoms {
         let mut tiles = vec![128; filled * quads * QUAD];
         let mut scales = vec![0.0; filled];
         let (mut longest, mut rounding) = (0f64, 0f64);
+        let (mut whole, mut taken) = (0f64, 0f64);
         let mut rest = vec![0.0; head_dim];
         for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
             let scale = unit(atom, 127);
@@ -60,15 +65,18 @@ impl RoundedAtoms {
                 let tile = (i / TILE_ATOMS * quads + k / QUAD) * TILE_ATOMS + i % TILE_ATOMS;
                 tiles[tile * QUAD + k % QUAD] = (rounded as i16 + 128) as u8;
             }
-            longest = longest.max(norm(atom));
-            rounding = rounding.max(norm(&rest));
+            let (length, lost) = (norm(atom), norm(&rest));
+            (longest, rounding) = (longest.max(length), rounding.max(lost));
+            (whole, taken) = (whole + length * length, taken + lost * lost);
         }
+        let numbers = atoms.len() as f64;
         Self {
             tiles,
             scales,
             quads,
             longest: longest as f32,
             rounding: rounding as f32,
+            squares: ((whole / numbers) as f32, (taken / numbers) as f32),
         }
     }
 
@@ -145,6 +153,7 @@ impl RoundedAtoms {
         for (place, bytes) in places.zip(block.bytes.as_chunks::<QUAD>().0) {
             *place = u32::from_le_bytes(bytes.map(|byte| byte as u8));
         }
+        let variance = self.squares.0 * rest + self.squares.1 * whole;
         // The atom's rounding against the vector, the vector's against the rounded atom; and the
         // bound's own rounding.
         let (whole, rest) = (whole.sqrt(), rest.sqrt());
@@ -154,6 +163,8 @@ impl RoundedAtoms {
         let slots = block.bounds.len().max(slot + 1);
         block.bounds.resize(slots, 0.0);
         block.bounds[slot] = bound;
+        block.deviations.resize(slots, 0.0);
+        block.deviations[slot] = variance.sqrt() * unit;
         block.starts.resize(slots, 0);
         block.starts[slot] = start(&block.bytes);
         block.units.resize(slots, 0.0);
@@ -174,9 +185,9 @@ impl RoundedVectors {
         self.units[slot]
     }
 
-    /// How far rounding can have moved a correlation with vector `slot`.
-    pub(crate) fn bound(&self, slot: usize) -> f32 {
-        self.bounds[slot] * self.units[slot]
+    /// The standard deviation of what rounding has added to correlations with vector `slot`.
+    pub(crate) fn deviation(&self, slot: usize) -> f32 {
+        self.deviations[slot]
     }
 
     /// The most that a correlation with vector `slot` can be, whose rounded one is `rounded`.
