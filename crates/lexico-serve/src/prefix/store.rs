@@ -329,6 +329,8 @@ fn open_s3(place: &str) -> Result<(Arc<dyn ObjectStore>, Path), String> {
         ));
     }
     let path = Path::parse(folder.trim_end_matches('/')).map_err(|e| failed(&e))?;
+    // Where another is set already it serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let bucket = AmazonS3Builder::from_env().with_bucket_name(bucket);
     // Beyond a while the prompt is read anew rather than that the store is asked again.
     let retries = RetryConfig {
