@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A server that is killed under load, again and again: every later start serves, and the store never gives a wrong prefix.
 
-    kills.py PROGRAM TEXT-FILE [--kills 20] [--prompts 12] [--characters 2400] [--store PLACE] [-- ARGUMENTS OF THE SERVER]
+    kills.py PROGRAM TEXT-FILE [--kills 20] [--prompts 12] [--characters 2400] [--seconds 20] [--store PLACE] [-- ARGUMENTS OF THE SERVER]
 
-The texts of a server without a store are what every answer is compared with.
+Each is killed within `--seconds`. The texts of a server without a store are what every answer is compared with.
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ arguments.add_argument("file")
 arguments.add_argument("--kills", type=int, default=20)
 arguments.add_argument("--prompts", type=int, default=12)
 arguments.add_argument("--characters", type=int, default=2400)
+arguments.add_argument("--seconds", type=float, default=20)
 arguments.add_argument("--store")
 split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
 options = arguments.parse_args(sys.argv[1:split])
@@ -53,7 +54,7 @@ for _ in range(options.kills):
     threads = [threading.Thread(target=ask, args=(server, drawn.randrange(options.prompts))) for _ in range(6)]
     for thread in threads:
         thread.start()
-    time.sleep(drawn.uniform(0.2, 12))
+    time.sleep(drawn.uniform(0.2, options.seconds))
     server.kill()
     counts["kills"] += 1
     for thread in threads:
