@@ -13,8 +13,8 @@ use rand_chacha::ChaCha8Rng;
 /// The distance that what a method expects to hold may have from what it holds: storage grows by up to a sixteenth.
 const TOLERANCE: f64 = 0.07;
 
-/// Those that hold all positions, each coded by itself or with others.
-const QUANTISED: [&str; 19] = [
+/// Those that hold all positions, each coded by itself or with others, with windows so small that most positions are coded.
+const QUANTISED: &[&str] = &[
     "per-token:bits=8",
     "per-token:bits=3,group=24,window=0",
     "per-token:bits=2,window=16",

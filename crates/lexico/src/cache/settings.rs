@@ -35,7 +35,7 @@ pub struct LayerSettings {
 }
 
 impl LayerSettings {
-    /// The usual settings: additive codes, the first 4 positions dense, a recent window of 128 positions, of which 16 leave at
+    /// The usual settings, those of `lexico` in `--cache` too: additive codes, the first 4 positions dense, a recent window of 128 positions, of which 16 leave at
     /// once, in f16.
     #[must_use]
     pub fn new(sparsities: LayerSparsities) -> Self {

@@ -72,7 +72,7 @@ pub enum Error {
     /// A GPU, its memory or its programs fail.
     #[error("the device: {0}")]
     Device(String),
-    /// A matrix cannot serve as a dictionary.
+    /// A matrix cannot serve as a dictionary; the reasons are written in `dictionary`, in the file of each part.
     #[error("not a dictionary: {}", shown_message(.0))]
     Dictionary(String),
     /// A dictionary file belongs to another model.
