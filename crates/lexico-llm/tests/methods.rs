@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 const TOLERANCE: f64 = 0.07;
 
 /// Those that hold all positions, each coded by itself or with others, with windows so small that most positions are coded.
-const QUANTISED: &[&str] = &[
+const QUANTISED: [&str; 19] = [
     "per-token:bits=8",
     "per-token:bits=3,group=24,window=0",
     "per-token:bits=2,window=16",
