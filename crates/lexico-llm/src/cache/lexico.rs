@@ -21,8 +21,8 @@ pub(super) static METHOD: Method = Method {
     needs_dictionaries: true,
     saves: true,
     options: &[
-        option("sparsity", Values::Number, "as trained, half as many again with additive codes")
-            .about("atoms of keys and values, on average"),
+        option("sparsity", Values::Number, "as trained")
+            .about("atoms of keys and values, on average; of additive codes half as many again as trained"),
         option("key-sparsity", Values::Count, "sparsity").about("atoms of a key"),
         option("value-sparsity", Values::Count, "sparsity").about("atoms of a value"),
         option(
