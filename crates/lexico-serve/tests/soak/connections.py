@@ -8,18 +8,15 @@ import json
 import resource
 import select
 import socket
-import sys
 import time
 
-from server import Server
+from server import Server, options_and_server
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("program")
 arguments.add_argument("--idle", type=int, default=10000)
 arguments.add_argument("--slow", type=int, default=500)
-split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-options = arguments.parse_args(sys.argv[1:split])
-of_server = sys.argv[split + 1 :]
+options, of_server = options_and_server(arguments)
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -8,12 +8,11 @@ the largest number of texts in the server at one time.
 """
 import argparse
 import json
-import sys
 import threading
 import time
 import urllib.request
 
-from server import Server
+from server import Server, options_and_server
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("program")
@@ -22,9 +21,7 @@ arguments.add_argument("--memory", default="256MiB")
 arguments.add_argument("--count", type=int, default=48)
 arguments.add_argument("--prompt", type=int, default=1500)
 arguments.add_argument("--end", type=int, default=2048)
-split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-options = arguments.parse_args(sys.argv[1:split])
-of_server = sys.argv[split + 1 :]
+options, of_server = options_and_server(arguments)
 text = open(options.file, encoding="utf-8").read()
 
 server = Server(options.program, "--kv-memory", options.memory, "--parallel", str(options.count), "--queue-timeout", "86400", *of_server)

@@ -8,12 +8,11 @@ Each is killed within `--seconds`. The texts of a server without a store are wha
 import argparse
 import json
 import random
-import sys
 import tempfile
 import threading
 import time
 
-from server import Server
+from server import Server, options_and_server
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("program")
@@ -23,9 +22,7 @@ arguments.add_argument("--prompts", type=int, default=12)
 arguments.add_argument("--characters", type=int, default=2400)
 arguments.add_argument("--seconds", type=float, default=20)
 arguments.add_argument("--store")
-split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-options = arguments.parse_args(sys.argv[1:split])
-of_server = sys.argv[split + 1 :]
+options, of_server = options_and_server(arguments)
 text = open(options.file, encoding="utf-8").read()
 prompts = [text[number * options.characters :][: options.characters] for number in range(options.prompts)]
 drawn = random.Random(1)

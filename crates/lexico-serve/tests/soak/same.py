@@ -8,19 +8,16 @@ no prefix, all at once.
 """
 import argparse
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from server import Server
+from server import Server, options_and_server
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("program")
 arguments.add_argument("file")
 arguments.add_argument("--count", type=int, default=50)
 arguments.add_argument("--tokens", type=int, default=24)
-split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-options = arguments.parse_args(sys.argv[1:split])
-of_server = sys.argv[split + 1 :]
+options, of_server = options_and_server(arguments)
 text = open(options.file, encoding="utf-8").read()
 prompts = [text[2000 * number :][: 40 + number * 977 % 1160] for number in range(options.count)]
 

@@ -2,9 +2,16 @@
 import json
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+
+
+def options_and_server(arguments):
+    """The options of a script, and what follows `--`: arguments of the server."""
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    return arguments.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
 
 class Server:

@@ -99,20 +99,25 @@ impl RoundedAtoms {
     /// Magnitudes of the rounded correlations with `count` rounded vectors, `[count, room]`: for each
     /// candidate that of the atom with the largest.
     pub(crate) fn scan(&self, vectors: &mut RoundedVectors, count: usize, out: &mut [f32]) {
-        vectors.largest.clear();
-        vectors.largest.resize(count, [0.0; TILE_ATOMS]);
-        let operands = Operands {
+        let mut largest = std::mem::take(&mut vectors.largest);
+        largest.clear();
+        largest.resize(count, [0.0; TILE_ATOMS]);
+        scan(
+            self.operands(vectors),
+            &mut out[..count * self.room()],
+            &mut largest,
+        );
+        vectors.largest = largest;
+    }
+
+    fn operands<'a>(&'a self, vectors: &'a RoundedVectors) -> Operands<'a> {
+        Operands {
             tiles: &self.tiles,
             scales: &self.scales,
             vectors: &vectors.quads,
             starts: &vectors.starts,
             quads: self.quads,
-        };
-        scan(
-            operands,
-            &mut out[..count * self.room()],
-            &mut vectors.largest,
-        );
+        }
     }
 
     /// The unit that each atom's numbers are multiples of, those that fill the last tile 0.
@@ -127,14 +132,7 @@ impl RoundedAtoms {
         count: usize,
         out: &mut [[i32; TILE_ATOMS]],
     ) {
-        let operands = Operands {
-            tiles: &self.tiles,
-            scales: &self.scales,
-            vectors: &vectors.quads,
-            starts: &vectors.starts,
-            quads: self.quads,
-        };
-        products(operands, count, out);
+        products(self.operands(vectors), count, out);
     }
 
     /// Rounds a vector, none of whose numbers may be beyond the powers of two that f32 inverts, as
