@@ -29,7 +29,8 @@ body = json.dumps({"prompt": text[: 8 * options.prompt * options.count]}).encode
 request = urllib.request.Request(server.base + "/tokenize", body, {"content-type": "application/json"})
 tokens = json.load(urllib.request.urlopen(request, timeout=600))["tokens"]
 prompts = [tokens[number * options.prompt :][: options.prompt] for number in range(options.count)]
-server.ask(prompts[-1][:50], 4)
+# Long enough that some of it is coded: copies of the dictionaries in other formats are made when they are first needed.
+server.ask(prompts[-1], 4)
 before, faults = server.resident(), []
 
 
