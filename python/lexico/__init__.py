@@ -1,0 +1,45 @@
+"""KV caches of language models as short codes over learned dictionaries.
+
+A key or a value is stored as the sum of a few atoms of small dictionaries that were learned once for the model, and
+attention reads the codes as they are. This is the codec, on numpy arrays:
+:class:`Dictionaries`, :class:`LayerCache`, and what these are made of.
+
+>>> import numpy as np
+>>> import lexico
+>>> rng = np.random.default_rng(0)
+>>> codebooks = lexico.Codebooks(rng.standard_normal((64 + 3 * 256, 8)), first=64)
+>>> vectors = rng.standard_normal((100, 8)).astype(np.float32)
+>>> codes = codebooks.encode(vectors, sparsity=4)
+>>> codes.nbytes  # a byte an atom, and one more
+500
+>>> codes.decode().shape
+(100, 8)
+"""
+
+from ._lexico import (
+    Codebooks,
+    Codes,
+    Dictionaries,
+    Dictionary,
+    HeadMaps,
+    LayerCache,
+    LexicoError,
+    __version__,
+    head_maps,
+    learn_codebooks,
+    learn_dictionary,
+)
+
+__all__ = [
+    "Codebooks",
+    "Codes",
+    "Dictionaries",
+    "Dictionary",
+    "HeadMaps",
+    "LayerCache",
+    "LexicoError",
+    "__version__",
+    "head_maps",
+    "learn_codebooks",
+    "learn_dictionary",
+]

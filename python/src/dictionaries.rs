@@ -1,0 +1,244 @@
+//! The dictionaries of all layers of a model, as files hold them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lexico::dictionary::{CodeFamily, LayerDictionaries, ModelIdentity, Training};
+use lexico::{DictionarySet, KeyValue};
+use pyo3::exceptions::PyIndexError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::codec::{Codebooks, Dictionary, HeadMaps};
+use crate::error::{codec, value};
+use crate::work::detached;
+
+/// The dictionaries, codebooks and maps of every layer of a model.
+#[pyclass(module = "lexico", frozen)]
+pub(crate) struct Dictionaries(pub(crate) Arc<DictionarySet>);
+
+impl Dictionaries {
+    /// The dictionaries of a layer.
+    pub(crate) fn layer(&self, layer: usize) -> PyResult<&LayerDictionaries> {
+        let layers = &self.0.layers;
+        layers.get(layer).ok_or_else(|| {
+            let count = layers.len();
+            PyIndexError::new_err(format!("layer {layer}; there are {count} layers"))
+        })
+    }
+}
+
+/// Those of the keys or of the values.
+fn part<T>(both: Option<&KeyValue<Arc<T>>>, part: &str) -> PyResult<Option<Arc<T>>> {
+    let own = both.map(|both| match part {
+        "keys" => Ok(Arc::clone(&both.keys)),
+        "values" => Ok(Arc::clone(&both.values)),
+        _ => Err(value(format!(
+            "part={part:?}: it must be \"keys\" or \"values\""
+        ))),
+    });
+    own.transpose()
+}
+
+/// A JSON text as Python's objects.
+fn from_json<'py>(
+    py: Python<'py>,
+    text: &serde_json::Result<String>,
+) -> PyResult<Bound<'py, PyAny>> {
+    match text {
+        Ok(text) => py.import("json")?.call_method1("loads", (text,)),
+        Err(error) => Err(value(error.to_string())),
+    }
+}
+
+fn to_json<T: serde::de::DeserializeOwned>(given: &Bound<'_, PyDict>, name: &str) -> PyResult<T> {
+    let json = given.py().import("json")?;
+    let text: String = json.call_method1("dumps", (given,))?.extract()?;
+    serde_json::from_str(&text).map_err(|error| value(format!("{name}: {error}")))
+}
+
+#[pymethods]
+impl Dictionaries {
+    /// `layers`: of each layer a dict of pairs, keys first, under `dictionaries`, `codebooks`, `maps`.
+    #[new]
+    fn new(
+        model: &Bound<'_, PyDict>,
+        training: &Bound<'_, PyDict>,
+        layers: Vec<Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        let model: ModelIdentity = to_json(model, "model")?;
+        let training: Training = to_json(training, "training")?;
+        if model.layers != layers.len() {
+            return Err(value(format!(
+                "dictionaries of {} layers for a model of {}",
+                layers.len(),
+                model.layers
+            )));
+        }
+        let layers = layers.iter().map(|layer| {
+            let mut own = LayerDictionaries::default();
+            for (name, both) in layer.iter() {
+                let name: String = name.extract()?;
+                match name.as_str() {
+                    "dictionaries" => {
+                        let (keys, values): (PyRef<'_, Dictionary>, PyRef<'_, Dictionary>) =
+                            both.extract()?;
+                        own.sparse = Some(KeyValue::new(keys.0.clone(), values.0.clone()));
+                    }
+                    "codebooks" => {
+                        let (keys, values): (PyRef<'_, Codebooks>, PyRef<'_, Codebooks>) =
+                            both.extract()?;
+                        own.codebooks = Some(KeyValue::new(keys.0.clone(), values.0.clone()));
+                    }
+                    "maps" => {
+                        let (keys, values): (PyRef<'_, HeadMaps>, PyRef<'_, HeadMaps>) =
+                            both.extract()?;
+                        own.maps = Some(KeyValue::new(keys.0.clone(), values.0.clone()));
+                    }
+                    name => {
+                        return Err(value(format!(
+                            "a layer has \"dictionaries\", \"codebooks\" and \"maps\", and no {name:?}"
+                        )));
+                    }
+                }
+            }
+            Ok(own)
+        });
+        let layers: Vec<LayerDictionaries> = layers.collect::<PyResult<_>>()?;
+        check_alike(&model, &layers)?;
+        Ok(Self(Arc::new(DictionarySet {
+            layers,
+            model,
+            training,
+        })))
+    }
+
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let set = detached(py, || DictionarySet::load(&path))?.map_err(codec)?;
+        Ok(Self(Arc::new(set)))
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        detached(py, || self.0.save(&path))?.map_err(codec)
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.layers.len()
+    }
+
+    /// Nothing changes it: a copy is itself.
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    fn __repr__(&self) -> String {
+        let ModelIdentity {
+            name,
+            layers,
+            kv_heads,
+            head_dim,
+            ..
+        } = &self.0.model;
+        format!("Dictionaries of {name}: {layers} layers, {kv_heads} KV heads, head dim {head_dim}")
+    }
+
+    #[getter]
+    fn model<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        from_json(py, &serde_json::to_string(&self.0.model))
+    }
+
+    #[getter]
+    fn training<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        from_json(py, &serde_json::to_string(&self.0.training))
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    /// The largest sparsity of additive codes, or of sparse ones.
+    #[pyo3(signature = (*, additive))]
+    fn max_sparsity(&self, additive: bool) -> usize {
+        self.0.max_sparsity(match additive {
+            true => CodeFamily::Additive,
+            false => CodeFamily::Sparse,
+        })
+    }
+
+    fn dictionary(&self, layer: usize, part: &str) -> PyResult<Option<Dictionary>> {
+        let own = self::part(self.layer(layer)?.sparse.as_ref(), part)?;
+        Ok(own.map(Dictionary))
+    }
+
+    fn codebooks(&self, layer: usize, part: &str) -> PyResult<Option<Codebooks>> {
+        let own = self::part(self.layer(layer)?.codebooks.as_ref(), part)?;
+        Ok(own.map(Codebooks))
+    }
+
+    fn maps(&self, layer: usize, part: &str) -> PyResult<Option<HeadMaps>> {
+        let own = self::part(self.layer(layer)?.maps.as_ref(), part)?;
+        Ok(own.map(HeadMaps))
+    }
+
+    /// Refuses a model, by its identity, that these dictionaries are not for.
+    fn check_fits(&self, model: &Bound<'_, PyDict>) -> PyResult<()> {
+        let model: ModelIdentity = to_json(model, "model")?;
+        self.0.check_fits(&model).map_err(codec)
+    }
+}
+
+/// Refuses parts that cannot be of one model: a file of them could not be read again.
+fn check_alike(model: &ModelIdentity, layers: &[LayerDictionaries]) -> PyResult<()> {
+    let (heads, m) = (model.kv_heads, model.head_dim);
+    let first = layers.first().map(kinds);
+    for (number, layer) in layers.iter().enumerate() {
+        let wrong = |what: String| Err(value(format!("layer {number}: {what}")));
+        if Some(kinds(layer)) != first {
+            return wrong("it has other parts than the first layer".to_owned());
+        }
+        let [sparse, codebooks, maps] = kinds(layer);
+        if !sparse && !codebooks {
+            return wrong("it has neither dictionaries nor codebooks".to_owned());
+        }
+        if maps && !codebooks {
+            return wrong("codes behind maps are over codebooks, and it has none".to_owned());
+        }
+        let sparse = layer
+            .sparse
+            .iter()
+            .flat_map(KeyValue::as_ref)
+            .map(|own| own.head_dim());
+        let codebooks = layer
+            .codebooks
+            .iter()
+            .flat_map(KeyValue::as_ref)
+            .map(|own| own.head_dim());
+        let maps = layer.maps.iter().flat_map(KeyValue::as_ref);
+        let dims = maps.clone().map(|own| own.head_dim());
+        if let Some(other) = sparse
+            .chain(codebooks)
+            .chain(dims)
+            .find(|&other| other != m)
+        {
+            return wrong(format!(
+                "vectors of length {other}, and the model's head dim is {m}"
+            ));
+        }
+        if let Some(other) = maps.map(|own| own.heads()).find(|&other| other != heads) {
+            return wrong(format!(
+                "maps of {other} KV heads, and the model has {heads}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn kinds(layer: &LayerDictionaries) -> [bool; 3] {
+    [
+        layer.sparse.is_some(),
+        layer.codebooks.is_some(),
+        layer.maps.is_some(),
+    ]
+}
