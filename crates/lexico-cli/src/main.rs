@@ -23,11 +23,6 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// Caches grow a little at every token, and many come and go: with glibc's allocator a server of 30 texts held a fifth more
-/// memory than they took.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Runs language models with a KV cache held as short codes over learned dictionaries.
 #[derive(Parser)]
 #[command(name = "lexico", version, arg_required_else_help = true)]
