@@ -1,8 +1,13 @@
 """KV caches of language models as short codes over learned dictionaries.
 
 A key or a value is stored as the sum of a few atoms of small dictionaries that were learned once for the model, and
-attention reads the codes as they are. This is the codec, on numpy arrays:
-:class:`Dictionaries`, :class:`LayerCache`, and what these are made of.
+attention reads the codes as they are. This package has
+
+* the codec, on numpy arrays: :class:`Dictionaries`, :class:`LayerCache`, and what these are made of;
+* :mod:`lexico.transformers`: a cache for ``generate`` of transformers;
+* :func:`learn`: dictionaries for a transformers model.
+
+torch and transformers are imported by the last two alone, when they are used.
 
 >>> import numpy as np
 >>> import lexico
@@ -29,6 +34,7 @@ from ._lexico import (
     learn_codebooks,
     learn_dictionary,
 )
+from .learning import learn
 
 __all__ = [
     "Codebooks",
@@ -40,6 +46,7 @@ __all__ = [
     "LexicoError",
     "__version__",
     "head_maps",
+    "learn",
     "learn_codebooks",
     "learn_dictionary",
 ]

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ._lexico import Codebooks, Dictionaries, Dictionary, HeadMaps, LayerCache, LexicoError
-
-Tensor = torch.Tensor
 
 #: Positions of a block, and the angle in radians that slow pairs turn by within it at the most.
 _BLOCK, _SLOW = 64, 0.1
@@ -128,14 +127,15 @@ class DeviceLayerCache:
     def of(cls, empty: LayerCache, dictionaries: Dictionaries, layer: int, device: Any) -> DeviceLayerCache:
         """An empty one with the settings of another."""
         settings = empty.settings
-        parts = [_Part(dictionaries, layer, part, settings, device) for part in ("keys", "values")]
+        keys, values = (_Part(dictionaries, layer, part, settings, device) for part in ("keys", "values"))
         dtype = torch.float16 if settings["dense"] == "f16" else torch.float32
-        none = [torch.zeros(empty.kv_heads, 0, empty.head_dim, dtype=dtype, device=device)] * 2
-        codes = [part.encode(none[0].float(), 0) for part in parts]
-        return cls(*parts, empty.kv_heads, empty.head_dim, empty.sliding_window, 0, list(none), list(none), codes)
+        none = torch.zeros(empty.kv_heads, 0, empty.head_dim, dtype=dtype, device=device)
+        codes = [part.encode(none.float(), 0) for part in (keys, values)]
+        shape = (empty.kv_heads, empty.head_dim, empty.sliding_window)
+        return cls(keys, values, *shape, 0, [none, none], [none, none], codes)
 
     def __len__(self) -> int:
-        return self.sinks[0].shape[1] + self.coded + self.recent[0].shape[1]
+        return int(self.sinks[0].shape[1] + self.coded + self.recent[0].shape[1])
 
     @property
     def coded(self) -> int:

@@ -272,7 +272,9 @@ def test_texts_are_those_of_the_rust_program(embedded, options):
     command = [rust_program(), "run", "--no-chat", "--json", "--cache", options, "-n", "100", "--file", str(prompt)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     expected = json.loads(run.stdout)
-    tokens = tokenizer(prompt.read_text(), return_tensors="pt").input_ids
+    # The program begins a text with the begin-of-text token, and leaves out the file's last line end.
+    tokens = tokenizer(tokenizer.bos_token + prompt.read_text().rstrip("\n"), return_tensors="pt").input_ids
+    assert tokens.shape[1] == expected["prompt_tokens"]
     # The dictionaries in the model's folder are found.
     cache = LexicoCache(model, cache=options)
     text = generate(model, tokens, cache, count=100, tokenizer=tokenizer)[0, tokens.shape[1] :]
