@@ -1,4 +1,5 @@
-//! Coded positions: scores from `p = Dₖq`, values by way of `u`, which is summed as codes.
+//! Coded positions: scores from `p = Dₖq`, values by way of `u`, which is summed as codes. Where positions are few, the products with all
+//! atoms would be most of the work, and blocks of vectors are rebuilt in the processor's cache instead.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -6,7 +7,7 @@ use std::ops::Range;
 use super::RunningSoftmax;
 use crate::codes::Codes;
 use crate::dictionary::{Atoms, MAX_ATOMS, RotaryOffsets};
-use crate::kernels::dense::{combine, dots};
+use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::key_value::KeyValue;
 
@@ -15,6 +16,11 @@ const ATOM_BLOCK: usize = 64;
 /// Positions that are scored at a time: so many that it matters little that `p` and `u` take each other's
 /// place in the first cache, so few that their weights stay in the second.
 const BLOCK: usize = 8192;
+/// Vectors that are rebuilt at a time, and stay in the first cache.
+const REBUILT: usize = 64;
+/// What adding an atom to a vector that is rebuilt costs, over the product of an atom with a query, as measured: atoms are fetched from
+/// anywhere, where the products read them in order.
+const ATOM_COST: usize = 12;
 
 /// Codes of one KV head, and the positions of them that are seen.
 pub(super) struct Coded<'a> {
@@ -43,6 +49,16 @@ impl<'a> Coded<'a> {
             offsets,
             seen,
         }
+    }
+}
+
+impl Coded<'_> {
+    /// Whether rebuilding vectors costs less, for so many queries, than the products with all atoms, and the sums over them.
+    fn are_few(&self, rows: usize, atoms: KeyValue<Atoms<'_>>) -> bool {
+        let of_tables: usize = atoms.into_iter().map(|atoms| atoms.len() * rows).sum();
+        let of_vector = |codes: &Codes| ATOM_COST * codes.format().sparsity() + rows;
+        let of_vectors: usize = self.codes.into_iter().map(of_vector).sum();
+        self.seen.len() * of_vectors < of_tables
     }
 }
 
@@ -89,6 +105,20 @@ pub(super) fn add_heads(
         return;
     }
     SCRATCH.with_borrow_mut(|scratch| {
+        if codes.iter().all(|codes| codes.are_few(group, atoms)) {
+            let each_head = softmaxes.iter_mut().zip(queries.chunks_exact(group * m));
+            for (codes, (softmax, queries)) in codes.iter().zip(each_head) {
+                rebuild_codes(
+                    softmax,
+                    codes,
+                    queries,
+                    atoms,
+                    &mut scratch.weights,
+                    |_, _| (),
+                );
+            }
+            return;
+        }
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, codes.len() * table);
         for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
@@ -135,7 +165,18 @@ pub(super) fn add_many(
         return;
     }
     let (m, group) = (atoms.keys.head_dim(), softmax.rows());
+    let hide = |first: usize, scores: &mut [f32]| {
+        for (query, &hidden) in hidden.iter().enumerate() {
+            let own = scores.iter_mut().skip(query).step_by(group);
+            let unseen = own.take(hidden.saturating_sub(first));
+            unseen.for_each(|s| *s = f32::NEG_INFINITY);
+        }
+    };
     SCRATCH.with_borrow_mut(|scratch| {
+        if codes.are_few(group, atoms) {
+            rebuild_codes(softmax, &codes, queries, atoms, &mut scratch.weights, hide);
+            return;
+        }
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
@@ -145,13 +186,6 @@ pub(super) fn add_many(
         multiply(&mut p[..n * group], false, rows, columns);
         let n = atoms.values.len();
         u[..n * group].fill(0.0);
-        let hide = |first: usize, scores: &mut [f32]| {
-            for (query, &hidden) in hidden.iter().enumerate() {
-                let own = scores.iter_mut().skip(query).step_by(group);
-                let unseen = own.take(hidden.saturating_sub(first));
-                unseen.for_each(|s| *s = f32::NEG_INFINITY);
-            }
-        };
         let weights = &mut scratch.weights;
         sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
@@ -198,4 +232,89 @@ fn sum_codes(
             block.accumulate(&weights[at * group..][..block.len() * group], group, u);
         });
     }
+}
+
+/// Scores codes, and sums their values, by the vectors that they stand for, a block of them at a time.
+fn rebuild_codes(
+    softmax: &mut RunningSoftmax,
+    codes: &Coded<'_>,
+    queries: &[f32],
+    atoms: KeyValue<Atoms<'_>>,
+    weights: &mut Vec<f32>,
+    mut hide: impl FnMut(usize, &mut [f32]),
+) {
+    let (m, group) = (atoms.keys.head_dim(), softmax.rows());
+    let Coded {
+        codes,
+        offsets,
+        seen,
+    } = codes;
+    let mut vectors = vec![0.0; REBUILT * m];
+    for first in seen.clone().step_by(BLOCK) {
+        let range = first..seen.end.min(first + BLOCK);
+        weights.resize(range.len() * group, 0.0);
+        rebuilt(
+            codes.keys,
+            range.clone(),
+            atoms.keys,
+            &mut vectors,
+            |keys, at| {
+                let count = keys.len() / m;
+                let out = &mut weights[at * group..][..count * group];
+                if group <= MAX_GROUP {
+                    dots(Rows::F32(keys), queries, m, group, out);
+                } else {
+                    let queries = Matrix::by_rows(queries, group, m).transposed();
+                    multiply(out, false, Matrix::by_rows(keys, count, m), queries);
+                }
+            },
+        );
+        if let Some(offsets) = offsets {
+            offsets.add(queries, first, weights);
+        }
+        hide(first, weights);
+        softmax.weigh(weights);
+        rebuilt(
+            codes.values,
+            range,
+            atoms.values,
+            &mut vectors,
+            |values, at| {
+                let count = values.len() / m;
+                let weights = &weights[at * group..][..count * group];
+                if group <= MAX_GROUP {
+                    combine(weights, Rows::F32(values), m, group, &mut softmax.output);
+                } else {
+                    let weights = Matrix::by_rows(weights, count, group).transposed();
+                    multiply(
+                        &mut softmax.output,
+                        true,
+                        weights,
+                        Matrix::by_rows(values, count, m),
+                    );
+                }
+            },
+        );
+    }
+}
+
+/// Calls `visit` with the vectors of codes of a range, a block at a time, and the number before them.
+fn rebuilt(
+    codes: &Codes,
+    range: Range<usize>,
+    atoms: Atoms<'_>,
+    vectors: &mut [f32],
+    mut visit: impl FnMut(&[f32], usize),
+) {
+    let m = atoms.head_dim();
+    codes.visit(range, |mut block, mut at| {
+        while block.len() > 0 {
+            let (own, others) = block.split_at(block.len().min(REBUILT));
+            let vectors = &mut vectors[..own.len() * m];
+            own.rebuild(atoms.numbers(), m, vectors);
+            visit(vectors, at);
+            at += own.len();
+            block = others;
+        }
+    });
 }

@@ -103,9 +103,10 @@ const ROWS: usize = MAX_QUERIES;
 ///
 /// Query `r` of a head is at position `r % t` of the `t` newest ones, as [`Source::Causal`] counts
 /// them. With a sliding window of `window` positions a query sees its own and the `window − 1`
-/// before it. Outputs are zero where there is nothing to attend to. Codes are never turned back
-/// into vectors: scores come from `p = Dₖq`, the products of the query with all atoms, and outputs from `u`, the
-/// weights summed up by atom: `O(N·m)` a query plus `O(s)` a position. In decoding the context of each head is split where there are more threads than
+/// before it. Outputs are zero where there is nothing to attend to. Of codes
+/// scores come from `p = Dₖq`, the products of the query with all atoms, and outputs from `u`, the
+/// weights summed up by atom: `O(N·m)` a query plus `O(s)` a position. Where that is more, blocks of vectors are rebuilt in the
+/// processor's cache: `O(s·m)` a position. In decoding the context of each head is split where there are more threads than
 /// heads; but for the order of those sums, results do not depend on the number of threads.
 ///
 /// A NaN in a query, key or value makes the outputs it reaches NaN.

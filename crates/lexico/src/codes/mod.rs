@@ -188,7 +188,7 @@ impl Codes {
         Ok(())
     }
 
-    /// Rebuilds all vectors, `[n, m]` in f32: for tests, files and error figures, never for attention.
+    /// Rebuilds all vectors, `[n, m]` in f32: for tests, files and error figures, not for attention.
     ///
     /// # Errors
     /// [`Error::Dictionary`] where an index lies outside the dictionary.
@@ -220,6 +220,28 @@ impl Block<'_> {
         match self {
             Self::Sparse(block) => kernels::sparse::scores(block, p, group, out),
             Self::Additive(block) => kernels::additive::scores(block, p, group, out),
+        }
+    }
+
+    /// The vectors that the codes stand for, `[n, m]`, `atoms` being `[N, m]`.
+    pub(crate) fn rebuild(self, atoms: &[f32], m: usize, out: &mut [f32]) {
+        match self {
+            Self::Sparse(block) => kernels::sparse::rebuild(block, atoms, m, out),
+            Self::Additive(block) => kernels::additive::rebuild(block, atoms, m, out),
+        }
+    }
+
+    /// The first `count` vectors, which must be there, and the others.
+    pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
+        match self {
+            Self::Sparse(block) => {
+                let (first, others) = block.split_at(count);
+                (Self::Sparse(first), Self::Sparse(others))
+            }
+            Self::Additive(block) => {
+                let (first, others) = block.split_at(count);
+                (Self::Additive(first), Self::Additive(others))
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use super::{MAX_ATOMS, compile, dispatch, table};
 compile! {
     scores(block: AdditiveBlock<'_>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize, u: &mut [f32]);
+    rebuild(block: AdditiveBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]);
 }
 
 /// Atoms of every codebook but the first: as many as one byte tells apart.
@@ -189,6 +190,16 @@ pub(crate) fn accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize
     dispatch!(accumulate(block, weights, group, u));
 }
 
+/// `out_t = scale_t · Σ_j atoms_{i_j}` for the codes `t` of a block: `atoms` is `[N, m]`, `out` `[n, m]`.
+///
+/// # Panics
+/// Where `out` has not a row for each code, or a code names an atom that there is not.
+pub(crate) fn rebuild(block: AdditiveBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]) {
+    assert!(m > 0, "vectors have numbers");
+    assert_eq!(out.len(), block.len() * m, "a row a code");
+    dispatch!(rebuild(block, atoms, m, out));
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -249,6 +260,33 @@ mod tests {
                 }
                 for ((&got, &want), &size) in u.iter().zip(&expected_u).zip(&summed) {
                     prop_assert!(close(got, want, size), "{:?}: {} for {}", level, got, want);
+                }
+            }
+        }
+
+        #[test]
+        fn vectors_are_rebuilt(m in 1usize..200, sparsity in 1usize..20, n in 0usize..9, first in 1usize..300, seed: u32) {
+            let sizes = CodebookSizes { first };
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state >> 8
+            };
+            let firsts: Vec<Leading> = (0..n)
+                .map(|_| Leading::new((draw() as usize % first) as u16, 1.0 + (draw() % 64) as f32 / 64.0))
+                .collect();
+            let rest: Vec<u8> = (0..n * (sparsity - 1)).map(|_| (draw() >> 8) as u8).collect();
+            let atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let block = AdditiveBlock { first: &firsts, rest: &rest, sizes, sparsity };
+            for level in levels() {
+                let mut out = vec![f32::NAN; n * m];
+                at_level(level, || rebuild(block, &atoms, m, &mut out));
+                for (v, out) in out.chunks_exact(m).enumerate() {
+                    for (k, &got) in out.iter().enumerate() {
+                        let sum: f64 = block.indices(v).map(|i| f64::from(atoms[i * m + k])).sum();
+                        let want = sum * f64::from(block.scale(v));
+                        prop_assert!(close(got, want, 2.0 * sparsity as f64), "{:?}: {} for {}", level, got, want);
+                    }
                 }
             }
         }

@@ -280,3 +280,39 @@ fn accumulate_of<const G: usize>(
         }
     }
 }
+
+/// Numbers of a vector that are summed at a time: as many as registers hold.
+const PART: usize = 64;
+
+#[inline(always)]
+pub(super) fn rebuild<const FMA: bool>(
+    block: AdditiveBlock<'_>,
+    atoms: &[f32],
+    m: usize,
+    out: &mut [f32],
+) {
+    for (v, out) in out.chunks_exact_mut(m).enumerate() {
+        let scale = block.scale(v);
+        let (parts, rest) = out.as_chunks_mut::<PART>();
+        let mut from = 0;
+        for part in parts {
+            let mut sums = [0f32; PART];
+            for i in block.indices(v) {
+                let row = &atoms[i * m..][..m];
+                if let Some(row) = row[from..].first_chunk::<PART>() {
+                    for k in 0..PART {
+                        sums[k] += row[k];
+                    }
+                }
+            }
+            *part = sums.map(|x| x * scale);
+            from += PART;
+        }
+        rest.fill(0.0);
+        for i in block.indices(v) {
+            let row = &atoms[i * m..][..m];
+            rest.iter_mut().zip(&row[from..]).for_each(|(x, y)| *x += y);
+        }
+        rest.iter_mut().for_each(|x| *x *= scale);
+    }
+}

@@ -11,6 +11,7 @@ use super::{compile, dispatch, table};
 compile! {
     scores(block: Nonzeros<'_, impl Coefficient>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: Nonzeros<'_, impl Coefficient>, weights: &[f32], group: usize, u: &mut [f32]);
+    rebuild(block: Nonzeros<'_, impl Coefficient>, atoms: &[f32], m: usize, out: &mut [f32]);
 }
 
 /// Nonzeros of some vectors as they are stored, vector by vector.
@@ -306,6 +307,16 @@ pub(crate) fn accumulate(block: SparseBlock<'_>, weights: &[f32], group: usize, 
     })
 }
 
+/// `out_t = Σ_j c_j · atoms_{i_j}` for the codes `t` of a block: `atoms` is `[N, m]`, `out` `[n, m]`.
+///
+/// # Panics
+/// Where `out` has not a row for each code, or a code names an atom that there is not.
+pub(crate) fn rebuild(block: SparseBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]) {
+    assert!(m > 0, "vectors have numbers");
+    assert_eq!(out.len(), block.len() * m, "a row a code");
+    with_nonzeros!(block, nonzeros => dispatch!(rebuild(nonzeros, atoms, m, out)));
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -379,16 +390,19 @@ mod tests {
             for level in levels().map(Some).chain([None]) {
                 let mut out = vec![f32::NAN; lengths.len() * group];
                 let mut u = vec![0.0; MAX_ATOMS * group];
+                // Rows of the table are rebuilt like any atoms.
+                let mut rebuilt = vec![f32::NAN; lengths.len() * group];
                 let mut run = || {
                     scores(block, &p, group, &mut out);
                     accumulate(block, &weights, group, &mut u);
+                    rebuild(block, &p, group, &mut rebuilt);
                 };
                 match level {
                     Some(level) => at_level(level, run),
                     // And what the program itself would choose.
                     None => run(),
                 }
-                for (&got, &want) in out.iter().zip(&expected_scores) {
+                for (&got, &want) in out.iter().chain(&rebuilt).zip(expected_scores.iter().chain(&expected_scores)) {
                     prop_assert!(close(got, want, size), "{:?}: {} for {}", level, got, want);
                 }
                 let rows = u.chunks_exact(group).step_by(STRIDE);

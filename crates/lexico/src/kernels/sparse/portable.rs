@@ -113,3 +113,25 @@ fn accumulate_group<const FMA: bool, const G: usize>(
         },
     );
 }
+
+#[inline(always)]
+pub(super) fn rebuild<const FMA: bool>(
+    block: Nonzeros<'_, impl Coefficient>,
+    atoms: &[f32],
+    m: usize,
+    out: &mut [f32],
+) {
+    block.for_each(
+        out.chunks_exact_mut(m),
+        |out, indices, coefficients, scale| {
+            out.fill(0.0);
+            for (&index, &coefficient) in indices.iter().zip(coefficients) {
+                let coefficient = coefficient.value() * scale;
+                let row = &atoms[usize::from(index) * m..][..m];
+                for (x, &y) in out.iter_mut().zip(row) {
+                    *x = multiply_add::<FMA>(coefficient, y, *x);
+                }
+            }
+        },
+    );
+}
