@@ -447,7 +447,7 @@ impl LayerCache {
                 blocks,
             },
         );
-        let loaded = detached(py, || {
+        detached(py, || {
             let mut cache = self.lock()?;
             let settings = cache.settings();
             let (sparsities, sliding) = (&settings.sparsities, settings.sliding_window);
@@ -460,7 +460,6 @@ impl LayerCache {
                 )));
             }
             cache.load(&state).map_err(codec)
-        })?;
-        loaded
+        })?
     }
 }
