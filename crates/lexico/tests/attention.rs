@@ -276,6 +276,36 @@ fn long_contexts_are_split_among_more_threads_than_heads() {
     }
 }
 
+/// Of heads with few atoms vectors are rebuilt up to more positions than of those with many.
+#[test]
+fn heads_of_different_sparsities_do_not_depend_on_who_shares_their_thread() {
+    let (m, group, past) = (16, 4, 40);
+    let dictionary = random_dictionary(1, 300, m);
+    let layer = [1, 8].map(|sparsity| {
+        let format = SparseFormat {
+            sparsity,
+            variable: false,
+            coefficients: CoefficientFormat::I8,
+        };
+        [2, 3].map(|seed| coded(&dictionary, &drawn_vectors(seed, past, m), format, 0.0))
+    });
+    let sources = layer.each_ref().map(|[keys, values]| {
+        [Source::Codes {
+            codes: KeyValue::new(keys, values),
+            atoms: KeyValue::new((&dictionary).into(), (&dictionary).into()),
+            offsets: None,
+        }]
+    });
+    let queries = drawn_vectors(4, 2 * group, m);
+    let attend_on = |threads: usize| {
+        let mut out = vec![f32::NAN; queries.len()];
+        let mut heads = Head::split(&queries, &sources, &mut out);
+        attend_heads(&mut heads, m, 1, None, &Count(threads));
+        out
+    };
+    assert_eq!(attend_on(1), attend_on(2));
+}
+
 /// Positions that are turned back into vectors: held as f32 and halved, to see that they are read.
 struct Halved<'a>(&'a [f32], &'a [f32], usize);
 

@@ -9,6 +9,7 @@ use crate::codes::Codes;
 use crate::dictionary::{Atoms, MAX_ATOMS, RotaryOffsets};
 use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
+use crate::kernels::softmax::MAX_QUERIES;
 use crate::key_value::KeyValue;
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
@@ -72,6 +73,8 @@ struct Scratch {
     u: Vec<f32>,
     /// `[positions, G]`
     weights: Vec<f32>,
+    /// Of keys and of values, `[REBUILT, m]`.
+    vectors: KeyValue<Vec<f32>>,
 }
 
 thread_local! {
@@ -101,50 +104,35 @@ pub(super) fn add_heads(
     atoms: KeyValue<Atoms<'_>>,
 ) {
     let (m, group) = (atoms.keys.head_dim(), softmaxes[0].rows());
-    if codes.iter().all(|codes| codes.seen.is_empty()) {
-        return;
-    }
     SCRATCH.with_borrow_mut(|scratch| {
-        if codes.iter().all(|codes| codes.are_few(group, atoms)) {
-            let each_head = softmaxes.iter_mut().zip(queries.chunks_exact(group * m));
-            for (codes, (softmax, queries)) in codes.iter().zip(each_head) {
-                rebuild_codes(
-                    softmax,
-                    codes,
-                    queries,
-                    atoms,
-                    &mut scratch.weights,
-                    |_, _| (),
-                );
+        // Each head by itself: which of them a thread takes must not matter.
+        let mut by_table = Vec::with_capacity(codes.len());
+        let each = queries.chunks_exact(group * m);
+        for ((codes, softmax), queries) in codes.iter().zip(softmaxes).zip(each) {
+            if codes.are_few(group, atoms) {
+                rebuild_codes(softmax, codes, queries, atoms, scratch, |_, _| ());
+            } else {
+                by_table.push((codes, softmax, queries));
             }
-            return;
         }
         let table = MAX_ATOMS * group;
-        let p = tables(&mut scratch.p, codes.len() * table);
+        let p = tables(&mut scratch.p, by_table.len() * table);
         for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
-            let heads = p
-                .chunks_exact_mut(table)
-                .zip(queries.chunks_exact(group * m));
-            for (p, queries) in heads {
+            for (p, (.., queries)) in p.chunks_exact_mut(table).zip(&by_table) {
                 let p = &mut p[first * group..][..count * group];
                 dots(rows, queries, m, group, p);
             }
         }
-        let u = tables(&mut scratch.u, codes.len() * table);
-        for ((((codes, softmax), queries), p), u) in codes
-            .iter()
-            .zip(softmaxes.iter_mut())
-            .zip(queries.chunks_exact(group * m))
-            .zip(p.chunks_exact(table))
-            .zip(u.chunks_exact_mut(table))
-        {
+        let u = tables(&mut scratch.u, by_table.len() * table);
+        let both = p.chunks_exact(table).zip(u.chunks_exact_mut(table));
+        for ((codes, softmax, queries), (p, u)) in by_table.iter_mut().zip(both) {
             let n = atoms.values.len();
             u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, queries, n, p, u, weights, |_, _| ());
         }
         for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
-            for (softmax, u) in softmaxes.iter_mut().zip(u.chunks_exact(table)) {
+            for (u, (_, softmax, _)) in u.chunks_exact(table).zip(&mut by_table) {
                 let u = &u[first * group..][..count * group];
                 combine(u, rows, m, group, &mut softmax.output);
             }
@@ -161,9 +149,6 @@ pub(super) fn add_many(
     codes: Coded<'_>,
     atoms: KeyValue<Atoms<'_>>,
 ) {
-    if codes.seen.is_empty() {
-        return;
-    }
     let (m, group) = (atoms.keys.head_dim(), softmax.rows());
     let hide = |first: usize, scores: &mut [f32]| {
         for (query, &hidden) in hidden.iter().enumerate() {
@@ -174,7 +159,7 @@ pub(super) fn add_many(
     };
     SCRATCH.with_borrow_mut(|scratch| {
         if codes.are_few(group, atoms) {
-            rebuild_codes(softmax, &codes, queries, atoms, &mut scratch.weights, hide);
+            rebuild_codes(softmax, &codes, queries, atoms, scratch, hide);
             return;
         }
         let table = MAX_ATOMS * group;
@@ -204,34 +189,27 @@ fn sum_codes(
     p: &[f32],
     u: &mut [f32],
     weights: &mut Vec<f32>,
-    mut hide: impl FnMut(usize, &mut [f32]),
+    hide: impl FnMut(usize, &mut [f32]),
 ) {
     let group = softmax.rows();
-    let Coded {
-        codes,
-        offsets,
-        seen,
-    } = codes;
-    for first in seen.clone().step_by(BLOCK) {
-        let count = BLOCK.min(seen.end - first);
-        weights.resize(count * group, 0.0);
-        codes.keys.visit(first..first + count, |block, at| {
+    let KeyValue { keys, values } = codes.codes;
+    let score = |range, weights: &mut [f32]| {
+        keys.visit(range, |block, at| {
             let out = &mut weights[at * group..][..block.len() * group];
             block.scores(p, group, out);
         });
-        if let Some(offsets) = offsets {
-            offsets.add(queries, first, weights);
-        }
-        hide(first, weights);
-        if let Some(kept) = softmax.weigh(weights) {
+    };
+    let sum = |_: &mut RunningSoftmax, range, weights: &[f32], kept: Option<[f32; MAX_QUERIES]>| {
+        if let Some(kept) = kept {
             for u in u.chunks_exact_mut(group).take(atoms) {
                 u.iter_mut().zip(&kept).for_each(|(u, kept)| *u *= kept);
             }
         }
-        codes.values.visit(first..first + count, |block, at| {
+        values.visit(range, |block, at| {
             block.accumulate(&weights[at * group..][..block.len() * group], group, u);
         });
-    }
+    };
+    weigh_codes(softmax, codes, queries, weights, hide, score, sum);
 }
 
 /// Scores codes, and sums their values, by the vectors that they stand for, a block of them at a time.
@@ -240,61 +218,75 @@ fn rebuild_codes(
     codes: &Coded<'_>,
     queries: &[f32],
     atoms: KeyValue<Atoms<'_>>,
-    weights: &mut Vec<f32>,
-    mut hide: impl FnMut(usize, &mut [f32]),
+    scratch: &mut Scratch,
+    hide: impl FnMut(usize, &mut [f32]),
 ) {
     let (m, group) = (atoms.keys.head_dim(), softmax.rows());
-    let Coded {
-        codes,
-        offsets,
-        seen,
-    } = codes;
-    let mut vectors = vec![0.0; REBUILT * m];
-    for first in seen.clone().step_by(BLOCK) {
-        let range = first..seen.end.min(first + BLOCK);
-        weights.resize(range.len() * group, 0.0);
+    let KeyValue { keys, values } = codes.codes;
+    let vectors = &mut scratch.vectors;
+    let score = |range, weights: &mut [f32]| {
+        rebuilt(keys, range, atoms.keys, &mut vectors.keys, |keys, at| {
+            let count = keys.len() / m;
+            let out = &mut weights[at * group..][..count * group];
+            if group <= MAX_GROUP {
+                dots(Rows::F32(keys), queries, m, group, out);
+            } else {
+                let queries = Matrix::by_rows(queries, group, m).transposed();
+                multiply(out, false, Matrix::by_rows(keys, count, m), queries);
+            }
+        });
+    };
+    let sum = |softmax: &mut RunningSoftmax, range, weights: &[f32], _| {
+        let output = &mut softmax.output;
         rebuilt(
-            codes.keys,
-            range.clone(),
-            atoms.keys,
-            &mut vectors,
-            |keys, at| {
-                let count = keys.len() / m;
-                let out = &mut weights[at * group..][..count * group];
-                if group <= MAX_GROUP {
-                    dots(Rows::F32(keys), queries, m, group, out);
-                } else {
-                    let queries = Matrix::by_rows(queries, group, m).transposed();
-                    multiply(out, false, Matrix::by_rows(keys, count, m), queries);
-                }
-            },
-        );
-        if let Some(offsets) = offsets {
-            offsets.add(queries, first, weights);
-        }
-        hide(first, weights);
-        softmax.weigh(weights);
-        rebuilt(
-            codes.values,
+            values,
             range,
             atoms.values,
-            &mut vectors,
+            &mut vectors.values,
             |values, at| {
                 let count = values.len() / m;
                 let weights = &weights[at * group..][..count * group];
                 if group <= MAX_GROUP {
-                    combine(weights, Rows::F32(values), m, group, &mut softmax.output);
+                    combine(weights, Rows::F32(values), m, group, output);
                 } else {
                     let weights = Matrix::by_rows(weights, count, group).transposed();
-                    multiply(
-                        &mut softmax.output,
-                        true,
-                        weights,
-                        Matrix::by_rows(values, count, m),
-                    );
+                    multiply(output, true, weights, Matrix::by_rows(values, count, m));
                 }
             },
         );
+    };
+    weigh_codes(
+        softmax,
+        codes,
+        queries,
+        &mut scratch.weights,
+        hide,
+        score,
+        sum,
+    );
+}
+
+/// Has codes scored, many at a time, and their values summed by the weights that the softmax makes of the scores, both `[n, G]`; `sum` is
+/// told by how much what each query had summed before has shrunk, as [`RunningSoftmax::weigh`] says.
+fn weigh_codes(
+    softmax: &mut RunningSoftmax,
+    codes: &Coded<'_>,
+    queries: &[f32],
+    weights: &mut Vec<f32>,
+    mut hide: impl FnMut(usize, &mut [f32]),
+    mut score: impl FnMut(Range<usize>, &mut [f32]),
+    mut sum: impl FnMut(&mut RunningSoftmax, Range<usize>, &[f32], Option<[f32; MAX_QUERIES]>),
+) {
+    for first in codes.seen.clone().step_by(BLOCK) {
+        let range = first..codes.seen.end.min(first + BLOCK);
+        weights.resize(range.len() * softmax.rows(), 0.0);
+        score(range.clone(), weights);
+        if let Some(offsets) = &codes.offsets {
+            offsets.add(queries, first, weights);
+        }
+        hide(first, weights);
+        let kept = softmax.weigh(weights);
+        sum(softmax, range, weights, kept);
     }
 }
 
@@ -303,18 +295,16 @@ fn rebuilt(
     codes: &Codes,
     range: Range<usize>,
     atoms: Atoms<'_>,
-    vectors: &mut [f32],
+    vectors: &mut Vec<f32>,
     mut visit: impl FnMut(&[f32], usize),
 ) {
     let m = atoms.head_dim();
-    codes.visit(range, |mut block, mut at| {
-        while block.len() > 0 {
-            let (own, others) = block.split_at(block.len().min(REBUILT));
-            let vectors = &mut vectors[..own.len() * m];
-            own.rebuild(atoms.numbers(), m, vectors);
-            visit(vectors, at);
-            at += own.len();
-            block = others;
-        }
-    });
+    vectors.resize(REBUILT * m, 0.0);
+    for first in range.clone().step_by(REBUILT) {
+        codes.visit(first..range.end.min(first + REBUILT), |block, at| {
+            let vectors = &mut vectors[..block.len() * m];
+            block.rebuild(atoms.numbers(), m, vectors);
+            visit(vectors, first - range.start + at);
+        });
+    }
 }

@@ -231,20 +231,6 @@ impl Block<'_> {
         }
     }
 
-    /// The first `count` vectors, which must be there, and the others.
-    pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
-        match self {
-            Self::Sparse(block) => {
-                let (first, others) = block.split_at(count);
-                (Self::Sparse(first), Self::Sparse(others))
-            }
-            Self::Additive(block) => {
-                let (first, others) = block.split_at(count);
-                (Self::Additive(first), Self::Additive(others))
-            }
-        }
-    }
-
     /// Adds the weighted codes to the table `u`; see [`kernels::sparse::accumulate`].
     pub(crate) fn accumulate(self, weights: &[f32], group: usize, u: &mut [f32]) {
         match self {

@@ -207,6 +207,26 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{at_level, close, levels};
 
+    /// Codes of `n` vectors, the first codebook having `first` atoms.
+    fn codes(
+        n: usize,
+        sparsity: usize,
+        first: usize,
+        mut draw: impl FnMut() -> u32,
+    ) -> (Vec<Leading>, Vec<u8>) {
+        let firsts = (0..n).map(|_| {
+            let atom = (draw() as usize % first) as u16;
+            Leading::new(atom, 1.0 + (draw() % 64) as f32 / 64.0)
+        });
+        let firsts = firsts.collect();
+        (
+            firsts,
+            (0..n * (sparsity - 1))
+                .map(|_| (draw() >> 8) as u8)
+                .collect(),
+        )
+    }
+
     proptest! {
         #[test]
         fn codes_are_gathered_and_scattered(
@@ -220,10 +240,7 @@ mod tests {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 state >> 8
             };
-            let firsts: Vec<Leading> = (0..n)
-                .map(|_| Leading::new((draw() as usize % first) as u16, 1.0 + (draw() % 64) as f32 / 64.0))
-                .collect();
-            let rest: Vec<u8> = (0..n * (sparsity - 1)).map(|_| (draw() >> 8) as u8).collect();
+            let (firsts, rest) = codes(n, sparsity, first, &mut draw);
             let mut number = || draw() as f32 / (1 << 23) as f32 - 1.0;
             // Nothing beyond the atoms may be read: it would show.
             let mut p = vec![f32::NAN; MAX_ATOMS * group];
@@ -272,10 +289,7 @@ mod tests {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 state >> 8
             };
-            let firsts: Vec<Leading> = (0..n)
-                .map(|_| Leading::new((draw() as usize % first) as u16, 1.0 + (draw() % 64) as f32 / 64.0))
-                .collect();
-            let rest: Vec<u8> = (0..n * (sparsity - 1)).map(|_| (draw() >> 8) as u8).collect();
+            let (firsts, rest) = codes(n, sparsity, first, &mut draw);
             let atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
             let block = AdditiveBlock { first: &firsts, rest: &rest, sizes, sparsity };
             for level in levels() {
