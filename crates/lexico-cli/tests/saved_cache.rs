@@ -255,7 +255,7 @@ fn an_interrupted_run_is_saved_and_goes_on() {
     use std::io::Read;
     let folder = Folder::new();
     let more = ["--ignore-eos", "--cache", SMALL];
-    // Where these tests run under nohup, the program would inherit that a hangup is ignored; what is handled it does not.
+    // Under nohup a hangup is ignored, by the programs that a test starts too; one that the test handles is not.
     let handled = std::sync::Arc::default();
     signal_hook::flag::register(signal_hook::consts::SIGHUP, handled).unwrap();
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {

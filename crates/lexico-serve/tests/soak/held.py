@@ -10,7 +10,6 @@ import argparse
 import json
 import threading
 import time
-import urllib.request
 
 from server import Server, options_and_server
 
@@ -25,9 +24,7 @@ options, of_server = options_and_server(arguments)
 text = open(options.file, encoding="utf-8").read()
 
 server = Server(options.program, "--kv-memory", options.memory, "--parallel", str(options.count), "--queue-timeout", "86400", *of_server)
-body = json.dumps({"prompt": text[: 8 * options.prompt * options.count]}).encode()
-request = urllib.request.Request(server.base + "/tokenize", body, {"content-type": "application/json"})
-tokens = json.load(urllib.request.urlopen(request, timeout=600))["tokens"]
+tokens = server.tokens(text[: 8 * options.prompt * options.count])
 prompts = [tokens[number * options.prompt :][: options.prompt] for number in range(options.count)]
 # Long enough that some of it is coded: copies of the dictionaries in other formats are made when they are first needed.
 server.ask(prompts[-1], 4)

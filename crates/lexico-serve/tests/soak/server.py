@@ -40,6 +40,11 @@ class Server:
         cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return answer["choices"][0]["text"], cached, answer["usage"]["prompt_tokens"]
 
+    def tokens(self, text):
+        """The numbers of a text's tokens."""
+        request = urllib.request.Request(self.base + "/tokenize", json.dumps({"prompt": text}).encode(), {"content-type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=600))["tokens"]
+
     def figure(self, name):
         """The sum of a figure of /metrics, as `lexico_kv_bytes` or `lexico_sequences{state="read"}`."""
         lines = urllib.request.urlopen(self.base + "/metrics", timeout=60).read().decode().splitlines()

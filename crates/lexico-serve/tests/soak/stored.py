@@ -39,9 +39,7 @@ store = tempfile.mkdtemp()
 answers = []
 for _ in range(2):
     server = Server(options.program, "--prefix-store", store, *of_server)
-    body = json.dumps({"prompt": text[: 8 * options.prompt]}).encode()
-    request = urllib.request.Request(server.base + "/tokenize", body, {"content-type": "application/json"})
-    prompt = json.load(urllib.request.urlopen(request, timeout=600))["tokens"][: options.prompt]
+    prompt = server.tokens(text[: 8 * options.prompt])[: options.prompt]
     # The second server's figure is of a process that has answered already, as the first's.
     server.ask(prompt[-50:-20], 4)
     answers.append(asked(server, prompt))
