@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __version__: str
+EFFORTS: dict[str, tuple[int, int, dict[str, int]]]
+"""Tokens, vectors, and arguments of :func:`learn_codebooks`, by effort."""
 
 _Part = Literal["keys", "values"]
 _Fit = Literal["unbiased", "least-squares"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._lexico import Dictionaries, HeadMaps, __version__, head_maps, learn_codebooks
+from ._lexico import EFFORTS, Dictionaries, HeadMaps, __version__, head_maps, learn_codebooks
 from ._models import identity
 
 if TYPE_CHECKING:
@@ -26,13 +26,6 @@ HELD_OUT_VECTORS = 4096
 LAST_POSITION = 1 << 15
 #: Of so many queries that follow each other one is looked at: neighbours are alike.
 STRIDE = 4
-
-#: Tokens, vectors, and how codebooks are learned, by effort: as ``lexico train`` has it.
-EFFORTS: dict[str, tuple[int, int, dict[str, int]]] = {
-    "quick": (24_576, 49_152, {"rounds": 4, "vectors_per_round": 1 << 14, "beam": 2}),
-    "normal": (98_304, 131_072, {"rounds": 8, "vectors_per_round": 1 << 15, "beam": 2}),
-    "thorough": (294_912, 393_216, {"rounds": 12, "vectors_per_round": 1 << 16, "beam": 4}),
-}
 
 Array = NDArray[np.float32]
 

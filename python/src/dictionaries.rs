@@ -68,13 +68,6 @@ impl Dictionaries {
     ) -> PyResult<Self> {
         let model: ModelIdentity = to_json(model, "model")?;
         let training: Training = to_json(training, "training")?;
-        if model.layers != layers.len() {
-            return Err(value(format!(
-                "dictionaries of {} layers for a model of {}",
-                layers.len(),
-                model.layers
-            )));
-        }
         let layers = layers.iter().map(|layer| {
             let mut own = LayerDictionaries::default();
             for (name, both) in layer.iter() {
@@ -105,12 +98,13 @@ impl Dictionaries {
             Ok(own)
         });
         let layers: Vec<LayerDictionaries> = layers.collect::<PyResult<_>>()?;
-        check_alike(&model, &layers)?;
-        Ok(Self(Arc::new(DictionarySet {
+        let set = DictionarySet {
             layers,
             model,
             training,
-        })))
+        };
+        set.check_alike().map_err(codec)?;
+        Ok(Self(Arc::new(set)))
     }
 
     #[staticmethod]
@@ -187,58 +181,4 @@ impl Dictionaries {
         let model: ModelIdentity = to_json(model, "model")?;
         self.0.check_fits(&model).map_err(codec)
     }
-}
-
-/// Refuses parts that cannot be of one model: a file of them could not be read again.
-fn check_alike(model: &ModelIdentity, layers: &[LayerDictionaries]) -> PyResult<()> {
-    let (heads, m) = (model.kv_heads, model.head_dim);
-    let first = layers.first().map(kinds);
-    for (number, layer) in layers.iter().enumerate() {
-        let wrong = |what: String| Err(value(format!("layer {number}: {what}")));
-        if Some(kinds(layer)) != first {
-            return wrong("it has other parts than the first layer".to_owned());
-        }
-        let [sparse, codebooks, maps] = kinds(layer);
-        if !sparse && !codebooks {
-            return wrong("it has neither dictionaries nor codebooks".to_owned());
-        }
-        if maps && !codebooks {
-            return wrong("codes behind maps are over codebooks, and it has none".to_owned());
-        }
-        let sparse = layer
-            .sparse
-            .iter()
-            .flat_map(KeyValue::as_ref)
-            .map(|own| own.head_dim());
-        let codebooks = layer
-            .codebooks
-            .iter()
-            .flat_map(KeyValue::as_ref)
-            .map(|own| own.head_dim());
-        let maps = layer.maps.iter().flat_map(KeyValue::as_ref);
-        let dims = maps.clone().map(|own| own.head_dim());
-        if let Some(other) = sparse
-            .chain(codebooks)
-            .chain(dims)
-            .find(|&other| other != m)
-        {
-            return wrong(format!(
-                "vectors of length {other}, and the model's head dim is {m}"
-            ));
-        }
-        if let Some(other) = maps.map(|own| own.heads()).find(|&other| other != heads) {
-            return wrong(format!(
-                "maps of {other} KV heads, and the model has {heads}"
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn kinds(layer: &LayerDictionaries) -> [bool; 3] {
-    [
-        layer.sparse.is_some(),
-        layer.codebooks.is_some(),
-        layer.maps.is_some(),
-    ]
 }

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use lexico::attention::NumberType;
-use lexico::cache::{Coding, LayerFootprint, LayerState};
+use lexico::cache::{CacheOptions, Coding, LayerFootprint, LayerState};
 use lexico::threads::Rayon;
 use lexico::{Fit, KeyValue, LayerSettings};
 use numpy::PyArrayDyn;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::arrays::{Numbers, array};
 use crate::dictionaries::Dictionaries;
 use crate::error::{LexicoError, codec, value};
-use crate::options::Options;
+use crate::options;
 use crate::work::detached;
 
 type Array<'py> = Bound<'py, PyArrayDyn<f32>>;
@@ -30,7 +30,7 @@ const MAX_FIRST_POSITION: usize = 1 << 30;
 pub(crate) struct LayerCache {
     /// The options, as they were given.
     text: String,
-    options: Options,
+    options: CacheOptions,
     kv_heads: usize,
     head_dim: usize,
     cache: Mutex<lexico::LayerCache>,
@@ -59,7 +59,7 @@ impl LayerCache {
         dictionaries: &Dictionaries,
         layer: usize,
         text: &str,
-        options: &Options,
+        options: &CacheOptions,
         settings: LayerSettings,
         first_position: usize,
     ) -> PyResult<Self> {
@@ -145,9 +145,9 @@ impl LayerCache {
         sliding_window: Option<usize>,
         first_position: usize,
     ) -> PyResult<Self> {
-        let options = Options::parse(cache)?;
+        let options = options::parse(cache)?;
         let windows = vec![sliding_window; dictionaries.0.layers.len()];
-        let mut settings = options.layers(&dictionaries.0, &windows)?;
+        let mut settings = options::layers(&options, &dictionaries.0, &windows)?;
         // Refused by its number where there is no such layer.
         dictionaries.layer(layer)?;
         let settings = settings.swap_remove(layer);
@@ -170,7 +170,7 @@ impl LayerCache {
         sliding_windows: Option<Vec<Option<usize>>>,
         first_position: usize,
     ) -> PyResult<Vec<Self>> {
-        let options = Options::parse(cache)?;
+        let options = options::parse(cache)?;
         let layers = dictionaries.0.layers.len();
         let windows = sliding_windows.unwrap_or_else(|| vec![None; layers]);
         if windows.len() != layers {
@@ -179,7 +179,7 @@ impl LayerCache {
                 "sliding_windows of {count} layers; there are {layers}"
             )));
         }
-        let settings = options.layers(&dictionaries.0, &windows)?;
+        let settings = options::layers(&options, &dictionaries.0, &windows)?;
         let settings = settings.into_iter().enumerate();
         settings
             .map(|(layer, settings)| {
@@ -439,7 +439,7 @@ impl LayerCache {
             return Err(damaged("there is more after its last block"));
         }
         let (options, state) = (
-            Options::parse(&header.cache)?,
+            options::parse(&header.cache)?,
             LayerState {
                 checksums: header.checksums,
                 positions: header.positions,

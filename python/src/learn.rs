@@ -2,15 +2,41 @@
 
 use std::ops::ControlFlow;
 
-use lexico::learn::{CodebookOptions, InMemory, InitialAtoms, LearnOptions, Learner, RotaryKeys};
+use lexico::learn::{
+    CodebookOptions, Effort, InMemory, InitialAtoms, LearnOptions, Learner, RotaryKeys,
+};
 use lexico::threads::Rayon;
 use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::arrays::Numbers;
 use crate::codec::{Codebooks, Dictionary, HeadMaps};
 use crate::error::{codec, value};
 use crate::work::detached;
+
+/// The efforts: tokens, vectors, and the arguments of [`learn_codebooks`], by name.
+pub(crate) fn efforts(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let all = PyDict::new(py);
+    for effort in Effort::ALL {
+        // None of these depends on the head dim.
+        let CodebookOptions {
+            rounds,
+            vectors,
+            beam,
+            ..
+        } = effort.codebooks(1);
+        let arguments = PyDict::new(py);
+        arguments.set_item("rounds", rounds)?;
+        arguments.set_item("vectors_per_round", vectors)?;
+        arguments.set_item("beam", beam)?;
+        all.set_item(
+            effort.name(),
+            (effort.tokens(), effort.vectors(), arguments),
+        )?;
+    }
+    Ok(all)
+}
 
 /// A callback that is told of steps done and steps in all.
 struct Progress {

@@ -32,6 +32,7 @@ mod _lexico {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("EFFORTS", crate::learn::efforts(module.py())?)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

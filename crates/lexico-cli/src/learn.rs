@@ -8,7 +8,8 @@ use anyhow::Context;
 use clap::Args;
 use indicatif::HumanDuration;
 use lexico::DictionarySet;
-use lexico_llm::train::{Effort, StateOptions, estimate, remove_state, train};
+use lexico::learn::Effort;
+use lexico_llm::train::{StateOptions, TrainOptions, estimate, remove_state, train};
 use lexico_llm::{Corpus, Model};
 
 use crate::train::Progress;
@@ -29,7 +30,7 @@ pub(crate) struct LearnArguments {
 impl LearnArguments {
     /// Learns dictionaries where the user asks for it or, in a terminal, agrees to it, and writes them to `out`.
     pub(crate) fn learn(&self, model: &Model, out: &Path) -> anyhow::Result<Option<DictionarySet>> {
-        let mut options = Effort::Quick.options(model.decoder.config().head_dim);
+        let mut options = TrainOptions::of(Effort::Quick, model.decoder.config().head_dim);
         let takes = || -> anyhow::Result<String> {
             let time = estimate(model, &options)?;
             Ok(HumanDuration(time.max(Duration::from_secs(1))).to_string())

@@ -7,9 +7,9 @@ use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 use lexico::DictionarySet;
 use lexico::dictionary::{CodeFamily, LayerErrors, additive_sparsity};
-use lexico::learn::{CodebookOptions, LearnOptions};
+use lexico::learn::{CodebookOptions, Effort, LearnOptions};
 use lexico_llm::train::{
-    Effort, Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
+    Epoch, StateOptions, TrainOptions, TrainProgress, Trained, remove_state, train,
 };
 use lexico_llm::{Model, Quantize};
 use serde_json::json;
@@ -115,17 +115,19 @@ struct EffortArgument(Effort);
 
 impl ValueEnum for EffortArgument {
     fn value_variants<'a>() -> &'a [Self] {
-        const ALL: [EffortArgument; 3] = [
-            EffortArgument(Effort::Quick),
-            EffortArgument(Effort::Normal),
-            EffortArgument(Effort::Thorough),
-        ];
+        static ALL: [EffortArgument; 3] = {
+            let [quick, normal, thorough] = Effort::ALL;
+            [
+                EffortArgument(quick),
+                EffortArgument(normal),
+                EffortArgument(thorough),
+            ]
+        };
         &ALL
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
-        let own = Effort::ALL.iter().find(|(_, effort)| *effort == self.0);
-        own.map(|(name, _)| PossibleValue::new(*name))
+        Some(PossibleValue::new(self.0.name()))
     }
 }
 
@@ -234,7 +236,7 @@ impl Train {
         let sparsity = self.sparsity.unwrap_or((head_dim / 8).max(1));
         let trained = kept.as_ref().map_or(sparsity, |k| k.training.sparsity);
         let EffortArgument(effort) = self.effort;
-        let by_effort = effort.options(head_dim);
+        let by_effort = TrainOptions::of(effort, head_dim);
         let usual = by_effort.codebooks.clone().unwrap_or_default();
         let codebooks = self.codebooks.unwrap_or(usual.codebooks);
         let codebooks = (codebooks > 0).then_some(CodebookOptions {

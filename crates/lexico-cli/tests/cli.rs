@@ -1038,7 +1038,11 @@ fn train_writes_a_dictionary_that_run_takes() {
         }
     }
     let run = json(&["run", "--json", "--dictionary", path(&out), QUESTION]);
-    assert_eq!(run["cache"]["dictionary_bytes"], 4 * 2 * 64 * 64 * 4);
+    // Once codes have been attended to by tables of products, the atoms are there in 16 bits too; whether so many are coded before the
+    // text ends depends on the text, and so on the processor that learned.
+    let numbers = 4 * 2 * 64 * 64;
+    let bytes = run["cache"]["dictionary_bytes"].as_u64().unwrap();
+    assert!([4 * numbers, (4 + 2) * numbers].contains(&bytes), "{bytes}");
     assert_eq!(json(&["inspect", path(&out), "--json"])["sparsity"], 4);
 }
 

@@ -25,6 +25,7 @@
 //! # Ok::<(), lexico_llm::Error>(())
 //! ```
 
+mod allocator;
 mod block_matrix;
 pub mod cache;
 pub mod chat;
@@ -52,6 +53,7 @@ mod tokenizer_config;
 pub mod train;
 mod weights;
 
+pub use allocator::give_back_free_memory;
 pub use candle_core::Device;
 pub use corpus::{Chunks, Corpus};
 pub use device::DeviceName;

@@ -1,8 +1,8 @@
 //! Codes over learned dictionaries for the keys and values of language models.
 //!
 //! A model's KV cache holds a key and a value vector of every token, head and layer. This crate stores each of them as a
-//! sum of a few atoms of small dictionaries that were learned once for the model, and attends to the codes as they are,
-//! without rebuilding a vector. The method is that of Kim, Park, Cho and Papailiopoulos, *Lexico: Extreme KV Cache
+//! sum of a few atoms of small dictionaries that were learned once for the model, and attends to the codes
+//! directly. The method is that of Kim, Park, Cho and Papailiopoulos, *Lexico: Extreme KV Cache
 //! Compression via Sparse Coding over Universal Dictionaries* (ICML 2025,
 //! [arXiv 2412.08890](https://arxiv.org/abs/2412.08890)). Nothing here knows of models or tensors.
 //!

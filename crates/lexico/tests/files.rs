@@ -8,15 +8,17 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use common::{drawn_vectors, random_dictionary};
+use lexico::attention::NumberType;
+use lexico::cache::{CacheOptions, Coding};
 use lexico::codes::CodeFile;
 use lexico::dictionary::{
-    CodingLosses, FORMATS, LayerDictionaries, LayerErrors, LayerLosses, ModelIdentity,
-    RotaryIdentity, Training,
+    CodingLosses, FORMATS, LayerDictionaries, LayerErrors, LayerLosses, LayerSparsities,
+    ModelIdentity, RotaryIdentity, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use lexico::{
-    Codes, CoefficientFormat, Dictionary, DictionarySet, Encoder, Error, KeyValue, Pursuit,
-    SparseFormat,
+    Codes, CoefficientFormat, Dictionary, DictionarySet, Encoder, Error, Fit, KeyValue,
+    LayerSettings, Pursuit, SparseFormat,
 };
 use proptest::prelude::*;
 
@@ -131,6 +133,101 @@ fn a_set_for_another_model_says_what_differs() {
         change(&mut other);
         let message = set.check_fits(&other).unwrap_err().to_string();
         assert!(message.contains(word), "{message:?} does not name {word:?}");
+    }
+}
+
+#[test]
+fn layers_that_differ_are_told() {
+    let good = drawn_set(2, 16, 8);
+    assert!(good.check_alike().is_ok());
+    let refused = |change: &dyn Fn(&mut DictionarySet), words: &str| {
+        let mut set = good.clone();
+        change(&mut set);
+        let refused = set.check_alike().unwrap_err().to_string();
+        assert!(refused.contains(words), "{refused}");
+    };
+    refused(&|set| set.model.layers = 3, "2 layers for a model of 3");
+    refused(
+        &|set| set.model.head_dim = 16,
+        "layer 0: vectors of length 8",
+    );
+    refused(
+        &|set| set.layers[1].sparse = None,
+        "layer 1: it has other parts",
+    );
+    let without = |set: &mut DictionarySet| {
+        let layers = set.layers.iter_mut();
+        layers.for_each(|layer| layer.sparse = None);
+    };
+    refused(&without, "layer 0: it has neither");
+    let other = |set: &mut DictionarySet| {
+        let both = || random_dictionary(9, 16, 4).into();
+        set.layers[1].sparse = Some(KeyValue::new(both(), both()));
+    };
+    refused(&other, "layer 1: vectors of length 4");
+}
+
+#[test]
+fn options_of_a_cache_are_known_values_that_do_not_contradict_each_other() {
+    let set = drawn_set(2, 16, 8);
+    let layers = |given: &str| {
+        let mut options = CacheOptions::default();
+        for (name, value) in given.split(',').filter_map(|pair| pair.split_once('=')) {
+            options.set(name, value)?;
+        }
+        options.layers(&set)
+    };
+    let usual = layers("").unwrap();
+    assert_eq!(
+        usual[0],
+        LayerSettings {
+            coding: Coding::Sparse {
+                coefficients: CoefficientFormat::I8,
+                tolerance: 0.0
+            },
+            ..LayerSettings::new(LayerSparsities::same(2, 3, 3))
+        }
+    );
+    // Each layer codes at its own steps.
+    assert_ne!(usual[0].delay, usual[1].delay);
+    let all = "sparsity=4,value-sparsity=2,allocation=same,tolerance=0.5,fit=least-squares,sinks=1,window=9,batch=8,format=f32,dense=f32";
+    let own = layers(all).unwrap();
+    assert_eq!(
+        own[1],
+        LayerSettings {
+            coding: Coding::Sparse {
+                coefficients: CoefficientFormat::F32,
+                tolerance: 0.5
+            },
+            fit: Fit::LeastSquares,
+            sinks: 1,
+            recent_window: 9,
+            batch: 8,
+            delay: 4,
+            number_type: NumberType::F32,
+            ..LayerSettings::new(LayerSparsities::same(2, 4, 2))
+        }
+    );
+    for (given, words) in [
+        ("width=3", "its options are: sparsity, key-sparsity"),
+        ("sparsity=many", "sparsity=many: "),
+        ("window=-1", "window=-1: "),
+        (
+            "fit=loose",
+            "fit=loose: it must be one of unbiased, least-squares",
+        ),
+        ("format=f16", "additive, i8, f8, f32"),
+        ("format=additive", "no codebooks"),
+        ("beam=4", "only the search for additive codes"),
+        ("sparsity=9", "it must be from 1 to 8"),
+        ("sparsity=NaN", "it must be from 1 to 8"),
+        ("sparsity=2.5", "whole numbers"),
+        ("sparsity=3,key-sparsity=2,value-sparsity=2", "says nothing"),
+        ("allocation=measured", "lexico measure"),
+        ("allocation=measured,key-sparsity=2", "give sparsity alone"),
+    ] {
+        let refused = layers(given).unwrap_err().to_string();
+        assert!(refused.contains(words), "{given}: {refused}");
     }
 }
 

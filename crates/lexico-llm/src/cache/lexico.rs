@@ -2,10 +2,8 @@ mod saved;
 
 use std::sync::Arc;
 
-use ::lexico::cache::{Coding, LayerCache, LayerFootprint, LayerSettings};
-use ::lexico::dictionary::{CodeFamily, LayerSparsities};
-use ::lexico::encode::Fit;
-use ::lexico::{CoefficientFormat, DictionarySet, KeyValue};
+use ::lexico::cache::{CacheOptions, LayerCache, LayerFootprint, LayerSettings};
+use ::lexico::{DictionarySet, KeyValue};
 use candle_core::{Device, Tensor};
 
 #[cfg(feature = "cuda")]
@@ -73,12 +71,13 @@ pub(super) static METHOD: Method = Method {
             .sum())
     },
     settings: |spec, context, budget| {
-        let Some(dictionaries) = context.dictionaries else {
+        // What cannot be is refused when the cache is made.
+        let (Some(dictionaries), Ok(options)) = (context.dictionaries, options(spec)) else {
             return Vec::new();
         };
         let window = budget.window(context.config);
         let by_part = ["key-sparsity", "value-sparsity"].map(|part| spec.given(part).is_some());
-        let family = family(spec, dictionaries);
+        let family = options.family(dictionaries);
         let measured = dictionaries.losses(family).is_some() && by_part == [false, false];
         let steps = if measured && spec.text("allocation") != "same" {
             4
@@ -116,6 +115,17 @@ fn needed<'a>(context: &CacheContext<'a>) -> Result<&'a Arc<DictionarySet>> {
     })
 }
 
+/// What the spec gives, as the codec knows it.
+fn options(spec: &CacheSpec) -> Result<CacheOptions> {
+    let mut options = CacheOptions::default();
+    for option in METHOD.options {
+        if let Some(value) = spec.given(option.name) {
+            options.set(option.name, value).map_err(explained)?;
+        }
+    }
+    Ok(options)
+}
+
 /// The settings of every layer that the options ask for.
 fn settings(
     spec: &CacheSpec,
@@ -123,160 +133,41 @@ fn settings(
     dictionaries: &DictionarySet,
 ) -> Result<Vec<LayerSettings>> {
     dictionaries.check_fits(&context.config.identity("at hand"))?;
-    let coding = coding(spec, dictionaries)?;
-    let fit = match spec.text("fit") {
-        "unbiased" => Fit::Unbiased,
-        _ => Fit::LeastSquares,
-    };
-    let sinks = spec.number("sinks")?;
-    let (recent_window, batch) = (spec.number("window")?, spec.number("batch")?);
-    let sparsities = sparsities(spec, context, dictionaries, coding.family())?;
-    let layers = sparsities.len();
-    let settings = sparsities.into_iter().enumerate();
-    let settings = settings.map(|(layer, sparsities)| LayerSettings {
-        coding,
-        fit,
-        sinks,
-        recent_window,
-        batch,
-        delay: delay(batch, layer, layers),
-        number_type: spec.number_type("dense"),
-        sliding_window: context.config.window,
-        background: cores_to_spare(),
-        ..LayerSettings::new(sparsities)
-    });
-    Ok(settings.collect())
-}
-
-/// The steps after which the batch that leaves the recent window of a layer takes its place among the codes: each layer
-/// has its own, so that a token waits for few.
-fn delay(batch: usize, layer: usize, layers: usize) -> usize {
-    batch / 4 + layer.saturating_mul(batch / 2) / layers
-}
-
-/// The family of codes that the options ask for.
-fn family(spec: &CacheSpec, dictionaries: &DictionarySet) -> CodeFamily {
-    match spec.given("format") {
-        Some("additive") => CodeFamily::Additive,
-        Some(_) => CodeFamily::Sparse,
-        None => dictionaries.usual_family(),
+    let mut settings = options(spec)?.layers(dictionaries).map_err(explained)?;
+    for layer in &mut settings {
+        layer.sliding_window = context.config.window;
+        layer.background = cores_to_spare();
     }
+    Ok(settings)
 }
 
-/// The codes that the options ask for, and how they are found.
-fn coding(spec: &CacheSpec, dictionaries: &DictionarySet) -> Result<Coding> {
-    let family = family(spec, dictionaries);
-    let (foreign, reason) = match family {
-        CodeFamily::Additive => (
-            "tolerance",
-            "additive codes all have as many atoms; give format=i8 too",
-        ),
-        CodeFamily::Sparse => ("beam", "only the search for additive codes has a beam"),
-    };
-    if let Some(value) = spec.given(foreign) {
-        return Err(refused(foreign, value, reason));
-    }
-    Ok(match family {
-        CodeFamily::Additive => Coding::Additive {
-            beam_width: spec.number("beam")?,
-        },
-        CodeFamily::Sparse => Coding::Sparse {
-            coefficients: match spec.given("format") {
-                Some("f32") => CoefficientFormat::F32,
-                Some("f8") => CoefficientFormat::F8,
-                _ => CoefficientFormat::I8,
-            },
-            tolerance: spec.number("tolerance")?,
-        },
-    })
-}
-
-fn refused(option: &'static str, value: &str, reason: &str) -> Error {
-    Error::OptionValue {
-        method: "lexico",
-        option,
-        value: value.to_owned(),
-        reason: reason.to_owned(),
-    }
-}
-
-/// The error of layer `number`, as people who gave options know it.
-pub(super) fn explained(number: usize, error: ::lexico::Error) -> Error {
+/// An error of the codec, as people who gave options know it.
+fn explained(error: ::lexico::Error) -> Error {
     match error {
         ::lexico::Error::Setting {
-            setting,
+            setting: option,
             value,
             reason,
-        } => refused(setting, &value, &reason),
-        ::lexico::Error::Coding { part, source } => Error::Coding {
-            layer: number,
-            part,
-            reason: *source,
+        } => Error::OptionValue {
+            method: METHOD.name,
+            option,
+            value,
+            reason,
         },
         other => other.into(),
     }
 }
 
-/// The sparsities of every layer and head that the options ask for.
-fn sparsities(
-    spec: &CacheSpec,
-    context: &CacheContext<'_>,
-    dictionaries: &DictionarySet,
-    family: CodeFamily,
-) -> Result<Vec<LayerSparsities>> {
-    let refused = |option, reason: &str| Err(refused(option, spec.text(option), reason));
-    let mean: f64 = match spec.given("sparsity") {
-        Some(_) => spec.number("sparsity")?,
-        None => dictionaries.usual_sparsity(family) as f64,
-    };
-    let max = dictionaries.max_sparsity(family);
-    if max == 0 {
-        let reason = "these dictionaries have no codebooks; `lexico train` makes some that do, or use format=i8";
-        return refused("format", reason);
+/// The error of layer `number`.
+pub(super) fn explained_of_layer(number: usize, error: ::lexico::Error) -> Error {
+    match error {
+        ::lexico::Error::Coding { part, source } => Error::Coding {
+            layer: number,
+            part,
+            reason: *source,
+        },
+        other => explained(other),
     }
-    if !(1.0..=max as f64).contains(&mean) {
-        let limit = match family {
-            CodeFamily::Additive => "the number of codebooks",
-            CodeFamily::Sparse => "the head dim or the atoms of a dictionary",
-        };
-        return refused("sparsity", &format!("it must be from 1 to {max}, {limit}"));
-    }
-    let part = |option| match spec.given(option) {
-        Some(_) => spec.number(option).map(Some),
-        None => Ok(None),
-    };
-    let (keys, values) = (part("key-sparsity")?, part("value-sparsity")?);
-    if keys.is_some() && values.is_some() && spec.given("sparsity").is_some() {
-        let reason = "with key-sparsity and value-sparsity it says nothing; leave it out";
-        return refused("sparsity", reason);
-    }
-    let by_part = keys.is_some() || values.is_some();
-    let allocated = match spec.given("allocation") {
-        Some("measured") if by_part => {
-            let reason =
-                "the measured losses decide between keys and values too; give sparsity alone";
-            return refused("allocation", reason);
-        }
-        Some("measured") if dictionaries.losses(family).is_none() => {
-            let reason =
-                "these dictionaries were made without measuring losses; `lexico measure` adds them";
-            return refused("allocation", reason);
-        }
-        Some("same") => None,
-        _ if by_part => None,
-        _ => dictionaries.allocate(family, mean),
-    };
-    if let Some(allocated) = allocated {
-        return Ok(allocated);
-    }
-    if mean.fract() != 0.0 {
-        let reason = "sparsities that are the same for all heads are whole numbers";
-        return refused("sparsity", reason);
-    }
-    let mean = mean as usize;
-    let (keys, values) = (keys.unwrap_or(mean), values.unwrap_or(mean));
-    let each = LayerSparsities::same(context.config.kv_heads, keys, values);
-    Ok(vec![each; context.config.layers])
 }
 
 /// Keys and values as codes over the model's dictionaries, the newest ones dense: a [`LayerCache`] a layer.
@@ -293,7 +184,7 @@ impl LexicoCache {
     fn new(dictionaries: &DictionarySet, settings: Vec<LayerSettings>) -> Result<Self> {
         let layers = dictionaries.layers.iter().zip(settings).enumerate();
         let layers = layers.map(|(number, (own, settings))| {
-            LayerCache::new(own, settings).map_err(|error| explained(number, error))
+            LayerCache::new(own, settings).map_err(|error| explained_of_layer(number, error))
         });
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
@@ -306,7 +197,7 @@ impl LexicoCache {
     fn append(&mut self, layer: usize, step: &Step) -> Result<()> {
         let new = KeyValue::new(&step.keys[..], &step.values[..]);
         let appended = self.layers[layer].append(new, &ModelThreads);
-        appended.map_err(|error| explained(layer, error))?;
+        appended.map_err(|error| explained_of_layer(layer, error))?;
         if layer + 1 == self.layers.len() {
             self.positions += step.positions();
         }
@@ -397,7 +288,9 @@ pub(super) fn footprint(layers: impl Iterator<Item = LayerFootprint>) -> Footpri
 
 #[cfg(test)]
 mod tests {
-    use ::lexico::dictionary::{CodingLosses, LayerLosses};
+    use ::lexico::CoefficientFormat;
+    use ::lexico::cache::Coding;
+    use ::lexico::dictionary::{CodingLosses, LayerLosses, LayerSparsities};
 
     use super::*;
     use crate::decoder::{Logits, Sequence};
@@ -419,7 +312,7 @@ mod tests {
             coding,
             recent_window: 5,
             batch,
-            delay: delay(batch, layer, 4),
+            delay: batch / 4 + layer * (batch / 2) / 4,
             background,
             ..LayerSettings::new(sparsities.clone())
         });
@@ -481,9 +374,9 @@ mod tests {
         };
         let spec: CacheSpec = text.parse().unwrap();
         spec.build(&context).map_err(|e| e.to_string())?;
-        let family = family(&spec, &dictionaries);
-        let layers = sparsities(&spec, &context, &dictionaries, family).unwrap();
-        let heads = layers.iter().flat_map(|l| l.keys.iter().chain(&l.values));
+        let layers = settings(&spec, &context, &dictionaries).unwrap();
+        let layers = layers.iter().map(|layer| &layer.sparsities);
+        let heads = layers.flat_map(|l| l.keys.iter().chain(&l.values));
         let count = 2 * config.layers * config.kv_heads;
         Ok(heads.sum::<usize>() as f64 / count as f64)
     }
@@ -506,6 +399,12 @@ mod tests {
             ..LayerSettings::new(own[0].sparsities.clone())
         };
         assert_eq!(own[0], codec);
+    }
+
+    #[test]
+    fn options_are_those_of_the_codec() {
+        let names: Vec<&str> = METHOD.options.iter().map(|option| option.name).collect();
+        assert_eq!(names, CacheOptions::NAMES);
     }
 
     #[test]

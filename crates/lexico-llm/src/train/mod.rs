@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lexico::dictionary::{CodeFamily, LayerDictionaries, LayerErrors, Training};
-use lexico::learn::{CodebookOptions, CodebookProgress, LearnError, LearnOptions, LearnProgress};
+use lexico::learn::{
+    CodebookOptions, CodebookProgress, Effort, LearnError, LearnOptions, LearnProgress,
+};
 use lexico::{DictionarySet, KeyValue};
 use serde_json::{Map, Value, json};
 
@@ -60,65 +62,12 @@ pub struct TrainOptions {
     pub keep_vectors: Option<PathBuf>,
 }
 
-/// How much reading and learning is spent on a model's dictionaries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Effort {
-    /// A few minutes for a model of a tenth of a billion parameters on two cores.
-    Quick,
-    /// About four times as long.
-    #[default]
-    Normal,
-    /// About three times as long again.
-    Thorough,
-}
-
-impl Effort {
-    /// Name of the effort.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Quick => "quick",
-            Self::Normal => "normal",
-            Self::Thorough => "thorough",
-        }
-    }
-
-    /// All efforts, the least first, by name.
-    pub const ALL: [(&str, Self); 3] = [
-        (Self::Quick.name(), Self::Quick),
-        (Self::Normal.name(), Self::Normal),
-        (Self::Thorough.name(), Self::Thorough),
-    ];
-
-    /// Settings for a head dim `m`: of the codebooks, with the tokens and vectors that suit them.
-    #[must_use]
-    pub fn options(self, head_dim: usize) -> TrainOptions {
-        let (tokens, vectors, rounds, a_round, beam) = match self {
-            Self::Quick => (24_576, 49_152, 4, 1 << 14, 2),
-            Self::Normal => (98_304, 131_072, 8, 1 << 15, 2),
-            Self::Thorough => (294_912, 393_216, 12, 1 << 16, 4),
-        };
-        TrainOptions {
-            tokens,
-            vectors,
-            effort: Some(self),
-            codebooks: Some(CodebookOptions {
-                rounds,
-                vectors: a_round,
-                beam,
-                ..CodebookOptions::of(head_dim)
-            }),
-            ..TrainOptions::default()
-        }
-    }
-}
-
 impl Default for TrainOptions {
     fn default() -> Self {
         Self {
-            tokens: 98_304,
+            tokens: Effort::default().tokens(),
             context: 1024,
-            vectors: 131_072,
+            vectors: Effort::default().vectors(),
             sparse: false,
             learn: LearnOptions::default(),
             codebooks: Some(CodebookOptions::default()),
@@ -131,6 +80,18 @@ impl Default for TrainOptions {
 }
 
 impl TrainOptions {
+    /// Returns the settings of an effort, for a head dim `m`.
+    #[must_use]
+    pub fn of(effort: Effort, head_dim: usize) -> Self {
+        Self {
+            tokens: effort.tokens(),
+            vectors: effort.vectors(),
+            effort: Some(effort),
+            codebooks: Some(effort.codebooks(head_dim)),
+            ..Self::default()
+        }
+    }
+
     /// Returns whether dictionaries for sparse codes are to be learned, rather than kept or left out.
     fn learns_sparse(&self) -> bool {
         self.sparse && self.kept.is_none()

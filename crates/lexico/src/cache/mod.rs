@@ -3,11 +3,13 @@
 mod coding;
 mod layer;
 mod leaving;
+mod options;
 mod saved;
 mod settings;
 
 pub use coding::{Coder, Coding};
 pub use layer::{LayerCache, LayerFootprint, outside_window};
 pub(crate) use leaving::Leaving;
+pub use options::CacheOptions;
 pub use saved::LayerState;
 pub use settings::LayerSettings;

@@ -282,6 +282,62 @@ impl DictionarySet {
         })
     }
 
+    /// Checks that every layer has the same parts, all of them of the model's shape; a file of others cannot
+    /// be read again.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`], saying which layer differs in what.
+    pub fn check_alike(&self) -> Result<()> {
+        let ModelIdentity {
+            layers,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.model;
+        if self.layers.len() != layers {
+            let reason = format!("{} layers for a model of {layers}", self.layers.len());
+            return Err(Error::Dictionary(reason));
+        }
+        let parts = |layer: &LayerDictionaries| {
+            let (sparse, maps) = (layer.sparse.is_some(), layer.maps.is_some());
+            (sparse, layer.codebooks.is_some(), maps)
+        };
+        let first = self.layers.first().map(parts);
+        for (number, layer) in self.layers.iter().enumerate() {
+            let wrong = |what: String| Err(Error::Dictionary(format!("layer {number}: {what}")));
+            match parts(layer) {
+                own if Some(own) != first => {
+                    return wrong("it has other parts than the first layer".to_owned());
+                }
+                (false, false, _) => {
+                    return wrong("it has neither dictionaries nor codebooks".to_owned());
+                }
+                (_, false, true) => {
+                    let reason = "codes behind maps are over codebooks, and it has none";
+                    return wrong(reason.to_owned());
+                }
+                _ => (),
+            }
+            let sparse = layer.sparse.iter().flat_map(KeyValue::as_ref);
+            let codebooks = layer.codebooks.iter().flat_map(KeyValue::as_ref);
+            let maps = layer.maps.iter().flat_map(KeyValue::as_ref);
+            let mut dims = (sparse.map(|own| own.head_dim()))
+                .chain(codebooks.map(|own| own.head_dim()))
+                .chain(maps.clone().map(|own| own.head_dim()));
+            if let Some(other) = dims.find(|&own| own != head_dim) {
+                let reason =
+                    format!("vectors of length {other}, and the model's head dim is {head_dim}");
+                return wrong(reason);
+            }
+            let mut heads = maps.map(|own| own.heads());
+            if let Some(other) = heads.find(|&own| own != kv_heads) {
+                let reason = format!("maps of {other} KV heads, and the model has {kv_heads}");
+                return wrong(reason);
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the set, atoms in f16; the file is whole or absent.
     ///
     /// # Errors

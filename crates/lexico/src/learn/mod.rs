@@ -2,6 +2,7 @@
 
 mod adam;
 mod codebooks;
+mod effort;
 mod learner;
 mod maps;
 mod reseed;
@@ -13,6 +14,7 @@ use crate::{Error, Result};
 
 pub use crate::error::LearnError;
 pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
+pub use effort::Effort;
 pub use learner::Learner;
 pub use maps::{RotaryKeys, head_maps};
 pub use vectors::{InMemory, Vectors};

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use super::dense;
 use super::gpu::{address, in_a_row, refused, room, streams};
 use super::maps::DeviceMaps;
-use crate::cache::lexico::{bytes_by_part, explained, footprint};
+use crate::cache::lexico::{bytes_by_part, explained_of_layer, footprint};
 use crate::cache::{Decoded, Footprint, KvCache};
 use crate::config::Config;
 use crate::decoder::Sequence;
@@ -77,7 +77,7 @@ impl ModelOnDevice {
             let layer = DeviceLayer::new(streams.clone(), own, settings.clone(), query_group);
             layer.map_err(|error| match error {
                 ::lexico::Error::Device(_) => refused(device, &error),
-                _ => on_cpu(explained(number, error)),
+                _ => on_cpu(explained_of_layer(number, error)),
             })
         });
         let model = Arc::new(Self {
