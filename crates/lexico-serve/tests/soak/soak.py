@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Clients of mixed lengths, some of which hang up, for a while; then what the server's memory and answers were like.
 
-    soak.py BASE [--minutes 60] [--clients 32] [--pid PID] [--key KEY]
+    soak.py BASE [--minutes 60] [--clients 32] [--pid PID] [--key KEY] [--patience 600]
+
+A client waits for `--patience` seconds, as long as openai-python does: the longest prompts wait for 31 others to be read.
 
 Every answer names its question's number in the prompt's seed, so that a stream that got another's text shows: the same question
 must be answered by the same text, whenever it is asked.
@@ -21,6 +23,7 @@ arguments.add_argument("--minutes", type=float, default=60)
 arguments.add_argument("--clients", type=int, default=32)
 arguments.add_argument("--pid", type=int)
 arguments.add_argument("--key", default="")
+arguments.add_argument("--patience", type=float, default=600)
 options = arguments.parse_args()
 place = urllib.parse.urlparse(options.base)
 end = time.time() + 60 * options.minutes
@@ -37,7 +40,7 @@ def question(number):
 def ask(number, hang_up):
     body = json.dumps(question(number)).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {options.key}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    with socket.create_connection((place.hostname, place.port), timeout=300) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=options.patience) as connection:
         connection.sendall(head.encode() + body)
         lines, text, before = connection.makefile("rb"), "", None
         status = int(lines.readline().split()[1])
@@ -84,15 +87,18 @@ def resident():
 threads = [threading.Thread(target=client, args=(number,)) for number in range(options.clients)]
 for thread in threads:
     thread.start()
-memory = []
+memory, every = [], min(5, 6 * options.minutes)
 while any(thread.is_alive() for thread in threads):
-    time.sleep(min(5, 6 * options.minutes))
-    if options.pid:
+    time.sleep(every)
+    # Clients that have nothing left to ask are no load.
+    if options.pid and time.time() < end:
         memory.append(resident())
 gaps.sort()
 report = {"counts": counts, "faults": len(faults), "examples": faults[:5], "p50 between chunks": gaps[len(gaps) // 2], "p99 between chunks": gaps[len(gaps) * 99 // 100]}
 if memory:
-    half = memory[len(memory) // 2 :]
-    report |= {"resident MiB": {"half": half[0], "end": half[-1], "most": max(memory)}, "last half's growth": half[-1] / half[0] - 1}
+    half, minute = memory[len(memory) // 2 :], max(1, round(60 / every))
+    first, last = (sum(part) / len(part) for part in (half[:minute], half[-minute:]))
+    report |= {"last half's memory, MiB": {"its first minute": first, "its last": last, "least": min(half), "most": max(half)}}
+    report |= {"last half's growth": last / first - 1}
 print(json.dumps(report, indent=1))
 raise SystemExit(bool(faults))

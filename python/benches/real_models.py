@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Lexico's cache in transformers on a real model: beside the Rust program, in bytes, and in time.
+
+    real_models.py same FOLDER DICTIONARY TEXT --program PROGRAM [--prompt 800] [--tokens 100]
+    real_models.py bytes FOLDER DICTIONARY TEXT [--positions 4000]
+    real_models.py speed FOLDER DICTIONARY TEXT [--prompt 2000] [--tokens 200] [--times 3]
+
+FOLDER is a model as the Hugging Face hub has it, DICTIONARY a file of `lexico train`, TEXT any text. All is computed in f32 on the
+processor.
+"""
+
+import argparse
+import gc
+import json
+import socket
+import statistics
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import lexico
+from lexico.transformers import LexicoCache
+
+CACHE = "lexico:sparsity=12,window=128"
+
+
+def tell(report):
+    print(json.dumps(report, indent=1))
+
+
+def same(model, tokenizer, dictionaries, text, options):
+    """Greedy text and the logarithms of probabilities, against those of the program's server."""
+    prompt = text[: options.prompt]
+    cache = LexicoCache(model, dictionaries, CACHE)
+    ours, tops = [], []
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(options.tokens):
+            scores = model(ids, cache=cache).logits[0, -1].log_softmax(-1)
+            ours.append(int(scores.argmax()))
+            tops.append(scores)
+            ids = torch.tensor([[ours[-1]]])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A prompt that is read at once attends to itself as it is, as it does in transformers.
+    arguments = [
+        "--ubatch-size",
+        "8192",
+        "--port",
+        str(port),
+        "--log-level",
+        "warn",
+        "--cache",
+        CACHE,
+        "--dictionary",
+        options.dictionary,
+    ]
+    server = subprocess.Popen([options.program, "serve", "--model", options.folder, *arguments])
+    base = f"http://127.0.0.1:{port}"
+    try:
+        while server.poll() is None:
+            try:
+                urllib.request.urlopen(base + "/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        body = {"prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True, "logprobs": 5}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(base + "/v1/completions", json.dumps(body).encode(), headers)
+        answer = json.load(urllib.request.urlopen(request, timeout=3600))["choices"][0]
+    finally:
+        server.terminate()
+        server.wait()
+    theirs = answer["logprobs"]["token_logprobs"]
+    alike = tokenizer.decode(ours) == answer["text"]
+    of_chosen = max(abs(float(tops[i][token]) - theirs[i]) for i, token in enumerate(ours[: len(theirs)]))
+    of_five = max(
+        abs(a - b)
+        for scores, top in zip(tops, answer["logprobs"]["top_logprobs"], strict=False)
+        for a, b in zip(sorted(scores.topk(5).values.tolist()), sorted(top.values())[-5:], strict=False)
+    )
+    tell(
+        {
+            "tokens": len(theirs),
+            "same text": alike,
+            "log probability of the token chosen, at the most apart": of_chosen,
+            "of the five likeliest": of_five,
+            "of FP16": cache.nbytes / cache.fp16_nbytes,
+        }
+    )
+
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def bytes_held(model, _tokenizer, dictionaries, text, options):
+    """What the process grows by while a cache is filled, against what the cache counts."""
+    with torch.no_grad():
+        # Copies of the dictionaries, and what is kept for the next time, are made before.
+        model.model(torch.tensor([text[:1000]]), cache=LexicoCache(model, dictionaries, CACHE))
+        cache = LexicoCache(model, dictionaries, CACHE)
+        gc.collect()
+        before = resident()
+        for first in range(0, options.positions, 250):
+            model.model(torch.tensor([text[first : first + 250]]), cache=cache)
+    gc.collect()
+    grown = resident() - before
+    counted = cache.nbytes
+    tell(
+        {
+            "counted": counted,
+            "grown": grown,
+            "grown over counted": grown / counted,
+            "of FP16": counted / cache.fp16_nbytes,
+        }
+    )
+
+
+def speed(model, _tokenizer, dictionaries, text, options):
+    """Tokens a second after a prompt, in turn with transformers' own cache."""
+    makers = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "lexico": lambda: LexicoCache(model, dictionaries, CACHE),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(options.times):
+        for name, make in makers.items():
+            cache = make()
+            with torch.no_grad():
+                token = model(torch.tensor([text[: options.prompt]]), cache=cache).logits[:, -1:].argmax(-1)
+                started = time.perf_counter()
+                for _ in range(options.tokens):
+                    token = model(token, cache=cache).logits[:, -1:].argmax(-1)
+            rates[name].append(options.tokens / (time.perf_counter() - started))
+    ratios = [a / b for a, b in zip(rates["lexico"], rates["dynamic"], strict=True)]
+    median = statistics.median(ratios)
+    tell({"threads": torch.get_num_threads(), "tokens a second": rates, "ratios": ratios, "median ratio": median})
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"same": same, "bytes": bytes_held, "speed": speed}
+    arguments.add_argument("command", choices=commands)
+    arguments.add_argument("folder")
+    arguments.add_argument("dictionary")
+    arguments.add_argument("text")
+    arguments.add_argument("--program", default="lexico")
+    arguments.add_argument("--prompt", type=int)
+    arguments.add_argument("--positions", type=int, default=4000)
+    arguments.add_argument("--tokens", type=int)
+    arguments.add_argument("--times", type=int, default=3)
+    options = arguments.parse_args()
+    options.prompt = options.prompt or {"same": 800}.get(options.command, 2000)
+    options.tokens = options.tokens or {"same": 100}.get(options.command, 200)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    text = tokenizer(Path(options.text).read_text()[: 8 * max(options.prompt, options.positions)]).input_ids
+    if len(text) < max(options.prompt, options.positions):
+        arguments.error(f"{options.text} is only {len(text)} tokens long")
+    commands[options.command](model, tokenizer, lexico.Dictionaries.load(options.dictionary), text, options)
+
+
+if __name__ == "__main__":
+    main()
