@@ -70,6 +70,8 @@ def same(model, tokenizer, dictionaries, text, options):
                 break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
+        if server.poll() is not None:
+            raise SystemExit(f"{options.program} serve ended with {server.returncode} before it answered")
         body = {"prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True, "logprobs": 5}
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(base + "/v1/completions", json.dumps(body).encode(), headers)
@@ -162,9 +164,10 @@ def main():
     options.tokens = options.tokens or {"same": 100}.get(options.command, 200)
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    text = tokenizer(Path(options.text).read_text()[: 8 * max(options.prompt, options.positions)]).input_ids
-    if len(text) < max(options.prompt, options.positions):
-        arguments.error(f"{options.text} is only {len(text)} tokens long")
+    needed = options.positions if options.command == "bytes" else options.prompt
+    text = tokenizer(Path(options.text).read_text()[: 16 * needed]).input_ids
+    if len(text) < needed:
+        arguments.error(f"{options.text} gives {len(text)} tokens; {needed} are needed")
     commands[options.command](model, tokenizer, lexico.Dictionaries.load(options.dictionary), text, options)
 
 

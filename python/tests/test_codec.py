@@ -163,6 +163,31 @@ def test_a_saved_layer_goes_on_as_it_was():
         foreign.load(saved)
 
 
+def test_settings_are_the_same_however_they_are_told():
+    rng = np.random.default_rng(6)
+    dictionaries = drawn(rng, identity())
+    told = lexico.LayerCache(dictionaries, 0, "lexico:window=128,sinks=4,batch=16,fit=unbiased,dense=f16")
+    told.append(*rng.standard_normal((2, 2, 200, 16)).astype(np.float32))
+    usual = lexico.LayerCache(dictionaries, 0)
+    usual.load(told.save())
+    assert (usual.decode()[0] == told.decode()[0]).all()
+
+
+def test_what_is_wrong_with_options_is_told_in_few_words():
+    dictionaries = drawn(np.random.default_rng(6), identity())
+    for options, words in (
+        ("kivi", "no cache method"),
+        ("lexico:widht=3", "widht: there is no such option; there are: sparsity"),
+        ("lexico:window=8,window=9", "window is given twice"),
+        ("lexico:window=wide", "window=wide: .*whole number"),
+        ("lexico:fit=" + "\x1b[2J" * 10000, "fit="),
+        ("lexico:" + "x" * 10000, "no such option"),
+    ):
+        with pytest.raises(ValueError, match=words) as refused:
+            lexico.LayerCache(dictionaries, 0, options)
+        assert len(str(refused.value)) < 1000 and "\x1b" not in str(refused.value)
+
+
 def test_positions_can_begin_anywhere():
     rng = np.random.default_rng(7)
     dictionaries = drawn(rng, identity())

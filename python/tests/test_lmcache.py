@@ -122,6 +122,27 @@ def test_the_serde_is_registered_under_its_name(made):
     serde = create_serde_processor(SerdeConfig("lexico", {"dictionary": path, "sparsity": 6}))
     assert serde.estimate_serialized_size(MemoryLayoutDesc([torch.Size(SHAPE)], [torch.bfloat16])) > 0
     serde.close()
-    for options in ({}, {"dictionary": path, "sparsty": 3}, {"dictionary": path, "sparsity": "many"}):
-        with pytest.raises(ValueError):
+    for options, word in (
+        ({}, "dictionary"),
+        ({"dictionary": path, "sparsty": 3}, "sparsty"),
+        ({"dictionary": path, "sparsity": "many"}, "sparsity"),
+        ({"dictionary": path, "sparsity": True}, "sparsity"),
+        ({"dictionary": path, "max_workers": 0}, "max_workers"),
+    ):
+        with pytest.raises(ValueError, match=word):
             create_serde_processor(SerdeConfig("lexico", options))
+
+
+def test_caches_of_other_numbers_are_refused(made):
+    """FP8 caches come as bytes of the same shape, which would be coded as numbers from 0 to 255."""
+    _, chunks = made
+    serializer, deserializer = lexico.lmcache.LexicoSerializer(chunks), lexico.lmcache.LexicoDeserializer(chunks)
+    data, _ = stored(chunks, chunk())
+    for number in (torch.uint8, torch.float8_e4m3fn, torch.int8):
+        other = torch.zeros(SHAPE, dtype=number)
+        with pytest.raises(lexico.LexicoError, match="float16"):
+            serializer.estimate_serialized_size(MemoryLayoutDesc([torch.Size(SHAPE)], [number]))
+        with pytest.raises(lexico.LexicoError, match="float16"):
+            serializer.serialize(Memory(other), Memory(data), key())
+        with pytest.raises(lexico.LexicoError, match="float16"):
+            deserializer.deserialize(Memory(data), Memory(other), key())

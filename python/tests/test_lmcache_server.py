@@ -74,6 +74,8 @@ def served(folder, dictionary, log):
                 break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
+        else:
+            pytest.fail(f"the server does not answer: {log.read_text()[-3000:]}")
         client = Client(f"tcp://127.0.0.1:{port}", f"http://127.0.0.1:{http}", "model")
         client.register_caches()
         yield client
@@ -91,7 +93,8 @@ def test_chunks_outlive_a_server_that_is_killed(tmp_path):
     with served(folder, dictionary, log) as client:
         assert client.store(chunks, tokens)
         for _ in range(600):
-            files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+            # Files have other names until they are whole.
+            files = list(folder.rglob("*.data"))
             if len(files) >= 2:
                 break
             time.sleep(0.1)
@@ -117,10 +120,14 @@ def test_chunks_outlive_a_server_that_is_killed(tmp_path):
         assert (client.retrieve(tokens) == expected).all()
         assert client.retrieve([token + 1 for token in tokens]) is None
 
-    # A damaged chunk is a miss, and so is one over other dictionaries.
-    for path in files:
-        damaged = bytearray(path.read_bytes())
-        damaged[len(damaged) // 3] ^= 1
-        path.write_bytes(damaged)
+    # Where one chunk is damaged all that were asked for with it are a miss, and so are chunks over other dictionaries.
+    damaged = bytearray(files[0].read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    whole = files[0].read_bytes()
+    files[0].write_bytes(damaged)
+    with served(folder, dictionary, log) as client:
+        assert client.retrieve(tokens) is None
+    files[0].write_bytes(whole)
+    drawn(np.random.default_rng(1), MODEL).save(dictionary)
     with served(folder, dictionary, log) as client:
         assert client.retrieve(tokens) is None

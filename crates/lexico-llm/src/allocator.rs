@@ -3,8 +3,8 @@
 #![allow(unsafe_code, reason = "the allocator's own function")]
 
 /// Gives the system the memory that is free and that the allocator keeps for later: what caches of many texts leave between those
-/// that go on would else count as the program's. A pause of a few milliseconds; for programs that run long. Only glibc keeps so much
-/// that it matters; nothing happens elsewhere.
+/// that go on would else count as the program's. For programs that run long: it takes some 10 ms for every GiB that the program holds,
+/// during which others wait for memory. Only glibc keeps so much that it matters; nothing happens elsewhere.
 pub fn give_back_free_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `malloc_trim` takes no pointers, and other threads may allocate meanwhile.

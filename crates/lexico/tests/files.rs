@@ -208,10 +208,22 @@ fn options_of_a_cache_are_known_values_that_do_not_contradict_each_other() {
             ..LayerSettings::new(LayerSparsities::same(2, 4, 2))
         }
     );
+    // What is left out is what it is by default, however it is told.
+    assert_eq!(layers("window=128,sinks=4,batch=16").unwrap(), usual);
+    let long = format!("window={}", "\u{1b}[2J".repeat(10_000));
+    let refused = layers(&long).unwrap_err().to_string();
+    assert!(
+        refused.len() < 1000 && !refused.contains('\u{1b}'),
+        "{refused}"
+    );
     for (given, words) in [
-        ("width=3", "its options are: sparsity, key-sparsity"),
+        (
+            "width=3",
+            "option=width: there is no such option; there are: sparsity, key-sparsity",
+        ),
         ("sparsity=many", "sparsity=many: "),
-        ("window=-1", "window=-1: "),
+        ("window=-1", "it must be a whole number"),
+        ("window=", "window=: "),
         (
             "fit=loose",
             "fit=loose: it must be one of unbiased, least-squares",

@@ -381,9 +381,9 @@ mod tests {
         Ok(heads.sum::<usize>() as f64 / count as f64)
     }
 
-    /// The codec's defaults and the options' are written in two places.
+    /// Help shows defaults and words that are the codec's.
     #[test]
-    fn defaults_are_those_of_the_codec() {
+    fn defaults_and_words_are_those_of_the_codec() {
         let model = Model::tiny().unwrap();
         let context = CacheContext {
             model: "tiny",
@@ -393,12 +393,30 @@ mod tests {
             device: &Device::Cpu,
         };
         let dictionaries = model.dictionaries.as_ref().unwrap();
-        let own = settings(&"lexico".parse().unwrap(), &context, dictionaries).unwrap();
-        let codec = LayerSettings {
-            background: own[0].background,
-            ..LayerSettings::new(own[0].sparsities.clone())
-        };
-        assert_eq!(own[0], codec);
+        let of = |text: &str| settings(&text.parse().unwrap(), &context, dictionaries).unwrap();
+        let mut compared = 0;
+        for option in METHOD.options {
+            if let Values::OneOf(words) = option.values {
+                let set = |word: &&str| CacheOptions::default().set(option.name, word).is_ok();
+                assert!(words.iter().all(set), "{option:?}");
+            }
+            if option.values.refuse(option.default).is_none() {
+                // Additive codes have no tolerance.
+                let format = if option.name == "tolerance" {
+                    "i8"
+                } else {
+                    "additive"
+                };
+                let given = format!("lexico:format={format},{}={}", option.name, option.default);
+                assert_eq!(
+                    of(&given),
+                    of(&format!("lexico:format={format}")),
+                    "{given}"
+                );
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 7);
     }
 
     #[test]

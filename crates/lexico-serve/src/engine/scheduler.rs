@@ -26,8 +26,8 @@ use crate::prefix::{Prefix, shared_and_own};
 const LOOK: Duration = Duration::from_millis(100);
 /// Time between two measurements of the caches.
 const NOW_AND_THEN: Duration = Duration::from_millis(500);
-/// Time between two moments at which free memory is given back to the system: what texts leave between those that go on would add
-/// a fifth to what the caches take.
+/// Time between two moments at which free memory is given back to the system, and without work before it is: what texts leave between
+/// those that go on would add a fifth to what the caches take.
 const GIVE_BACK: Duration = Duration::from_secs(2);
 
 pub(super) struct Scheduler<'s> {
@@ -40,7 +40,8 @@ pub(super) struct Scheduler<'s> {
     /// True once no request can come any more.
     closed: bool,
     measured: Instant,
-    gave_back: Instant,
+    /// When free memory is to be given back.
+    give_back: Instant,
 }
 
 impl<'s> Scheduler<'s> {
@@ -53,7 +54,7 @@ impl<'s> Scheduler<'s> {
             turn: 0,
             closed: false,
             measured: Instant::now(),
-            gave_back: Instant::now(),
+            give_back: Instant::now() + GIVE_BACK,
         }
     }
 
@@ -75,12 +76,7 @@ impl<'s> Scheduler<'s> {
         if self.running.is_empty() && !self.closed {
             self.measure();
             let next = match self.waiting.is_empty() {
-                true => {
-                    // Perhaps for long.
-                    give_back_free_memory();
-                    let next = self.requests.recv();
-                    next.map_err(|_| RecvTimeoutError::Disconnected)
-                }
+                true => self.next_request(),
                 false => self.requests.recv_timeout(LOOK),
             };
             match next {
@@ -98,6 +94,19 @@ impl<'s> Scheduler<'s> {
                     return;
                 }
             }
+        }
+    }
+
+    /// Waits for a request while there is nothing else to do.
+    fn next_request(&self) -> std::result::Result<(Request, Instant), RecvTimeoutError> {
+        match self.requests.recv_timeout(GIVE_BACK) {
+            Err(RecvTimeoutError::Timeout) => {
+                // Perhaps none comes for long.
+                give_back_free_memory();
+                let next = self.requests.recv();
+                next.map_err(|_| RecvTimeoutError::Disconnected)
+            }
+            next => next,
         }
     }
 
@@ -218,9 +227,11 @@ impl<'s> Scheduler<'s> {
             .map(|s| config.fp16_cache_bytes(s.cache.len()));
         let prefixes = setup.prefixes().len();
         setup.metrics.caches(held.sum(), fp16.sum(), prefixes);
-        if self.gave_back.elapsed() >= GIVE_BACK {
-            self.gave_back = Instant::now();
+        if Instant::now() >= self.give_back {
+            let started = Instant::now();
             give_back_free_memory();
+            // No more than a hundredth of the time, however much memory there is.
+            self.give_back = Instant::now() + GIVE_BACK.max(100 * started.elapsed());
         }
     }
 }

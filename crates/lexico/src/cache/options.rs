@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// assert!(options.set("window", "narrow").is_err());
 /// # Ok::<(), lexico::Error>(())
 /// ```
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CacheOptions {
     sparsity: Option<f64>,
     key_sparsity: Option<usize>,
@@ -26,12 +26,32 @@ pub struct CacheOptions {
     allocation: Option<Allocation>,
     tolerance: Option<f32>,
     fit: Fit,
-    sinks: Option<usize>,
-    window: Option<usize>,
-    batch: Option<usize>,
+    sinks: usize,
+    window: usize,
+    batch: usize,
     format: Option<Format>,
     beam: Option<usize>,
     number_type: NumberType,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        let usual = LayerSettings::new(LayerSparsities::same(1, 1, 1));
+        Self {
+            sparsity: None,
+            key_sparsity: None,
+            value_sparsity: None,
+            allocation: None,
+            tolerance: None,
+            fit: usual.fit,
+            sinks: usual.sinks,
+            window: usual.recent_window,
+            batch: usual.batch,
+            format: None,
+            beam: None,
+            number_type: usual.number_type,
+        }
+    }
 }
 
 /// Which heads get the atoms.
@@ -72,11 +92,15 @@ const FORMATS: &[(&str, Format)] = &[
 ];
 const NUMBER_TYPES: &[(&str, NumberType)] = &[("f16", NumberType::F16), ("f32", NumberType::F32)];
 
-fn number<T: FromStr<Err: Display>>(option: &'static str, given: &str) -> Result<T> {
+fn number<T: FromStr<Err: Display>>(option: &'static str, given: &str, needed: &str) -> Result<T> {
     let number = given.parse();
     number.map_err(|error: T::Err| {
-        Error::setting(option, given, &format!("{error}; it must be a number"))
+        Error::setting(option, given, &format!("{error}; it must be {needed}"))
     })
+}
+
+fn count(option: &'static str, given: &str) -> Result<usize> {
+    number(option, given, "a whole number")
 }
 
 fn one_of<T: Copy>(option: &'static str, given: &str, words: &[(&str, T)]) -> Result<T> {
@@ -114,30 +138,26 @@ impl CacheOptions {
     /// Sets an option to what `value` says.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an option that is none of [`NAMES`](Self::NAMES), or a value that it cannot have whatever the dictionaries
-    /// are.
+    /// [`Error::Setting`] for an option that is none of [`NAMES`](Self::NAMES), and a value that is no number, or no word, of its kind.
     pub fn set(&mut self, option: &str, value: &str) -> Result<()> {
-        let Some(&name) = Self::NAMES.iter().find(|name| **name == option) else {
-            let reason = format!(
-                "no option \"{}\"; its options are: {}",
-                crate::shown::shown(option),
-                Self::NAMES.join(", ")
-            );
-            return Err(Error::setting("option", option, &reason));
-        };
-        match name {
-            "sparsity" => self.sparsity = Some(number(name, value)?),
-            "key-sparsity" => self.key_sparsity = Some(number(name, value)?),
-            "value-sparsity" => self.value_sparsity = Some(number(name, value)?),
-            "allocation" => self.allocation = Some(one_of(name, value, ALLOCATIONS)?),
-            "tolerance" => self.tolerance = Some(number(name, value)?),
-            "fit" => self.fit = one_of(name, value, FITS)?,
-            "sinks" => self.sinks = Some(number(name, value)?),
-            "window" => self.window = Some(number(name, value)?),
-            "batch" => self.batch = Some(number(name, value)?),
-            "format" => self.format = Some(one_of(name, value, FORMATS)?),
-            "beam" => self.beam = Some(number(name, value)?),
-            _ => self.number_type = one_of(name, value, NUMBER_TYPES)?,
+        match option {
+            "sparsity" => self.sparsity = Some(number("sparsity", value, "a number")?),
+            "key-sparsity" => self.key_sparsity = Some(count("key-sparsity", value)?),
+            "value-sparsity" => self.value_sparsity = Some(count("value-sparsity", value)?),
+            "allocation" => self.allocation = Some(one_of("allocation", value, ALLOCATIONS)?),
+            "tolerance" => self.tolerance = Some(number("tolerance", value, "a number")?),
+            "fit" => self.fit = one_of("fit", value, FITS)?,
+            "sinks" => self.sinks = count("sinks", value)?,
+            "window" => self.window = count("window", value)?,
+            "batch" => self.batch = count("batch", value)?,
+            "format" => self.format = Some(one_of("format", value, FORMATS)?),
+            "beam" => self.beam = Some(count("beam", value)?),
+            "dense" => self.number_type = one_of("dense", value, NUMBER_TYPES)?,
+            _ => {
+                let names = Self::NAMES.join(", ");
+                let reason = format!("there is no such option; there are: {names}");
+                return Err(Error::setting("option", option, &reason));
+            }
         }
         Ok(())
     }
@@ -159,18 +179,16 @@ impl CacheOptions {
         let layers = sparsities.len();
         let settings = sparsities.into_iter().enumerate();
         let settings = settings.map(|(layer, sparsities)| {
-            let usual = LayerSettings::new(sparsities);
-            let batch = self.batch.unwrap_or(usual.batch);
             LayerSettings {
                 coding,
                 fit: self.fit,
-                sinks: self.sinks.unwrap_or(usual.sinks),
-                recent_window: self.window.unwrap_or(usual.recent_window),
-                batch,
+                sinks: self.sinks,
+                recent_window: self.window,
+                batch: self.batch,
                 // The steps after which a batch takes its place among the codes: each layer has its own.
-                delay: batch / 4 + layer.saturating_mul(batch / 2) / layers,
+                delay: self.batch / 4 + layer.saturating_mul(self.batch / 2) / layers,
                 number_type: self.number_type,
-                ..usual
+                ..LayerSettings::new(sparsities)
             }
         });
         Ok(settings.collect())

@@ -286,7 +286,7 @@ impl DictionarySet {
     /// be read again.
     ///
     /// # Errors
-    /// [`Error::Dictionary`], saying which layer differs in what.
+    /// [`Error::Layers`], saying which layer differs in what.
     pub fn check_alike(&self) -> Result<()> {
         let ModelIdentity {
             layers,
@@ -296,7 +296,7 @@ impl DictionarySet {
         } = self.model;
         if self.layers.len() != layers {
             let reason = format!("{} layers for a model of {layers}", self.layers.len());
-            return Err(Error::Dictionary(reason));
+            return Err(Error::Layers(reason));
         }
         let parts = |layer: &LayerDictionaries| {
             let (sparse, maps) = (layer.sparse.is_some(), layer.maps.is_some());
@@ -304,7 +304,7 @@ impl DictionarySet {
         };
         let first = self.layers.first().map(parts);
         for (number, layer) in self.layers.iter().enumerate() {
-            let wrong = |what: String| Err(Error::Dictionary(format!("layer {number}: {what}")));
+            let wrong = |what: String| Err(Error::Layers(format!("layer {number}: {what}")));
             match parts(layer) {
                 own if Some(own) != first => {
                     return wrong("it has other parts than the first layer".to_owned());

@@ -75,6 +75,9 @@ pub enum Error {
     /// A matrix cannot serve as a dictionary; the reasons are written in `dictionary`, in the file of each part.
     #[error("not a dictionary: {}", shown_message(.0))]
     Dictionary(String),
+    /// The dictionaries of some layers cannot be of one model.
+    #[error("the dictionaries do not belong together: {}", shown_message(.0))]
+    Layers(String),
     /// A dictionary file belongs to another model.
     #[error("the dictionary does not fit the model: {}", shown_message(.0))]
     OtherModel(String),
@@ -141,7 +144,7 @@ pub enum Error {
         row: usize,
     },
     /// A setting of a cache that cannot be.
-    #[error("{setting}={value}: {reason}")]
+    #[error("{setting}={value}: {reason}", value = shown(value), reason = shown_message(reason))]
     Setting {
         /// The setting.
         setting: &'static str,
