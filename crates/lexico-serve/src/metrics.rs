@@ -90,7 +90,7 @@ impl Metrics {
             budget: gauge(
                 &registry,
                 "lexico_kv_budget_bytes",
-                "Bytes that caches may take (--kv-memory)",
+                "Bytes that caches may take (24 of 25 parts of --kv-memory)",
             )?,
             reserved: gauge(
                 &registry,

@@ -11,7 +11,8 @@ pub struct Options {
     pub model_name: Option<String>,
     /// The cache of every text.
     pub cache: CacheSpec,
-    /// Bytes that all caches, and the prefixes kept in memory, may take together.
+    /// Bytes that all caches, and the prefixes kept in memory, may take together, with what the allocator leaves between them:
+    /// a twenty-fifth is set aside for that.
     pub kv_memory: usize,
     /// Max number of texts that are read or written at once.
     pub parallel: usize,
@@ -66,5 +67,12 @@ impl Default for Options {
             body_bytes: 16 << 20,
             drain: Duration::from_secs(30),
         }
+    }
+}
+
+impl Options {
+    /// Bytes that caches and kept prefixes may hold, by their own count.
+    pub(crate) fn cache_bytes(&self) -> usize {
+        self.kv_memory - self.kv_memory / 25
     }
 }

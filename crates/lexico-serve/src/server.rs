@@ -126,7 +126,7 @@ impl Server {
         load: impl FnOnce() -> Result<Model> + Send + 'static,
         stop: impl Fn() -> S,
     ) -> Result<()> {
-        let metrics = Metrics::new(self.options.kv_memory);
+        let metrics = Metrics::new(self.options.cache_bytes());
         let metrics = metrics.map_err(|error| Error::System(std::io::Error::other(error)))?;
         let app = Arc::new(App {
             metrics: Arc::new(metrics),
@@ -159,7 +159,7 @@ impl Server {
             cache = %app.options.cache,
             context = service.engine.setup.context,
             kv_memory = app.options.kv_memory,
-            full_cache_tokens = app.options.kv_memory / config.fp16_cache_bytes(1).max(1),
+            full_cache_tokens = app.options.cache_bytes() / config.fp16_cache_bytes(1).max(1),
             "ready"
         );
         let mut serving = serving;
@@ -254,7 +254,7 @@ async fn prepare(
         }
     };
     let model = Arc::new(model);
-    let memory = Memory::new(options.kv_memory);
+    let memory = Memory::new(options.cache_bytes());
     let prefixes = Prefixes::new(Arc::clone(&memory), events);
     let context = options.context.min(model.decoder.config().context);
     let engine = Engine::start(Setup {

@@ -164,7 +164,7 @@ impl From<Failure> for ApiError {
                     "max_tokens",
                     format!(
                         "the cache of this text would take {bytes} bytes at its end, and the server has {budget} \
-                         (--kv-memory): shorten the prompt or ask for fewer tokens"
+                         for caches (24 of 25 parts of --kv-memory): shorten the prompt or ask for fewer tokens"
                     ),
                 )
             },
