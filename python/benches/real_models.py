@@ -27,40 +27,37 @@ import lexico
 from lexico.transformers import LexicoCache
 
 CACHE = "lexico:sparsity=12,window=128"
+# All of a short text lies in the window: the same numbers are kept as with codes, but nothing is coded.
+WINDOW = "lexico:window=8192"
 
 
 def tell(report):
     print(json.dumps(report, indent=1))
 
 
-def same(model, tokenizer, dictionaries, text, options):
-    """Greedy text and the logarithms of probabilities, against those of the program's server."""
-    prompt = text[: options.prompt]
-    cache = LexicoCache(model, dictionaries, CACHE)
-    ours, tops = [], []
+def greedy(model, cache, prompt, tokens, forced=None):
+    """The tokens that a model writes, or is made to write, and the logarithms of all probabilities at each."""
+    written: list[int] = []
+    rows = []
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        for _ in range(options.tokens):
+        for step in range(tokens):
             scores = model(ids, cache=cache).logits[0, -1].log_softmax(-1)
-            ours.append(int(scores.argmax()))
-            tops.append(scores)
-            ids = torch.tensor([[ours[-1]]])
+            rows.append(scores)
+            written.append(int(scores.argmax()) if forced is None else forced[step])
+            ids = torch.tensor([[written[-1]]])
+    return written, rows
+
+
+def ask(options, cache, prompt):
+    """The program's server's greedy answer, with the logarithms of probabilities."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A prompt that is read at once attends to itself as it is, as it does in transformers.
-    arguments = [
-        "--ubatch-size",
-        "8192",
-        "--port",
-        str(port),
-        "--log-level",
-        "warn",
-        "--cache",
-        CACHE,
-        "--dictionary",
-        options.dictionary,
-    ]
+    arguments = ["--ubatch-size", "8192", "--port", str(port), "--log-level", "warn", "--cache", cache]
+    if cache != "full":
+        arguments += ["--dictionary", options.dictionary]
     server = subprocess.Popen([options.program, "serve", "--model", options.folder, *arguments])
     base = f"http://127.0.0.1:{port}"
     try:
@@ -75,27 +72,52 @@ def same(model, tokenizer, dictionaries, text, options):
         body = {"prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True, "logprobs": 5}
         headers = {"content-type": "application/json"}
         request = urllib.request.Request(base + "/v1/completions", json.dumps(body).encode(), headers)
-        answer = json.load(urllib.request.urlopen(request, timeout=3600))["choices"][0]
+        return json.load(urllib.request.urlopen(request, timeout=3600))["choices"][0]
     finally:
         server.terminate()
         server.wait()
-    theirs = answer["logprobs"]["token_logprobs"]
-    alike = tokenizer.decode(ours) == answer["text"]
-    of_chosen = max(abs(float(tops[i][token]) - theirs[i]) for i, token in enumerate(ours[: len(theirs)]))
-    of_five = max(
+
+
+def apart(written, rows, chosen, tops):
+    """The largest distances of logarithms of probabilities: of the tokens written, and of the five likeliest, in order."""
+    of_five = [
         abs(a - b)
-        for scores, top in zip(tops, answer["logprobs"]["top_logprobs"], strict=False)
-        for a, b in zip(sorted(scores.topk(5).values.tolist()), sorted(top.values())[-5:], strict=False)
-    )
-    tell(
-        {
-            "tokens": len(theirs),
-            "same text": alike,
-            "log probability of the token chosen, at the most apart": of_chosen,
-            "of the five likeliest": of_five,
-            "of FP16": cache.nbytes / cache.fp16_nbytes,
-        }
-    )
+        for row, top in zip(rows, tops, strict=True)
+        for a, b in zip(sorted(row.topk(5).values.tolist()), sorted(top)[-5:], strict=True)
+    ]
+    of_chosen = [abs(float(row[token]) - other) for row, token, other in zip(rows, written, chosen, strict=True)]
+    return {"token written, at the most apart": max(of_chosen), "five likeliest": max(of_five)}
+
+
+def same(model, tokenizer, dictionaries, text, options):
+    """Greedy text and the logarithms of probabilities, against those of the program's server; and how far they move where every weight
+    does by rounding."""
+    prompt = text[: options.prompt]
+    makers = {
+        "full": lambda: DynamicCache(config=model.config),
+        WINDOW: lambda: LexicoCache(model, dictionaries, WINDOW),
+        CACHE: lambda: LexicoCache(model, dictionaries, CACHE),
+    }
+    ours = {name: greedy(model, make(), prompt, options.tokens) for name, make in makers.items()}
+    report: dict[str, dict[str, object]] = {}
+    for name, (written, rows) in ours.items():
+        answer = ask(options, name, prompt)
+        logs = answer["logprobs"]
+        alike = tokenizer.decode(written) == answer["text"]
+        report[name] = {"tokens": len(logs["tokens"]), "same text": alike}
+        if alike and len(logs["tokens"]) == len(written):
+            report[name] |= apart(written, rows, logs["token_logprobs"], [top.values() for top in logs["top_logprobs"]])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(1 + (torch.rand_like(weights) - 0.5) * 2e-7)
+    for name, (written, rows) in ours.items():
+        _, moved = greedy(model, makers[name](), prompt, options.tokens, written)
+        chosen = [float(row[token]) for row, token in zip(moved, written, strict=True)]
+        report[name]["moved by a rounding of the weights"] = apart(
+            written, rows, chosen, [row.topk(5).values.tolist() for row in moved]
+        )
+    tell(report)
 
 
 def resident():
