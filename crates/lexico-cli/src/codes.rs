@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use lexico::cache::Coder;
 use lexico::codes::CodeFile;
 use lexico::dictionary::{Atoms, CodeFamily, Codebooks, HeadMaps};
-use lexico::encode::{BEAM_WIDTH, Fit};
+use lexico::encode::{BEAM_WIDTH, Fit, MAX_BEAM_WIDTH};
 use lexico::tensor_file::{self, NewTensor, TensorFile};
 use lexico::{Codes, CoefficientFormat, Dictionary};
 use serde_json::json;
@@ -41,7 +41,7 @@ pub(crate) struct Encode {
     #[arg(long, value_enum, default_value_t = FitChoice::Unbiased)]
     fit: FitChoice,
     /// Width of the beam search for additive codes [default: 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=MAX_BEAM_WIDTH as u64))]
     beam: Option<usize>,
     /// The code file to write
     #[arg(short, long, value_name = "FILE")]

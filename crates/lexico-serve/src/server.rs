@@ -43,7 +43,7 @@ impl Server {
     ///
     /// # Errors
     /// [`Error::Listen`]; [`Error::Setting`] of one that cannot be.
-    pub fn bind(options: Options) -> Result<Self> {
+    pub fn bind(mut options: Options) -> Result<Self> {
         let positive = [
             ("--parallel", options.parallel),
             ("--ubatch-size", options.chunk),
@@ -57,11 +57,9 @@ impl Server {
                 return Err(Error::Setting { setting, reason });
             }
         }
-        if options
-            .api_key
-            .as_deref()
-            .is_some_and(|key| key.trim().is_empty())
-        {
+        // Files of secrets end with a line end.
+        options.api_key = options.api_key.map(|key| key.trim().to_owned());
+        if options.api_key.as_deref() == Some("") {
             let reason = "an empty key would shut everybody out; leave it out for none".to_owned();
             return Err(Error::Setting {
                 setting: "--api-key",
@@ -284,7 +282,7 @@ async fn prepare(
         engine,
         chat,
         structures: OnceLock::new(),
-        computing: Semaphore::new(2 * lexico_llm::threads_in_use()),
+        computing: Arc::new(Semaphore::new(2 * lexico_llm::threads_in_use())),
         started: now(),
         model,
     })

@@ -71,7 +71,7 @@ pub(crate) fn render(
     Ok((with, style))
 }
 
-/// The conversation with a first message that tells of the tools in the words of Hermes' template.
+/// The conversation with a first message that tells of the tools, and with calls and results as texts, in the words of Hermes' template.
 fn explain(messages: &[Message], tools: &Value) -> Vec<Message> {
     let list = tools.as_array().into_iter().flatten();
     let list: Vec<String> = list.map(Value::to_string).collect();
@@ -80,12 +80,33 @@ fn explain(messages: &[Message], tools: &Value) -> Vec<Message> {
          call write a JSON object within {OPEN}{CLOSE}:\n{OPEN}\n{{\"name\": <name>, \"arguments\": <arguments>}}\n{CLOSE}",
         list.join("\n")
     );
-    let mut messages = messages.to_vec();
+    let mut messages: Vec<Message> = messages.iter().map(in_words).collect();
     match messages.first_mut() {
         Some(first) if first.role() == "system" => first.push_content(&format!("\n\n{told}")),
         _ => messages.insert(0, Message::new("system", &told)),
     }
     messages
+}
+
+/// A message with its calls, or as the result of one, in words.
+fn in_words(message: &Message) -> Message {
+    if matches!(message.role(), "tool" | "function") {
+        let result = format!("<tool_response>\n{}\n</tool_response>", message.content());
+        return Message::new("user", &result);
+    }
+    let mut message = message.clone();
+    let calls = message.get("tool_calls").and_then(Value::as_array).cloned();
+    for call in calls.into_iter().flatten() {
+        let function = &call["function"];
+        let call = json!({ "name": function["name"], "arguments": function["arguments"] });
+        let line = if message.content().is_empty() {
+            ""
+        } else {
+            "\n"
+        };
+        message.push_content(&format!("{line}{OPEN}\n{call}\n{CLOSE}"));
+    }
+    message
 }
 
 /// The grammar of calls of some of the tools, in llguidance's kind of Lark.
@@ -132,8 +153,9 @@ fn closed(parameters: &Value) -> Value {
 }
 
 /// Tells calls from the text around them as it comes.
-#[derive(Default)]
 pub(crate) struct CallReader {
+    /// The functions that may be called: what names another is text.
+    names: Vec<String>,
     /// Text that may belong to a call.
     held: String,
     /// True once a call has begun: all that follows is held.
@@ -143,6 +165,15 @@ pub(crate) struct CallReader {
 }
 
 impl CallReader {
+    pub(crate) fn new(names: Vec<String>) -> Self {
+        Self {
+            names,
+            held: String::new(),
+            inside: false,
+            begun: false,
+        }
+    }
+
     /// Takes more text; returns what is no part of a call.
     pub(crate) fn push(&mut self, text: &str) -> String {
         self.held.push_str(text);
@@ -174,26 +205,29 @@ impl CallReader {
 
     /// Returns the calls of the whole text, and what is left of it that is none.
     pub(crate) fn finish(self) -> (Vec<Call>, String) {
-        let calls = match self.inside {
+        let found = match self.inside {
             true => tagged(&self.held),
-            false => bare(&self.held),
+            false => bare(&self.held).map(|calls| (calls, String::new())),
         };
-        match calls {
-            Some(calls) if !calls.is_empty() => (calls, String::new()),
+        let offered = |call: &Call| self.names.contains(&call.name);
+        match found {
+            Some((calls, rest)) if !calls.is_empty() && calls.iter().all(offered) => (calls, rest),
             _ => (Vec::new(), self.held),
         }
     }
 }
 
-/// The calls of a text of tags; `None` where one is not as it should be.
-fn tagged(text: &str) -> Option<Vec<Call>> {
-    let parts = text.split(OPEN).skip(1);
-    parts
-        .map(|part| {
-            let inner = part.split(CLOSE).next()?;
-            call(&serde_json::from_str(inner.trim()).ok()?)
-        })
-        .collect()
+/// The calls of a text of tags, and the text after them; `None` where one is not as it should be.
+fn tagged(text: &str) -> Option<(Vec<Call>, String)> {
+    let (mut calls, mut rest) = (Vec::new(), String::new());
+    for part in text.split(OPEN).skip(1) {
+        let (inner, after) = part.split_once(CLOSE).unwrap_or((part, ""));
+        calls.push(call(&serde_json::from_str(inner.trim()).ok()?)?);
+        if !after.trim().is_empty() {
+            rest += after;
+        }
+    }
+    Some((calls, rest))
 }
 
 /// The calls of a text that is an object or a list of objects, or several objects with semicolons between.
@@ -229,10 +263,12 @@ fn call(value: &Value) -> Option<Call> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
     use super::*;
 
     fn read(pieces: &[&str]) -> (String, Vec<Call>, String) {
-        let mut reader = CallReader::default();
+        let mut reader = CallReader::new(vec!["sun".to_owned()]);
         let text: String = pieces.iter().map(|piece| reader.push(piece)).collect();
         let (calls, rest) = reader.finish();
         (text, calls, rest)
@@ -279,6 +315,7 @@ mod tests {
             "a < b, {x}",
             "[1, 2]",
             "<tool_call>{\"name\": </tool_call>",
+            "{\"name\": \"Alice\", \"parameters\": {}}",
             "",
         ] {
             let pieces: Vec<String> = text.chars().map(String::from).collect();
@@ -292,5 +329,29 @@ mod tests {
             r#"<tool_call>{"name": "sun", "arguments": {"city":"Rome"}}</tool_call>"#,
         ]);
         assert_eq!((before.as_str(), calls), ("Let me see. ", vec![sun()]));
+        let object = r#"{"name": "sun", "arguments": {"city":"Rome"}}"#;
+        let (_, calls, rest) = read(&[&format!(
+            "<tool_call>{object}</tool_call>\n<tool_call>{object}</tool_call>\nThat is all."
+        )]);
+        assert_eq!((calls.len(), rest.trim()), (2, "That is all."));
+    }
+
+    #[test]
+    fn a_template_without_tools_is_told_what_was_called_before() {
+        let source = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}";
+        let template = ChatTemplate::parse(source, Vec::new()).unwrap();
+        let function = json!({ "name": "sun", "arguments": { "city": "Rome" } });
+        let messages = [
+            Message::new("user", "Does it shine?"),
+            Message::new("assistant", "").with("tool_calls", json!([{ "function": function }])),
+            Message::new("tool", "yes"),
+        ];
+        let tools = json!([{ "type": "function", "function": { "name": "sun" } }]);
+        let (text, style) = render(&template, &messages, true, &tools, &Map::new()).unwrap();
+        assert_eq!(style, Style::Tagged);
+        let history = "[user] Does it shine?\n[assistant] <tool_call>\n{\"name\":\"sun\",\"arguments\":{\"city\":\"Rome\"}}\n</tool_call>\n\
+                       [user] <tool_response>\nyes\n</tool_response>\n";
+        assert!(text.ends_with(history), "{text}");
+        assert!(text.starts_with("[system] You may call functions"));
     }
 }

@@ -165,6 +165,30 @@ fn clients_that_go_away_free_their_memory() {
         assert!(server.figure("lexico_kv_reserved_bytes") < 500_000.0);
     }
     assert!(server.figure("lexico_generated_tokens_total") < 5000.0);
+    // The one that left before the answer's beginning is counted too.
+    let gone = "lexico_requests_total{route=\"/v1/completions\",status=\"499\"}";
+    server.until("it is counted", || {
+        server
+            .get("/metrics")
+            .document
+            .as_str()
+            .unwrap()
+            .contains(gone)
+    });
+}
+
+#[test]
+fn what_was_read_anew_is_not_told_as_cached() {
+    let server = Running::start(small());
+    let mut twice = greedy(&long(3), 2);
+    twice["n"] = json!(2);
+    assert_eq!(cached(&server.complete(&twice)), 0);
+    let both = |body: &Value| cached(&server.complete(body));
+    let one = both(&greedy(&long(3), 2));
+    let mut two = greedy("", 2);
+    two["prompt"] = json!([long(3), long(3)]);
+    assert!(one > 100);
+    assert_eq!(both(&two), 2 * one);
 }
 
 #[test]
@@ -189,6 +213,10 @@ fn prefixes_outlive_the_server() {
     let bytes = std::fs::read(&files[0]).unwrap();
     std::fs::write(place.join("notes.txt"), "not ours").unwrap();
     std::fs::write(place.join(format!("{}.prefix", "0".repeat(64))), "not ours").unwrap();
+    // A store of others in a folder below.
+    let below = place.join("below");
+    std::fs::create_dir(&below).unwrap();
+    std::fs::write(below.join(files[0].file_name().unwrap()), "not ours").unwrap();
 
     let second = Running::start(options());
     let again = second.complete(&greedy(&long(3), 40));

@@ -77,10 +77,13 @@ fn wrong_fields_are_named() {
         (
             CHAT,
             message(
-                json!({ "role": "assistant", "tool_calls": [{ "function": { "name": "f", "arguments": "{" } }] }),
+                json!({ "role": "assistant", "tool_calls": [{ "function": { "name": "f" } }] }),
             ),
-            "messages[0].tool_calls[0].function.arguments",
+            "messages[0].tool_calls[0].function",
         ),
+        (TEXT, completion("stop", json!("x".repeat(5000))), "stop"),
+        (TEXT, completion("prompt", json!(vec!["a"; 1025])), "prompt"),
+        (TEXT, completion("prompt", json!(vec![1; 5000])), "prompt"),
         (CHAT, chat("max_tokens", json!(-1)), "max_tokens"),
         (CHAT, chat("max_tokens", json!(0)), "max_tokens"),
         (CHAT, chat("max_tokens", json!("many")), "max_tokens"),
@@ -243,10 +246,93 @@ fn wrong_fields_are_named() {
     }
 }
 
+/// As openai-python's `message.model_dump()` writes answers, and with what models made of arguments.
+#[test]
+fn answers_that_clients_send_back_are_taken() {
+    let server = Running::start(small());
+    let call = |arguments: &str| json!([{ "id": "1", "type": "function", "function": { "name": "f", "arguments": arguments } }]);
+    for calls in [
+        json!(null),
+        json!([]),
+        call(""),
+        call("{"),
+        call("{\"a\": 1}"),
+    ] {
+        let mut body = chat("max_tokens", json!(2));
+        let answer =
+            json!({ "role": "assistant", "content": "Hi", "refusal": null, "tool_calls": calls });
+        let messages = body["messages"].as_array_mut().unwrap();
+        messages.extend([answer, json!({ "role": "user", "content": "Again" })]);
+        server.chat(&body);
+    }
+}
+
+/// Texts of one call wait for each other, not for others', and let others' calls go between.
+#[test]
+fn a_call_of_many_texts_is_answered_whole_and_leaves_room_for_others() {
+    let server = Running::start(Options {
+        parallel: 1,
+        queue: 16,
+        queue_timeout: std::time::Duration::from_millis(20),
+        ..small()
+    });
+    let mut many = completion("prompt", json!(vec![common::problem(1); 17]));
+    many["max_tokens"] = json!(200);
+    many["ignore_eos"] = json!(true);
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| server.complete(&many));
+        server.until("it is served", || {
+            asked.is_finished() || server.figure("vllm:num_requests_running") == 1.0
+        });
+        // The queue is full, but a call that has begun is never turned away for another's sake.
+        let busy = server.post(TEXT, &completion("max_tokens", json!(5)));
+        assert_eq!(busy.status, 429, "{}", busy.document);
+        assert_eq!(
+            asked.join().unwrap()["choices"].as_array().unwrap().len(),
+            17
+        );
+    });
+    many["prompt"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!("one more"));
+    let refused = server.post(TEXT, &many);
+    assert_eq!(refused.status, 400, "{}", refused.document);
+    assert_eq!(refused.document["error"]["param"], "prompt");
+    server.stop();
+    let server = Running::start(Options {
+        parallel: 1,
+        ..small()
+    });
+    many["prompt"].as_array_mut().unwrap().truncate(12);
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| server.complete(&many));
+        server.until("it is served", || {
+            asked.is_finished() || server.figure("vllm:num_requests_running") == 1.0
+        });
+        server.complete(&completion("max_tokens", json!(5)));
+        assert!(!asked.is_finished());
+        asked.join().unwrap();
+    });
+}
+
+#[test]
+fn pages_of_other_origins_may_send_headers_of_their_own() {
+    let server = Running::start(small());
+    let headers = "authorization,content-type,x-stainless-lang";
+    let request = ureq::options(format!("{}{TEXT}", server.base));
+    let request = request.header("origin", "http://page.example");
+    let request = request.header("access-control-request-method", "POST");
+    let request = request.header("access-control-request-headers", headers);
+    let answer = request.call().unwrap();
+    assert_eq!(answer.headers()["access-control-allow-headers"], headers);
+}
+
 #[test]
 fn requests_without_the_key_are_turned_away() {
     let server = Running::start(Options {
-        api_key: Some("secret".to_owned()),
+        // As it stands in a file.
+        api_key: Some("secret\n".to_owned()),
         ..small()
     });
     for path in ["/v1/models", "/metrics", "/version", "/openapi.json"] {

@@ -54,7 +54,7 @@ impl Choice {
                 *logit = f32::NEG_INFINITY;
             }
         };
-        for &(token, bias) in &self.settings.bias {
+        for &(token, bias) in self.settings.bias.iter() {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit += bias;
             }
@@ -147,6 +147,8 @@ const LEAST: f32 = -9999.0;
 mod tests {
     #![allow(clippy::unwrap_used)] // a test may panic
 
+    use std::sync::Arc;
+
     use lexico_llm::sample::Sampling;
 
     use super::*;
@@ -156,7 +158,7 @@ mod tests {
             sampling: Sampling::default(),
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
-            bias: Vec::new(),
+            bias: Arc::default(),
             stop_tokens: Vec::new(),
             min_tokens: 0,
             structure: None,
@@ -190,7 +192,7 @@ mod tests {
     fn biases_and_minima_change_what_is_taken() {
         let logits = [5.0, 3.0, 2.0];
         let bias = ChoiceSettings {
-            bias: vec![(2, 100.0), (99, 1.0)],
+            bias: Arc::new([(2, 100.0), (99, 1.0)]),
             ..greedy()
         };
         assert_eq!(written(bias, &logits, 1), [2]);
@@ -222,7 +224,7 @@ mod tests {
         assert!(logprob(&logits, 0, 0).top.is_empty());
         let settings = ChoiceSettings {
             logprobs: Some(1),
-            bias: vec![(0, 50.0)],
+            bias: Arc::new([(0, 50.0)]),
             ..greedy()
         };
         let chosen = Choice::new(settings, &[], &[])

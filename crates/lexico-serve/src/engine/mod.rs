@@ -14,7 +14,7 @@ use std::time::Instant;
 use lexico_llm::cache::{CacheSpec, Lengths};
 use lexico_llm::{Model, Result};
 
-use crate::memory::{Memory, Share};
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::prefix::{Key, PrefixStore, Prefixes};
 pub(crate) use request::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
@@ -42,11 +42,17 @@ pub(crate) struct Setup {
     pub(crate) metrics: Arc<Metrics>,
 }
 
+/// The texts that one call of a client asks for.
+pub(crate) struct Call {
+    pub(crate) requests: Vec<Request>,
+    pub(crate) asked: Instant,
+}
+
 /// A running engine.
 pub(crate) struct Engine {
     pub(crate) setup: Arc<Setup>,
     /// `None` once it is to end.
-    requests: Mutex<Option<Sender<(Request, Instant)>>>,
+    calls: Mutex<Option<Sender<Call>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -58,13 +64,6 @@ impl Setup {
             .model
             .cache_bytes(&self.spec, Lengths { prompt, end })?;
         Ok((expected * 1.03) as usize)
-    }
-
-    /// Takes memory for a text whose prompt has these prefixes, the one that it begins from being the last to be given up.
-    fn make_room(&self, keys: &[Key], bytes: usize) -> Option<Share> {
-        let mut prefixes = self.prefixes();
-        prefixes.touch(keys);
-        prefixes.make_room(bytes)
     }
 
     pub(crate) fn prefixes(&self) -> std::sync::MutexGuard<'_, Prefixes> {
@@ -85,29 +84,30 @@ impl Engine {
         let thread = std::thread::Builder::new().name("engine".to_owned());
         Ok(Self {
             setup,
-            requests: Mutex::new(Some(sender)),
+            calls: Mutex::new(Some(sender)),
             thread: Mutex::new(Some(thread.spawn(run)?)),
         })
     }
 
-    /// Hands over a request; its events tell what becomes of it.
-    pub(crate) fn submit(&self, request: Request) {
-        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = match requests.as_ref() {
-            Some(sender) => sender.send((request, Instant::now())).map_err(|e| e.0.0),
-            None => Err(request),
+    /// Hands over a call; the events of its texts tell what becomes of them.
+    pub(crate) fn submit(&self, call: Call) {
+        let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = match calls.as_ref() {
+            Some(sender) => sender.send(call).map_err(|e| e.0),
+            None => Err(call),
         };
-        if let Err(request) = refused {
-            let _ = request
-                .events
-                .send((request.index, Event::Failed(Failure::Ending)));
+        if let Err(call) = refused {
+            for request in call.requests {
+                let ending = Event::Failed(Failure::Ending);
+                let _ = request.events.send((request.index, ending));
+            }
         }
     }
 
     /// Ends the thread once the texts at hand are written or given up by their clients.
     pub(crate) fn end(&self) {
         let lock = |_: ()| {
-            self.requests
+            self.calls
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .take()

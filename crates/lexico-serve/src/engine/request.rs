@@ -1,5 +1,7 @@
 //! What a client wants, as the engine takes it, and what the engine answers.
 
+use std::sync::Arc;
+
 use lexico_llm::sample::Sampling;
 use llguidance::Matcher;
 use tokio::sync::mpsc::UnboundedSender;
@@ -16,7 +18,7 @@ pub(crate) struct Request {
     pub(crate) max_tokens: usize,
     pub(crate) choice: ChoiceSettings,
     /// Texts that end it.
-    pub(crate) stop: Vec<String>,
+    pub(crate) stop: Arc<[String]>,
     /// Goes on past the tokens that end a text.
     pub(crate) ignore_end: bool,
     /// Log-probabilities of the prompt's tokens are wanted too.
@@ -33,7 +35,7 @@ pub(crate) struct ChoiceSettings {
     /// Number taken off the logit of a token for each time that it was written.
     pub(crate) frequency_penalty: f32,
     /// Numbers added to logits.
-    pub(crate) bias: Vec<(u32, f32)>,
+    pub(crate) bias: Arc<[(u32, f32)]>,
     /// Tokens that end the text beside the model's own.
     pub(crate) stop_tokens: Vec<u32>,
     /// Tokens before which none that ends the text is taken.
@@ -57,7 +59,6 @@ pub(crate) enum Event {
     /// One more token, and the text that became certain with it, often none.
     Token {
         text: String,
-        token: u32,
         logprob: Option<Logprob>,
     },
     /// The text is whole.

@@ -1,12 +1,13 @@
 //! The steps of the engine.
 //!
 //! A step reads a chunk of one prompt, then writes a token of every text whose prompt is read. Prompts take turns. A text
-//! is admitted, in the order of arrival, when its cache at its end fits the memory that is left; until then it waits.
+//! is admitted when its cache at its end fits the memory that is left; until then it waits. Calls are admitted in the order of
+//! arrival, but each further text of a call lets one more call go before it.
 //!
 //! A row of a matrix product does not depend on the rows beside it, and a chunk's boundaries not on other texts, so that a
 //! text is the same whoever is served beside it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
@@ -16,10 +17,11 @@ use lexico_llm::decoder::{self, Logits};
 use lexico_llm::{Result, caught, give_back_free_memory};
 use rayon::prelude::*;
 
-use super::Setup;
 use super::guarded::Guarded;
 use super::request::{Event, Failure, Request};
 use super::sequence::Sequence;
+use super::{Call, Setup};
+use crate::memory::Share;
 use crate::prefix::{Prefix, shared_and_own};
 
 /// Time after which waiting requests are looked at again while nothing else happens.
@@ -32,8 +34,11 @@ const GIVE_BACK: Duration = Duration::from_secs(2);
 
 pub(super) struct Scheduler<'s> {
     setup: &'s Setup,
-    requests: Receiver<(Request, Instant)>,
-    waiting: VecDeque<(Request, Instant)>,
+    calls: Receiver<Call>,
+    /// In the order in which they are admitted.
+    waiting: VecDeque<Waiting>,
+    /// Number of calls so far.
+    count: u64,
     running: Vec<Sequence<'s>>,
     /// Counts turns of reading.
     turn: usize,
@@ -44,12 +49,25 @@ pub(super) struct Scheduler<'s> {
     give_back: Instant,
 }
 
+/// A text that waits to be admitted.
+struct Waiting {
+    request: Request,
+    asked: Instant,
+    /// Number of its call.
+    call: u64,
+    /// The call before whose first text it is admitted at the latest.
+    turn: u64,
+    /// Whether another text of its call was admitted: the call is then answered, however long that takes.
+    begun: bool,
+}
+
 impl<'s> Scheduler<'s> {
-    pub(super) fn new(setup: &'s Setup, requests: Receiver<(Request, Instant)>) -> Self {
+    pub(super) fn new(setup: &'s Setup, calls: Receiver<Call>) -> Self {
         Self {
             setup,
-            requests,
+            calls,
             waiting: VecDeque::new(),
+            count: 0,
             running: Vec::new(),
             turn: 0,
             closed: false,
@@ -76,18 +94,18 @@ impl<'s> Scheduler<'s> {
         if self.running.is_empty() && !self.closed {
             self.measure();
             let next = match self.waiting.is_empty() {
-                true => self.next_request(),
-                false => self.requests.recv_timeout(LOOK),
+                true => self.next_call(),
+                false => self.calls.recv_timeout(LOOK),
             };
             match next {
-                Ok(request) => self.waiting.push_back(request),
+                Ok(call) => self.line_up(call),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => self.closed = true,
             }
         }
         loop {
-            match self.requests.try_recv() {
-                Ok(request) => self.waiting.push_back(request),
+            match self.calls.try_recv() {
+                Ok(call) => self.line_up(call),
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => {
                     self.closed = true;
@@ -97,44 +115,77 @@ impl<'s> Scheduler<'s> {
         }
     }
 
-    /// Waits for a request while there is nothing else to do.
-    fn next_request(&self) -> std::result::Result<(Request, Instant), RecvTimeoutError> {
-        match self.requests.recv_timeout(GIVE_BACK) {
+    /// Waits for a call while there is nothing else to do.
+    fn next_call(&self) -> std::result::Result<Call, RecvTimeoutError> {
+        match self.calls.recv_timeout(GIVE_BACK) {
             Err(RecvTimeoutError::Timeout) => {
                 // Perhaps none comes for long.
                 give_back_free_memory();
-                let next = self.requests.recv();
+                let next = self.calls.recv();
                 next.map_err(|_| RecvTimeoutError::Disconnected)
             }
             next => next,
         }
     }
 
-    /// Admits those that wait, in their order, as far as places and memory reach, and turns away those that came last where
-    /// too many are left.
+    fn line_up(&mut self, Call { requests, asked }: Call) {
+        let call = self.count;
+        self.count += 1;
+        for (turn, request) in (call..).zip(requests) {
+            let before = |other: &Waiting| (other.turn, other.call) < (turn, call);
+            let at = self.waiting.partition_point(before);
+            let waiting = Waiting {
+                request,
+                asked,
+                call,
+                turn,
+                begun: false,
+            };
+            self.waiting.insert(at, waiting);
+        }
+    }
+
+    /// Admits those that wait, as far as places and memory reach, and turns away the calls that came last where too many
+    /// texts are left.
     fn admit(&mut self) {
         let patience = self.setup.patience;
-        self.waiting.retain(|(request, asked)| {
-            let late = asked.elapsed() > patience;
+        self.waiting.retain(|waiting| {
+            let late = !waiting.begun && waiting.asked.elapsed() > patience;
             if late {
-                fail(request, Failure::Busy);
+                fail(&waiting.request, Failure::Busy);
             }
-            !late && !request.events.is_closed()
+            !late && !waiting.request.events.is_closed()
         });
         while self.running.len() < self.setup.parallel
-            && let Some((request, _)) = self.waiting.front()
+            && let Some(Waiting { request, .. }) = self.waiting.front()
         {
             let keys = self.setup.root.of_prompt(&request.prompt, self.setup.chunk);
-            let Some(own) = self.setup.make_room(&keys, request.bytes) else {
+            // Logits of all its tokens need all of them read.
+            let usable = if request.prompt_logprobs {
+                0
+            } else {
+                keys.len()
+            };
+            let room = self.setup.prefixes().begin(&keys[..usable], request.bytes);
+            let Some(room) = room else {
                 break;
             };
-            let Some((request, asked)) = self.waiting.pop_front() else {
+            let Some(admitted) = self.waiting.pop_front() else {
                 break;
             };
+            let Waiting {
+                request,
+                asked,
+                call,
+                ..
+            } = admitted;
+            for other in &mut self.waiting {
+                other.begun |= other.call == call;
+            }
             let (index, events) = (request.index, request.events.clone());
             let made = self.setup.model.cache(&self.setup.spec).and_then(|cache| {
                 let cache = Guarded::new(cache);
-                Sequence::new(&self.setup.model, request, keys, cache, own, asked)
+                Sequence::new(&self.setup.model, request, keys, cache, room, asked)
             });
             match made {
                 Ok(sequence) => self.running.push(sequence),
@@ -144,10 +195,18 @@ impl<'s> Scheduler<'s> {
                 }
             }
         }
-        while self.waiting.len() > self.setup.queue
-            && let Some((request, _)) = self.waiting.pop_back()
-        {
-            fail(&request, Failure::Busy);
+        while self.waiting.len() > self.setup.queue {
+            let not_begun = self.waiting.iter().filter(|waiting| !waiting.begun);
+            let Some(last) = not_begun.map(|waiting| waiting.call).max() else {
+                break;
+            };
+            self.waiting.retain(|waiting| {
+                let turned_away = waiting.call == last;
+                if turned_away {
+                    fail(&waiting.request, Failure::Busy);
+                }
+                !turned_away
+            });
         }
     }
 
@@ -219,14 +278,23 @@ impl<'s> Scheduler<'s> {
             return;
         }
         self.measured = Instant::now();
-        let held = self.running.iter().map(|s| s.cache.footprint().total());
+        // Codes that texts share count once.
+        let mut chunks: HashMap<*const Share, usize> = HashMap::new();
+        let own = self.running.iter().map(|sequence| {
+            let shared = sequence.chunks.iter();
+            chunks.extend(shared.clone().map(|c| (Arc::as_ptr(c), c.bytes())));
+            let shared: usize = shared.map(|chunk| chunk.bytes()).sum();
+            sequence.cache.footprint().total().saturating_sub(shared)
+        });
+        let own: usize = own.sum();
+        let held = own + chunks.into_values().sum::<usize>();
         let config = setup.model.decoder.config();
         let fp16 = self
             .running
             .iter()
             .map(|s| config.fp16_cache_bytes(s.cache.len()));
         let prefixes = setup.prefixes().len();
-        setup.metrics.caches(held.sum(), fp16.sum(), prefixes);
+        setup.metrics.caches(held, fp16.sum(), prefixes);
         if Instant::now() >= self.give_back {
             let started = Instant::now();
             give_back_free_memory();
@@ -264,23 +332,36 @@ fn begin(setup: &Setup, sequence: &mut Sequence<'_>) {
     if (1..whole).contains(&parts) {
         sequence.keep_after.push(parts);
     }
-    // Logits of all its tokens need all of them read.
-    let found = match sequence.prompt_logprobs {
-        true => None,
-        false => prefixes.find(&sequence.keys),
+    let admitted = sequence.prefix.take();
+    let (chunks, taken) = admitted.as_ref().map_or((0, 0), |prefix| {
+        (prefix.positions / setup.chunk, prefix.shared())
+    });
+    // Others may have read more of it since it was admitted.
+    let more = !sequence.prompt_logprobs && prefixes.longest(&sequence.keys) > chunks;
+    let found = match more {
+        true => prefixes.find(&sequence.keys).or(admitted),
+        false => admitted,
     };
     drop(prefixes);
     setup.metrics.prefix(found.is_some());
     let Some(prefix) = found else {
         return;
     };
-    let shared = prefix.chunks.iter().map(|chunk| chunk.bytes()).sum();
-    drop(sequence.own.split(shared));
+    drop(sequence.own.split(prefix.shared().saturating_sub(taken)));
+    store(setup, sequence, &prefix);
     sequence.read = prefix.positions;
     sequence.cached = prefix.positions;
     sequence.coded_bytes = shared_and_own(prefix.cache.as_ref()).0;
     sequence.chunks = prefix.chunks;
     sequence.cache = Guarded::new(prefix.cache);
+}
+
+/// Writes a prefix of a text's prompt to the store, which may have been too busy, or away, when it was read.
+fn store(setup: &Setup, sequence: &Sequence<'_>, prefix: &Prefix) {
+    let key = sequence.keys[..prefix.positions / setup.chunk].last();
+    if let (Some(store), Some(&key)) = (&setup.store, key) {
+        store.write(key, prefix, &sequence.prompt[..prefix.positions]);
+    }
 }
 
 /// Reads the prompt's tokens `from..to`; returns the logits of the last.
@@ -330,11 +411,8 @@ fn end_chunk(setup: &Setup, sequence: &mut Sequence<'_>) {
         cache,
         chunks: sequence.chunks.clone(),
     };
-    let tokens = &sequence.prompt[..sequence.read];
-    if let (Some(store), Some(&key), Some(copy)) = (&setup.store, keys.last(), prefix.fork()) {
-        store.write(key, copy, tokens.to_vec());
-    }
-    prefixes.keep(keys, prefix, tokens);
+    store(setup, sequence, &prefix);
+    prefixes.keep(keys, prefix, &sequence.prompt[..sequence.read]);
 }
 
 /// Writes a token of each of some texts.

@@ -11,7 +11,7 @@ use super::guarded::Guarded;
 use super::request::{Event, FinishReason, Logprob, Request};
 use crate::memory::Share;
 use crate::metrics::Metrics;
-use crate::prefix::Key;
+use crate::prefix::{Key, Prefix};
 
 /// A request that has its memory.
 pub(super) struct Sequence<'m> {
@@ -20,7 +20,9 @@ pub(super) struct Sequence<'m> {
     /// Names of the prompt's prefixes, chunk by chunk.
     pub(super) keys: Vec<Key>,
     pub(super) cache: Guarded,
-    /// False until it was looked for in the prefixes kept.
+    /// The prefix to begin from, until it has begun.
+    pub(super) prefix: Option<Prefix>,
+    /// False until its prompt is being read.
     pub(super) begun: bool,
     /// Number of the prompt's tokens that the cache holds.
     pub(super) read: usize,
@@ -56,17 +58,18 @@ impl<'m> Sequence<'m> {
         request: Request,
         keys: Vec<Key>,
         cache: Guarded,
-        own: Share,
+        (own, prefix): (Share, Option<Prefix>),
         asked: Instant,
     ) -> Result<Self> {
         let top_logprobs = request.choice.logprobs.unwrap_or(0);
         let choice = Choice::new(request.choice, &model.end_tokens, &request.prompt)?;
-        let text = WrittenText::new(&model.tokenizer, request.stop);
+        let text = WrittenText::new(&model.tokenizer, request.stop.to_vec());
         Ok(Self {
             index: request.index,
             prompt: request.prompt,
             keys,
             cache,
+            prefix,
             begun: false,
             read: 0,
             cached: 0,
@@ -166,11 +169,7 @@ impl<'m> Sequence<'m> {
         };
         let stopped = self.text.as_ref().is_some_and(WrittenText::stopped);
         let held = self.prompt.len() + self.written;
-        self.send(Event::Token {
-            text,
-            token,
-            logprob,
-        });
+        self.send(Event::Token { text, logprob });
         if ended || stopped || complete {
             self.end(FinishReason::Stop);
         } else if self.written >= self.max_tokens || held >= context {

@@ -53,6 +53,11 @@ pub(crate) struct Prefix {
 }
 
 impl Prefix {
+    /// The bytes of its codes.
+    pub(crate) fn shared(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.bytes()).sum()
+    }
+
     /// A copy that goes on by itself.
     pub(crate) fn fork(&self) -> Option<Self> {
         Some(Self {
@@ -151,6 +156,28 @@ impl Prefixes {
         self.kept.insert(key, kept);
     }
 
+    /// Takes memory for a text that takes so many bytes at its end, and the longest of these prefixes of its prompt that is
+    /// kept. What the text shares with it is not taken again.
+    pub(crate) fn begin(&mut self, keys: &[Key], bytes: usize) -> Option<(Share, Option<Prefix>)> {
+        // While they are held, giving the prefix up makes no room.
+        let held = self.touch(keys).map(|kept| kept.prefix.chunks.clone());
+        if let Some(held) = held {
+            let shared: usize = held.iter().map(|chunk| chunk.bytes()).sum();
+            if let Some(own) = self.make_room(bytes.saturating_sub(shared))
+                && let Some(prefix) = self.find(keys)
+                && prefix.shared() == shared
+            {
+                return Some((own, Some(prefix)));
+            }
+        }
+        let mut own = self.make_room(bytes)?;
+        let prefix = self.find(keys);
+        if let Some(prefix) = &prefix {
+            drop(own.split(prefix.shared()));
+        }
+        Some((own, prefix))
+    }
+
     /// Takes so many bytes of memory, for which prefixes that were used longest ago are given up, unless all of them would
     /// not be enough.
     pub(crate) fn make_room(&mut self, bytes: usize) -> Option<Share> {
@@ -209,5 +236,52 @@ impl Prefixes {
     /// The number of prefixes kept.
     pub(crate) fn len(&self) -> usize {
         self.kept.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use lexico_llm::Model;
+
+    use super::*;
+
+    /// Prefixes within a budget, one of them kept, whose codes take so many bytes.
+    fn kept(budget: usize, codes: usize, tokens: &[u32]) -> (Prefixes, Vec<Key>) {
+        let memory = Memory::new(budget);
+        let mut prefixes = Prefixes::new(Arc::clone(&memory), None);
+        let keys = Key::root(&[]).of_prompt(tokens, 2);
+        let model = Model::tiny().unwrap();
+        let prefix = Prefix {
+            positions: 4,
+            cache: model.cache(&"lexico".parse().unwrap()).unwrap(),
+            chunks: vec![Arc::new(memory.take(codes).unwrap())],
+        };
+        prefixes.keep(&keys, prefix, &tokens[..4]);
+        assert_eq!(prefixes.longest(&keys), 2);
+        (prefixes, keys)
+    }
+
+    #[test]
+    fn a_text_takes_only_what_it_does_not_share_with_its_prefix() {
+        const BUDGET: usize = 100_000_000;
+        let (mut prefixes, keys) = kept(BUDGET, 60_000_000, &[1, 2, 3, 4, 5]);
+        // It would not fit beside the prefix.
+        let (own, prefix) = prefixes.begin(&keys, 90_000_000).unwrap();
+        assert_eq!(own.bytes(), 30_000_000);
+        assert_eq!(prefix.unwrap().shared(), 60_000_000);
+        drop(own);
+        // Others get room that the prefix gives up.
+        let (own, prefix) = prefixes.begin(&[], 90_000_000).unwrap();
+        assert_eq!((own.bytes(), prefix.is_none()), (90_000_000, true));
+        assert_eq!(prefixes.longest(&keys), 0);
+        assert!(prefixes.begin(&keys, 20_000_000).is_none());
+        drop(own);
+        assert_eq!(prefixes.memory.taken(), 0);
+        // Nor does a prefix stand in its own text's way.
+        let (mut prefixes, keys) = kept(BUDGET, 60_000_000, &[1, 2, 3, 4, 5]);
+        let (own, _) = prefixes.begin(&keys, BUDGET).unwrap();
+        assert!(own.bytes() <= BUDGET && prefixes.memory.taken() <= BUDGET);
     }
 }

@@ -17,9 +17,8 @@ use std::collections::HashMap;
 use std::path::Path as FilePath;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use futures::TryStreamExt;
 use lexico::shown::{shown, shown_path};
 use lexico_llm::cache::{CacheState, KvCache};
 use object_store::aws::AmazonS3Builder;
@@ -41,8 +40,10 @@ const ENDING: &str = ".prefix";
 const CHECKSUM: usize = 32;
 /// Prefixes that are written, and such that are read, at once.
 const AT_ONCE: usize = 4;
-/// Time that an answer of the store may take.
+/// Time that an answer of the store may take, and that all prefixes of a call may.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Time for which a store is left alone that did not answer.
+const REST: Duration = Duration::from_secs(60);
 /// Time between two looks at what others have written.
 const LOOK: Duration = Duration::from_secs(10);
 /// Age from which a file that was not finished is a leftover.
@@ -57,12 +58,33 @@ struct Inner {
     place: Path,
     /// What is there, by key.
     index: Mutex<HashMap<String, Object>>,
+    /// When those that are of no use were written: they are not read again, and may be written anew.
+    useless: Mutex<HashMap<String, SystemTime>>,
+    reading_rests: Rest,
+    writing_rests: Rest,
     max_bytes: u64,
+    /// Number of tokens of which an object was too large.
+    too_long: AtomicUsize,
     writing: AtomicUsize,
-    reading: Semaphore,
+    reading: Arc<Semaphore>,
     runtime: tokio::runtime::Handle,
     /// Faults that were said, so that each is said once.
     said: Mutex<Vec<&'static str>>,
+}
+
+/// Time for which a store is left alone that did not do what it was asked.
+#[derive(Default)]
+struct Rest(Mutex<Option<Instant>>);
+
+impl Rest {
+    fn begin(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + REST);
+    }
+
+    fn is_on(&self) -> bool {
+        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
 }
 
 struct Object {
@@ -89,9 +111,13 @@ impl PrefixStore {
             objects,
             place: path,
             index: Mutex::default(),
+            useless: Mutex::default(),
+            reading_rests: Rest::default(),
+            writing_rests: Rest::default(),
             max_bytes,
+            too_long: AtomicUsize::new(usize::MAX),
             writing: AtomicUsize::new(0),
-            reading: Semaphore::new(AT_ONCE),
+            reading: Arc::new(Semaphore::new(AT_ONCE)),
             runtime: tokio::runtime::Handle::current(),
             said: Mutex::default(),
         }));
@@ -109,50 +135,80 @@ impl PrefixStore {
         Ok(store)
     }
 
-    /// Brings the longest prefix of a prompt into memory that is there and that memory does not have.
-    pub(crate) async fn fetch(&self, setup: &Arc<Setup>, prompt: &[u32]) {
+    /// Brings the longest prefixes of prompts into memory that are there and that memory does not have.
+    pub(crate) async fn fetch(&self, setup: &Arc<Setup>, prompts: &[Vec<u32>]) {
+        let all = async {
+            for prompt in prompts {
+                while self.bring(setup, prompt).await {}
+            }
+        };
+        // What has not come by then is read anew.
+        let _ = timeout(PATIENCE, all).await;
+    }
+
+    /// Brings the longest prefix of a prompt; true where it was of no use, and a shorter one may be there.
+    async fn bring(&self, setup: &Arc<Setup>, prompt: &[u32]) -> bool {
         let keys = setup.root.of_prompt(prompt, setup.chunk);
         let missing = || {
+            if self.0.reading_rests.is_on() {
+                return None;
+            }
             let index = self.index();
-            let stored = keys
-                .iter()
-                .rposition(|key| index.contains_key(&key.to_string()));
-            let number = stored? + 1;
+            let objects = keys.iter().enumerate().rev();
+            let mut stored =
+                objects.filter_map(|(at, key)| Some((at + 1, index.get(&key.to_string())?.bytes)));
+            let (number, bytes) = stored.next()?;
+            drop(stored);
             drop(index);
-            (number > setup.prefixes().longest(&keys)).then_some(number)
+            (number > setup.prefixes().longest(&keys)).then_some((number, bytes))
         };
         if missing().is_none() {
-            return;
+            return false;
         }
-        let Ok(_turn) = self.0.reading.acquire().await else {
-            return;
+        let Ok(turn) = Arc::clone(&self.0.reading).acquire_owned().await else {
+            return false;
         };
         // Another request may have brought it meanwhile.
-        let Some(number) = missing() else {
-            return;
+        let Some((number, bytes)) = missing() else {
+            return false;
         };
         let keys = keys[..number].to_vec();
         let Some(key) = keys.last().copied() else {
-            return;
+            return false;
+        };
+        // What there is no memory for is not read to be thrown away.
+        let room = setup.prefixes().make_room(bytes as usize);
+        let Some(room) = room else {
+            return false;
         };
         let read = async {
             let object = self.0.objects.get(&self.path(&key.to_string())).await?;
             object.bytes().await
         };
-        let bytes = match timeout(PATIENCE, read).await {
+        let bytes = match timeout(PATIENCE / 2, read).await {
             Ok(Ok(bytes)) => bytes,
+            Ok(Err(object_store::Error::NotFound { .. })) => {
+                self.index().remove(&key.to_string());
+                return true;
+            }
             Ok(Err(error)) => {
-                self.forget(key);
-                return self.say("read", &format!("a prefix could not be read: {error}"));
+                self.0.reading_rests.begin();
+                self.say("read", &format!("a prefix could not be read: {error}"));
+                return false;
             }
             Err(_) => {
-                return self.say("slow", "it did not answer in time; the prompt is read anew");
+                self.0.reading_rests.begin();
+                self.say("slow", "it did not answer in time; prompts are read anew");
+                return false;
             }
         };
         let tokens = prompt[..number * setup.chunk].to_vec();
         let own = Arc::clone(setup);
         let resumed = tokio::task::spawn_blocking(move || {
+            // The work goes on where the client leaves, and so its turn ends here.
+            let _turn = turn;
             let cache = resume(&own, key, &tokens, &bytes)?;
+            drop((bytes, room));
             let mut prefixes = own.prefixes();
             let (coded, _) = shared_and_own(cache.as_ref());
             let Some(codes) = prefixes.make_room(coded) else {
@@ -168,18 +224,23 @@ impl PrefixStore {
             Ok(())
         });
         let reason = match resumed.await {
-            Ok(Ok(())) => return,
+            Ok(Ok(())) => return false,
             Ok(Err(reason)) => reason,
             Err(panic) => panic.to_string(),
         };
-        self.forget(key);
+        if let Some(object) = self.index().remove(&key.to_string()) {
+            self.useless().insert(key.to_string(), object.written);
+        }
         let reason = format!("{key}{ENDING} is of no use, and the prompt is read anew: {reason}");
         self.say("damaged", &reason);
+        true
     }
 
     /// Writes a prefix in the background, unless it is there or too many are being written.
-    pub(crate) fn write(&self, key: Key, prefix: Prefix, tokens: Vec<u32>) {
-        if self.index().contains_key(&key.to_string()) {
+    pub(crate) fn write(&self, key: Key, prefix: &Prefix, tokens: &[u32]) {
+        let there = self.index().contains_key(&key.to_string());
+        let too_long = tokens.len() >= self.0.too_long.load(SeqCst);
+        if there || too_long || self.0.writing_rests.is_on() {
             return;
         }
         let store = self.clone();
@@ -187,18 +248,22 @@ impl PrefixStore {
             store.0.writing.fetch_sub(1, SeqCst);
             return;
         }
+        let (prefix, tokens) = (prefix.fork(), tokens.to_vec());
         self.0.runtime.spawn(async move {
-            let bytes = tokio::task::spawn_blocking(move || object(key, &prefix, &tokens)).await;
+            let length = tokens.len();
+            let made = move || object(key, &prefix?, &tokens);
+            let bytes = tokio::task::spawn_blocking(made).await;
             if let Ok(Some(bytes)) = bytes {
-                store.put(key, bytes).await;
+                store.put(key, length, bytes).await;
             }
             store.0.writing.fetch_sub(1, SeqCst);
         });
     }
 
-    async fn put(&self, key: Key, bytes: Vec<u8>) {
+    async fn put(&self, key: Key, tokens: usize, bytes: Vec<u8>) {
         let size = bytes.len() as u64;
         if size > self.0.max_bytes {
+            self.0.too_long.fetch_min(tokens, SeqCst);
             return;
         }
         let key = key.to_string();
@@ -207,14 +272,19 @@ impl PrefixStore {
         match timeout(PATIENCE, written).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
+                self.0.writing_rests.begin();
                 return self.say("write", &format!("a prefix could not be written: {error}"));
             }
-            Err(_) => return self.say("slow", "it did not take a prefix in time"),
+            Err(_) => {
+                self.0.writing_rests.begin();
+                return self.say("slow", "it did not take a prefix in time");
+            }
         }
         let now = Object {
             bytes: size,
             written: SystemTime::now(),
         };
+        self.useless().remove(&key);
         self.index().insert(key, now);
         self.shrink().await;
     }
@@ -253,13 +323,14 @@ impl PrefixStore {
     /// Takes note of what is there.
     async fn look(&self) {
         let place = Some(&self.0.place).filter(|place| !place.as_ref().is_empty());
-        let listed = self.0.objects.list(place).try_collect::<Vec<_>>();
+        // What lies in folders below is not of this store.
+        let listed = self.0.objects.list_with_delimiter(place);
         let listed = match timeout(PATIENCE, listed).await {
             Ok(Ok(listed)) => listed,
             Ok(Err(error)) => return self.say("list", &format!("it cannot be listed: {error}")),
             Err(_) => return self.say("slow", "it was not listed in time"),
         };
-        let found = listed.into_iter().filter_map(|meta| {
+        let found = listed.objects.into_iter().filter_map(|meta| {
             let key = meta.location.filename()?.strip_suffix(ENDING)?.to_owned();
             let object = Object {
                 bytes: meta.size,
@@ -267,15 +338,20 @@ impl PrefixStore {
             };
             Some((key, object))
         });
-        *self.index() = found.collect();
-    }
-
-    fn forget(&self, key: Key) {
-        self.index().remove(&key.to_string());
+        let mut found: HashMap<String, Object> = found.collect();
+        let mut useless = self.useless();
+        useless.retain(|key, written| found.get(key).is_some_and(|o| o.written == *written));
+        found.retain(|key, _| !useless.contains_key(key));
+        *self.index() = found;
     }
 
     fn path(&self, key: &str) -> Path {
         self.0.place.clone().join(format!("{key}{ENDING}"))
+    }
+
+    fn useless(&self) -> MutexGuard<'_, HashMap<String, SystemTime>> {
+        let useless = self.0.useless.lock();
+        useless.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn index(&self) -> MutexGuard<'_, HashMap<String, Object>> {

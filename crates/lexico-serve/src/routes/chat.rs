@@ -104,8 +104,22 @@ pub(crate) struct NamedSchema {
 struct Prepared {
     tokens: Vec<u32>,
     structure: Option<Matcher>,
-    /// Whether the answer may have calls, and whether several.
-    tools: Option<bool>,
+    /// The calls that the answer may have.
+    tools: Option<Calls>,
+}
+
+/// The calls that an answer may have.
+struct Calls {
+    /// Whether it may have several.
+    several: bool,
+    /// The functions that may be called.
+    names: Vec<String>,
+}
+
+impl Calls {
+    fn reader(&self) -> CallReader {
+        CallReader::new(self.names.clone())
+    }
 }
 
 /// Write the next message of a conversation
@@ -161,7 +175,7 @@ pub(super) async fn completions(
         max_tokens,
         usual_max_tokens: app.options.max_tokens,
         choice,
-        stop,
+        stop: stop.into(),
         ignore_end,
         prompt_logprobs: false,
     };
@@ -174,8 +188,8 @@ pub(super) async fn completions(
     let Some(options) = streams else {
         let written = orders.written().await?;
         let choices = written.into_iter().enumerate().map(|(index, written)| {
-            let (calls, content) = match prepared.tools {
-                Some(several) => calls_of(&written.text, several),
+            let (calls, content) = match &prepared.tools {
+                Some(of_tools) => calls_of(&written.text, of_tools),
                 None => (Vec::new(), written.text),
             };
             let reason = written.reason.map_or("stop", |reason| reason.name());
@@ -211,7 +225,7 @@ pub(super) async fn completions(
 /// Makes the chunks of a stream.
 struct Chunks {
     service: Arc<Service>,
-    tools: Option<bool>,
+    tools: Option<Calls>,
     readers: HashMap<usize, CallReader>,
     logprobs: bool,
 }
@@ -223,8 +237,11 @@ impl Chunks {
         match event {
             Event::Read { .. } => vec![plain(json!({ "role": "assistant", "content": "" }))],
             Event::Token { text, logprob, .. } => {
-                let text = match self.tools {
-                    Some(_) => self.readers.entry(index).or_default().push(&text),
+                let text = match &self.tools {
+                    Some(calls) => {
+                        let reader = self.readers.entry(index);
+                        reader.or_insert_with(|| calls.reader()).push(&text)
+                    }
                     None => text,
                 };
                 let logprobs = match logprob.filter(|_| self.logprobs) {
@@ -237,14 +254,15 @@ impl Chunks {
             Event::Done { text, reason } => {
                 let mut chunks = Vec::new();
                 let (mut rest, mut reason) = (text, reason.name());
-                if let Some(several) = self.tools {
-                    let mut reader = self.readers.remove(&index).unwrap_or_default();
+                if let Some(of_tools) = &self.tools {
+                    let reader = self.readers.remove(&index);
+                    let mut reader = reader.unwrap_or_else(|| of_tools.reader());
                     rest = reader.push(&rest);
                     let (calls, left) = reader.finish();
                     rest += &left;
                     if !calls.is_empty() {
                         reason = "tool_calls";
-                        let calls = documents(calls, several).into_iter().enumerate();
+                        let calls = documents(calls, of_tools.several).into_iter().enumerate();
                         for (number, mut call) in calls {
                             call["index"] = number.into();
                             chunks.push(plain(json!({ "tool_calls": [call] })));
@@ -263,11 +281,11 @@ impl Chunks {
 }
 
 /// The calls of a whole answer, and its text beside them.
-fn calls_of(text: &str, several: bool) -> (Vec<Value>, String) {
-    let mut reader = CallReader::default();
+fn calls_of(text: &str, of_tools: &Calls) -> (Vec<Value>, String) {
+    let mut reader = of_tools.reader();
     let before = reader.push(text);
     let (calls, rest) = reader.finish();
-    (documents(calls, several), before + &rest)
+    (documents(calls, of_tools.several), before + &rest)
 }
 
 fn documents(calls: Vec<tools::Call>, several: bool) -> Vec<Value> {
@@ -304,7 +322,10 @@ fn prepare(service: &Service, fields: ChatFields) -> Result<Prepared, ApiError> 
     let several = fields.parallel_tool_calls.unwrap_or(true);
     let tools = checked_tools(fields.tools.as_deref().unwrap_or_default())?;
     let choice = checked_choice(fields.tool_choice, &tools)?;
-    let calls = choice.is_some().then_some(several);
+    let calls = choice.is_some().then(|| Calls {
+        several,
+        names: tools.iter().map(|tool| tool.name.clone()).collect(),
+    });
     let mut structure = match fields.response_format {
         None | Some(ResponseFormat::Text) => None,
         Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
@@ -489,6 +510,11 @@ fn message(number: usize, mut fields: Map<String, Value>) -> Result<Message, Api
         None | Some(Value::Null) if role == "assistant" => String::new(),
         _ => return refused("content", "a content is a string or a list of text parts"),
     };
+    // Clients that send an answer back as they got it name the calls that there are not; some templates only ask whether the field is there.
+    let calls = fields.get("tool_calls");
+    if calls.is_some_and(|calls| calls.is_null() || calls.as_array().is_some_and(Vec::is_empty)) {
+        fields.remove("tool_calls");
+    }
     if let Some(calls) = fields.get_mut("tool_calls") {
         let Some(calls) = calls.as_array_mut() else {
             return refused("tool_calls", "calls are a list");
@@ -500,12 +526,10 @@ fn message(number: usize, mut fields: Map<String, Value>) -> Result<Message, Api
                 return refused(&field, "a call has a function with a name and arguments");
             };
             if let Value::String(text) = arguments {
-                match serde_json::from_str::<Value>(text) {
-                    Ok(object @ Value::Object(_)) => *arguments = object,
-                    _ => {
-                        let field = format!("tool_calls[{at}].function.arguments");
-                        return refused(&field, "arguments are a JSON object in a string");
-                    }
+                let text = if text.trim().is_empty() { "{}" } else { text };
+                // A model wrote them: what is no object stays as it is, so that the conversation can go on.
+                if let Ok(object @ Value::Object(_)) = serde_json::from_str(text) {
+                    *arguments = object;
                 }
             }
         }

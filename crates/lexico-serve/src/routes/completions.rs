@@ -50,6 +50,16 @@ pub(crate) enum Prompt {
     Lists(Vec<Vec<u32>>),
 }
 
+impl Prompt {
+    fn count(&self) -> usize {
+        match self {
+            Self::Text(_) | Self::Tokens(_) => 1,
+            Self::Texts(texts) => texts.len(),
+            Self::Lists(lists) => lists.len(),
+        }
+    }
+}
+
 /// A completion as the documentation shows it.
 #[derive(ToSchema)]
 #[allow(dead_code, reason = "both parts are read apart")]
@@ -100,15 +110,15 @@ pub(super) async fn completions(
     if !ignore_end {
         stop.extend(service.model.stop_texts.iter().cloned());
     }
+    if fields.prompt.count().saturating_mul(n) > MAX_PROMPTS {
+        let reason = format!("at most {MAX_PROMPTS} texts are written at once");
+        return Err(ApiError::field("prompt", reason));
+    }
     if writing.max_tokens == Some(0) && !echo {
         let reason = "at least one token must be asked for, unless the prompt is echoed";
         return Err(ApiError::field("max_tokens", reason));
     }
     let prompts = computed(&service, move |service| prompts(service, fields.prompt)).await?;
-    if prompts.len() * n > MAX_PROMPTS {
-        let reason = format!("at most {MAX_PROMPTS} texts are written at once");
-        return Err(ApiError::field("prompt", reason));
-    }
     let order = Order {
         prompts: prompts.iter().map(|(tokens, _)| tokens.clone()).collect(),
         param: "prompt",
@@ -116,7 +126,7 @@ pub(super) async fn completions(
         max_tokens: writing.max_tokens,
         usual_max_tokens: USUAL_MAX_TOKENS,
         choice,
-        stop,
+        stop: stop.into(),
         ignore_end,
         prompt_logprobs: echo && fields.logprobs.is_some(),
     };
@@ -254,9 +264,15 @@ fn prompts(service: &Service, prompt: Prompt) -> Result<Vec<(Vec<u32>, String)>,
         Ok((tokenizer.encode_first(&text).map_err(failed)?, text))
     };
     let of_tokens = |tokens: Vec<u32>| {
-        let known = |&&token: &&u32| (token as usize) < service.vocabulary;
-        let known: Vec<u32> = tokens.iter().filter(known).copied().collect();
-        let text = tokenizer.decode(&known).map_err(failed)?;
+        let context = service.engine.setup.context;
+        if tokens.len() > context {
+            let length = tokens.len();
+            let reason =
+                format!("the model's context is {context} tokens; the prompt has {length}");
+            return Err(ApiError::context("prompt", reason));
+        }
+        service.check_tokens("prompt", &tokens)?;
+        let text = tokenizer.decode(&tokens).map_err(failed)?;
         Ok((tokens, text))
     };
     let empty = || ApiError::field("prompt", "there is no prompt");

@@ -79,6 +79,8 @@ pub(crate) struct WritingFields {
 const MAX_N: usize = 16;
 /// Max number of texts, and of tokens, that end an answer.
 const MAX_STOPS: usize = 64;
+/// Max number of bytes of a text that ends an answer: every answer looks for it in each of its places.
+const MAX_STOP: usize = 4096;
 /// Max number of log-probabilities beside a token's own.
 pub(crate) const MAX_LOGPROBS: usize = 20;
 /// The words that count for `repetition_penalty`: all.
@@ -168,7 +170,7 @@ impl WritingFields {
             },
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            bias,
+            bias: bias.into(),
             stop_tokens,
             min_tokens: self.min_tokens.unwrap_or(0),
             structure: None,
@@ -185,6 +187,10 @@ impl WritingFields {
         };
         if stops.len() > MAX_STOPS {
             let reason = format!("more than {MAX_STOPS} texts end the answer");
+            return Err(ApiError::field("stop", reason));
+        }
+        if stops.iter().any(|stop| stop.len() > MAX_STOP) {
+            let reason = format!("a text that ends the answer has more than {MAX_STOP} bytes");
             return Err(ApiError::field("stop", reason));
         }
         // Empty ones end nothing.

@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::Options;
@@ -65,7 +65,7 @@ pub(crate) struct Service {
     /// Made when it is first needed.
     pub(crate) structures: OnceLock<Result<Structures, String>>,
     /// Turns of work that takes the processor a while.
-    pub(crate) computing: Semaphore,
+    pub(crate) computing: Arc<Semaphore>,
     /// Seconds since 1970.
     pub(crate) started: u64,
 }
@@ -172,7 +172,8 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, REQUEST_ID])
+        // OpenAI's own client for pages sends some ten headers of its own.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([REQUEST_ID])
         .max_age(Duration::from_secs(3600))
 }
@@ -205,32 +206,54 @@ fn same_key(given: &[u8], key: &str) -> bool {
 
 /// Names the request, counts it and writes a line on it.
 async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let started = Instant::now();
     let given = request.headers().get(REQUEST_ID).cloned();
     let given = given.filter(|id| id.len() <= 128 && id.to_str().is_ok());
-    let id = given.or_else(|| HeaderValue::try_from(new_id("")).ok());
-    let method = request.method().clone();
     let path = request.extensions().get::<MatchedPath>();
-    let route = path.map_or("none", MatchedPath::as_str).to_owned();
+    let mut observed = Observed {
+        app,
+        method: request.method().clone(),
+        route: path.map_or("none", MatchedPath::as_str).to_owned(),
+        id: given.or_else(|| HeaderValue::try_from(new_id("")).ok()),
+        started: Instant::now(),
+        status: CLIENT_GONE,
+    };
     let mut response = next.run(request).await;
-    let (status, time) = (response.status().as_u16(), started.elapsed());
-    app.metrics.request(&route, status, time);
-    let shown = id
-        .as_ref()
-        .and_then(|id| id.to_str().ok())
-        .unwrap_or_default();
-    let milliseconds = time.as_millis() as u64;
-    match route.as_str() {
-        // They are asked for every few seconds.
-        "/health" | "/metrics" => {
-            tracing::debug!(%method, route, status, milliseconds, id = shown, "answered");
-        }
-        _ => tracing::info!(%method, route, status, milliseconds, id = shown, "answered"),
-    }
-    if let Some(id) = id {
+    observed.status = response.status().as_u16();
+    if let Some(id) = observed.id.clone() {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// What proxies call the status of a request whose client left before it was answered.
+const CLIENT_GONE: u16 = 499;
+
+/// A request, which is counted and told of once it is over.
+struct Observed {
+    app: Arc<App>,
+    method: Method,
+    route: String,
+    id: Option<HeaderValue>,
+    started: Instant,
+    status: u16,
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        let (status, time) = (self.status, self.started.elapsed());
+        self.app.metrics.request(&self.route, status, time);
+        let id = self.id.as_ref().and_then(|id| id.to_str().ok());
+        let id = id.unwrap_or_default();
+        let (method, route) = (&self.method, &self.route);
+        let milliseconds = time.as_millis() as u64;
+        match route.as_str() {
+            // They are asked for every few seconds.
+            "/health" | "/metrics" => {
+                tracing::debug!(%method, route, status, milliseconds, id, "answered");
+            }
+            _ => tracing::info!(%method, route, status, milliseconds, id, "answered"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -112,17 +112,7 @@ pub(super) async fn detokenize(
     drop(body);
     service.check_model(fields.model.as_deref())?;
     let text = computed(&service, move |service| {
-        let outside = fields
-            .tokens
-            .iter()
-            .find(|&&t| t as usize >= service.vocabulary);
-        if let Some(token) = outside {
-            let reason = format!(
-                "token {token} is none of the model's {}",
-                service.vocabulary
-            );
-            return Err(ApiError::field("tokens", reason));
-        }
+        service.check_tokens("tokens", &fields.tokens)?;
         let text = service.model.tokenizer.decode(&fields.tokens);
         text.map_err(|error| ApiError::field("tokens", error))
     })

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::Service;
 use super::error::ApiError;
 use super::fields::StreamOptions;
-use crate::engine::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
+use crate::engine::{Call, ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
 
 /// Texts to be written: `n` for each prompt, prompt after prompt.
 pub(super) struct Order {
@@ -26,7 +26,7 @@ pub(super) struct Order {
     /// Max number of tokens where the client names none.
     pub(super) usual_max_tokens: usize,
     pub(super) choice: ChoiceSettings,
-    pub(super) stop: Vec<String>,
+    pub(super) stop: Arc<[String]>,
     pub(super) ignore_end: bool,
     pub(super) prompt_logprobs: bool,
 }
@@ -38,6 +38,10 @@ pub(super) struct Orders {
     events: UnboundedReceiver<(usize, Event)>,
     /// Number of texts.
     pub(super) count: usize,
+    /// Number of texts of a prompt.
+    n: usize,
+    /// Which prompts were read.
+    read: Vec<bool>,
     pub(super) usage: Usage,
 }
 
@@ -60,11 +64,16 @@ impl Usage {
     }
 }
 
+/// What a text needs.
+struct Needs {
+    bytes: usize,
+    max_tokens: usize,
+}
+
 /// A text that was written.
 #[derive(Debug, Default)]
 pub(super) struct Written {
     pub(super) text: String,
-    pub(super) tokens: Vec<u32>,
     pub(super) logprobs: Vec<Logprob>,
     pub(super) prompt_logprobs: Vec<Logprob>,
     pub(super) reason: Option<FinishReason>,
@@ -73,43 +82,32 @@ pub(super) struct Written {
 impl Service {
     /// Has texts written; returns when the first prompt is read.
     pub(super) async fn order(&self, order: Order) -> Result<Orders, ApiError> {
-        let context = self.engine.setup.context;
+        let asked = Instant::now();
+        let setup = &self.engine.setup;
+        let count = order.prompts.len() * order.n;
+        let most = setup.parallel.saturating_add(setup.queue);
+        if count > most {
+            let reason = format!(
+                "{count} texts are asked for, and the server takes at most {most} (--parallel and --max-waiting)"
+            );
+            return Err(ApiError::field(order.param, reason));
+        }
+        let mut needs = Vec::with_capacity(order.prompts.len());
+        for prompt in &order.prompts {
+            needs.push(self.needs(&order, prompt)?);
+        }
+        if let Some(store) = &setup.store
+            && !order.prompt_logprobs
+        {
+            store.fetch(setup, &order.prompts).await;
+        }
+        let usage = Usage {
+            prompt: order.prompts.iter().map(Vec::len).sum(),
+            ..Usage::default()
+        };
         let (events, receiver) = unbounded_channel();
-        let mut requests = Vec::new();
-        let mut usage = Usage::default();
-        for prompt in order.prompts {
-            let length = prompt.len();
-            if length == 0 {
-                return Err(ApiError::field(order.param, "the prompt has no tokens"));
-            }
-            if let Some(token) = prompt.iter().find(|&&t| t as usize >= self.vocabulary) {
-                let reason = format!("token {token} is none of the model's {}", self.vocabulary);
-                return Err(ApiError::field(order.param, reason));
-            }
-            let wanted = order
-                .max_tokens
-                .unwrap_or(0)
-                .max(usize::from(!order.prompt_logprobs));
-            if length.saturating_add(wanted) > context {
-                let reason = format!(
-                    "the model's context is {context} tokens; the prompt has {length}, and {wanted} more are asked for"
-                );
-                return Err(ApiError::context(order.param, reason));
-            }
-            let left = context - length;
-            let max_tokens = order.max_tokens.unwrap_or(order.usual_max_tokens.min(left));
-            let bytes = self.engine.setup.bytes_of(length, max_tokens);
-            let bytes = bytes.map_err(ApiError::internal)?;
-            let budget = self.engine.setup.memory.budget();
-            if bytes > budget {
-                return Err(Failure::TooLarge { bytes, budget }.into());
-            }
-            usage.prompt += length;
-            if let Some(store) = &self.engine.setup.store
-                && !order.prompt_logprobs
-            {
-                store.fetch(&self.engine.setup, &prompt).await;
-            }
+        let mut requests = Vec::with_capacity(count);
+        for (prompt, needs) in order.prompts.iter().zip(needs) {
             for _ in 0..order.n {
                 let index = requests.len();
                 let mut sampling = order.choice.sampling.clone();
@@ -118,16 +116,16 @@ impl Service {
                 requests.push(Request {
                     index,
                     prompt: prompt.clone(),
-                    bytes,
-                    max_tokens,
+                    bytes: needs.bytes,
+                    max_tokens: needs.max_tokens,
                     choice: ChoiceSettings {
                         sampling,
-                        bias: order.choice.bias.clone(),
+                        bias: Arc::clone(&order.choice.bias),
                         stop_tokens: order.choice.stop_tokens.clone(),
                         structure: structure.map(|matcher| Box::new(matcher.deep_clone())),
                         ..order.choice
                     },
-                    stop: order.stop.clone(),
+                    stop: Arc::clone(&order.stop),
                     ignore_end: order.ignore_end,
                     prompt_logprobs: order.prompt_logprobs,
                     events: events.clone(),
@@ -135,18 +133,57 @@ impl Service {
             }
         }
         drop(events);
-        let count = requests.len();
-        requests
-            .into_iter()
-            .for_each(|request| self.engine.submit(request));
+        self.engine.submit(Call { requests, asked });
         let mut orders = Orders {
             first: None,
             events: receiver,
             count,
+            n: order.n,
+            read: vec![false; order.prompts.len()],
             usage,
         };
         orders.first = Some(orders.next().await?);
         Ok(orders)
+    }
+
+    /// What a text that goes on from a prompt needs, where it can be had.
+    fn needs(&self, order: &Order, prompt: &[u32]) -> Result<Needs, ApiError> {
+        let context = self.engine.setup.context;
+        let length = prompt.len();
+        if length == 0 {
+            return Err(ApiError::field(order.param, "the prompt has no tokens"));
+        }
+        self.check_tokens(order.param, prompt)?;
+        let wanted = order
+            .max_tokens
+            .unwrap_or(0)
+            .max(usize::from(!order.prompt_logprobs));
+        if length.saturating_add(wanted) > context {
+            let reason = format!(
+                "the model's context is {context} tokens; the prompt has {length}, and {wanted} more are asked for"
+            );
+            return Err(ApiError::context(order.param, reason));
+        }
+        let left = context - length;
+        let max_tokens = order.max_tokens.unwrap_or(order.usual_max_tokens.min(left));
+        let bytes = self.engine.setup.bytes_of(length, max_tokens);
+        let bytes = bytes.map_err(ApiError::internal)?;
+        let budget = self.engine.setup.memory.budget();
+        match bytes > budget {
+            true => Err(Failure::TooLarge { bytes, budget }.into()),
+            false => Ok(Needs { bytes, max_tokens }),
+        }
+    }
+
+    /// Refuses tokens that the model does not have.
+    pub(super) fn check_tokens(&self, param: &str, tokens: &[u32]) -> Result<(), ApiError> {
+        match tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
+            Some(token) => {
+                let reason = format!("token {token} is none of the model's {}", self.vocabulary);
+                Err(ApiError::field(param, reason))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The most tokens that text of so many bytes can have been meant to have: a text that has more in any case is refused
@@ -177,8 +214,12 @@ impl Orders {
             Some((_, Event::Failed(failure))) => Err(failure.into()),
             Some((index, event)) => {
                 match &event {
+                    // Further texts of a prompt begin from what the first has read.
                     Event::Read { cached, .. } => {
-                        self.usage.cached = self.usage.cached.max(*cached)
+                        if let Some(read @ false) = self.read.get_mut(index / self.n) {
+                            *read = true;
+                            self.usage.cached += cached;
+                        }
                     }
                     Event::Token { .. } => self.usage.written += 1,
                     Event::Done { .. } | Event::Failed(_) => {}
@@ -200,13 +241,8 @@ impl Orders {
             };
             match event {
                 Event::Read { logprobs, .. } => written.prompt_logprobs = logprobs,
-                Event::Token {
-                    text,
-                    token,
-                    logprob,
-                } => {
+                Event::Token { text, logprob } => {
                     written.text += &text;
-                    written.tokens.push(token);
                     written.logprobs.extend(logprob);
                 }
                 Event::Done { text, reason } => {
@@ -315,8 +351,13 @@ pub(super) async fn computed<T: Send + 'static>(
     service: &Arc<Service>,
     work: impl FnOnce(&Service) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let _turn = service.computing.acquire().await;
+    let turn = Arc::clone(&service.computing).acquire_owned().await;
     let own = Arc::clone(service);
-    let done = tokio::task::spawn_blocking(move || work(&own)).await;
+    let work = move || {
+        // The work goes on where the client leaves, and so its turn ends here.
+        let _turn = turn;
+        work(&own)
+    };
+    let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|panic| Err(ApiError::internal(panic)))
 }

@@ -5,7 +5,7 @@ use super::{Coding, LayerSettings};
 use crate::attention::NumberType;
 use crate::codes::CoefficientFormat;
 use crate::dictionary::{CodeFamily, DictionarySet, LayerSparsities};
-use crate::encode::{BEAM_WIDTH, Fit};
+use crate::encode::{BEAM_WIDTH, Fit, MAX_BEAM_WIDTH};
 use crate::{Error, Result};
 
 /// The options of a model's caches, each a word and a value, as in `sparsity=12,window=128`. What is left out is as the dictionaries
@@ -103,6 +103,16 @@ fn count(option: &'static str, given: &str) -> Result<usize> {
     number(option, given, "a whole number")
 }
 
+fn beam_width(given: &str) -> Result<usize> {
+    match count("beam", given)? {
+        width @ 1..=MAX_BEAM_WIDTH => Ok(width),
+        _ => {
+            let reason = format!("it must be from 1 to {MAX_BEAM_WIDTH}");
+            Err(Error::setting("beam", given, &reason))
+        }
+    }
+}
+
 fn one_of<T: Copy>(option: &'static str, given: &str, words: &[(&str, T)]) -> Result<T> {
     let known = words.iter().find(|(word, _)| *word == given);
     known.map(|(_, meant)| *meant).ok_or_else(|| {
@@ -151,7 +161,7 @@ impl CacheOptions {
             "window" => self.window = count("window", value)?,
             "batch" => self.batch = count("batch", value)?,
             "format" => self.format = Some(one_of("format", value, FORMATS)?),
-            "beam" => self.beam = Some(count("beam", value)?),
+            "beam" => self.beam = Some(beam_width(value)?),
             "dense" => self.number_type = one_of("dense", value, NUMBER_TYPES)?,
             _ => {
                 let names = Self::NAMES.join(", ");

@@ -16,6 +16,8 @@ const BLOCK: usize = 32;
 const GROUP: usize = 16;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM_WIDTH: usize = 8;
+/// Sums that can be asked for: memory and time grow with them, and few find nearly all that many find.
+pub const MAX_BEAM_WIDTH: usize = 2048;
 /// Standard deviations of rounding within which two gains may have changed places: one in thousands is further off.
 const MARGIN: f32 = 5.0;
 /// Larger numbers are coded as this one, far beyond what atoms reach, so that squares stay finite.
@@ -53,10 +55,10 @@ impl<'d> BeamSearch<'d> {
         })
     }
 
-    /// Follows `width` sums of every vector, at least one.
+    /// Follows `width` sums of every vector, at least one and at most [`MAX_BEAM_WIDTH`].
     #[must_use]
     pub fn with_beam_width(mut self, width: usize) -> Self {
-        self.beam_width = width.max(1);
+        self.beam_width = width.clamp(1, MAX_BEAM_WIDTH);
         self
     }
 

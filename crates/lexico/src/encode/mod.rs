@@ -5,7 +5,7 @@ mod omp;
 
 use crate::threads::{Rayon, Threads, for_each};
 use crate::{Error, Result};
-pub use beam::{BEAM_WIDTH, BeamSearch};
+pub use beam::{BEAM_WIDTH, BeamSearch, MAX_BEAM_WIDTH};
 pub use omp::Pursuit;
 
 /// Finds codes for vectors.
