@@ -48,7 +48,9 @@ class _Part:
         self.inverses = torch.from_numpy(maps.inverses).to(device)
         self.angles = self.rotary_means = None
         if maps.frequencies is not None and maps.rotary_means is not None:
-            self.angles = torch.from_numpy(maps.frequencies.astype(np.float64)).to(device)
+            # Apple's GPUs have no numbers of 64 bits.
+            exact = torch.device("cpu") if torch.device(device).type == "mps" else device
+            self.angles = torch.from_numpy(maps.frequencies.astype(np.float64)).to(exact)
             self.rotary_means = torch.from_numpy(maps.rotary_means).to(device)
 
     def apply(self, vectors: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class _Part:
         middles = positions // _BLOCK * _BLOCK + (_BLOCK - 1) / 2
         slow = self.angles.abs() * _BLOCK <= _SLOW
         angles = torch.where(slow, middles[:, None], positions[:, None]) * self.angles
-        cosines, sines = angles.cos().float(), angles.sin().float()
+        cosines, sines = (own.float().to(self.rotary_means.device) for own in (angles.cos(), angles.sin()))
         pairs = angles.shape[1]
         out = self.rotary_means[:, None].repeat(1, count, 1)
         x, y = self.rotary_means[:, None, :pairs], self.rotary_means[:, None, pairs : 2 * pairs]
@@ -100,6 +102,12 @@ class _Part:
             indices = torch.from_numpy(found.indices.astype(np.int16)).to(vectors.device)
             codes.append((indices, torch.from_numpy(numbers).to(vectors.device, torch.float16)))
         return codes
+
+
+def _dense(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as they are kept: what is larger than a 16-bit float can be is the largest, as in the codec."""
+    most = torch.finfo(dtype).max
+    return rows.clamp(-most, most).to(dtype)
 
 
 def _indices(codes: Tensor, atom: int) -> Tensor:
@@ -185,14 +193,14 @@ class DeviceLayerCache:
         surplus = self.recent[0].shape[1] + keys.shape[1] - count - settings["window"]
         surplus = surplus if surplus >= settings["batch"] else 0
         for number, (part, own) in enumerate(zip((self.keys, self.values), new, strict=True)):
-            self.sinks[number] = torch.cat([self.sinks[number], own[:, :count].to(dtype)], 1)
+            self.sinks[number] = torch.cat([self.sinks[number], _dense(own[:, :count], dtype)], 1)
             rows = torch.cat([self.recent[number].float(), own[:, count:]], 1)
             if surplus:
                 both = zip(self.codes[number], part.encode(rows[:, :surplus], first), strict=True)
                 self.codes[number] = [
                     (torch.cat([before[0], more[0]]), torch.cat([before[1], more[1]])) for before, more in both
                 ]
-            self.recent[number] = rows[:, surplus:].to(dtype)
+            self.recent[number] = _dense(rows[:, surplus:], dtype)
         if self.sliding_window is not None:
             outside = len(self) - (self.sliding_window - 1)
             if outside >= 64:

@@ -4,8 +4,8 @@ Arrays that are ``float32`` and C-contiguous are read where they lie; others, an
 converted first. Shapes: ``m`` is the head dim, the length of a vector; ``n`` a number of vectors; ``N`` a number of
 atoms; ``s`` the sparsity, the atoms of a code. Work on arrays lets other threads of Python go on.
 
-Wrong arguments raise ``ValueError`` (``TypeError`` where they are no numbers), files that cannot be read or written
-``OSError``, files and saved caches that are damaged or of other dictionaries :class:`LexicoError`.
+Wrong arguments raise ``ValueError`` (``TypeError`` where they are no numbers, ``OverflowError`` for a negative count), files that
+cannot be read or written ``OSError``, files and saved caches that are damaged or of other dictionaries :class:`LexicoError`.
 """
 
 from collections.abc import Callable, Sequence
@@ -323,7 +323,8 @@ class LayerCache:
 
     def append(self, keys: ArrayLike, values: ArrayLike) -> None:
         """Takes new positions, ``[kv_heads, t, m]``, keys after their rotary embedding: one is a step of decoding, several
-        are a prompt. Raises ``ValueError`` where a number is not finite; the cache is then as it was.
+        are a prompt. Raises ``ValueError`` where a number is not finite; the cache is then as it was. Where numbers are so large
+        that they cannot be coded it raises too, and the cache cannot be used any further.
         """
 
     def attend(

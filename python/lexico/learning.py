@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -243,9 +244,20 @@ class _Reader:
             self.queries[layer] += (queries.transpose(1, 2) @ queries).double().cpu().numpy()
 
     def sample(self, layer: int, part: str, *, held_out: bool) -> tuple[Array, NDArray[np.uint32]]:
-        """Vectors ``[heads, n, m]`` and their positions ``[n]``."""
-        vectors = np.concatenate(self._vectors[layer, part, held_out], axis=1)
+        """Vectors ``[heads, n, m]`` and their positions ``[n]``; the reader gives them up."""
+        vectors = np.concatenate(self._vectors.pop((layer, part, held_out)), axis=1)
         return vectors, np.concatenate(self._positions[held_out])
+
+
+#: Who reads along, by a model's attention modules: models are learned from side by side.
+_READERS: WeakKeyDictionary[Any, _Reader] = WeakKeyDictionary()
+
+
+def _attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    _READERS[module].see(module.layer_idx, query, key, value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 class _listening:  # noqa: N801
@@ -253,22 +265,19 @@ class _listening:  # noqa: N801
 
     def __init__(self, model: Any, reader: _Reader) -> None:
         self.model, self.reader = model, reader
+        self.modules = [layer.self_attn for layer in model.get_decoder().layers]
 
     def __enter__(self) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask
 
-        reader = self.reader
-
-        def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            reader.see(module.layer_idx, query, key, value)
-            return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-        self.before = self.model.config._attn_implementation
-        AttentionInterface.register(NAME, attention)
+        AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
+        self.before = self.model.config._attn_implementation
         self.model.set_attn_implementation(NAME)
+        _READERS.update((module, self.reader) for module in self.modules)
 
     def __exit__(self, *error: object) -> None:
         self.model.set_attn_implementation(self.before)
+        for module in self.modules:
+            _READERS.pop(module, None)

@@ -10,9 +10,12 @@ twice the bytes, and a step takes a few operations for every atom of every head,
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ __all__ = ["LexicoCache", "enable"]
 #: Name of the attention function, and of the masks that belong to it.
 NAME = "lexico"
 #: Format of a saved cache.
-FORMAT = "lexico-transformers/1"
+FORMAT = "lexico-transformers/2"
 #: Arguments of attention functions that change what attention is, which codes do not know.
 _FOREIGN = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
 
@@ -105,6 +108,7 @@ class LexicoCache(Cache):  # type: ignore[misc]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the cache, compressed further: whole, or not at all."""
+        self._check_whole()
         blocks = [
             (f"sequences.{number}.layers.{index}", sequence.save())
             for index, layer in enumerate(self.layers)
@@ -113,8 +117,11 @@ class LexicoCache(Cache):  # type: ignore[misc]
         real = self._padding.real
         if real is not None:
             blocks.append(("real", real.to(torch.uint8).numpy().tobytes()))
-        facts = {"cache": self.options, "sequences": self.batch_size, "positions": self.get_seq_length()}
-        write_blocks(path, blocks, {"format": FORMAT, "facts": json.dumps(facts)})
+        facts = json.dumps(
+            {"cache": self.options, "sequences": max(self.batch_size, 0), "positions": self.get_seq_length()}
+        )
+        # Layers have checksums of their own.
+        write_blocks(path, blocks, {"format": FORMAT, "facts": facts, "crc32": _checksum(facts, blocks)})
 
     @classmethod
     def load(
@@ -131,6 +138,8 @@ class LexicoCache(Cache):  # type: ignore[misc]
         if metadata.get("format") != FORMAT:
             raise LexicoError(f"{path}: it is no cache that LexicoCache.save wrote, or one of another version")
         try:
+            if metadata["crc32"] != _checksum(metadata["facts"], blocks.items()):
+                raise LexicoError("it is damaged: its checksum differs")
             facts = json.loads(metadata["facts"])
             options, count, positions = str(facts["cache"]), int(facts["sequences"]), int(facts["positions"])
             real = blocks.pop("real", None)
@@ -140,8 +149,8 @@ class LexicoCache(Cache):  # type: ignore[misc]
             cache = cls(model, dictionaries, options)
             if len(blocks) != count * len(cache.layers):
                 raise LexicoError("it does not hold every layer of every sequence")
-            for index, layer in enumerate(cache.layers):
-                layer.start(count)
+            for index, layer in enumerate(cache.layers if count else []):
+                layer.start(count, model.device)
                 for number, sequence in enumerate(layer.sequences):
                     sequence.load(blocks[f"sequences.{number}.layers.{index}"])
                 layer.seen = positions
@@ -149,6 +158,22 @@ class LexicoCache(Cache):  # type: ignore[misc]
             raise LexicoError(f"{path}: {error}") from error
         cache._padding.real = real
         return cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands a layer's new keys and values on to attention."""
+        if layer_idx == 0:
+            self._check_whole()
+        handed: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return handed
+
+    def _check_whole(self) -> None:
+        """Refuses a cache whose layers hold different positions."""
+        if any(layer.seen != self.layers[0].seen for layer in self.layers):
+            raise LexicoError(
+                "a step before broke off between two layers, so that they hold different positions; make a new cache"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -190,6 +215,10 @@ class LexicoCache(Cache):  # type: ignore[misc]
             layer.select(chosen.tolist())
 
 
+def _nothing() -> None:
+    """The mask that there was not."""
+
+
 class _Padding:
     """Which positions of a batch are no padding; all layers share it, as they do a step's mask."""
 
@@ -199,8 +228,14 @@ class _Padding:
     def clear(self) -> None:
         #: ``[batch, seen]``; ``None`` where all positions are real.
         self.real: torch.Tensor | None = None
-        self._step: tuple[Any, int, int] | None = None
+        #: The last mask, as long as it is there, where it began and how many positions were new.
+        self._step: tuple[Callable[[], torch.Tensor | None], int, int] | None = None
         self._new: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: object) -> _Padding:
+        copied = _Padding()
+        copied.real = self.real
+        return copied
 
     def select(self, chosen: torch.Tensor) -> None:
         self._step = None
@@ -212,8 +247,9 @@ class _Padding:
 
         Refuses a mask that asks for anything but causal attention, behind the model's window, to what is no padding.
         """
-        step = (mask, seen, t)
-        if self._step is not None and self._step[0] is mask and self._step[1:] == step[1:]:
+        if mask is None and self.real is None:
+            return None
+        if self._step is not None and self._step[0]() is mask and self._step[1:] == (seen, t):
             return self._new
         # Layers of two kinds, of which some have a window, have masks of two kinds.
         before = torch.ones(batch, seen, dtype=torch.bool) if self.real is None else self.real[:, :seen]
@@ -236,13 +272,20 @@ class _Padding:
                 sees &= other > own - window
             expected = sees & real[:, None, :]
             if not (given == expected)[new].all():
+                if not given[:, -1, :seen][before].all():
+                    raise LexicoError(
+                        "the mask hides positions that were not hidden when they were read, as the padding that generate writes "
+                        "after an answer that ends early; codes cannot be taken back: go on with a cache for each answer"
+                    )
                 raise LexicoError("attention masks other than of padding, in causal attention, are not supported")
         if window is not None and (real[:, :-1] & ~real[:, 1:]).any():
             raise LexicoError(
                 "behind a sliding window padding must come first: set the tokenizer's padding_side to 'left'"
             )
         self.real = None if real.all() else real
-        self._step, self._new = step, None if new.all() else new
+        # Masks are large.
+        held = ref(mask) if mask is not None else _nothing
+        self._step, self._new = (held, seen, t), None if new.all() else new
         return self._new
 
 
@@ -263,14 +306,21 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self._number = number
         self._dictionaries = dictionaries
         self._padding = padding
+        self._device = torch.device("cpu")
+        #: The empty cache in a device's memory, with the dictionaries.
+        self._on_device: tuple[torch.device, DeviceLayerCache] | None = None
         #: Keys that were handed out to be attended with.
         self._waiting = False
 
     def start(self, batch: int, device: torch.device | None = None) -> None:
         """Makes empty caches for so many sequences."""
         empty: LayerCache | DeviceLayerCache = self._empty
-        if device is not None and device.type != "cpu":
-            empty = DeviceLayerCache.of(self._empty, self._dictionaries, self._number, device)
+        self._device = torch.device("cpu") if device is None else device
+        if self._device.type != "cpu":
+            if self._on_device is None or self._on_device[0] != self._device:
+                made = DeviceLayerCache.of(self._empty, self._dictionaries, self._number, self._device)
+                self._on_device = self._device, made
+            empty = self._on_device[1]
         self.sequences = [empty.fork() for _ in range(batch)]
         self.is_initialized = True
 
@@ -291,6 +341,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         batch, own = key_states.shape[0], len(self.sequences)
         if batch != own:
             raise LexicoError(f"a batch of {batch} sequences for a cache of {own}; make a new cache, or call reset()")
+        if key_states.device != self._device:
+            raise LexicoError(
+                f"the model is on {key_states.device}, and the codes are on {self._device}; make a new cache"
+            )
         self._waiting = True
         key_states._lexico_layer = self
         return key_states, value_states
@@ -320,20 +374,29 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             factor = scaling * m**0.5
             query = query if abs(factor - 1) < 1e-6 else query * factor
         for number, sequence in enumerate(self.sequences):
-            rows: Any = slice(None) if new is None else new[number].nonzero()[:, 0].to(key.device)
-            queries, keys, values = query[number][:, rows], key[number][:, rows], value[number][:, rows]
-            if keys.shape[1] == 0:
-                continue
+            queries, keys, values = query[number], key[number], value[number]
+            rows = None
+            if new is not None:
+                rows = new[number].nonzero()[:, 0].to(key.device)
+                if rows.numel() == 0:
+                    continue
+                queries, keys, values = queries[:, rows], keys[:, rows], values[:, rows]
+            attended = None
             if isinstance(sequence, DeviceLayerCache):
                 if exact is None:
-                    out[number, rows] = sequence.attend(queries, keys, values).transpose(0, 1).to(out)
+                    attended = sequence.attend(queries, keys, values)
                 sequence.append(keys, values)
-                continue
-            own_keys, own_values = _array(keys), _array(values)
-            if exact is None:
-                attended = torch.from_numpy(sequence.attend(_array(queries), own_keys, own_values))
-                out[number, rows] = attended.transpose(0, 1).to(out)
-            sequence.append(own_keys, own_values)
+            else:
+                own_keys, own_values = _array(keys), _array(values)
+                if exact is None:
+                    attended = torch.from_numpy(sequence.attend(_array(queries), own_keys, own_values))
+                sequence.append(own_keys, own_values)
+            if attended is not None:
+                attended = attended.transpose(0, 1).to(out)
+                if rows is None:
+                    out[number] = attended
+                else:
+                    out[number, rows] = attended
         self.seen += t
         self._waiting = False
         return out
@@ -379,6 +442,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         raise LexicoError("positions that were coded cannot be taken back")
 
 
+def _checksum(facts: str, blocks: Iterable[tuple[str, bytes]]) -> str:
+    """The checksum of what no layer's own is of."""
+    real = dict(blocks).get("real", b"")
+    return f"{zlib.crc32(facts.encode() + real):08x}"
+
+
 def _array(x: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     """A tensor's numbers; no copy where they are f32 already."""
     return np.asarray(x.detach().float().numpy())
@@ -399,6 +468,11 @@ def _attention(
     """The attention function that models call: over the codes of the layer that handed the keys out, else SDPA."""
     layer = getattr(key, "_lexico_layer", None)
     if layer is None:
+        # Where a model knows no argument of that name it passes it on, and makes a cache of its own.
+        if isinstance(kwargs.get("cache"), LexicoCache):
+            raise LexicoError(
+                "this version of transformers calls the argument past_key_values: model(…, past_key_values=cache)"
+            )
         if kwargs.get("s_aux") is not None:
             raise LexicoError("attention with learned sinks (s_aux) is not supported")
         out, _ = sdpa_attention_forward(

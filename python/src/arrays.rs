@@ -4,22 +4,35 @@ use numpy::{IntoPyArray, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntyp
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyDict;
 
 use crate::error::value;
 
-/// Numbers of an array in rows, `f32`: the array's own where they lie so, else a copy.
-pub(crate) struct Numbers<'py> {
-    array: PyReadonlyArrayDyn<'py, f32>,
+/// Numbers of an array in rows, `f32` or `f64`: the array's own where they lie so, else a copy.
+pub(crate) struct Numbers<'py, T: Number = f32> {
+    array: PyReadonlyArrayDyn<'py, T>,
     name: &'static str,
 }
 
-impl<'py> Numbers<'py> {
+/// A number type of arrays.
+pub(crate) trait Number: numpy::Element {
+    /// As numpy calls it.
+    const NAME: &'static str;
+}
+
+impl Number for f32 {
+    const NAME: &'static str = "float32";
+}
+
+impl Number for f64 {
+    const NAME: &'static str = "float64";
+}
+
+impl<'py, T: Number> Numbers<'py, T> {
     /// Takes an array, or what `numpy.asarray` makes one of.
     pub(crate) fn new(given: &Bound<'py, PyAny>, name: &'static str) -> PyResult<Self> {
-        let own = given.cast::<PyArrayDyn<f32>>();
+        let own = given.cast::<PyArrayDyn<T>>();
         let array = match own {
-            Ok(array) if array.is_c_contiguous() => array.clone(),
+            Ok(array) if array.is_c_contiguous() && is_aligned(array)? => array.clone(),
             _ => converted(given, name)?,
         };
         let array = array
@@ -43,13 +56,20 @@ impl<'py> Numbers<'py> {
         })
     }
 
-    pub(crate) fn numbers(&self) -> PyResult<&[f32]> {
+    pub(crate) fn numbers(&self) -> PyResult<&[T]> {
         let numbers = self.array.as_slice();
         numbers.map_err(|error| value(format!("{}: {error}", self.name)))
     }
 }
 
-fn converted<'py>(given: &Bound<'py, PyAny>, name: &str) -> PyResult<Bound<'py, PyArrayDyn<f32>>> {
+fn is_aligned(array: &Bound<'_, PyAny>) -> PyResult<bool> {
+    array.getattr("flags")?.getattr("aligned")?.extract()
+}
+
+fn converted<'py, T: Number>(
+    given: &Bound<'py, PyAny>,
+    name: &str,
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     static NUMPY: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
     let py = given.py();
     let numpy = NUMPY.get_or_try_init(py, || py.import("numpy").map(Bound::unbind))?;
@@ -61,12 +81,11 @@ fn converted<'py>(given: &Bound<'py, PyAny>, name: &str) -> PyResult<Bound<'py, 
             "{name}: numbers are needed, and its dtype is {dtype}"
         )));
     }
-    let options = PyDict::new(py);
-    options.set_item("dtype", "float32")?;
+    // In rows, and at addresses that are multiples of a number's size.
     let array = numpy
         .bind(py)
-        .call_method("ascontiguousarray", (array,), Some(&options))?;
-    Ok(array.cast_into::<PyArrayDyn<f32>>()?)
+        .call_method1("require", (array, T::NAME, vec!["C", "A"]))?;
+    Ok(array.cast_into::<PyArrayDyn<T>>()?)
 }
 
 /// An array of this shape that takes the numbers over.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lexico::codes::CodeFormat;
 use lexico::dictionary::{CodebookSizes, RotaryMeans};
+use lexico::encode::MAX_BEAM_WIDTH;
 use lexico::{AdditiveFormat, BeamSearch, EncodedBatch, Encoder, Fit, Pursuit, SparseFormat};
 use numpy::PyArrayDyn;
 use pyo3::exceptions::PyIndexError;
@@ -222,6 +223,11 @@ impl Codebooks {
         fit: &str,
     ) -> PyResult<Codes> {
         let vectors = Numbers::new(vectors, "vectors")?;
+        if !(1..=MAX_BEAM_WIDTH).contains(&beam) {
+            return Err(value(format!(
+                "beam={beam}: it must be from 1 to {MAX_BEAM_WIDTH}"
+            )));
+        }
         let search = BeamSearch::new(&self.0, sparsity).map_err(codec)?;
         let search = search.with_beam_width(beam).with_fit(self::fit(fit)?);
         let format = AdditiveFormat {

@@ -30,14 +30,13 @@ impl Dictionaries {
 
 /// Those of the keys or of the values.
 fn part<T>(both: Option<&KeyValue<Arc<T>>>, part: &str) -> PyResult<Option<Arc<T>>> {
-    let own = both.map(|both| match part {
-        "keys" => Ok(Arc::clone(&both.keys)),
-        "values" => Ok(Arc::clone(&both.values)),
+    match part {
+        "keys" => Ok(both.map(|both| Arc::clone(&both.keys))),
+        "values" => Ok(both.map(|both| Arc::clone(&both.values))),
         _ => Err(value(format!(
             "part={part:?}: it must be \"keys\" or \"values\""
         ))),
-    });
-    own.transpose()
+    }
 }
 
 /// A JSON text as Python's objects.

@@ -1,5 +1,6 @@
 //! The cache of one layer of one sequence.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use lexico::attention::NumberType;
@@ -33,7 +34,10 @@ pub(crate) struct LayerCache {
     options: CacheOptions,
     kv_heads: usize,
     head_dim: usize,
+    sliding_window: Option<usize>,
     cache: Mutex<lexico::LayerCache>,
+    /// True once positions could not be coded: some are missing.
+    broken: AtomicBool,
 }
 
 /// The beginning of a saved layer; the blocks follow it.
@@ -88,13 +92,31 @@ impl LayerCache {
             options: options.clone(),
             kv_heads: dictionaries.0.model.kv_heads,
             head_dim: cache.head_dim(),
+            sliding_window: cache.settings().sliding_window,
             cache: Mutex::new(cache),
+            broken: AtomicBool::new(false),
         })
     }
 
     fn lock(&self) -> PyResult<MutexGuard<'_, lexico::LayerCache>> {
-        let reason = "this cache cannot be used any further: work on it broke off";
-        self.cache.lock().map_err(|_| LexicoError::new_err(reason))
+        let broken = || {
+            let reason = "this cache cannot be used any further: work on it broke off";
+            LexicoError::new_err(reason)
+        };
+        let cache = self.cache.lock().map_err(|_| broken())?;
+        match self.broken.load(Ordering::Relaxed) {
+            true => Err(broken()),
+            false => Ok(cache),
+        }
+    }
+
+    /// Asks the cache while other threads of Python go on: another one's work on it may take a while.
+    fn asked<T: Send>(
+        &self,
+        py: Python<'_>,
+        ask: impl FnOnce(&mut lexico::LayerCache) -> T + Send,
+    ) -> PyResult<T> {
+        detached(py, || Ok(ask(&mut *self.lock()?)))?
     }
 
     /// New keys and values of every head, and how many; only finite ones can be coded.
@@ -195,13 +217,13 @@ impl LayerCache {
             .collect()
     }
 
-    fn __len__(&self) -> PyResult<usize> {
-        Ok(self.lock()?.len())
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        self.asked(py, |cache| cache.len())
     }
 
-    fn __repr__(&self) -> PyResult<String> {
-        let cache = self.lock()?;
-        let (positions, bytes) = (cache.len(), cache.footprint().total());
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let asked = self.asked(py, |cache| (cache.len(), cache.footprint().total()));
+        let (positions, bytes) = asked?;
         Ok(format!(
             "LayerCache \"{}\" of {positions} positions, {bytes} bytes",
             self.text
@@ -219,14 +241,14 @@ impl LayerCache {
     }
 
     #[getter]
-    fn sliding_window(&self) -> PyResult<Option<usize>> {
-        Ok(self.lock()?.settings().sliding_window)
+    fn sliding_window(&self) -> Option<usize> {
+        self.sliding_window
     }
 
     /// The settings, for a form of this cache on another device.
     #[getter]
     fn settings<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let cache = self.lock()?;
+        let settings = self.asked(py, |cache| cache.settings().clone())?;
         let LayerSettings {
             coding,
             fit,
@@ -236,9 +258,9 @@ impl LayerCache {
             batch,
             number_type,
             ..
-        } = cache.settings();
+        } = settings;
         let all = PyDict::new(py);
-        let (format, beam, tolerance) = match *coding {
+        let (format, beam, tolerance) = match coding {
             Coding::Additive { beam_width } => ("additive", beam_width, 0.0),
             Coding::Sparse {
                 coefficients,
@@ -257,18 +279,18 @@ impl LayerCache {
         all.set_item("beam", beam)?;
         all.set_item("tolerance", tolerance)?;
         all.set_item("fit", fit)?;
-        all.set_item("keys", sparsities.keys.clone())?;
-        all.set_item("values", sparsities.values.clone())?;
-        all.set_item("sinks", *sinks)?;
-        all.set_item("window", *recent_window)?;
-        all.set_item("batch", *batch)?;
+        all.set_item("keys", sparsities.keys)?;
+        all.set_item("values", sparsities.values)?;
+        all.set_item("sinks", sinks)?;
+        all.set_item("window", recent_window)?;
+        all.set_item("batch", batch)?;
         all.set_item("dense", dense)?;
         Ok(all)
     }
 
     #[getter]
-    fn coded(&self) -> PyResult<usize> {
-        Ok(self.lock()?.coded())
+    fn coded(&self, py: Python<'_>) -> PyResult<usize> {
+        self.asked(py, |cache| cache.coded())
     }
 
     fn append(
@@ -280,7 +302,11 @@ impl LayerCache {
         let (keys, values) = (Numbers::new(keys, "keys")?, Numbers::new(values, "values")?);
         self.new_positions(&keys, &values)?;
         let new = KeyValue::new(keys.numbers()?, values.numbers()?);
-        detached(py, || self.lock()?.append(new, &Rayon).map_err(codec))?
+        let appended = self.asked(py, |cache| cache.append(new, &Rayon))?;
+        if appended.is_err() {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        appended.map_err(codec)
     }
 
     #[pyo3(signature = (queries, keys = None, values = None))]
@@ -334,28 +360,35 @@ impl LayerCache {
         array(py, out?, queries.shape())
     }
 
-    fn drop(&self, count: usize) -> PyResult<()> {
-        let mut cache = self.lock()?;
-        let held = cache.len();
-        if count > held {
-            return Err(value(format!("{count} positions to drop; {held} are held")));
+    fn drop(&self, py: Python<'_>, count: usize) -> PyResult<()> {
+        let held = self.asked(py, |cache| {
+            let held = cache.len();
+            if count <= held {
+                cache.drop_front(count);
+            }
+            held
+        })?;
+        match count > held {
+            true => Err(value(format!("{count} positions to drop; {held} are held"))),
+            false => Ok(()),
         }
-        cache.drop_front(count);
-        Ok(())
     }
 
-    fn fork(&self) -> PyResult<Self> {
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        let fork = self.asked(py, |cache| cache.fork())?;
         Ok(Self {
             text: self.text.clone(),
             options: self.options.clone(),
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            cache: Mutex::new(self.lock()?.fork()),
+            sliding_window: self.sliding_window,
+            cache: Mutex::new(fork),
+            broken: AtomicBool::new(false),
         })
     }
 
-    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
-        self.fork()
+    fn __deepcopy__(&self, py: Python<'_>, _memo: &Bound<'_, PyAny>) -> PyResult<Self> {
+        self.fork(py)
     }
 
     fn decode<'py>(&self, py: Python<'py>) -> PyResult<(Array<'py>, Array<'py>)> {
@@ -371,8 +404,8 @@ impl LayerCache {
     }
 
     #[getter]
-    fn nbytes(&self) -> PyResult<usize> {
-        Ok(self.lock()?.footprint().total())
+    fn nbytes(&self, py: Python<'_>) -> PyResult<usize> {
+        self.asked(py, |cache| cache.footprint().total())
     }
 
     fn footprint<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -382,7 +415,7 @@ impl LayerCache {
             recent_window,
             leaving,
             bookkeeping,
-        } = self.lock()?.footprint();
+        } = self.asked(py, |cache| cache.footprint())?;
         let parts = PyDict::new(py);
         for (name, bytes) in [
             ("codes", codes.keys + codes.values),

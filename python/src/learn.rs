@@ -6,7 +6,6 @@ use lexico::learn::{
     CodebookOptions, Effort, InMemory, InitialAtoms, LearnOptions, Learner, RotaryKeys,
 };
 use lexico::threads::Rayon;
-use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -205,7 +204,7 @@ pub(crate) fn learn_dictionary(
 pub(crate) fn head_maps(
     py: Python<'_>,
     vectors: &Bound<'_, PyAny>,
-    moments: &Bound<'_, PyArrayDyn<f64>>,
+    moments: &Bound<'_, PyAny>,
     frequencies: Option<&Bound<'_, PyAny>>,
     positions: Option<Vec<u32>>,
 ) -> PyResult<HeadMaps> {
@@ -214,18 +213,14 @@ pub(crate) fn head_maps(
     if heads * n * m == 0 {
         return Err(value("vectors: there are none"));
     }
+    let moments: Numbers<'_, f64> = Numbers::new(moments, "moments")?;
     if moments.shape() != [heads, m, m] {
         return Err(value(format!(
             "moments: their shape is {:?}, but [{heads}, {m}, {m}] is needed",
             moments.shape()
         )));
     }
-    let moments = moments
-        .try_readonly()
-        .map_err(|error| value(format!("moments: {error}")))?;
-    let moments = moments
-        .as_slice()
-        .map_err(|error| value(format!("moments: {error}")))?;
+    let moments = moments.numbers()?;
     if !moments.iter().all(|x| x.is_finite()) {
         return Err(value("moments: a number is a NaN or an infinity"));
     }

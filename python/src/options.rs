@@ -1,5 +1,7 @@
 //! A cache's options as text: those of `--cache lexico:…` of the program, which means the same by them.
 
+use std::thread::available_parallelism;
+
 use lexico::cache::CacheOptions;
 use lexico::shown::shown;
 use lexico::{DictionarySet, Error, LayerSettings};
@@ -45,6 +47,8 @@ pub(crate) fn layers(
     let mut settings = options.layers(dictionaries).map_err(refused)?;
     for (layer, &window) in settings.iter_mut().zip(sliding_windows) {
         layer.sliding_window = window;
+        // Where other threads are spare; what a cache holds does not depend on it.
+        layer.background = available_parallelism().is_ok_and(|cores| cores.get() > 1);
     }
     Ok(settings)
 }

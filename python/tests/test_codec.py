@@ -270,6 +270,34 @@ def test_maps_are_of_the_moments():
     np.testing.assert_allclose(maps.invert(1, positions, there), vectors[1], atol=1e-3)
 
 
+def test_moments_are_read_however_they_lie():
+    rng = np.random.default_rng(8)
+    vectors = rng.standard_normal((2, 100, 6)).astype(np.float32)
+    moments = np.stack([a @ a.T for a in rng.standard_normal((2, 6, 9))])
+    expected = lexico.head_maps(vectors, moments).matrices
+    for same in (np.asfortranarray(moments), moments.tolist(), np.repeat(moments, 2, axis=2)[..., ::2]):
+        np.testing.assert_array_equal(lexico.head_maps(vectors, same).matrices, expected)
+
+
+def test_arrays_at_odd_addresses_are_copied():
+    vectors = np.random.default_rng(9).standard_normal((3, 8)).astype(np.float32)
+    odd = np.frombuffer(b"x" + vectors.tobytes(), np.uint8)[1:].view(np.float32).reshape(3, 8)
+    assert not odd.flags.aligned
+    dictionary = lexico.Dictionary(np.eye(8))
+    np.testing.assert_array_equal(dictionary.encode(odd, 8).indices, dictionary.encode(vectors, 8).indices)
+
+
+def test_a_cache_that_could_not_code_is_not_used_further():
+    dictionaries = drawn(np.random.default_rng(10), identity())
+    cache = lexico.LayerCache(dictionaries, 0, "lexico:sparsity=2,window=4,sinks=0")
+    huge = np.full((2, 40, 16), 3e38, np.float32) * np.random.default_rng(11).choice([-1, 1], (2, 40, 16))
+    with pytest.raises((ValueError, lexico.LexicoError)):
+        cache.append(huge.astype(np.float32), huge.astype(np.float32))
+    for use in (lambda: len(cache), cache.fork, cache.save, lambda: cache.attend(np.zeros((2, 1, 16)))):
+        with pytest.raises(lexico.LexicoError, match="broke off"):
+            use()
+
+
 def test_what_is_wrong_is_said(tiny, tmp_path):
     refused = [
         (ValueError, "shape", lambda: lexico.Dictionary(np.ones(3))),

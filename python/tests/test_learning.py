@@ -98,3 +98,5 @@ def test_learning_breaks_off_and_says_what_is_wrong(embedded, texts):
         with pytest.raises(ValueError, match=word):
             call()
     assert model.config._attn_implementation != "lexico-learning"
+    # Nothing holds what was sampled.
+    assert not lexico.learning._READERS

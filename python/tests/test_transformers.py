@@ -207,6 +207,49 @@ def test_what_codes_do_not_know_is_refused(made):
         LexicoCache(gpt2, dictionaries)
 
 
+def test_damaged_and_empty_caches(made, tmp_path):
+    model, dictionaries = made
+    cache = LexicoCache(model, dictionaries, DENSE)
+    cache.save(tmp_path / "empty")
+    assert LexicoCache.load(tmp_path / "empty", model, dictionaries).get_seq_length() == 0
+    with torch.no_grad():
+        model(ids(1, 37), cache=cache)
+    cache.save(tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    # The number of positions stands in no layer's own part.
+    (tmp_path / "damaged").write_bytes(whole.replace(b'positions\\": 37', b'positions\\": 38'))
+    assert (tmp_path / "damaged").read_bytes() != whole
+    with pytest.raises(lexico.LexicoError, match="checksum"):
+        LexicoCache.load(tmp_path / "damaged", model, dictionaries)
+
+
+def test_a_step_that_broke_off_between_layers_is_noticed(made, monkeypatch):
+    model, dictionaries = made
+    cache = LexicoCache(model, dictionaries, DENSE)
+    with torch.no_grad():
+        model(ids(1, 20), cache=cache)
+        last = model.get_decoder().layers[-1]
+        with monkeypatch.context() as broken:
+            broken.setattr(last, "forward", lambda *_args, **_kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                model(ids(1, 1), cache=cache)
+        with pytest.raises(lexico.LexicoError, match="between two layers"):
+            model(ids(1, 1), cache=cache)
+
+
+def test_padding_after_an_answer_cannot_be_hidden_later(made):
+    model, dictionaries = made
+    if getattr(model.config, "sliding_window", None):
+        return
+    cache = LexicoCache(model, dictionaries, DENSE)
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[1, 15:20] = 0
+    with torch.no_grad():
+        model(ids(2, 20), cache=cache)
+        with pytest.raises(lexico.LexicoError, match="cannot be taken back"):
+            model(ids(2, 3), attention_mask=mask, cache=cache)
+
+
 def test_padding_on_the_right_is_passed_over_between_turns(made):
     model, dictionaries = made
     tokens, mask = ids(2, 20), torch.ones(2, 20, dtype=torch.long)
