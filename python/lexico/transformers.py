@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,6 @@ class LexicoCache(Cache):  # type: ignore[misc]
             layer.select(chosen.tolist())
 
 
-def _nothing() -> None:
-    """The mask that there was not."""
-
-
 class _Padding:
     """Which positions of a batch are no padding; all layers share it, as they do a step's mask."""
 
@@ -229,7 +225,7 @@ class _Padding:
         #: ``[batch, seen]``; ``None`` where all positions are real.
         self.real: torch.Tensor | None = None
         #: The last mask, as long as it is there, where it began and how many positions were new.
-        self._step: tuple[Callable[[], torch.Tensor | None], int, int] | None = None
+        self._step: tuple[ref[torch.Tensor] | None, int, int] | None = None
         self._new: torch.Tensor | None = None
 
     def __deepcopy__(self, memo: object) -> _Padding:
@@ -249,8 +245,10 @@ class _Padding:
         """
         if mask is None and self.real is None:
             return None
-        if self._step is not None and self._step[0]() is mask and self._step[1:] == (seen, t):
-            return self._new
+        if self._step is not None and self._step[1:] == (seen, t):
+            held = self._step[0]
+            if (mask is None and held is None) or (held is not None and mask is not None and held() is mask):
+                return self._new
         # Layers of two kinds, of which some have a window, have masks of two kinds.
         before = torch.ones(batch, seen, dtype=torch.bool) if self.real is None else self.real[:, :seen]
         if mask is None:
@@ -284,8 +282,8 @@ class _Padding:
             )
         self.real = None if real.all() else real
         # Masks are large.
-        held = ref(mask) if mask is not None else _nothing
-        self._step, self._new = (held, seen, t), None if new.all() else new
+        self._step = None if mask is None else ref(mask), seen, t
+        self._new = None if new.all() else new
         return self._new
 
 

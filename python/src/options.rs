@@ -45,10 +45,11 @@ pub(crate) fn layers(
     sliding_windows: &[Option<usize>],
 ) -> PyResult<Vec<LayerSettings>> {
     let mut settings = options.layers(dictionaries).map_err(refused)?;
+    // Where other threads are spare; what a cache holds does not depend on it.
+    let background = available_parallelism().is_ok_and(|cores| cores.get() > 1);
     for (layer, &window) in settings.iter_mut().zip(sliding_windows) {
         layer.sliding_window = window;
-        // Where other threads are spare; what a cache holds does not depend on it.
-        layer.background = available_parallelism().is_ok_and(|cores| cores.get() > 1);
+        layer.background = background;
     }
     Ok(settings)
 }

@@ -22,7 +22,7 @@ use super::request::{Event, Failure, Request};
 use super::sequence::Sequence;
 use super::{Call, Setup};
 use crate::memory::Share;
-use crate::prefix::{Prefix, shared_and_own};
+use crate::prefix::{Prefix, shared_and_own, shared_bytes};
 
 /// Time after which waiting requests are looked at again while nothing else happens.
 const LOOK: Duration = Duration::from_millis(100);
@@ -282,9 +282,9 @@ impl<'s> Scheduler<'s> {
         let mut chunks: HashMap<*const Share, usize> = HashMap::new();
         let own = self.running.iter().map(|sequence| {
             let shared = sequence.chunks.iter();
-            chunks.extend(shared.clone().map(|c| (Arc::as_ptr(c), c.bytes())));
-            let shared: usize = shared.map(|chunk| chunk.bytes()).sum();
-            sequence.cache.footprint().total().saturating_sub(shared)
+            chunks.extend(shared.map(|chunk| (Arc::as_ptr(chunk), chunk.bytes())));
+            let total = sequence.cache.footprint().total();
+            total.saturating_sub(shared_bytes(&sequence.chunks))
         });
         let own: usize = own.sum();
         let held = own + chunks.into_values().sum::<usize>();

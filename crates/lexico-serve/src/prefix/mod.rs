@@ -55,7 +55,7 @@ pub(crate) struct Prefix {
 impl Prefix {
     /// The bytes of its codes.
     pub(crate) fn shared(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.bytes()).sum()
+        shared_bytes(&self.chunks)
     }
 
     /// A copy that goes on by itself.
@@ -66,6 +66,11 @@ impl Prefix {
             chunks: self.chunks.clone(),
         })
     }
+}
+
+/// The bytes of codes that are told chunk by chunk.
+pub(crate) fn shared_bytes(chunks: &[Arc<Share>]) -> usize {
+    chunks.iter().map(|chunk| chunk.bytes()).sum()
 }
 
 /// The bytes of a cache's codes, which copies share, and of all else.
@@ -162,7 +167,7 @@ impl Prefixes {
         // While they are held, giving the prefix up makes no room.
         let held = self.touch(keys).map(|kept| kept.prefix.chunks.clone());
         if let Some(held) = held {
-            let shared: usize = held.iter().map(|chunk| chunk.bytes()).sum();
+            let shared = shared_bytes(&held);
             if let Some(own) = self.make_room(bytes.saturating_sub(shared))
                 && let Some(prefix) = self.find(keys)
                 && prefix.shared() == shared

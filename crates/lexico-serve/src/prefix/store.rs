@@ -154,11 +154,11 @@ impl PrefixStore {
                 return None;
             }
             let index = self.index();
-            let objects = keys.iter().enumerate().rev();
-            let mut stored =
-                objects.filter_map(|(at, key)| Some((at + 1, index.get(&key.to_string())?.bytes)));
-            let (number, bytes) = stored.next()?;
-            drop(stored);
+            let stored = |(at, key): (usize, &Key)| {
+                let object = index.get(&key.to_string())?;
+                Some((at + 1, object.bytes))
+            };
+            let (number, bytes) = keys.iter().enumerate().rev().find_map(stored)?;
             drop(index);
             (number > setup.prefixes().longest(&keys)).then_some((number, bytes))
         };
