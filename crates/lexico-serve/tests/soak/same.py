@@ -4,7 +4,7 @@
     same.py PROGRAM TEXT-FILE [--count 50] [--tokens 24] [-- ARGUMENTS OF THE SERVER]
 
 Prompts are parts of the file of 40 to 1,200 characters. The first server is asked one after the other, the second, which knows
-no prefix, all at once.
+no prefix, all at once. On a slow machine it needs `--queue-timeout 3600`.
 """
 import argparse
 import json
