@@ -1,4 +1,5 @@
 """Starting servers of the program, and asking them."""
+import atexit
 import json
 import socket
 import subprocess
@@ -24,6 +25,8 @@ class Server:
         self.base = f"http://127.0.0.1:{self.port}"
         command = [program, "serve", "--port", str(self.port), "--log-level", "warn", *arguments]
         self.process = subprocess.Popen(command)
+        # A script that fails leaves none behind.
+        atexit.register(self.process.kill)
         while self.process.poll() is None:
             try:
                 urllib.request.urlopen(self.base + "/health", timeout=5)
