@@ -366,17 +366,19 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         exact = None
         if self.seen == 0:
             exact, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-        out = exact if exact is not None else query.new_zeros(batch, t, query.shape[1], m)
         if exact is None and scaling is not None:
             # The codec's own scale is 1/√m.
             factor = scaling * m**0.5
             query = query if abs(factor - 1) < 1e-6 else query * factor
+        outs: list[torch.Tensor] = []
         for number, sequence in enumerate(self.sequences):
             queries, keys, values = query[number], key[number], value[number]
             rows = None
             if new is not None:
                 rows = new[number].nonzero()[:, 0].to(key.device)
                 if rows.numel() == 0:
+                    # Outputs of padding are zeros.
+                    outs.append(query.new_zeros(t, query.shape[1], m))
                     continue
                 queries, keys, values = queries[:, rows], keys[:, rows], values[:, rows]
             attended = None
@@ -390,11 +392,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
                     attended = torch.from_numpy(sequence.attend(_array(queries), own_keys, own_values))
                 sequence.append(own_keys, own_values)
             if attended is not None:
-                attended = attended.transpose(0, 1).to(out)
-                if rows is None:
-                    out[number] = attended
-                else:
-                    out[number, rows] = attended
+                attended = attended.transpose(0, 1).to(query)
+                if rows is not None:
+                    attended = query.new_zeros(t, query.shape[1], m).index_copy_(0, rows, attended)
+                outs.append(attended)
+        out = torch.stack(outs) if exact is None else exact
         self.seen += t
         self._waiting = False
         return out

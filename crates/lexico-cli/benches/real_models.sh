@@ -79,9 +79,9 @@ divergence() {
     done
 }
 
-# From 512 to 8,192 positions of the same text.
+# From 512 to 8,192 positions of the same text, eight tokens at a time: as many as leave the window together.
 long() {
-    local text=(--corpus "$data/wikitext2_test.txt" --context 8192 --prompt 512 --items 2 --batch-size 1)
+    local text=(--corpus "$data/wikitext2_test.txt" --context 8192 --prompt 512 --items 2 --batch-size 1 --step 8)
     for name in $names; do
         evaluate "long-$name" "$name" "${seeds%% *}" divergence "${text[@]}" --cache "lexico:sparsity=8,$window" \
             --cache "lexico:sparsity=13,$window" --cache kivi:bits=2,group=32,residual=32,sinks=4

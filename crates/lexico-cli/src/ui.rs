@@ -80,6 +80,8 @@ pub(crate) struct Bars {
     bar: Option<ProgressBar>,
     /// The time of the last line where stderr is no terminal.
     line: Option<Instant>,
+    /// What the last bar that ended was of: it is not begun anew by being told again that all is done.
+    ended: Option<(String, usize)>,
 }
 
 /// Seconds between two lines of progress where stderr is no terminal.
@@ -96,11 +98,15 @@ impl Bars {
 
     /// Shows that `done` of `total` is done, on a new bar where none is shown.
     pub(crate) fn show(&mut self, message: String, done: usize, total: usize, unit: &str) {
+        let ended = done == total && self.bar.is_none();
+        if ended && self.ended.as_ref() == Some(&(message.clone(), total)) {
+            return;
+        }
         let bar = self.bar.get_or_insert_with(|| {
             self.line = None;
             progress(0, unit)
         });
-        bar.set_message(message);
+        bar.set_message(message.clone());
         bar.set_length(total as u64);
         bar.set_position(done as u64);
         if bar.is_hidden() && !self.clear {
@@ -117,6 +123,7 @@ impl Bars {
         }
         if done == total {
             self.finish();
+            self.ended = Some((message, total));
         }
     }
 

@@ -742,3 +742,68 @@ fn own_text_goes_on_where_the_corpus_ends() {
     assert_eq!(run["items"][0]["divergences"].as_array().unwrap().len(), 64);
     assert!(run["score"].as_f64().unwrap() > 0.0);
 }
+
+/// Tokens that are read some at a time are those that are predicted one by one, whether or not a step divides them.
+#[test]
+fn steps_of_several_tokens_predict_the_same_text() {
+    let data = Data::new();
+    let prose = "The lobster lives in the north. It has ten legs and no neighbours. ".repeat(20);
+    let prose = data.file("prose.txt", &prose);
+    let fixed = [
+        "perplexity",
+        "--corpus",
+        &prose,
+        "--prompt",
+        "24",
+        "--context",
+        "60",
+        "--items",
+        "2",
+        "--cache",
+        "full",
+        "--cache",
+        "lexico:window=64",
+        "--cache",
+        "lexico:sparsity=2,sinks=0,window=4,batch=1",
+    ];
+    let found = |step: &str| {
+        let all = json(&[&fixed[..], &["--step", step]].concat());
+        let step = all["settings"]["step"].clone();
+        let losses = all["runs"].as_array().unwrap().iter().flat_map(|run| {
+            let items = run["items"].as_array().unwrap().clone();
+            items.into_iter().map(|item| {
+                let losses = item["losses"].as_array().unwrap().clone();
+                losses
+                    .iter()
+                    .map(|x| x.as_f64().unwrap())
+                    .collect::<Vec<_>>()
+            })
+        });
+        (step, losses.collect::<Vec<_>>())
+    };
+    let (step, single) = found("1");
+    assert_eq!(step, Value::Null);
+    assert_eq!(single.len(), 6);
+    for count in ["7", "36"] {
+        let (step, several) = found(count);
+        assert_eq!(step.to_string(), count);
+        let apart = |run: usize| {
+            let pairs = single[2 * run..2 * run + 2].iter().zip(&several[2 * run..]);
+            let losses = pairs.flat_map(|(a, b)| {
+                assert_eq!(a.len(), b.len());
+                a.iter().zip(b).map(|(a, b)| (a - b).abs())
+            });
+            losses.fold(0.0, f64::max)
+        };
+        // What keeps every position as it is cannot tell a step from its tokens; what codes them can.
+        assert!(
+            apart(0) < 1e-3 && apart(1) < 2e-2,
+            "{} {}",
+            apart(0),
+            apart(1)
+        );
+        assert!(apart(2) > 2e-2, "{}", apart(2));
+    }
+    let refused = [&fixed[..], &["--step", "0"]].concat();
+    assert!(fails(1, &refused).contains("a step of 0 tokens"));
+}

@@ -18,10 +18,13 @@ pub(crate) struct TextArguments {
     /// Tokens of a chunk, which is an item [default: 1024, or the model's context]
     #[arg(long, value_name = "K")]
     context: Option<usize>,
-    /// Tokens of a chunk that are read at once; the rest is read and predicted one by one, from what the cache holds
-    /// [default: seven eighths of the chunk]
+    /// Tokens of a chunk that are read at once; the rest is read and predicted from what the cache holds [default: seven eighths of the
+    /// chunk]
     #[arg(long, value_name = "K")]
     prompt: Option<usize>,
+    /// Tokens read at a time behind the prompt; more than one are faster, and see each other uncompressed in any cache
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    step: usize,
     /// Take only the prompts from the text, and read on in what the model itself writes with the full cache
     #[arg(long)]
     own_text: bool,
@@ -38,6 +41,7 @@ impl TextArguments {
             let options = TextOptions {
                 context,
                 prompt: self.prompt.unwrap_or(context - context / 8),
+                step: self.step,
                 chunks,
                 seed,
                 own_text: self.own_text,

@@ -18,8 +18,11 @@ use crate::task::{Detail, Measure, Outcome, Task, named, reading_groups, reading
 pub struct TextOptions {
     /// Tokens of a chunk.
     pub context: usize,
-    /// Tokens of a chunk that are read at once, as a prompt; the rest is read one by one and predicted.
+    /// Tokens of a chunk that are read at once, as a prompt; the rest is read some at a time and predicted.
     pub prompt: usize,
+    /// Tokens that are read at a time behind the prompt. More than one are read faster; each sees the others of its step as they are, in any
+    /// cache.
+    pub step: usize,
     /// Max number of chunks.
     pub chunks: usize,
     /// Seed of the chunks that are taken of a text that has more.
@@ -38,8 +41,8 @@ pub enum TextMeasure {
     Divergence,
 }
 
-/// Chunks of a text, each read as a prompt and then token by token, as in decoding: the next token is predicted from
-/// what the cache holds of all before.
+/// Chunks of a text, each read as a prompt and then token by token, as in decoding, or some tokens at a time: the next token is predicted
+/// from what the cache holds of all before.
 pub struct TextTask {
     measure: TextMeasure,
     texts: Vec<String>,
@@ -54,8 +57,8 @@ impl TextTask {
     /// Takes some chunks of a corpus.
     ///
     /// # Errors
-    /// [`Error::Options`] for chunks without predictions or beyond the model's context, and for the perplexity of own text;
-    /// those of the corpus.
+    /// [`Error::Options`] for chunks without predictions or beyond the model's context, a step of no token, and for the perplexity of own
+    /// text; those of the corpus.
     pub fn new(
         model: &Model,
         corpus: &Corpus,
@@ -69,6 +72,10 @@ impl TextTask {
                 "a prompt of {prompt} tokens in chunks of {context} is impossible: it takes at least 1, fewer than \
                  the chunk's, and chunks no longer than the model's context of {max}"
             )));
+        }
+        if options.step == 0 {
+            let reason = "a step of 0 tokens reads nothing; it takes at least 1";
+            return Err(Error::Options(reason.to_owned()));
         }
         if options.own_text && measure == TextMeasure::Perplexity {
             let reason = "the model's own text has no perplexity to tell; ask for the divergence";
@@ -111,7 +118,7 @@ impl TextTask {
                 token
             };
             let full: CacheSpec = "full".parse()?;
-            let read = self.read(model, &[&full], &prompts, on_step, &mut write)?;
+            let read = self.read(model, &[&full], &prompts, None, on_step, &mut write)?;
             if read.is_none() {
                 return Ok(None);
             }
@@ -123,13 +130,14 @@ impl TextTask {
     }
 
     /// Reads on from `prompts` with each of `caches`; at every token to predict, `visit` is given the prompt's place among
-    /// them, the token's place in its text, and the logits with each cache, and returns the token. Returns the caches,
-    /// prompt by prompt.
+    /// them, the token's place in its text, and the logits with each cache, and returns the token. Where the texts are known, several tokens
+    /// are read at a time. Returns the caches, prompt by prompt.
     fn read(
         &self,
         model: &Model,
         caches: &[&CacheSpec],
         prompts: &[&[u32]],
+        texts: Option<&[Vec<u32>]>,
         on_step: &mut dyn FnMut() -> ControlFlow<()>,
         visit: &mut dyn FnMut(usize, usize, &[Vec<f32>]) -> u32,
     ) -> Result<Option<Vec<Box<dyn KvCache>>>> {
@@ -162,10 +170,15 @@ impl TextTask {
             }
             next.push(visit(number, prompt, &logits));
         }
-        for at in prompt + 1..context {
-            let tokens = next
-                .iter()
-                .flat_map(|token| caches.iter().map(move |_| std::slice::from_ref(token)));
+        let step = texts.map_or(1, |_| self.options.step);
+        for first in (prompt + 1..context).step_by(step) {
+            let count = step.min(context - first);
+            let own = |number: usize| match texts {
+                Some(texts) => &texts[number][first - 1..][..count],
+                None => std::slice::from_ref(&next[number]),
+            };
+            let tokens =
+                (0..prompts.len()).flat_map(|number| caches.iter().map(move |_| own(number)));
             let mut sequences: Vec<Sequence<'_>> = tokens
                 .zip(&mut held)
                 .map(|(tokens, cache)| Sequence {
@@ -173,14 +186,21 @@ impl TextTask {
                     cache: cache.as_mut(),
                 })
                 .collect();
-            let logits = model.decoder.forward(&mut sequences, Logits::Last)?;
-            let logits: Vec<Vec<f32>> = logits.to_vec2().map_err(lexico_llm::Error::from)?;
+            let logits = model.decoder.forward(&mut sequences, Logits::All)?;
+            let mut logits: Vec<Vec<f32>> = logits.to_vec2().map_err(lexico_llm::Error::from)?;
             next.clear();
-            for (number, logits) in logits.chunks(each).enumerate() {
-                for logits in logits {
+            for (number, logits) in logits.chunks_mut(each * count).enumerate() {
+                for logits in logits.iter() {
                     check_finite(logits)?;
                 }
-                next.push(visit(number, at, logits));
+                for place in 0..count {
+                    let of_place = logits.iter_mut().skip(place).step_by(count);
+                    let of_place: Vec<Vec<f32>> = of_place.map(std::mem::take).collect();
+                    let token = visit(number, first + place, &of_place);
+                    if place + 1 == count {
+                        next.push(token);
+                    }
+                }
             }
             if on_step().is_break() {
                 return Ok(None);
@@ -222,6 +242,9 @@ impl Task for TextTask {
         if self.options.own_text {
             settings.insert("own_text".to_owned(), true.into());
         }
+        if self.options.step > 1 {
+            settings.insert("step".to_owned(), self.options.step.into());
+        }
         settings
     }
 
@@ -230,7 +253,8 @@ impl Task for TextTask {
     }
 
     fn steps(&self, caches: &[&CacheSpec], items: &[usize]) -> usize {
-        items.len() * readings(caches) + self.options.context - self.options.prompt
+        let behind = self.options.context - self.options.prompt - 1;
+        items.len() * readings(caches) + behind.div_ceil(self.options.step)
     }
 
     fn run(
@@ -276,7 +300,8 @@ impl Task for TextTask {
             }
             token
         };
-        let Some(held) = self.read(model, &all, &prompts, on_step, &mut visit)? else {
+        let Some(held) = self.read(model, &all, &prompts, Some(&chunks), on_step, &mut visit)?
+        else {
             return Ok(None);
         };
         let mut outcomes = vec![Vec::with_capacity(items.len()); each];

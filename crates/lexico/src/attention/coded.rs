@@ -54,9 +54,18 @@ impl<'a> Coded<'a> {
 }
 
 impl Coded<'_> {
-    /// Whether rebuilding vectors costs less, for so many queries, than the products with all atoms, and the sums over them.
-    fn are_few(&self, rows: usize, atoms: KeyValue<Atoms<'_>>) -> bool {
-        let of_tables: usize = atoms.into_iter().map(|atoms| atoms.len() * rows).sum();
+    /// How many of the atoms, from the first on, the codes may name: heads with fewer atoms a code leave the last codebooks alone.
+    fn named(&self) -> KeyValue<usize> {
+        let named = |codes: &Codes| match codes.is_empty() {
+            true => 0,
+            false => usize::from(codes.largest_index()) + 1,
+        };
+        self.codes.map(named)
+    }
+
+    /// Whether rebuilding vectors costs less, for so many queries, than the products with all atoms named, and the sums over them.
+    fn are_few(&self, rows: usize) -> bool {
+        let of_tables: usize = self.named().into_iter().map(|atoms| atoms * rows).sum();
         let of_vector = |codes: &Codes| ATOM_COST * codes.format().sparsity() + rows;
         let of_vectors: usize = self.codes.into_iter().map(of_vector).sum();
         self.seen.len() * of_vectors < of_tables
@@ -109,7 +118,7 @@ pub(super) fn add_heads(
         let mut by_table = Vec::with_capacity(codes.len());
         let each = queries.chunks_exact(group * m);
         for ((codes, softmax), queries) in codes.iter().zip(softmaxes).zip(each) {
-            if codes.are_few(group, atoms) {
+            if codes.are_few(group) {
                 rebuild_codes(softmax, codes, queries, atoms, scratch, |_, _| ());
             } else {
                 by_table.push((codes, softmax, queries));
@@ -118,23 +127,27 @@ pub(super) fn add_heads(
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, by_table.len() * table);
         for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
-            for (p, (.., queries)) in p.chunks_exact_mut(table).zip(&by_table) {
-                let p = &mut p[first * group..][..count * group];
-                dots(rows, queries, m, group, p);
+            for (p, (codes, _, queries)) in p.chunks_exact_mut(table).zip(&by_table) {
+                if first < codes.named().keys {
+                    let p = &mut p[first * group..][..count * group];
+                    dots(rows, queries, m, group, p);
+                }
             }
         }
         let u = tables(&mut scratch.u, by_table.len() * table);
         let both = p.chunks_exact(table).zip(u.chunks_exact_mut(table));
         for ((codes, softmax, queries), (p, u)) in by_table.iter_mut().zip(both) {
-            let n = atoms.values.len();
+            let n = codes.named().values.next_multiple_of(ATOM_BLOCK);
             u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, queries, n, p, u, weights, |_, _| ());
         }
         for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
-            for (u, (_, softmax, _)) in u.chunks_exact(table).zip(&mut by_table) {
-                let u = &u[first * group..][..count * group];
-                combine(u, rows, m, group, &mut softmax.output);
+            for (u, (codes, softmax, _)) in u.chunks_exact(table).zip(&mut by_table) {
+                if first < codes.named().values {
+                    let u = &u[first * group..][..count * group];
+                    combine(u, rows, m, group, &mut softmax.output);
+                }
             }
         }
     });
@@ -158,23 +171,24 @@ pub(super) fn add_many(
         }
     };
     SCRATCH.with_borrow_mut(|scratch| {
-        if codes.are_few(group, atoms) {
+        if codes.are_few(group) {
             rebuild_codes(softmax, &codes, queries, atoms, scratch, hide);
             return;
         }
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
-        let n = atoms.keys.len();
-        let rows = Matrix::by_rows(atoms.keys.numbers(), n, m);
+        let named = codes.named();
+        let n = named.keys;
+        let rows = Matrix::by_rows(&atoms.keys.numbers()[..n * m], n, m);
         let columns = Matrix::by_rows(queries, group, m).transposed();
         multiply(&mut p[..n * group], false, rows, columns);
-        let n = atoms.values.len();
+        let n = named.values;
         u[..n * group].fill(0.0);
         let weights = &mut scratch.weights;
         sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
-        let rows = Matrix::by_rows(atoms.values.numbers(), n, m);
+        let rows = Matrix::by_rows(&atoms.values.numbers()[..n * m], n, m);
         multiply(&mut softmax.output, true, u, rows);
     });
 }
