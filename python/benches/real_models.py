@@ -28,8 +28,8 @@ import lexico
 from lexico.transformers import LexicoCache
 
 CACHE = "lexico:sparsity=12,window=128"
-# All of a short text lies in the window: the same numbers are kept as with codes, but nothing is coded.
-WINDOW = "lexico:window=8192"
+# To compare numbers, all that is dense in f32. All of a short text lies in the window of the second: nothing is coded.
+FULL, WINDOW, CODED = "full:dense=f32", "lexico:window=8192,dense=f32", CACHE + ",dense=f32"
 
 
 def tell(report):
@@ -57,7 +57,7 @@ def ask(options, cache, prompt):
         port = free.getsockname()[1]
     # A prompt that is read at once attends to itself as it is, as it does in transformers.
     arguments = ["--ubatch-size", "8192", "--port", str(port), "--log-level", "warn", "--cache", cache]
-    if cache != "full":
+    if cache != FULL:
         arguments += ["--dictionary", options.dictionary]
     server = subprocess.Popen([options.program, "serve", "--model", options.folder, *arguments])
     base = f"http://127.0.0.1:{port}"
@@ -95,9 +95,9 @@ def same(model, tokenizer, dictionaries, text, options):
     does by rounding."""
     prompt = text[: options.prompt]
     makers = {
-        "full": lambda: DynamicCache(config=model.config),
+        FULL: lambda: DynamicCache(config=model.config),
         WINDOW: lambda: LexicoCache(model, dictionaries, WINDOW),
-        CACHE: lambda: LexicoCache(model, dictionaries, CACHE),
+        CODED: lambda: LexicoCache(model, dictionaries, CODED),
     }
     ours = {name: greedy(model, make(), prompt, options.tokens) for name, make in makers.items()}
     report: dict[str, dict[str, object]] = {}
