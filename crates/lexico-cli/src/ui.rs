@@ -98,8 +98,7 @@ impl Bars {
 
     /// Shows that `done` of `total` is done, on a new bar where none is shown.
     pub(crate) fn show(&mut self, message: String, done: usize, total: usize, unit: &str) {
-        let ended = done == total && self.bar.is_none();
-        if ended && self.ended.as_ref() == Some(&(message.clone(), total)) {
+        if done == total && self.bar.is_none() && self.ended == Some((message.clone(), total)) {
             return;
         }
         let bar = self.bar.get_or_insert_with(|| {

@@ -26,6 +26,8 @@ const ATOM_COST: usize = 12;
 /// Codes of one KV head, and the positions of them that are seen.
 pub(super) struct Coded<'a> {
     codes: KeyValue<&'a Codes>,
+    /// How many of the atoms, from the first on, the codes may name: heads with fewer atoms a code leave the last codebooks alone.
+    named: KeyValue<usize>,
     offsets: Option<RotaryOffsets<'a>>,
     seen: Range<usize>,
 }
@@ -39,14 +41,16 @@ impl<'a> Coded<'a> {
         seen: Range<usize>,
     ) -> Self {
         assert_eq!(codes.keys.len(), codes.values.len(), "one value a key");
-        for (codes, atoms) in codes.zip(atoms) {
-            assert!(
-                codes.is_empty() || usize::from(codes.largest_index()) < atoms.len(),
-                "codes name atoms that there are"
-            );
+        let named = codes.map(|codes| match codes.is_empty() {
+            true => 0,
+            false => usize::from(codes.largest_index()) + 1,
+        });
+        for (named, atoms) in named.zip(atoms) {
+            assert!(named <= atoms.len(), "codes name atoms that there are");
         }
         Self {
             codes,
+            named,
             offsets,
             seen,
         }
@@ -54,18 +58,9 @@ impl<'a> Coded<'a> {
 }
 
 impl Coded<'_> {
-    /// How many of the atoms, from the first on, the codes may name: heads with fewer atoms a code leave the last codebooks alone.
-    fn named(&self) -> KeyValue<usize> {
-        let named = |codes: &Codes| match codes.is_empty() {
-            true => 0,
-            false => usize::from(codes.largest_index()) + 1,
-        };
-        self.codes.map(named)
-    }
-
     /// Whether rebuilding vectors costs less, for so many queries, than the products with all atoms named, and the sums over them.
     fn are_few(&self, rows: usize) -> bool {
-        let of_tables: usize = self.named().into_iter().map(|atoms| atoms * rows).sum();
+        let of_tables: usize = self.named.into_iter().map(|atoms| atoms * rows).sum();
         let of_vector = |codes: &Codes| ATOM_COST * codes.format().sparsity() + rows;
         let of_vectors: usize = self.codes.into_iter().map(of_vector).sum();
         self.seen.len() * of_vectors < of_tables
@@ -128,7 +123,7 @@ pub(super) fn add_heads(
         let p = tables(&mut scratch.p, by_table.len() * table);
         for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
             for (p, (codes, _, queries)) in p.chunks_exact_mut(table).zip(&by_table) {
-                if first < codes.named().keys {
+                if first < codes.named.keys {
                     let p = &mut p[first * group..][..count * group];
                     dots(rows, queries, m, group, p);
                 }
@@ -137,14 +132,14 @@ pub(super) fn add_heads(
         let u = tables(&mut scratch.u, by_table.len() * table);
         let both = p.chunks_exact(table).zip(u.chunks_exact_mut(table));
         for ((codes, softmax, queries), (p, u)) in by_table.iter_mut().zip(both) {
-            let n = codes.named().values.next_multiple_of(ATOM_BLOCK);
+            let n = codes.named.values.next_multiple_of(ATOM_BLOCK);
             u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, queries, n, p, u, weights, |_, _| ());
         }
         for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
             for (u, (codes, softmax, _)) in u.chunks_exact(table).zip(&mut by_table) {
-                if first < codes.named().values {
+                if first < codes.named.values {
                     let u = &u[first * group..][..count * group];
                     combine(u, rows, m, group, &mut softmax.output);
                 }
@@ -178,12 +173,11 @@ pub(super) fn add_many(
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
-        let named = codes.named();
-        let n = named.keys;
+        let n = codes.named.keys;
         let rows = Matrix::by_rows(&atoms.keys.numbers()[..n * m], n, m);
         let columns = Matrix::by_rows(queries, group, m).transposed();
         multiply(&mut p[..n * group], false, rows, columns);
-        let n = named.values;
+        let n = codes.named.values;
         u[..n * group].fill(0.0);
         let weights = &mut scratch.weights;
         sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
