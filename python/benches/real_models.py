@@ -4,6 +4,7 @@
     real_models.py same FOLDER DICTIONARY TEXT --program PROGRAM [--prompt 800] [--tokens 100]
     real_models.py bytes FOLDER DICTIONARY TEXT [--positions 4000]
     real_models.py speed FOLDER DICTIONARY TEXT [--prompt 2000] [--tokens 200] [--times 3]
+    real_models.py chunks FOLDER DICTIONARY TEXT [--positions 4000]     # what LMCache stores of it
 
 FOLDER is a model as the Hugging Face hub has it, DICTIONARY a file of `lexico train`, TEXT any text. All is computed in f32 on the
 processor.
@@ -149,6 +150,36 @@ def bytes_held(model, _tokenizer, dictionaries, text, options):
     tell({"counted": counted, "held": held, "held over counted": held / counted, "of FP16": of_fp16})
 
 
+def chunks(model, _tokenizer, _dictionaries, text, options):
+    """What LMCache's serde makes of the model's own chunks of 256 tokens: bytes over bf16's, and how far vectors come back from what they were."""
+    from lmcache.v1.distributed.api import ObjectKey
+
+    from lexico.lmcache import _Chunks
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for first in range(0, options.positions, 250):
+            model.model(torch.tensor([text[first : first + 250]]), cache=cache)
+    # [2, layers, heads, tokens, m] as LMCache has it: [2, layers, tokens, heads·m]
+    vectors = torch.stack([torch.cat([getattr(layer, part) for layer in cache.layers]) for part in ("keys", "values")])
+    whole = vectors.transpose(2, 3).flatten(3).to(torch.bfloat16)
+    serde, size, took, errors = _Chunks(options.dictionary), 0, [], []
+    for first in range(0, whole.shape[2] - 255, 256):
+        chunk = whole[:, :, first : first + 256].float().numpy()
+        key = ObjectKey(first.to_bytes(8, "big"), "model", 0, 0, "")
+        size += serde.size(chunk.shape)
+        started = time.perf_counter()
+        data = serde.encode(chunk, key)
+        took.append(time.perf_counter() - started)
+        back = serde.decode(data, key, chunk.shape)
+        errors.append(((back - chunk) ** 2).sum((1, 2, 3)) / (chunk**2).sum((1, 2, 3)))
+    count = len(took)
+    keys, values = sum(errors) / count
+    of_bf16 = size / (count * 256 * whole[:, :, 0].numel() * 2)
+    report = {"chunks": count, "bytes a chunk": size // count, "of bf16": of_bf16, "seconds to code a chunk": statistics.median(took)}
+    tell(report | {"relative squared error of keys": float(keys), "of values": float(values)})
+
+
 def speed(model, _tokenizer, dictionaries, text, options):
     """Tokens a second after a prompt, in turn with transformers' own cache."""
     makers = {
@@ -172,7 +203,7 @@ def speed(model, _tokenizer, dictionaries, text, options):
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"same": same, "bytes": bytes_held, "speed": speed}
+    commands = {"same": same, "bytes": bytes_held, "speed": speed, "chunks": chunks}
     arguments.add_argument("command", choices=commands)
     arguments.add_argument("folder")
     arguments.add_argument("dictionary")
@@ -187,7 +218,7 @@ def main():
     options.tokens = options.tokens or {"same": 100}.get(options.command, 200)
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    needed = options.positions if options.command == "bytes" else options.prompt
+    needed = options.positions if options.command in ("bytes", "chunks") else options.prompt
     text = tokenizer(Path(options.text).read_text()[: 16 * needed]).input_ids
     if len(text) < needed:
         arguments.error(f"{options.text} gives {len(text)} tokens; {needed} are needed")
