@@ -151,7 +151,7 @@ def bytes_held(model, _tokenizer, dictionaries, text, options):
 
 
 def chunks(model, _tokenizer, _dictionaries, text, options):
-    """What LMCache's serde makes of the model's own chunks of 256 tokens: bytes over bf16's, and how far vectors come back from what they were."""
+    """What LMCache's serde makes of the model's own chunks of 256 tokens: bytes over bf16's, and the error of what comes back."""
     from lmcache.v1.distributed.api import ObjectKey
 
     from lexico.lmcache import _Chunks
@@ -176,7 +176,12 @@ def chunks(model, _tokenizer, _dictionaries, text, options):
     count = len(took)
     keys, values = sum(errors) / count
     of_bf16 = size / (count * 256 * whole[:, :, 0].numel() * 2)
-    report = {"chunks": count, "bytes a chunk": size // count, "of bf16": of_bf16, "seconds to code a chunk": statistics.median(took)}
+    report = {
+        "chunks": count,
+        "bytes a chunk": size // count,
+        "of bf16": of_bf16,
+        "seconds to code a chunk": statistics.median(took),
+    }
     tell(report | {"relative squared error of keys": float(keys), "of values": float(values)})
 
 
