@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::RunningSoftmax;
-use crate::codes::Codes;
+use crate::codes::{CodeFormat, Codes};
 use crate::dictionary::{Atoms, MAX_ATOMS, RotaryOffsets};
 use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
@@ -41,13 +41,18 @@ impl<'a> Coded<'a> {
         seen: Range<usize>,
     ) -> Self {
         assert_eq!(codes.keys.len(), codes.values.len(), "one value a key");
-        let named = codes.map(|codes| match codes.is_empty() {
-            true => 0,
-            false => usize::from(codes.largest_index()) + 1,
+        let named = codes.zip(atoms).map(|(codes, atoms)| {
+            let fits = codes.is_empty() || usize::from(codes.largest_index()) < atoms.len();
+            assert!(fits, "codes name atoms that there are");
+            // Not by the largest index there is or was: attention must not depend on codes that are gone.
+            match codes.format() {
+                _ if codes.is_empty() => 0,
+                CodeFormat::Additive(format) => {
+                    format.sizes.atoms(format.sparsity).min(atoms.len())
+                }
+                CodeFormat::Sparse(_) => atoms.len(),
+            }
         });
-        for (named, atoms) in named.zip(atoms) {
-            assert!(named <= atoms.len(), "codes name atoms that there are");
-        }
         Self {
             codes,
             named,
@@ -314,5 +319,42 @@ fn rebuilt(
             block.rebuild(atoms.numbers(), m, vectors);
             visit(vectors, first - range.start + at);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use super::*;
+    use crate::codes::AdditiveFormat;
+    use crate::dictionary::{CodebookSizes, Codebooks};
+    use crate::encode::EncodedBatch;
+
+    #[test]
+    fn codes_that_are_gone_name_no_atoms() {
+        let sizes = CodebookSizes { first: 20 };
+        let codebooks = Codebooks::new(vec![0.5; sizes.atoms(3) * 2], 2, sizes).unwrap();
+        let atoms = codebooks.first(3);
+        let codes = |indices: &[[u16; 2]]| {
+            let format = AdditiveFormat { sparsity: 2, sizes };
+            let mut codes = Codes::new(format).unwrap();
+            codes.extend(&EncodedBatch {
+                sparsity: 2,
+                lengths: vec![2; indices.len()],
+                indices: indices.as_flattened().to_vec(),
+                coefficients: vec![1.0; 2 * indices.len()],
+                relative_errors: vec![0.0; indices.len()],
+            });
+            codes
+        };
+        let mut older = codes(&[[19, 275], [3, 30]]);
+        older.drop_front(1);
+        let newer = codes(&[[3, 30]]);
+        let named = [&older, &newer].map(|codes| {
+            let (codes, atoms) = (KeyValue::new(codes, codes), KeyValue::new(atoms, atoms));
+            Coded::new(codes, atoms, None, 0..1).named
+        });
+        assert_eq!(named, [KeyValue::new(276, 276); 2]);
     }
 }
