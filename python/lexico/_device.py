@@ -135,6 +135,8 @@ class DeviceLayerCache:
     def of(cls, empty: LayerCache, dictionaries: Dictionaries, layer: int, device: Any) -> DeviceLayerCache:
         """An empty one with the settings of another."""
         settings = empty.settings
+        if settings["memory"] is not None:
+            raise LexicoError("cache: memory=… is for the processor; on a GPU give window=…")
         keys, values = (_Part(dictionaries, layer, part, settings, device) for part in ("keys", "values"))
         dtype = torch.float16 if settings["dense"] == "f16" else torch.float32
         none = torch.zeros(empty.kv_heads, 0, empty.head_dim, dtype=dtype, device=device)

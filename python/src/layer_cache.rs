@@ -50,6 +50,8 @@ struct Header {
     checksums: KeyValue<u32>,
     positions: usize,
     leaving: Option<usize>,
+    #[serde(default)]
+    all_dense: bool,
     /// Names of the blocks and their bytes.
     blocks: Vec<(String, usize)>,
 }
@@ -149,6 +151,7 @@ impl LayerCache {
             checksums: state.checksums,
             positions: state.positions,
             leaving: state.leaving,
+            all_dense: state.all_dense,
             blocks: blocks
                 .map(|(name, bytes)| (name.clone(), bytes.len()))
                 .collect(),
@@ -255,6 +258,7 @@ impl LayerCache {
             sparsities,
             sinks,
             recent_window,
+            memory,
             batch,
             number_type,
             ..
@@ -283,6 +287,7 @@ impl LayerCache {
         all.set_item("values", sparsities.values)?;
         all.set_item("sinks", sinks)?;
         all.set_item("window", recent_window)?;
+        all.set_item("memory", memory.map(|memory| memory.bytes()))?;
         all.set_item("batch", batch)?;
         all.set_item("dense", dense)?;
         Ok(all)
@@ -477,6 +482,7 @@ impl LayerCache {
                 checksums: header.checksums,
                 positions: header.positions,
                 leaving: header.leaving,
+                all_dense: header.all_dense,
                 blocks,
             },
         );

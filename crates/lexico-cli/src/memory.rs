@@ -1,4 +1,10 @@
-//! This process's memory, as the operating system counts it.
+//! Sizes of memory as people write them, and this process's memory as the operating system counts it.
+
+/// Reads a size in bytes.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let bytes = lexico::parse_size(text).map(|bytes| bytes as usize);
+    bytes.ok_or_else(|| "it must be a size, as 512MiB or 2GiB".to_owned())
+}
 
 /// Returns resident bytes now, and their peak so far; `None` where the system does not tell (Linux does).
 pub(crate) fn resident() -> Option<(usize, usize)> {

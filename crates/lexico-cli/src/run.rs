@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::learn::LearnArguments;
 use crate::lines::Lines;
+use crate::memory::size;
 use crate::model::ModelArguments;
 use crate::{interrupt, ui};
 
@@ -41,6 +42,10 @@ pub(crate) struct Run {
     /// The cache method and its options (below) [default: lexico, or as it was saved]
     #[arg(long, value_name = "NAME[:key=value,...]")]
     cache: Option<CacheSpec>,
+    /// Memory of the cache: positions stay dense while they fit, and as it fills the oldest become codes
+    /// [default: none; the newest 128 stay dense]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    kv_memory: Option<usize>,
     /// Save the cache and the text at the end, also after Ctrl-C, SIGTERM or SIGHUP, for --load-cache
     #[arg(long, value_name = "FILE")]
     save_cache: Option<PathBuf>,
@@ -169,9 +174,20 @@ impl Run {
 
     /// Returns the cache that is asked for, or the saved one; where both are given they must be the same.
     fn spec(&self, saved: Option<&SavedGeneration>) -> anyhow::Result<CacheSpec> {
-        match (&self.cache, saved) {
+        let mut given = self.cache.clone();
+        if let Some(bytes) = self.kv_memory {
+            let spec = given.map_or_else(|| "lexico".parse(), Ok)?;
+            if spec.method().name != "lexico" {
+                bail!(
+                    "--kv-memory is for --cache lexico, which makes codes of what does not fit; {spec} is as large as it is"
+                );
+            }
+            let with = spec.with("memory", &format!("{bytes}B"));
+            given = Some(with.context("--kv-memory")?);
+        }
+        match (&given, saved) {
             (Some(spec), Some(saved)) if !spec.same_as(saved.spec()) => bail!(
-                "the cache was saved as {}, and --cache is {spec}; leave --cache out",
+                "the cache was saved as {}, and {spec} is asked for; leave out --cache and --kv-memory",
                 saved.spec()
             ),
             (_, Some(saved)) => Ok(saved.spec().clone()),
@@ -427,7 +443,9 @@ fn save(path: &Path, session: &Session) -> anyhow::Result<(String, Value)> {
 }
 
 fn is_context_full(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(Error::ContextFull { .. }))
+    let full =
+        |error: &Error| matches!(error, Error::ContextFull { .. } | Error::MemoryFull { .. });
+    error.downcast_ref().is_some_and(full)
 }
 
 /// Reads a count as llama.cpp does: -1 has no limit.
@@ -521,14 +539,19 @@ impl<'a> Report<'a> {
             0 => String::new(),
             held => format!(", beside {} of dictionaries", ui::bytes(held)),
         };
+        let capacity = self.session.cache().capacity();
+        let memory_full = capacity.is_some_and(|capacity| capacity <= self.positions);
         let cut = match generated.finish {
             Finish::MaxTokens => "; stopped at --max-tokens",
+            Finish::ContextFull if memory_full => "; the cache's memory is full",
             Finish::ContextFull => "; the context is full",
             Finish::Interrupted => "; interrupted",
             Finish::End | Finish::Stop => "",
         };
+        let dense = self.session.cache().dense();
+        let dense = dense.map_or(String::new(), |dense| format!(", {dense} of them dense"));
         format!(
-            "[{}: {} for {} positions, {} of FP16{dictionaries}; prefill {prefill:.0} tokens/s, \
+            "[{}: {} for {} positions{dense}, {} of FP16{dictionaries}; prefill {prefill:.0} tokens/s, \
              decode {decode} tokens/s{cut}]",
             self.session.spec(),
             ui::bytes(self.footprint.total()),
@@ -550,6 +573,7 @@ impl<'a> Report<'a> {
                 "method": spec.method().name,
                 "spec": spec.to_string(),
                 "positions": self.positions,
+                "dense_positions": self.session.cache().dense(),
                 "bytes": self.footprint.total(),
                 "parts": parts.collect::<Map<String, Value>>(),
                 "fp16_bytes": self.fp16_bytes,

@@ -5,11 +5,12 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lexico::shown::shown_path;
-use lexico_llm::cache::{CacheBudget, CacheSpec};
+use lexico_llm::cache::CacheSpec;
 use lexico_serve::{Options, Server, signalled};
 use tracing::Level;
 
 use crate::learn::LearnArguments;
+use crate::memory::size;
 use crate::model::ModelArguments;
 
 /// Variable that holds the key, which a command line would show to other users.
@@ -161,14 +162,6 @@ impl Serve {
             })
         };
         Ok(server.run(load, signalled)?)
-    }
-}
-
-/// Reads a size in bytes.
-fn size(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(CacheBudget::Bytes(bytes)) if bytes >= 1.0 => Ok(bytes as usize),
-        _ => Err("it must be a size, as 512MiB or 2GiB".to_owned()),
     }
 }
 

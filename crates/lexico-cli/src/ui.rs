@@ -215,7 +215,7 @@ pub(crate) fn cache_help() -> String {
         for option in method.options {
             let choices = match option.values {
                 Values::OneOf(words) => format!(", {}", words.join(" or ")),
-                Values::Count | Values::Number => String::new(),
+                Values::Count | Values::Number | Values::Size => String::new(),
             };
             let (name, summary, default) = (option.name, option.summary, option.default);
             help += &format!("    {name:<14} {summary}{choices} [default: {default}]\n");

@@ -214,7 +214,7 @@ fn what_cannot_be_is_refused() {
     assert!(
         message.contains(SMALL)
             && message.contains("window=9")
-            && message.contains("leave --cache out"),
+            && message.contains("leave out --cache"),
         "{message}"
     );
     let message = folder.fails(1, &["--load-cache", "a", "--quantize", "q8_0"]);

@@ -111,6 +111,16 @@ pub enum Error {
         /// Tokens that the context holds.
         context: usize,
     },
+    /// More tokens than the memory of a cache holds.
+    #[error(
+        "{wanted} tokens do not fit the cache's memory, which holds {capacity} even as codes; shorten the prompt, or give more memory"
+    )]
+    MemoryFull {
+        /// Tokens asked for in all.
+        wanted: usize,
+        /// Tokens that the memory holds.
+        capacity: usize,
+    },
     /// A token outside the vocabulary.
     #[error("token {token} lies outside the model's vocabulary of {vocabulary}")]
     TokenOutside {

@@ -92,7 +92,7 @@ impl Generated {
 /// empty, and stops the generation by [`ControlFlow::Break`].
 ///
 /// # Errors
-/// [`Error::EmptyPrompt`], [`Error::ContextFull`] where the prompt does not fit,
+/// [`Error::EmptyPrompt`], [`Error::ContextFull`] and [`Error::MemoryFull`] where the prompt does not fit,
 /// [`Error::NotFinite`], and those of [`Decoder::forward`](crate::decoder::Decoder::forward); the
 /// cache cannot be used any further then.
 pub fn generate(
@@ -103,7 +103,7 @@ pub fn generate(
     options: &GenerateOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let mut writing = Writing::new(model, cache.len(), prompt, options)?;
+    let mut writing = Writing::new(model, cache, prompt, options)?;
     sampler.see(prompt);
     while writing.goes_on(cache.len()) {
         let decoder = &model.decoder;
@@ -149,8 +149,12 @@ pub fn generate_batch(
     let mut writings = Vec::with_capacity(prompts.len());
     for prompt in prompts.iter() {
         for cache in &prompt.caches {
-            let held = cache.len();
-            writings.push(Writing::new(model, held, prompt.tokens, prompt.options)?);
+            writings.push(Writing::new(
+                model,
+                &**cache,
+                prompt.tokens,
+                prompt.options,
+            )?);
         }
     }
     let mut greedy = Sampler::new(Sampling::default())?;
@@ -212,13 +216,20 @@ pub fn generate_batch(
     ended.collect::<Result<_>>().map(Some)
 }
 
-/// Refuses a text of `wanted` tokens that the context has no room for; returns how many it has room for.
-pub(crate) fn check_fits(model: &Model, options: &GenerateOptions, wanted: usize) -> Result<usize> {
+/// Refuses a text of `wanted` tokens that the context, or the cache's memory, has no room for; returns how many there is room for.
+pub(crate) fn check_fits(
+    model: &Model,
+    cache: &dyn KvCache,
+    options: &GenerateOptions,
+    wanted: usize,
+) -> Result<usize> {
     let context = model.decoder.config().context.min(options.context);
+    let capacity = cache.capacity().unwrap_or(usize::MAX);
     match wanted {
         _ if wanted > context => Err(Error::ContextFull { wanted, context }),
+        _ if wanted > capacity => Err(Error::MemoryFull { wanted, capacity }),
         0 => Err(Error::EmptyPrompt),
-        _ => Ok(context),
+        _ => Ok(context.min(capacity)),
     }
 }
 
@@ -240,11 +251,11 @@ struct Writing<'a> {
 impl<'a> Writing<'a> {
     fn new(
         model: &'a Model,
-        held: usize,
+        cache: &dyn KvCache,
         prompt: &[u32],
         options: &'a GenerateOptions,
     ) -> Result<Self> {
-        let context = check_fits(model, options, held + prompt.len())?;
+        let context = check_fits(model, cache, options, cache.len() + prompt.len())?;
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }

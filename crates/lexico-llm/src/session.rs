@@ -158,7 +158,7 @@ impl Session {
     /// Generates what follows `text`, which follows the text so far or, in a conversation, is the user's next message.
     ///
     /// # Errors
-    /// [`Error::ContextFull`]; [`Error::PlainText`] in a conversation that was resumed from plain text; those of the
+    /// [`Error::ContextFull`] and [`Error::MemoryFull`]; [`Error::PlainText`] in a conversation that was resumed from plain text; those of the
     /// tokenizer, the template and [`generate`].
     pub fn prompt(
         &mut self,
@@ -266,7 +266,7 @@ impl Session {
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Answer> {
-        check_fits(&self.model, options, tokens.len())?;
+        check_fits(&self.model, self.cache.as_ref(), options, tokens.len())?;
         let mut held = self.held;
         // A template may write the past anew, an answer without its thoughts for one.
         if held >= tokens.len() || !tokens.starts_with(&self.progress.tokens[..held]) {

@@ -378,3 +378,47 @@ fn sessions_may_move_between_threads() {
     let worker = std::thread::spawn(move || prompt(&mut session, QUESTION, 2));
     assert_eq!(worker.join().unwrap().generated.tokens.len(), 2);
 }
+
+/// What fits the memory is as it is without codes; the less there is, the more becomes codes, and it is never exceeded.
+#[test]
+fn positions_become_codes_as_memory_fills() {
+    let text = QUESTION.repeat(30);
+    let mut full = session("full", Sampling::default());
+    let expected = prompt(&mut full, &text, 40).generated;
+    let positions = full.cache().len();
+    let need = MODEL.decoder.config().fp16_cache_bytes(positions);
+    let mut dense = Vec::new();
+    for share in [1.5, 1.0, 0.5, 0.25] {
+        let bytes = (need as f64 * share) as usize;
+        let spec = format!("lexico:batch=4,memory={bytes}B");
+        let mut limited = session(&spec, Sampling::default());
+        let answer = prompt(&mut limited, &text, 40).generated;
+        let held = limited.cache().footprint().total();
+        assert!(held <= bytes, "{held} of {bytes}");
+        assert_eq!(limited.cache().len(), positions);
+        if share > 1.0 {
+            assert_eq!(answer.tokens, expected.tokens);
+        }
+        dense.push(limited.cache().dense().unwrap());
+    }
+    assert_eq!(dense[0], positions);
+    assert!(dense.is_sorted_by(|a, b| a > b), "{dense:?}");
+
+    // Where even codes do not fit.
+    let bytes = need / 4;
+    let mut small = session(
+        &format!("lexico:batch=4,memory={bytes}B"),
+        Sampling::default(),
+    );
+    let capacity = small.cache().capacity().unwrap();
+    let refused = small.prompt(&QUESTION.repeat(120), &tokens(5), &mut silent);
+    assert!(
+        matches!(refused, Err(Error::MemoryFull { capacity: own, .. }) if own == capacity),
+        "{refused:?}"
+    );
+    let answer = prompt(&mut small, &text, 10_000).generated;
+    assert_eq!(answer.finish, Finish::ContextFull);
+    let most = capacity.min(MODEL.decoder.config().context);
+    assert_eq!(small.cache().len(), most);
+    assert!(small.cache().footprint().total() <= bytes);
+}

@@ -255,6 +255,9 @@ async fn prepare(
     let memory = Memory::new(options.cache_bytes());
     let prefixes = Prefixes::new(Arc::clone(&memory), events);
     let context = options.context.min(model.decoder.config().context);
+    // The cache of one text may have a limit of its own: lexico:memory=….
+    let capacity = model.cache(&options.cache)?.capacity();
+    let context = context.min(capacity.unwrap_or(usize::MAX));
     let engine = Engine::start(Setup {
         model: Arc::clone(&model),
         spec: options.cache.clone(),

@@ -83,6 +83,7 @@ pub mod kernels;
 mod key_value;
 pub mod learn;
 pub mod shown;
+mod size;
 pub mod tensor_file;
 pub mod threads;
 
@@ -92,6 +93,7 @@ pub use dictionary::{Codebooks, Dictionary, DictionarySet};
 pub use encode::{BeamSearch, EncodedBatch, Encoder, Fit, Pursuit};
 pub use error::{Error, Result};
 pub use key_value::KeyValue;
+pub use size::parse_size;
 
 /// Mean over the vectors `[n, m]` of `‖x − x̂‖ / ‖x‖`; a zero vector counts 0, no vectors give 0.
 ///

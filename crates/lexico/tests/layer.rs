@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::{drawn_vectors, random_dictionary};
 use half::f16;
 use lexico::attention::NumberType;
-use lexico::cache::{Coding, LayerState};
+use lexico::cache::{Coding, LayerState, MemoryLimit};
 use lexico::dictionary::{
     CodebookSizes, Codebooks, HeadMaps, LayerDictionaries, LayerSparsities, RotaryMeans,
 };
@@ -907,4 +907,183 @@ fn copies_go_on_by_themselves() {
             assert_ne!(first, second);
         }
     }
+}
+
+/// Layers of one model with a limit of memory.
+struct Limited {
+    layers: Vec<LayerCache>,
+    dictionaries: LayerDictionaries,
+    limit: MemoryLimit,
+    came: KeyValue<Vec<f32>>,
+}
+
+impl Limited {
+    fn new(dictionaries: LayerDictionaries, bytes: usize, settings: &[LayerSettings]) -> Self {
+        let limit = MemoryLimit::new(bytes, settings, dictionaries.head_dim()).unwrap();
+        let layers = settings.iter().map(|own| LayerSettings {
+            memory: Some(limit),
+            ..own.clone()
+        });
+        Self {
+            layers: layers
+                .map(|own| LayerCache::new(&dictionaries, own).unwrap())
+                .collect(),
+            dictionaries,
+            limit,
+            came: KeyValue::default(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.layers[0].len()
+    }
+
+    /// Takes `t` drawn positions of one head, the same in every layer; returns false where the memory does not hold them.
+    fn take(&mut self, seed: u64, t: usize) -> bool {
+        let m = self.dictionaries.head_dim();
+        let rows = KeyValue::new(seed ^ 1, seed ^ 2).map(|seed| drawn_vectors(seed, t, m));
+        let new = rows.as_ref().map(|x| &x[..]);
+        let queries = drawn_vectors(seed ^ 3, 2 * t, m);
+        let (held, before) = (self.len(), self.layers[0].decode().unwrap());
+        for layer in &mut self.layers {
+            let mut out = vec![f32::NAN; queries.len()];
+            layer.attend(&queries, Some(new), &mut out, &Alone);
+            let all = layer.decode().unwrap().zip(new).map(|(mut all, new)| {
+                all.extend(new);
+                all.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()
+            });
+            let wanted = attention(&queries, (m, t), None, &all.keys, &all.values);
+            for (found, wanted) in out.iter().zip(wanted) {
+                let near = (f64::from(*found) - wanted).abs() <= 1e-3 * (1.0 + wanted.abs());
+                assert!(near, "{found} for {wanted} of {held} and {t} positions");
+            }
+            match layer.append(new, &Alone) {
+                Ok(()) => assert!(held + t <= self.limit.capacity()),
+                Err(Error::Memory {
+                    positions,
+                    capacity,
+                    ..
+                }) => {
+                    assert_eq!((positions, capacity), (held + t, self.limit.capacity()));
+                    assert!(positions > capacity);
+                    assert_eq!(layer.decode().unwrap(), before, "as it was");
+                    return false;
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        for (came, new) in self.came.as_mut().zip(new) {
+            came.extend(new);
+        }
+        true
+    }
+
+    fn check(&self) {
+        let bytes = self.layers.iter().map(|layer| layer.footprint().total());
+        let bytes: usize = bytes.sum();
+        assert!(
+            bytes <= self.limit.bytes(),
+            "{bytes} of {}",
+            self.limit.bytes()
+        );
+        for layer in &self.layers {
+            assert_eq!(
+                layer.len(),
+                self.came.keys.len() / self.dictionaries.head_dim()
+            );
+            if layer.save().all_dense {
+                let f16 = layer.settings().number_type == NumberType::F16;
+                let kept = self.came.as_ref().map(|came| -> Vec<f32> {
+                    let kept = |&x: &f32| if f16 { f16::from_f32(x).to_f32() } else { x };
+                    came.iter().map(kept).collect()
+                });
+                assert_eq!(layer.decode().unwrap(), kept, "as the model made it");
+            }
+        }
+    }
+
+    /// The same out of what is saved of it.
+    fn loaded(&self) -> Self {
+        let again = self.layers.iter().map(|layer| {
+            let settings = layer.settings().clone();
+            let mut again = LayerCache::new(&self.dictionaries, settings).unwrap();
+            again.load(&layer.save()).unwrap();
+            assert_eq!(again.save(), layer.save());
+            again
+        });
+        Self {
+            layers: again.collect(),
+            dictionaries: self.dictionaries.clone(),
+            limit: self.limit,
+            came: self.came.clone(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_limit_of_memory_is_kept(
+        m in prop_oneof![Just(16usize), Just(33), Just(64)], maps: bool, f16: bool, background: bool, sinks in 0usize..9,
+        batch in 1usize..6, dense in 60usize..500, pieces in prop::collection::vec(prop_oneof![Just(1usize), 2usize..9, 30usize..300], 1..12),
+        steps in 0usize..60, seed: u64,
+    ) {
+        let dictionaries = drawn_dictionaries(seed, 1, m, maps);
+        let number_type = if f16 { NumberType::F16 } else { NumberType::F32 };
+        let settings = [(3, 1, 0), (1, 2, 3)].map(|(keys, values, delay)| LayerSettings {
+            coding: Coding::Additive { beam_width: 2 },
+            sinks, batch, delay, background, number_type,
+            ..LayerSettings::new(LayerSparsities::same(1, keys, values))
+        });
+        let bytes = 2 * dense * 2 * m * number_type.bytes();
+        let mut limited = Limited::new(dictionaries, bytes, &settings);
+        let capacity = limited.limit.capacity();
+        let mut goes_on = true;
+        for (number, t) in pieces.into_iter().chain(std::iter::repeat_n(1, steps)).enumerate() {
+            goes_on = goes_on && limited.take(seed.wrapping_add(number as u64), t);
+            if !goes_on {
+                break;
+            }
+            limited.check();
+            if number % 5 == 3 {
+                limited = limited.loaded();
+            }
+        }
+        prop_assert!(limited.len() <= capacity);
+    }
+}
+
+/// What fits stays as it is, and of what does not no more is coded than must be.
+#[test]
+fn positions_are_dense_while_they_fit() {
+    let (heads, m, batch) = (2, 64, 16);
+    let dictionaries = drawn_dictionaries(5, heads, m, true);
+    let settings = [LayerSettings::new(LayerSparsities::same(heads, 3, 3))];
+    let dense = 2 * heads * m * 2;
+    let limit = MemoryLimit::new(1000 * dense, &settings, m).unwrap();
+    let [settings] = settings.map(|own| LayerSettings {
+        memory: Some(limit),
+        ..own
+    });
+    let mut cache = LayerCache::new(&dictionaries, settings).unwrap();
+    let mut first = None;
+    for position in 0..2000 {
+        let rows = [1, 2].map(|seed| drawn_vectors(seed * 7 + position, heads, m));
+        cache
+            .append(KeyValue::new(&rows[0], &rows[1]), &Alone)
+            .unwrap();
+        let total = cache.footprint().total();
+        assert!(total <= limit.bytes(), "{total} after {position}");
+        if cache.coded() > 0 {
+            first.get_or_insert(cache.len());
+            // The memory is used but for what batches on their way need.
+            assert!(
+                total + 12 * batch * dense > limit.bytes(),
+                "{total} after {position}"
+            );
+        }
+    }
+    let first = first.unwrap();
+    assert!((800..1000).contains(&first), "coded from {first} on");
 }

@@ -39,6 +39,9 @@ pub(super) static METHOD: Method = Method {
         .about("unbiased keeps attention scores right on average, least-squares is nearest to the vectors"),
         option("sinks", Values::Count, "4").about("first positions, kept dense"),
         option("window", Values::Count, "128").about("newest positions, kept dense"),
+        option("memory", Values::Size, "none").about(
+            "bytes of a sequence: its newest positions stay dense while they fit, in place of a window",
+        ),
         option("batch", Values::Count, "16").about("positions that leave the window at once"),
         option(
             "format",
@@ -221,6 +224,16 @@ impl KvCache for LexicoCache {
 
     fn len(&self) -> usize {
         self.positions
+    }
+
+    fn dense(&self) -> Option<usize> {
+        let layers = self.layers.iter();
+        layers.map(|layer| layer.sinks() + layer.dense()).min()
+    }
+
+    fn capacity(&self) -> Option<usize> {
+        let limit = self.layers.first()?.settings().memory?;
+        Some(limit.capacity())
     }
 
     fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {

@@ -3,7 +3,7 @@ use std::num::{ParseFloatError, ParseIntError};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use ::lexico::DictionarySet;
+use ::lexico::{DictionarySet, parse_size};
 use candle_core::Device;
 
 use super::{CacheSpec, Calibration, KvCache};
@@ -75,6 +75,8 @@ pub enum Values {
     Count,
     /// Numbers.
     Number,
+    /// Sizes in bytes, as 64MiB.
+    Size,
     /// One of these words.
     OneOf(&'static [&'static str]),
 }
@@ -116,21 +118,11 @@ impl FromStr for CacheBudget {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        const UNITS: [(&str, f64); 5] = [
-            ("%", 0.01),
-            ("KiB", 1024.0),
-            ("MiB", 1024.0 * 1024.0),
-            ("GiB", 1024.0 * 1024.0 * 1024.0),
-            ("B", 1.0),
-        ];
-        let parsed = UNITS.iter().find_map(|(unit, factor)| {
-            let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
-            let value = number * factor;
-            (value.is_finite() && value > 0.0).then_some((*unit, value))
-        });
-        match parsed {
-            Some(("%", share)) if share <= 1.0 => Ok(CacheBudget::Share(share)),
-            Some((unit, bytes)) if unit != "%" => Ok(CacheBudget::Bytes(bytes)),
+        let share = text.strip_suffix('%');
+        let share = share.and_then(|text| text.trim().parse::<f64>().ok());
+        match (share.map(|percent| percent / 100.0), parse_size(text)) {
+            (Some(share), _) if share > 0.0 && share <= 1.0 => Ok(CacheBudget::Share(share)),
+            (None, Some(bytes)) => Ok(CacheBudget::Bytes(bytes)),
             _ => Err("a budget is a share of FP16, as 20%, or a size, as 64MiB".to_owned()),
         }
     }
@@ -203,6 +195,8 @@ impl Values {
         match self {
             Values::Count => value.parse::<usize>().err().map(count),
             Values::Number => value.parse::<f32>().err().map(number),
+            Values::Size if parse_size(value).is_some() => None,
+            Values::Size => Some("it must be a size, as 64MiB or 2GiB".to_owned()),
             Values::OneOf(words) if words.contains(&value) => None,
             Values::OneOf(words) => Some(format!("it must be one of {}", words.join(", "))),
         }

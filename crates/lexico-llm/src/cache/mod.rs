@@ -87,6 +87,16 @@ pub trait KvCache: Send {
         self.len() == 0
     }
 
+    /// Positions that are held as the model made them, where others are not; `None` of a method that knows no such difference.
+    fn dense(&self) -> Option<usize> {
+        None
+    }
+
+    /// Positions that it can take at the most, where its memory is limited.
+    fn capacity(&self) -> Option<usize> {
+        None
+    }
+
     /// Bytes allocated now, by part.
     fn footprint(&self) -> Footprint;
 

@@ -81,6 +81,15 @@ impl CacheSpec {
         !options.any(|own| own.summary == OWN.summary) || Own::of(self) == Own::Exact
     }
 
+    /// These options and one more.
+    ///
+    /// # Errors
+    /// [`Error::UnknownOption`] and [`Error::OptionValue`], also for one that is there.
+    pub fn with(&self, option: &str, value: &str) -> Result<Self> {
+        let between = if self.options.is_empty() { ':' } else { ',' };
+        format!("{self}{between}{option}={value}").parse()
+    }
+
     /// Makes an empty cache.
     ///
     /// # Errors
@@ -333,6 +342,7 @@ mod tests {
                 "sparsity",
                 "measured, where it was",
                 "additive, where there are codebooks",
+                "none",
             ];
             assert_ne!(option.summary, "", "{option:?}");
             let words = words.contains(&option.default);

@@ -8,10 +8,14 @@ use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::key_value::KeyValue;
 
-/// Positions that are scored at a time.
-const BLOCK: usize = 256;
+/// Vectors of a page, and positions that are scored at a time.
+pub(crate) const PAGE: usize = 256;
 /// Rows by which storage grows at the least.
 const GROWTH: usize = 4;
+/// Rows that there may be room for where others were dropped: most come again soon.
+const SPARE: usize = 32;
+/// Rows that there is room for beyond those that are held, at the most.
+pub(crate) const ROOM: usize = SPARE + PAGE / 16;
 
 /// Number type of dense keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,27 +37,46 @@ impl NumberType {
     }
 }
 
-/// A growing list of dense vectors.
+/// A growing list of dense vectors, in pages: growth copies no more than one, and what is dropped is given back.
+///
+/// Pages begin at whole multiples of their length, counted from the first vector that ever came: sums over the vectors are
+/// taken in an order that does not depend on how the list came about.
 #[derive(Debug, Clone)]
 pub struct DenseRows {
     head_dim: usize,
+    /// The number of vectors before the first one that is held.
+    passed: usize,
     numbers: Numbers,
 }
 
 #[derive(Debug, Clone)]
 enum Numbers {
-    F16(Vec<f16>),
-    F32(Vec<f32>),
+    F16(Pages<f16>),
+    F32(Pages<f32>),
+}
+
+/// Does the same with pages of either number type.
+macro_rules! with_pages {
+    ($numbers:expr, $pages:ident => $work:expr) => {
+        match $numbers {
+            Numbers::F16($pages) => $work,
+            Numbers::F32($pages) => $work,
+        }
+    };
 }
 
 impl DenseRows {
     /// No vectors yet, each to be of length `head_dim`.
     pub fn new(head_dim: usize, number_type: NumberType) -> Self {
         let numbers = match number_type {
-            NumberType::F16 => Numbers::F16(Vec::new()),
-            NumberType::F32 => Numbers::F32(Vec::new()),
+            NumberType::F16 => Numbers::F16(Pages::new(head_dim)),
+            NumberType::F32 => Numbers::F32(Pages::new(head_dim)),
         };
-        Self { head_dim, numbers }
+        Self {
+            head_dim,
+            passed: 0,
+            numbers,
+        }
     }
 
     /// Length of each vector, `m`.
@@ -61,36 +84,33 @@ impl DenseRows {
         self.head_dim
     }
 
-    /// Makes room for so many more vectors and for none beyond them, where they are all that is to come.
+    /// Makes room for so many vectors, a page at the most, and for none beyond them, where they are all that is to come.
     pub fn reserve(&mut self, vectors: usize) {
-        match &mut self.numbers {
-            Numbers::F16(numbers) => numbers.reserve_exact(vectors * self.head_dim),
-            Numbers::F32(numbers) => numbers.reserve_exact(vectors * self.head_dim),
-        }
+        with_pages!(&mut self.numbers, pages => pages.reserve(vectors));
     }
 
     /// Appends vectors, `[n, m]`.
     pub fn extend(&mut self, vectors: &[f32]) {
-        match &mut self.numbers {
-            Numbers::F16(numbers) => {
-                grow(numbers, vectors.len(), self.head_dim);
-                let limit = f16::MAX.to_f32();
-                let held = |&x: &f32| f16::from_f32(x.clamp(-limit, limit));
-                numbers.extend(vectors.iter().map(held));
+        let mut rest = vectors;
+        while !rest.is_empty() {
+            let room = PAGE - (self.passed + self.len()) % PAGE;
+            let (own, later) = rest.split_at(rest.len().min(room * self.head_dim));
+            match &mut self.numbers {
+                Numbers::F16(pages) => {
+                    let own = own.iter().map(|&x| held(x));
+                    pages.last_for(own.len(), room).extend(own);
+                }
+                Numbers::F32(pages) => {
+                    pages.last_for(own.len(), room).extend_from_slice(own);
+                }
             }
-            Numbers::F32(numbers) => {
-                grow(numbers, vectors.len(), self.head_dim);
-                numbers.extend_from_slice(vectors);
-            }
+            rest = later;
         }
     }
 
     /// Number of vectors.
     pub fn len(&self) -> usize {
-        match &self.numbers {
-            Numbers::F16(numbers) => numbers.len() / self.head_dim,
-            Numbers::F32(numbers) => numbers.len() / self.head_dim,
-        }
+        with_pages!(&self.numbers, pages => pages.numbers()) / self.head_dim
     }
 
     /// Returns whether there are none.
@@ -100,10 +120,7 @@ impl DenseRows {
 
     /// Bytes allocated.
     pub fn bytes(&self) -> usize {
-        match &self.numbers {
-            Numbers::F16(numbers) => numbers.capacity() * size_of::<f16>(),
-            Numbers::F32(numbers) => numbers.capacity() * size_of::<f32>(),
-        }
+        with_pages!(&self.numbers, pages => pages.bytes())
     }
 
     /// Drops the `count` oldest vectors.
@@ -111,11 +128,35 @@ impl DenseRows {
     /// # Panics
     /// Where there are fewer.
     pub fn drop_front(&mut self, count: usize) {
-        let count = count * self.head_dim;
+        with_pages!(&mut self.numbers, pages => pages.drop_front(count));
+        self.passed += count;
+    }
+
+    /// Makes each vector what `map` makes of it, a page of vectors `[n, m]` at a time.
+    pub(crate) fn map(&mut self, mut map: impl FnMut(&[f32]) -> Vec<f32>) {
         match &mut self.numbers {
-            Numbers::F16(numbers) => drop(numbers.drain(..count)),
-            Numbers::F32(numbers) => drop(numbers.drain(..count)),
+            Numbers::F16(pages) => {
+                for page in &mut pages.pages {
+                    let mapped = map(&page.to_f32_vec());
+                    page.iter_mut().zip(mapped).for_each(|(x, y)| *x = held(y));
+                }
+            }
+            Numbers::F32(pages) => {
+                for page in &mut pages.pages {
+                    let mapped = map(page);
+                    page.copy_from_slice(&mapped);
+                }
+            }
         }
+    }
+
+    /// Counts vectors that come and go without being held.
+    ///
+    /// # Panics
+    /// Where any are held.
+    pub(crate) fn pass(&mut self, count: usize) {
+        assert!(self.is_empty(), "older vectors go first");
+        self.passed += count;
     }
 
     /// Keeps the vectors at `rows`, which ascend, and drops all others. Memory is given back beyond what the next
@@ -124,10 +165,8 @@ impl DenseRows {
     /// # Panics
     /// Where there is no such vector.
     pub fn keep(&mut self, rows: &[usize]) {
-        match &mut self.numbers {
-            Numbers::F16(numbers) => keep(numbers, rows, self.head_dim),
-            Numbers::F32(numbers) => keep(numbers, rows, self.head_dim),
-        }
+        let first = PAGE - self.passed % PAGE;
+        with_pages!(&mut self.numbers, pages => pages.keep(rows, first));
     }
 
     /// All vectors in f32, `[n, m]`.
@@ -140,8 +179,8 @@ impl DenseRows {
     /// The numbers as they are stored, little-endian.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         match &self.numbers {
-            Numbers::F16(numbers) => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Numbers::F32(numbers) => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Numbers::F16(pages) => pages.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Numbers::F32(pages) => pages.iter().flat_map(|x| x.to_le_bytes()).collect(),
         }
     }
 
@@ -150,39 +189,161 @@ impl DenseRows {
     /// # Panics
     /// Where there are fewer.
     pub fn read(&self, first: usize, count: usize, out: &mut Vec<f32>) {
-        let before = out.len();
-        out.resize(before + count * self.head_dim, 0.0);
-        match self.rows(first, count) {
-            Rows::F16(numbers) => numbers.convert_to_f32_slice(&mut out[before..]),
-            Rows::F32(numbers) => out[before..].copy_from_slice(numbers),
+        assert!(first + count <= self.len(), "vectors that are there");
+        for (rows, count) in self.blocks(first..first + count) {
+            let before = out.len();
+            out.resize(before + count * self.head_dim, 0.0);
+            match rows {
+                Rows::F16(numbers) => numbers.convert_to_f32_slice(&mut out[before..]),
+                Rows::F32(numbers) => out[before..].copy_from_slice(numbers),
+            }
         }
     }
 
-    fn rows(&self, first: usize, count: usize) -> Rows<'_> {
-        let range = first * self.head_dim..(first + count) * self.head_dim;
-        match &self.numbers {
-            Numbers::F16(numbers) => Rows::F16(&numbers[range]),
-            Numbers::F32(numbers) => Rows::F32(&numbers[range]),
+    /// The vectors of a range, page by page, and how many they are.
+    fn blocks(&self, range: Range<usize>) -> impl Iterator<Item = (Rows<'_>, usize)> {
+        let (m, before) = (self.head_dim, self.passed % PAGE);
+        let pages = (range.start + before) / PAGE..(range.end + before).div_ceil(PAGE);
+        let pages = pages.take(if range.is_empty() { 0 } else { usize::MAX });
+        pages.map(move |page| {
+            // Where the page's first vector stands, the first page's that are gone counted in.
+            let start = (page * PAGE).max(before + range.start);
+            let end = ((page + 1) * PAGE).min(before + range.end);
+            let gone = page * PAGE + if page == 0 { before } else { 0 };
+            let numbers = (start - gone) * m..(end - gone) * m;
+            let rows = match &self.numbers {
+                Numbers::F16(pages) => Rows::F16(&pages.pages[page][numbers]),
+                Numbers::F32(pages) => Rows::F32(&pages.pages[page][numbers]),
+            };
+            (rows, end - start)
+        })
+    }
+}
+/// A number in half precision, at ±65,504 where it is beyond.
+fn held(x: f32) -> f16 {
+    let limit = f16::MAX.to_f32();
+    f16::from_f32(x.clamp(-limit, limit))
+}
+
+/// Numbers in pages; none is empty, and all but the first and the last hold a whole page.
+#[derive(Debug, Clone)]
+struct Pages<T> {
+    head_dim: usize,
+    pages: Vec<Vec<T>>,
+}
+
+impl<T: Copy> Pages<T> {
+    fn new(head_dim: usize) -> Self {
+        Self {
+            head_dim,
+            pages: Vec::new(),
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = T> {
+        self.pages.iter().flatten().copied()
+    }
+
+    /// The number of numbers.
+    fn numbers(&self) -> usize {
+        let whole = self.pages.len().saturating_sub(2) * PAGE * self.head_dim;
+        let ends = self.pages.first().into_iter();
+        let ends = ends.chain(self.pages.get(1..).and_then(<[_]>::last));
+        ends.map(Vec::len).sum::<usize>() + whole
+    }
+
+    fn bytes(&self) -> usize {
+        let pages = self
+            .pages
+            .iter()
+            .map(|page| page.capacity() * size_of::<T>());
+        self.pages.capacity() * size_of::<Vec<T>>() + pages.sum::<usize>()
+    }
+
+    fn push(&mut self, page: Vec<T>) {
+        self.pages.reserve_exact(1);
+        self.pages.push(page);
+    }
+
+    fn reserve(&mut self, vectors: usize) {
+        let numbers = vectors.min(PAGE) * self.head_dim;
+        match self.pages.last_mut() {
+            Some(page) => page.reserve_exact(numbers),
+            None => self.push(Vec::with_capacity(numbers)),
+        }
+    }
+
+    /// The page that `more` numbers are to go to, with room for them; `room` vectors are left in the last one, and a new one is begun
+    /// where that is a whole page.
+    fn last_for(&mut self, more: usize, room: usize) -> &mut Vec<T> {
+        let begins = room == PAGE && self.pages.last().is_some_and(|page| !page.is_empty());
+        if begins || self.pages.is_empty() {
+            self.push(Vec::new());
+        }
+        let last = self.pages.len() - 1;
+        let page = &mut self.pages[last];
+        if page.capacity() - page.len() < more {
+            let grown = growth(page.len(), more, self.head_dim);
+            page.reserve_exact(grown.min(room * self.head_dim));
+        }
+        page
+    }
+
+    fn drop_front(&mut self, vectors: usize) {
+        let mut left = vectors * self.head_dim;
+        assert!(left <= self.numbers(), "vectors that are there");
+        let whole = self.pages.iter().take_while(|page| {
+            let goes = page.len() <= left;
+            left -= if goes { page.len() } else { 0 };
+            goes
+        });
+        let whole = whole.count();
+        self.pages.drain(..whole);
+        if let Some(first) = self.pages.first_mut() {
+            first.drain(..left);
+        }
+        match &mut self.pages[..] {
+            // It never grows again.
+            [first, _, ..] => first.shrink_to_fit(),
+            [only] if only.capacity() - only.len() > SPARE * self.head_dim => {
+                only.shrink_to(only.len() + GROWTH * self.head_dim);
+            }
+            _ => {}
+        }
+    }
+
+    /// Keeps the vectors at `rows`; the first page has room for `first`.
+    fn keep(&mut self, rows: &[usize], first: usize) {
+        let m = self.head_dim;
+        let place = |row: usize| match row.checked_sub(first) {
+            None => (0, row * m),
+            Some(later) => (1 + later / PAGE, later % PAGE * m),
+        };
+        for (to, &from) in rows.iter().enumerate() {
+            let ((to_page, to), (from_page, from)) = (place(to), place(from));
+            if to_page == from_page {
+                self.pages[to_page].copy_within(from..from + m, to);
+            } else {
+                let (before, after) = self.pages.split_at_mut(from_page);
+                before[to_page][to..to + m].copy_from_slice(&after[0][from..from + m]);
+            }
+        }
+        let mut left = rows.len() * m;
+        for page in &mut self.pages {
+            page.truncate(left);
+            left -= page.len();
+        }
+        self.pages.retain(|page| !page.is_empty());
+        if let Some(last) = self.pages.last_mut() {
+            last.shrink_to(last.len() + growth(last.len(), 0, m));
         }
     }
 }
 
-/// Grows by a sixteenth rather than by doubling: what is allocated is what the cache weighs.
-fn grow<T>(numbers: &mut Vec<T>, more: usize, head_dim: usize) {
-    if numbers.capacity() - numbers.len() < more {
-        numbers.reserve_exact(more.max(GROWTH * head_dim).max(numbers.len() / 16));
-    }
-}
-
-fn keep<T: Copy>(numbers: &mut Vec<T>, rows: &[usize], head_dim: usize) {
-    for (to, &from) in rows.iter().enumerate() {
-        if to != from {
-            let from = from * head_dim;
-            numbers.copy_within(from..from + head_dim, to * head_dim);
-        }
-    }
-    numbers.truncate(rows.len() * head_dim);
-    numbers.shrink_to(numbers.len() + (GROWTH * head_dim).max(numbers.len() / 16));
+/// The numbers that storage of `held` grows by for `more`: a sixteenth rather than as many again, since what is allocated is
+/// what the cache weighs.
+fn growth(held: usize, more: usize, head_dim: usize) -> usize {
+    more.max(GROWTH * head_dim).max(held / 16)
 }
 
 impl Positions for KeyValue<&DenseRows> {
@@ -204,9 +365,10 @@ pub(super) fn add_few(
     positions: Range<usize>,
     rows: KeyValue<&DenseRows>,
 ) {
-    for (first, count) in blocks(positions) {
-        let rows = rows.map(|rows| rows.rows(first, count));
-        add_rows(softmax, queries, rows, count);
+    let keys = rows.keys.blocks(positions.clone());
+    for ((keys, count), (values, of_values)) in keys.zip(rows.values.blocks(positions)) {
+        assert_eq!(count, of_values, "keys and values came together");
+        add_rows(softmax, queries, KeyValue { keys, values }, count);
     }
 }
 
@@ -229,8 +391,8 @@ pub(super) fn add_few_decoded(
 
 /// The first position and the number of positions of each block.
 fn blocks(positions: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
-    let starts = positions.clone().step_by(BLOCK);
-    starts.map(move |first| (first, BLOCK.min(positions.end - first)))
+    let starts = positions.clone().step_by(PAGE);
+    starts.map(move |first| (first, PAGE.min(positions.end - first)))
 }
 
 /// Adds the one position that the queries themselves are at.
@@ -241,7 +403,7 @@ pub(super) fn add_own(softmax: &mut RunningSoftmax, queries: &[f32], own: KeyVal
 
 fn add_rows(softmax: &mut RunningSoftmax, queries: &[f32], rows: KeyValue<Rows<'_>>, count: usize) {
     let (m, group) = (softmax.head_dim, softmax.rows());
-    let mut weights = [0f32; BLOCK * MAX_GROUP];
+    let mut weights = [0f32; PAGE * MAX_GROUP];
     let weights = &mut weights[..count * group];
     dots(rows.keys, queries, m, group, weights);
     softmax.weigh(weights);
@@ -280,10 +442,10 @@ pub(super) fn add_causal(
     let newest = own.iter().max().copied().unwrap_or(0);
     let oldest = hidden.iter().min().copied().unwrap_or(0).min(newest);
     let seen = oldest * m..(newest + 1) * m;
-    let values = values[seen.clone()].chunks(BLOCK * m);
-    let blocks = keys[seen].chunks(BLOCK * m).zip(values);
+    let values = values[seen.clone()].chunks(PAGE * m);
+    let blocks = keys[seen].chunks(PAGE * m).zip(values);
     for (block, (keys, values)) in blocks.enumerate() {
-        let start = oldest + block * BLOCK;
+        let start = oldest + block * PAGE;
         let sees = |row: usize, i: usize| (hidden[row]..=own[row]).contains(&(start + i));
         add_block(softmax, queries, keys, values, sees);
     }
@@ -313,4 +475,88 @@ fn add_block(
     let weights = Matrix::by_rows(&weights, rows, count);
     let values = Matrix::by_rows(values, count, m);
     multiply(&mut softmax.output, true, weights, values);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        Extend(usize),
+        Drop(usize),
+        Keep(usize),
+        Double,
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let event = prop_oneof![
+            4 => (0usize..700).prop_map(Event::Extend),
+            3 => (0usize..20).prop_map(Event::Extend),
+            3 => (0usize..600).prop_map(Event::Drop),
+            1 => (1usize..5).prop_map(Event::Keep),
+            1 => Just(Event::Double),
+        ];
+        prop::collection::vec(event, 1..20)
+    }
+
+    proptest! {
+        #[test]
+        fn pages_are_a_list(m in 1usize..5, f16: bool, passed in 0usize..600, events in events()) {
+            let number_type = if f16 { NumberType::F16 } else { NumberType::F32 };
+            let mut rows = DenseRows::new(m, number_type);
+            rows.pass(passed);
+            let mut list: Vec<f32> = Vec::new();
+            let (mut came, mut kept) = (0, false);
+            for event in events {
+                match event {
+                    Event::Extend(count) => {
+                        // Numbers that either type holds.
+                        let new: Vec<f32> = (came..came + count * m).map(|x| (x % 1000) as f32).collect();
+                        came += new.len();
+                        rows.extend(&new);
+                        list.extend(new);
+                    }
+                    Event::Drop(count) => {
+                        let count = count.min(rows.len());
+                        rows.drop_front(count);
+                        list.drain(..count * m);
+                    }
+                    Event::Keep(every) => {
+                        let chosen: Vec<usize> = (0..rows.len()).step_by(every).collect();
+                        rows.keep(&chosen);
+                        list = list.chunks(m).step_by(every).flatten().copied().collect();
+                        kept |= every > 1;
+                    }
+                    Event::Double => {
+                        rows.map(|page| page.iter().map(|x| 2.0 * x % 1024.0).collect());
+                        list.iter_mut().for_each(|x| *x = 2.0 * *x % 1024.0);
+                    }
+                }
+                prop_assert_eq!(rows.len(), list.len() / m);
+                prop_assert_eq!(&rows.to_f32(), &list);
+                let (first, count) = (rows.len() / 3, rows.len() / 2);
+                let mut some = Vec::new();
+                rows.read(first, count, &mut some);
+                prop_assert_eq!(&some[..], &list[first * m..(first + count) * m]);
+                let number = number_type.bytes();
+                let pages = rows.len() / PAGE + 2;
+                let room = ROOM * m * number + 2 * pages * size_of::<Vec<u16>>();
+                let most = if kept { usize::MAX } else { rows.len() * m * number + room };
+                prop_assert!(rows.is_empty() || rows.bytes() <= most, "{} for {most}", rows.bytes());
+                // Pages do not depend on what came before.
+                let mut again = DenseRows::new(m, number_type);
+                again.pass(rows.passed);
+                again.extend(&list);
+                let lengths = |rows: &DenseRows| -> Vec<usize> {
+                    rows.blocks(0..rows.len()).map(|(_, count)| count).collect()
+                };
+                prop_assert_eq!(lengths(&rows), lengths(&again));
+            }
+        }
+    }
 }

@@ -9,6 +9,7 @@ mod dense;
 
 pub use accumulated::accumulated_attention;
 pub use dense::{DenseRows, NumberType};
+pub(crate) use dense::{PAGE, ROOM};
 
 use std::ops::Range;
 

@@ -29,7 +29,8 @@ pub fn outside_window(sliding_window: Option<usize>, held: usize) -> Option<usiz
 /// [appends](LayerCache::append) them. What the recent window cannot hold of a prompt is coded right then. In decode
 /// positions leave the recent window in batches of [`LayerSettings::batch`]; a batch takes its place among the codes
 /// [`LayerSettings::delay`] steps later, coded in the background where the settings say so, and is attended to as dense
-/// until then. Results depend neither on timing nor, but for the order of sums over long contexts, on the number of
+/// until then. With a [limit of memory](super::MemoryLimit) all positions are dense, and attended to as the uncompressed cache does,
+/// until they no longer fit. Results depend neither on timing nor, but for the order of sums over long contexts, on the number of
 /// threads.
 pub struct LayerCache {
     pub(super) coders: KeyValue<Coder>,
@@ -38,6 +39,9 @@ pub struct LayerCache {
     pub(super) heads: Box<[KeyValue<HeadRows>]>,
     /// The number of positions that were dropped.
     pub(super) dropped: usize,
+    /// True while all positions lie in the recent window as the model made them: with a limit of memory, until the first
+    /// are to be coded.
+    pub(super) all_dense: bool,
     pub(super) leaving: Option<Leaving<Background>>,
 }
 
@@ -114,6 +118,7 @@ impl LayerCache {
             heads: heads.collect::<Result<_>>()?,
             coders,
             head_dim,
+            all_dense: settings.memory.is_some(),
             settings: Arc::new(settings),
             dropped: 0,
             leaving: None,
@@ -185,7 +190,7 @@ impl LayerCache {
             out.fill(0.0);
             return;
         }
-        let maps = self.maps();
+        let maps = self.maps_of_dense();
         let mapped = new.map(|new| self.mapped(new));
         let new = mapped.as_ref().map(|both| both.as_ref().map(|x| &x[..]));
         let queries = match maps.keys {
@@ -200,16 +205,18 @@ impl LayerCache {
             .map(|(h, head)| {
                 let rows = head.as_ref();
                 let mut sources = Vec::with_capacity(4);
-                if self.settings.sinks > 0 {
+                if self.settings.sinks > 0 && !self.all_dense {
                     sources.push(Source::Dense(rows.map(|rows| &rows.sinks)));
                 }
-                sources.push(Source::Codes {
-                    codes: rows.map(|rows| &rows.codes),
-                    atoms,
-                    offsets: maps
-                        .keys
-                        .and_then(|maps| maps.offsets(h, self.first_coded())),
-                });
+                if !self.all_dense {
+                    sources.push(Source::Codes {
+                        codes: rows.map(|rows| &rows.codes),
+                        atoms,
+                        offsets: maps
+                            .keys
+                            .and_then(|maps| maps.offsets(h, self.first_coded())),
+                    });
+                }
                 sources.push(Source::Dense(rows.map(|rows| &rows.recent)));
                 if let Some(new) = new {
                     let own = new.map(|x| &x[h * t * m..(h + 1) * t * m]);
@@ -230,7 +237,7 @@ impl LayerCache {
     ///
     /// # Errors
     /// [`Error::Coding`] for a key or value that is not finite, at the latest when it is coded; the cache cannot be used
-    /// any further then.
+    /// any further then. [`Error::Memory`] for more positions than the limit of memory holds; the cache is then as it was.
     ///
     /// # Panics
     /// Where the numbers are not as many for each head, or keys and values differ in number.
@@ -241,6 +248,18 @@ impl LayerCache {
             "new keys and values of every head"
         );
         let mut t = new.keys.len() / row;
+        if let Some(memory) = self.settings.memory
+            && self.len() + t > memory.capacity()
+        {
+            return Err(Error::Memory {
+                positions: self.len() + t,
+                bytes: memory.bytes(),
+                capacity: memory.capacity(),
+            });
+        }
+        if self.all_dense && self.must_code(t) {
+            self.prepare_to_code();
+        }
         let mut mapped = self.mapped(new);
         if let Some(first) = self.extend_sinks(mapped.as_ref().map(|x| &x[..]), t) {
             mapped = first.map(Cow::Owned);
@@ -253,7 +272,11 @@ impl LayerCache {
             self.append_many(new, t, threads)?;
         }
         if let Some(outside) = outside_window(self.settings.sliding_window, self.len()) {
-            self.drop_front(outside.min(self.sinks() + self.coded()));
+            let oldest = match self.all_dense {
+                true => self.dense(),
+                false => self.sinks() + self.coded(),
+            };
+            self.drop_front(outside.min(oldest));
         }
         Ok(())
     }
@@ -288,6 +311,7 @@ impl LayerCache {
             settings: Arc::clone(&self.settings),
             heads: self.heads.clone(),
             dropped: self.dropped,
+            all_dense: self.all_dense,
             // Coding a batch anew gives the same.
             leaving: self.leaving.as_ref().map(|leaving| Leaving {
                 age: leaving.age,
@@ -304,7 +328,7 @@ impl LayerCache {
         let atoms = self.atoms();
         let mut all = KeyValue::<Vec<f32>>::default();
         for (number, head) in self.heads.iter().enumerate() {
-            let parts = head.as_ref().zip(atoms).zip(self.maps());
+            let parts = head.as_ref().zip(atoms).zip(self.maps_of_dense());
             for (all, ((rows, atoms), maps)) in all.as_mut().zip(parts) {
                 let mut own = rows.sinks.to_f32();
                 let mut coded = rows.codes.decode(atoms)?;
@@ -358,9 +382,17 @@ impl LayerCache {
         self.coders.as_ref().map(Coder::maps)
     }
 
+    /// The maps that what is dense is behind.
+    fn maps_of_dense(&self) -> KeyValue<Option<&HeadMaps>> {
+        match self.all_dense {
+            true => KeyValue::default(),
+            false => self.maps(),
+        }
+    }
+
     /// New keys and values `[kv_heads, t, m]` behind the maps, if there are any.
     fn mapped<'v>(&self, new: KeyValue<&'v [f32]>) -> KeyValue<Cow<'v, [f32]>> {
-        let parts = self.maps().zip(new);
+        let parts = self.maps_of_dense().zip(new);
         parts.map(|(maps, new)| match maps {
             Some(maps) => Cow::Owned(maps.for_heads(new, |head, own| maps.apply(head, own))),
             None => Cow::Borrowed(new),
@@ -369,7 +401,7 @@ impl LayerCache {
 
     /// Takes the first positions of a sequence out of `t` new ones; returns the others, `None` where none were taken.
     fn extend_sinks(&mut self, new: KeyValue<&[f32]>, t: usize) -> Option<KeyValue<Vec<f32>>> {
-        if self.coded() + self.dense() > 0 {
+        if self.all_dense || self.coded() + self.dense() > 0 {
             return None;
         }
         let count = self.settings.sinks.saturating_sub(self.sinks()).min(t);
@@ -383,6 +415,7 @@ impl LayerCache {
                 let (first, others) = new[h * t * m..(h + 1) * t * m].split_at(count * m);
                 rows.sinks.reserve(count);
                 rows.sinks.extend(first);
+                rows.recent.pass(count);
                 rest.extend_from_slice(others);
             }
         }
@@ -394,7 +427,8 @@ impl LayerCache {
         self.extend_recent(new, 0);
         let mut leaving = self.leaving.take();
         let begin = || Ok(self.begin());
-        let due = Leaving::step(&mut leaving, &self.settings, self.dense(), begin);
+        let (older, held) = (self.sinks() + self.coded(), self.dense());
+        let due = Leaving::step(&mut leaving, &self.settings, older, held, begin);
         self.leaving = leaving;
         match due? {
             Some(codes) => self.finish(codes, threads),
@@ -414,10 +448,13 @@ impl LayerCache {
             self.finish(leaving.codes, threads)?;
         }
         let held = self.dense();
-        let surplus = self.settings.surplus(held, t);
+        let surplus = self.surplus(t);
         let position = self.first_coded() + self.coded();
         for first in (0..surplus).step_by(AT_ONCE) {
-            let vectors = self.read(first, AT_ONCE.min(surplus - first), new);
+            let count = AT_ONCE.min(surplus - first);
+            // What was dense goes before its codes come, so that both never take memory.
+            let vectors = self.read(first - first.min(held), count, new);
+            self.drop_recent(count.min(self.dense()));
             let batch = encode(
                 &self.coders,
                 &self.settings,
@@ -427,9 +464,49 @@ impl LayerCache {
             )?;
             self.extend_codes(&batch);
         }
-        self.drop_recent(surplus.min(held));
-        self.extend_recent(new, surplus.saturating_sub(held));
+        let passing = surplus.saturating_sub(held);
+        if passing > 0 {
+            for rows in self.heads.iter_mut().flat_map(KeyValue::as_mut) {
+                rows.recent.pass(passing);
+            }
+        }
+        self.extend_recent(new, passing);
         Ok(())
+    }
+
+    /// The positions to code at once where `t` new ones come.
+    fn surplus(&self, t: usize) -> usize {
+        let older = self.sinks() + self.coded();
+        self.settings.surplus(older, self.dense(), t)
+    }
+
+    /// Whether anything is to be coded, or on its way to that, once `t` new positions are there.
+    fn must_code(&self, t: usize) -> bool {
+        match t == 1 && self.settings.wait() > 0 {
+            true => self.settings.begins(0, self.dense() + 1),
+            false => self.surplus(t) > 0,
+        }
+    }
+
+    /// Makes the positions, all dense and as the model made them, what the codes need: the first ones apart, and all of them
+    /// behind the maps.
+    fn prepare_to_code(&mut self) {
+        self.all_dense = false;
+        let first = self.settings.sinks.saturating_sub(self.dropped);
+        let count = first.min(self.dense());
+        let maps = self.coders.as_ref().map(Coder::maps);
+        for (number, head) in self.heads.iter_mut().enumerate() {
+            for (rows, maps) in head.as_mut().zip(maps) {
+                if let Some(maps) = maps {
+                    rows.recent.map(|own| maps.apply(number, own));
+                }
+                let mut first = Vec::new();
+                rows.recent.read(0, count, &mut first);
+                rows.recent.drop_front(count);
+                rows.sinks.reserve(count);
+                rows.sinks.extend(&first);
+            }
+        }
     }
 
     /// Hands the oldest dense positions over to be coded.
@@ -457,8 +534,8 @@ impl LayerCache {
             let first = self.first_coded() + self.coded();
             encode(&self.coders, &self.settings, first, vectors, threads)
         })?;
-        self.extend_codes(&batch);
         self.drop_recent(count);
+        self.extend_codes(&batch);
         Ok(())
     }
 

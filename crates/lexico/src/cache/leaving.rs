@@ -13,16 +13,16 @@ pub(crate) struct Leaving<C> {
 }
 
 impl<C> Leaving<C> {
-    /// Takes one step of decode, after which `held` positions are dense: `begin` has a batch coded where one is to
-    /// leave. Returns the codes that are due.
+    /// Takes one step of decode, after which `held` positions are dense and some `older` are held too: `begin` has a batch
+    /// coded where one is to leave. Returns the codes that are due.
     pub(crate) fn step(
         leaving: &mut Option<Self>,
         settings: &LayerSettings,
+        older: usize,
         held: usize,
         begin: impl FnOnce() -> Result<C>,
     ) -> Result<Option<C>> {
-        let full = settings.recent_window.saturating_add(settings.batch);
-        if leaving.is_none() && held >= full {
+        if leaving.is_none() && settings.begins(older, held) {
             *leaving = Some(Self {
                 age: 0,
                 codes: begin()?,

@@ -3,6 +3,7 @@
 mod coding;
 mod layer;
 mod leaving;
+mod memory;
 mod options;
 mod saved;
 mod settings;
@@ -10,6 +11,7 @@ mod settings;
 pub use coding::{Coder, Coding};
 pub use layer::{LayerCache, LayerFootprint, outside_window};
 pub(crate) use leaving::Leaving;
+pub use memory::MemoryLimit;
 pub use options::CacheOptions;
 pub use saved::LayerState;
 pub use settings::LayerSettings;

@@ -1,11 +1,12 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
-use super::{Coding, LayerSettings};
+use super::{Coding, LayerSettings, MemoryLimit};
 use crate::attention::NumberType;
 use crate::codes::CoefficientFormat;
 use crate::dictionary::{CodeFamily, DictionarySet, LayerSparsities};
 use crate::encode::{BEAM_WIDTH, Fit, MAX_BEAM_WIDTH};
+use crate::size::parse_size;
 use crate::{Error, Result};
 
 /// The options of a model's caches, each a word and a value, as in `sparsity=12,window=128`. What is left out is as the dictionaries
@@ -27,7 +28,8 @@ pub struct CacheOptions {
     tolerance: Option<f32>,
     fit: Fit,
     sinks: usize,
-    window: usize,
+    window: Option<usize>,
+    memory: Option<usize>,
     batch: usize,
     format: Option<Format>,
     beam: Option<usize>,
@@ -45,7 +47,8 @@ impl Default for CacheOptions {
             tolerance: None,
             fit: usual.fit,
             sinks: usual.sinks,
-            window: usual.recent_window,
+            window: None,
+            memory: None,
             batch: usual.batch,
             format: None,
             beam: None,
@@ -113,6 +116,12 @@ fn beam_width(given: &str) -> Result<usize> {
     }
 }
 
+fn memory(given: &str) -> Result<usize> {
+    let bytes = parse_size(given).map(|bytes| bytes as usize);
+    let reason = "it must be a size, as 64MiB or 2GiB";
+    bytes.ok_or_else(|| Error::setting("memory", given, reason))
+}
+
 fn one_of<T: Copy>(option: &'static str, given: &str, words: &[(&str, T)]) -> Result<T> {
     let known = words.iter().find(|(word, _)| *word == given);
     known.map(|(_, meant)| *meant).ok_or_else(|| {
@@ -130,7 +139,7 @@ fn word<T: PartialEq>(words: &[(&'static str, T)], value: &T) -> &'static str {
 
 impl CacheOptions {
     /// The options there are.
-    pub const NAMES: [&'static str; 12] = [
+    pub const NAMES: [&'static str; 13] = [
         "sparsity",
         "key-sparsity",
         "value-sparsity",
@@ -139,6 +148,7 @@ impl CacheOptions {
         "fit",
         "sinks",
         "window",
+        "memory",
         "batch",
         "format",
         "beam",
@@ -158,7 +168,8 @@ impl CacheOptions {
             "tolerance" => self.tolerance = Some(number("tolerance", value, "a number")?),
             "fit" => self.fit = one_of("fit", value, FITS)?,
             "sinks" => self.sinks = count("sinks", value)?,
-            "window" => self.window = count("window", value)?,
+            "window" => self.window = Some(count("window", value)?),
+            "memory" => self.memory = Some(memory(value)?),
             "batch" => self.batch = count("batch", value)?,
             "format" => self.format = Some(one_of("format", value, FORMATS)?),
             "beam" => self.beam = Some(beam_width(value)?),
@@ -189,19 +200,62 @@ impl CacheOptions {
         let layers = sparsities.len();
         let settings = sparsities.into_iter().enumerate();
         let settings = settings.map(|(layer, sparsities)| {
+            let usual = LayerSettings::new(sparsities);
             LayerSettings {
                 coding,
                 fit: self.fit,
                 sinks: self.sinks,
-                recent_window: self.window,
+                recent_window: self.window.unwrap_or(usual.recent_window),
                 batch: self.batch,
                 // The steps after which a batch takes its place among the codes: each layer has its own.
                 delay: self.batch / 4 + layer.saturating_mul(self.batch / 2) / layers,
                 number_type: self.number_type,
-                ..LayerSettings::new(sparsities)
+                ..usual
             }
         });
-        Ok(settings.collect())
+        let mut settings: Vec<_> = settings.collect();
+        if let Some(bytes) = self.memory {
+            let memory = self.limit(bytes, &settings, dictionaries.model.head_dim)?;
+            settings
+                .iter_mut()
+                .for_each(|own| own.memory = Some(memory));
+        }
+        Ok(settings)
+    }
+
+    /// The limit of memory of caches with these settings.
+    fn limit(
+        &self,
+        bytes: usize,
+        layers: &[LayerSettings],
+        head_dim: usize,
+    ) -> Result<MemoryLimit> {
+        let refused = |reason: &str| Err(Error::setting("memory", bytes.to_string(), reason));
+        if self.window.is_some() {
+            return refused(
+                "with window, which says how many are dense, it says nothing; leave one of them out",
+            );
+        }
+        if self.batch == 0 {
+            return refused("at least one position leaves the window at once: batch=1 or more");
+        }
+        let Some(memory) = MemoryLimit::new(bytes, layers, head_dim) else {
+            return refused(
+                "codes of so many atoms take as much as what they stand for; take fewer",
+            );
+        };
+        let least = self.sinks + 4 * self.batch;
+        if memory.capacity() < least {
+            let of_dense = layers
+                .iter()
+                .map(|layer| layer.dense_bytes(head_dim))
+                .sum::<usize>();
+            return refused(&format!(
+                "it holds {} positions, and at least {least} are needed; a position takes {of_dense} bytes before it is coded",
+                memory.capacity()
+            ));
+        }
+        Ok(memory)
     }
 
     /// The codes, and how they are found.

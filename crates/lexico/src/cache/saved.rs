@@ -25,6 +25,9 @@ pub struct LayerState {
     pub positions: usize,
     /// The steps since a batch began to leave the recent window, where one is leaving.
     pub leaving: Option<usize>,
+    /// Whether all positions lie in the window as the model made them, as they may with a limit of memory.
+    #[serde(default)]
+    pub all_dense: bool,
     /// Names and bytes: `keys.codes`, as many times as there are blocks, `keys.sinks`, where first positions are kept
     /// dense, `keys.window`, and the same of the values.
     pub blocks: Vec<(String, Vec<u8>)>,
@@ -58,6 +61,7 @@ impl LayerCache {
             checksums: self.checksums(),
             positions: self.dropped + self.len(),
             leaving: self.leaving.as_ref().map(|leaving| leaving.age),
+            all_dense: self.all_dense,
             blocks,
         }
     }
@@ -103,8 +107,8 @@ impl LayerCache {
                 _ => return Err(Error::SavedLayer("the first positions")),
             };
             let codes = stored::read(&formats, of_kind("codes"))?;
-            let dense = self.read_dense(sinks)?.into_iter();
-            let dense = dense.zip(self.read_dense(recent)?);
+            let dense = self.read_dense(sinks, 0)?.into_iter();
+            let dense = dense.zip(self.read_dense(recent, state.positions)?);
             let rows = codes.into_iter().zip(dense);
             let rows = rows.map(|(codes, (sinks, recent))| {
                 codes.check_atoms(atoms.len())?;
@@ -123,6 +127,9 @@ impl LayerCache {
         if lengths.iter().any(|&lengths| lengths != held) || held[0] > self.settings.sinks {
             return Err(Error::SavedLayer("the number of positions"));
         }
+        if state.all_dense && (self.settings.memory.is_none() || held[0] + held[1] > 0) {
+            return Err(Error::SavedLayer("that all positions are dense"));
+        }
         let possible = |&age: &usize| age <= self.settings.delay && held[2] >= self.settings.batch;
         if !state.leaving.as_ref().is_none_or(possible) {
             return Err(Error::SavedLayer("the batches that leave the window"));
@@ -132,6 +139,7 @@ impl LayerCache {
             return Err(Error::SavedLayer("the number of positions that have come"));
         }
         self.dropped = state.positions.saturating_sub(held);
+        self.all_dense = state.all_dense;
         self.leaving = state.leaving.map(|age| Leaving { age, codes: None });
         let pairs = rows.keys.into_iter().zip(rows.values);
         let heads = pairs.map(|(keys, values)| KeyValue { keys, values });
@@ -139,8 +147,8 @@ impl LayerCache {
         Ok(())
     }
 
-    /// The dense rows of every head out of the bytes of all.
-    fn read_dense(&self, bytes: &[u8]) -> Result<Vec<DenseRows>> {
+    /// The dense rows of every head out of the bytes of all, the newest of so many positions.
+    fn read_dense(&self, bytes: &[u8], positions: usize) -> Result<Vec<DenseRows>> {
         let number_type = self.settings.number_type;
         let (heads, m) = (self.heads.len(), self.head_dim());
         if !bytes.len().is_multiple_of(heads * m * number_type.bytes()) {
@@ -156,6 +164,7 @@ impl LayerCache {
         let each = numbers.len() / heads;
         let rows = (0..heads).map(|head| {
             let mut rows = DenseRows::new(m, number_type);
+            rows.pass(positions.saturating_sub(each / m));
             rows.extend(&numbers[head * each..(head + 1) * each]);
             rows
         });

@@ -1,4 +1,4 @@
-use super::{Coder, Coding};
+use super::{Coder, Coding, MemoryLimit};
 use crate::attention::NumberType;
 use crate::dictionary::{LayerDictionaries, LayerSparsities};
 use crate::encode::Fit;
@@ -19,6 +19,8 @@ pub struct LayerSettings {
     pub sinks: usize,
     /// `n_b`: the newest positions, kept dense.
     pub recent_window: usize,
+    /// Keeps as many of the newest positions dense as the memory holds, rather than [`recent_window`](Self::recent_window).
+    pub memory: Option<MemoryLimit>,
     /// `n_a`: the positions that leave the recent window at once.
     pub batch: usize,
     /// The steps of decode between the one at which a batch begins to leave the recent window and the one at which it
@@ -45,6 +47,7 @@ impl LayerSettings {
             sparsities,
             sinks: 4,
             recent_window: 128,
+            memory: None,
             batch: 16,
             delay: 4,
             number_type: NumberType::default(),
@@ -95,13 +98,25 @@ impl LayerSettings {
     /// The steps that a batch waits: the next one begins to leave when this one is gone, and by then no more than a batch may
     /// have come.
     pub(crate) fn wait(&self) -> usize {
-        self.delay.min(self.batch.saturating_sub(1))
+        let most = self.memory.map_or(usize::MAX, |memory| memory.wait());
+        self.delay.min(self.batch.saturating_sub(1)).min(most)
     }
 
-    /// The positions to code at once when `new` ones come to `held` dense ones in a prompt: those that the recent window
-    /// cannot hold, unless they are fewer than leave it at once.
-    pub(crate) fn surplus(&self, held: usize, new: usize) -> usize {
-        let surplus = (held + new).saturating_sub(self.recent_window);
+    /// The newest positions that are kept dense when `positions` are held.
+    pub(crate) fn window(&self, positions: usize) -> usize {
+        let of_memory = self.memory.map(|memory| memory.window(positions));
+        of_memory.unwrap_or(self.recent_window)
+    }
+
+    /// Whether a batch begins to leave the window where `held` positions are dense and some `older` are held too.
+    pub(crate) fn begins(&self, older: usize, held: usize) -> bool {
+        held >= self.window(older + held).saturating_add(self.batch)
+    }
+
+    /// The positions to code at once when `new` ones come to `held` dense ones and some `older` in a prompt: those that the
+    /// recent window cannot hold, unless they are fewer than leave it at once.
+    pub(crate) fn surplus(&self, older: usize, held: usize, new: usize) -> usize {
+        let surplus = (held + new).saturating_sub(self.window(older + held + new));
         if surplus < self.batch { 0 } else { surplus }
     }
 
@@ -110,11 +125,9 @@ impl LayerSettings {
     pub fn expected_bytes(&self, head_dim: usize, positions: usize) -> f64 {
         // Batches leave whole, each layer's at its own step, and the window keeps the room that it needed for them.
         let leaving = self.batch.saturating_mul(3) / 2;
-        let dense = self.sinks.saturating_add(self.recent_window);
+        let dense = self.sinks.saturating_add(self.window(positions));
         let dense = positions.min(dense.saturating_add(leaving)) as f64;
         let coded = positions as f64 - dense;
-        let heads = self.sparsities.keys.iter().chain(&self.sparsities.values);
-        let code: usize = heads.map(|&s| self.coding.bytes(s)).sum();
         let numbers = 2 * self.sparsities.keys.len() * head_dim;
         // Codes grow by a 64th, at least by four vectors; half of that is empty.
         let grown = coded + (coded / 128.0).max(2.0).min(coded);
@@ -125,9 +138,20 @@ impl LayerSettings {
             0
         };
         let copied = background as f64 * numbers as f64 * size_of::<f32>() as f64 / 2.0;
-        grown * code as f64
-            + dense * (numbers * self.number_type.bytes()) as f64
+        grown * self.code_bytes() as f64
+            + dense * self.dense_bytes(head_dim) as f64
             + copied
             + super::layer::bookkeeping(&self.sparsities) as f64
+    }
+
+    /// The bytes of a position of all heads, coded.
+    pub(super) fn code_bytes(&self) -> usize {
+        let heads = self.sparsities.keys.iter().chain(&self.sparsities.values);
+        heads.map(|&s| self.coding.bytes(s)).sum()
+    }
+
+    /// The bytes of a position of all heads, dense.
+    pub(super) fn dense_bytes(&self, head_dim: usize) -> usize {
+        2 * self.sparsities.keys.len() * head_dim * self.number_type.bytes()
     }
 }

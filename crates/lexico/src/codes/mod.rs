@@ -21,6 +21,7 @@ use crate::kernels::additive::AdditiveBlock;
 use crate::kernels::sparse::SparseBlock;
 use crate::{Error, Result};
 use additive::AdditivePage;
+pub(crate) use pages::PAGE;
 use pages::Pages;
 use sparse::SparsePage;
 

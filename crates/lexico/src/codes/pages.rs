@@ -7,7 +7,7 @@ use crate::encode::EncodedBatch;
 use crate::kernels::vector::add_scaled;
 
 /// The vectors of a page: growth never copies more, and every page's beginning is read more slowly than the rest.
-pub(super) const PAGE: usize = 8192;
+pub(crate) const PAGE: usize = 8192;
 /// The fewest vectors by which a page grows.
 const GROWTH: usize = 4;
 

@@ -96,6 +96,10 @@ fn check(settings: &LayerSettings) -> Result<()> {
             let reason = "on a GPU all codes have as many atoms";
             ("tolerance", tolerance.to_string(), reason)
         }
+        _ if let Some(memory) = settings.memory => {
+            let reason = "on a GPU the window is fixed: give window";
+            ("memory", memory.bytes().to_string(), reason)
+        }
         _ if settings.number_type != NumberType::F16 => {
             let reason = "on a GPU the recent window is in f16";
             ("dense", "f32".to_owned(), reason)
@@ -289,7 +293,7 @@ impl<D: Device> DeviceLayer<D> {
         let skipped = (first * self.head_dim * size_of::<f32>()) as u64;
         let (new, rest) = (new.map(|address| address + skipped), t - first);
         let held = sequence.held;
-        let surplus = self.settings.surplus(held, rest);
+        let surplus = self.settings.surplus(0, held, rest);
         for first in (0..surplus).step_by(AT_ONCE) {
             let count = AT_ONCE.min(surplus - first);
             // SAFETY: the caller's.
@@ -538,7 +542,7 @@ impl<D: Device> DeviceLayer<D> {
         let batch = self.settings.batch;
         // SAFETY: nothing new is read.
         let begin = || unsafe { self.encode(sequence, KeyValue::default(), 0, position, 0, batch) };
-        let due = Leaving::step(&mut leaving, &self.settings, sequence.held, begin);
+        let due = Leaving::step(&mut leaving, &self.settings, 0, sequence.held, begin);
         sequence.leaving = leaving;
         due?.map_or(Ok(()), |batch| self.settle(sequence, batch))
     }

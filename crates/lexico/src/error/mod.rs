@@ -87,6 +87,18 @@ pub enum Error {
     /// A block of stored codes is damaged or holds other codes than those expected.
     #[error("stored codes: {}", shown_message(.0))]
     Stored(String),
+    /// More positions than a cache's memory holds.
+    #[error(
+        "{positions} positions do not fit into {bytes} bytes of memory, which hold {capacity}; give more memory, or fewer atoms"
+    )]
+    Memory {
+        /// The positions that there would be.
+        positions: usize,
+        /// The memory of all layers.
+        bytes: usize,
+        /// The positions that it holds.
+        capacity: usize,
+    },
     /// A sparsity outside `1..=min(m, N)`.
     #[error(
         "sparsity {sparsity} is impossible here: it must lie between 1 and {max} (head dim {head_dim}, {atoms} atoms)"

@@ -21,6 +21,9 @@ struct Facts {
     positions: usize,
     /// The steps, layer by layer, since a batch began to leave its window, where one is leaving.
     leaving: Vec<Option<usize>>,
+    /// Layer by layer, whether all positions are as the model made them; none in files of earlier versions.
+    #[serde(default)]
+    all_dense: Vec<bool>,
 }
 
 /// The settings by name: all that the codes and the steps to come depend on.
@@ -41,6 +44,7 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
         fit,
         sinks,
         recent_window,
+        memory,
         batch,
         number_type,
         sliding_window,
@@ -60,7 +64,10 @@ fn settings(cache: &LexicoCache) -> Map<String, Value> {
     add("tolerance", tolerance.into());
     add("unbiased", (*fit == Fit::Unbiased).into());
     add("sinks", (*sinks).into());
-    add("window", (*recent_window).into());
+    match memory {
+        Some(memory) => add("memory", memory.bytes().into()),
+        None => add("window", (*recent_window).into()),
+    }
     add("batch", (*batch).into());
     add("format", format.into());
     add("beam", beam_width.into());
@@ -102,6 +109,7 @@ pub(super) fn state(cache: &LexicoCache) -> CacheState {
         dictionaries: checksum(&checksums),
         positions: cache.positions,
         leaving: layers.iter().map(|layer| layer.leaving).collect(),
+        all_dense: layers.iter().map(|layer| layer.all_dense).collect(),
     };
     let blocks = layers.into_iter().enumerate().flat_map(|(l, layer)| {
         let blocks = layer.blocks.into_iter();
@@ -161,6 +169,7 @@ pub(super) fn resume(cache: &mut LexicoCache, state: &CacheState) -> Result<(), 
             checksums,
             positions: facts.positions,
             leaving,
+            all_dense: facts.all_dense.get(l).copied().unwrap_or_default(),
             blocks: blocks.collect(),
         }
     });
