@@ -1856,3 +1856,36 @@ fn eval_dictionary_takes_another_models_where_told_to() {
     let report = json(&arguments);
     assert_eq!(report["dictionaries"][0]["other_model"], "tiny");
 }
+
+#[test]
+fn memory_of_the_cache_is_kept_to() {
+    let prompt = tiny_file("prompt.txt");
+    let with = |arguments: &[&str]| {
+        let all = ["run", "--json", "-f", path(&prompt)];
+        json(&[&all[..], arguments].concat())
+    };
+    let full = with(&["--cache", "full"]);
+    let all = with(&["--kv-memory", "16MiB"]);
+    assert_eq!(all["text"], full["text"]);
+    assert_eq!(all["cache"]["dense_positions"], all["cache"]["positions"]);
+    let some = with(&["--kv-memory", "700KiB", "--cache", "lexico:sparsity=6"]);
+    assert!(some["cache"]["bytes"].as_u64().unwrap() <= 700 * 1024);
+    let dense = |run: &Value| run["cache"]["dense_positions"].as_u64().unwrap();
+    assert!(dense(&some) < dense(&all) && dense(&some) > 100, "{some}");
+
+    for (arguments, word) in [
+        (
+            &["--cache", "full", "--kv-memory", "1MiB"][..],
+            "is for --cache lexico",
+        ),
+        (&["--kv-memory", "100KiB"], "68 are needed"),
+        (
+            &["--cache", "lexico:window=5", "--kv-memory", "5MiB"],
+            "leave one of them out",
+        ),
+    ] {
+        let message = fails(1, &[&["run", "x"][..], arguments].concat());
+        assert!(message.contains(word), "{message}");
+    }
+    assert!(fails(2, &["run", "x", "--kv-memory", "12"]).contains("512MiB"));
+}
