@@ -28,7 +28,7 @@ pub struct CacheOptions {
     tolerance: Option<f32>,
     fit: Fit,
     sinks: usize,
-    window: Option<usize>,
+    window: Window,
     memory: Option<usize>,
     batch: usize,
     format: Option<Format>,
@@ -47,7 +47,7 @@ impl Default for CacheOptions {
             tolerance: None,
             fit: usual.fit,
             sinks: usual.sinks,
-            window: None,
+            window: Window { told: None },
             memory: None,
             batch: usual.batch,
             format: None,
@@ -58,6 +58,25 @@ impl Default for CacheOptions {
 }
 
 /// Which heads get the atoms.
+/// The recent window: the same whether it is told or left out, but a limit of memory goes only with the latter.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    told: Option<usize>,
+}
+
+impl Window {
+    fn positions(self) -> usize {
+        let usual = || LayerSettings::new(LayerSparsities::same(1, 1, 1)).recent_window;
+        self.told.unwrap_or_else(usual)
+    }
+}
+
+impl PartialEq for Window {
+    fn eq(&self, other: &Self) -> bool {
+        self.positions() == other.positions()
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Allocation {
     Measured,
@@ -168,7 +187,7 @@ impl CacheOptions {
             "tolerance" => self.tolerance = Some(number("tolerance", value, "a number")?),
             "fit" => self.fit = one_of("fit", value, FITS)?,
             "sinks" => self.sinks = count("sinks", value)?,
-            "window" => self.window = Some(count("window", value)?),
+            "window" => self.window.told = Some(count("window", value)?),
             "memory" => self.memory = Some(memory(value)?),
             "batch" => self.batch = count("batch", value)?,
             "format" => self.format = Some(one_of("format", value, FORMATS)?),
@@ -200,17 +219,16 @@ impl CacheOptions {
         let layers = sparsities.len();
         let settings = sparsities.into_iter().enumerate();
         let settings = settings.map(|(layer, sparsities)| {
-            let usual = LayerSettings::new(sparsities);
             LayerSettings {
                 coding,
                 fit: self.fit,
                 sinks: self.sinks,
-                recent_window: self.window.unwrap_or(usual.recent_window),
+                recent_window: self.window.positions(),
                 batch: self.batch,
                 // The steps after which a batch takes its place among the codes: each layer has its own.
                 delay: self.batch / 4 + layer.saturating_mul(self.batch / 2) / layers,
                 number_type: self.number_type,
-                ..usual
+                ..LayerSettings::new(sparsities)
             }
         });
         let mut settings: Vec<_> = settings.collect();
@@ -231,7 +249,7 @@ impl CacheOptions {
         head_dim: usize,
     ) -> Result<MemoryLimit> {
         let refused = |reason: &str| Err(Error::setting("memory", bytes.to_string(), reason));
-        if self.window.is_some() {
+        if self.window.told.is_some() {
             return refused(
                 "with window, which says how many are dense, it says nothing; leave one of them out",
             );
