@@ -65,7 +65,8 @@ pub fn export_reference(set: &DictionarySet, path: &Path) -> Result<()> {
 /// The atoms as columns, `[m, N]` in little-endian f32.
 fn columns(dictionary: &Dictionary) -> Vec<u8> {
     let m = dictionary.head_dim();
-    let numbers = (0..m).flat_map(|j| dictionary.atoms().iter().skip(j).step_by(m));
+    let atoms = dictionary.atoms();
+    let numbers = (0..m).flat_map(|j| atoms.iter().skip(j).step_by(m));
     numbers.flat_map(|x| x.to_le_bytes()).collect()
 }
 

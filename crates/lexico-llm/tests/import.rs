@@ -49,7 +49,8 @@ fn columns_become_atoms_and_keys_and_values_part() {
                 let (want, shape) = rows.f32_tensor(&format!("layers.{l}.{part}"), 2).unwrap();
                 assert_eq!([dictionary.len(), dictionary.head_dim()], shape[..]);
                 let worst = |d: &Dictionary| {
-                    let pairs = d.atoms().iter().zip(&want);
+                    let atoms = d.atoms();
+                    let pairs = atoms.iter().zip(&want);
                     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
                 };
                 assert!(worst(&dictionary) <= tolerance, "{file} layer {l} {part}");

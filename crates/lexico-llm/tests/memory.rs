@@ -34,7 +34,7 @@ static COUNTING: Counting = Counting;
 #[test]
 fn footprints_equal_what_is_allocated() {
     let model = Model::tiny().unwrap();
-    let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. ".repeat(12);
+    let text = "Question: Ana has 12 coins at home. Ben gives Ana 7 more. ".repeat(30);
     let tokens = model.tokenizer.encode_first(&text).unwrap();
     let run = |spec: &str, prompt: usize, steps: usize| {
         let mut cache = model.cache(&spec.parse().unwrap()).unwrap();
@@ -101,6 +101,20 @@ fn footprints_equal_what_is_allocated() {
             assert!(
                 (0.95..1.05).contains(&ratio),
                 "{spec}, {prompt} + {steps} tokens: {reported} bytes reported, {allocated} allocated"
+            );
+        }
+    }
+
+    // A limit of memory is one of what is allocated, however long the text.
+    let position = model.decoder.config().fp16_cache_bytes(1);
+    for share in [1.5, 1.0, 0.5] {
+        let limit = (share * (400 * position) as f64) as usize;
+        let spec = format!("lexico:sparsity=4,batch=1,sinks=0,memory={limit}B");
+        for (prompt, steps) in [(20, 0), (120, 40), (360, 0), (300, 60), (30, 370)] {
+            let (_, allocated) = run(&spec, prompt, steps);
+            assert!(
+                allocated <= limit,
+                "{spec}, {prompt} + {steps} tokens: {allocated} bytes allocated"
             );
         }
     }

@@ -41,7 +41,8 @@ fn squared_distance(codebooks: &Codebooks, x: &[f32], indices: &[usize]) -> f64 
 /// What rounding to f32 may add to the squared distance of a vector from a sum: both may be longer than it.
 fn rounding(codebooks: &Codebooks, x: &[f32]) -> f64 {
     let square = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-    let atoms = codebooks.atoms().chunks_exact(x.len());
+    let atoms = codebooks.atoms();
+    let atoms = atoms.chunks_exact(x.len());
     1e-6 * (square(x) + atoms.map(square).fold(0.0, f64::max))
 }
 
@@ -167,7 +168,8 @@ fn beam_in_f64(codebooks: &Codebooks, x: &[f32], s: usize, beam: usize) -> f64 {
     let square = |rest: &[f64]| rest.iter().map(|r| r * r).sum::<f64>();
     let mut sums = vec![(square(&rest), rest)];
     for codebook in 0..s {
-        let atoms = codebooks.codebook(codebook).chunks_exact(x.len());
+        let atoms = codebooks.codebook(codebook);
+        let atoms = atoms.chunks_exact(x.len());
         let less = |rest: &[f64], atom: &[f32]| -> Vec<f64> {
             rest.iter()
                 .zip(atom)

@@ -87,7 +87,8 @@ fn a_dictionary_set_comes_back_as_it_was_up_to_f16() {
     for (a, b) in set.layers.iter().zip(&back.layers) {
         let (a, b) = (a.sparse.clone().unwrap(), b.sparse.clone().unwrap());
         for (a, b) in a.zip(b) {
-            let differences = a.atoms().iter().zip(b.atoms()).map(|(x, y)| (x - y).abs());
+            let (a, b) = (a.atoms(), b.atoms());
+            let differences = a.iter().zip(&*b).map(|(x, y)| (x - y).abs());
             assert!(differences.fold(0.0, f32::max) <= 1.0 / 2048.0);
         }
     }
@@ -107,7 +108,7 @@ fn one_dictionary_needs_only_the_format_and_its_tensor() {
     let dictionary = random_dictionary(4, 10, 6);
     let path = one_tensor(
         folder.path(),
-        NewTensor::f32("layers.0.keys", &[10, 6], dictionary.atoms()),
+        NewTensor::f32("layers.0.keys", &[10, 6], &dictionary.atoms()),
     );
     assert_eq!(
         Dictionary::load(&path, "layers.0.keys").unwrap(),
@@ -273,8 +274,8 @@ fn wrong_shapes_types_and_names_are_refused() {
     let dictionary = random_dictionary(4, 10, 6);
     let load = |tensor: NewTensor| Dictionary::load(one_tensor(folder.path(), tensor), "d");
     let refused = [
-        load(NewTensor::f32("d", &[60], dictionary.atoms())),
-        load(NewTensor::f32("d", &[1, 10, 6], dictionary.atoms())),
+        load(NewTensor::f32("d", &[60], &dictionary.atoms())),
+        load(NewTensor::f32("d", &[1, 10, 6], &dictionary.atoms())),
         load(NewTensor::f32("d", &[0, 6], &[])),
         load(NewTensor::f32("d", &[6, 0], &[])),
         load(NewTensor::new("d", Dtype::I32, &[10, 6], vec![0; 240])),
@@ -286,7 +287,7 @@ fn wrong_shapes_types_and_names_are_refused() {
             .all(|r| matches!(r, Err(Error::Tensor { .. }))),
         "{refused:?}"
     );
-    let other = load(NewTensor::f32("e", &[10, 6], dictionary.atoms()));
+    let other = load(NewTensor::f32("e", &[10, 6], &dictionary.atoms()));
     assert!(
         matches!(&other, Err(Error::MissingTensor { present, .. }) if present == "e"),
         "{other:?}"
@@ -462,7 +463,7 @@ fn huge_and_zero_vectors_have_a_relative_error() {
     assert_eq!(lexico::mean_relative_error(&[0.0; 4], &[1.0; 4], 4), 0.0);
     assert_eq!(lexico::mean_relative_error(&[], &[], 4), 0.0);
     let unit = Dictionary::normalised(huge.to_vec(), 4).unwrap();
-    assert_eq!(unit.atoms(), [0.5; 4]);
+    assert_eq!(*unit.atoms(), [0.5; 4]);
 }
 
 fn drawn_codes(dictionary: &Dictionary, n: usize, format: SparseFormat, tolerance: f32) -> Codes {

@@ -24,7 +24,7 @@ fn in_f64(x: &[f32]) -> Vec<f64> {
 fn residual(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficients: &[f32]) -> Vec<f64> {
     let mut rest = in_f64(x);
     for (&i, &c) in indices.iter().zip(coefficients) {
-        for (r, &d) in rest.iter_mut().zip(dictionary.atom(usize::from(i))) {
+        for (r, &d) in rest.iter_mut().zip(&*dictionary.atom(usize::from(i))) {
             *r -= f64::from(c) * f64::from(d);
         }
     }
@@ -38,7 +38,8 @@ fn residual_norm(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficien
 /// The largest correlation of an atom with a residual.
 fn largest_correlation(dictionary: &Dictionary, residual: &[f64]) -> f64 {
     let correlations = (0..dictionary.len()).map(|n| {
-        let products = dictionary.atom(n).iter().zip(residual);
+        let atom = dictionary.atom(n);
+        let products = atom.iter().zip(residual);
         products.map(|(&d, r)| f64::from(d) * r).sum::<f64>().abs()
     });
     correlations.fold(0.0, f64::max)
@@ -61,7 +62,8 @@ fn check_greedy(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficient
     let mut rest = x64.clone();
     for &i in indices {
         let correlation = |n: usize| -> f64 {
-            let atom = dictionary.atom(n).iter().zip(&rest);
+            let atom = dictionary.atom(n);
+            let atom = atom.iter().zip(&rest);
             atom.map(|(&d, r)| f64::from(d) * r).sum::<f64>().abs()
         };
         let i = usize::from(i);
@@ -76,7 +78,7 @@ fn check_greedy(dictionary: &Dictionary, x: &[f32], indices: &[u16], coefficient
         let fit = oracle::least_squares(dictionary, &support, &x64).expect("independent atoms");
         rest.clone_from(&x64);
         for (&n, c) in support.iter().zip(fit) {
-            for (r, &d) in rest.iter_mut().zip(dictionary.atom(n)) {
+            for (r, &d) in rest.iter_mut().zip(&*dictionary.atom(n)) {
                 *r -= c * f64::from(d);
             }
         }
@@ -291,7 +293,8 @@ fn unbiased_coefficients_keep_the_length_along_the_vector() {
         let along = |batch: &EncodedBatch| -> f64 {
             let (indices, coefficients) = batch.row(v);
             let terms = indices.iter().zip(coefficients).map(|(&i, &c)| {
-                let atom = dictionary.atom(usize::from(i)).iter().zip(x);
+                let atom = dictionary.atom(usize::from(i));
+                let atom = atom.iter().zip(x);
                 f64::from(c)
                     * atom
                         .map(|(&a, &b)| f64::from(a) * f64::from(b))

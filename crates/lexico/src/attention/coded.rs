@@ -7,8 +7,9 @@ use std::ops::Range;
 use super::RunningSoftmax;
 use crate::codes::{CodeFormat, Codes};
 use crate::dictionary::{Atoms, MAX_ATOMS, RotaryOffsets};
-use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
+use crate::kernels::dense::{MAX_GROUP, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
+use crate::kernels::rows::Rows;
 use crate::kernels::softmax::MAX_QUERIES;
 use crate::key_value::KeyValue;
 
@@ -84,6 +85,8 @@ struct Scratch {
     weights: Vec<f32>,
     /// Of keys and of values, `[REBUILT, m]`.
     vectors: KeyValue<Vec<f32>>,
+    /// Atoms in f32, `[N, m]`.
+    atoms: Vec<f32>,
 }
 
 thread_local! {
@@ -179,7 +182,8 @@ pub(super) fn add_many(
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
         let n = codes.named.keys;
-        let rows = Matrix::by_rows(&atoms.keys.numbers()[..n * m], n, m);
+        let rows = atoms.keys.rows(0, n).widened(&mut scratch.atoms);
+        let rows = Matrix::by_rows(rows, n, m);
         let columns = Matrix::by_rows(queries, group, m).transposed();
         multiply(&mut p[..n * group], false, rows, columns);
         let n = codes.named.values;
@@ -187,7 +191,8 @@ pub(super) fn add_many(
         let weights = &mut scratch.weights;
         sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
-        let rows = Matrix::by_rows(&atoms.values.numbers()[..n * m], n, m);
+        let rows = atoms.values.rows(0, n).widened(&mut scratch.atoms);
+        let rows = Matrix::by_rows(rows, n, m);
         multiply(&mut softmax.output, true, u, rows);
     });
 }
@@ -316,7 +321,7 @@ fn rebuilt(
     for first in range.clone().step_by(REBUILT) {
         codes.visit(first..range.end.min(first + REBUILT), |block, at| {
             let vectors = &mut vectors[..block.len() * m];
-            block.rebuild(atoms.numbers(), m, vectors);
+            block.rebuild(atoms.all(), m, vectors);
             visit(vectors, first - range.start + at);
         });
     }

@@ -4,8 +4,9 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{Positions, RunningSoftmax};
-use crate::kernels::dense::{MAX_GROUP, Rows, combine, dots};
+use crate::kernels::dense::{MAX_GROUP, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
+use crate::kernels::rows::Rows;
 use crate::key_value::KeyValue;
 
 /// Vectors of a page, and positions that are scored at a time.

@@ -18,6 +18,7 @@ use crate::dictionary::{Atoms, CodeFamily};
 use crate::encode::EncodedBatch;
 use crate::kernels;
 use crate::kernels::additive::AdditiveBlock;
+use crate::kernels::rows::Rows;
 use crate::kernels::sparse::SparseBlock;
 use crate::{Error, Result};
 use additive::AdditivePage;
@@ -225,7 +226,7 @@ impl Block<'_> {
     }
 
     /// The vectors that the codes stand for, `[n, m]`, `atoms` being `[N, m]`.
-    pub(crate) fn rebuild(self, atoms: &[f32], m: usize, out: &mut [f32]) {
+    pub(crate) fn rebuild(self, atoms: Rows<'_>, m: usize, out: &mut [f32]) {
         match self {
             Self::Sparse(block) => kernels::sparse::rebuild(block, atoms, m, out),
             Self::Additive(block) => kernels::additive::rebuild(block, atoms, m, out),

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use crate::dictionary::Atoms;
 use crate::encode::EncodedBatch;
-use crate::kernels::vector::add_scaled;
 
 /// The vectors of a page: growth never copies more, and every page's beginning is read more slowly than the rest.
 pub(crate) const PAGE: usize = 8192;
@@ -159,7 +158,8 @@ impl<P: Page> Pages<P> {
         for page in self.pages() {
             let (own, later) = rest.split_at_mut(page.len() * m);
             page.for_each(|v, index, coefficient| {
-                add_scaled(&mut own[v * m..][..m], coefficient, atoms.atom(index));
+                let row = atoms.rows(index, 1);
+                row.add_scaled_to(coefficient, &mut own[v * m..][..m]);
             });
             rest = later;
         }

@@ -79,7 +79,8 @@ impl<D: Device> DeviceAttention<D> {
         let scored = key_atoms.len() * group * size_of::<f16>();
         check_shared(device, scored, "attention")?;
         let halves = |atoms: Atoms<'_>| {
-            let halves = atoms.numbers().iter().map(|&x| f16::from_f32(x));
+            let numbers = atoms.numbers();
+            let halves = numbers.iter().map(|&x| f16::from_f32(x));
             upload(device, halves.flat_map(f16::to_le_bytes))
         };
         let means = maps.map(|maps| DeviceMeans::new(device, maps, group, format));

@@ -246,7 +246,8 @@ fn padded_halves(atoms: Atoms<'_>) -> (Vec<f16>, usize) {
     let m = atoms.head_dim();
     let padded = m.next_multiple_of(16);
     let mut halves = vec![f16::ZERO; atoms.len() * padded];
-    let rows = atoms.numbers().chunks_exact(m);
+    let numbers = atoms.numbers();
+    let rows = numbers.chunks_exact(m);
     for (row, out) in rows.zip(halves.chunks_exact_mut(padded)) {
         out[..m].convert_from_f32_slice(row);
     }

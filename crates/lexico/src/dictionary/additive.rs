@@ -1,7 +1,9 @@
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use super::atoms::{AtomMatrix, Atoms};
 use super::{CODEBOOK_ATOMS, CodebookSizes, MAX_FIRST_ATOMS};
+use crate::kernels::rows::Rows;
 use crate::kernels::scan::{RoundedAtoms, TILE_ATOMS};
 use crate::kernels::vector::square;
 use crate::{Error, Result};
@@ -102,8 +104,8 @@ impl Codebooks {
         self.atoms.head_dim()
     }
 
-    /// The atoms of all codebooks, `[N, m]` row by row.
-    pub fn atoms(&self) -> &[f32] {
+    /// The atoms of all codebooks, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    pub fn atoms(&self) -> Cow<'_, [f32]> {
         self.atoms.numbers()
     }
 
@@ -111,8 +113,13 @@ impl Codebooks {
     ///
     /// # Panics
     /// Where there are not so many.
-    pub fn atom(&self, i: usize) -> &[f32] {
-        self.atoms.atom(i)
+    pub fn atom(&self, i: usize) -> Cow<'_, [f32]> {
+        self.atoms.numbers_of(i, 1)
+    }
+
+    /// Atom `i` of all codebooks' as it is kept.
+    pub(crate) fn row(&self, i: usize) -> Rows<'_> {
+        self.atoms.rows(i, 1)
     }
 
     /// The atoms of the first `codebooks` codebooks: what codes of that sparsity or less are over.
@@ -127,9 +134,15 @@ impl Codebooks {
     ///
     /// # Panics
     /// Where there is no such codebook.
-    pub fn codebook(&self, codebook: usize) -> &[f32] {
-        let m = self.head_dim();
-        &self.atoms()[self.sizes.start(codebook) * m..self.sizes.start(codebook + 1) * m]
+    pub fn codebook(&self, codebook: usize) -> Cow<'_, [f32]> {
+        let start = self.sizes.start(codebook);
+        self.atoms.numbers_of(start, self.sizes.size(codebook))
+    }
+
+    /// The atoms of one codebook as they are kept.
+    pub(crate) fn rows(&self, codebook: usize) -> Rows<'_> {
+        let start = self.sizes.start(codebook);
+        self.atoms.rows(start, self.sizes.size(codebook))
     }
 
     /// Checks that codes can have `sparsity` atoms: 1 to the number of codebooks.
@@ -159,13 +172,12 @@ impl Codebooks {
         self.rounded.get_or_init(|| {
             let codebooks = (0..self.len()).map(|codebook| self.codebook(codebook));
             codebooks
-                .map(|atoms| RoundedCodebook::new(atoms, self.head_dim()))
+                .map(|atoms| RoundedCodebook::new(&atoms, self.head_dim()))
                 .collect()
         })
     }
 
-    /// The bytes held: those of the atoms; once codes have been attended to, of a copy in f16; once vectors have been coded,
-    /// of one in 8 bits.
+    /// The bytes held: those of the atoms, and once vectors have been coded those of a copy in 8 bits.
     pub fn bytes(&self) -> usize {
         let rounded = self.rounded.get().into_iter().flatten();
         self.atoms.bytes() + rounded.map(RoundedCodebook::bytes).sum::<usize>()

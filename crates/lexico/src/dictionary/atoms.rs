@@ -1,27 +1,46 @@
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use half::f16;
 
 use super::{MAX_ATOMS, norm};
 use crate::kernels::check_level;
-use crate::kernels::dense::Rows;
+use crate::kernels::rows::Rows;
 use crate::{Error, Result};
 
 /// `N` finite rows of length `m`: what a [`Dictionary`](super::Dictionary) and [`Codebooks`](super::Codebooks) keep.
 #[derive(Debug, Clone)]
 pub(super) struct AtomMatrix {
-    numbers: Vec<f32>,
+    numbers: Numbers,
     head_dim: usize,
-    /// The numbers in f16, where that is exactly what they are, as it is after reading a file; made when a
-    /// decoding step first needs them.
-    halves: OnceLock<Option<Vec<f16>>>,
     /// Made once: it takes a pass over all numbers, and is asked for whenever a cache is saved or loaded.
     checksum: OnceLock<u32>,
 }
 
+/// Numbers in the fewest bytes that hold them exactly.
+#[derive(Debug, Clone)]
+enum Numbers {
+    F32(Vec<f32>),
+    /// Those of a file.
+    F16(Vec<f16>),
+}
+
+impl Numbers {
+    fn new(numbers: Vec<f32>) -> Self {
+        let halves = numbers.iter().map(|&x| {
+            let half = f16::from_f32(x);
+            (half.to_f32() == x).then_some(half)
+        });
+        match halves.collect() {
+            Some(halves) => Self::F16(halves),
+            None => Self::F32(numbers),
+        }
+    }
+}
+
 impl PartialEq for AtomMatrix {
     fn eq(&self, other: &Self) -> bool {
-        (&self.numbers, self.head_dim) == (&other.numbers, other.head_dim)
+        self.head_dim == other.head_dim && self.numbers() == other.numbers()
     }
 }
 
@@ -43,49 +62,67 @@ impl AtomMatrix {
             return Err(Error::Dictionary(reason));
         }
         Ok(Self {
-            numbers,
+            numbers: Numbers::new(numbers),
             head_dim,
-            halves: OnceLock::new(),
             checksum: OnceLock::new(),
         })
     }
 
-    pub(super) fn numbers(&self) -> &[f32] {
-        &self.numbers
+    pub(super) fn numbers(&self) -> Cow<'_, [f32]> {
+        self.numbers_of(0, self.len())
     }
 
+    /// The numbers of atoms `first` to `first + count`.
+    pub(super) fn numbers_of(&self, first: usize, count: usize) -> Cow<'_, [f32]> {
+        match self.rows(first, count) {
+            Rows::F32(numbers) => Cow::Borrowed(numbers),
+            rows @ Rows::F16(_) => {
+                let mut numbers = vec![0.0; count * self.head_dim];
+                rows.widen_to(&mut numbers);
+                Cow::Owned(numbers)
+            }
+        }
+    }
+
+    /// The numbers, to be changed: in f32 from now on.
     pub(super) fn numbers_mut(&mut self) -> &mut [f32] {
-        self.halves.take();
         self.checksum.take();
-        &mut self.numbers
+        if let Numbers::F16(_) = self.numbers {
+            self.numbers = Numbers::F32(self.numbers().into_owned());
+        }
+        match &mut self.numbers {
+            Numbers::F32(numbers) => numbers,
+            Numbers::F16(_) => unreachable!("they are in f32 now"),
+        }
     }
 
     pub(super) fn into_numbers(self) -> Vec<f32> {
-        self.numbers
-    }
-
-    pub(super) fn atom(&self, i: usize) -> &[f32] {
-        &self.numbers[i * self.head_dim..(i + 1) * self.head_dim]
+        match self.numbers {
+            Numbers::F32(numbers) => numbers,
+            Numbers::F16(_) => self.numbers().into_owned(),
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.numbers.len() / self.head_dim
+        self.all().len() / self.head_dim
     }
 
     pub(super) fn head_dim(&self) -> usize {
         self.head_dim
     }
 
-    /// The bytes held: those of the numbers; once codes have been attended to, of a copy in f16.
+    /// The bytes held.
     pub(super) fn bytes(&self) -> usize {
-        let halves = self.halves.get().and_then(Option::as_ref);
-        self.numbers.capacity() * size_of::<f32>()
-            + halves.map_or(0, Vec::capacity) * size_of::<f16>()
+        match &self.numbers {
+            Numbers::F32(numbers) => numbers.capacity() * size_of::<f32>(),
+            Numbers::F16(numbers) => numbers.capacity() * size_of::<f16>(),
+        }
     }
 
     /// The numbers as a file keeps them.
     pub(super) fn in_half_precision(&self) -> Vec<f32> {
-        let numbers = self.numbers.iter();
+        let numbers = self.numbers();
+        let numbers = numbers.iter();
         numbers.map(|&x| f16::from_f32(x).to_f32()).collect()
     }
 
@@ -95,7 +132,8 @@ impl AtomMatrix {
             let mut hasher = crc32fast::Hasher::new();
             // An atom at a time: the hasher is slow on few bytes.
             let mut bytes = Vec::with_capacity(size_of::<f32>() * self.head_dim);
-            for atom in self.numbers.chunks_exact(self.head_dim) {
+            let numbers = self.numbers();
+            for atom in numbers.chunks_exact(self.head_dim) {
                 bytes.clear();
                 bytes.extend(atom.iter().flat_map(|x| x.to_le_bytes()));
                 hasher.update(&bytes);
@@ -104,20 +142,16 @@ impl AtomMatrix {
         })
     }
 
-    /// Atoms `first` to `first + count`, in the fewest bytes that hold them exactly.
-    fn rows(&self, first: usize, count: usize) -> Rows<'_> {
-        let range = first * self.head_dim..(first + count) * self.head_dim;
-        let halves = self.halves.get_or_init(|| {
-            let halves = self.numbers.iter().map(|&x| {
-                let half = f16::from_f32(x);
-                (half.to_f32() == x).then_some(half)
-            });
-            halves.collect()
-        });
-        match halves {
-            Some(halves) => Rows::F16(&halves[range]),
-            None => Rows::F32(&self.numbers[range]),
+    fn all(&self) -> Rows<'_> {
+        match &self.numbers {
+            Numbers::F32(numbers) => Rows::F32(numbers),
+            Numbers::F16(numbers) => Rows::F16(numbers),
         }
+    }
+
+    /// Atoms `first` to `first + count`.
+    pub(super) fn rows(&self, first: usize, count: usize) -> Rows<'_> {
+        self.all().part(first, count, self.head_dim)
     }
 }
 
@@ -146,18 +180,29 @@ impl<'a> Atoms<'a> {
         self.matrix.head_dim
     }
 
-    /// The atoms, `[N, m]` row by row.
-    pub fn numbers(self) -> &'a [f32] {
-        &self.matrix.numbers[..self.len * self.head_dim()]
+    /// The atoms, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    pub fn numbers(self) -> Cow<'a, [f32]> {
+        self.matrix.numbers_of(0, self.len)
     }
 
     /// Atom `i`.
     ///
     /// # Panics
     /// Where `i` is not below [`Atoms::len`].
-    pub fn atom(self, i: usize) -> &'a [f32] {
-        let m = self.head_dim();
-        &self.numbers()[i * m..(i + 1) * m]
+    pub fn atom(self, i: usize) -> Cow<'a, [f32]> {
+        assert!(i < self.len, "an atom that there is");
+        self.matrix.numbers_of(i, 1)
+    }
+
+    /// All atoms as they are kept.
+    pub(crate) fn all(self) -> Rows<'a> {
+        self.rows(0, self.len)
+    }
+
+    /// Atoms `first` to `first + count` as they are kept.
+    pub(crate) fn rows(self, first: usize, count: usize) -> Rows<'a> {
+        assert!(first + count <= self.len, "atoms that there are");
+        self.matrix.rows(first, count)
     }
 
     /// A checksum of all atoms of the dictionary or the codebooks, so that codes can say which they need.
@@ -169,7 +214,7 @@ impl<'a> Atoms<'a> {
     pub(crate) fn blocks(self, block: usize) -> impl Iterator<Item = (usize, usize, Rows<'a>)> {
         (0..self.len).step_by(block).map(move |first| {
             let count = block.min(self.len - first);
-            (first, count, self.matrix.rows(first, count))
+            (first, count, self.rows(first, count))
         })
     }
 

@@ -349,7 +349,7 @@ impl DictionarySet {
             if let Some(sparse) = &layer.sparse {
                 for (name, dictionary) in names.as_ref().zip(sparse.as_ref()) {
                     let shape = [dictionary.len(), dictionary.head_dim()];
-                    tensors.push(halves(name, &shape, dictionary.atoms()));
+                    tensors.push(halves(name, &shape, &dictionary.atoms()));
                 }
             }
             if let Some(codebooks) = &layer.codebooks {
@@ -587,7 +587,8 @@ impl Codebooks {
     fn tensors(&self, name: &str) -> [NewTensor; 2] {
         let m = self.head_dim();
         let first = self.sizes().first;
-        let (own, others) = self.atoms().split_at(first * m);
+        let atoms = self.atoms();
+        let (own, others) = atoms.split_at(first * m);
         [
             halves(&format!("{name}{FIRST}"), &[first, m], own),
             halves(

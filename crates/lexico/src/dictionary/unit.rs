@@ -1,9 +1,11 @@
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::OnceLock;
 
 use super::atoms::{AtomMatrix, Atoms};
 use super::set::{CURE, FORMATS};
 use super::{check_sparsity, norm};
+use crate::kernels::rows::Rows;
 use crate::kernels::scan::RoundedAtoms;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
@@ -89,8 +91,8 @@ impl Dictionary {
         })
     }
 
-    /// The atoms, `[N, m]` row by row.
-    pub fn atoms(&self) -> &[f32] {
+    /// The atoms, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    pub fn atoms(&self) -> Cow<'_, [f32]> {
         self.atoms.numbers()
     }
 
@@ -98,8 +100,13 @@ impl Dictionary {
     ///
     /// # Panics
     /// Where `i` is not below [`Dictionary::len`].
-    pub fn atom(&self, i: usize) -> &[f32] {
-        self.atoms.atom(i)
+    pub fn atom(&self, i: usize) -> Cow<'_, [f32]> {
+        self.atoms.numbers_of(i, 1)
+    }
+
+    /// Atom `i` as it is kept.
+    pub(crate) fn row(&self, i: usize) -> Rows<'_> {
+        self.atoms.rows(i, 1)
     }
 
     /// `N`, the number of atoms; never 0.
@@ -113,8 +120,7 @@ impl Dictionary {
         self.atoms.head_dim()
     }
 
-    /// The bytes held: those of the atoms; once vectors have been coded, of a copy in 8 bits; once codes have
-    /// been attended to, of a copy in f16.
+    /// The bytes held: those of the atoms, and once vectors have been coded those of a copy in 8 bits.
     pub fn bytes(&self) -> usize {
         self.atoms.bytes() + self.rounded.get().map_or(0, RoundedAtoms::bytes)
     }
@@ -129,7 +135,7 @@ impl Dictionary {
 
     pub(crate) fn rounded(&self) -> &RoundedAtoms {
         self.rounded
-            .get_or_init(|| RoundedAtoms::new(self.atoms(), self.head_dim()))
+            .get_or_init(|| RoundedAtoms::new(&self.atoms(), self.head_dim()))
     }
 
     /// A checksum of the atoms, so that codes can say which dictionary they need.

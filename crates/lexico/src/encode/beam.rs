@@ -7,7 +7,7 @@ use crate::dictionary::{Codebooks, RoundedCodebook};
 use crate::kernels::beam::{Continued, gains};
 use crate::kernels::larger;
 use crate::kernels::scan::{RoundedVectors, TILE_ATOMS, at_least};
-use crate::kernels::vector::{add_scaled, dot, dot_mixed, square, subtract_scaled};
+use crate::kernels::vector::{dot_mixed, square};
 use crate::threads::Threads;
 
 /// Vectors that are searched for side by side: each reading of a codebook serves all of them.
@@ -76,8 +76,9 @@ impl<'d> BeamSearch<'d> {
         let Scratch { sums, next, look } = scratch;
         sums.begin(vectors, m, s);
         for (codebook, rounded) in self.codebooks.rounded()[..s].iter().enumerate() {
-            let atoms = self.codebooks.codebook(codebook);
+            let atoms = self.codebooks.rows(codebook);
             let start = self.codebooks.sizes().start(codebook);
+            let count = self.codebooks.sizes().size(codebook);
             next.clear();
             let mut first = 0;
             while first < sums.sums.len() {
@@ -88,17 +89,11 @@ impl<'d> BeamSearch<'d> {
                     let vector = of_vector[0].vector;
                     let last = usize::from(lengths[vector]) == codebook + 1;
                     let keep = if last { 1 } else { self.beam_width };
-                    look.find(
-                        rounded,
-                        first - group.start,
-                        of_vector,
-                        atoms.len() / m,
-                        keep,
-                    );
+                    look.find(rounded, first - group.start, of_vector, count, keep);
                     for found in &mut look.found {
                         let (parent, atom) = (first + found.sum as usize, found.atom as usize);
                         let residual = &sums.residuals[parent * m..][..m];
-                        let product = dot(residual, &atoms[atom * m..][..m]);
+                        let product = atoms.row(atom, m).dot(residual);
                         let loss = rounded.losses.as_flattened()[atom];
                         found.gain = sums.sums[parent].gain - loss + product;
                     }
@@ -120,7 +115,9 @@ impl<'d> BeamSearch<'d> {
                         let place = next.residuals.len();
                         next.residuals
                             .extend_from_slice(&sums.residuals[parent * m..][..m]);
-                        add_scaled(&mut next.residuals[place..], -1.0, &atoms[atom * m..][..m]);
+                        atoms
+                            .row(atom, m)
+                            .add_scaled_to(-1.0, &mut next.residuals[place..]);
                     }
                     first += of_vector.len();
                 }
@@ -133,7 +130,9 @@ impl<'d> BeamSearch<'d> {
     fn judge(&self, x: &[f32], indices: &[u16]) -> (f32, f32) {
         let mut rest: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
         for &i in indices {
-            subtract_scaled(&mut rest, 1.0, self.codebooks.atom(usize::from(i)));
+            self.codebooks
+                .row(usize::from(i))
+                .subtract_scaled_from(1.0, &mut rest);
         }
         let whole = square(x);
         if whole == 0.0 {

@@ -2,9 +2,10 @@ use std::cell::RefCell;
 
 use super::{BlockMut, EncodedBatch, Encoder, Fit, encode_in_blocks};
 use crate::dictionary::Dictionary;
-use crate::kernels::dense::{Rows, combine, dots};
+use crate::kernels::dense::{combine, dots};
+use crate::kernels::rows::Rows;
 use crate::kernels::scan::{RoundedAtoms, RoundedVectors, at_least};
-use crate::kernels::vector::{add_scaled, dot, dot_mixed, square, subtract_scaled};
+use crate::kernels::vector::{add_scaled, dot, dot_mixed, square};
 use crate::threads::Threads;
 use crate::{Error, Result};
 
@@ -131,7 +132,7 @@ impl<'d> Pursuit<'d> {
                 }
                 let (earlier, rest) = directions[v * s * m..].split_at_mut(step * m);
                 let direction = &mut rest[..m];
-                direction.copy_from_slice(self.dictionary.atom(atom));
+                self.dictionary.row(atom).widen_to(direction);
                 let row = &mut triangles[(v * s + step) * s..][..step + 1];
                 let outside = orthonormalise(direction, earlier, row, along);
                 if outside <= DEPENDENT {
@@ -187,7 +188,9 @@ impl<'d> Pursuit<'d> {
             *out = f64::from(x);
         }
         for (&i, &c) in indices.iter().zip(coefficients) {
-            subtract_scaled(out, c, self.dictionary.atom(usize::from(i)));
+            self.dictionary
+                .row(usize::from(i))
+                .subtract_scaled_from(c, out);
         }
     }
 
@@ -222,7 +225,7 @@ impl<'d> Pursuit<'d> {
                 if atom >= dictionary.len() || chosen.contains(&(atom as u16)) {
                     continue;
                 }
-                let exact = dot(dictionary.atom(atom), residual).abs();
+                let exact = dictionary.row(atom).dot(residual).abs();
                 if exact > best.1 || (exact == best.1 && atom < best.0) {
                     best = (atom, exact);
                 }

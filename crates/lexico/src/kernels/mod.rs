@@ -18,6 +18,7 @@ mod gate;
 mod level;
 pub mod matmul;
 mod memory;
+pub(crate) mod rows;
 pub(crate) mod scan;
 pub(crate) mod softmax;
 pub(crate) mod sparse;

@@ -4,7 +4,7 @@ use super::LearnError;
 use super::state::{Reader, Writer};
 use crate::dictionary::{Dictionary, norm};
 use crate::encode::EncodedBatch;
-use crate::kernels::vector::{add_scaled, dot};
+use crate::kernels::vector::add_scaled;
 use crate::{Error, Result};
 
 /// Optimiser Adam (Kingma & Ba 2015) with its usual constants, over atoms that may start afresh.
@@ -77,7 +77,9 @@ impl Adam {
             residual.copy_from_slice(x);
             let (indices, coefficients) = codes.row(v);
             for (&i, &c) in indices.iter().zip(coefficients) {
-                add_scaled(&mut residual, -c, dictionary.atom(usize::from(i)));
+                dictionary
+                    .row(usize::from(i))
+                    .add_scaled_to(-c, &mut residual);
             }
             for (&i, &c) in indices.iter().zip(coefficients) {
                 let i = usize::from(i);
@@ -91,9 +93,9 @@ impl Adam {
             }
         }
         for &i in &self.used {
-            let (atom, gradient) = (dictionary.atom(i), &mut self.gradient[i * m..(i + 1) * m]);
-            let along = dot(gradient, atom);
-            add_scaled(gradient, -along, atom);
+            let (atom, gradient) = (dictionary.row(i), &mut self.gradient[i * m..(i + 1) * m]);
+            let along = atom.dot(gradient);
+            atom.add_scaled_to(-along, gradient);
         }
     }
 

@@ -140,7 +140,7 @@ impl<'v> Learner<'v> {
     #[must_use]
     pub fn save(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        out.floats(self.dictionary.atoms());
+        out.floats(&self.dictionary.atoms());
         self.adam.save(&mut out);
         out.counts(&self.uses);
         for number in [self.step, self.reseeded, self.without_gain] {
@@ -149,7 +149,7 @@ impl<'v> Learner<'v> {
         out.number(u64::from(self.best.is_some()));
         if let Some((dictionary, error)) = &self.best {
             out.floats(&[*error]);
-            out.floats(dictionary.atoms());
+            out.floats(&dictionary.atoms());
         }
         out.0
     }

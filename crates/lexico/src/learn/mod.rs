@@ -155,7 +155,7 @@ mod tests {
         for x in vectors.chunks_exact_mut(m) {
             for _ in 0..2 {
                 let c = rng.random_range(0.5f32..2.0);
-                crate::kernels::vector::add_scaled(x, c, hidden.atom(rng.random_range(0..atoms)));
+                hidden.row(rng.random_range(0..atoms)).add_scaled_to(c, x);
             }
         }
         vectors

@@ -38,7 +38,7 @@ pub(crate) fn encode(dictionary: &Dictionary, x: &[f32], sparsity: usize, tolera
             if found.support.contains(&n) {
                 continue;
             }
-            let correlation = dot_mixed(dictionary.atom(n), &residual).abs();
+            let correlation = dot_mixed(&dictionary.atom(n), &residual).abs();
             if correlation > best.1 {
                 second = best.1;
                 best = (n, correlation);
@@ -57,7 +57,7 @@ pub(crate) fn encode(dictionary: &Dictionary, x: &[f32], sparsity: usize, tolera
         found.narrowest_lead = found.narrowest_lead.min((best.1 - second) / whole);
         residual = x.clone();
         for (&n, c) in found.support.iter().zip(&coefficients) {
-            for (r, &d) in residual.iter_mut().zip(dictionary.atom(n)) {
+            for (r, &d) in residual.iter_mut().zip(&*dictionary.atom(n)) {
                 *r -= c * f64::from(d);
             }
         }

@@ -125,7 +125,7 @@ fn pursuit_is_that_of_the_cpu() {
                 let atom = dictionary.atom(usize::from(found.indices[j]));
                 let c = f64::from(found.coefficients[j]);
                 rest.iter_mut()
-                    .zip(atom)
+                    .zip(&*atom)
                     .for_each(|(r, &a)| *r -= c * f64::from(a));
             }
             let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -7,12 +7,13 @@ mod portable;
 
 use std::sync::LazyLock;
 
+use super::rows::{Number, Rows, with_numbers};
 use super::{MAX_ATOMS, compile, dispatch, table};
 
 compile! {
     scores(block: AdditiveBlock<'_>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize, u: &mut [f32]);
-    rebuild(block: AdditiveBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]);
+    rebuild(block: AdditiveBlock<'_>, atoms: &[impl Number], m: usize, out: &mut [f32]);
 }
 
 /// Atoms of every codebook but the first: as many as one byte tells apart.
@@ -194,14 +195,15 @@ pub(crate) fn accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize
 ///
 /// # Panics
 /// Where `out` has not a row for each code, or a code names an atom that there is not.
-pub(crate) fn rebuild(block: AdditiveBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]) {
+pub(crate) fn rebuild(block: AdditiveBlock<'_>, atoms: Rows<'_>, m: usize, out: &mut [f32]) {
     assert!(m > 0, "vectors have numbers");
     assert_eq!(out.len(), block.len() * m, "a row a code");
-    dispatch!(rebuild(block, atoms, m, out));
+    with_numbers!(atoms, atoms => dispatch!(rebuild(block, atoms, m, out)));
 }
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
     use proptest::prelude::*;
 
     use super::*;
@@ -282,7 +284,9 @@ mod tests {
         }
 
         #[test]
-        fn vectors_are_rebuilt(m in 1usize..200, sparsity in 1usize..20, n in 0usize..9, first in 1usize..300, seed: u32) {
+        fn vectors_are_rebuilt(
+            m in 1usize..200, sparsity in 1usize..20, n in 0usize..9, first in 1usize..300, half_precision: bool, seed: u32,
+        ) {
             let sizes = CodebookSizes { first };
             let mut state = seed;
             let mut draw = || {
@@ -290,11 +294,16 @@ mod tests {
                 state >> 8
             };
             let (firsts, rest) = codes(n, sparsity, first, &mut draw);
-            let atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let mut atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let halves: Vec<f16> = atoms.iter().map(|&x| f16::from_f32(x)).collect();
+            if half_precision {
+                atoms = halves.iter().map(|x| x.to_f32()).collect();
+            }
+            let rows = if half_precision { Rows::F16(&halves) } else { Rows::F32(&atoms) };
             let block = AdditiveBlock { first: &firsts, rest: &rest, sizes, sparsity };
             for level in levels() {
                 let mut out = vec![f32::NAN; n * m];
-                at_level(level, || rebuild(block, &atoms, m, &mut out));
+                at_level(level, || rebuild(block, rows, m, &mut out));
                 for (v, out) in out.chunks_exact(m).enumerate() {
                     for (k, &got) in out.iter().enumerate() {
                         let sum: f64 = block.indices(v).map(|i| f64::from(atoms[i * m + k])).sum();

@@ -3,6 +3,7 @@
 use super::{AdditiveBlock, CODEBOOK_ATOMS};
 use crate::kernels::MAX_ATOMS;
 use crate::kernels::memory::{in_general_register, prefetch};
+use crate::kernels::rows::Number;
 use crate::kernels::table::{AHEAD, table, table_mut};
 
 /// Vectors whose codes are gone through together, some codebooks after the other: so many that fetching the rows
@@ -287,7 +288,7 @@ const PART: usize = 64;
 #[inline(always)]
 pub(super) fn rebuild<const FMA: bool>(
     block: AdditiveBlock<'_>,
-    atoms: &[f32],
+    atoms: &[impl Number],
     m: usize,
     out: &mut [f32],
 ) {
@@ -301,7 +302,7 @@ pub(super) fn rebuild<const FMA: bool>(
                 let row = &atoms[i * m..][..m];
                 if let Some(row) = row[from..].first_chunk::<PART>() {
                     for k in 0..PART {
-                        sums[k] += row[k];
+                        sums[k] += row[k].widen();
                     }
                 }
             }
@@ -311,7 +312,9 @@ pub(super) fn rebuild<const FMA: bool>(
         rest.fill(0.0);
         for i in block.indices(v) {
             let row = &atoms[i * m..][..m];
-            rest.iter_mut().zip(&row[from..]).for_each(|(x, y)| *x += y);
+            rest.iter_mut()
+                .zip(&row[from..])
+                .for_each(|(x, y)| *x += y.widen());
         }
         rest.iter_mut().for_each(|x| *x *= scale);
     }

@@ -4,6 +4,7 @@ use half::f16;
 
 use super::{MAX_GROUP, WIDEST};
 use crate::kernels::memory::prefetch_lines;
+use crate::kernels::rows::Number;
 
 /// A register of f32 numbers.
 ///
@@ -44,13 +45,13 @@ macro_rules! by_intrinsics {
 pub(super) use by_intrinsics;
 
 /// Numbers that registers are loaded from.
-pub(super) trait Number: Copy + Into<f32> {
+pub(super) trait Loaded: Number {
     /// # Safety
     /// As for [`Register`]; as many numbers as it has places must lie at `from`.
     unsafe fn load<R: Register>(from: *const Self) -> R;
 }
 
-impl Number for f32 {
+impl Loaded for f32 {
     #[inline(always)]
     unsafe fn load<R: Register>(from: *const Self) -> R {
         // SAFETY: the caller's.
@@ -58,7 +59,7 @@ impl Number for f32 {
     }
 }
 
-impl Number for f16 {
+impl Loaded for f16 {
     #[inline(always)]
     unsafe fn load<R: Register>(from: *const Self) -> R {
         // SAFETY: the caller's.
@@ -73,7 +74,7 @@ const AHEAD: usize = 16 * 1024;
 /// As for [`Register`]. `rows` `[n, m]`, `queries` `[group, m]`, `out` `[n, group]`, the query group
 /// a power of two up to 8; `m` at least a register's places.
 #[inline(always)]
-pub(super) unsafe fn dots<R: Register, N: Number>(
+pub(super) unsafe fn dots<R: Register, N: Loaded>(
     rows: &[N],
     queries: &[f32],
     m: usize,
@@ -134,7 +135,7 @@ struct Products<N> {
     group: usize,
 }
 
-impl<N: Number> Products<N> {
+impl<N: Loaded> Products<N> {
     /// Writes the products of `ROWS` rows at a time, for `Q` queries at a time, as long as there are so many
     /// rows; those are no longer among its own then. `ALL` is `ROWS · Q`.
     ///
@@ -207,7 +208,7 @@ const STRETCH: usize = 8 * 1024;
 /// As for [`Register`]. `weights` `[n, group]`, `rows` `[n, m]`, `out` `[group, m]`, the query group
 /// a power of two up to 8; `m` at least a register's places.
 #[inline(always)]
-pub(super) unsafe fn combine<R: Register, N: Number>(
+pub(super) unsafe fn combine<R: Register, N: Loaded>(
     weights: &[f32],
     rows: &[N],
     m: usize,
@@ -283,7 +284,7 @@ struct Columns<N> {
     group: usize,
 }
 
-impl<N: Number> Columns<N> {
+impl<N: Loaded> Columns<N> {
     /// Adds to the sums; returns the number of columns.
     ///
     /// # Safety
@@ -325,7 +326,7 @@ impl<N: Number> Columns<N> {
 /// # Safety
 /// As for [`Register`].
 #[inline(always)]
-pub(super) unsafe fn dot<R: Register, N: Number>(a: &[N], b: &[f32]) -> f32 {
+pub(super) unsafe fn dot<R: Register, N: Loaded>(a: &[N], b: &[f32]) -> f32 {
     /// Registers that the loop carries, so that sums do not wait for each other.
     const AT_ONCE: usize = 4;
     let n = a.len().min(b.len());
@@ -350,7 +351,7 @@ pub(super) unsafe fn dot<R: Register, N: Number>(a: &[N], b: &[f32]) -> f32 {
         let rest: f32 = a[k..n]
             .iter()
             .zip(&b[k..n])
-            .map(|(&a, b)| a.into() * b)
+            .map(|(&a, b)| a.widen() * b)
             .sum();
         sum + rest
     }

@@ -9,7 +9,6 @@ mod portable;
 mod x86_64;
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 #[cfg(target_arch = "aarch64")]
 use aarch64::{dot_product, neon};
@@ -18,28 +17,15 @@ use x86_64::{avx_vnni, avx2, avx512};
 
 use super::dispatch;
 use super::level::{Level, level};
+use super::rows::Rows;
 
 /// Rows that are gone through at a time where there are no kernels for half precision: they stay in the first cache.
 const BLOCK: usize = 16;
 /// Queries of the largest query group that there are kernels for.
 pub(crate) const MAX_GROUP: usize = 8;
 
-/// Rows of numbers, `[n, m]`.
-#[derive(Clone, Copy)]
-pub(crate) enum Rows<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-}
-
 impl Rows<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Rows::F32(numbers) => numbers.len(),
-            Rows::F16(numbers) => numbers.len(),
-        }
-    }
-
-    fn check(&self, m: usize, group: usize, per_row: usize, per_query: usize) {
+    fn check(self, m: usize, group: usize, per_row: usize, per_query: usize) {
         assert!(
             group.is_power_of_two() && group <= MAX_GROUP,
             "a small query group"
@@ -50,21 +36,11 @@ impl Rows<'_> {
     }
 
     /// Blocks of rows in f32, and the number of each one's first row.
-    fn widened(&self, m: usize, mut visit: impl FnMut(usize, &[f32])) {
-        match self {
-            Rows::F32(numbers) => {
-                for (i, numbers) in numbers.chunks(BLOCK * m).enumerate() {
-                    visit(i * BLOCK, numbers);
-                }
-            }
-            Rows::F16(numbers) => {
-                let mut block = vec![0.0; BLOCK * m];
-                for (i, numbers) in numbers.chunks(BLOCK * m).enumerate() {
-                    let block = &mut block[..numbers.len()];
-                    numbers.convert_to_f32_slice(block);
-                    visit(i * BLOCK, block);
-                }
-            }
+    fn in_blocks(self, m: usize, mut visit: impl FnMut(usize, &[f32])) {
+        let (count, mut room) = (self.len() / m, Vec::new());
+        for first in (0..count).step_by(BLOCK) {
+            let block = self.part(first, BLOCK.min(count - first), m);
+            visit(first, block.widened(&mut room));
         }
     }
 }

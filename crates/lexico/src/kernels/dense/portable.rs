@@ -14,7 +14,7 @@ pub(super) fn dot_f16<const FMA: bool>(a: &[f16], b: &[f32]) -> f32 {
 #[inline(always)]
 pub(super) fn dots<const FMA: bool>(rows: Rows<'_>, queries: &[f32], m: usize, out: &mut [f32]) {
     let group = queries.len() / m;
-    rows.widened(m, |first, rows| {
+    rows.in_blocks(m, |first, rows| {
         let out = out[first * group..].chunks_exact_mut(group);
         for (row, out) in rows.chunks_exact(m).zip(out) {
             for (query, out) in queries.chunks_exact(m).zip(out) {
@@ -27,7 +27,7 @@ pub(super) fn dots<const FMA: bool>(rows: Rows<'_>, queries: &[f32], m: usize, o
 #[inline(always)]
 pub(super) fn combine<const FMA: bool>(weights: &[f32], rows: Rows<'_>, m: usize, out: &mut [f32]) {
     let group = out.len() / m;
-    rows.widened(m, |first, rows| {
+    rows.in_blocks(m, |first, rows| {
         let weights = &weights[first * group..];
         let weighted = || weights.chunks_exact(group).zip(rows.chunks_exact(m));
         for (g, out) in out.chunks_exact_mut(m).enumerate() {

@@ -6,12 +6,13 @@ mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
 use super::level::{Level, level};
+use super::rows::{Number, Rows, with_numbers};
 use super::{compile, dispatch, table};
 
 compile! {
     scores(block: Nonzeros<'_, impl Coefficient>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: Nonzeros<'_, impl Coefficient>, weights: &[f32], group: usize, u: &mut [f32]);
-    rebuild(block: Nonzeros<'_, impl Coefficient>, atoms: &[f32], m: usize, out: &mut [f32]);
+    rebuild(block: Nonzeros<'_, impl Coefficient>, atoms: &[impl Number], m: usize, out: &mut [f32]);
 }
 
 /// Nonzeros of some vectors as they are stored, vector by vector.
@@ -311,10 +312,10 @@ pub(crate) fn accumulate(block: SparseBlock<'_>, weights: &[f32], group: usize, 
 ///
 /// # Panics
 /// Where `out` has not a row for each code, or a code names an atom that there is not.
-pub(crate) fn rebuild(block: SparseBlock<'_>, atoms: &[f32], m: usize, out: &mut [f32]) {
+pub(crate) fn rebuild(block: SparseBlock<'_>, atoms: Rows<'_>, m: usize, out: &mut [f32]) {
     assert!(m > 0, "vectors have numbers");
     assert_eq!(out.len(), block.len() * m, "a row a code");
-    with_nonzeros!(block, nonzeros => dispatch!(rebuild(nonzeros, atoms, m, out)));
+    with_nonzeros!(block, nonzeros => with_numbers!(atoms, atoms => dispatch!(rebuild(nonzeros, atoms, m, out))));
 }
 
 #[cfg(test)]
@@ -395,7 +396,7 @@ mod tests {
                 let mut run = || {
                     scores(block, &p, group, &mut out);
                     accumulate(block, &weights, group, &mut u);
-                    rebuild(block, &p, group, &mut rebuilt);
+                    rebuild(block, Rows::F32(&p), group, &mut rebuilt);
                 };
                 match level {
                     Some(level) => at_level(level, run),

@@ -2,6 +2,7 @@
 
 use super::{Coefficient, Nonzeros};
 use crate::kernels::memory::prefetch;
+use crate::kernels::rows::Number;
 use crate::kernels::table::{AHEAD, table, table_mut};
 use crate::kernels::{MAX_ATOMS, multiply_add};
 
@@ -117,7 +118,7 @@ fn accumulate_group<const FMA: bool, const G: usize>(
 #[inline(always)]
 pub(super) fn rebuild<const FMA: bool>(
     block: Nonzeros<'_, impl Coefficient>,
-    atoms: &[f32],
+    atoms: &[impl Number],
     m: usize,
     out: &mut [f32],
 ) {
@@ -129,7 +130,7 @@ pub(super) fn rebuild<const FMA: bool>(
                 let coefficient = coefficient.value() * scale;
                 let row = &atoms[usize::from(index) * m..][..m];
                 for (x, &y) in out.iter_mut().zip(row) {
-                    *x = multiply_add::<FMA>(coefficient, y, *x);
+                    *x = multiply_add::<FMA>(coefficient, y.widen(), *x);
                 }
             }
         },

@@ -4,16 +4,17 @@ pub(super) mod portable;
 
 use half::bf16;
 
+use super::rows::Number;
 use super::{compile, dispatch};
 
 compile! {
     peak(a: &[f32]) -> f32;
     square(a: &[f32]) -> f64;
     dot_mixed(a: &[f32], b: &[f64]) -> f64;
-    subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]);
+    subtract_scaled(a: &mut [f64], scale: f32, b: &[impl Number]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
-    add_scaled(a: &mut [f32], scale: f32, b: &[f32]);
-    dot(a: &[f32], b: &[f32]) -> f32;
+    add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]);
+    dot(a: &[impl Number], b: &[f32]) -> f32;
     dot_bf16(a: &[bf16], b: &[f32]) -> f32;
 }
 
@@ -38,7 +39,7 @@ pub(crate) fn norm(x: &[f32]) -> f64 {
 }
 
 /// `a -= scale · b`, in f64.
-pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[f32]) {
+pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[impl Number]) {
     dispatch!(subtract_scaled(a, scale, b))
 }
 
@@ -49,12 +50,12 @@ pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f
 }
 
 /// `a += scale · b`.
-pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[f32]) {
+pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]) {
     dispatch!(add_scaled(a, scale, b))
 }
 
 /// `⟨a, b⟩`.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[impl Number], b: &[f32]) -> f32 {
     dispatch!(dot(a, b))
 }
 

@@ -2,11 +2,12 @@
 
 use half::bf16;
 
+use crate::kernels::rows::Number;
 use crate::kernels::{LANES, ROUNDING, larger, multiply_add};
 
 #[inline(always)]
-pub(in crate::kernels) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
-    dot_of::<FMA, f32>(a, b, |&a| a)
+pub(in crate::kernels) fn dot<const FMA: bool>(a: &[impl Number], b: &[f32]) -> f32 {
+    dot_of::<FMA, _>(a, b, |a| a.widen())
 }
 
 #[inline(always)]
@@ -56,9 +57,13 @@ fn across(mut numbers: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 #[inline(always)]
-pub(in crate::kernels) fn add_scaled<const FMA: bool>(a: &mut [f32], scale: f32, b: &[f32]) {
+pub(in crate::kernels) fn add_scaled<const FMA: bool>(
+    a: &mut [f32],
+    scale: f32,
+    b: &[impl Number],
+) {
     for (a, &b) in a.iter_mut().zip(b) {
-        *a = multiply_add::<FMA>(scale, b, *a);
+        *a = multiply_add::<FMA>(scale, b.widen(), *a);
     }
 }
 
@@ -94,10 +99,10 @@ pub(super) fn dot_mixed<const FMA: bool>(a: &[f32], b: &[f64]) -> f64 {
 
 /// `a -= scale · b`, in f64.
 #[inline(always)]
-pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[f32]) {
+pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[impl Number]) {
     let scale = f64::from(scale);
     for (a, &b) in a.iter_mut().zip(b) {
-        *a -= scale * f64::from(b);
+        *a -= scale * f64::from(b.widen());
     }
 }
 
