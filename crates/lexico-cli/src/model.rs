@@ -8,8 +8,7 @@ use clap::Args;
 use lexico::DictionarySet;
 use lexico_llm::cache::CacheSpec;
 use lexico_llm::hub::HubName;
-use lexico_llm::import::import_reference;
-use lexico_llm::published::{Source, repository_name};
+use lexico_llm::published::{self, repository_name};
 use lexico_llm::{DICTIONARY_FILE, Device, DeviceName, Model, Quantize};
 
 use crate::ui;
@@ -129,17 +128,10 @@ fn ready_made(model: &str) -> Option<PathBuf> {
     })
 }
 
-/// Reads dictionaries from a file of `lexico train`, whichever model they are for; from a .pt file of the reference
-/// implementation, which does not say for which model it is; or those of the model from where they are published.
+/// Reads dictionaries as [`published::read_dictionaries`] does, with bars on a terminal.
 pub(crate) fn read_dictionaries(model: &Model, path: &Path) -> anyhow::Result<DictionarySet> {
-    if let Some(source) = Source::of(path)? {
-        return Ok(source.load(model, std::io::stderr().is_terminal())?);
-    }
-    Ok(if path.extension().is_some_and(|e| e == "pt") {
-        import_reference(path, model.identity())?
-    } else {
-        DictionarySet::load(path)?
-    })
+    let progress = std::io::stderr().is_terminal();
+    Ok(published::read_dictionaries(model, path, progress)?)
 }
 
 pub(crate) fn load_model(name: &str, quantize: Quantize) -> anyhow::Result<Model> {

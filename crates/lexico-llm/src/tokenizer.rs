@@ -212,7 +212,7 @@ pub(crate) fn sound<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenize
     caught(work).unwrap_or_else(|panic| Err(format!("it contradicts itself: {panic}").into()))
 }
 
-fn failed(error: tokenizers::Error) -> Error {
+pub(crate) fn failed(error: tokenizers::Error) -> Error {
     refused(Path::new("tokenizer"), error.to_string())
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A message has three frames: the topic, empty here; its number, eight bytes, the highest first; and a MessagePack array
 //! of the time in seconds, the events, and the rank, 0. Events are maps, as `vllm-router` reads them. A block is a chunk
-//! of a prompt, of `--ubatch-size` tokens. (vLLM: `vllm/distributed/kv_events.py`.)
+//! of a prompt, of `--ubatch-size` tokens. The medium is null for memory, where texts begin from it at once, `DISK` for a prefix
+//! store in a folder and `EXTERNAL` for one elsewhere. (vLLM: `vllm/distributed/kv_events.py`.)
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,7 +24,7 @@ pub(crate) enum KvEvent {
         block_size: usize,
         lora_id: Option<u32>,
         lora_name: Option<String>,
-        medium: Option<String>,
+        medium: Option<&'static str>,
         extra_keys: Option<Vec<String>>,
         group_idx: Option<u32>,
         kv_cache_spec_kind: Option<String>,
@@ -31,13 +32,18 @@ pub(crate) enum KvEvent {
     },
     BlockRemoved {
         block_hashes: [u64; 1],
-        medium: Option<String>,
+        medium: Option<&'static str>,
         group_idx: Option<u32>,
     },
 }
 
 impl KvEvent {
-    pub(crate) fn stored(key: Key, parent: Option<Key>, tokens: &[u32]) -> Self {
+    pub(crate) fn stored(
+        key: Key,
+        parent: Option<Key>,
+        tokens: &[u32],
+        medium: Option<&'static str>,
+    ) -> Self {
         Self::BlockStored {
             block_hashes: [key.short()],
             parent_block_hash: parent.map(Key::short),
@@ -45,7 +51,7 @@ impl KvEvent {
             block_size: tokens.len(),
             lora_id: None,
             lora_name: None,
-            medium: None,
+            medium,
             extra_keys: None,
             group_idx: None,
             kv_cache_spec_kind: None,
@@ -53,10 +59,10 @@ impl KvEvent {
         }
     }
 
-    pub(crate) fn removed(key: Key) -> Self {
+    pub(crate) fn removed(key: Key, medium: Option<&'static str>) -> Self {
         Self::BlockRemoved {
             block_hashes: [key.short()],
-            medium: None,
+            medium,
             group_idx: None,
         }
     }
@@ -64,21 +70,30 @@ impl KvEvent {
 
 /// Where events go.
 #[derive(Clone)]
-pub(crate) struct KvEvents(UnboundedSender<KvEvent>);
+pub(crate) struct KvEvents {
+    events: UnboundedSender<KvEvent>,
+    endpoint: String,
+}
 
 impl KvEvents {
     /// Publishes events on this endpoint, `tcp://127.0.0.1:5557` say, while the runtime that this is called in lives.
     pub(crate) async fn bind(endpoint: &str) -> Result<Self, String> {
         let mut socket = PubSocket::new();
-        socket.bind(endpoint).await.map_err(|e| e.to_string())?;
-        let (sender, receiver) = unbounded_channel();
+        let bound = socket.bind(endpoint).await.map_err(|e| e.to_string())?;
+        let (events, receiver) = unbounded_channel();
         tokio::spawn(publish(socket, receiver));
-        Ok(Self(sender))
+        let endpoint = bound.to_string();
+        Ok(Self { events, endpoint })
+    }
+
+    /// Where they are published, with the port where any was asked for.
+    pub(crate) fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
     pub(crate) fn publish(&self, event: KvEvent) {
         // Nobody is left to be told where the server ends.
-        let _ = self.0.send(event);
+        let _ = self.events.send(event);
     }
 }
 

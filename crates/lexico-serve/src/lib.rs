@@ -19,6 +19,8 @@
 //! server.run(Model::tiny, || std::future::ready(()))?;
 //! # Ok::<(), lexico_serve::Error>(())
 //! ```
+//!
+//! A [`Worker`] is the same without HTTP, for programs that have a frontend of their own.
 
 #![forbid(unsafe_code)]
 
@@ -33,7 +35,10 @@ mod routes;
 mod server;
 mod structure;
 mod tools;
+mod worker;
 
+pub use engine::{Event, Failure, FinishReason, Logprob};
 pub use error::{Error, Result};
 pub use options::Options;
 pub use server::{Server, signalled};
+pub use worker::{Figures, TextRequest, Worker, Writing};

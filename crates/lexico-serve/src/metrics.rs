@@ -1,11 +1,14 @@
 //! Figures for Prometheus: those of Lexico, and those of vLLM that routers and benchmarks read.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
+
+use crate::{Error, Options, Result};
 
 /// The figures of one server.
 pub(crate) struct Metrics {
@@ -17,6 +20,8 @@ pub(crate) struct Metrics {
     prefix_queries: IntCounter,
     prefix_hits: IntCounter,
     prefixes: IntGauge,
+    store_up: IntGauge,
+    store_errors: IntCounterVec,
     sequences: IntGaugeVec,
     running: IntGauge,
     waiting: IntGauge,
@@ -36,11 +41,18 @@ const SECONDS: [f64; 16] = [
 ];
 
 impl Metrics {
+    /// Figures of what has these settings.
+    pub(crate) fn of(options: &Options) -> Result<Arc<Self>> {
+        let metrics = Self::new(options.cache_bytes());
+        let metrics = metrics.map_err(|error| Error::System(std::io::Error::other(error)))?;
+        Ok(Arc::new(metrics))
+    }
+
     /// Figures that are all 0.
     ///
     /// # Errors
     /// None in a sound build: names are constants.
-    pub(crate) fn new(budget: usize) -> prometheus::Result<Self> {
+    fn new(budget: usize) -> prometheus::Result<Self> {
         let registry = Registry::new();
         let metrics = Self {
             requests: register(
@@ -74,6 +86,21 @@ impl Metrics {
                 "Prompts of which a prefix was kept",
             )?,
             prefixes: gauge(&registry, "lexico_prefixes", "Prefixes kept in memory")?,
+            store_up: gauge(
+                &registry,
+                "lexico_prefix_store_up",
+                "1 while the prefix store does what it is asked, 0 while it does not, or there is none",
+            )?,
+            store_errors: register(
+                &registry,
+                IntCounterVec::new(
+                    Opts::new(
+                        "lexico_prefix_store_errors_total",
+                        "What the prefix store did not do, or not in time",
+                    ),
+                    &["operation"],
+                )?,
+            )?,
             sequences: register(
                 &registry,
                 IntGaugeVec::new(
@@ -137,7 +164,7 @@ impl Metrics {
     }
 
     /// All figures in Prometheus' text format.
-    pub(crate) fn text(&self) -> Result<String, String> {
+    pub(crate) fn text(&self) -> std::result::Result<String, String> {
         let mut text = Vec::new();
         let encoded = TextEncoder::new().encode(&self.registry.gather(), &mut text);
         encoded.map_err(|error| error.to_string())?;
@@ -164,6 +191,19 @@ impl Metrics {
     pub(crate) fn prefix(&self, hit: bool) {
         self.prefix_queries.inc();
         self.prefix_hits.inc_by(u64::from(hit));
+    }
+
+    /// Prompts that were looked for among the prefixes kept, and those that were found.
+    pub(crate) fn prefixes_found(&self) -> (u64, u64) {
+        (self.prefix_queries.get(), self.prefix_hits.get())
+    }
+
+    pub(crate) fn store_up(&self, up: bool) {
+        self.store_up.set(i64::from(up));
+    }
+
+    pub(crate) fn store_error(&self, operation: &str) {
+        self.store_errors.with_label_values(&[operation]).inc();
     }
 
     pub(crate) fn first_token(&self, time: Duration) {

@@ -2,7 +2,9 @@ use std::time::Duration;
 
 use lexico_llm::cache::CacheSpec;
 
-/// Settings of a [`Server`](crate::Server).
+use crate::{Error, Result};
+
+/// Settings of a [`Server`](crate::Server), and of a [`Worker`](crate::Worker), which has no use for those of HTTP.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Address to listen on: a host, and a port, 0 for any that is free.
@@ -35,7 +37,8 @@ pub struct Options {
     pub prefix_store: Option<String>,
     /// Bytes that the prefix store may take.
     pub prefix_store_bytes: u64,
-    /// The endpoint at which events of the kept prefixes are published over ZMQ, `tcp://127.0.0.1:5557` say.
+    /// The endpoint at which events of the kept prefixes are published over ZMQ, `tcp://127.0.0.1:5557` say; port 0 takes any that is
+    /// free.
     pub kv_events: Option<String>,
     /// Origins whose pages may ask; `*` for all.
     pub allowed_origins: Vec<String>,
@@ -71,6 +74,24 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Refuses numbers that cannot be.
+    pub(crate) fn check(&self) -> Result<()> {
+        let positive = [
+            ("--parallel", self.parallel),
+            ("--ubatch-size", self.chunk),
+            ("--kv-memory", self.kv_memory),
+            ("--ctx-size", self.context),
+            ("--n-predict", self.max_tokens),
+        ];
+        for (setting, value) in positive {
+            if value == 0 {
+                let reason = "it must be at least 1".to_owned();
+                return Err(Error::Setting { setting, reason });
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes that caches and kept prefixes may hold, by their own count.
     pub(crate) fn cache_bytes(&self) -> usize {
         self.kv_memory - self.kv_memory / 25

@@ -3,21 +3,17 @@
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum_server::Handle;
 use lexico_llm::Model;
-use lexico_llm::cache::KvCache;
 use lexico_llm::chat::ChatTemplate;
 use tokio::sync::Semaphore;
 
-use crate::engine::{Engine, Setup};
-use crate::kv_events::KvEvents;
-use crate::memory::Memory;
 use crate::metrics::Metrics;
-use crate::prefix::{Key, PrefixStore, Prefixes};
 use crate::routes::{App, Service, now, router};
+use crate::worker::Worker;
 use crate::{Error, Options, Result};
 
 /// Time that a client may take to send the head of a request.
@@ -44,19 +40,7 @@ impl Server {
     /// # Errors
     /// [`Error::Listen`]; [`Error::Setting`] of one that cannot be.
     pub fn bind(mut options: Options) -> Result<Self> {
-        let positive = [
-            ("--parallel", options.parallel),
-            ("--ubatch-size", options.chunk),
-            ("--kv-memory", options.kv_memory),
-            ("--ctx-size", options.context),
-            ("--n-predict", options.max_tokens),
-        ];
-        for (setting, value) in positive {
-            if value == 0 {
-                let reason = "it must be at least 1".to_owned();
-                return Err(Error::Setting { setting, reason });
-            }
-        }
+        options.check()?;
         // Files of secrets end with a line end.
         options.api_key = options.api_key.map(|key| key.trim().to_owned());
         if options.api_key.as_deref() == Some("") {
@@ -124,10 +108,8 @@ impl Server {
         load: impl FnOnce() -> Result<Model> + Send + 'static,
         stop: impl Fn() -> S,
     ) -> Result<()> {
-        let metrics = Metrics::new(self.options.cache_bytes());
-        let metrics = metrics.map_err(|error| Error::System(std::io::Error::other(error)))?;
         let app = Arc::new(App {
-            metrics: Arc::new(metrics),
+            metrics: Metrics::of(&self.options)?,
             options: self.options,
             service: OnceLock::new(),
             draining: AtomicBool::new(false),
@@ -151,11 +133,11 @@ impl Server {
         let service = Arc::new(loaded?);
         // It is set here alone.
         let _ = app.service.set(Arc::clone(&service));
-        let config = service.model.decoder.config();
+        let config = service.worker.model.decoder.config();
         tracing::info!(
-            model = service.name,
+            model = service.worker.name,
             cache = %app.options.cache,
-            context = service.engine.setup.context,
+            context = service.worker.context(),
             kv_memory = app.options.kv_memory,
             full_cache_tokens = app.options.cache_bytes() / config.fp16_cache_bytes(1).max(1),
             "ready"
@@ -174,12 +156,7 @@ impl Server {
             () = stop() => handle.shutdown(),
             _ = &mut serving => {}
         }
-        let store = service.engine.setup.store.clone();
-        let ended = tokio::task::spawn_blocking(move || service.engine.end()).await;
-        ended.map_err(std::io::Error::other)?;
-        if let Some(store) = store {
-            store.flush().await;
-        }
+        service.worker.end().await;
         tracing::info!("stopped");
         Ok(())
     }
@@ -210,110 +187,39 @@ async fn prepare(
     app: &Arc<App>,
     load: impl FnOnce() -> Result<Model> + Send + 'static,
 ) -> Result<Service> {
-    let options = app.options.clone();
-    let events = match &options.kv_events {
-        Some(endpoint) => {
-            let bound = KvEvents::bind(endpoint).await;
-            Some(bound.map_err(|reason| Error::Setting {
-                setting: "--kv-events",
-                reason: format!("{endpoint}: {reason}"),
-            })?)
-        }
-        None => None,
-    };
-    let own = options.clone();
-    let read = tokio::task::spawn_blocking(move || {
-        let mut model = load()?;
-        let chat = chat_template(&mut model, own.chat_template.as_deref())?;
-        // What is wrong with the cache's options shows before the first request.
-        let cache = model.cache(&own.cache)?;
-        let root = root(&model, cache.as_ref(), own.chunk)?;
-        let saved = cache.state().is_some() && cache.fork().is_some();
-        Ok::<_, Error>((model, chat, root, saved))
-    });
-    let (model, chat, root, saved) = read.await.map_err(std::io::Error::other)??;
-    let store = match &options.prefix_store {
-        None => None,
-        Some(_) if !saved => {
-            return Err(Error::Setting {
-                setting: "--prefix-store",
-                reason: format!(
-                    "caches of {} cannot be kept; use --cache lexico",
-                    options.cache
-                ),
-            });
-        }
-        Some(place) => {
-            let opened = PrefixStore::open(place, options.prefix_store_bytes).await;
-            Some(opened.map_err(|reason| Error::Setting {
-                setting: "--prefix-store",
-                reason,
-            })?)
-        }
-    };
-    let model = Arc::new(model);
-    let memory = Memory::new(options.cache_bytes());
-    let prefixes = Prefixes::new(Arc::clone(&memory), events);
-    let context = options.context.min(model.decoder.config().context);
-    // The cache of one text may have a limit of its own: lexico:memory=….
-    let capacity = model.cache(&options.cache)?.capacity();
-    let context = context.min(capacity.unwrap_or(usize::MAX));
-    let engine = Engine::start(Setup {
-        model: Arc::clone(&model),
-        spec: options.cache.clone(),
-        memory,
-        prefixes: Arc::new(Mutex::new(prefixes)),
-        store,
-        root,
-        chunk: options.chunk,
-        parallel: options.parallel,
-        queue: options.queue,
-        patience: options.queue_timeout,
-        context,
-        metrics: Arc::clone(&app.metrics),
-    })?;
+    let worker = Worker::begin(&app.options, Arc::clone(&app.metrics), load).await?;
+    let model = &worker.model;
+    let template = app.options.chat_template.as_deref();
+    let (chat, end) = chat_template(model, template)?;
     let pieces = model.tokenizer.pieces();
     Ok(Service {
-        name: options.model_name.unwrap_or_else(|| model.name.clone()),
         longest_piece: pieces
             .iter()
             .map(|piece| piece.bytes.len())
             .max()
             .unwrap_or(1),
-        vocabulary: model.decoder.config().vocabulary,
         pieces,
-        engine,
+        stop_texts: model.stop_texts.iter().cloned().chain(end).collect(),
         chat,
         structures: OnceLock::new(),
         computing: Arc::new(Semaphore::new(2 * lexico_llm::threads_in_use())),
         started: now(),
-        model,
+        worker,
     })
 }
 
-/// The template that was given, else the model's own, else ChatML.
-fn chat_template(model: &mut Model, given: Option<&str>) -> Result<ChatTemplate> {
+/// The template that was given, else the model's own, else ChatML, which has a text that ends answers.
+fn chat_template(model: &Model, given: Option<&str>) -> Result<(ChatTemplate, Option<String>)> {
     let special = model.tokenizer.special_tokens().clone();
     if let Some(source) = given {
-        return Ok(ChatTemplate::parse(source, special)?);
+        return Ok((ChatTemplate::parse(source, special)?, None));
     }
     if let Some(own) = model.chat_template()? {
-        return Ok(own);
+        return Ok((own, None));
     }
     tracing::warn!(
         "the model has no chat template; chats are written as ChatML (--chat-template FILE takes another)"
     );
-    model.stop_texts.push(CHAT_ML_END.to_owned());
-    Ok(ChatTemplate::parse(CHAT_ML, special)?)
-}
-
-/// The name of the empty prefix: prefixes of other models, dictionaries or settings have other names.
-fn root(model: &Model, cache: &dyn KvCache, chunk: usize) -> Result<Key> {
-    let facts = cache.state().map(|state| state.facts.to_string());
-    Ok(Key::root(&[
-        &model.fingerprint()?,
-        &model.weights_fingerprint()?,
-        &facts.unwrap_or_default(),
-        &chunk.to_string(),
-    ]))
+    let chat_ml = ChatTemplate::parse(CHAT_ML, special)?;
+    Ok((chat_ml, Some(CHAT_ML_END.to_owned())))
 }

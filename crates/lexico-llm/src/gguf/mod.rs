@@ -5,6 +5,7 @@
 
 mod config;
 mod file;
+mod folder;
 mod tokenizer;
 
 use std::collections::{BTreeMap, HashSet};

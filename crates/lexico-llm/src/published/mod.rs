@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result, from_json, io, listed, refused, some_of};
 use crate::hub::{HubName, RepositoryName, plain};
+use crate::import::import_reference;
 use crate::model::Model;
 
 pub use folder::{Publication, is_license};
@@ -217,6 +218,23 @@ pub enum Source {
     Folder(PathBuf),
     /// A repository of the hub.
     Hub(RepositoryName),
+}
+
+/// Reads dictionaries from a file of `lexico train`, whichever model they are for; from a .pt file of the reference
+/// implementation, which does not say for which model it is; or those of the model from where they are published. With
+/// `progress`, bars of downloads are drawn on stderr.
+///
+/// # Errors
+/// Those of [`Source::load`], [`import_reference`] and [`DictionarySet::load`].
+pub fn read_dictionaries(model: &Model, path: &Path, progress: bool) -> Result<DictionarySet> {
+    if let Some(source) = Source::of(path)? {
+        return source.load(model, progress);
+    }
+    Ok(if path.extension().is_some_and(|e| e == "pt") {
+        import_reference(path, model.identity())?
+    } else {
+        DictionarySet::load(path)?
+    })
 }
 
 impl Source {

@@ -17,7 +17,8 @@ use lexico_llm::{Model, Result};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::prefix::{Key, PrefixStore, Prefixes};
-pub(crate) use request::{ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
+pub(crate) use request::{ChoiceSettings, Request};
+pub use request::{Event, Failure, FinishReason, Logprob};
 use scheduler::Scheduler;
 
 /// What the engine works with.
@@ -104,23 +105,15 @@ impl Engine {
         }
     }
 
-    /// Ends the thread once the texts at hand are written or given up by their clients.
-    pub(crate) fn end(&self) {
-        let lock = |_: ()| {
-            self.calls
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take()
-        };
-        drop(lock(()));
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(thread) = thread {
-            // A panic has been said on stderr.
-            let _ = thread.join();
-        }
+    /// Takes no more calls: the thread ends once the texts at hand are written or given up by their clients.
+    pub(crate) fn close(&self) {
+        let calls = self.calls.lock();
+        drop(calls.unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// The thread, to wait for its end, where nobody does yet.
+    pub(crate) fn thread(&self) -> Option<JoinHandle<()>> {
+        let thread = self.thread.lock();
+        thread.unwrap_or_else(PoisonError::into_inner).take()
     }
 }

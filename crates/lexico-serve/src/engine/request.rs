@@ -46,9 +46,10 @@ pub(crate) struct ChoiceSettings {
     pub(crate) logprobs: Option<usize>,
 }
 
-/// What happens to a request. The first event is `Read` or `Failed`, the last `Done` or `Failed`.
-#[derive(Debug)]
-pub(crate) enum Event {
+/// What happens to a text. The first is `Read` or `Failed`, the last `Done` or `Failed`.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
     /// The prompt is read.
     Read {
         /// Number of its tokens that were not read anew.
@@ -58,35 +59,47 @@ pub(crate) enum Event {
     },
     /// One more token, and the text that became certain with it, often none.
     Token {
+        /// The token.
+        token: u32,
+        /// The text.
         text: String,
+        /// The log-probability, where it was asked for.
         logprob: Option<Logprob>,
     },
     /// The text is whole.
     Done {
         /// The end of the text, which was held back until now.
         text: String,
+        /// Why it ended.
         reason: FinishReason,
     },
+    /// It will not be.
     Failed(Failure),
 }
 
 /// Log-probability of a token, and the likeliest ones in its place.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Logprob {
-    pub(crate) token: u32,
-    pub(crate) logprob: f32,
-    pub(crate) top: Vec<(u32, f32)>,
+pub struct Logprob {
+    /// The token.
+    pub token: u32,
+    /// Its log-probability, by the model alone.
+    pub logprob: f32,
+    /// The likeliest tokens in its place with theirs, the likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Why a text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum FinishReason {
+pub enum FinishReason {
+    /// A token or a text that ends it.
     Stop,
+    /// As many tokens as were asked for, or as the context has.
     Length,
 }
 
 impl FinishReason {
-    pub(crate) fn name(self) -> &'static str {
+    /// OpenAI's name.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
@@ -94,15 +107,34 @@ impl FinishReason {
     }
 }
 
-/// Why a request was not served.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Failure {
-    /// Its cache would not fit the memory even if nobody else were there: bytes needed, and bytes there are.
-    TooLarge { bytes: usize, budget: usize },
+/// Why a text was not written.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// It cannot be asked for so.
+    #[error("{0}")]
+    Refused(String),
+    /// The model's context is too short for it.
+    #[error("{0}")]
+    TooLong(String),
+    /// Its cache would not fit the memory even if nobody else were there.
+    #[error(
+        "the cache of this text would take {bytes} bytes at its end, and the server has {budget} for caches (24 of 25 parts of \
+         --kv-memory): shorten the prompt or ask for fewer tokens"
+    )]
+    TooLarge {
+        /// Bytes needed.
+        bytes: usize,
+        /// Bytes there are.
+        budget: usize,
+    },
     /// It has waited as long as it may, or too many wait.
+    #[error("the server's memory or places are taken by others; ask again a little later")]
     Busy,
     /// The server ends.
+    #[error("the server is about to stop")]
     Ending,
     /// Something went wrong that is not the client's fault.
+    #[error("{0}")]
     Internal(String),
 }

@@ -358,9 +358,9 @@ fn begin(setup: &Setup, sequence: &mut Sequence<'_>) {
 
 /// Writes a prefix of a text's prompt to the store, which may have been too busy, or away, when it was read.
 fn store(setup: &Setup, sequence: &Sequence<'_>, prefix: &Prefix) {
-    let key = sequence.keys[..prefix.positions / setup.chunk].last();
-    if let (Some(store), Some(&key)) = (&setup.store, key) {
-        store.write(key, prefix, &sequence.prompt[..prefix.positions]);
+    if let Some(store) = &setup.store {
+        let keys = &sequence.keys[..prefix.positions / setup.chunk];
+        store.write(keys, prefix, &sequence.prompt[..prefix.positions]);
     }
 }
 

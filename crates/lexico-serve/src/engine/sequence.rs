@@ -169,7 +169,11 @@ impl<'m> Sequence<'m> {
         };
         let stopped = self.text.as_ref().is_some_and(WrittenText::stopped);
         let held = self.prompt.len() + self.written;
-        self.send(Event::Token { text, logprob });
+        self.send(Event::Token {
+            token,
+            text,
+            logprob,
+        });
         if ended || stopped || complete {
             self.end(FinishReason::Stop);
         } else if self.written >= self.max_tokens || held >= context {

@@ -6,6 +6,7 @@
 //! They weigh more than a chunk's codes. So a prefix is kept where it is likely to be needed: at the last whole chunk of a
 //! prompt, and where a prompt parts from one that was read before.
 
+mod blocks;
 mod key;
 mod store;
 
@@ -14,8 +15,9 @@ use std::sync::Arc;
 
 use lexico_llm::cache::KvCache;
 
-use crate::kv_events::{KvEvent, KvEvents};
+use crate::kv_events::KvEvents;
 use crate::memory::{Memory, Share};
+use blocks::PromptBlocks;
 pub(crate) use key::Key;
 pub(crate) use store::PrefixStore;
 
@@ -26,13 +28,12 @@ const SEEN: usize = 1 << 16;
 pub(crate) struct Prefixes {
     memory: Arc<Memory>,
     kept: HashMap<Key, Kept>,
-    /// In how many kept prefixes a chunk is.
-    chunks: HashMap<Key, usize>,
+    /// The chunks of those that are kept.
+    blocks: PromptBlocks,
     /// Chunks that were read, those of late and those before them.
     seen: [HashSet<Key>; 2],
     /// Counts uses.
     clock: u64,
-    events: Option<KvEvents>,
 }
 
 pub(crate) struct Kept {
@@ -86,10 +87,9 @@ impl Prefixes {
         Self {
             memory,
             kept: HashMap::new(),
-            chunks: HashMap::new(),
+            blocks: PromptBlocks::new(events, None),
             seen: Default::default(),
             clock: 0,
-            events,
         }
     }
 
@@ -141,16 +141,7 @@ impl Prefixes {
         let Some(own) = self.make_room(own) else {
             return;
         };
-        let chunk = tokens.len() / keys.len();
-        let mut parent = None;
-        for (key, tokens) in keys.iter().zip(tokens.chunks_exact(chunk)) {
-            let count = self.chunks.entry(*key).or_default();
-            *count += 1;
-            if let (1, Some(events)) = (*count, &self.events) {
-                events.publish(KvEvent::stored(*key, parent, tokens));
-            }
-            parent = Some(*key);
-        }
+        self.blocks.add(keys, tokens);
         self.clock += 1;
         let kept = Kept {
             prefix,
@@ -221,20 +212,8 @@ impl Prefixes {
     }
 
     fn give_up(&mut self, key: Key) {
-        let Some(kept) = self.kept.remove(&key) else {
-            return;
-        };
-        for key in kept.keys.into_iter().rev() {
-            let Some(count) = self.chunks.get_mut(&key) else {
-                continue;
-            };
-            *count -= 1;
-            if *count == 0 {
-                self.chunks.remove(&key);
-                if let Some(events) = &self.events {
-                    events.publish(KvEvent::removed(key));
-                }
-            }
+        if let Some(kept) = self.kept.remove(&key) {
+            self.blocks.remove(&kept.keys);
         }
     }
 

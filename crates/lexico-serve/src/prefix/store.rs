@@ -15,24 +15,28 @@
 
 use std::collections::HashMap;
 use std::path::Path as FilePath;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use futures::future::join_all;
 use lexico::shown::{shown, shown_path};
 use lexico_llm::cache::{CacheState, KvCache};
 use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, RetryConfig};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::blocks::PromptBlocks;
 use super::{Key, Prefix, shared_and_own};
 use crate::engine::Setup;
+use crate::kv_events::KvEvents;
+use crate::metrics::Metrics;
 
 const MAGIC: &[u8; 16] = b"lexico-prefix/1\n";
 const ENDING: &str = ".prefix";
@@ -42,6 +46,10 @@ const CHECKSUM: usize = 32;
 const AT_ONCE: usize = 4;
 /// Time that an answer of the store may take, and that all prefixes of a call may.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Prefixes of a prompt that are looked for by their names, the longest of those that are not known to be there.
+const LOOK_UPS: usize = 16;
+/// Time that such a look-up may take: it stands before every long prompt that is new.
+const LOOK_UP_PATIENCE: Duration = Duration::from_secs(1);
 /// Time for which a store is left alone that did not answer.
 const REST: Duration = Duration::from_secs(60);
 /// Time between two looks at what others have written.
@@ -60,6 +68,7 @@ struct Inner {
     index: Mutex<HashMap<String, Object>>,
     /// When those that are of no use were written: they are not read again, and may be written anew.
     useless: Mutex<HashMap<String, SystemTime>>,
+    looking_rests: Rest,
     reading_rests: Rest,
     writing_rests: Rest,
     max_bytes: u64,
@@ -68,8 +77,37 @@ struct Inner {
     writing: AtomicUsize,
     reading: Arc<Semaphore>,
     runtime: tokio::runtime::Handle,
-    /// Faults that were said, so that each is said once.
-    said: Mutex<Vec<&'static str>>,
+    /// What of it does not work.
+    failing: Mutex<Vec<Operation>>,
+    /// Whether it was said that prefixes in it were damaged.
+    said_damaged: AtomicBool,
+    metrics: Arc<Metrics>,
+    told: Mutex<Told>,
+}
+
+/// What a store is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    List,
+    Read,
+    Write,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::List => "list",
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// The prefixes that routers were told of.
+struct Told {
+    /// The names of the blocks of each, by its own.
+    prefixes: HashMap<String, Vec<Key>>,
+    blocks: PromptBlocks,
 }
 
 /// Time for which a store is left alone that did not do what it was asked.
@@ -92,6 +130,15 @@ struct Object {
     written: SystemTime,
 }
 
+impl Object {
+    fn of(meta: &ObjectMeta) -> Self {
+        Self {
+            bytes: meta.size,
+            written: meta.last_modified.into(),
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
@@ -105,13 +152,25 @@ impl PrefixStore {
     ///
     /// # Errors
     /// The reason why it cannot be used.
-    pub(crate) async fn open(place: &str, max_bytes: u64) -> Result<Self, String> {
+    pub(crate) async fn open(
+        place: &str,
+        max_bytes: u64,
+        metrics: Arc<Metrics>,
+        events: Option<KvEvents>,
+    ) -> Result<Self, String> {
         let (objects, path) = open(place)?;
+        let medium = if place.starts_with(S3) {
+            "EXTERNAL"
+        } else {
+            "DISK"
+        };
+        metrics.store_up(true);
         let store = Self(Arc::new(Inner {
             objects,
             place: path,
             index: Mutex::default(),
             useless: Mutex::default(),
+            looking_rests: Rest::default(),
             reading_rests: Rest::default(),
             writing_rests: Rest::default(),
             max_bytes,
@@ -119,7 +178,13 @@ impl PrefixStore {
             writing: AtomicUsize::new(0),
             reading: Arc::new(Semaphore::new(AT_ONCE)),
             runtime: tokio::runtime::Handle::current(),
-            said: Mutex::default(),
+            failing: Mutex::default(),
+            said_damaged: AtomicBool::new(false),
+            metrics,
+            told: Mutex::new(Told {
+                prefixes: HashMap::new(),
+                blocks: PromptBlocks::new(events, Some(medium)),
+            }),
         }));
         store.look().await;
         let looks = Arc::downgrade(&store.0);
@@ -139,11 +204,47 @@ impl PrefixStore {
     pub(crate) async fn fetch(&self, setup: &Arc<Setup>, prompts: &[Vec<u32>]) {
         let all = async {
             for prompt in prompts {
+                self.look_up(setup, prompt).await;
                 while self.bring(setup, prompt).await {}
             }
         };
         // What has not come by then is read anew.
         let _ = timeout(PATIENCE, all).await;
+    }
+
+    /// Looks for prefixes of a prompt by their names, which others may have written since the last look.
+    async fn look_up(&self, setup: &Arc<Setup>, prompt: &[u32]) {
+        if self.0.looking_rests.is_on() || self.0.reading_rests.is_on() {
+            return;
+        }
+        let keys = setup.root.of_prompt(prompt, setup.chunk);
+        let in_memory = setup.prefixes().longest(&keys);
+        let unknown: Vec<String> = {
+            let (index, useless) = (self.index(), self.useless());
+            let names = keys[in_memory..].iter().rev().map(Key::to_string);
+            let longer = names.take_while(|name| !index.contains_key(name));
+            let unknown = longer.filter(|name| !useless.contains_key(name));
+            unknown.take(LOOK_UPS).collect()
+        };
+        let look_ups = unknown.into_iter().map(|name| async move {
+            let meta = self.0.objects.head(&self.path(&name)).await;
+            meta.map(|meta| (name, Object::of(&meta)))
+        });
+        let Ok(found) = timeout(LOOK_UP_PATIENCE, join_all(look_ups)).await else {
+            self.0.looking_rests.begin();
+            return self.fails(Operation::Read, "a prefix was not looked up in time");
+        };
+        for found in found {
+            match found {
+                Ok((name, object)) => drop(self.index().insert(name, object)),
+                Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => {
+                    self.0.looking_rests.begin();
+                    let reason = format!("a prefix could not be looked up: {error}");
+                    return self.fails(Operation::Read, &reason);
+                }
+            }
+        }
     }
 
     /// Brings the longest prefix of a prompt; true where it was of no use, and a shorter one may be there.
@@ -186,24 +287,29 @@ impl PrefixStore {
             object.bytes().await
         };
         let bytes = match timeout(PATIENCE / 2, read).await {
-            Ok(Ok(bytes)) => bytes,
+            Ok(Ok(bytes)) => {
+                self.works(Operation::Read);
+                bytes
+            }
             Ok(Err(object_store::Error::NotFound { .. })) => {
                 self.index().remove(&key.to_string());
                 return true;
             }
             Ok(Err(error)) => {
                 self.0.reading_rests.begin();
-                self.say("read", &format!("a prefix could not be read: {error}"));
+                let reason = format!("a prefix could not be read: {error}");
+                self.fails(Operation::Read, &reason);
                 return false;
             }
             Err(_) => {
                 self.0.reading_rests.begin();
-                self.say("slow", "it did not answer in time; prompts are read anew");
+                self.fails(Operation::Read, "a prefix was not read in time");
                 return false;
             }
         };
         let tokens = prompt[..number * setup.chunk].to_vec();
         let own = Arc::clone(setup);
+        let (names, read) = (keys.clone(), tokens.clone());
         let resumed = tokio::task::spawn_blocking(move || {
             // The work goes on where the client leaves, and so its turn ends here.
             let _turn = turn;
@@ -224,7 +330,10 @@ impl PrefixStore {
             Ok(())
         });
         let reason = match resumed.await {
-            Ok(Ok(())) => return false,
+            Ok(Ok(())) => {
+                self.tell(&names, &read);
+                return false;
+            }
             Ok(Err(reason)) => reason,
             Err(panic) => panic.to_string(),
         };
@@ -232,14 +341,23 @@ impl PrefixStore {
             self.useless().insert(key.to_string(), object.written);
         }
         let reason = format!("{key}{ENDING} is of no use, and the prompt is read anew: {reason}");
-        self.say("damaged", &reason);
+        if !self.0.said_damaged.swap(true, SeqCst) {
+            let reason = shown(reason);
+            tracing::warn!(reason, "a prefix of the store is not as it should be");
+        }
         true
     }
 
     /// Writes a prefix in the background, unless it is there or too many are being written.
-    pub(crate) fn write(&self, key: Key, prefix: &Prefix, tokens: &[u32]) {
+    pub(crate) fn write(&self, keys: &[Key], prefix: &Prefix, tokens: &[u32]) {
+        let Some(&key) = keys.last() else {
+            return;
+        };
         let there = self.index().contains_key(&key.to_string());
         let too_long = tokens.len() >= self.0.too_long.load(SeqCst);
+        if there {
+            self.tell(keys, tokens);
+        }
         if there || too_long || self.0.writing_rests.is_on() {
             return;
         }
@@ -248,36 +366,43 @@ impl PrefixStore {
             store.0.writing.fetch_sub(1, SeqCst);
             return;
         }
-        let (prefix, tokens) = (prefix.fork(), tokens.to_vec());
+        let (prefix, tokens, keys) = (prefix.fork(), tokens.to_vec(), keys.to_vec());
         self.0.runtime.spawn(async move {
-            let length = tokens.len();
-            let made = move || object(key, &prefix?, &tokens);
+            let own = tokens.clone();
+            let made = move || object(key, &prefix?, &own);
             let bytes = tokio::task::spawn_blocking(made).await;
-            if let Ok(Some(bytes)) = bytes {
-                store.put(key, length, bytes).await;
+            if let Ok(Some(bytes)) = bytes
+                && store.put(key, tokens.len(), bytes).await
+            {
+                store.tell(&keys, &tokens);
+                store.shrink().await;
             }
             store.0.writing.fetch_sub(1, SeqCst);
         });
     }
 
-    async fn put(&self, key: Key, tokens: usize, bytes: Vec<u8>) {
+    /// Writes an object of a prefix of so many tokens; true where it is there.
+    async fn put(&self, key: Key, tokens: usize, bytes: Vec<u8>) -> bool {
         let size = bytes.len() as u64;
         if size > self.0.max_bytes {
             self.0.too_long.fetch_min(tokens, SeqCst);
-            return;
+            return false;
         }
         let key = key.to_string();
         let path = self.path(&key);
         let written = self.0.objects.put(&path, bytes.into());
         match timeout(PATIENCE, written).await {
-            Ok(Ok(_)) => {}
+            Ok(Ok(_)) => self.works(Operation::Write),
             Ok(Err(error)) => {
                 self.0.writing_rests.begin();
-                return self.say("write", &format!("a prefix could not be written: {error}"));
+                let reason = format!("a prefix could not be written: {error}");
+                self.fails(Operation::Write, &reason);
+                return false;
             }
             Err(_) => {
                 self.0.writing_rests.begin();
-                return self.say("slow", "it did not take a prefix in time");
+                self.fails(Operation::Write, "a prefix was not written in time");
+                return false;
             }
         }
         let now = Object {
@@ -286,7 +411,33 @@ impl PrefixStore {
         };
         self.useless().remove(&key);
         self.index().insert(key, now);
-        self.shrink().await;
+        true
+    }
+
+    /// Tells routers that the prefix of these tokens, whose blocks have these names, is here.
+    fn tell(&self, keys: &[Key], tokens: &[u32]) {
+        let mut told = self.told();
+        if let (true, Some(key)) = (told.blocks.are_told(), keys.last())
+            && told
+                .prefixes
+                .insert(key.to_string(), keys.to_vec())
+                .is_none()
+        {
+            told.blocks.add(keys, tokens);
+        }
+    }
+
+    /// Tells routers of those that are here no more.
+    fn tell_gone(&self, is_here: impl Fn(&str) -> bool) {
+        let mut told = self.told();
+        let Told { prefixes, blocks } = &mut *told;
+        prefixes.retain(|key, keys| {
+            let here = is_here(key);
+            if !here {
+                blocks.remove(keys);
+            }
+            here
+        });
     }
 
     /// Waits until all that is being written is written, or a while.
@@ -315,6 +466,7 @@ impl PrefixStore {
                 return;
             };
             self.index().remove(&key);
+            self.tell_gone(|other| other != key);
             // Another server may have removed it; what stays is seen again at the next look.
             let _ = timeout(PATIENCE, self.0.objects.delete(&self.path(&key))).await;
         }
@@ -327,21 +479,21 @@ impl PrefixStore {
         let listed = self.0.objects.list_with_delimiter(place);
         let listed = match timeout(PATIENCE, listed).await {
             Ok(Ok(listed)) => listed,
-            Ok(Err(error)) => return self.say("list", &format!("it cannot be listed: {error}")),
-            Err(_) => return self.say("slow", "it was not listed in time"),
+            Ok(Err(error)) => {
+                return self.fails(Operation::List, &format!("it cannot be listed: {error}"));
+            }
+            Err(_) => return self.fails(Operation::List, "it was not listed in time"),
         };
+        self.works(Operation::List);
         let found = listed.objects.into_iter().filter_map(|meta| {
             let key = meta.location.filename()?.strip_suffix(ENDING)?.to_owned();
-            let object = Object {
-                bytes: meta.size,
-                written: meta.last_modified.into(),
-            };
-            Some((key, object))
+            Some((key, Object::of(&meta)))
         });
         let mut found: HashMap<String, Object> = found.collect();
         let mut useless = self.useless();
         useless.retain(|key, written| found.get(key).is_some_and(|o| o.written == *written));
         found.retain(|key, _| !useless.contains_key(key));
+        self.tell_gone(|key| found.contains_key(key));
         *self.index() = found;
     }
 
@@ -358,15 +510,45 @@ impl PrefixStore {
         self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says a fault of this kind, once.
-    fn say(&self, kind: &'static str, reason: &str) {
-        let mut said = self.0.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if !said.contains(&kind) {
-            said.push(kind);
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.0.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failing(&self) -> MutexGuard<'_, Vec<Operation>> {
+        let failing = self.0.failing.lock();
+        failing.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts what it did not do, and says so where all went well before.
+    fn fails(&self, operation: Operation, reason: &str) {
+        self.0.metrics.store_error(operation.name());
+        let mut failing = self.failing();
+        if failing.is_empty() {
+            let reason = shown(reason);
             tracing::warn!(
-                reason = shown(reason),
-                "the prefix store is not as it should be"
+                reason,
+                "the prefix store does not do what it is asked; texts are written without it"
             );
+        }
+        if !failing.contains(&operation) {
+            failing.push(operation);
+        }
+        self.0.metrics.store_up(false);
+    }
+
+    /// Notes what it did, and says so where nothing else has failed since the line that told of a fault.
+    fn works(&self, operation: Operation) {
+        let mut failing = self.failing();
+        if failing.is_empty() {
+            return;
+        }
+        // Whether what can be listed can be read shows at the next text, which may be long in coming.
+        failing.retain(|&other| {
+            other != operation && (operation, other) != (Operation::List, Operation::Read)
+        });
+        if failing.is_empty() {
+            self.0.metrics.store_up(true);
+            tracing::info!("the prefix store does what it is asked again");
         }
     }
 }

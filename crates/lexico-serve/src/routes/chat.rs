@@ -15,10 +15,11 @@ use utoipa::ToSchema;
 use super::body::Body;
 use super::error::{ApiError, Refusal};
 use super::fields::{MAX_LOGPROBS, WritingFields};
-use super::writing::{Order, computed};
+use super::writing::computed;
 use super::{App, Service, new_id};
 use crate::engine::{Event, Logprob};
 use crate::tools::{self, CallReader, Style, Tool, ToolChoice};
+use crate::worker::Order;
 
 /// What a chat has beside the fields of all texts.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -153,13 +154,13 @@ pub(super) async fn completions(
         let reason = "top_logprobs need logprobs to be true";
         return Err(ApiError::field("top_logprobs", reason));
     }
-    let mut choice = writing.choice(service.vocabulary)?;
+    let mut choice = writing.choice(service.worker.vocabulary)?;
     choice.logprobs = wanted.then_some(top_logprobs);
     let (n, streams) = (writing.answers()?, writing.streams()?);
     let mut stop = writing.stops()?;
     let ignore_end = writing.ignore_eos.unwrap_or(false);
     if !ignore_end {
-        stop.extend(service.model.stop_texts.iter().cloned());
+        stop.extend(service.stop_texts.iter().cloned());
     }
     let max_tokens = fields.max_completion_tokens.or(writing.max_tokens);
     if max_tokens == Some(0) {
@@ -170,7 +171,6 @@ pub(super) async fn completions(
     choice.structure = prepared.structure.map(Box::new);
     let order = Order {
         prompts: vec![prepared.tokens],
-        param: "messages",
         n,
         max_tokens,
         usual_max_tokens: app.options.max_tokens,
@@ -179,10 +179,10 @@ pub(super) async fn completions(
         ignore_end,
         prompt_logprobs: false,
     };
-    let mut orders = service.order(order).await?;
+    let mut orders = service.order(order, "messages").await?;
     let frame = |object: &str| {
         json!({
-            "id": new_id("chatcmpl-"), "object": object, "created": super::now(), "model": service.name,
+            "id": new_id("chatcmpl-"), "object": object, "created": super::now(), "model": service.worker.name,
         })
     };
     let Some(options) = streams else {
@@ -367,7 +367,12 @@ fn prepare(service: &Service, fields: ChatFields) -> Result<Prepared, ApiError> 
         }
     };
     service.check_length("messages", &text)?;
-    let tokens = service.model.tokenizer.encode_more(&text).map_err(failed)?;
+    let tokens = service
+        .worker
+        .model
+        .tokenizer
+        .encode_more(&text)
+        .map_err(failed)?;
     Ok(Prepared {
         tokens,
         structure,

@@ -13,9 +13,10 @@ use utoipa::ToSchema;
 use super::body::Body;
 use super::error::{ApiError, Refusal};
 use super::fields::{MAX_LOGPROBS, WritingFields};
-use super::writing::{Order, computed};
+use super::writing::computed;
 use super::{App, Service, new_id};
 use crate::engine::{Event, Logprob};
+use crate::worker::Order;
 
 /// Tokens that are written where a request names no number, as OpenAI's.
 const USUAL_MAX_TOKENS: usize = 16;
@@ -103,12 +104,12 @@ pub(super) async fn completions(
         return Err(ApiError::field("logprobs", reason));
     }
     let echo = fields.echo.unwrap_or(false);
-    let mut choice = writing.choice(service.vocabulary)?;
+    let mut choice = writing.choice(service.worker.vocabulary)?;
     choice.logprobs = fields.logprobs;
     let (n, streams, mut stop) = (writing.answers()?, writing.streams()?, writing.stops()?);
     let ignore_end = writing.ignore_eos.unwrap_or(false);
     if !ignore_end {
-        stop.extend(service.model.stop_texts.iter().cloned());
+        stop.extend(service.stop_texts.iter().cloned());
     }
     if fields.prompt.count().saturating_mul(n) > MAX_PROMPTS {
         let reason = format!("at most {MAX_PROMPTS} texts are written at once");
@@ -121,7 +122,6 @@ pub(super) async fn completions(
     let prompts = computed(&service, move |service| prompts(service, fields.prompt)).await?;
     let order = Order {
         prompts: prompts.iter().map(|(tokens, _)| tokens.clone()).collect(),
-        param: "prompt",
         n,
         max_tokens: writing.max_tokens,
         usual_max_tokens: USUAL_MAX_TOKENS,
@@ -130,9 +130,9 @@ pub(super) async fn completions(
         ignore_end,
         prompt_logprobs: echo && fields.logprobs.is_some(),
     };
-    let mut orders = service.order(order).await?;
+    let mut orders = service.order(order, "prompt").await?;
     let frame = json!({
-        "id": new_id("cmpl-"), "object": "text_completion", "created": super::now(), "model": service.name,
+        "id": new_id("cmpl-"), "object": "text_completion", "created": super::now(), "model": service.worker.name,
     });
     let logprobs = fields.logprobs.is_some();
     let Some(options) = streams else {
@@ -257,21 +257,22 @@ impl Told {
 
 /// The tokens of each prompt, and its text.
 fn prompts(service: &Service, prompt: Prompt) -> Result<Vec<(Vec<u32>, String)>, ApiError> {
-    let tokenizer = &service.model.tokenizer;
+    let tokenizer = &service.worker.model.tokenizer;
     let failed = |error: lexico_llm::Error| ApiError::field("prompt", error);
     let of_text = |text: String| {
         service.check_length("prompt", &text)?;
         Ok((tokenizer.encode_first(&text).map_err(failed)?, text))
     };
     let of_tokens = |tokens: Vec<u32>| {
-        let context = service.engine.setup.context;
+        let context = service.worker.context();
         if tokens.len() > context {
             let length = tokens.len();
             let reason =
                 format!("the model's context is {context} tokens; the prompt has {length}");
             return Err(ApiError::context("prompt", reason));
         }
-        service.check_tokens("prompt", &tokens)?;
+        let known = service.worker.check_tokens(&tokens);
+        known.map_err(|failure| ApiError::of_prompt("prompt", failure))?;
         let text = tokenizer.decode(&tokens).map_err(failed)?;
         Ok((tokens, text))
     };

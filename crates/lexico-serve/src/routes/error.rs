@@ -155,30 +155,30 @@ impl ApiError {
     }
 }
 
+impl ApiError {
+    /// Why texts are not written whose prompts come from a field.
+    pub(crate) fn of_prompt(param: &str, failure: Failure) -> Self {
+        match failure {
+            Failure::Refused(reason) => Self::field(param, reason),
+            Failure::TooLong(reason) => Self::context(param, reason),
+            failure => failure.into(),
+        }
+    }
+}
+
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::TooLarge { bytes, budget } => Self {
+            Failure::Refused(_) | Failure::TooLong(_) => Self::bad_request(failure),
+            Failure::TooLarge { .. } => Self {
                 code: Some("kv_memory_exceeded"),
-                ..Self::field(
-                    "max_tokens",
-                    format!(
-                        "the cache of this text would take {bytes} bytes at its end, and the server has {budget} \
-                         for caches (24 of 25 parts of --kv-memory): shorten the prompt or ask for fewer tokens"
-                    ),
-                )
+                ..Self::field("max_tokens", failure)
             },
             Failure::Busy => Self {
                 code: Some("server_busy"),
-                ..Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "the server's memory or places are taken by others; ask again a little later",
-                )
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, failure)
             },
-            Failure::Ending => Self::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "the server is about to stop",
-            ),
+            Failure::Ending => Self::new(StatusCode::SERVICE_UNAVAILABLE, failure),
             Failure::Internal(reason) => Self::internal(reason),
         }
     }

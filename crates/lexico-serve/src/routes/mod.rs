@@ -20,8 +20,8 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use lexico_llm::TokenPiece;
 use lexico_llm::chat::ChatTemplate;
-use lexico_llm::{Model, TokenPiece};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::sync::Semaphore;
@@ -30,9 +30,9 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::Options;
-use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::structure::Structures;
+use crate::worker::Worker;
 use error::ApiError;
 
 /// Time that a client may take between two parts of a request's body.
@@ -52,16 +52,14 @@ pub(crate) struct App {
 
 /// A loaded model, and all that serves it.
 pub(crate) struct Service {
-    pub(crate) name: String,
-    pub(crate) model: Arc<Model>,
-    pub(crate) engine: Engine,
+    pub(crate) worker: Worker,
     pub(crate) chat: ChatTemplate,
+    /// Texts that end an answer unless the client says otherwise.
+    pub(crate) stop_texts: Vec<String>,
     /// What the tokens stand for, by number.
     pub(crate) pieces: Vec<TokenPiece>,
     /// Bytes of the longest of them.
     pub(crate) longest_piece: usize,
-    /// Number of the model's logits.
-    pub(crate) vocabulary: usize,
     /// Made when it is first needed.
     pub(crate) structures: OnceLock<Result<Structures, String>>,
     /// Turns of work that takes the processor a while.
@@ -84,14 +82,17 @@ impl Service {
     /// Refuses the name of another model.
     fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
         match name {
-            Some(name) if name != self.name => Err(ApiError::unknown_model(name, &self.name)),
+            Some(name) if name != self.worker.name => {
+                Err(ApiError::unknown_model(name, &self.worker.name))
+            }
             _ => Ok(()),
         }
     }
 
     /// What makes texts follow structures.
     fn structures(&self) -> Result<&Structures, ApiError> {
-        let make = || Structures::new(&self.pieces, self.vocabulary, &self.model.end_tokens);
+        let worker = &self.worker;
+        let make = || Structures::new(&self.pieces, worker.vocabulary, worker.end_tokens());
         let made = self.structures.get_or_init(make).as_ref();
         made.map_err(|reason| {
             ApiError::bad_request(format!(

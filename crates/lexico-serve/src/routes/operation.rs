@@ -87,8 +87,8 @@ pub(super) async fn model(
 
 fn document(service: &Service) -> Value {
     json!({
-        "id": service.name, "object": "model", "created": service.started, "owned_by": "lexico",
-        "max_model_len": service.engine.setup.context,
+        "id": service.worker.name, "object": "model", "created": service.started, "owned_by": "lexico",
+        "max_model_len": service.worker.context(),
     })
 }
 

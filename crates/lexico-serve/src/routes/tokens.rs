@@ -56,7 +56,7 @@ pub(super) async fn tokenize(
     service.check_model(fields.model.as_deref())?;
     let names = fields.return_token_strs.unwrap_or(false);
     let tokens = computed(&service, move |service| {
-        let tokenizer = &service.model.tokenizer;
+        let tokenizer = &service.worker.model.tokenizer;
         let special = fields.add_special_tokens.unwrap_or(true);
         let (param, tokens) = match (fields.prompt, fields.messages) {
             (Some(text), None) => {
@@ -86,7 +86,7 @@ pub(super) async fn tokenize(
     })
     .await?;
     let mut document = json!({
-        "count": tokens.len(), "max_model_len": service.engine.setup.context, "tokens": tokens,
+        "count": tokens.len(), "max_model_len": service.worker.context(), "tokens": tokens,
     });
     if names {
         let names = tokens.iter().map(|&token| service.token_name(token));
@@ -112,8 +112,9 @@ pub(super) async fn detokenize(
     drop(body);
     service.check_model(fields.model.as_deref())?;
     let text = computed(&service, move |service| {
-        service.check_tokens("tokens", &fields.tokens)?;
-        let text = service.model.tokenizer.decode(&fields.tokens);
+        let known = service.worker.check_tokens(&fields.tokens);
+        known.map_err(|failure| ApiError::of_prompt("tokens", failure))?;
+        let text = service.worker.model.tokenizer.decode(&fields.tokens);
         text.map_err(|error| ApiError::field("tokens", error))
     })
     .await?;
@@ -131,7 +132,7 @@ pub(super) async fn detokenize(
 )]
 pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let service = app.service()?;
-    let special = service.model.tokenizer.special_tokens().iter();
+    let special = service.worker.model.tokenizer.special_tokens().iter();
     let special = special.map(|(name, token)| (name.clone(), token.as_str().into()));
     let mut document: Map<String, Value> = special.collect();
     document.insert(
@@ -140,7 +141,7 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<Value>, Api
     );
     document.insert(
         "model_max_length".to_owned(),
-        service.engine.setup.context.into(),
+        service.worker.context().into(),
     );
     Ok(Json(document.into()))
 }

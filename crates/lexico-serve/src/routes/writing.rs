@@ -3,33 +3,19 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
 use serde_json::{Value, json};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::Service;
 use super::error::ApiError;
 use super::fields::StreamOptions;
-use crate::engine::{Call, ChoiceSettings, Event, Failure, FinishReason, Logprob, Request};
-
-/// Texts to be written: `n` for each prompt, prompt after prompt.
-pub(super) struct Order {
-    pub(super) prompts: Vec<Vec<u32>>,
-    /// The field that the prompts come from.
-    pub(super) param: &'static str,
-    pub(super) n: usize,
-    pub(super) max_tokens: Option<usize>,
-    /// Max number of tokens where the client names none.
-    pub(super) usual_max_tokens: usize,
-    pub(super) choice: ChoiceSettings,
-    pub(super) stop: Arc<[String]>,
-    pub(super) ignore_end: bool,
-    pub(super) prompt_logprobs: bool,
-}
+use crate::engine::{Event, FinishReason, Logprob};
+use crate::worker::Order;
 
 /// Texts that are being written.
 pub(super) struct Orders {
@@ -64,12 +50,6 @@ impl Usage {
     }
 }
 
-/// What a text needs.
-struct Needs {
-    bytes: usize,
-    max_tokens: usize,
-}
-
 /// A text that was written.
 #[derive(Debug, Default)]
 pub(super) struct Written {
@@ -80,116 +60,30 @@ pub(super) struct Written {
 }
 
 impl Service {
-    /// Has texts written; returns when the first prompt is read.
-    pub(super) async fn order(&self, order: Order) -> Result<Orders, ApiError> {
-        let asked = Instant::now();
-        let setup = &self.engine.setup;
-        let count = order.prompts.len() * order.n;
-        let most = setup.parallel.saturating_add(setup.queue);
-        if count > most {
-            let reason = format!(
-                "{count} texts are asked for, and the server takes at most {most} (--parallel and --max-waiting)"
-            );
-            return Err(ApiError::field(order.param, reason));
-        }
-        let mut needs = Vec::with_capacity(order.prompts.len());
-        for prompt in &order.prompts {
-            needs.push(self.needs(&order, prompt)?);
-        }
-        if let Some(store) = &setup.store
-            && !order.prompt_logprobs
-        {
-            store.fetch(setup, &order.prompts).await;
-        }
+    /// Has texts written; returns when the first prompt is read. `param` is the field that the prompts come from.
+    pub(super) async fn order(&self, order: Order, param: &str) -> Result<Orders, ApiError> {
+        let (count, n, prompts) = (order.prompts.len() * order.n, order.n, order.prompts.len());
         let usage = Usage {
             prompt: order.prompts.iter().map(Vec::len).sum(),
             ..Usage::default()
         };
-        let (events, receiver) = unbounded_channel();
-        let mut requests = Vec::with_capacity(count);
-        for (prompt, needs) in order.prompts.iter().zip(needs) {
-            for _ in 0..order.n {
-                let index = requests.len();
-                let mut sampling = order.choice.sampling.clone();
-                sampling.seed = sampling.seed.wrapping_add(index as u64);
-                let structure = order.choice.structure.as_ref();
-                requests.push(Request {
-                    index,
-                    prompt: prompt.clone(),
-                    bytes: needs.bytes,
-                    max_tokens: needs.max_tokens,
-                    choice: ChoiceSettings {
-                        sampling,
-                        bias: Arc::clone(&order.choice.bias),
-                        stop_tokens: order.choice.stop_tokens.clone(),
-                        structure: structure.map(|matcher| Box::new(matcher.deep_clone())),
-                        ..order.choice
-                    },
-                    stop: Arc::clone(&order.stop),
-                    ignore_end: order.ignore_end,
-                    prompt_logprobs: order.prompt_logprobs,
-                    events: events.clone(),
-                });
-            }
-        }
-        drop(events);
-        self.engine.submit(Call { requests, asked });
+        let events = self.worker.order(order).await;
         let mut orders = Orders {
             first: None,
-            events: receiver,
+            events: events.map_err(|failure| ApiError::of_prompt(param, failure))?,
             count,
-            n: order.n,
-            read: vec![false; order.prompts.len()],
+            n,
+            read: vec![false; prompts],
             usage,
         };
         orders.first = Some(orders.next().await?);
         Ok(orders)
     }
 
-    /// What a text that goes on from a prompt needs, where it can be had.
-    fn needs(&self, order: &Order, prompt: &[u32]) -> Result<Needs, ApiError> {
-        let context = self.engine.setup.context;
-        let length = prompt.len();
-        if length == 0 {
-            return Err(ApiError::field(order.param, "the prompt has no tokens"));
-        }
-        self.check_tokens(order.param, prompt)?;
-        let wanted = order
-            .max_tokens
-            .unwrap_or(0)
-            .max(usize::from(!order.prompt_logprobs));
-        if length.saturating_add(wanted) > context {
-            let reason = format!(
-                "the model's context is {context} tokens; the prompt has {length}, and {wanted} more are asked for"
-            );
-            return Err(ApiError::context(order.param, reason));
-        }
-        let left = context - length;
-        let max_tokens = order.max_tokens.unwrap_or(order.usual_max_tokens.min(left));
-        let bytes = self.engine.setup.bytes_of(length, max_tokens);
-        let bytes = bytes.map_err(ApiError::internal)?;
-        let budget = self.engine.setup.memory.budget();
-        match bytes > budget {
-            true => Err(Failure::TooLarge { bytes, budget }.into()),
-            false => Ok(Needs { bytes, max_tokens }),
-        }
-    }
-
-    /// Refuses tokens that the model does not have.
-    pub(super) fn check_tokens(&self, param: &str, tokens: &[u32]) -> Result<(), ApiError> {
-        match tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
-            Some(token) => {
-                let reason = format!("token {token} is none of the model's {}", self.vocabulary);
-                Err(ApiError::field(param, reason))
-            }
-            None => Ok(()),
-        }
-    }
-
     /// The most tokens that text of so many bytes can have been meant to have: a text that has more in any case is refused
     /// before it is looked at.
     pub(super) fn check_length(&self, param: &str, text: &str) -> Result<(), ApiError> {
-        let context = self.engine.setup.context;
+        let context = self.worker.context();
         let least = text.len() / self.longest_piece.max(1);
         match least > context {
             true => {
@@ -241,7 +135,7 @@ impl Orders {
             };
             match event {
                 Event::Read { logprobs, .. } => written.prompt_logprobs = logprobs,
-                Event::Token { text, logprob } => {
+                Event::Token { text, logprob, .. } => {
                     written.text += &text;
                     written.logprobs.extend(logprob);
                 }
