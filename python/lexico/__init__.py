@@ -5,9 +5,10 @@ attention reads the codes as they are. This package has
 
 * the codec, on numpy arrays: :class:`Dictionaries`, :class:`LayerCache`, and what these are made of;
 * :mod:`lexico.transformers`: a cache for ``generate`` of transformers;
-* :func:`learn`: dictionaries for a transformers model.
+* :func:`learn`: dictionaries for a transformers model;
+* :class:`Engine`: the engine of ``lexico serve``, tokens in and tokens out, and :mod:`lexico.dynamo`, a worker of NVIDIA Dynamo.
 
-torch and transformers are imported by the last two alone, when they are used.
+torch and transformers are imported by these alone, when they are used.
 
 >>> import numpy as np
 >>> import lexico
@@ -22,31 +23,41 @@ torch and transformers are imported by the last two alone, when they are used.
 """
 
 from ._lexico import (
+    BusyError,
     Codebooks,
     Codes,
     Dictionaries,
     Dictionary,
+    EndedError,
+    Engine,
     HeadMaps,
     LayerCache,
     LexicoError,
+    Text,
     __version__,
     head_maps,
     learn_codebooks,
     learn_dictionary,
+    write_frontend_files,
 )
 from .learning import learn
 
 __all__ = [
+    "BusyError",
     "Codebooks",
     "Codes",
     "Dictionaries",
     "Dictionary",
+    "EndedError",
+    "Engine",
     "HeadMaps",
     "LayerCache",
     "LexicoError",
+    "Text",
     "__version__",
     "head_maps",
     "learn",
     "learn_codebooks",
     "learn_dictionary",
+    "write_frontend_files",
 ]

@@ -411,3 +411,134 @@ def write_blocks(path: str | PathLike[str], blocks: Sequence[tuple[str, bytes]],
 
 def read_blocks(path: str | PathLike[str]) -> tuple[dict[str, bytes], dict[str, str]]:
     """Reads what :func:`write_blocks` wrote."""
+
+class BusyError(LexicoError):
+    """An engine whose memory or places are taken by other texts: ask again a little later."""
+
+class EndedError(LexicoError):
+    """An engine that has ended, or is about to."""
+
+@final
+class Engine:
+    """A loaded model that writes texts, many at once: the engine of ``lexico serve`` without its HTTP, tokens in and tokens out.
+
+    Scheduler, memory, prefixes, prefix store and figures are the server's, and so are the settings, which docs/SERVING.md
+    explains.
+    """
+
+    def __new__(
+        cls,
+        model: str,
+        *,
+        dictionary: str | PathLike[str] | None = None,
+        cache: str = "lexico",
+        kv_memory: int = ...,
+        quantize: str = "none",
+        alias: str | None = None,
+        parallel: int = 32,
+        ctx_size: int = 0,
+        n_predict: int = 2048,
+        ubatch_size: int = 256,
+        prefix_store: str | None = None,
+        prefix_store_size: int = ...,
+        kv_events: str | None = None,
+        max_waiting: int = 1024,
+        queue_timeout: float = 60.0,
+        log_level: str | None = None,
+    ) -> Engine:
+        """Loads a folder in Hugging Face layout, a GGUF file, or a name on the hub, with the dictionaries that are named, else
+        those beside the model. Sizes are in bytes. With ``log_level``, ``info`` say, a log is written to stderr.
+
+        Raises ``ValueError`` for a setting that cannot be, ``OSError`` for files that cannot be read, and :class:`LexicoError`
+        for those that cannot be used.
+        """
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text at the most, its prompt included."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block, by which routers count: those of a prompt that are read in one step."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, as a text of the whole context has them in the mean."""
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens by which the model ends a text."""
+
+    @property
+    def kv_events(self) -> str | None:
+        """Where events of kept prefixes are published, with the port where any free one was asked for."""
+
+    def figures(self) -> dict[str, int]:
+        """Memory and prefixes now: ``budget`` and ``reserved`` in bytes, ``prefix_queries``, ``prefix_hits``."""
+
+    def metrics(self) -> str:
+        """All figures in Prometheus' text format."""
+
+    def write(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        min_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        logit_bias: Sequence[tuple[int, float]] = ...,
+        stop: Sequence[str] = ...,
+        stop_token_ids: Sequence[int] = ...,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        notify: Callable[[], object] | None = None,
+    ) -> Text:
+        """Begins a text that goes on from a prompt, at once.
+
+        ``notify`` is called by another thread whenever there is something to :meth:`Text.take`. What cannot be asked for shows
+        there too. Raises :class:`EndedError` after :meth:`end`.
+        """
+
+    def end(self, timeout: float = 30.0) -> bool:
+        """Ends once the texts at hand are written, or after so many seconds; true where all were."""
+
+@final
+class Text:
+    """A text that is being written. Where nothing holds it any more the engine forgets it.
+
+    What happens is told by dicts: ``{"cached_tokens": …}`` once the prompt is read; ``{"token": …, "text": …}`` of each token,
+    with ``logprob`` and ``top_logprobs`` where they were asked for; ``{"finish_reason": "stop" or "length", "text": …}`` at the
+    end. Text is what became certain with a token. Instead of an end there may be ``ValueError``, for what cannot be asked for,
+    :class:`BusyError`, :class:`EndedError` or :class:`LexicoError`.
+    """
+
+    def take(self) -> list[dict[str, Any]]:
+        """What has happened since the last call; perhaps nothing."""
+
+    @property
+    def over(self) -> bool:
+        """True where nothing is left to take and nothing comes any more."""
+
+    def cancel(self) -> None:
+        """Ends it without its end."""
+
+    def __iter__(self) -> Text: ...
+    def __next__(self) -> dict[str, Any]:
+        """Waits for what happens next, while other threads go on."""
+
+def write_frontend_files(gguf: str | PathLike[str], folder: str | PathLike[str]) -> None:
+    """Writes ``config.json``, ``tokenizer.json`` and ``tokenizer_config.json``, by what a GGUF file says, to a folder.
+
+    Raises ``OSError`` for files that cannot be read or written, and :class:`LexicoError` for what is not supported.
+    """

@@ -1,10 +1,11 @@
-//! The native part of the Python package `lexico`: the codec. `lexico/_lexico.pyi` has its documentation.
+//! The native part of the Python package `lexico`: the codec, and the server's engine. `lexico/_lexico.pyi` has its documentation.
 
 #![allow(missing_docs, reason = "Python's stubs say what is for Python")]
 
 mod arrays;
 mod codec;
 mod dictionaries;
+mod engine;
 mod error;
 mod files;
 mod layer_cache;
@@ -21,6 +22,8 @@ mod _lexico {
     use crate::codec::{Codebooks, Codes, Dictionary, HeadMaps};
     #[pymodule_export]
     use crate::dictionaries::Dictionaries;
+    #[pymodule_export]
+    use crate::engine::{BusyError, EndedError, Engine, Text, write_frontend_files};
     #[pymodule_export]
     use crate::error::LexicoError;
     #[pymodule_export]
