@@ -10,11 +10,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use common::{FAMILIES, chunked, family_folder, golden, golden_of};
+use lexico_llm::config::{Config, RotaryScaling};
 use lexico_llm::decoder::Decoder;
 use lexico_llm::generate::{GenerateOptions, generate};
 use lexico_llm::gguf::GgufModel;
 use lexico_llm::sample::{Sampler, Sampling};
-use lexico_llm::{Model, Quantize};
+use lexico_llm::{Model, Quantize, Tokenizer, TokenizerFiles};
 
 fn file(family: &str, name: &str) -> PathBuf {
     family_folder(family).join(name)
@@ -219,4 +220,40 @@ fn names_have_no_control_characters() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hostile/sound-name.gguf");
     let name = GgufModel::open(&path).unwrap().name();
     assert_eq!(name, "a[2Jb");
+}
+
+#[test]
+fn frontends_find_the_tokenizer_and_the_shape_of_a_file() {
+    for family in FAMILIES {
+        let path = file(family, "f16.gguf");
+        let gguf = GgufModel::open(&path).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        gguf.write_frontend_files(folder.path()).unwrap();
+        let config = Config::load(folder.path()).unwrap();
+        let mut own = gguf.config().clone();
+        if let RotaryScaling::Factors(_) = own.rotary.scaling {
+            // Factors have no place in a config, and a frontend has no use for them.
+            own.rotary.scaling = RotaryScaling::None;
+        }
+        assert_eq!(format!("{config:?}"), format!("{own:?}"), "{family}");
+        let json = std::fs::read(folder.path().join("tokenizer.json")).unwrap();
+        let files = TokenizerFiles::read(folder.path()).unwrap();
+        let tokenizer = Tokenizer::parse(&json, files, folder.path()).unwrap();
+        let model = Model::load(&path, Quantize::None).unwrap();
+        for text in ["One, two and 345.", " a  b\n\n", "Größe, 大きさ, 🙂"] {
+            let first = model.tokenizer.encode_first(text).unwrap();
+            assert_eq!(
+                tokenizer.encode_first(text).unwrap(),
+                first,
+                "{family}: {text:?}"
+            );
+            // As a library that knows nothing of tokenizer_config.json does.
+            let alone = Tokenizer::parse(&json, TokenizerFiles::of_config("{}"), folder.path());
+            assert_eq!(
+                alone.unwrap().encode_first(text).unwrap(),
+                first,
+                "{family}: {text:?}"
+            );
+        }
+    }
 }

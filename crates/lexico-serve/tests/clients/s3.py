@@ -50,6 +50,7 @@ assert stored["Key"].startswith("of/tests/") and stored["Key"].endswith(".prefix
 second = Server(program, *arguments)
 again, cached, length = second.ask(prompt, 16)
 assert again == text and cached > 0.9 * length, (cached, length)
+assert second.figure("lexico_prefix_store_up") == 1
 second.stop()
 
 others = Server(program, *arguments, "--cache", "lexico:sparsity=6")
@@ -71,4 +72,5 @@ for place in ["s3://nothing/here", "s3://prefixes/of/tests"]:
     lonely = Server(program, "--ubatch-size", "64", "--prefix-store", place)
     again, cached, _ = lonely.ask(prompt, 16)
     assert again == text and cached == 0, cached
+    assert lonely.figure("lexico_prefix_store_up") == 0 and lonely.figure("lexico_prefix_store_errors_total") > 0
     lonely.stop()
