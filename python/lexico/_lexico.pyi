@@ -470,6 +470,10 @@ class Engine:
         """Bytes of a block, as a text of the whole context has them in the mean."""
 
     @property
+    def begin_beside(self) -> int | None:
+        """The token that texts begin with, where whoever reads ``tokenizer.json`` alone would leave it out."""
+
+    @property
     def end_tokens(self) -> list[int]:
         """Tokens by which the model ends a text."""
 

@@ -58,6 +58,7 @@ class LexicoEngine(LLMEngine):  # type: ignore[misc]
         self._folder = folder
         self._engine: Engine | None = None
         self._texts: dict[str, asyncio.Event] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._snapshots: Any = None
         self._reports: asyncio.Task[None] | None = None
 
@@ -105,8 +106,14 @@ class LexicoEngine(LLMEngine):  # type: ignore[misc]
             queue_timeout=given.queue_timeout,
             log_level=given.log_level,
         )
-        if self._snapshots is not None:
-            self._begin_reports()
+        self._loop = asyncio.get_running_loop()
+        if engine.begin_beside is not None and Path(given.model).is_dir():
+            logger.warning(
+                "%s: texts of this model begin with token %d, which Dynamo's frontend leaves out: it reads tokenizer.json alone, "
+                "and the token needs a post_processor there",
+                self._folder,
+                engine.begin_beside,
+            )
         return EngineConfig(
             model=str(self._folder),
             served_model_name=given.alias or self._folder.name,
@@ -203,8 +210,9 @@ class LexicoEngine(LLMEngine):  # type: ignore[misc]
     def attach_snapshot_publisher(self, publisher: Any) -> None:
         """Takes what reports of memory go to."""
         self._snapshots = publisher
-        if self._engine is not None:
-            self._begin_reports()
+        # It is called by a thread of Dynamo's, after the start.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_reports)
 
     async def register_prometheus(self, metrics: Any) -> None:
         """Adds the figures of ``lexico serve`` to those of Dynamo."""
@@ -237,7 +245,7 @@ class LexicoEngine(LLMEngine):  # type: ignore[misc]
 
     def _begin_reports(self) -> None:
         if self._reports is None:
-            self._reports = asyncio.get_running_loop().create_task(self._report())
+            self._reports = asyncio.create_task(self._report())
 
     async def _report(self) -> None:
         while self._engine is not None:

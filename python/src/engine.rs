@@ -260,6 +260,11 @@ impl Engine {
     }
 
     #[getter]
+    fn begin_beside(&self) -> Option<u32> {
+        self.worker.begin_beside()
+    }
+
+    #[getter]
     fn end_tokens(&self) -> Vec<u32> {
         self.worker.end_tokens().to_vec()
     }

@@ -158,6 +158,11 @@ impl Tokenizer {
         (0..count).map(piece).collect()
     }
 
+    /// The token that texts begin with by `tokenizer_config.json`, and that `tokenizer.json` alone would not put there.
+    pub fn begin_beside(&self) -> Option<u32> {
+        self.begin.filter(|_| self.own_begin != self.begin)
+    }
+
     /// The special tokens by the names that chat templates use, `eos_token` say.
     pub fn special_tokens(&self) -> &SpecialTokens {
         &self.special

@@ -271,6 +271,11 @@ impl Worker {
         Ok(usize::try_from(of_block).unwrap_or(usize::MAX).max(1))
     }
 
+    /// The token that texts begin with, where whoever reads `tokenizer.json` alone would leave it out.
+    pub fn begin_beside(&self) -> Option<u32> {
+        self.model.tokenizer.begin_beside()
+    }
+
     /// Tokens by which the model ends a text.
     pub fn end_tokens(&self) -> &[u32] {
         &self.model.end_tokens

@@ -34,9 +34,31 @@ arguments.add_argument("--json", action="store_true")
 options = arguments.parse_args()
 
 text = " ".join(options.text.read_text(encoding="utf-8").split())
-model = str(ROOT / "models" / "tiny") if options.model == "tiny" else options.model
-of_model = ["--model", model, *(["--dictionary", options.dictionary] if options.dictionary else [])]
 rows = []
+
+
+def tiny_folder():
+    """The embedded model as Dynamo's frontend needs it: with the token that texts begin with, and a template of chats."""
+    folder = WORK / "tiny"
+    shutil.copytree(ROOT / "models" / "tiny", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<s>")
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [first], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+
+model = tiny_folder() if options.model == "tiny" else options.model
+of_model = ["--model", model, *(["--dictionary", options.dictionary] if options.dictionary else [])]
 
 
 def part(number, characters):
