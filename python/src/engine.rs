@@ -17,6 +17,7 @@ use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use crate::error::{LexicoError, codec, value};
@@ -35,6 +36,8 @@ create_exception!(
     "An engine that has ended, or is about to."
 );
 
+/// Texts at the most: far more than any queue holds.
+const PLACES: u32 = 1 << 20;
 /// Events that are handed over at once.
 const AT_ONCE: usize = 64;
 
@@ -47,6 +50,8 @@ pub(crate) struct Engine {
     worker: Arc<Worker>,
     /// `None` once it has ended.
     runtime: Mutex<Option<Runtime>>,
+    /// A place for each text that is begun and not over: its end waits for all of them.
+    places: Arc<Semaphore>,
 }
 
 /// A text that is being written.
@@ -96,6 +101,28 @@ impl Events {
             true => waiting.over.then_some(None),
             false => Some(Some(waiting.events.remove(0))),
         }
+    }
+}
+
+/// Adds events, and says so; where it is dropped nothing more comes.
+struct Teller {
+    events: Arc<Events>,
+    notify: Option<Py<PyAny>>,
+}
+
+impl Teller {
+    fn tell(&self, happened: Vec<Event>, over: bool) {
+        self.events.add(happened, over);
+        if let Some(notify) = &self.notify {
+            // An exception is of a loop that has ended: nobody waits.
+            Python::try_attach(|py| drop(notify.call0(py)));
+        }
+    }
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        self.tell(Vec::new(), true);
     }
 }
 
@@ -236,6 +263,7 @@ impl Engine {
         Ok(Self {
             worker: Arc::new(worker),
             runtime: Mutex::new(Some(runtime)),
+            places: Arc::new(Semaphore::new(PLACES as usize)),
         })
     }
 
@@ -336,24 +364,23 @@ impl Engine {
         let runtime = locked(&self.runtime);
         let runtime = runtime.as_ref().ok_or_else(ended)?;
         let events = Arc::new(Events::default());
-        let (own, worker) = (Arc::clone(&events), Arc::clone(&self.worker));
+        let place = Arc::clone(&self.places).try_acquire_owned();
+        let place = place.map_err(|_| BusyError::new_err("too many texts are begun"))?;
+        let worker = Arc::clone(&self.worker);
+        let teller = Teller {
+            events: Arc::clone(&events),
+            notify,
+        };
         let task = runtime.spawn(async move {
-            let tell = |happened, over| {
-                own.add(happened, over);
-                if let Some(notify) = &notify {
-                    // An exception is of a loop that has ended: nobody waits.
-                    Python::try_attach(|py| drop(notify.call0(py)));
-                }
-            };
+            let (_place, teller) = (place, teller);
             match worker.write(request).await {
-                Err(failure) => tell(vec![Event::Failed(failure)], true),
+                Err(failure) => teller.tell(vec![Event::Failed(failure)], false),
                 Ok(mut text) => loop {
                     let happened = text.next_few(AT_ONCE).await;
-                    let over = happened.is_empty();
-                    tell(happened, over);
-                    if over {
+                    if happened.is_empty() {
                         break;
                     }
+                    teller.tell(happened, false);
                 },
             }
         });
@@ -369,8 +396,13 @@ impl Engine {
             return Ok(true);
         };
         detached(py, || {
+            let all_over = async {
+                // Those that are begun but have not reached the engine yet are not turned away.
+                let _all = self.places.acquire_many(PLACES).await;
+                self.worker.end().await;
+            };
             let whole = runtime
-                .block_on(async { tokio::time::timeout(timeout, self.worker.end()).await })
+                .block_on(async { tokio::time::timeout(timeout, all_over).await })
                 .is_ok();
             runtime.shutdown_background();
             whole

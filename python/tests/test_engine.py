@@ -126,11 +126,19 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
 def test_an_engine_that_has_ended_takes_no_texts():
     engine = lexico.Engine(TINY, kv_memory=64 << 20)
     text = engine.write([5, 6, 7], max_tokens=5, ignore_eos=True)
+    # What was begun before is written.
     assert engine.end()
     assert len(tokens(text)) == 5
     with pytest.raises(lexico.EndedError):
         engine.write([5, 6, 7])
     assert engine.end()
+
+
+def test_a_text_that_is_not_whole_in_time_is_over():
+    engine = lexico.Engine(TINY, kv_memory=64 << 20)
+    text = engine.write([5, 6, 7], max_tokens=4000, ignore_eos=True)
+    assert not engine.end(timeout=0.05)
+    assert 0 <= len(tokens(text)) < 4000
 
 
 def test_what_one_has_read_another_goes_on_from_at_once(tmp_path):
