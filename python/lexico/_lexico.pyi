@@ -470,8 +470,8 @@ class Engine:
         """Bytes of a block, as a text of the whole context has them in the mean."""
 
     @property
-    def begin_beside(self) -> int | None:
-        """The token that texts begin with, where whoever reads ``tokenizer.json`` alone would leave it out."""
+    def begin_token(self) -> int | None:
+        """The token that texts begin with, where the model has one: prompts are taken as they are."""
 
     @property
     def end_tokens(self) -> list[int]:

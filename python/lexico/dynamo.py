@@ -107,12 +107,11 @@ class LexicoEngine(LLMEngine):  # type: ignore[misc]
             log_level=given.log_level,
         )
         self._loop = asyncio.get_running_loop()
-        if engine.begin_beside is not None and Path(given.model).is_dir():
+        if engine.begin_token is not None:
             logger.warning(
-                "%s: texts of this model begin with token %d, which Dynamo's frontend leaves out: it reads tokenizer.json alone, "
-                "and the token needs a post_processor there",
-                self._folder,
-                engine.begin_beside,
+                "texts of this model begin with token %d, which Dynamo's frontend does not put before those of /v1/completions: "
+                "send it in the prompt; chats have it where the template writes it",
+                engine.begin_token,
             )
         return EngineConfig(
             model=str(self._folder),

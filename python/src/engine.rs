@@ -288,8 +288,8 @@ impl Engine {
     }
 
     #[getter]
-    fn begin_beside(&self) -> Option<u32> {
-        self.worker.begin_beside()
+    fn begin_token(&self) -> Option<u32> {
+        self.worker.begin_token()
     }
 
     #[getter]

@@ -158,9 +158,9 @@ impl Tokenizer {
         (0..count).map(piece).collect()
     }
 
-    /// The token that texts begin with by `tokenizer_config.json`, and that `tokenizer.json` alone would not put there.
-    pub fn begin_beside(&self) -> Option<u32> {
-        self.begin.filter(|_| self.own_begin != self.begin)
+    /// The token that texts begin with, where the model has one.
+    pub fn begin_token(&self) -> Option<u32> {
+        self.begin.or(self.own_begin)
     }
 
     /// The special tokens by the names that chat templates use, `eos_token` say.

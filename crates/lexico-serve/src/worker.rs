@@ -271,9 +271,9 @@ impl Worker {
         Ok(usize::try_from(of_block).unwrap_or(usize::MAX).max(1))
     }
 
-    /// The token that texts begin with, where whoever reads `tokenizer.json` alone would leave it out.
-    pub fn begin_beside(&self) -> Option<u32> {
-        self.model.tokenizer.begin_beside()
+    /// The token that texts begin with, where the model has one: prompts are taken as they are.
+    pub fn begin_token(&self) -> Option<u32> {
+        self.model.tokenizer.begin_token()
     }
 
     /// Tokens by which the model ends a text.

@@ -13,8 +13,8 @@ import shutil
 import sys
 import time
 
-import dynamo
-import routers
+import dynamo_rows as dynamo
+import router_rows as routers
 from processes import WORK, end_all
 
 ROOT = pathlib.Path(__file__).resolve().parents[4]
@@ -38,19 +38,11 @@ rows = []
 
 
 def tiny_folder():
-    """The embedded model as Dynamo's frontend needs it: with the token that texts begin with, and a template of chats."""
+    """The embedded model as Dynamo's frontend takes it: no token before texts, which the frontend would leave out, and a template."""
     folder = WORK / "tiny"
     shutil.copytree(ROOT / "models" / "tiny", folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<s>")
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [first], "tokens": ["<s>"]}},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["add_bos_token"] = False
     config["chat_template"] = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)

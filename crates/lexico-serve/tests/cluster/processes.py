@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -20,10 +21,13 @@ WORK = pathlib.Path(tempfile.mkdtemp(prefix="lexico-cluster-"))
 PATIENCE = 600
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port(least=0, most=0):
+    """Any port that is free, or one within bounds."""
+    for port in random.sample(range(least, most + 1), 1 + most - least):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    raise SystemExit("no port is free")
 
 
 class Process:
@@ -39,6 +43,7 @@ class Process:
             stdout=open(self.log, "a"),
             stderr=subprocess.STDOUT,
             env=os.environ | {key: str(value) for key, value in environment.items()},
+            cwd=WORK,
             start_new_session=True,
             # A script that is killed leaves nothing behind either.
             preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL) if sys.platform == "linux" else None,

@@ -64,9 +64,10 @@ class Cluster:
     def add(self):
         """Starts a worker, and returns its number once the frontend knows it."""
         self.started += 1
-        port, before = free_port(), self.instances()
+        # Dynamo keeps this port in sixteen bits with a sign.
+        port, before = free_port(20000, 32000), self.instances()
         command = [self.python, "-m", "lexico.dynamo", "--model", self.model, *PLANES, *self.arguments]
-        worker = Process(f"worker-{self.started}", command, DYN_SYSTEM_PORT=port, DYN_SYSTEM_ENABLED="true")
+        worker = Process(f"worker-{self.started}", command, DYN_SYSTEM_PORT=port)
         worker.metrics = f"http://127.0.0.1:{port}/metrics"
         number = worker.until(lambda: next(iter(self.instances() - before), None), "a worker")
         self.workers[number] = worker
