@@ -135,6 +135,7 @@ impl Server {
         let _ = app.service.set(Arc::clone(&service));
         let config = service.worker.model.decoder.config();
         tracing::info!(
+            address = %self.address,
             model = service.worker.name,
             cache = %app.options.cache,
             context = service.worker.context(),
