@@ -369,7 +369,7 @@ def learn_codebooks(
     seed: int = 0,
     progress: _Progress | None = None,
 ) -> tuple[Codebooks, float | None]:
-    """Learns codebooks for ``vectors`` ``[n, m]``; returns them, in half precision, and the mean relative error of
+    """Learns codebooks for ``vectors`` ``[n, m]``; returns them, in 8 bits, and the mean relative error of
     ``held_out`` ``[n', m]`` at ``sparsity``, ``None`` without any.
 
     By default there are ``m/2`` codebooks, judged at a sparsity of ``3m/16``. The same seed gives the same ones on any

@@ -138,7 +138,7 @@ pub(crate) fn learn_codebooks(
             lexico::learn::learn_codebooks(numbers, held_out, m, &options, &Rayon, &mut tell)?;
         // As a file keeps them.
         Ok::<_, lexico::Error>((
-            learned.codebooks.in_half_precision()?,
+            learned.codebooks.in_eight_bits()?,
             learned.held_out_error,
         ))
     })?;

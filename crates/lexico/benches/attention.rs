@@ -420,7 +420,7 @@ impl Dictionaries {
         let count = additive.map(CodeFormat::sparsity).max().unwrap_or(1);
         let mut codebooks = || -> anyhow::Result<Codebooks> {
             let atoms = draw(shape.sizes().atoms(count) * m);
-            Ok(Codebooks::new(atoms, m, shape.sizes())?.in_half_precision()?)
+            Ok(Codebooks::new(atoms, m, shape.sizes())?.in_eight_bits()?)
         };
         let codebooks = [codebooks()?, codebooks()?];
         Ok(Self {

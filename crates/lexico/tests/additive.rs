@@ -13,7 +13,7 @@ use lexico::threads::{Alone, Rayon};
 use lexico::{AdditiveFormat, BeamSearch, Codes, Encoder, Error, Fit};
 use proptest::prelude::*;
 
-/// Codebooks whose atoms get shorter.
+/// Codebooks whose atoms get shorter, those of odd seeds in 8 bits.
 fn drawn_codebooks(seed: u64, first: usize, codebooks: usize, m: usize) -> Codebooks {
     let sizes = CodebookSizes { first };
     let mut atoms = drawn_vectors(seed, sizes.atoms(codebooks), m);
@@ -22,7 +22,11 @@ fn drawn_codebooks(seed: u64, first: usize, codebooks: usize, m: usize) -> Codeb
         let length = 0.7f32.powi(codebook as i32);
         atoms[own].iter_mut().for_each(|x| *x *= length);
     }
-    Codebooks::new(atoms, m, sizes).unwrap()
+    let codebooks = Codebooks::new(atoms, m, sizes).unwrap();
+    match seed % 2 {
+        0 => codebooks,
+        _ => codebooks.in_eight_bits().unwrap(),
+    }
 }
 
 fn squared_distance(codebooks: &Codebooks, x: &[f32], indices: &[usize]) -> f64 {

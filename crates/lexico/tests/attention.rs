@@ -164,7 +164,7 @@ proptest! {
         gone in prop_oneof![Just(0usize), 1usize..30, Just(8_192), Just(9_001)],
         first in prop_oneof![Just(1usize), Just(300), Just(2_048)], s in 1usize..20, fewer in 0usize..3,
         sliding in prop_oneof![Just(None), (1usize..400).prop_map(Some), Just(Some(10_000))],
-        threads in prop_oneof![Just(1usize), Just(4)], seed: u64,
+        threads in prop_oneof![Just(1usize), Just(4)], eight_bits: bool, seed: u64,
     ) {
         // Many queries of many positions take the reference long.
         let past = if group * t > 12 { past.min(2_500) } else { past };
@@ -172,7 +172,8 @@ proptest! {
         let dictionary = |salt: u64| {
             let atoms: Vec<f32> = drawn_vectors(seed ^ salt, sizes.atoms(s), m);
             let atoms = atoms.iter().map(|x| x / (s as f32).sqrt()).collect();
-            Codebooks::new(atoms, m, sizes).unwrap()
+            let codebooks = Codebooks::new(atoms, m, sizes).unwrap();
+            if eight_bits { codebooks.in_eight_bits().unwrap() } else { codebooks }
         };
         let (key_dictionary, value_dictionary) = (dictionary(1), dictionary(2).in_half_precision().unwrap());
         // Values of other sparsities than keys.

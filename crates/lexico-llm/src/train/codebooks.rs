@@ -89,7 +89,7 @@ fn learn_one(
             let vectors = mapped(&vectors, &sampled.positions);
             let found = learn_codebooks(vectors, &held_out, m, &options, &Rayon, &mut tell)?;
             let learned = Learned {
-                codebooks: found.codebooks.in_half_precision()?,
+                codebooks: found.codebooks.in_eight_bits()?,
                 maps,
                 // A corpus has at least two chunks, of which one is held out.
                 held_out_error: found.held_out_error.unwrap_or(f32::NAN),

@@ -182,7 +182,7 @@ pub(super) fn add_many(
         let p = tables(&mut scratch.p, table);
         let u = tables(&mut scratch.u, table);
         let n = codes.named.keys;
-        let rows = atoms.keys.rows(0, n).widened(&mut scratch.atoms);
+        let rows = atoms.keys.rows(0, n).widened(m, &mut scratch.atoms);
         let rows = Matrix::by_rows(rows, n, m);
         let columns = Matrix::by_rows(queries, group, m).transposed();
         multiply(&mut p[..n * group], false, rows, columns);
@@ -191,7 +191,7 @@ pub(super) fn add_many(
         let weights = &mut scratch.weights;
         sum_codes(softmax, &codes, queries, n, p, u, weights, hide);
         let u = Matrix::by_rows(&u[..n * group], n, group).transposed();
-        let rows = atoms.values.rows(0, n).widened(&mut scratch.atoms);
+        let rows = atoms.values.rows(0, n).widened(m, &mut scratch.atoms);
         let rows = Matrix::by_rows(rows, n, m);
         multiply(&mut softmax.output, true, u, rows);
     });

@@ -196,7 +196,7 @@ impl DenseRows {
             out.resize(before + count * self.head_dim, 0.0);
             match rows {
                 Rows::F16(numbers) => numbers.convert_to_f32_slice(&mut out[before..]),
-                Rows::F32(numbers) => out[before..].copy_from_slice(numbers),
+                rows => rows.widen_to(self.head_dim, &mut out[before..]),
             }
         }
     }

@@ -1,6 +1,8 @@
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
+use half::f16;
+
 use super::atoms::{AtomMatrix, Atoms};
 use super::{CODEBOOK_ATOMS, CodebookSizes, MAX_FIRST_ATOMS};
 use crate::kernels::rows::Rows;
@@ -32,8 +34,10 @@ pub(crate) struct RoundedCodebook {
 }
 
 impl RoundedCodebook {
-    fn new(atoms: &[f32], head_dim: usize) -> Self {
+    fn new(atoms: Rows<'_>, head_dim: usize) -> Self {
+        let mut numbers = Vec::new();
         let halves = atoms
+            .widened(head_dim, &mut numbers)
             .chunks_exact(head_dim)
             .map(|atom| 0.5 * square(atom) as f32);
         let mut losses = vec![[f32::INFINITY; TILE_ATOMS]; halves.len().div_ceil(TILE_ATOMS)];
@@ -167,12 +171,26 @@ impl Codebooks {
         Self::new(self.atoms.in_half_precision(), self.head_dim(), self.sizes)
     }
 
+    /// The codebooks as those that are learned are kept: atoms in 8 bits, as multiples of units such that half precision, and so a
+    /// file, holds their numbers exactly.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where a number lies beyond half precision's range.
+    pub fn in_eight_bits(self) -> Result<Self> {
+        let atoms = self.atoms.in_eight_bits();
+        if let Some(x) = atoms.iter().find(|x| x.abs() > f16::MAX.to_f32()) {
+            let reason = format!("{x} is beyond half precision's range");
+            return Err(Error::Dictionary(reason));
+        }
+        Self::new(atoms, self.head_dim(), self.sizes)
+    }
+
     /// The codebooks as a search looks over them.
     pub(crate) fn rounded(&self) -> &[RoundedCodebook] {
         self.rounded.get_or_init(|| {
-            let codebooks = (0..self.len()).map(|codebook| self.codebook(codebook));
+            let codebooks = (0..self.len()).map(|codebook| self.rows(codebook));
             codebooks
-                .map(|atoms| RoundedCodebook::new(&atoms, self.head_dim()))
+                .map(|atoms| RoundedCodebook::new(atoms, self.head_dim()))
                 .collect()
         })
     }

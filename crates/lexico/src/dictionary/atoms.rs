@@ -6,6 +6,7 @@ use half::f16;
 use super::{MAX_ATOMS, norm};
 use crate::kernels::check_level;
 use crate::kernels::rows::Rows;
+use crate::kernels::vector::peak;
 use crate::{Error, Result};
 
 /// `N` finite rows of length `m`: what a [`Dictionary`](super::Dictionary) and [`Codebooks`](super::Codebooks) keep.
@@ -23,10 +24,27 @@ enum Numbers {
     F32(Vec<f32>),
     /// Those of a file.
     F16(Vec<f16>),
+    /// Those of a file that are multiples of a unit of each atom's own, as [`AtomMatrix::in_eight_bits`] makes them.
+    I8 {
+        numbers: Vec<i8>,
+        units: Vec<f32>,
+    },
 }
 
 impl Numbers {
-    fn new(numbers: Vec<f32>) -> Self {
+    fn new(numbers: Vec<f32>, head_dim: usize) -> Self {
+        let atoms = || numbers.chunks_exact(head_dim);
+        let units = atoms().map(unit_of_multiples).collect::<Option<Vec<f32>>>();
+        if let Some(units) = units {
+            let atoms = atoms().zip(&units);
+            let multiples = atoms.flat_map(|(atom, unit)| {
+                atom.iter().map(move |x| (x / unit).round_ties_even() as i8)
+            });
+            return Self::I8 {
+                numbers: multiples.collect(),
+                units,
+            };
+        }
         let halves = numbers.iter().map(|&x| {
             let half = f16::from_f32(x);
             (half.to_f32() == x).then_some(half)
@@ -36,6 +54,35 @@ impl Numbers {
             None => Self::F32(numbers),
         }
     }
+}
+
+/// The largest multiple of an atom's unit.
+const MOST: f32 = 127.0;
+/// What the largest number of an atom is a multiple of at the least: units have few bits, and are less than an eighth larger than they
+/// must be.
+const LEAST: f32 = 112.0;
+/// Bits of a unit that are not zero: as many as f16 has beside the seven of a multiple, so that it holds every product.
+const UNIT_BITS: u32 = 4;
+
+/// The units that an atom can be in multiples of, the smallest first.
+fn units(atom: &[f32]) -> impl Iterator<Item = f32> {
+    let peak = peak(atom);
+    // No smaller than the smallest number of f16.
+    let least = (peak / MOST).max(2f32.powi(-24));
+    let step = 1u32 << (f32::MANTISSA_DIGITS - UNIT_BITS);
+    let first = f32::from_bits(least.to_bits().next_multiple_of(step));
+    let next = move |unit: &f32| Some(f32::from_bits(unit.to_bits() + step));
+    let units = std::iter::successors(Some(first), next);
+    units.take_while(move |&unit| unit == first || unit * LEAST <= peak)
+}
+
+/// The unit of an atom whose numbers are all multiples of one.
+fn unit_of_multiples(atom: &[f32]) -> Option<f32> {
+    let is_multiple = |x: f32, unit: f32| {
+        let number = (x / unit).round_ties_even();
+        number.abs() <= MOST && number * unit == x
+    };
+    units(atom).find(|&unit| atom.iter().all(|&x| is_multiple(x, unit)))
 }
 
 impl PartialEq for AtomMatrix {
@@ -62,7 +109,7 @@ impl AtomMatrix {
             return Err(Error::Dictionary(reason));
         }
         Ok(Self {
-            numbers: Numbers::new(numbers),
+            numbers: Numbers::new(numbers, head_dim),
             head_dim,
             checksum: OnceLock::new(),
         })
@@ -76,9 +123,9 @@ impl AtomMatrix {
     pub(super) fn numbers_of(&self, first: usize, count: usize) -> Cow<'_, [f32]> {
         match self.rows(first, count) {
             Rows::F32(numbers) => Cow::Borrowed(numbers),
-            rows @ Rows::F16(_) => {
+            rows => {
                 let mut numbers = vec![0.0; count * self.head_dim];
-                rows.widen_to(&mut numbers);
+                rows.widen_to(self.head_dim, &mut numbers);
                 Cow::Owned(numbers)
             }
         }
@@ -87,19 +134,19 @@ impl AtomMatrix {
     /// The numbers, to be changed: in f32 from now on.
     pub(super) fn numbers_mut(&mut self) -> &mut [f32] {
         self.checksum.take();
-        if let Numbers::F16(_) = self.numbers {
+        if !matches!(self.numbers, Numbers::F32(_)) {
             self.numbers = Numbers::F32(self.numbers().into_owned());
         }
         match &mut self.numbers {
             Numbers::F32(numbers) => numbers,
-            Numbers::F16(_) => unreachable!("they are in f32 now"),
+            _ => unreachable!("they are in f32 now"),
         }
     }
 
     pub(super) fn into_numbers(self) -> Vec<f32> {
         match self.numbers {
             Numbers::F32(numbers) => numbers,
-            Numbers::F16(_) => self.numbers().into_owned(),
+            _ => self.numbers().into_owned(),
         }
     }
 
@@ -116,6 +163,9 @@ impl AtomMatrix {
         match &self.numbers {
             Numbers::F32(numbers) => numbers.capacity() * size_of::<f32>(),
             Numbers::F16(numbers) => numbers.capacity() * size_of::<f16>(),
+            Numbers::I8 { numbers, units } => {
+                numbers.capacity() + units.capacity() * size_of::<f32>()
+            }
         }
     }
 
@@ -124,6 +174,20 @@ impl AtomMatrix {
         let numbers = self.numbers();
         let numbers = numbers.iter();
         numbers.map(|&x| f16::from_f32(x).to_f32()).collect()
+    }
+
+    /// The nearest numbers that are multiples of a unit of each atom's own, 127 at the most. The units are such that f16 holds the
+    /// numbers exactly: a file keeps them as it keeps others. Numbers beyond f16's range do not fit.
+    pub(super) fn in_eight_bits(&self) -> Vec<f32> {
+        let numbers = self.numbers();
+        let atoms = numbers.chunks_exact(self.head_dim);
+        let rounded = atoms.flat_map(|atom| {
+            let fewest = units(atom).next().unwrap_or(1.0);
+            let unit = unit_of_multiples(atom).unwrap_or(fewest);
+            atom.iter()
+                .map(move |x| (x / unit).round_ties_even() * unit)
+        });
+        rounded.collect()
     }
 
     /// A checksum of the numbers, so that codes can say what they are over.
@@ -142,10 +206,11 @@ impl AtomMatrix {
         })
     }
 
-    fn all(&self) -> Rows<'_> {
+    pub(super) fn all(&self) -> Rows<'_> {
         match &self.numbers {
             Numbers::F32(numbers) => Rows::F32(numbers),
             Numbers::F16(numbers) => Rows::F16(numbers),
+            Numbers::I8 { numbers, units } => Rows::I8 { numbers, units },
         }
     }
 
@@ -221,5 +286,66 @@ impl<'a> Atoms<'a> {
     /// Returns whether these are the same atoms as `other`, at the same place in memory.
     pub(crate) fn are(self, other: Atoms<'_>) -> bool {
         std::ptr::eq(self.matrix, other.matrix) && self.len == other.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test may panic
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn eight_bits_are_told_from_the_numbers(
+            m in 1usize..70, count in 1usize..20, exponent in -26i32..14, zero in 0usize..20, seed: u32,
+        ) {
+            let mut state = seed;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * 2f32.powi(exponent)
+            };
+            let mut numbers: Vec<f32> = (0..count * m).map(|_| draw()).collect();
+            if zero < count {
+                numbers[zero * m..][..m].fill(0.0);
+            }
+            let given = AtomMatrix::new(numbers, m).unwrap();
+            let rounded = given.in_eight_bits();
+            let kept = AtomMatrix::new(rounded.clone(), m).unwrap();
+            let in_bytes = matches!(kept.numbers, Numbers::I8 { .. });
+            prop_assert!(in_bytes);
+            prop_assert_eq!(&*kept.numbers(), &rounded[..]);
+            prop_assert_eq!(kept.bytes(), count * (m + size_of::<f32>()));
+            prop_assert_eq!(kept.in_eight_bits(), &rounded[..], "they are what they become");
+            prop_assert_eq!(kept.in_half_precision(), &rounded[..], "a file holds them");
+            let wide = AtomMatrix { numbers: Numbers::F32(rounded.clone()), ..kept.clone() };
+            prop_assert!(wide == kept);
+            prop_assert_eq!(wide.checksum(), kept.checksum());
+            let pairs = given.numbers().chunks(m).zip(rounded.chunks(m)).map(|(a, b)| (a.to_vec(), b.to_vec())).collect::<Vec<_>>();
+            for (atom, rounded) in pairs {
+                // Half a unit, which is an eighth larger at the most than the largest number needs.
+                let most = (peak(&atom) / LEAST).max(2f32.powi(-24)) * 0.501;
+                for (x, y) in atom.iter().zip(rounded) {
+                    prop_assert!((x - y).abs() <= most, "{} for {}", y, x);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_numbers_are_kept_as_they_are() {
+        let halves = vec![0.5, 0.25, 1.0 / 3.0]
+            .into_iter()
+            .map(|x| f16::from_f32(x).to_f32());
+        let halves: Vec<f32> = halves.collect();
+        let kept = AtomMatrix::new(halves.clone(), 3).unwrap();
+        assert!(matches!(kept.numbers, Numbers::F16(_)));
+        assert_eq!(*kept.numbers(), halves[..]);
+        let numbers = vec![0.1, 0.2, 0.3];
+        let kept = AtomMatrix::new(numbers.clone(), 3).unwrap();
+        assert!(matches!(kept.numbers, Numbers::F32(_)));
+        assert_eq!(*kept.numbers(), numbers[..]);
     }
 }

@@ -135,7 +135,7 @@ impl Dictionary {
 
     pub(crate) fn rounded(&self) -> &RoundedAtoms {
         self.rounded
-            .get_or_init(|| RoundedAtoms::new(&self.atoms(), self.head_dim()))
+            .get_or_init(|| RoundedAtoms::new(self.atoms.all(), self.head_dim()))
     }
 
     /// A checksum of the atoms, so that codes can say which dictionary they need.

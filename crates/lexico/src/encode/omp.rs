@@ -132,7 +132,7 @@ impl<'d> Pursuit<'d> {
                 }
                 let (earlier, rest) = directions[v * s * m..].split_at_mut(step * m);
                 let direction = &mut rest[..m];
-                self.dictionary.row(atom).widen_to(direction);
+                self.dictionary.row(atom).widen_to(m, direction);
                 let row = &mut triangles[(v * s + step) * s..][..step + 1];
                 let outside = orthonormalise(direction, earlier, row, along);
                 if outside <= DEPENDENT {

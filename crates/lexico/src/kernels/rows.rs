@@ -1,4 +1,4 @@
-//! Rows of numbers in one of two precisions, and what is done with them in f32.
+//! Rows of numbers in one of three precisions, and what is done with them in f32.
 
 use half::f16;
 
@@ -29,28 +29,56 @@ impl Number for f16 {
     }
 }
 
+impl Number for i8 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+}
+
 /// Rows of numbers, `[n, m]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Rows<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
+    /// Multiples of a unit of each row's own, of which f32 holds every one exactly.
+    I8 {
+        numbers: &'a [i8],
+        units: &'a [f32],
+    },
 }
 
-/// Does `$use` with the numbers of rows of either kind.
+/// Does `$use` with the numbers of rows of any kind, and the rows' units, of which there are none where all are 1; see [`unit`].
 macro_rules! with_numbers {
-    ($rows:expr, $numbers:ident => $use:expr) => {
+    ($rows:expr, ($numbers:ident, $units:ident) => $use:expr) => {
         match $rows {
-            $crate::kernels::rows::Rows::F32($numbers) => $use,
-            $crate::kernels::rows::Rows::F16($numbers) => $use,
+            $crate::kernels::rows::Rows::F32($numbers) => {
+                let $units: &[f32] = &[];
+                $use
+            }
+            $crate::kernels::rows::Rows::F16($numbers) => {
+                let $units: &[f32] = &[];
+                $use
+            }
+            $crate::kernels::rows::Rows::I8 {
+                numbers: $numbers,
+                units: $units,
+            } => $use,
         }
     };
+}
+
+/// The unit of row `i`.
+#[inline(always)]
+pub(crate) fn unit(units: &[f32], i: usize) -> f32 {
+    units.get(i).copied().unwrap_or(1.0)
 }
 pub(crate) use with_numbers;
 
 impl<'a> Rows<'a> {
     /// How many numbers.
     pub(crate) fn len(self) -> usize {
-        with_numbers!(self, numbers => numbers.len())
+        with_numbers!(self, (numbers, _units) => numbers.len())
     }
 
     /// `count` rows of length `m` from row `first` on.
@@ -59,6 +87,10 @@ impl<'a> Rows<'a> {
         match self {
             Self::F32(numbers) => Self::F32(&numbers[range]),
             Self::F16(numbers) => Self::F16(&numbers[range]),
+            Self::I8 { numbers, units } => Self::I8 {
+                numbers: &numbers[range],
+                units: &units[first..first + count],
+            },
         }
     }
 
@@ -69,40 +101,47 @@ impl<'a> Rows<'a> {
 
     /// `⟨row, x⟩`, of one row.
     pub(crate) fn dot(self, x: &[f32]) -> f32 {
-        with_numbers!(self, row => dot(row, x))
+        with_numbers!(self, (row, units) => unit(units, 0) * dot(row, x))
     }
 
     /// `x += scale · row`, of one row.
     pub(crate) fn add_scaled_to(self, scale: f32, x: &mut [f32]) {
-        with_numbers!(self, row => add_scaled(x, scale, row));
+        with_numbers!(self, (row, units) => add_scaled(x, scale * unit(units, 0), row));
     }
 
     /// `x -= scale · row` in f64, of one row.
     pub(crate) fn subtract_scaled_from(self, scale: f32, x: &mut [f64]) {
-        with_numbers!(self, row => subtract_scaled(x, scale, row));
+        with_numbers!(self, (row, units) => {
+            subtract_scaled(x, f64::from(scale) * f64::from(unit(units, 0)), row);
+        });
     }
 
-    /// The numbers in f32, written to `out`.
+    /// The numbers of rows of length `m` in f32, written to `out`.
     ///
     /// # Panics
     /// Where `out` has another length.
-    pub(crate) fn widen_to(self, out: &mut [f32]) {
+    pub(crate) fn widen_to(self, m: usize, out: &mut [f32]) {
         assert_eq!(self.len(), out.len(), "a place for each number");
         out.fill(0.0);
-        // One pass, at the level of the machine.
-        self.add_scaled_to(1.0, out);
+        match self {
+            Self::I8 { .. } => {
+                for (i, out) in out.chunks_exact_mut(m).enumerate() {
+                    self.row(i, m).add_scaled_to(1.0, out);
+                }
+            }
+            // One pass, at the level of the machine.
+            _ => self.add_scaled_to(1.0, out),
+        }
     }
 
-    /// The numbers in f32: where they lie, or widened in `room`.
-    pub(crate) fn widened(self, room: &'a mut Vec<f32>) -> &'a [f32] {
-        match self {
-            Self::F32(numbers) => numbers,
-            Self::F16(numbers) => {
-                room.resize(numbers.len(), 0.0);
-                self.widen_to(room);
-                room
-            }
+    /// The numbers of rows of length `m` in f32: where they lie, or widened in `room`.
+    pub(crate) fn widened(self, m: usize, room: &'a mut Vec<f32>) -> &'a [f32] {
+        if let Self::F32(numbers) = self {
+            return numbers;
         }
+        room.resize(self.len(), 0.0);
+        self.widen_to(m, room);
+        room
     }
 }
 

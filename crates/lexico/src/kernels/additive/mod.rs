@@ -13,7 +13,7 @@ use super::{MAX_ATOMS, compile, dispatch, table};
 compile! {
     scores(block: AdditiveBlock<'_>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize, u: &mut [f32]);
-    rebuild(block: AdditiveBlock<'_>, atoms: &[impl Number], m: usize, out: &mut [f32]);
+    rebuild(block: AdditiveBlock<'_>, atoms: &[impl Number], units: &[f32], m: usize, out: &mut [f32]);
 }
 
 /// Atoms of every codebook but the first: as many as one byte tells apart.
@@ -198,7 +198,7 @@ pub(crate) fn accumulate(block: AdditiveBlock<'_>, weights: &[f32], group: usize
 pub(crate) fn rebuild(block: AdditiveBlock<'_>, atoms: Rows<'_>, m: usize, out: &mut [f32]) {
     assert!(m > 0, "vectors have numbers");
     assert_eq!(out.len(), block.len() * m, "a row a code");
-    with_numbers!(atoms, atoms => dispatch!(rebuild(block, atoms, m, out)));
+    with_numbers!(atoms, (atoms, units) => dispatch!(rebuild(block, atoms, units, m, out)));
 }
 
 #[cfg(test)]
@@ -285,7 +285,7 @@ mod tests {
 
         #[test]
         fn vectors_are_rebuilt(
-            m in 1usize..200, sparsity in 1usize..20, n in 0usize..9, first in 1usize..300, half_precision: bool, seed: u32,
+            m in 1usize..200, sparsity in 1usize..20, n in 0usize..9, first in 1usize..300, precision in 0..3, seed: u32,
         ) {
             let sizes = CodebookSizes { first };
             let mut state = seed;
@@ -294,19 +294,24 @@ mod tests {
                 state >> 8
             };
             let (firsts, rest) = codes(n, sparsity, first, &mut draw);
-            let mut atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
+            let atoms: Vec<f32> = (0..sizes.atoms(sparsity) * m).map(|_| draw() as f32 / (1 << 23) as f32 - 1.0).collect();
             let halves: Vec<f16> = atoms.iter().map(|&x| f16::from_f32(x)).collect();
-            if half_precision {
-                atoms = halves.iter().map(|x| x.to_f32()).collect();
-            }
-            let rows = if half_precision { Rows::F16(&halves) } else { Rows::F32(&atoms) };
+            let bytes: Vec<i8> = atoms.iter().map(|x| (x * 127.0) as i8).collect();
+            let units: Vec<f32> = (0..sizes.atoms(sparsity)).map(|_| draw() as f32 / (1 << 30) as f32).collect();
+            let rows = match precision {
+                0 => Rows::F32(&atoms),
+                1 => Rows::F16(&halves),
+                _ => Rows::I8 { numbers: &bytes, units: &units },
+            };
+            let mut wide = Vec::new();
+            let wide = rows.widened(m, &mut wide).to_vec();
             let block = AdditiveBlock { first: &firsts, rest: &rest, sizes, sparsity };
             for level in levels() {
                 let mut out = vec![f32::NAN; n * m];
                 at_level(level, || rebuild(block, rows, m, &mut out));
                 for (v, out) in out.chunks_exact(m).enumerate() {
                     for (k, &got) in out.iter().enumerate() {
-                        let sum: f64 = block.indices(v).map(|i| f64::from(atoms[i * m + k])).sum();
+                        let sum: f64 = block.indices(v).map(|i| f64::from(wide[i * m + k])).sum();
                         let want = sum * f64::from(block.scale(v));
                         prop_assert!(close(got, want, 2.0 * sparsity as f64), "{:?}: {} for {}", level, got, want);
                     }

@@ -1,10 +1,10 @@
 //! Scores and weighted sums of additive codes in plain Rust, which vectorises at any width.
 
 use super::{AdditiveBlock, CODEBOOK_ATOMS};
-use crate::kernels::MAX_ATOMS;
 use crate::kernels::memory::{in_general_register, prefetch};
-use crate::kernels::rows::Number;
+use crate::kernels::rows::{Number, unit};
 use crate::kernels::table::{AHEAD, table, table_mut};
+use crate::kernels::{MAX_ATOMS, multiply_add};
 
 /// Vectors whose codes are gone through together, some codebooks after the other: so many that fetching the rows
 /// of those codebooks costs little beside looking them up, so few that their numbers stay near.
@@ -289,6 +289,7 @@ const PART: usize = 64;
 pub(super) fn rebuild<const FMA: bool>(
     block: AdditiveBlock<'_>,
     atoms: &[impl Number],
+    units: &[f32],
     m: usize,
     out: &mut [f32],
 ) {
@@ -299,10 +300,10 @@ pub(super) fn rebuild<const FMA: bool>(
         for part in parts {
             let mut sums = [0f32; PART];
             for i in block.indices(v) {
-                let row = &atoms[i * m..][..m];
+                let (row, unit) = (&atoms[i * m..][..m], unit(units, i));
                 if let Some(row) = row[from..].first_chunk::<PART>() {
                     for k in 0..PART {
-                        sums[k] += row[k].widen();
+                        sums[k] = multiply_add::<FMA>(unit, row[k].widen(), sums[k]);
                     }
                 }
             }
@@ -311,10 +312,9 @@ pub(super) fn rebuild<const FMA: bool>(
         }
         rest.fill(0.0);
         for i in block.indices(v) {
-            let row = &atoms[i * m..][..m];
-            rest.iter_mut()
-                .zip(&row[from..])
-                .for_each(|(x, y)| *x += y.widen());
+            let (row, unit) = (&atoms[i * m..][..m], unit(units, i));
+            let pairs = rest.iter_mut().zip(&row[from..]);
+            pairs.for_each(|(x, y)| *x = multiply_add::<FMA>(unit, y.widen(), *x));
         }
         rest.iter_mut().for_each(|x| *x *= scale);
     }

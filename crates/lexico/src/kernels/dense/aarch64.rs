@@ -4,8 +4,8 @@ use core::arch::aarch64::*;
 
 use half::f16;
 
-use super::Rows;
-use super::generic::{self, Register, by_intrinsics};
+use super::generic::{self, AT_ONCE, Register, by_intrinsics};
+use super::{MAX_GROUP, Rows};
 
 impl Register for float32x4_t {
     const WIDTH: usize = 4;
@@ -14,6 +14,7 @@ impl Register for float32x4_t {
     by_intrinsics! {
         splat(x: f32) -> Self = vdupq_n_f32(x);
         load(from: *const f32) -> Self = vld1q_f32(from);
+        load_i8(from: *const i8) -> Self = widen(from.cast::<[i8; 4]>().read());
         load_f16(from: *const f16) -> Self = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from.cast())));
         store(self: Self, to: *mut f32) = vst1q_f32(to, self);
         add(self: Self, other: Self) -> Self = vaddq_f32(self, other);
@@ -25,6 +26,16 @@ impl Register for float32x4_t {
         // SAFETY: the caller's.
         unsafe { sums_of_fours(&registers) }
     }
+}
+
+/// Four bytes as numbers.
+#[inline]
+#[target_feature(enable = "neon")]
+fn widen(numbers: [i8; 4]) -> float32x4_t {
+    let [a, b, c, d] = numbers;
+    let bytes = i64::from_le_bytes([a as u8, b as u8, c as u8, d as u8, 0, 0, 0, 0]);
+    let words = vmovl_s8(vreinterpret_s8_s64(vdup_n_s64(bytes)));
+    vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))
 }
 
 /// The sum over each register's places; not in the trait, where closures would not be compiled for the instructions.

@@ -22,6 +22,8 @@ pub(super) trait Register: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The numbers that lie at `from`.
     unsafe fn load_f16(from: *const f16) -> Self;
+    /// The numbers that lie at `from`.
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// Writes the numbers to `to`.
     unsafe fn store(self, to: *mut f32);
     /// The sum, place by place.
@@ -56,6 +58,14 @@ impl Loaded for f32 {
     unsafe fn load<R: Register>(from: *const Self) -> R {
         // SAFETY: the caller's.
         unsafe { R::load(from) }
+    }
+}
+
+impl Loaded for i8 {
+    #[inline(always)]
+    unsafe fn load<R: Register>(from: *const Self) -> R {
+        // SAFETY: the caller's.
+        unsafe { R::load_i8(from) }
     }
 }
 
@@ -357,6 +367,9 @@ pub(super) unsafe fn dot<R: Register, N: Loaded>(a: &[N], b: &[f32]) -> f32 {
     }
 }
 
+/// Rows whose weights are multiplied by their units at a time.
+pub(super) const AT_ONCE: usize = 64;
+
 /// The kernels for a kind of register, compiled for its instructions.
 macro_rules! compile_for {
     ($register:ty, $features:literal) => {
@@ -369,6 +382,13 @@ macro_rules! compile_for {
                 match rows {
                     Rows::F32(rows) => generic::dots::<$register, _>(rows, queries, m, out),
                     Rows::F16(rows) => generic::dots::<$register, _>(rows, queries, m, out),
+                    Rows::I8 { numbers, units } => {
+                        generic::dots::<$register, _>(numbers, queries, m, out);
+                        let group = queries.len() / m;
+                        for (out, unit) in out.chunks_exact_mut(group).zip(units) {
+                            out.iter_mut().for_each(|out| *out *= unit);
+                        }
+                    }
                 }
             }
         }
@@ -382,6 +402,23 @@ macro_rules! compile_for {
                 match rows {
                     Rows::F32(rows) => generic::combine::<$register, _>(weights, rows, m, out),
                     Rows::F16(rows) => generic::combine::<$register, _>(weights, rows, m, out),
+                    Rows::I8 { numbers, units } => {
+                        let group = out.len() / m;
+                        let mut scaled = [0f32; AT_ONCE * MAX_GROUP];
+                        let rows = numbers.chunks(AT_ONCE * m).zip(units.chunks(AT_ONCE));
+                        for ((rows, units), weights) in rows.zip(weights.chunks(AT_ONCE * group)) {
+                            let pairs = weights.chunks_exact(group).zip(units);
+                            let own = scaled.chunks_exact_mut(group);
+                            for (scaled, (weights, unit)) in own.zip(pairs) {
+                                scaled
+                                    .iter_mut()
+                                    .zip(weights)
+                                    .for_each(|(s, w)| *s = w * unit);
+                            }
+                            let scaled = &scaled[..weights.len()];
+                            generic::combine::<$register, _>(scaled, rows, m, out);
+                        }
+                    }
                 }
             }
         }

@@ -40,7 +40,7 @@ impl Rows<'_> {
         let (count, mut room) = (self.len() / m, Vec::new());
         for first in (0..count).step_by(BLOCK) {
             let block = self.part(first, BLOCK.min(count - first), m);
-            visit(first, block.widened(&mut room));
+            visit(first, block.widened(m, &mut room));
         }
     }
 }
@@ -82,7 +82,7 @@ mod tests {
     proptest! {
         #[test]
         fn products_and_sums_agree_with_f64(
-            n in 0usize..70, m in 1usize..150, power in 0u32..4, half_precision: bool, seed: u32,
+            n in 0usize..70, m in 1usize..150, power in 0u32..4, precision in 0..3, seed: u32,
         ) {
             let group = 1usize << power;
             let mut state = seed;
@@ -92,11 +92,19 @@ mod tests {
             };
             let mut numbers: Vec<f32> = (0..n * m).map(|_| draw()).collect();
             let halves: Vec<f16> = numbers.iter().map(|&x| f16::from_f32(x)).collect();
-            let rows = if half_precision {
-                numbers = halves.iter().map(|x| x.to_f32()).collect();
-                Rows::F16(&halves)
-            } else {
-                Rows::F32(&numbers)
+            let bytes: Vec<i8> = numbers.iter().map(|x| (x * 127.0) as i8).collect();
+            let units: Vec<f32> = (0..n).map(|_| draw() / 64.0).collect();
+            let rows = match precision {
+                0 => Rows::F32(&numbers),
+                1 => {
+                    numbers = halves.iter().map(|x| x.to_f32()).collect();
+                    Rows::F16(&halves)
+                }
+                _ => {
+                    let all = bytes.iter().enumerate();
+                    numbers = all.map(|(i, &x)| f32::from(x) * units[i / m]).collect();
+                    Rows::I8 { numbers: &bytes, units: &units }
+                }
             };
             let queries: Vec<f32> = (0..group * m).map(|_| draw()).collect();
             let weights: Vec<f32> = (0..n * group).map(|_| draw()).collect();

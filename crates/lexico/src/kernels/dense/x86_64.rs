@@ -4,8 +4,8 @@ use core::arch::x86_64::*;
 
 use half::f16;
 
-use super::Rows;
-use super::generic::{self, Register, by_intrinsics};
+use super::generic::{self, AT_ONCE, Register, by_intrinsics};
+use super::{MAX_GROUP, Rows};
 
 impl Register for __m256 {
     const WIDTH: usize = 8;
@@ -15,6 +15,7 @@ impl Register for __m256 {
         splat(x: f32) -> Self = _mm256_set1_ps(x);
         load(from: *const f32) -> Self = _mm256_loadu_ps(from);
         load_f16(from: *const f16) -> Self = _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
+        load_i8(from: *const i8) -> Self = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from.cast())));
         store(self: Self, to: *mut f32) = _mm256_storeu_ps(to, self);
         add(self: Self, other: Self) -> Self = _mm256_add_ps(self, other);
         add_product(self: Self, a: Self, b: Self) -> Self = _mm256_fmadd_ps(a, b, self);
@@ -35,6 +36,7 @@ impl Register for __m512 {
         splat(x: f32) -> Self = _mm512_set1_ps(x);
         load(from: *const f32) -> Self = _mm512_loadu_ps(from);
         load_f16(from: *const f16) -> Self = _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
+        load_i8(from: *const i8) -> Self = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())));
         store(self: Self, to: *mut f32) = _mm512_storeu_ps(to, self);
         add(self: Self, other: Self) -> Self = _mm512_add_ps(self, other);
         add_product(self: Self, a: Self, b: Self) -> Self = _mm512_fmadd_ps(a, b, self);

@@ -7,6 +7,7 @@
 use super::{
     LANES, Operands, QUAD, STRIP_TILES, TILE_ATOMS, largest_number, products, scan, start,
 };
+use crate::kernels::rows::Rows;
 use crate::kernels::vector::{norm, peak, round_to_bytes};
 
 /// Atoms rounded to 8 bits: `N·m` bytes and a scale each.
@@ -47,7 +48,8 @@ pub(crate) struct RoundedVectors {
 }
 
 impl RoundedAtoms {
-    pub(crate) fn new(atoms: &[f32], head_dim: usize) -> Self {
+    /// Rounds `[N, m]` atoms; those in 8 bits stay as they are.
+    pub(crate) fn new(atoms: Rows<'_>, head_dim: usize) -> Self {
         let quads = head_dim.div_ceil(QUAD);
         let count = atoms.len() / head_dim;
         let filled = count.next_multiple_of(STRIP_TILES * TILE_ATOMS);
@@ -56,8 +58,14 @@ impl RoundedAtoms {
         let (mut longest, mut rounding) = (0f64, 0f64);
         let (mut whole, mut taken) = (0f64, 0f64);
         let mut rest = vec![0.0; head_dim];
-        for (i, atom) in atoms.chunks_exact(head_dim).enumerate() {
-            let scale = unit(atom, 127);
+        let mut room = Vec::new();
+        for i in 0..count {
+            let row = atoms.row(i, head_dim);
+            let atom = row.widened(head_dim, &mut room);
+            let scale = match row {
+                Rows::I8 { units, .. } => units[0],
+                _ => unit(atom, 127),
+            };
             scales[i] = scale;
             for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
                 let rounded = (x / scale).round_ties_even();

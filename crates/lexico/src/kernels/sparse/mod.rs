@@ -12,7 +12,7 @@ use super::{compile, dispatch, table};
 compile! {
     scores(block: Nonzeros<'_, impl Coefficient>, p: &[f32], group: usize, out: &mut [f32]);
     accumulate(block: Nonzeros<'_, impl Coefficient>, weights: &[f32], group: usize, u: &mut [f32]);
-    rebuild(block: Nonzeros<'_, impl Coefficient>, atoms: &[impl Number], m: usize, out: &mut [f32]);
+    rebuild(block: Nonzeros<'_, impl Coefficient>, atoms: &[impl Number], units: &[f32], m: usize, out: &mut [f32]);
 }
 
 /// Nonzeros of some vectors as they are stored, vector by vector.
@@ -315,7 +315,7 @@ pub(crate) fn accumulate(block: SparseBlock<'_>, weights: &[f32], group: usize, 
 pub(crate) fn rebuild(block: SparseBlock<'_>, atoms: Rows<'_>, m: usize, out: &mut [f32]) {
     assert!(m > 0, "vectors have numbers");
     assert_eq!(out.len(), block.len() * m, "a row a code");
-    with_nonzeros!(block, nonzeros => with_numbers!(atoms, atoms => dispatch!(rebuild(nonzeros, atoms, m, out))));
+    with_nonzeros!(block, nonzeros => with_numbers!(atoms, (atoms, units) => dispatch!(rebuild(nonzeros, atoms, units, m, out))));
 }
 
 #[cfg(test)]

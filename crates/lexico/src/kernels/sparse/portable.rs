@@ -2,7 +2,7 @@
 
 use super::{Coefficient, Nonzeros};
 use crate::kernels::memory::prefetch;
-use crate::kernels::rows::Number;
+use crate::kernels::rows::{Number, unit};
 use crate::kernels::table::{AHEAD, table, table_mut};
 use crate::kernels::{MAX_ATOMS, multiply_add};
 
@@ -119,6 +119,7 @@ fn accumulate_group<const FMA: bool, const G: usize>(
 pub(super) fn rebuild<const FMA: bool>(
     block: Nonzeros<'_, impl Coefficient>,
     atoms: &[impl Number],
+    units: &[f32],
     m: usize,
     out: &mut [f32],
 ) {
@@ -127,8 +128,9 @@ pub(super) fn rebuild<const FMA: bool>(
         |out, indices, coefficients, scale| {
             out.fill(0.0);
             for (&index, &coefficient) in indices.iter().zip(coefficients) {
-                let coefficient = coefficient.value() * scale;
-                let row = &atoms[usize::from(index) * m..][..m];
+                let index = usize::from(index);
+                let coefficient = coefficient.value() * scale * unit(units, index);
+                let row = &atoms[index * m..][..m];
                 for (x, &y) in out.iter_mut().zip(row) {
                     *x = multiply_add::<FMA>(coefficient, y.widen(), *x);
                 }

@@ -11,7 +11,7 @@ compile! {
     peak(a: &[f32]) -> f32;
     square(a: &[f32]) -> f64;
     dot_mixed(a: &[f32], b: &[f64]) -> f64;
-    subtract_scaled(a: &mut [f64], scale: f32, b: &[impl Number]);
+    subtract_scaled(a: &mut [f64], scale: f64, b: &[impl Number]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]);
     dot(a: &[impl Number], b: &[f32]) -> f32;
@@ -39,7 +39,7 @@ pub(crate) fn norm(x: &[f32]) -> f64 {
 }
 
 /// `a -= scale · b`, in f64.
-pub(crate) fn subtract_scaled(a: &mut [f64], scale: f32, b: &[impl Number]) {
+pub(crate) fn subtract_scaled(a: &mut [f64], scale: f64, b: &[impl Number]) {
     dispatch!(subtract_scaled(a, scale, b))
 }
 

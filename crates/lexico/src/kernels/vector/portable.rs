@@ -99,8 +99,7 @@ pub(super) fn dot_mixed<const FMA: bool>(a: &[f32], b: &[f64]) -> f64 {
 
 /// `a -= scale · b`, in f64.
 #[inline(always)]
-pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f32, b: &[impl Number]) {
-    let scale = f64::from(scale);
+pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f64, b: &[impl Number]) {
     for (a, &b) in a.iter_mut().zip(b) {
         *a -= scale * f64::from(b.widen());
     }
