@@ -1038,11 +1038,9 @@ fn train_writes_a_dictionary_that_run_takes() {
         }
     }
     let run = json(&["run", "--json", "--dictionary", path(&out), QUESTION]);
-    // Once codes have been attended to by tables of products, the atoms are there in 16 bits too; whether so many are coded before the
-    // text ends depends on the text, and so on the processor that learned.
+    // In f16 as they lie in the file; a text this short is not coded.
     let numbers = 4 * 2 * 64 * 64;
-    let bytes = run["cache"]["dictionary_bytes"].as_u64().unwrap();
-    assert!([4 * numbers, (4 + 2) * numbers].contains(&bytes), "{bytes}");
+    assert_eq!(run["cache"]["dictionary_bytes"], 2 * numbers);
     assert_eq!(json(&["inspect", path(&out), "--json"])["sparsity"], 4);
 }
 
@@ -1120,7 +1118,7 @@ fn train_adds_codebooks_to_dictionaries_that_are_there() {
         packed,
         QUESTION,
     ]);
-    assert!(answer["cache"]["dictionary_bytes"].as_u64() > Some(8 * 4096 * 64 * 4));
+    assert!(answer["cache"]["dictionary_bytes"].as_u64() > Some(8 * 4096 * 64 * 2));
     // Losses of both kinds are measured anew.
     let again = folder.path().join("again.safetensors");
     let measure = [

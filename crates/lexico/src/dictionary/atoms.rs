@@ -35,24 +35,23 @@ impl Numbers {
     fn new(numbers: Vec<f32>, head_dim: usize) -> Self {
         let atoms = || numbers.chunks_exact(head_dim);
         let units = atoms().map(unit_of_multiples).collect::<Option<Vec<f32>>>();
-        if let Some(units) = units {
+        if let Some(mut units) = units {
+            units.shrink_to_fit();
             let atoms = atoms().zip(&units);
-            let multiples = atoms.flat_map(|(atom, unit)| {
-                atom.iter().map(move |x| (x / unit).round_ties_even() as i8)
-            });
+            let mut multiples = Vec::with_capacity(numbers.len());
+            for (atom, &unit) in atoms {
+                multiples.extend(atom.iter().map(|&x| multiple(x, unit)));
+            }
             return Self::I8 {
-                numbers: multiples.collect(),
+                numbers: multiples,
                 units,
             };
         }
-        let halves = numbers.iter().map(|&x| {
-            let half = f16::from_f32(x);
-            (half.to_f32() == x).then_some(half)
-        });
-        match halves.collect() {
-            Some(halves) => Self::F16(halves),
-            None => Self::F32(numbers),
+        let is_half = |&x: &f32| f16::from_f32(x).to_f32() == x;
+        if numbers.iter().all(is_half) {
+            return Self::F16(numbers.iter().map(|&x| f16::from_f32(x)).collect());
         }
+        Self::F32(numbers)
     }
 }
 
@@ -76,11 +75,16 @@ fn units(atom: &[f32]) -> impl Iterator<Item = f32> {
     units.take_while(move |&unit| unit == first || unit * LEAST <= peak)
 }
 
+/// The nearest multiple.
+fn multiple(x: f32, unit: f32) -> i8 {
+    (x / unit).round_ties_even() as i8
+}
+
 /// The unit of an atom whose numbers are all multiples of one.
 fn unit_of_multiples(atom: &[f32]) -> Option<f32> {
+    // The sign of a zero would be lost.
     let is_multiple = |x: f32, unit: f32| {
-        let number = (x / unit).round_ties_even();
-        number.abs() <= MOST && number * unit == x
+        (x / unit).abs() <= MOST && (f32::from(multiple(x, unit)) * unit).to_bits() == x.to_bits()
     };
     units(atom).find(|&unit| atom.iter().all(|&x| is_multiple(x, unit)))
 }
@@ -185,7 +189,7 @@ impl AtomMatrix {
             let fewest = units(atom).next().unwrap_or(1.0);
             let unit = unit_of_multiples(atom).unwrap_or(fewest);
             atom.iter()
-                .map(move |x| (x / unit).round_ties_even() * unit)
+                .map(move |&x| f32::from(multiple(x, unit)) * unit)
         });
         rounded.collect()
     }

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::vector::{add_scaled, dot, subtract_scaled};
+use super::vector::{add_scaled, dot, subtract_scaled, widen};
 
 /// A number of a row.
 pub(crate) trait Number: Copy {
@@ -122,15 +122,15 @@ impl<'a> Rows<'a> {
     /// Where `out` has another length.
     pub(crate) fn widen_to(self, m: usize, out: &mut [f32]) {
         assert_eq!(self.len(), out.len(), "a place for each number");
-        out.fill(0.0);
         match self {
-            Self::I8 { .. } => {
-                for (i, out) in out.chunks_exact_mut(m).enumerate() {
-                    self.row(i, m).add_scaled_to(1.0, out);
+            Self::F32(numbers) => out.copy_from_slice(numbers),
+            Self::F16(numbers) => widen(numbers, 1.0, out),
+            Self::I8 { numbers, units } => {
+                let rows = numbers.chunks_exact(m).zip(out.chunks_exact_mut(m));
+                for ((row, out), &unit) in rows.zip(units) {
+                    widen(row, unit, out);
                 }
             }
-            // One pass, at the level of the machine.
-            _ => self.add_scaled_to(1.0, out),
         }
     }
 

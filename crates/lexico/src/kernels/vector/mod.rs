@@ -14,6 +14,7 @@ compile! {
     subtract_scaled(a: &mut [f64], scale: f64, b: &[impl Number]);
     round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
     add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]);
+    widen(a: &[impl Number], unit: f32, out: &mut [f32]);
     dot(a: &[impl Number], b: &[f32]) -> f32;
     dot_bf16(a: &[bf16], b: &[f32]) -> f32;
 }
@@ -52,6 +53,11 @@ pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f
 /// `a += scale · b`.
 pub(crate) fn add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]) {
     dispatch!(add_scaled(a, scale, b))
+}
+
+/// `out = unit · a`, signs of zeros kept where the unit is 1.
+pub(crate) fn widen(a: &[impl Number], unit: f32, out: &mut [f32]) {
+    dispatch!(widen(a, unit, out))
 }
 
 /// `⟨a, b⟩`.

@@ -67,6 +67,13 @@ pub(in crate::kernels) fn add_scaled<const FMA: bool>(
     }
 }
 
+#[inline(always)]
+pub(super) fn widen<const FMA: bool>(a: &[impl Number], unit: f32, out: &mut [f32]) {
+    for (out, a) in out.iter_mut().zip(a) {
+        *out = unit * a.widen();
+    }
+}
+
 /// Independent sums in f64: a register of the widest kind holds eight.
 const LANES_F64: usize = 16;
 
