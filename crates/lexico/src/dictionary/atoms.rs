@@ -57,20 +57,26 @@ impl Numbers {
 
 /// The largest multiple of an atom's unit.
 const MOST: f32 = 127.0;
-/// What the largest number of an atom is a multiple of at the least: units have few bits, and are less than an eighth larger than they
-/// must be.
-const LEAST: f32 = 112.0;
+/// What the largest number of an atom is a multiple of at the least: units have few bits, and may be larger than they must be.
+const LEAST: f32 = 63.0;
+/// The smallest number of f16: smaller units than eight of these have fewer bits.
+const SMALLEST: f32 = 1.0 / (1 << 24) as f32;
 /// Bits of a unit that are not zero: as many as f16 has beside the seven of a multiple, so that it holds every product.
 const UNIT_BITS: u32 = 4;
 
 /// The units that an atom can be in multiples of, the smallest first.
 fn units(atom: &[f32]) -> impl Iterator<Item = f32> {
     let peak = peak(atom);
-    // No smaller than the smallest number of f16.
-    let least = (peak / MOST).max(2f32.powi(-24));
+    let least = (peak / MOST).max(SMALLEST);
     let step = 1u32 << (f32::MANTISSA_DIGITS - UNIT_BITS);
-    let first = f32::from_bits(least.to_bits().next_multiple_of(step));
-    let next = move |unit: &f32| Some(f32::from_bits(unit.to_bits() + step));
+    let few_bits = move |x: f32| {
+        if x <= 8.0 * SMALLEST {
+            return (x / SMALLEST).ceil() * SMALLEST;
+        }
+        f32::from_bits(x.to_bits().next_multiple_of(step))
+    };
+    let first = few_bits(least);
+    let next = move |unit: &f32| Some(few_bits(f32::from_bits(unit.to_bits() + 1)));
     let units = std::iter::successors(Some(first), next);
     units.take_while(move |&unit| unit == first || unit * LEAST <= peak)
 }
@@ -329,8 +335,9 @@ mod tests {
             prop_assert_eq!(wide.checksum(), kept.checksum());
             let pairs = given.numbers().chunks(m).zip(rounded.chunks(m)).map(|(a, b)| (a.to_vec(), b.to_vec())).collect::<Vec<_>>();
             for (atom, rounded) in pairs {
-                // Half a unit, which is an eighth larger at the most than the largest number needs.
-                let most = (peak(&atom) / LEAST).max(2f32.powi(-24)) * 0.501;
+                // Half a unit, which is an eighth larger at the most than the largest number needs, but where f16 has few bits.
+                let needed = peak(&atom) / MOST;
+                let most = (needed * 1.125).max(needed + SMALLEST) * 0.501;
                 for (x, y) in atom.iter().zip(rounded) {
                     prop_assert!((x - y).abs() <= most, "{} for {}", y, x);
                 }

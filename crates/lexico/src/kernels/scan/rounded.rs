@@ -59,14 +59,14 @@ impl RoundedAtoms {
         let (mut whole, mut taken) = (0f64, 0f64);
         let mut rest = vec![0.0; head_dim];
         let mut room = Vec::new();
-        for i in 0..count {
+        for (i, place) in scales.iter_mut().enumerate().take(count) {
             let row = atoms.row(i, head_dim);
             let atom = row.widened(head_dim, &mut room);
             let scale = match row {
                 Rows::I8 { units, .. } => units[0],
                 _ => unit(atom, 127),
             };
-            scales[i] = scale;
+            *place = scale;
             for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
                 let rounded = (x / scale).round_ties_even();
                 *rest = x - rounded * scale;
