@@ -11,7 +11,9 @@ use lexico_eval::questions::{AskOptions, Asked, Item, Questions, Verdict, templa
 use lexico_eval::report::folder::ReportFolder;
 use lexico_eval::task::{Measure, Task};
 use lexico_eval::tasks;
+use lexico_eval::tasks::text::{TextMeasure, TextOptions, TextTask};
 use lexico_llm::cache::CacheSpec;
+use lexico_llm::corpus::Corpus;
 use lexico_llm::{Model, Quantize};
 use serde_json::{Map, Value};
 
@@ -41,6 +43,37 @@ fn document(evaluation: &Evaluation) -> Value {
 
 fn on(_: lexico_eval::evaluation::Progress<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
+}
+
+/// Every step is counted, those in which a model writes the text too.
+#[test]
+fn progress_ends_with_its_last_step() {
+    let model = Model::tiny().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "Ana has 12 coins at home. ".repeat(40)).unwrap();
+    let corpus = Corpus::open(&[&file], None, false).unwrap();
+    let specs = caches(&["lexico:window=4,sparsity=2", "kivi"]);
+    for own_text in [false, true] {
+        let measure = TextMeasure::Divergence;
+        let text = TextOptions {
+            context: 24,
+            prompt: 10,
+            step: 1,
+            chunks: 3,
+            seed: 0,
+            own_text,
+        };
+        let task = TextTask::new(&model, &corpus, measure, text).unwrap();
+        let (mut calls, mut ends) = (0, Vec::new());
+        let counted = &mut |progress: lexico_eval::evaluation::Progress<'_>| {
+            calls += 1;
+            ends.push((progress.done, progress.of));
+            ControlFlow::Continue(())
+        };
+        evaluate(&task, &model, &specs, &options(3), None, counted).unwrap();
+        assert_eq!(ends.last(), Some(&(calls, calls)), "own text: {own_text}");
+    }
 }
 
 #[test]

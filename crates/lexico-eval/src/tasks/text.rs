@@ -254,7 +254,13 @@ impl Task for TextTask {
 
     fn steps(&self, caches: &[&CacheSpec], items: &[usize]) -> usize {
         let behind = self.options.context - self.options.prompt - 1;
-        items.len() * readings(caches) + behind.div_ceil(self.options.step)
+        // The model's own texts are written first, a token at a time.
+        let writing = if self.options.own_text {
+            items.len() + behind
+        } else {
+            0
+        };
+        writing + items.len() * readings(caches) + behind.div_ceil(self.options.step)
     }
 
     fn run(
