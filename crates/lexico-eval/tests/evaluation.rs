@@ -13,8 +13,7 @@ use lexico_eval::task::{Measure, Task};
 use lexico_eval::tasks;
 use lexico_eval::tasks::text::{TextMeasure, TextOptions, TextTask};
 use lexico_llm::cache::CacheSpec;
-use lexico_llm::corpus::Corpus;
-use lexico_llm::{Model, Quantize};
+use lexico_llm::{Corpus, Model, Quantize};
 use serde_json::{Map, Value};
 
 fn caches(texts: &[&str]) -> Vec<CacheSpec> {
