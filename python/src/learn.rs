@@ -137,10 +137,7 @@ pub(crate) fn learn_codebooks(
         let learned =
             lexico::learn::learn_codebooks(numbers, held_out, m, &options, &Rayon, &mut tell)?;
         // As a file keeps them.
-        Ok::<_, lexico::Error>((
-            learned.codebooks.in_eight_bits()?,
-            learned.held_out_error,
-        ))
+        Ok::<_, lexico::Error>((learned.codebooks.in_eight_bits()?, learned.held_out_error))
     })?;
     let (codebooks, error) = progress.outcome(learned)?;
     Ok((Codebooks(codebooks.into()), error))
