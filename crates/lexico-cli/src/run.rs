@@ -530,6 +530,13 @@ impl<'a> Report<'a> {
         self.footprint.total() as f64 / self.fp16_bytes.max(1) as f64
     }
 
+    /// The positions from which the cache and its dictionaries take less than FP16, at the cache's share so far.
+    fn pays_from(&self) -> Option<usize> {
+        let saved = self.fp16_bytes.checked_sub(self.footprint.total())?;
+        let positions = (self.dictionary_bytes * self.positions).checked_div(saved)?;
+        (self.dictionary_bytes > 0).then_some(positions + 1)
+    }
+
     fn line(&self) -> String {
         let generated = &self.answer.generated;
         let prefill = self.answer.new_tokens as f64 / generated.prefill.as_secs_f64().max(1e-9);
@@ -537,7 +544,12 @@ impl<'a> Report<'a> {
         let decode = decode.map_or("-".to_owned(), |rate| format!("{rate:.0}"));
         let dictionaries = match self.dictionary_bytes {
             0 => String::new(),
-            held => format!(", beside {} of dictionaries", ui::bytes(held)),
+            held => {
+                let pays = self.pays_from().map_or(String::new(), |positions| {
+                    format!(", less than FP16 together from {positions} positions on")
+                });
+                format!(", beside {} of dictionaries{pays}", ui::bytes(held))
+            }
         };
         let capacity = self.session.cache().capacity();
         let memory_full = capacity.is_some_and(|capacity| capacity <= self.positions);
@@ -579,6 +591,7 @@ impl<'a> Report<'a> {
                 "fp16_bytes": self.fp16_bytes,
                 "ratio": self.ratio(),
                 "dictionary_bytes": self.dictionary_bytes,
+                "pays_from_positions": self.pays_from(),
             },
             "prefill_seconds": generated.prefill.as_secs_f64(),
             "decode_tokens_per_second": generated.decode_tokens_per_second(),

@@ -223,6 +223,13 @@ fn compare_says_what_agrees_and_what_each_weighs() {
     assert!(agreeing <= report["generated_tokens"].as_u64().unwrap());
     assert_eq!(compare["full"]["cache"]["method"], "full");
     assert_eq!(compare["full"]["cache"]["dictionary_bytes"], 0);
+    assert_eq!(compare["full"]["cache"]["pays_from_positions"], Value::Null);
+    // What is saved a position makes the dictionaries good there, and not before.
+    let number = |name: &str| report["cache"][name].as_f64().unwrap();
+    let saved = (number("fp16_bytes") - number("bytes")) / number("positions");
+    let pays = number("pays_from_positions");
+    assert!(saved * pays > number("dictionary_bytes"));
+    assert!(saved * (pays - 1.0) <= number("dictionary_bytes") * (1.0 + 1e-9));
     let weight = |r: &Value| r["cache"]["bytes"].as_u64().unwrap();
     assert!(weight(&report) < weight(&compare["full"]));
     let itself = json(&["run", "--json", "--compare", "--cache", "full", QUESTION]);
