@@ -188,9 +188,9 @@ impl Worker {
             let cache = model.cache(&own.cache)?;
             let root = root(&model, cache.as_ref(), own.chunk)?;
             let saved = cache.state().is_some() && cache.fork().is_some();
-            Ok::<_, Error>((model, root, saved))
+            Ok::<_, Error>((model, root, saved, cache.capacity()))
         });
-        let (model, root, saved) = read.await.map_err(std::io::Error::other)??;
+        let (model, root, saved, capacity) = read.await.map_err(std::io::Error::other)??;
         let store = match &options.prefix_store {
             None => None,
             Some(_) if !saved => {
@@ -218,7 +218,6 @@ impl Worker {
         let prefixes = Prefixes::new(Arc::clone(&memory), events);
         let context = options.context.min(model.decoder.config().context);
         // The cache of one text may have a limit of its own: lexico:memory=….
-        let capacity = model.cache(&options.cache)?.capacity();
         let context = context.min(capacity.unwrap_or(usize::MAX));
         let engine = Engine::start(Setup {
             model: Arc::clone(&model),

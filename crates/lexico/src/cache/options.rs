@@ -57,7 +57,6 @@ impl Default for CacheOptions {
     }
 }
 
-/// Which heads get the atoms.
 /// The recent window: the same whether it is told or left out, but a limit of memory goes only with the latter.
 #[derive(Debug, Clone, Copy)]
 struct Window {
@@ -77,6 +76,7 @@ impl PartialEq for Window {
     }
 }
 
+/// Which heads get the atoms.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Allocation {
     Measured,

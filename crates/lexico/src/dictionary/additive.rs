@@ -108,7 +108,7 @@ impl Codebooks {
         self.atoms.head_dim()
     }
 
-    /// The atoms of all codebooks, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    /// The atoms of all codebooks, `[N, m]` row by row; those of a file, which are kept in fewer bytes, are widened. `O(N·m)` then.
     pub fn atoms(&self) -> Cow<'_, [f32]> {
         self.atoms.numbers()
     }

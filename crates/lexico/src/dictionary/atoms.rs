@@ -255,7 +255,7 @@ impl<'a> Atoms<'a> {
         self.matrix.head_dim
     }
 
-    /// The atoms, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    /// The atoms, `[N, m]` row by row; those of a file, which are kept in fewer bytes, are widened. `O(N·m)` then.
     pub fn numbers(self) -> Cow<'a, [f32]> {
         self.matrix.numbers_of(0, self.len)
     }

@@ -91,7 +91,7 @@ impl Dictionary {
         })
     }
 
-    /// The atoms, `[N, m]` row by row; those of a file, which are kept in f16, are widened. `O(N·m)` then.
+    /// The atoms, `[N, m]` row by row; those of a file, which are kept in fewer bytes, are widened. `O(N·m)` then.
     pub fn atoms(&self) -> Cow<'_, [f32]> {
         self.atoms.numbers()
     }
