@@ -72,13 +72,15 @@ def main():
     times = parser.parse_args().times
     drawn = np.random.default_rng(1)
     atoms = drawn.standard_normal((2048 + 256 * (ATOMS - 1), HEAD_DIM)) / ATOMS**0.5
+    # Atoms in 8 bits, as learned ones are, and as the benches have them: multiples of a power of two, 127 at the most.
+    unit = 2.0 ** np.ceil(np.log2(np.abs(atoms).max(1, keepdims=True) / 127))
+    atoms = np.round(atoms / unit) * unit
     codebooks = lexico.Codebooks(atoms, first=2048)
     vectors = drawn.standard_normal((VECTORS, HEAD_DIM)).astype(np.float32)
 
     model = {"name": "none", "architecture": "none", "layers": 1, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
     model["rotary"] = {"kind": "default", "theta": 10000.0}
     training = {"sparsity": ATOMS, "corpus": [], "tokens": 0, "relative_error": [], "tool": "none"}
-    # Files hold atoms in half precision, which is what the bench has too.
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/dictionary.safetensors"
         lexico.Dictionaries(model, training, [{"codebooks": (codebooks, codebooks)}]).save(path)

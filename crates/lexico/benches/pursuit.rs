@@ -166,7 +166,7 @@ impl Pursuit {
                 // Sums of them are as long as the vectors.
                 let share = 1.0 / (self.sparsity as f32).sqrt();
                 let atoms = atoms.into_iter().map(|x| x * share).collect();
-                let dictionary = Codebooks::new(atoms, m, sizes)?;
+                let dictionary = Codebooks::new(atoms, m, sizes)?.in_eight_bits()?;
                 (dictionary, drawn(&mut rng, self.vectors as usize * m))
             }
         };
