@@ -11,10 +11,9 @@ use crate::kernels::dense::{MAX_GROUP, combine, dots};
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::kernels::rows::Rows;
 use crate::kernels::softmax::MAX_QUERIES;
+use crate::kernels::tables::{Products, Sums, products, sums};
 use crate::key_value::KeyValue;
 
-/// Atoms that are read at a time, for all heads: they stay in the first cache.
-const ATOM_BLOCK: usize = 64;
 /// Positions that are scored at a time: so many that it matters little that `p` and `u` take each other's
 /// place in the first cache, so few that their weights stay in the second.
 const BLOCK: usize = 8192;
@@ -129,30 +128,28 @@ pub(super) fn add_heads(
         }
         let table = MAX_ATOMS * group;
         let p = tables(&mut scratch.p, by_table.len() * table);
-        for (first, count, rows) in atoms.keys.blocks(ATOM_BLOCK) {
-            for (p, (codes, _, queries)) in p.chunks_exact_mut(table).zip(&by_table) {
-                if first < codes.named.keys {
-                    let p = &mut p[first * group..][..count * group];
-                    dots(rows, queries, m, group, p);
-                }
-            }
-        }
+        let wanted = p.chunks_exact_mut(table).zip(&by_table);
+        let wanted = wanted.map(|(out, &(codes, _, queries))| Products {
+            queries,
+            atoms: codes.named.keys,
+            out,
+        });
+        products(atoms.keys.all(), m, group, &mut wanted.collect::<Vec<_>>());
         let u = tables(&mut scratch.u, by_table.len() * table);
         let both = p.chunks_exact(table).zip(u.chunks_exact_mut(table));
         for ((codes, softmax, queries), (p, u)) in by_table.iter_mut().zip(both) {
-            let n = codes.named.values.next_multiple_of(ATOM_BLOCK);
+            let n = codes.named.values;
             u[..n * group].fill(0.0);
             let weights = &mut scratch.weights;
             sum_codes(softmax, codes, queries, n, p, u, weights, |_, _| ());
         }
-        for (first, count, rows) in atoms.values.blocks(ATOM_BLOCK) {
-            for (u, (codes, softmax, _)) in u.chunks_exact(table).zip(&mut by_table) {
-                if first < codes.named.values {
-                    let u = &u[first * group..][..count * group];
-                    combine(u, rows, m, group, &mut softmax.output);
-                }
-            }
-        }
+        let weighed = u.chunks_exact(table).zip(&mut by_table);
+        let weighed = weighed.map(|(weights, (codes, softmax, _))| Sums {
+            weights,
+            atoms: codes.named.values,
+            out: &mut softmax.output,
+        });
+        sums(atoms.values.all(), m, group, &mut weighed.collect::<Vec<_>>());
     });
 }
 

@@ -285,14 +285,6 @@ impl<'a> Atoms<'a> {
         self.matrix.checksum()
     }
 
-    /// The atoms in blocks of up to `block`, each with the number of its first and how many it has.
-    pub(crate) fn blocks(self, block: usize) -> impl Iterator<Item = (usize, usize, Rows<'a>)> {
-        (0..self.len).step_by(block).map(move |first| {
-            let count = block.min(self.len - first);
-            (first, count, self.rows(first, count))
-        })
-    }
-
     /// Returns whether these are the same atoms as `other`, at the same place in memory.
     pub(crate) fn are(self, other: Atoms<'_>) -> bool {
         std::ptr::eq(self.matrix, other.matrix) && self.len == other.len

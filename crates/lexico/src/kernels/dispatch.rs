@@ -19,6 +19,9 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             $crate::kernels::level::Level::Avx512 => unsafe { avx512::$name($($argument),*) },
             // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            $crate::kernels::level::Level::Amx => unsafe { amx::$name($($argument),*) },
+            // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             $crate::kernels::level::Level::Neon => unsafe { neon::$name($($argument),*) },
             // SAFETY: as above.
@@ -48,7 +51,7 @@ macro_rules! compile {
         compile!(@ avx512 "x86_64" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" $($kernels)*);
         compile!(@ neon "aarch64" "neon" $($kernels)*);
         #[cfg(target_arch = "x86_64")]
-        use avx2 as avx_vnni;
+        use {avx2 as avx_vnni, avx512 as amx};
         #[cfg(target_arch = "aarch64")]
         use neon as dot_product;
     };

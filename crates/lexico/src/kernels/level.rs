@@ -16,6 +16,9 @@ pub(super) enum Level {
     /// AVX-512 F, BW, DQ, VL and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 and AMX's tiles of 8-bit integers.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -25,6 +28,12 @@ pub(super) enum Level {
 }
 
 impl Level {
+    /// Whether AVX-512 is among the level's instructions.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_avx512(self) -> bool {
+        matches!(self, Self::Avx512 | Self::Amx)
+    }
+
     /// Levels of this processor by their names in the environment variable, the best last.
     pub(super) fn all() -> Vec<(&'static str, Self)> {
         #[allow(unused_mut, reason = "other architectures have one level")]
@@ -45,6 +54,9 @@ impl Level {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 all.push(("avx512", Self::Avx512));
+                if super::amx::is_available() {
+                    all.push(("amx", Self::Amx));
+                }
             }
         }
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]

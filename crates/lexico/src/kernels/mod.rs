@@ -10,6 +10,8 @@
 //! own weights need too, and [`check_level`].
 
 pub(crate) mod additive;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub(crate) mod beam;
 pub mod blocks;
 pub(crate) mod dense;
@@ -23,6 +25,7 @@ pub(crate) mod scan;
 pub(crate) mod softmax;
 pub(crate) mod sparse;
 mod table;
+pub(crate) mod tables;
 pub(crate) mod vector;
 
 pub use dense::dot_f16;

@@ -13,7 +13,7 @@ use half::f16;
 #[cfg(target_arch = "aarch64")]
 use aarch64::{dot_product, neon};
 #[cfg(target_arch = "x86_64")]
-use x86_64::{avx_vnni, avx2, avx512};
+use x86_64::{amx, avx_vnni, avx2, avx512};
 
 use super::dispatch;
 use super::level::{Level, level};

@@ -115,3 +115,5 @@ pub(super) mod avx512 {
         "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
     );
 }
+
+pub(super) use avx512 as amx;

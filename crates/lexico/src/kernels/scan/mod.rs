@@ -12,7 +12,7 @@ mod x86_64;
 use aarch64::{dot_product, neon};
 pub(crate) use rounded::{RoundedAtoms, RoundedVectors};
 #[cfg(target_arch = "x86_64")]
-use x86_64::{avx_vnni, avx2, avx512};
+use x86_64::{amx, avx_vnni, avx2, avx512};
 
 use super::dispatch;
 #[cfg(target_arch = "x86_64")]

@@ -273,6 +273,11 @@ pub(super) mod avx512 {
     }
 }
 
+/// AVX-512, and products in AMX's tiles.
+pub(super) mod amx {
+    pub(in crate::kernels::scan) use super::avx512::{at_least, products, scan};
+}
+
 /// Vectors at a time: with the two halves of a tile as many sums as additions are under way.
 const AT_ONCE: usize = 4;
 

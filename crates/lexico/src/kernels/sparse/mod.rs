@@ -5,7 +5,7 @@ mod portable;
 mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-use super::level::{Level, level};
+use super::level::level;
 use super::rows::{Number, Rows, with_numbers};
 use super::{compile, dispatch, table};
 
@@ -286,7 +286,7 @@ pub(crate) fn scores(block: SparseBlock<'_>, p: &[f32], group: usize, out: &mut 
     table::check(block.len(), group, out.len(), p.len());
     with_nonzeros!(block, nonzeros => {
         #[cfg(target_arch = "x86_64")]
-        if level() == Level::Avx512 && x86_64::takes(&nonzeros, group) {
+        if level().has_avx512() && x86_64::takes(&nonzeros, group) {
             // SAFETY: AVX-512 is there, the kernel takes such codes, and the sizes are checked.
             return unsafe { x86_64::scores(nonzeros, p, out) };
         }
@@ -300,7 +300,7 @@ pub(crate) fn accumulate(block: SparseBlock<'_>, weights: &[f32], group: usize, 
     table::check(block.len(), group, weights.len(), u.len());
     with_nonzeros!(block, nonzeros => {
         #[cfg(target_arch = "x86_64")]
-        if level() == Level::Avx512 && x86_64::takes(&nonzeros, group) {
+        if level().has_avx512() && x86_64::takes(&nonzeros, group) {
             // SAFETY: AVX-512 is there, the kernel takes such codes, and the sizes are checked.
             return unsafe { x86_64::accumulate(nonzeros, weights, u) };
         }
