@@ -149,7 +149,12 @@ pub(super) fn add_heads(
             atoms: codes.named.values,
             out: &mut softmax.output,
         });
-        sums(atoms.values.all(), m, group, &mut weighed.collect::<Vec<_>>());
+        sums(
+            atoms.values.all(),
+            m,
+            group,
+            &mut weighed.collect::<Vec<_>>(),
+        );
     });
 }
 

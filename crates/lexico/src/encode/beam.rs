@@ -1,19 +1,20 @@
 use std::cell::RefCell;
-use std::cmp::Ordering;
 
 use super::{BlockMut, EncodedBatch, Encoder, Fit, encode_in_blocks};
 use crate::Result;
 use crate::dictionary::{Codebooks, RoundedCodebook};
-use crate::kernels::beam::{Continued, gains};
-use crate::kernels::larger;
+use crate::kernels::beam::{Continued, ExactGains, Pair, gains, nth_largest, products_of, rests};
+use crate::kernels::rows::Rows;
 use crate::kernels::scan::{RoundedVectors, TILE_ATOMS, at_least};
 use crate::kernels::vector::{dot_mixed, square};
 use crate::threads::Threads;
 
 /// Vectors that are searched for side by side: each reading of a codebook serves all of them.
 const BLOCK: usize = 32;
-/// Sums whose products with a codebook stay in a core's nearest cache.
-const GROUP: usize = 16;
+/// Sums whose products with a codebook stay in a core's second cache: so many that it matters little what tiles take to begin.
+const GROUP: usize = 64;
+/// Gains that are rather compared exactly than told from the largest by rounded ones.
+const FEW: usize = 4;
 /// Sums that are followed for every vector where nothing else is asked for.
 pub const BEAM_WIDTH: usize = 8;
 /// Sums that can be asked for: memory and time grow with them, and few find nearly all that many find.
@@ -77,49 +78,44 @@ impl<'d> BeamSearch<'d> {
         sums.begin(vectors, m, s);
         for (codebook, rounded) in self.codebooks.rounded()[..s].iter().enumerate() {
             let atoms = self.codebooks.rows(codebook);
+            look.begin(atoms, rounded);
             let start = self.codebooks.sizes().start(codebook);
             let count = self.codebooks.sizes().size(codebook);
             next.clear();
             let mut first = 0;
             while first < sums.sums.len() {
                 let group = sums.group(first);
-                look.multiply(rounded, &sums.residuals[first * m..][..group * m], m);
                 let group = first..first + group;
+                let residuals = &sums.residuals[group.start * m..group.end * m];
+                look.multiply(rounded, residuals, m);
                 for of_vector in sums.sums[group.clone()].chunk_by(|a, b| a.vector == b.vector) {
                     let vector = of_vector[0].vector;
                     let last = usize::from(lengths[vector]) == codebook + 1;
                     let keep = if last { 1 } else { self.beam_width };
                     look.find(rounded, first - group.start, of_vector, count, keep);
-                    for found in &mut look.found {
-                        let (parent, atom) = (first + found.sum as usize, found.atom as usize);
-                        let residual = &sums.residuals[parent * m..][..m];
-                        let product = atoms.row(atom, m).dot(residual);
-                        let loss = rounded.losses.as_flattened()[atom];
-                        found.gain = sums.sums[parent].gain - loss + product;
-                    }
-                    look.found.sort_unstable_by(Found::larger_first);
-                    look.found.truncate(keep);
-                    for &Found { gain, sum, atom } in &look.found {
-                        let (parent, atom) = (first + sum as usize, atom as usize);
-                        let chosen = &sums.chosen[parent * s..][..s];
-                        if last {
-                            let out = &mut indices[vector * s..][..s];
-                            out.copy_from_slice(chosen);
-                            out[codebook] = (start + atom) as u16;
-                            continue;
-                        }
-                        next.sums.push(Sum { vector, gain });
-                        next.chosen.extend_from_slice(chosen);
-                        let place = next.chosen.len() - s + codebook;
-                        next.chosen[place] = (start + atom) as u16;
-                        let place = next.residuals.len();
-                        next.residuals
-                            .extend_from_slice(&sums.residuals[parent * m..][..m]);
-                        atoms
-                            .row(atom, m)
-                            .add_scaled_to(-1.0, &mut next.residuals[place..]);
-                    }
+                    let residuals = &sums.residuals[first * m..][..of_vector.len() * m];
+                    look.compare(atoms, rounded, of_vector, residuals, m);
+                    look.keep_largest(keep);
+                    let chosen = &sums.chosen[first * s..][..of_vector.len() * s];
                     first += of_vector.len();
+                    if last {
+                        let found = look.found[0];
+                        let out = &mut indices[vector * s..][..s];
+                        out.copy_from_slice(&chosen[found.sum as usize * s..][..s]);
+                        out[codebook] = (start + found.atom as usize) as u16;
+                        continue;
+                    }
+                    for (found, &gain) in look.found.iter().zip(&look.found_gains) {
+                        next.sums.push(Sum { vector, gain });
+                        let place = next.chosen.len() + codebook;
+                        let parent = &chosen[found.sum as usize * s..][..s];
+                        next.chosen.extend_from_slice(parent);
+                        next.chosen[place] = (start + found.atom as usize) as u16;
+                    }
+                    let place = next.residuals.len();
+                    next.residuals.resize(place + look.found.len() * m, 0.0);
+                    let left = &mut next.residuals[place..];
+                    rests(&look.found, atoms, residuals, m, left);
                 }
             }
             std::mem::swap(sums, next);
@@ -178,7 +174,7 @@ impl Encoder for BeamSearch<'_> {
     }
 }
 
-/// Sums of atoms that are followed, those of one vector next to each other, the nearest first.
+/// Sums of atoms that are followed, those of one vector next to each other.
 #[derive(Default)]
 struct Beams {
     sums: Vec<Sum>,
@@ -241,40 +237,39 @@ thread_local! {
 #[derive(Default)]
 struct Look {
     residuals: RoundedVectors,
-    /// Products of each residual with each atom, `[sums, tiles]`.
+    /// Products of each rounded residual with each atom, `[sums, tiles]`.
     products: Vec<[i32; TILE_ATOMS]>,
+    exact: ExactGains,
+    /// Whether the gains are exact.
+    is_exact: bool,
+    /// Gains of a vector's sums so far.
+    sums: Vec<f32>,
     continued: Vec<Continued>,
     /// What each sum of a vector gains with each atom, nearly: `[sums, tiles]`.
     gains: Vec<[f32; TILE_ATOMS]>,
-    /// The largest gain with each atom.
-    largest: Vec<[f32; TILE_ATOMS]>,
-    atoms: Vec<u32>,
-    found: Vec<Found>,
-}
-
-/// A sum continued with an atom.
-#[derive(Debug, Clone, Copy)]
-struct Found {
-    gain: f32,
-    /// The sum's number among its vector's.
-    sum: u32,
-    atom: u32,
-}
-
-impl Found {
-    /// The larger gain first, and the first of equals.
-    fn larger_first(&self, other: &Self) -> Ordering {
-        let place = |found: &Self| (found.sum, found.atom);
-        other
-            .gain
-            .total_cmp(&self.gain)
-            .then_with(|| place(self).cmp(&place(other)))
-    }
+    /// Numbers of gains that may be among the largest.
+    large: Vec<u32>,
+    /// Those gains.
+    rough: Vec<f32>,
+    /// Sums continued with atoms that may gain most.
+    found: Vec<Pair>,
+    /// What each of them gains.
+    found_gains: Vec<f32>,
 }
 
 impl Look {
-    /// Rounds `residuals`, and multiplies them with the codebook's atoms.
+    /// Begins with a codebook, whose atoms are kept as `atoms`.
+    fn begin(&mut self, atoms: Rows<'_>, codebook: &RoundedCodebook) {
+        let tiles = codebook.losses.len();
+        self.is_exact = self.exact.begin(atoms, &codebook.atoms, tiles);
+    }
+
+    /// Multiplies `residuals` with the codebook's atoms, rounded first where gains are not exact.
     fn multiply(&mut self, codebook: &RoundedCodebook, residuals: &[f32], m: usize) {
+        if self.is_exact {
+            self.exact.multiply(residuals, m);
+            return;
+        }
         let count = residuals.len() / m;
         for (slot, residual) in residuals.chunks_exact(m).enumerate() {
             codebook.atoms.round(residual, slot, &mut self.residuals);
@@ -298,95 +293,93 @@ impl Look {
     ) {
         let tiles = codebook.losses.len();
         let slots = slot..slot + sums.len();
-        self.continued.clear();
-        self.continued
-            .extend(slots.clone().zip(sums).map(|(slot, sum)| Continued {
+        self.gains.resize(sums.len() * tiles, [0.0; TILE_ATOMS]);
+        let (units, losses) = (&codebook.atoms.units()[..tiles], &codebook.losses);
+        let (most, margin) = if self.is_exact {
+            self.sums.clear();
+            self.sums.extend(sums.iter().map(|sum| sum.gain));
+            let (own, gains) = (&self.sums, &mut self.gains);
+            (self.exact.gains(slot, own, units, losses, gains), 0.0)
+        } else {
+            let continued = slots.clone().zip(sums).map(|(slot, sum)| Continued {
                 unit: self.residuals.unit(slot),
                 gain: sum.gain,
-            }));
-        self.gains.resize(sums.len() * tiles, [0.0; TILE_ATOMS]);
-        self.largest.resize(tiles, [0.0; TILE_ATOMS]);
-        let products = &self.products[slot * tiles..][..sums.len() * tiles];
-        let units = &codebook.atoms.units()[..tiles];
-        gains(
-            products,
-            &self.continued,
-            units,
-            &codebook.losses,
-            &mut self.gains,
-            &mut self.largest,
-        );
-        // The `keep`-th largest of some gains is no larger than that of all; rounding can have moved both.
-        let mut most = [f32::NEG_INFINITY; TILE_ATOMS];
-        for largest in &self.largest {
-            most.iter_mut()
-                .zip(largest)
-                .for_each(|(most, &gain)| *most = larger(gain, *most));
-        }
-        let least = if keep <= TILE_ATOMS.min(count) {
-            nth_largest(&most, keep)
-        } else {
-            nth_largest(&self.largest.as_flattened()[..count], keep)
+            });
+            self.continued.clear();
+            self.continued.extend(continued);
+            let products = &self.products[slots.start * tiles..slots.end * tiles];
+            let most = gains(products, &self.continued, units, losses, &mut self.gains);
+            let deviations = slots.map(|slot| self.residuals.deviation(slot));
+            (most, MARGIN * deviations.fold(0.0, f32::max))
         };
-        let deviations = slots.map(|slot| self.residuals.deviation(slot));
-        let margin = MARGIN * deviations.fold(0.0, f32::max);
-        self.atoms.clear();
-        at_least(
-            &self.largest.as_flattened()[..count],
-            least - margin,
-            &mut self.atoms,
-        );
+        let gains = self.gains.as_flattened();
+        let width = (tiles * TILE_ATOMS) as u32;
+        // The `keep`-th largest of some gains is no larger than that of all; rounding can have moved both.
+        let least = if keep <= TILE_ATOMS.min(count) {
+            nth_largest(most.as_flattened(), keep)
+        } else {
+            nth_largest(gains, keep)
+        };
+        self.large.clear();
+        at_least(gains, least - margin, &mut self.large);
+        if self.large.len() > keep + FEW {
+            self.rough.clear();
+            let rough = self.large.iter().map(|&i| gains[i as usize]);
+            self.rough.extend(rough);
+            let enough = nth_largest(&self.rough, keep) - margin;
+            self.large.retain(|&i| gains[i as usize] >= enough);
+        }
+        let pairs = self.large.iter().map(|&i| Pair {
+            sum: i / width,
+            atom: i % width,
+        });
         self.found.clear();
-        let (all, width) = (self.gains.as_flattened(), tiles * TILE_ATOMS);
-        for &atom in &self.atoms {
-            let own = all[atom as usize..].iter().step_by(width);
-            for (sum, &gain) in own.enumerate() {
-                if gain >= least - margin {
-                    let sum = sum as u32;
-                    self.found.push(Found { gain, sum, atom });
-                }
-            }
-        }
-        if self.found.len() > keep {
-            self.found.sort_unstable_by(Found::larger_first);
-            let least = self.found[keep - 1].gain;
-            let enough = self
-                .found
-                .partition_point(|found| found.gain >= least - margin);
-            self.found.truncate(enough);
-        }
+        self.found
+            .extend(pairs.filter(|pair| (pair.atom as usize) < count));
         if self.found.is_empty() {
             // Atoms of such lengths that nothing can be said of any.
-            self.found.push(Found {
-                gain: 0.0,
-                sum: 0,
-                atom: 0,
-            });
+            self.found.push(Pair { sum: 0, atom: 0 });
+        }
+        if self.is_exact {
+            let found = self.found.iter();
+            let own = found.map(|pair| gains[(pair.sum * width + pair.atom) as usize]);
+            self.found_gains.clear();
+            self.found_gains.extend(own);
         }
     }
-}
 
-/// The `n`-th largest of some numbers, −∞ where there are fewer.
-fn nth_largest(numbers: &[f32], n: usize) -> f32 {
-    if n > numbers.len() {
-        return f32::NEG_INFINITY;
-    }
-    if numbers.len() > TILE_ATOMS {
-        let mut numbers = numbers.to_vec();
-        return *numbers
-            .select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a))
-            .1;
-    }
-    // Of few numbers, without a branch.
-    let as_large = |x: f32| numbers.iter().map(|&y| u32::from(y >= x)).sum::<u32>();
-    let enough = |x: f32| {
-        if as_large(x) as usize >= n {
-            x
-        } else {
-            f32::NEG_INFINITY
+    /// Computes what those that were found gain, unless it is known.
+    fn compare(
+        &mut self,
+        atoms: Rows<'_>,
+        codebook: &RoundedCodebook,
+        sums: &[Sum],
+        residuals: &[f32],
+        m: usize,
+    ) {
+        if self.is_exact {
+            return;
         }
-    };
-    numbers
-        .iter()
-        .fold(f32::NEG_INFINITY, |nth, &x| nth.max(enough(x)))
+        self.found_gains.resize(self.found.len(), 0.0);
+        products_of(&self.found, atoms, residuals, m, &mut self.found_gains);
+        let losses = codebook.losses.as_flattened();
+        for (pair, gain) in self.found.iter().zip(&mut self.found_gains) {
+            *gain += sums[pair.sum as usize].gain - losses[pair.atom as usize];
+        }
+    }
+
+    /// Keeps `keep` of those that gain most, the first of equals.
+    fn keep_largest(&mut self, keep: usize) {
+        let (found, gains) = (&mut self.found, &mut self.found_gains);
+        while found.len() > keep {
+            let mut least = 0;
+            for i in 1..found.len() {
+                if gains[i] <= gains[least] || gains[i].is_nan() {
+                    least = i;
+                }
+            }
+            found.remove(least);
+            gains.remove(least);
+        }
+    }
 }

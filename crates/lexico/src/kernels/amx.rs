@@ -1,5 +1,5 @@
-//! Products of 8-bit integers in AMX's tiles, sixteen rows by sixteen columns at a time: some thirty times as many a cycle as there are
-//! products in f32 registers.
+//! Products of 8-bit integers and of bf16 in AMX's tiles, sixteen rows by sixteen columns at a time: of integers some thirty times as many
+//! a cycle as there are products in f32 registers.
 //!
 //! The compiler has no names for these instructions yet, so they are written as assembly.
 
@@ -18,6 +18,18 @@ pub(super) const DIGITS: usize = 3;
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Tile(pub(super) [i8; SIDE * DEPTH]);
+
+/// Numbers in bf16 that a row of a tile holds.
+pub(super) const HALF_DEPTH: usize = DEPTH / 2;
+
+/// Columns of a tile in bf16: `[HALF_DEPTH / 2, SIDE, 2]`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct HalfTile(pub(super) [[[u16; 2]; SIDE]; HALF_DEPTH / 2]);
+
+impl HalfTile {
+    pub(super) const ZEROS: Self = Self([[[0; 2]; SIDE]; HALF_DEPTH / 2]);
+}
 
 /// Sums that a tile of rows and one of columns make.
 #[derive(Debug, Clone, Copy)]
@@ -39,8 +51,9 @@ impl Sums {
 pub(super) fn is_available() -> bool {
     const AMX_TILE: u32 = 1 << 24;
     const AMX_INT8: u32 = 1 << 25;
-    let leaf = __cpuid_count(7, 0);
-    leaf.edx & AMX_TILE != 0 && leaf.edx & AMX_INT8 != 0 && is_permitted()
+    const AMX_BF16: u32 = 1 << 22;
+    let all = AMX_TILE | AMX_INT8 | AMX_BF16;
+    __cpuid_count(7, 0).edx & all == all && is_permitted()
 }
 
 /// Asks the system for the tiles' state to be kept for this process, as Linux wants it.
@@ -199,42 +212,75 @@ impl Tiles {
         }
     }
 
-    /// Adds to sums, row `r` of which lies from `sums + r · row` bytes on, the products of sixteen rows, each of `depth` tiles' numbers
-    /// one after the other, with columns of `depth` tiles without signs.
+    /// Tiles of columns, and of rows, that [`Tiles::rows_of_halves`] takes: as many sums as are under way at a time.
+    pub(super) const HALVES_AT_ONCE: usize = 2;
+
+    /// Products of 32 rows with 32 columns, both `depth` tiles deep, of numbers in bf16. Rows are in two parts, one after the other, `row`
+    /// bytes from one to the next, whose products are added up: what bf16 keeps of a number, and what it keeps of the rest. The columns' tiles
+    /// lie one after the other. Row `r` of the sums lies from `sums + r · stride` bytes on.
     ///
     /// # Safety
-    /// Behind `rows` lie `16 · depth · DEPTH` numbers, behind `columns` `depth` tiles, and behind `sums` sixteen rows of sixteen numbers.
+    /// Behind each of `rows` lie 32 rows of `64 · depth` bytes, `row` from one to the next; behind `columns` twice `depth` tiles, at least one;
+    /// and behind `sums` 32 rows of 32 numbers, `stride` bytes from one to the next.
     #[inline]
-    pub(super) unsafe fn add_rows_by_unsigned(
+    pub(super) unsafe fn rows_of_halves(
         &self,
-        rows: *const i8,
-        columns: *const u8,
-        depth: usize,
-        sums: *mut i32,
+        rows: [*const u16; 2],
         row: usize,
+        columns: *const HalfTile,
+        depth: usize,
+        sums: *mut f32,
+        stride: usize,
     ) {
-        debug_assert!(depth > 0, "numbers to multiply");
+        let below = |part: *const u16| part.wrapping_byte_add(SIDE * row);
         // SAFETY: the caller vouches for all of it.
         unsafe {
             asm!(
-                "tileloadd tmm0, [{sums} + {row}]",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
-                "tileloadd tmm1, [{rows} + {stride}]",
-                "tileloadd tmm2, [{columns} + {line}]",
-                "tdpbsud tmm0, tmm1, tmm2",
-                "add {rows}, 64",
-                "add {columns}, 1024",
+                "tileloadd tmm4, [{a} + {line}]",
+                "tileloadd tmm6, [{high} + {row}]",
+                "tileloadd tmm5, [{b} + {line}]",
+                "tileloadd tmm7, [{high_below} + {row}]",
+                "tdpbf16ps tmm0, tmm6, tmm4",
+                "tdpbf16ps tmm1, tmm6, tmm5",
+                "tileloadd tmm6, [{low} + {row}]",
+                "tdpbf16ps tmm2, tmm7, tmm4",
+                "tdpbf16ps tmm3, tmm7, tmm5",
+                "tileloadd tmm7, [{low_below} + {row}]",
+                "tdpbf16ps tmm0, tmm6, tmm4",
+                "tdpbf16ps tmm1, tmm6, tmm5",
+                "tdpbf16ps tmm2, tmm7, tmm4",
+                "tdpbf16ps tmm3, tmm7, tmm5",
+                "add {high}, 64",
+                "add {low}, 64",
+                "add {high_below}, 64",
+                "add {low_below}, 64",
+                "add {a}, 1024",
+                "add {b}, 1024",
                 "dec {depth}",
                 "jnz 2b",
-                "tilestored [{sums} + {row}], tmm0",
-                rows = inout(reg) rows => _,
-                columns = inout(reg) columns => _,
+                "tilestored [{sums} + {stride}], tmm0",
+                "tilestored [{sums} + {stride} + 64], tmm1",
+                "tilestored [{below} + {stride}], tmm2",
+                "tilestored [{below} + {stride} + 64], tmm3",
+                high = inout(reg) rows[0] => _,
+                low = inout(reg) rows[1] => _,
+                high_below = inout(reg) below(rows[0]) => _,
+                low_below = inout(reg) below(rows[1]) => _,
+                a = inout(reg) columns => _,
+                b = inout(reg) columns.wrapping_add(depth) => _,
                 depth = inout(reg) depth => _,
-                stride = in(reg) depth * DEPTH,
+                row = in(reg) row,
                 line = in(reg) DEPTH,
                 sums = in(reg) sums,
-                row = in(reg) row,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _,
+                below = in(reg) sums.wrapping_byte_add(SIDE * stride),
+                stride = in(reg) stride,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }

@@ -45,9 +45,9 @@ pub(super) struct Operands<'a> {
     pub(super) quads: usize,
 }
 
-/// What sums of products with tiles' numbers, which are 128 too large, start from.
-fn start(numbers: &[i8]) -> i32 {
-    -128 * numbers.iter().map(|&x| i32::from(x)).sum::<i32>()
+/// What sums of products of numbers of that sum with tiles' numbers, which are 128 too large, start from.
+fn start(sum: i32) -> i32 {
+    -128 * sum
 }
 
 impl<'a> Operands<'a> {
@@ -183,7 +183,7 @@ mod tests {
                     }
                 }
                 let own = Operands { tiles: &tiles, scales: &scales, vectors: &vectors, starts: &[], quads };
-                let starts: Vec<i32> = (0..count).map(|v| start(own.vector(v).collect::<Vec<_>>().as_flattened())).collect();
+                let starts: Vec<i32> = (0..count).map(|v| start(own.vector(v).flatten().map(i32::from).sum())).collect();
                 let operands = Operands { starts: &starts, ..own };
                 let mut out = vec![f32::NAN; count * row];
                 let mut largest = vec![[0f32; TILE_ATOMS]; count];

@@ -8,7 +8,7 @@ use super::{
     LANES, Operands, QUAD, STRIP_TILES, TILE_ATOMS, largest_number, products, scan, start,
 };
 use crate::kernels::rows::Rows;
-use crate::kernels::vector::{norm, peak, round_to_bytes};
+use crate::kernels::vector::{Rounded, norm, peak, round_to_bytes, unit};
 
 /// Atoms rounded to 8 bits: `N·m` bytes and a scale each.
 #[derive(Debug, Clone)]
@@ -64,7 +64,7 @@ impl RoundedAtoms {
             let atom = row.widened(head_dim, &mut room);
             let scale = match row {
                 Rows::I8 { units, .. } => units[0],
-                _ => unit(atom, 127),
+                _ => unit(peak(atom), 127.0),
             };
             *place = scale;
             for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
@@ -86,6 +86,18 @@ impl RoundedAtoms {
             rounding: rounding as f32,
             squares: ((whole / numbers) as f32, (taken / numbers) as f32),
         }
+    }
+
+    /// The quads of each tile's atoms, numbers with 128 added: `[tiles, quads, 16, 4]`.
+    #[cfg(target_arch = "x86_64")]
+    pub(in crate::kernels) fn tiles(&self) -> &[[[u8; QUAD]; TILE_ATOMS]] {
+        self.tiles.as_chunks::<QUAD>().0.as_chunks().0
+    }
+
+    /// Quads of an atom.
+    #[cfg(target_arch = "x86_64")]
+    pub(in crate::kernels) fn quads(&self) -> usize {
+        self.quads
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -151,9 +163,14 @@ impl RoundedAtoms {
             block.quads.resize(filled, 0);
         }
         block.bytes.resize(self.quads * QUAD, 0);
-        let unit = unit(x, largest_number());
-        let inverse = 1.0 / unit;
-        let (rest, whole) = round_to_bytes(x, inverse, &mut block.bytes[..x.len()]);
+        let (bytes, fill) = block.bytes.split_at_mut(x.len());
+        fill.fill(0);
+        let Rounded {
+            unit,
+            rest,
+            whole,
+            sum,
+        } = round_to_bytes(x, f32::from(largest_number()), bytes);
         let first = slot / LANES * self.quads * LANES + slot % LANES;
         let places = block.quads[first..].iter_mut().step_by(LANES);
         for (place, bytes) in places.zip(block.bytes.as_chunks::<QUAD>().0) {
@@ -172,7 +189,7 @@ impl RoundedAtoms {
         block.deviations.resize(slots, 0.0);
         block.deviations[slot] = variance.sqrt() * unit;
         block.starts.resize(slots, 0);
-        block.starts[slot] = start(&block.bytes);
+        block.starts[slot] = start(sum);
         block.units.resize(slots, 0.0);
         block.units[slot] = unit;
     }
@@ -199,18 +216,5 @@ impl RoundedVectors {
     /// The most that a correlation with vector `slot` can be, whose rounded one is `rounded`.
     pub(crate) fn at_most(&self, slot: usize, rounded: f32) -> f32 {
         (rounded + self.bounds[slot]) * self.units[slot]
-    }
-}
-
-/// Numbers of no vector that counts, of whose inverses nothing is left in f32.
-const NOTHING: f32 = 1e-30;
-
-/// The unit that a vector's numbers are rounded to multiples of: the largest is `max` of them.
-fn unit(x: &[f32], max: u8) -> f32 {
-    let largest = peak(x);
-    if largest > NOTHING {
-        largest / f32::from(max)
-    } else {
-        1.0
     }
 }

@@ -54,6 +54,16 @@ pub(super) mod avx2 {
         let least = _mm256_set1_ps(enough);
         at_least_by(a, enough, found, |block| {
             let parts = block.as_chunks::<8>().0.iter();
+            // Most blocks have none, which one comparison of the largest tells.
+            let most = parts
+                .clone()
+                .fold(_mm256_set1_ps(f32::NEG_INFINITY), |most, part| {
+                    // SAFETY: a part has 8 numbers.
+                    _mm256_max_ps(unsafe { _mm256_loadu_ps(part.as_ptr()) }, most)
+                });
+            if _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(most, least)) == 0 {
+                return 0;
+            }
             parts.rev().fold(0, |mask, part| {
                 // SAFETY: a part has 8 numbers.
                 let numbers = unsafe { _mm256_loadu_ps(part.as_ptr()) };
@@ -261,22 +271,33 @@ pub(super) mod avx512 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     pub(in crate::kernels::scan) fn at_least(a: &[f32], enough: f32, found: &mut Vec<u32>) {
+        const WIDTH: usize = 16;
         let least = _mm512_set1_ps(enough);
-        at_least_by(a, enough, found, |block| {
-            let parts = block.as_chunks::<16>().0.iter();
-            parts.rev().fold(0, |mask, part| {
-                // SAFETY: a part has 16 numbers.
-                let numbers = unsafe { _mm512_loadu_ps(part.as_ptr()) };
-                mask << 16 | u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(numbers, least))
-            })
-        });
+        let mut numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let (blocks, rest) = a.as_chunks::<WIDTH>();
+        let mut count = found.len();
+        // Without a branch, as there is no telling where the large ones are: a whole register is written for every block.
+        found.reserve((blocks.len() + 1) * WIDTH);
+        for block in blocks {
+            // SAFETY: a block has 16 numbers, and there is room for 16 more than are counted.
+            unsafe {
+                let block = _mm512_loadu_ps(block.as_ptr());
+                let large = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(block, least);
+                let large_numbers = _mm512_maskz_compress_epi32(large, numbers);
+                _mm512_storeu_si512(found.as_mut_ptr().add(count).cast(), large_numbers);
+                count += large.count_ones() as usize;
+            }
+            numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(WIDTH as i32));
+        }
+        // SAFETY: so many have been written.
+        unsafe { found.set_len(count) };
+        let first = (a.len() - rest.len()) as u32;
+        let large = (first..).zip(rest).filter(|(_, x)| **x >= enough);
+        found.extend(large.map(|(i, _)| i));
     }
 }
 
-/// AVX-512, and products in AMX's tiles.
-pub(super) mod amx {
-    pub(in crate::kernels::scan) use super::avx512::{at_least, products, scan};
-}
+pub(super) use avx512 as amx;
 
 /// Vectors at a time: with the two halves of a tile as many sums as additions are under way.
 const AT_ONCE: usize = 4;

@@ -234,7 +234,9 @@ fn sums_of<const G: usize>(numbers: &[i8], units: &[f32], m: usize, heads: &mut 
             }
         }
     }
-    let queries = heads.iter_mut().flat_map(|head| head.out.chunks_exact_mut(m));
+    let queries = heads
+        .iter_mut()
+        .flat_map(|head| head.out.chunks_exact_mut(m));
     for (out, sums) in queries.zip(sums.chunks_exact(tiles_across)) {
         for (k, out) in out.iter_mut().enumerate() {
             // As the unpacking leaves them: four numbers of each sixteen to a tile.

@@ -12,7 +12,7 @@ compile! {
     square(a: &[f32]) -> f64;
     dot_mixed(a: &[f32], b: &[f64]) -> f64;
     subtract_scaled(a: &mut [f64], scale: f64, b: &[impl Number]);
-    round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32);
+    round_to_bytes(x: &[f32], largest: f32, out: &mut [i8]) -> Rounded;
     add_scaled(a: &mut [f32], scale: f32, b: &[impl Number]);
     widen(a: &[impl Number], unit: f32, out: &mut [f32]);
     dot(a: &[impl Number], b: &[f32]) -> f32;
@@ -44,10 +44,31 @@ pub(crate) fn subtract_scaled(a: &mut [f64], scale: f64, b: &[impl Number]) {
     dispatch!(subtract_scaled(a, scale, b))
 }
 
-/// Rounds `x · inverse`, all within the bytes' range, to bytes, ties to even; returns the sums of squares of what
-/// rounding took and of the whole, in the bytes' units.
-pub(crate) fn round_to_bytes(x: &[f32], inverse: f32, out: &mut [i8]) -> (f32, f32) {
-    dispatch!(round_to_bytes(x, inverse, out))
+/// What rounding a vector to bytes made of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Rounded {
+    /// What the bytes are multiples of.
+    pub(crate) unit: f32,
+    /// The sum of squares of what rounding took, in units.
+    pub(crate) rest: f32,
+    /// The sum of squares of the whole, in units.
+    pub(crate) whole: f32,
+    /// The sum of the bytes.
+    pub(crate) sum: i32,
+}
+
+/// Rounds numbers to bytes, ties to even, in the [`unit`] of which the largest magnitude is `largest`.
+pub(crate) fn round_to_bytes(x: &[f32], largest: f32, out: &mut [i8]) -> Rounded {
+    assert_eq!(x.len(), out.len(), "a byte for each number");
+    dispatch!(round_to_bytes(x, largest, out))
+}
+
+/// The unit of numbers whose largest magnitude is `peak` that makes this `largest` units.
+#[inline(always)]
+pub(crate) fn unit(peak: f32, largest: f32) -> f32 {
+    /// Numbers of no vector that counts, of whose inverses nothing is left in f32.
+    const NOTHING: f32 = 1e-30;
+    if peak > NOTHING { peak / largest } else { 1.0 }
 }
 
 /// `a += scale · b`.
@@ -126,7 +147,7 @@ mod tests {
         }
 
         #[test]
-        fn sums_in_f64_and_rounded_bytes(a in prop::collection::vec(-9f32..9.0, 0..300), inverse in 0.1f32..14.0) {
+        fn sums_in_f64_and_rounded_bytes(a in prop::collection::vec(-9f32..9.0, 0..300), largest in 1f32..127.0) {
             let wide: Vec<f64> = a.iter().map(|&x| 1.0 + f64::from(x) / 3.0).collect();
             let exact: f64 = a.iter().map(|&x| f64::from(x).powi(2)).sum();
             let mixed: f64 = a.iter().zip(&wide).map(|(&x, y)| f64::from(x) * y).sum();
@@ -142,12 +163,14 @@ mod tests {
                 prop_assert!((rest - (wide - levels * 0.5 * f64::from(a))).abs() <= 1e-12);
             }
             let mut bytes = vec![0; a.len()];
-            for (taken, whole) in every_level!(round_to_bytes(&a, inverse, &mut bytes)) {
-                let scaled = || a.iter().map(|&x| f64::from(x * inverse));
+            for rounded in every_level!(round_to_bytes(&a, largest, &mut bytes)) {
+                prop_assert_eq!(rounded.unit, unit(a.iter().fold(0f32, |peak, x| peak.max(x.abs())), largest));
+                let scaled = || a.iter().map(|&x| f64::from(x * (1.0 / rounded.unit)));
                 let rests: f64 = scaled().zip(&bytes).map(|(x, &b)| (x - f64::from(b)).powi(2)).sum();
-                prop_assert!((f64::from(taken) - rests).abs() <= 1e-4 * rests + 1e-6);
+                prop_assert!((f64::from(rounded.rest) - rests).abs() <= 1e-4 * rests + 1e-6);
                 let wholes: f64 = scaled().map(|x| x * x).sum();
-                prop_assert!((f64::from(whole) - wholes).abs() <= 1e-4 * wholes);
+                prop_assert!((f64::from(rounded.whole) - wholes).abs() <= 1e-4 * wholes);
+                prop_assert_eq!(rounded.sum, bytes.iter().map(|&b| i32::from(b)).sum::<i32>());
                 for (x, &b) in scaled().zip(&bytes) {
                     prop_assert!((x - f64::from(b)).abs() <= 0.5);
                 }

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::{Rounded, unit};
 use crate::kernels::rows::Number;
 use crate::kernels::{LANES, ROUNDING, larger, multiply_add};
 
@@ -112,14 +113,10 @@ pub(super) fn subtract_scaled<const FMA: bool>(a: &mut [f64], scale: f64, b: &[i
     }
 }
 
-/// Rounds `x · inverse`, all within the bytes' range, to bytes; returns the sums of squares of what rounding
-/// took, and of `x`, both in the bytes' units.
 #[inline(always)]
-pub(super) fn round_to_bytes<const FMA: bool>(
-    x: &[f32],
-    inverse: f32,
-    out: &mut [i8],
-) -> (f32, f32) {
+pub(super) fn round_to_bytes<const FMA: bool>(x: &[f32], largest: f32, out: &mut [i8]) -> Rounded {
+    let unit = unit(peak::<FMA>(x), largest);
+    let inverse = 1.0 / unit;
     let mut rests = [0f32; LANES];
     let mut wholes = [0f32; LANES];
     let (blocks, rest) = x.as_chunks::<LANES>();
@@ -141,7 +138,12 @@ pub(super) fn round_to_bytes<const FMA: bool>(
     for (l, (&x, out)) in rest.iter().zip(out_rest).enumerate() {
         one(x, out, l);
     }
-    (across(rests, |a, b| a + b), across(wholes, |a, b| a + b))
+    Rounded {
+        unit,
+        rest: across(rests, |a, b| a + b),
+        whole: across(wholes, |a, b| a + b),
+        sum: out.iter().map(|&byte| i32::from(byte)).sum(),
+    }
 }
 
 /// The largest magnitude.
