@@ -57,21 +57,26 @@ impl RoundedAtoms {
         let mut scales = vec![0.0; filled];
         let (mut longest, mut rounding) = (0f64, 0f64);
         let (mut whole, mut taken) = (0f64, 0f64);
-        let mut rest = vec![0.0; head_dim];
+        let (mut bytes, mut rest) = (vec![0; head_dim], vec![0.0; head_dim]);
         let mut room = Vec::new();
         for (i, place) in scales.iter_mut().enumerate().take(count) {
             let row = atoms.row(i, head_dim);
             let atom = row.widened(head_dim, &mut room);
-            let scale = match row {
-                Rows::I8 { units, .. } => units[0],
-                _ => unit(peak(atom), 127.0),
+            *place = if let Rows::I8 { numbers, units } = row {
+                bytes.copy_from_slice(numbers);
+                units[0]
+            } else {
+                let scale = unit(peak(atom), 127.0);
+                for ((byte, rest), &x) in bytes.iter_mut().zip(&mut rest).zip(atom) {
+                    let rounded = (x / scale).round_ties_even();
+                    *rest = x - rounded * scale;
+                    *byte = rounded as i8;
+                }
+                scale
             };
-            *place = scale;
-            for (k, (&x, rest)) in atom.iter().zip(&mut rest).enumerate() {
-                let rounded = (x / scale).round_ties_even();
-                *rest = x - rounded * scale;
+            for (k, &byte) in bytes.iter().enumerate() {
                 let tile = (i / TILE_ATOMS * quads + k / QUAD) * TILE_ATOMS + i % TILE_ATOMS;
-                tiles[tile * QUAD + k % QUAD] = (rounded as i16 + 128) as u8;
+                tiles[tile * QUAD + k % QUAD] = (i16::from(byte) + 128) as u8;
             }
             let (length, lost) = (norm(atom), norm(&rest));
             (longest, rounding) = (longest.max(length), rounding.max(lost));
