@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 pub(super) const SIDE: usize = 16;
 /// Numbers of 8 bits that a row of a tile holds, which is how many one instruction sums over.
 pub(super) const DEPTH: usize = 64;
-/// Parts of 8 bits that a number is kept in where its tile's side is that of f32.
+/// Parts of 8 bits that a number in f32 is taken apart into.
 pub(super) const DIGITS: usize = 3;
 
 /// Numbers of a tile: `[SIDE, DEPTH]` as rows; as columns `[DEPTH / 4, SIDE, 4]`.

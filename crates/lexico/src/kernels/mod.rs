@@ -4,7 +4,7 @@
 //! and tests against f64 at every level of instructions; `portable.rs` has the kernels in plain Rust; `x86_64.rs`
 //! and `aarch64.rs` have those that need more than what a compiler makes of plain Rust. In `dispatch.rs`, `compile!`
 //! compiles plain kernels for every level, and `dispatch!` picks the kernel of a level, in the manner of the memchr
-//! crate.
+//! crate. `amx.rs` has the tiles that the families `tables` and `beam` multiply in where there are some.
 //!
 //! This is the ground floor: nothing here uses another module of the crate. Public are the products that a model's
 //! own weights need too, and [`check_level`].
