@@ -371,15 +371,59 @@ impl Look {
     /// Keeps `keep` of those that gain most, the first of equals.
     fn keep_largest(&mut self, keep: usize) {
         let (found, gains) = (&mut self.found, &mut self.found_gains);
+        if found.len() > keep + FEW {
+            // As many as there are where atoms are alike.
+            let least = nth_largest(gains, keep);
+            let larger = gains.iter().filter(|&&gain| gain > least).count();
+            let mut equals = keep - larger;
+            let mut kept = 0;
+            for i in 0..found.len() {
+                let gain = gains[i];
+                if gain > least || (gain == least && equals > 0) {
+                    equals -= usize::from(gain == least);
+                    (found[kept], gains[kept]) = (found[i], gain);
+                    kept += 1;
+                }
+            }
+            // One at the least, also where gains are no numbers.
+            found.truncate(kept.max(1));
+            gains.truncate(kept.max(1));
+            return;
+        }
         while found.len() > keep {
             let mut least = 0;
             for i in 1..found.len() {
-                if gains[i] <= gains[least] || gains[i].is_nan() {
+                if gains[i] <= gains[least] {
                     least = i;
                 }
             }
             found.remove(least);
             gains.remove(least);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_largest_are_kept_and_of_equals_the_first(gains in prop::collection::vec(-9i8..9, 1..300), keep in 1usize..20) {
+            let gains: Vec<f32> = gains.into_iter().map(f32::from).collect();
+            let pairs = (0..gains.len() as u32).map(|atom| Pair { sum: 0, atom });
+            let mut look = Look { found: pairs.collect(), found_gains: gains.clone(), ..Look::default() };
+            look.keep_largest(keep);
+            let mut wanted: Vec<usize> = (0..gains.len()).collect();
+            wanted.sort_by(|&a, &b| gains[b].total_cmp(&gains[a]));
+            wanted.truncate(keep);
+            wanted.sort_unstable();
+            let kept: Vec<usize> = look.found.iter().map(|pair| pair.atom as usize).collect();
+            prop_assert_eq!(&kept, &wanted);
+            let left: Vec<f32> = wanted.iter().map(|&i| gains[i]).collect();
+            prop_assert_eq!(look.found_gains, left);
         }
     }
 }
