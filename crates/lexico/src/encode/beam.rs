@@ -32,7 +32,7 @@ const MAX_SCALE: f64 = 2.0;
 /// Codebook by codebook every vector's nearest sums so far, as many as the beam is wide, are continued with every atom
 /// of the codebook, and the nearest of all those are kept (beam search, as Babenko & Lempitsky 2014 encode additive
 /// quantisation). A beam of width 1 is matching pursuit. Products are looked over in 8-bit integers, and the few sums that may
-/// be among the nearest compared exactly. `O(N·m·b)` a vector for a beam of width `b`.
+/// be among the nearest compared exactly; with AMX, those with atoms in 8 bits are exact at once. `O(N·m·b)` a vector for a beam of width `b`.
 #[derive(Debug)]
 pub struct BeamSearch<'d> {
     codebooks: &'d Codebooks,
@@ -233,7 +233,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// A quick look over all sums that can be continued from some, in 8-bit integers.
+/// A quick look over all sums that can be continued from some: in 8-bit integers, or exactly where the level can.
 #[derive(Default)]
 struct Look {
     residuals: RoundedVectors,
@@ -371,35 +371,23 @@ impl Look {
     /// Keeps `keep` of those that gain most, the first of equals.
     fn keep_largest(&mut self, keep: usize) {
         let (found, gains) = (&mut self.found, &mut self.found_gains);
-        if found.len() > keep + FEW {
-            // As many as there are where atoms are alike.
-            let least = nth_largest(gains, keep);
-            let larger = gains.iter().filter(|&&gain| gain > least).count();
-            let mut equals = keep - larger;
-            let mut kept = 0;
-            for i in 0..found.len() {
-                let gain = gains[i];
-                if gain > least || (gain == least && equals > 0) {
-                    equals -= usize::from(gain == least);
-                    (found[kept], gains[kept]) = (found[i], gain);
-                    kept += 1;
-                }
-            }
-            // One at the least, also where gains are no numbers.
-            found.truncate(kept.max(1));
-            gains.truncate(kept.max(1));
+        if found.len() <= keep {
             return;
         }
-        while found.len() > keep {
-            let mut least = 0;
-            for i in 1..found.len() {
-                if gains[i] <= gains[least] {
-                    least = i;
-                }
+        let least = nth_largest(gains, keep);
+        let larger = gains.iter().filter(|&&gain| gain > least).count();
+        let (mut equals, mut kept) = (keep - larger, 0);
+        for i in 0..found.len() {
+            let gain = gains[i];
+            if gain > least || (gain == least && equals > 0) {
+                equals -= usize::from(gain == least);
+                (found[kept], gains[kept]) = (found[i], gain);
+                kept += 1;
             }
-            found.remove(least);
-            gains.remove(least);
         }
+        // One at the least, also where gains are no numbers.
+        found.truncate(kept.max(1));
+        gains.truncate(kept.max(1));
     }
 }
 

@@ -31,7 +31,6 @@ fn widened(byte: u32) -> u32 {
 pub(super) unsafe fn begin(exact: &mut ExactGains, atoms: &RoundedAtoms, tiles: usize) {
     let quads = atoms.quads();
     exact.depth = (quads * 4).div_ceil(HALF_DEPTH);
-
     exact.columns.clear();
     let count = tiles.next_multiple_of(AT_ONCE) * exact.depth;
     exact.columns.resize(count, HalfTile::ZEROS);

@@ -57,9 +57,10 @@ pub(crate) fn products(rows: Rows<'_>, m: usize, group: usize, heads: &mut [Prod
     }
     for first in (0..count).step_by(BLOCK) {
         for head in &mut *heads {
-            let here = head.atoms.saturating_sub(first).min(BLOCK);
-            let out = &mut head.out[first * group..][..here * group];
-            dots(rows.part(first, here, m), head.queries, m, group, out);
+            let here = first.min(head.atoms)..(first + BLOCK).min(head.atoms);
+            let rows = rows.part(here.start, here.len(), m);
+            let out = &mut head.out[here.start * group..here.end * group];
+            dots(rows, head.queries, m, group, out);
         }
     }
 }
@@ -80,9 +81,10 @@ pub(crate) fn sums(rows: Rows<'_>, m: usize, group: usize, heads: &mut [Sums<'_>
     }
     for first in (0..count).step_by(BLOCK) {
         for head in &mut *heads {
-            let here = head.atoms.saturating_sub(first).min(BLOCK);
-            let weights = &head.weights[first * group..][..here * group];
-            combine(weights, rows.part(first, here, m), m, group, head.out);
+            let here = first.min(head.atoms)..(first + BLOCK).min(head.atoms);
+            let rows = rows.part(here.start, here.len(), m);
+            let weights = &head.weights[here.start * group..here.end * group];
+            combine(weights, rows, m, group, head.out);
         }
     }
 }
@@ -237,6 +239,28 @@ mod tests {
                         assert_eq!(finite, wanted, "{level:?}: sums of query {h}, {g}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn rooms_may_end_with_a_heads_own_atoms() {
+        let (n, m, group, wanted) = (1200, 8, 2, [1200, 30, 0, 600]);
+        let numbers = vec![1; n * m];
+        let units = vec![0.5; n];
+        let rows = Rows::I8 {
+            numbers: &numbers,
+            units: &units,
+        };
+        let queries = vec![vec![1.0; group * m]; wanted.len()];
+        let weights = wanted.map(|atoms| vec![2.0; atoms * group]);
+        for level in levels() {
+            let made = made(level, rows, (m, group), &wanted, &queries, &weights);
+            for (h, &atoms) in wanted.iter().enumerate() {
+                assert_eq!(made.products[h], vec![4.0; atoms * group], "{level:?}");
+                let sum = 0.5 + atoms as f32;
+                let close = |x: &f32| (x - sum).abs() < 1e-3;
+                assert!(made.sums[h].iter().all(close), "{level:?}");
             }
         }
     }

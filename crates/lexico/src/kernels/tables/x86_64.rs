@@ -1,5 +1,5 @@
-//! The products in AMX's tiles, of atoms that are kept in 8 bits. Queries and weights are rounded to 24 bits, as exact as f32,
-//! and taken apart into three digits of 8 bits; sums of integers lose nothing.
+//! The products in AMX's tiles, of atoms that are kept in 8 bits. Queries and weights are rounded to 23 bits of the largest,
+//! nearly as exact as f32, and taken apart into three digits of 8 bits; sums of integers lose nothing.
 
 use core::arch::x86_64::*;
 
@@ -217,10 +217,10 @@ fn sums_of<const G: usize>(numbers: &[i8], units: &[f32], m: usize, heads: &mut 
             }
             for ((h, head), row_units) in heads.iter().enumerate().zip(row_units.as_chunks_mut().0)
             {
-                let own = head.atoms.saturating_sub(first).min(count);
-                let weights = &head.weights.as_chunks::<G>().0[first..][..own];
+                let own = first.min(head.atoms)..(first + count).min(head.atoms);
+                let weights = &head.weights.as_chunks::<G>().0[own.clone()];
                 let scaled = &mut scaled[..depth * DEPTH / SIDE];
-                *row_units = take_apart(weights, &units[first..][..own], h * G, rows, scaled);
+                *row_units = take_apart(weights, &units[own], h * G, rows, scaled);
             }
             for (across, columns) in columns.chunks_exact(depth).take(tiles_across).enumerate() {
                 tiles.digits_by_columns(rows, columns, &mut found);
