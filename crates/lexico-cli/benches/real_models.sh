@@ -7,7 +7,7 @@
 #   crates/lexico-cli/benches/real_models.sh MODELS DATA OUT [STEP…]
 #
 # DATA holds WikiText-2's wikitext2_valid.txt and wikitext2_test.txt. Steps, all by default: learn, divergence, long, writing,
-# ruler, code, overview. Environment: SEEDS ("0 1 2"), EFFORT (quick), NAMES ("smollm2 qwen").
+# ruler, needles, code, overview. Environment: SEEDS ("0 1 2"), EFFORT (quick), NAMES ("smollm2 qwen").
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,11s/^# \{0,1\}//p' "$0"
@@ -15,7 +15,7 @@ if [ $# -lt 3 ]; then
 fi
 models=$1 data=$2 out=$3
 shift 3
-[ $# -gt 0 ] || set -- learn divergence long writing ruler code overview
+[ $# -gt 0 ] || set -- learn divergence long writing ruler needles code overview
 lexico=$(dirname "${BASH_SOURCE[0]}")/../../../target/release/lexico
 seeds=${SEEDS:-0 1 2} effort=${EFFORT:-quick} names=${NAMES:-smollm2 qwen}
 mkdir -p "$out"
@@ -105,6 +105,19 @@ ruler() {
     done
 }
 
+# Two tasks that both models can do, 100 prompts of each, with the best settings of each method near 12 and 22 % of FP16. Evictions hold the
+# question's window beside their capacity.
+needles() {
+    local caches=(--cache "lexico:sparsity=7.5,$window" --cache "lexico:sparsity=21,$window")
+    caches+=(--cache kivi:bits=2,group=32,residual=32,sinks=4 --cache kvarn:k=2,v=2,group=32,window=32,sinks=4)
+    caches+=(--cache turboquant:norm=eden,bits=1,window=32,sinks=4 --cache turboquant:norm=eden,bits=3,window=32,sinks=4)
+    caches+=(--cache vllm-turboquant:preset=3bit_nc,dense-layers=0,window=32,sinks=4 --cache per-token:bits=2,group=32,window=32,sinks=4)
+    caches+=(--cache snapkv:capacity=100,window=32 --cache snapkv:capacity=185,window=32 --cache random:capacity=110 --cache random:capacity=205)
+    for name in $names; do
+        evaluate "needles-$name" "$name" "${seeds%% *}" ruler --task niah_single_2,niah_multikey_1 --length 1024 --repeats 100 --batch-size 4 --chat "${caches[@]}"
+    done
+}
+
 # Python files of the standard library, as a coder's model reads them on.
 code() {
     local files
@@ -124,7 +137,7 @@ overview() {
 
 for step in "$@"; do
     case $step in
-    learn | divergence | long | writing | ruler | code | overview) "$step" ;;
+    learn | divergence | long | writing | ruler | needles | code | overview) "$step" ;;
     *) echo "no step is called $step" >&2 && exit 2 ;;
     esac
 done

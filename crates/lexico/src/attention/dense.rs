@@ -300,6 +300,7 @@ impl<T: Copy> Pages<T> {
         });
         let whole = whole.count();
         self.pages.drain(..whole);
+        self.pages.shrink_to(self.pages.len() + 1);
         if let Some(first) = self.pages.first_mut() {
             first.drain(..left);
         }
