@@ -105,8 +105,8 @@ ruler() {
     done
 }
 
-# Two tasks that both models can do, 100 prompts of each, with the best settings of each method near 12 and 22 % of FP16. Evictions hold the
-# question's window beside their capacity.
+# Two tasks that both models can do, 100 prompts of each, with settings of each method that take about 12 and 22 % of FP16, where it has
+# such. SnapKV keeps what is written after the prompt beside its capacity.
 needles() {
     local caches=(--cache "lexico:sparsity=7.5,$window" --cache "lexico:sparsity=21,$window")
     caches+=(--cache kivi:bits=2,group=32,residual=32,sinks=4 --cache kvarn:k=2,v=2,group=32,window=32,sinks=4)
