@@ -43,6 +43,10 @@ class _Part:
         self.mapped = maps is not None
         if maps is None:
             return
+        if maps.joint_heads > 1:
+            raise LexicoError(
+                f"layer {layer}: {maps.joint_heads} heads are coded together, which works on the processor alone; move the model there"
+            )
         self.means = torch.from_numpy(maps.means).to(device)[:, None]
         self.matrices = torch.from_numpy(maps.matrices).to(device)
         self.inverses = torch.from_numpy(maps.inverses).to(device)

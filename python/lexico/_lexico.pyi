@@ -151,11 +151,13 @@ class HeadMaps:
         *,
         frequencies: ArrayLike | None = None,
         rotary_means: ArrayLike | None = None,
+        basis: ArrayLike | None = None,
     ) -> HeadMaps:
         """Takes ``μ`` ``[heads, m]`` and ``A`` ``[heads, m, m]``; the angles a position, in radians, of the pairs of numbers
-        that turn, ``[pairs]``, and ``b`` ``[heads, m]``.
+        that turn, ``[pairs]``, and ``b`` ``[heads, m]``; the orthonormal bases of heads that are coded ``h`` together,
+        ``[heads / h, h·m, h·m]``.
 
-        Raises ``ValueError`` where a matrix cannot be inverted.
+        Raises ``ValueError`` where a matrix cannot be inverted, or a basis is not orthonormal.
         """
 
     @property
@@ -182,15 +184,37 @@ class HeadMaps:
     def rotary_means(self) -> NDArray[np.float32] | None:
         """``b``, ``[heads, m]``."""
 
+    @property
+    def basis(self) -> NDArray[np.float32] | None:
+        """The bases of heads that are coded together, ``[groups, h·m, h·m]``."""
+
+    @property
+    def joint_heads(self) -> int:
+        """``h``, heads that are coded together; 1 where each is coded alone."""
+
+    def apply_all(self, positions: Sequence[int] | NDArray[np.integer[Any]], vectors: ArrayLike) -> NDArray[np.float32]:
+        """Vectors ``[heads, n, m]`` of all heads at ``positions`` ``[n]`` as they are coded, of the same shape."""
+
+    def invert_all(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]], vectors: ArrayLike
+    ) -> NDArray[np.float32]:
+        """Decoded vectors ``[heads, n, m]`` at ``positions`` ``[n]`` as the model made them, of the same shape."""
+
     def apply(
         self, head: int, positions: Sequence[int] | NDArray[np.integer[Any]], vectors: ArrayLike
     ) -> NDArray[np.float32]:
-        """Vectors ``[n, m]`` of a head at ``positions`` ``[n]`` as they are coded, ``[n, m]``."""
+        """Vectors ``[n, m]`` of a head at ``positions`` ``[n]`` as they are coded, ``[n, m]``.
+
+        Raises ``ValueError`` where heads are coded together.
+        """
 
     def invert(
         self, head: int, positions: Sequence[int] | NDArray[np.integer[Any]], vectors: ArrayLike
     ) -> NDArray[np.float32]:
-        """Decoded vectors ``[n, m]`` of a head at ``positions`` ``[n]`` as the model made them, ``[n, m]``."""
+        """Decoded vectors ``[n, m]`` of a head at ``positions`` ``[n]`` as the model made them, ``[n, m]``.
+
+        Raises ``ValueError`` where heads are coded together.
+        """
 
 @final
 class Dictionaries:
@@ -399,11 +423,13 @@ def head_maps(
     *,
     frequencies: ArrayLike | None = None,
     positions: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    joint_heads: int = 1,
 ) -> HeadMaps:
     """Makes the maps of a layer's keys, or values, out of vectors of each head, ``[heads, n, m]``, and of second moments
     ``[heads, m, m]`` of what they are multiplied with: queries, or the rows of the output projection.
 
-    With ``frequencies`` ``[pairs]`` and ``positions`` ``[n]`` keys are coded without their means before the rotary embedding.
+    With ``frequencies`` ``[pairs]`` and ``positions`` ``[n]`` keys are coded without their means before the rotary embedding. With
+    ``joint_heads`` so many heads are coded together, in the basis of their principal components.
     """
 
 def write_blocks(path: str | PathLike[str], blocks: Sequence[tuple[str, bytes]], metadata: dict[str, str]) -> None:

@@ -42,6 +42,7 @@ def learn(
     context: int = 1024,
     vectors: int | None = None,
     seed: int = 0,
+    joint_heads: int = 1,
     corpus: str = "texts",
     progress: Callable[[str, int, int], object] | None = None,
 ) -> Dictionaries:
@@ -50,7 +51,8 @@ def learn(
 
     The model reads up to ``tokens`` tokens in windows of ``context``; up to ``vectors`` keys and as many values of each
     layer are learned from, the same texts and ``seed`` giving the same dictionaries. ``effort`` is ``"quick"``, ``"normal"`` or
-    ``"thorough"``, as for ``lexico train``, and sets what is left out. ``corpus`` names the texts in the file.
+    ``"thorough"``, as for ``lexico train``, and sets what is left out. Of ``joint_heads`` KV heads keys, and values, are coded
+    together: better codes of the same length, and so many times the look-ups in attention. ``corpus`` names the texts in the file.
     ``progress(stage, done, of)`` is called throughout, ``stage`` being ``"reading"`` or, say, ``"layer 3 keys"``; what it raises,
     or Ctrl-C, ends the learning.
 
@@ -71,6 +73,8 @@ def learn(
     longest = int(model.config.max_position_embeddings)
     if not 2 <= context <= longest:
         raise ValueError(f"context={context}: it must be from 2 to {longest}, the model's context")
+    if joint_heads < 1 or heads % joint_heads:
+        raise ValueError(f"joint_heads={joint_heads}: the model has {heads} KV heads, which must be a multiple of it")
     if vectors < heads:
         raise ValueError(f"vectors={vectors}: at least one of each of {heads} KV heads is needed")
     windows = _windows(tokenizer, texts, context, tokens)
@@ -97,7 +101,7 @@ def learn(
             moments = reader.queries[layer] if part == "keys" else _output_moments(model, layer, heads, m)
             sampled, positions_of = reader.sample(layer, part, held_out=False)
             rotary: dict[str, Any] = {"frequencies": frequencies, "positions": positions_of} if part == "keys" else {}
-            maps = head_maps(sampled, moments, **rotary)
+            maps = head_maps(sampled, moments, joint_heads=joint_heads, **rotary)
             held_out, held_out_positions = reader.sample(layer, part, held_out=True)
             stage = f"layer {layer} {part}"
             codebooks, found = learn_codebooks(
@@ -173,7 +177,7 @@ def _checksum(windows: list[list[int]]) -> int:
 
 def _mapped(maps: HeadMaps, vectors: Array, positions: NDArray[np.uint32]) -> Array:
     """Vectors ``[heads, n, m]`` as they are coded, ``[heads·n, m]``."""
-    return np.concatenate([maps.apply(head, positions, own) for head, own in enumerate(vectors)])
+    return maps.apply_all(positions, vectors).reshape(-1, vectors.shape[-1])
 
 
 def _frequencies(model: Any) -> Array:

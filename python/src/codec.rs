@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lexico::codes::CodeFormat;
-use lexico::dictionary::{CodebookSizes, RotaryMeans};
+use lexico::dictionary::{CodebookSizes, JointBasis, RotaryMeans};
 use lexico::encode::MAX_BEAM_WIDTH;
 use lexico::{AdditiveFormat, BeamSearch, EncodedBatch, Encoder, Fit, Pursuit, SparseFormat};
 use numpy::PyArrayDyn;
@@ -297,13 +297,14 @@ impl Codes {
 #[pymethods]
 impl HeadMaps {
     #[new]
-    #[pyo3(signature = (means, matrices, *, frequencies = None, rotary_means = None))]
+    #[pyo3(signature = (means, matrices, *, frequencies = None, rotary_means = None, basis = None))]
     fn new(
         py: Python<'_>,
         means: &Bound<'_, PyAny>,
         matrices: &Bound<'_, PyAny>,
         frequencies: Option<&Bound<'_, PyAny>>,
         rotary_means: Option<&Bound<'_, PyAny>>,
+        basis: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let means = Numbers::new(means, "means")?;
         let [_, m] = means.dims("[heads, m]")?;
@@ -327,6 +328,17 @@ impl HeadMaps {
                 ));
             }
         };
+        let own = match basis {
+            None => own,
+            Some(basis) => {
+                let basis = Numbers::new(basis, "basis")?;
+                let [_, length, _] = basis.dims("[groups, h·m, h·m]")?;
+                let together = length.checked_div(m).unwrap_or(0);
+                let (numbers, heads) = (basis.numbers()?, own.heads());
+                let basis = JointBasis::new(numbers, heads, together, m).map_err(codec)?;
+                own.with_basis(basis).map_err(codec)?
+            }
+        };
         Ok(Self(own.into()))
     }
 
@@ -337,7 +349,26 @@ impl HeadMaps {
 
     fn __repr__(&self) -> String {
         let (heads, m) = (self.0.heads(), self.0.head_dim());
-        format!("HeadMaps of {heads} heads, head dim {m}")
+        match self.joint_heads() {
+            1 => format!("HeadMaps of {heads} heads, head dim {m}"),
+            joint => format!("HeadMaps of {heads} heads, {joint} together, head dim {m}"),
+        }
+    }
+
+    /// Heads that are coded together.
+    #[getter]
+    fn joint_heads(&self) -> usize {
+        self.0.basis().map_or(1, JointBasis::together)
+    }
+
+    #[getter]
+    fn basis<'py>(&self, py: Python<'py>) -> PyResult<Option<Array<'py, f32>>> {
+        let basis = self.0.basis().map(|basis| {
+            let length = basis.together() * basis.head_dim();
+            let groups = basis.heads() / basis.together();
+            array(py, basis.numbers(), &[groups, length, length])
+        });
+        basis.transpose()
     }
 
     #[getter]
@@ -417,9 +448,58 @@ impl HeadMaps {
             |maps, head, positions, vectors| maps.from_coded(head, positions, vectors.to_vec()),
         )
     }
+
+    fn apply_all<'py>(
+        &self,
+        py: Python<'py>,
+        positions: Vec<usize>,
+        vectors: &Bound<'py, PyAny>,
+    ) -> PyResult<Array<'py, f32>> {
+        self.turn_all(py, positions, vectors, |maps, positions, vectors| {
+            maps.all_to_coded(positions, vectors)
+        })
+    }
+
+    fn invert_all<'py>(
+        &self,
+        py: Python<'py>,
+        positions: Vec<usize>,
+        vectors: &Bound<'py, PyAny>,
+    ) -> PyResult<Array<'py, f32>> {
+        self.turn_all(py, positions, vectors, |maps, positions, vectors| {
+            maps.all_from_coded(positions, vectors.to_vec())
+        })
+    }
 }
 
 impl HeadMaps {
+    fn turn_all<'py>(
+        &self,
+        py: Python<'py>,
+        positions: Vec<usize>,
+        vectors: &Bound<'py, PyAny>,
+        turn: fn(&lexico::dictionary::HeadMaps, std::vec::IntoIter<usize>, &[f32]) -> Vec<f32>,
+    ) -> PyResult<Array<'py, f32>> {
+        let vectors = Numbers::new(vectors, "vectors")?;
+        let shape: [usize; 3] = vectors.dims("[heads, n, m]")?;
+        let (heads, m) = (self.0.heads(), self.0.head_dim());
+        if shape[0] != heads || shape[2] != m {
+            return Err(value(format!(
+                "vectors: their shape is {shape:?}, but [{heads}, n, {m}] is needed"
+            )));
+        }
+        if positions.len() != shape[1] {
+            let count = positions.len();
+            return Err(value(format!(
+                "{count} positions of {} vectors of each head",
+                shape[1]
+            )));
+        }
+        let numbers = vectors.numbers()?;
+        let turned = detached(py, || turn(&self.0, positions.into_iter(), numbers))?;
+        array(py, turned, &shape)
+    }
+
     fn turn<'py>(
         &self,
         py: Python<'py>,
@@ -433,6 +513,7 @@ impl HeadMaps {
             &[f32],
         ) -> Vec<f32>,
     ) -> PyResult<Array<'py, f32>> {
+        self.0.check_alone().map_err(codec)?;
         let vectors = Numbers::new(vectors, "vectors")?;
         let n = check_vectors(&vectors, self.0.head_dim())?;
         if head >= self.0.heads() {

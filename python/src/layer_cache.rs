@@ -69,6 +69,13 @@ impl LayerCache {
         settings: LayerSettings,
         first_position: usize,
     ) -> PyResult<Self> {
+        let joint = dictionaries.0.joint().layers;
+        if joint > 1 {
+            return Err(LexicoError::new_err(format!(
+                "{joint} layers are coded together, for which there are no caches in Python; learn dictionaries with \
+                 --joint-layers 1"
+            )));
+        }
         let own = dictionaries.layer(layer)?;
         if settings.sliding_window == Some(0) {
             return Err(value(

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use lexico::learn::{
-    CodebookOptions, Effort, InMemory, InitialAtoms, LearnOptions, Learner, RotaryKeys,
+    CodebookOptions, Effort, InMemory, InitialAtoms, LearnOptions, Learner, RotaryKeys, joint_basis,
 };
 use lexico::threads::Rayon;
 use pyo3::prelude::*;
@@ -197,18 +197,24 @@ pub(crate) fn learn_dictionary(
 }
 
 #[pyfunction]
-#[pyo3(signature = (vectors, moments, *, frequencies = None, positions = None))]
+#[pyo3(signature = (vectors, moments, *, frequencies = None, positions = None, joint_heads = 1))]
 pub(crate) fn head_maps(
     py: Python<'_>,
     vectors: &Bound<'_, PyAny>,
     moments: &Bound<'_, PyAny>,
     frequencies: Option<&Bound<'_, PyAny>>,
     positions: Option<Vec<u32>>,
+    joint_heads: usize,
 ) -> PyResult<HeadMaps> {
     let vectors = Numbers::new(vectors, "vectors")?;
     let [heads, n, m] = vectors.dims("[heads, n, m]")?;
     if heads * n * m == 0 {
         return Err(value("vectors: there are none"));
+    }
+    if joint_heads == 0 || !heads.is_multiple_of(joint_heads) {
+        return Err(value(format!(
+            "joint_heads={joint_heads}: there are {heads} KV heads, which must be a multiple of it"
+        )));
     }
     let moments: Numbers<'_, f64> = Numbers::new(moments, "moments")?;
     if moments.shape() != [heads, m, m] {
@@ -248,7 +254,15 @@ pub(crate) fn head_maps(
     let numbers = vectors.numbers()?;
     let by_head: Vec<Vec<f32>> = numbers.chunks_exact(n * m).map(<[f32]>::to_vec).collect();
     let maps = detached(py, || {
-        lexico::learn::head_maps(&by_head, rotary, moments, m)
+        let maps = lexico::learn::head_maps(&by_head, rotary, moments, m)?;
+        if joint_heads == 1 {
+            return Ok(maps);
+        }
+        let positions = positions.as_deref().unwrap_or_default();
+        let positions = positions.iter().map(|&position| position as usize);
+        // Without a rotary embedding maps do not ask where vectors were.
+        let coded = maps.all_to_coded(positions, numbers);
+        maps.with_basis(joint_basis(&coded, heads, joint_heads, m)?)
     })?;
     Ok(HeadMaps(maps.map_err(codec)?.into()))
 }

@@ -270,6 +270,53 @@ def test_maps_are_of_the_moments():
     np.testing.assert_allclose(maps.invert(1, positions, there), vectors[1], atol=1e-3)
 
 
+def test_heads_are_coded_together():
+    rng = np.random.default_rng(12)
+    positions = np.arange(500)
+    # Both heads are nearly the same.
+    vectors = np.repeat(rng.standard_normal((1, 500, 16)), 2, axis=0) + 0.1 * rng.standard_normal((2, 500, 16))
+    moments = np.stack([np.eye(16)] * 2)
+    rotary = {"frequencies": [1.0, 0.01], "positions": positions}
+    for given in ({}, rotary):
+        alone = lexico.head_maps(vectors, moments, **given)
+        maps = lexico.head_maps(vectors, moments, joint_heads=2, **given)
+        assert (alone.joint_heads, maps.joint_heads) == (1, 2)
+        assert alone.basis is None and maps.basis.shape == (1, 32, 32)
+        np.testing.assert_allclose(maps.basis[0] @ maps.basis[0].T, np.eye(32), atol=1e-4)
+        parts = maps.apply_all(positions, vectors)
+        np.testing.assert_allclose(maps.invert_all(positions, parts), vectors, atol=1e-3)
+        # What they have in common is in the first half of each part.
+        assert (parts[:, :, :8] ** 2).sum() > 0.95 * (parts**2).sum()
+        separate = np.stack([alone.apply(head, positions, vectors[head]) for head in range(2)])
+        np.testing.assert_allclose(alone.apply_all(positions, vectors), separate, atol=1e-5)
+        turned = maps.basis[0] @ separate.transpose(1, 0, 2).reshape(500, 32).T
+        np.testing.assert_allclose(parts.transpose(1, 0, 2).reshape(500, 32), turned.T, atol=1e-3)
+        with pytest.raises(ValueError, match="2 heads are coded together"):
+            maps.apply(0, positions, vectors[0])
+    atoms = rng.standard_normal((64 + 7 * 256, 16)) * np.repeat(0.7 ** np.arange(8), [64] + [256] * 7)[:, None]
+    codebooks = (lexico.Codebooks(atoms, first=64),) * 2
+    dictionaries = lexico.Dictionaries(
+        identity(), TRAINING, [{"codebooks": codebooks, "maps": (maps, maps_of_values(rng))}]
+    )
+    cache = lexico.LayerCache(dictionaries, 0, "lexico:window=16,batch=4,sparsity=6,dense=f32")
+    for t in (60, 1, 1, 5, 1, 1):
+        keys, values = rng.standard_normal((2, 2, t, 16)).astype(np.float32)
+        queries = rng.standard_normal((4, t, 16)).astype(np.float32)
+        held_keys, held_values = cache.decode()
+        out = cache.attend(queries, keys, values)
+        expected = attention(
+            queries, np.concatenate([held_keys, keys], 1), np.concatenate([held_values, values], 1), None
+        )
+        np.testing.assert_allclose(out, expected, atol=2e-3)
+        cache.append(keys, values)
+    assert cache.coded > 0
+
+
+def maps_of_values(rng):
+    basis = np.linalg.qr(rng.standard_normal((32, 32)))[0]
+    return lexico.HeadMaps(np.zeros((2, 16)), np.stack([np.eye(16)] * 2), basis=basis[None])
+
+
 def test_moments_are_read_however_they_lie():
     rng = np.random.default_rng(8)
     vectors = rng.standard_normal((2, 100, 6)).astype(np.float32)
@@ -339,6 +386,12 @@ def test_what_is_wrong_is_said(tiny, tmp_path):
             lambda: lexico.head_maps(np.ones((1, 3, 2)), np.ones((1, 2, 2)), positions=[1, 2, 3]),
         ),
         (ValueError, "moments", lambda: lexico.head_maps(np.ones((1, 3, 2)), np.ones((1, 3, 2)))),
+        (ValueError, "joint_heads=2", lambda: lexico.head_maps(np.ones((3, 3, 2)), np.ones((3, 2, 2)), joint_heads=2)),
+        (
+            ValueError,
+            "orthonormal",
+            lambda: lexico.HeadMaps(np.ones((2, 1)), np.ones((2, 1, 1)), basis=np.ones((1, 2, 2))),
+        ),
     ]
     for kind, word, call in refused:
         with pytest.raises(kind) as raised:

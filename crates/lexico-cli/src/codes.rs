@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lexico::cache::Coder;
 use lexico::codes::CodeFile;
@@ -134,6 +135,8 @@ impl Encode {
                 ),
             },
             (Some(maps), head) => {
+                let joint = maps.check_alone();
+                joint.with_context(|| format!("{}: {tensor}", self.dictionary.display()))?;
                 let heads = maps.heads();
                 let head = head.ok_or_else(|| {
                     anyhow::anyhow!(

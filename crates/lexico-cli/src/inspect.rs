@@ -152,6 +152,13 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
     if maps {
         additive_fact += ", behind maps of the heads";
     }
+    let joint = set.joint();
+    if joint.heads > 1 {
+        additive_fact += &format!(", {} heads together", joint.heads);
+    }
+    if joint.layers > 1 {
+        additive_fact += &format!(", {} layers together", joint.layers);
+    }
     let rotary = format!("{}, theta {}", model.rotary.kind, model.rotary.theta);
     let text = facts(&[
         ("kind", "dictionaries".to_owned()),
@@ -196,7 +203,7 @@ fn dictionaries(file: &TensorFile) -> anyhow::Result<Report> {
             "rotary": {"kind": model.rotary.kind, "theta": model.rotary.theta},
         },
         "sparsity": training.sparsity, "groups": codebooks, "packed_sparsity": (codebooks > 0).then_some(additive_sparsity),
-        "maps": maps, "corpus": training.corpus, "tokens": training.tokens,
+        "maps": maps, "joint_heads": joint.heads, "joint_layers": joint.layers, "corpus": training.corpus, "tokens": training.tokens,
         "made_by": training.tool, "file_bytes": file.data_bytes(), "bytes": set.bytes(),
         "layers": layers,
     });

@@ -42,6 +42,14 @@ pub(crate) struct Train {
     /// [default: half the head dim]
     #[arg(long, alias = "groups", value_name = "N")]
     codebooks: Option<usize>,
+    /// KV heads of a layer whose keys, and whose values, additive codes tell together: better codes of the same length,
+    /// and so many times the look-ups in attention; 1: each head alone
+    #[arg(long, default_value_t = TrainOptions::default().joint_heads, value_name = "H")]
+    joint_heads: usize,
+    /// Layers that follow each other whose keys, and whose values, additive codes tell together; as --joint-heads, which
+    /// it multiplies with; 1: each layer alone
+    #[arg(long, default_value_t = TrainOptions::default().joint_layers, value_name = "L")]
+    joint_layers: usize,
     /// Atoms of the first codebook; every other has 256
     #[arg(long, alias = "first-group", default_value_t = CodebookOptions::default().first, value_name = "N")]
     first_codebook: usize,
@@ -57,11 +65,11 @@ pub(crate) struct Train {
     /// How much to spend: quick is for a first try, thorough for dictionaries that others will use
     #[arg(long, value_enum, default_value = "normal", value_name = "EFFORT")]
     effort: EffortArgument,
-    /// Max tokens to read, in whole chunks drawn evenly from all texts (from stdin: its first) [default: 24576, 98304
+    /// Max tokens to read, in whole chunks drawn evenly from all texts (from stdin: its first) [default: 49152, 98304
     /// or 294912, by effort; 1000000 with --atoms]
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
-    /// Tokens that the model sees at once
+    /// Tokens that the model sees at once; where there are enough, half of them are in chunks of eight times that
     #[arg(long, visible_alias = "ctx-size", default_value_t = TrainOptions::default().context, value_name = "N")]
     context: usize,
     /// Max vectors that each dictionary learns from [default: 49152, 131072 or 393216, by effort; 200000 with --atoms]
@@ -158,7 +166,8 @@ impl Train {
                 state.display()
             ));
         }
-        let mut progress = Progress::new(model.decoder.config().layers);
+        let layers = model.decoder.config().layers;
+        let mut progress = Progress::new(layers / self.joint_layers.max(1));
         let trained = train(&model, &corpus, &options, &mut |step| {
             progress.show(step);
             interrupt::flow()
@@ -239,6 +248,10 @@ impl Train {
         let by_effort = TrainOptions::of(effort, head_dim);
         let usual = by_effort.codebooks.clone().unwrap_or_default();
         let codebooks = self.codebooks.unwrap_or(usual.codebooks);
+        anyhow::ensure!(
+            codebooks > 0 || self.joint_heads * self.joint_layers == 1,
+            "--joint-heads and --joint-layers: sparse codes are of one head each; leave them out, or learn codebooks"
+        );
         let codebooks = (codebooks > 0).then_some(CodebookOptions {
             first: self.first_codebook,
             codebooks,
@@ -278,6 +291,8 @@ impl Train {
             // Sparse dictionaries have settings of their own.
             effort: (atoms == 0).then_some(effort),
             codebooks,
+            joint_heads: self.joint_heads,
+            joint_layers: self.joint_layers,
             kept,
             state: Some(StateOptions {
                 folder: state.to_owned(),
@@ -299,7 +314,11 @@ impl Train {
         let codebooks = dictionaries.max_sparsity(CodeFamily::Additive);
         // Dictionaries that were imported came without errors.
         let error = |l: usize| training.relative_error.get(l);
-        let additive_error = |l: usize| training.additive_relative_error.as_ref()?.get(l);
+        let joint = dictionaries.joint();
+        let additive_error = |l: usize| {
+            let errors = training.additive_relative_error.as_ref()?;
+            errors.get(joint.place(l).0)
+        };
         let layers = trained.attention.iter().enumerate();
         if self.json {
             let part = |errors: [Option<f32>; 2], (name, lost): (&str, f64), epochs: &[Epoch]| {
@@ -435,6 +454,9 @@ impl Progress {
                     self.bars.finish();
                 }
                 return;
+            }
+            TrainProgress::Weighing { done, total } => {
+                ("weighing heads".to_owned(), done, total, "layers")
             }
             TrainProgress::Measuring { done, total } => {
                 ("measuring heads".to_owned(), done, total, "layers")

@@ -1052,6 +1052,108 @@ fn train_writes_a_dictionary_that_run_takes() {
 }
 
 #[test]
+fn train_codes_heads_and_layers_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = folder.path().join("corpus.txt");
+    let out = folder.path().join("d.safetensors");
+    write_corpus(&corpus);
+    let train = |more: &[&'static str]| -> Vec<String> {
+        let own = ["train", "--corpus", path(&corpus), "--out", path(&out)];
+        let few = [
+            "--codebooks",
+            "2",
+            "--first-codebook",
+            "64",
+            "--context",
+            "128",
+            "--json",
+        ];
+        let all = own.iter().chain(&few).chain(more);
+        all.map(|&word| word.to_owned()).collect()
+    };
+    let joint = train(&[
+        "--joint-heads",
+        "2",
+        "--joint-layers",
+        "2",
+        "--effort",
+        "quick",
+    ]);
+    let report = json(&words(&joint));
+    assert_eq!(report["layers"].as_array().unwrap().len(), 4);
+    let inspected = json(&["inspect", path(&out), "--json"]);
+    let facts = ["joint_heads", "joint_layers"].map(|name| inspected[name].as_u64());
+    assert_eq!(facts, [Some(2), Some(2)]);
+    assert_eq!(inspected["layers"].as_array().unwrap().len(), 2);
+    let shown = text(&run(&["inspect", path(&out)]).stdout);
+    assert!(
+        shown.contains("2 heads together, 2 layers together"),
+        "{shown}"
+    );
+    // A short window, so that there are codes; then on from a saved cache.
+    let cache = "--cache=lexico:window=8,batch=4,sparsity=2";
+    let saved = folder.path().join("saved");
+    let own = ["run", "--json", "--dictionary", path(&out), cache];
+    let whole = json(&[&own[..], &["-n", "12", QUESTION]].concat());
+    json(
+        &[
+            &own[..],
+            &["-n", "5", "--save-cache", path(&saved), QUESTION],
+        ]
+        .concat(),
+    );
+    let rest = [
+        "run",
+        "--json",
+        "--dictionary",
+        path(&out),
+        "--load-cache",
+        path(&saved),
+        "-n",
+        "7",
+    ];
+    let rest = json(&rest);
+    let written = |run: &Value| run["text"].as_str().unwrap().to_owned();
+    assert!(written(&whole).ends_with(&written(&rest)), "{whole} {rest}");
+    // A single head has no codes of its own.
+    let vectors = folder.path().join("in.safetensors");
+    write_vectors(&vectors, 3, 64);
+    let codes = folder.path().join("codes");
+    let given = [
+        "encode",
+        path(&vectors),
+        "--dictionary",
+        path(&out),
+        "--sparsity",
+        "2",
+        "--out",
+    ];
+    let tensor = ["--tensor", "layers.0.keys", "--head", "0"];
+    let refused = fails(1, &[&given[..], &[path(&codes)], &tensor].concat());
+    assert!(refused.contains("4 heads are coded together"), "{refused}");
+    for (more, needed) in [
+        (&["--joint-heads", "3"][..], "2 KV heads"),
+        (&["--joint-heads", "0"], "2 KV heads"),
+        (&["--joint-layers", "3"], "4 layers"),
+        (&["--joint-layers", "2", "--atoms", "64"], "one layer each"),
+    ] {
+        let refused = fails(1, &words(&train(more)));
+        assert!(refused.contains(needed), "{more:?}: {refused}");
+    }
+    let sparse = [
+        "train",
+        "--corpus",
+        path(&corpus),
+        "--out",
+        path(&out),
+        "--codebooks",
+        "0",
+    ];
+    let refused = fails(1, &[&sparse[..], &["--joint-heads", "2"]].concat());
+    assert!(refused.contains("--joint-heads"), "{refused}");
+}
+
+#[test]
 fn train_adds_codebooks_to_dictionaries_that_are_there() {
     let folder = tempfile::tempdir().unwrap();
     let [pt, plain, out, corpus] = ["d.pt", "plain.safetensors", "d.safetensors", "corpus.txt"]

@@ -150,6 +150,31 @@ pub enum Error {
     /// A training has nothing to learn.
     #[error("dictionaries that are kept and no codebooks leave nothing to learn")]
     NothingToLearn,
+    /// Heads cannot be coded together.
+    #[error(
+        "{together} heads together: the model has {heads} KV heads, which must be a multiple of it"
+    )]
+    JointHeads {
+        /// Heads that are to be coded together.
+        together: usize,
+        /// KV heads of the model.
+        heads: usize,
+    },
+    /// Layers cannot be coded together.
+    #[error(
+        "{together} layers together: the model has {layers} layers, which must be a multiple of it"
+    )]
+    JointLayers {
+        /// Layers that are to be coded together.
+        together: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
+    /// Layers are to be coded together that have dictionaries for sparse codes.
+    #[error(
+        "dictionaries for sparse codes are of one layer each; layers are coded together where codebooks alone are learned"
+    )]
+    JointSparse,
     /// A training is to read longer chunks than the model's context.
     #[error("the model's context is {max}, not {context} tokens")]
     TrainContext {

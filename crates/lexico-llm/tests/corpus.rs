@@ -152,6 +152,27 @@ fn a_bounded_run_sees_text_from_everywhere() {
     assert_eq!(chunks(&open(&[&txt, &jsonl, &json]), tokens, 1), drawn);
     assert_ne!(chunks(&corpus, tokens, 2), drawn);
     let tokenizer = tokenizer();
+    // One of nine may be longer, for the same tokens in all.
+    for (times, tokens) in [(1, tokens), (4, tokens), (8, tokens), (8, 7 * CONTEXT)] {
+        let longer = corpus.chunks_with_longer(&tokenizer, CONTEXT, times, tokens, 1);
+        let longer = longer.unwrap();
+        let most = longer.total();
+        let lengths: Vec<usize> = longer.map(|chunk| chunk.unwrap().len()).collect();
+        let (last, whole) = lengths.split_last().unwrap();
+        for (number, &length) in whole.iter().enumerate() {
+            // What the tokenizer begins a text with, once.
+            let begin = tokenizer.encode_first("").unwrap().len();
+            let bodies = if number % 9 == 4 { times } else { 1 };
+            assert_eq!(length, begin + bodies * (CONTEXT - begin), "{times}");
+        }
+        let all: usize = lengths.iter().sum();
+        assert!(
+            all <= most && all <= tokens && *last <= times * CONTEXT,
+            "{times}: {all}"
+        );
+        let left = tokens - all;
+        assert!(left < times * CONTEXT, "{times}: {left} of {tokens}");
+    }
     let again = corpus.chunks(&tokenizer, CONTEXT, tokens, 1).unwrap();
     let rest: Vec<Vec<u32>> = again.skip(200).map(Result::unwrap).collect();
     assert_eq!(rest, drawn[200..]);

@@ -4,9 +4,10 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use lexico::KeyValue;
-use lexico::dictionary::{CodebookSizes, Codebooks};
+use lexico::dictionary::{CodebookSizes, Codebooks, HeadMaps, JointBasis};
 use lexico_llm::cache::{CacheState, KvCache};
 use lexico_llm::generate::{Finish, GenerateOptions, Generated, generate};
 use lexico_llm::sample::{Sampler, Sampling};
@@ -33,6 +34,32 @@ fn additive_model() -> Model {
         };
         layer.codebooks = Some(KeyValue::new(draw(), draw()));
     }
+    model.set_dictionaries(set).unwrap();
+    model
+}
+
+/// The same with both heads of two layers each coded together.
+fn joint_model() -> Model {
+    let mut model = additive_model();
+    let mut set = (**model.dictionaries.as_ref().unwrap()).clone();
+    let (m, together) = (set.model.head_dim, 4);
+    let width = together * m;
+    let mut same = vec![0.0; m * m];
+    same.iter_mut().step_by(m + 1).for_each(|x| *x = 1.0);
+    let maps = HeadMaps::new(&vec![0.1; width], &same.repeat(together), m).unwrap();
+    // Numbers of heads change places.
+    let mut basis = vec![0.0; width * width];
+    (0..width).for_each(|i| basis[i * width + (i * 17 + 5) % width] = 1.0);
+    let basis = JointBasis::new(&basis, together, together, m).unwrap();
+    let maps = Arc::new(maps.with_basis(basis).unwrap());
+    set.layers.truncate(2);
+    for layer in &mut set.layers {
+        layer.sparse = None;
+        layer.maps = Some(KeyValue::new(maps.clone(), maps.clone()));
+    }
+    set.training.losses = None;
+    set.training.additive_losses = None;
+    set.check_alike().unwrap();
     model.set_dictionaries(set).unwrap();
     model
 }
@@ -149,9 +176,14 @@ fn a_saved_cache_goes_on_exactly() {
     const COUNT: usize = 30;
     /// How far a resumed run goes on: until the batch that is leaving has left.
     const AFTER: usize = 6;
-    let model = additive_model();
+    let (alone, joint) = (additive_model(), joint_model());
     let folder = Folder::new();
     for (spec, temperature, cuts) in [
+        (
+            "lexico:window=5,batch=4,sparsity=3,beam=2,sinks=2",
+            0.0,
+            6..24,
+        ),
         ("lexico:window=24,batch=8,format=i8", 0.0, 8..20),
         ("lexico:window=6,batch=5,sparsity=5,beam=2", 1.0, 1..12),
         (
@@ -171,25 +203,29 @@ fn a_saved_cache_goes_on_exactly() {
             16..30,
         ),
     ] {
+        let model = match spec.contains("sinks") {
+            true => &joint,
+            false => &alone,
+        };
         let sampling = sampling(temperature);
-        let mut whole = Run::begin(&model, spec, &sampling);
-        whole.go_on(&model, COUNT, false, &[]);
-        let mut first = Run::begin(&model, spec, &sampling);
-        first.go_on(&model, cuts.start, true, &[]);
+        let mut whole = Run::begin(model, spec, &sampling);
+        whole.go_on(model, COUNT, false, &[]);
+        let mut first = Run::begin(model, spec, &sampling);
+        first.go_on(model, cuts.start, true, &[]);
         for cut in cuts {
-            first.save(&model, spec, &folder.file());
-            let mut second = Run::resume(&model, &folder.file(), &sampling, &first.text);
+            first.save(model, spec, &folder.file());
+            let mut second = Run::resume(model, &folder.file(), &sampling, &first.text);
             assert_eq!(second.progress, first.progress, "{spec}, {cut}");
             assert_eq!(second.state(), first.state(), "{spec}, {cut}");
             let count = AFTER.min(COUNT - cut);
-            second.go_on(&model, count, false, &[]);
+            second.go_on(model, count, false, &[]);
             let (tokens, all) = (&second.progress.tokens, &whole.progress.tokens);
             assert_eq!(tokens[..], all[..tokens.len()], "{spec}, {cut}");
             if tokens.len() == all.len() {
                 assert_eq!(second.text, whole.text, "{spec}, {cut}");
                 assert_eq!(second.state(), whole.state(), "{spec}, {cut}");
             }
-            first.go_on(&model, 1, true, &[]);
+            first.go_on(model, 1, true, &[]);
         }
         let held = whole.state();
         let codes = held.blocks.iter().any(|(name, _)| name.ends_with("codes"));

@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 
 use lexico::dictionary::CodingLosses;
 use lexico::learn::{CodebookOptions, LearnOptions};
+use lexico_llm::decoder::Logits;
 use lexico_llm::train::{StateOptions, TrainOptions, TrainProgress, train};
 use lexico_llm::{Corpus, Error, Model};
 
@@ -65,7 +66,9 @@ fn learns_saves_and_serves() {
             TrainProgress::Reading { tokens, total } => read = (tokens, total),
             TrainProgress::Learned { .. } => learned += 1,
             TrainProgress::LearnedCodebooks { .. } => learned_codebooks += 1,
-            TrainProgress::Learning { .. } | TrainProgress::LearningCodebooks { .. } => {}
+            TrainProgress::Learning { .. }
+            | TrainProgress::LearningCodebooks { .. }
+            | TrainProgress::Weighing { .. } => {}
             TrainProgress::Measuring { done, total } => measured = (done, total),
         }
         ControlFlow::Continue(())
@@ -122,6 +125,111 @@ fn learns_saves_and_serves() {
         again.dictionaries, trained.dictionaries,
         "the same seed, the same dictionaries"
     );
+}
+
+/// Reads a text with the caches of these dictionaries; how far the predictions are from those of the full cache.
+fn divergence(model: &mut Model, dictionaries: lexico::DictionarySet, spec: &str) -> f64 {
+    model.set_dictionaries(dictionaries).unwrap();
+    let text = "In the year 12 the lobster of the north had 84 eggs. ".repeat(4);
+    let tokens = model.tokenizer.encode_first(&text).unwrap();
+    let (prompt, rest) = tokens.split_at(tokens.len() / 2);
+    let logits = |spec: &str| -> Vec<Vec<f32>> {
+        let mut cache = model.cache(&spec.parse().unwrap()).unwrap();
+        let mut read = |tokens: &[u32]| -> Vec<f32> {
+            let logits = model.decoder.forward_one(tokens, &mut *cache, Logits::Last);
+            let logits = candle_nn::ops::log_softmax(&logits.unwrap(), 1).unwrap();
+            logits.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        // A prompt in two pieces, and then token after token.
+        read(&prompt[..10]);
+        read(&prompt[10..]);
+        rest.chunks(1).map(read).collect()
+    };
+    let (full, coded) = (logits("full:dense=f32"), logits(spec));
+    let rows = full.iter().zip(&coded);
+    let terms = rows.flat_map(|(p, q)| p.iter().zip(q));
+    let sum: f64 = terms.map(|(&p, &q)| f64::from(p.exp() * (p - q))).sum();
+    sum / full.len() as f64
+}
+
+#[test]
+fn heads_and_layers_are_coded_together() {
+    let mut model = Model::tiny().unwrap();
+    let options = TrainOptions {
+        sparse: false,
+        ..options()
+    };
+    let learned = |options: &TrainOptions| {
+        let mut weighed = false;
+        let trained = train(&model, &corpus(), options, &mut |progress| {
+            weighed |= matches!(progress, TrainProgress::Weighing { .. });
+            ControlFlow::Continue(())
+        });
+        let joint = options.joint_heads * options.joint_layers > 1;
+        assert_eq!(weighed, joint);
+        let trained = trained.unwrap();
+        assert_eq!(trained.attention.len(), 4);
+        trained.dictionaries
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("d.safetensors");
+    let mut all = Vec::new();
+    for (heads, layers) in [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)] {
+        let options = TrainOptions {
+            joint_heads: heads,
+            joint_layers: layers,
+            ..options.clone()
+        };
+        let set = learned(&options);
+        assert_eq!(set.layers.len(), 4 / layers);
+        set.save(&path).unwrap();
+        let back = lexico::DictionarySet::load(&path).unwrap();
+        assert_eq!(back, set);
+        let joint = back.joint();
+        assert_eq!(
+            (joint.heads, joint.layers, joint.kv_heads),
+            (heads, layers, 2)
+        );
+        let losses = set.training.additive_losses.as_ref();
+        assert!(losses.is_none_or(|l| l.layers.len() == 4 / layers));
+        all.push(set);
+    }
+    for set in all {
+        let joint = set.joint();
+        // Everything dense: as the full cache.
+        let dense = divergence(&mut model, set.clone(), "lexico:window=500,dense=f32");
+        assert!(dense.abs() < 1e-4, "{joint:?}: {dense}");
+        let coded = divergence(
+            &mut model,
+            set,
+            "lexico:window=4,batch=2,sinks=2,sparsity=2",
+        );
+        assert!(coded > 1e-5 && coded < 1.5, "{joint:?}: {coded}");
+    }
+}
+
+#[test]
+fn what_cannot_be_coded_together_is_refused() {
+    let model = Model::tiny().unwrap();
+    let config = model.decoder.config();
+    let with = |heads, layers, sparse| TrainOptions {
+        joint_heads: heads,
+        joint_layers: layers,
+        sparse,
+        ..options()
+    };
+    for (options, words) in [
+        (with(0, 1, false), "2 KV heads"),
+        (with(3, 1, false), "3 heads together"),
+        (with(1, 0, false), "4 layers"),
+        (with(1, 3, false), "3 layers together"),
+        (with(1, 2, true), "sparse codes"),
+    ] {
+        let refused = options.check(config).unwrap_err().to_string();
+        assert!(refused.contains(words), "{refused}");
+    }
+    assert!(with(2, 2, false).check(config).is_ok());
+    assert!(with(2, 1, true).check(config).is_ok());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Parser, value_parser};
 use lexico::attention::{DenseRows, Head, NumberType, Source, attend_heads};
-use lexico::dictionary::{Atoms, CodeFamily, CodebookSizes, Codebooks};
+use lexico::dictionary::{Atoms, CodeFamily, CodebookSizes, Codebooks, JointBasis};
 use lexico::threads::Rayon;
 use lexico::{
     AdditiveFormat, CodeFormat, Codes, CoefficientFormat, Dictionary, EncodedBatch, KeyValue,
@@ -46,12 +46,12 @@ struct Attention {
     #[arg(short, long, default_value_t = 16, value_name = "S", value_parser = value_parser!(u32).range(1..=4096))]
     sparsity: u32,
     /// Format of the codes: i8, f8 or additive, each with its nonzeros behind a colon where they are not
-    /// --sparsity; several, with commas between them, are measured in turn
+    /// --sparsity; additive:12x2 codes 2 heads together; several, with commas between them, are measured in turn
     #[arg(
         short,
         long,
         default_value = "i8",
-        value_name = "FORMAT[:S],...",
+        value_name = "FORMAT[:S[xH]],...",
         value_delimiter = ','
     )]
     format: Vec<Format>,
@@ -92,6 +92,8 @@ struct Format {
     /// Number type of sparse codes' coefficients; `None` for additive codes.
     coefficients: Option<CoefficientFormat>,
     sparsity: Option<u32>,
+    /// Heads that are coded together.
+    together: usize,
 }
 
 impl FromStr for Format {
@@ -108,6 +110,18 @@ impl FromStr for Format {
             "additive" | "packed" => ("additive", None),
             _ => return Err(format!("{name:?} is none of i8, f8 and additive")),
         };
+        let (sparsity, together) = match sparsity.and_then(|s| s.split_once('x')) {
+            Some((sparsity, together)) => (Some(sparsity), together),
+            None => (sparsity, "1"),
+        };
+        let together = match together.parse() {
+            Ok(together @ 1..=256) if coefficients.is_none() || together == 1 => together,
+            _ => {
+                return Err(format!(
+                    "{together:?} is no number of heads that additive codes tell together"
+                ));
+            }
+        };
         let sparsity = sparsity.map(|s| match s.parse() {
             Ok(s) if (1..=4096).contains(&s) => Ok(s),
             _ => Err(format!("{s:?} is no number of nonzeros from 1 to 4096")),
@@ -116,6 +130,7 @@ impl FromStr for Format {
             name,
             coefficients,
             sparsity: sparsity.transpose()?,
+            together,
         })
     }
 }
@@ -125,11 +140,16 @@ impl FromStr for Format {
 struct Stored {
     name: &'static str,
     format: CodeFormat,
+    together: usize,
 }
 
 impl fmt::Display for Stored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.name, self.format.sparsity())
+        let text = format!("{}:{}", self.name, self.format.sparsity());
+        f.pad(&match self.together {
+            1 => text,
+            together => format!("{text}x{together}"),
+        })
     }
 }
 
@@ -177,7 +197,7 @@ impl Attention {
                 let coded = formats.iter().zip(&row.coded);
                 let coded = coded.map(|(format, coded)| {
                     json!({
-                        "format": format.name, "sparsity": format.format.sparsity(),
+                        "format": format.name, "sparsity": format.format.sparsity(), "joint_heads": format.together,
                         "microseconds": coded.microseconds, "bytes": coded.bytes,
                         "over_full": row.full.as_ref().map(|full| coded.over(full)),
                         "over_first": coded.over(&row.coded[0]),
@@ -233,8 +253,16 @@ impl Attention {
     fn stored(&self, format: Format) -> anyhow::Result<Stored> {
         let sparsity = format.sparsity.unwrap_or(self.sparsity);
         let Format {
-            name, coefficients, ..
+            name,
+            coefficients,
+            together,
+            ..
         } = format;
+        anyhow::ensure!(
+            (self.kv_heads as usize).is_multiple_of(together),
+            "{together} heads together: --kv-heads must be a multiple of it, not {}",
+            self.kv_heads
+        );
         if coefficients.is_some() {
             anyhow::ensure!(
                 sparsity <= self.head_dim.min(self.atoms),
@@ -254,7 +282,11 @@ impl Attention {
             None => AdditiveFormat { sparsity, sizes }.into(),
         };
         Codes::new(format)?;
-        Ok(Stored { name, format })
+        Ok(Stored {
+            name,
+            format,
+            together,
+        })
     }
 
     fn sizes(&self) -> CodebookSizes {
@@ -298,6 +330,10 @@ impl Attention {
         if self.common.device == Device::Cpu {
             return Ok(None);
         }
+        anyhow::ensure!(
+            formats.iter().all(|format| format.together == 1),
+            "heads are coded together on processors alone"
+        );
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let dictionaries = Dictionaries::draw(self, formats, &mut rng)?;
         let mut coded = Vec::new();
@@ -397,6 +433,8 @@ struct Layer {
     dense: Vec<(DenseRows, DenseRows)>,
     /// Keys and values in each format, of each KV head.
     coded: Vec<Vec<(Codes, Codes)>>,
+    /// The basis of heads that are coded together, for each format that does.
+    bases: Vec<Option<JointBasis>>,
     out: Vec<f32>,
 }
 
@@ -474,7 +512,20 @@ impl Layer {
             }
             coded.push(heads);
         }
+        let bases = formats.iter().map(|format| {
+            // Its numbers do not matter, and are taken as they come.
+            let n = format.together * m;
+            let mut basis = vec![0.0; n * n];
+            basis.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
+            let bases = basis.repeat(kv_heads / format.together);
+            let joint = (format.together > 1).then_some(format.together);
+            joint
+                .map(|h| JointBasis::new(&bases, kv_heads, h, m))
+                .transpose()
+        });
+        let bases = bases.collect::<Result<_, _>>()?;
         Ok(Self {
+            bases,
             head_dim: m,
             group,
             dictionaries,
@@ -499,15 +550,37 @@ impl Layer {
 
     fn attend(&mut self, kind: Kind) {
         let m = self.head_dim;
+        let codes: KeyValue<Vec<&Codes>> = match kind {
+            Kind::Full => KeyValue::default(),
+            Kind::Coded(format) => {
+                let heads = self.coded[format].iter();
+                heads
+                    .map(|(keys, values)| KeyValue::new(keys, values))
+                    .collect()
+            }
+        };
         let past = |head: usize| match kind {
             Kind::Full => Source::Dense(KeyValue::new(&self.dense[head].0, &self.dense[head].1)),
             Kind::Coded(format) => {
                 let (keys, values) = &self.coded[format][head];
                 let [key_atoms, value_atoms] = self.dictionaries.atoms(keys.format());
-                Source::Codes {
-                    codes: KeyValue::new(keys, values),
-                    atoms: KeyValue::new(key_atoms, value_atoms),
-                    offsets: None,
+                let atoms = KeyValue::new(key_atoms, value_atoms);
+                match &self.bases[format] {
+                    Some(basis) => {
+                        let first = head / basis.together() * basis.together();
+                        let own = first..first + basis.together();
+                        Source::Joint {
+                            codes: codes.as_ref().map(|codes| &codes[own.clone()]),
+                            basis: KeyValue::new(basis.of_head(head), basis.of_head(head)),
+                            atoms,
+                            offsets: None,
+                        }
+                    }
+                    None => Source::Codes {
+                        codes: KeyValue::new(keys, values),
+                        atoms,
+                        offsets: None,
+                    },
                 }
             }
         };

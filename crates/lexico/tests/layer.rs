@@ -11,7 +11,7 @@ use half::f16;
 use lexico::attention::NumberType;
 use lexico::cache::{Coding, LayerState, MemoryLimit};
 use lexico::dictionary::{
-    CodebookSizes, Codebooks, HeadMaps, LayerDictionaries, LayerSparsities, RotaryMeans,
+    CodebookSizes, Codebooks, HeadMaps, JointBasis, LayerDictionaries, LayerSparsities, RotaryMeans,
 };
 use lexico::threads::{Alone, Rayon, Threads};
 use lexico::{
@@ -83,6 +83,44 @@ fn turned(maps: &HeadMaps, head: usize, position: usize) -> Vec<f64> {
     turned
 }
 
+/// The same maps of heads that are coded together.
+fn with_basis(maps: HeadMaps, seed: u64, together: usize) -> HeadMaps {
+    let (heads, m) = (maps.heads(), maps.head_dim());
+    let n = together * m;
+    let bases = (0..heads / together).flat_map(|group| {
+        let drawn = drawn_vectors(seed ^ (group as u64) << 8, n, n);
+        let drawn = DMatrix::from_iterator(n, n, drawn.into_iter().map(f64::from));
+        let basis = drawn.qr().q();
+        basis.iter().map(|&x| x as f32).collect::<Vec<_>>()
+    });
+    let basis = JointBasis::new(&bases.collect::<Vec<_>>(), heads, together, m).unwrap();
+    maps.with_basis(basis).unwrap()
+}
+
+/// What parts `[heads][n, m]` of all heads stand for, in f64.
+fn joined(basis: &JointBasis, parts: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let (m, together) = (basis.head_dim(), basis.together());
+    let width = together * m;
+    let numbers = basis.numbers();
+    let mut out = vec![vec![0.0; parts[0].len()]; parts.len()];
+    for (head, out) in out.iter_mut().enumerate() {
+        let (group, own) = (head / together, head % together);
+        let numbers = &numbers[group * width * width..][..width * width];
+        for (place, x) in out.iter_mut().enumerate() {
+            let (row, i) = (place / m, place % m);
+            for (number, &along) in numbers
+                .chunks_exact(width)
+                .map(|c| &c[own * m + i])
+                .enumerate()
+            {
+                let part = &parts[group * together + number / m];
+                *x += f64::from(along) * part[row * m + number % m];
+            }
+        }
+    }
+    out
+}
+
 /// What codes are found of, of mapped vectors from position `first` on.
 fn centred(maps: &HeadMaps, head: usize, first: usize, mapped: &[f32]) -> Vec<f32> {
     let m = maps.head_dim();
@@ -127,15 +165,26 @@ fn drawn_dictionaries(seed: u64, heads: usize, m: usize, maps: bool) -> LayerDic
     }
 }
 
+/// Dictionaries of heads that are coded together.
+fn joint_dictionaries(seed: u64, heads: usize, m: usize, together: usize) -> LayerDictionaries {
+    let own = drawn_dictionaries(seed, heads, m, true);
+    let joint = |maps: &HeadMaps, seed| Arc::new(with_basis(maps.clone(), seed, together));
+    let maps = own
+        .maps
+        .as_ref()
+        .map(|maps| KeyValue::new(joint(&maps.keys, seed ^ 6), joint(&maps.values, seed ^ 7)));
+    LayerDictionaries { maps, ..own }
+}
+
 /// `A⁻¹y + μ` of rows, in f64.
-fn back(maps: &HeadMaps, head: usize, rows: &[f32]) -> Vec<f64> {
+fn back(maps: &HeadMaps, head: usize, rows: &[f64]) -> Vec<f64> {
     let m = maps.head_dim();
     let (means, matrices) = maps.numbers();
     let matrix = &matrices[head * m * m..][..m * m];
     let matrix = DMatrix::from_row_iterator(m, m, matrix.iter().map(|&x| f64::from(x)));
     let matrix = matrix.lu();
     let rows = rows.chunks_exact(m).flat_map(|y| {
-        let y = DVector::from_iterator(m, y.iter().map(|&x| f64::from(x)));
+        let y = DVector::from_row_slice(y);
         let x = matrix.solve(&y).unwrap();
         let means = means[head * m..][..m].iter();
         let x: Vec<f64> = x
@@ -330,26 +379,11 @@ impl Checked {
         let settings = cache.settings();
         let (front, coded) = (self.front(), cache.coded());
         let first = front + cache.sinks();
-        let sparsities = &settings.sparsities;
+        let decoded = self.decoded(first, coded);
         for (h, (held, came)) in held.iter().zip(&self.came).enumerate() {
-            let own = KeyValue::new(sparsities.keys[h], sparsities.values[h]);
+            let decoded = decoded.as_ref().map(|heads| heads[h].clone());
             let parts = held.as_ref().zip(came.as_ref()).zip(self.maps());
-            let parts = parts.zip(own).zip(KeyValue::new(true, false));
-            for ((((held, came), maps), sparsity), keys) in parts {
-                let codes = &came.mapped[first * m..][..coded * m];
-                let decoded = match &maps {
-                    Some(maps) => {
-                        let codes = centred(maps, h, first, codes);
-                        let decoded = back(maps, h, &self.recoded(keys, &codes, sparsity));
-                        let means = (first..first + coded).flat_map(|t| turned(maps, h, t));
-                        decoded
-                            .iter()
-                            .zip(means)
-                            .map(|(x, mean)| x + mean)
-                            .collect()
-                    }
-                    None => wide(&self.recoded(keys, codes, sparsity)),
-                };
+            for (((held, came), maps), decoded) in parts.zip(decoded) {
                 let dense = |range: std::ops::Range<usize>| -> Vec<f64> {
                     let range = range.start * m..range.end * m;
                     match settings.number_type {
@@ -359,7 +393,7 @@ impl Checked {
                             let rounded: Vec<f32> =
                                 rounded.map(|&x| f16::from_f32(x).to_f32()).collect();
                             match &maps {
-                                Some(maps) => back(maps, h, &rounded),
+                                Some(maps) => back(maps, h, &wide(&rounded)),
                                 None => wide(&rounded),
                             }
                         }
@@ -386,6 +420,48 @@ impl Checked {
             }
         }
         held
+    }
+
+    /// What the codes of positions from `first` on stand for, head by head.
+    fn decoded(&self, first: usize, coded: usize) -> KeyValue<Vec<Vec<f64>>> {
+        let m = self.m;
+        let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| f64::from(x)).collect() };
+        let sparsities = self.cache.settings().sparsities.as_ref();
+        let came: KeyValue<Vec<&Came>> = self.came.iter().map(KeyValue::as_ref).collect();
+        let parts = KeyValue::new(true, false).zip(sparsities);
+        let parts = parts.zip(came.zip(self.maps()));
+        parts.map(|((keys, sparsities), (came, maps))| {
+            let rows = came.iter().enumerate().map(|(h, came)| {
+                let rows = &came.mapped[first * m..][..coded * m];
+                match &maps {
+                    Some(maps) => centred(maps, h, first, rows),
+                    None => rows.to_vec(),
+                }
+            });
+            let mut rows: Vec<Vec<f32>> = rows.collect();
+            let basis = maps.as_ref().and_then(|maps| maps.basis());
+            if let Some(basis) = basis.filter(|_| coded > 0) {
+                let parts = basis.apply(&rows.concat());
+                rows = parts.chunks_exact(coded * m).map(<[f32]>::to_vec).collect();
+            }
+            let codes = rows.iter().zip(sparsities);
+            let codes = codes.map(|(rows, &sparsity)| wide(&self.recoded(keys, rows, sparsity)));
+            let mut decoded: Vec<Vec<f64>> = codes.collect();
+            if let Some(basis) = basis {
+                decoded = joined(basis, &decoded);
+            }
+            let Some(maps) = maps else { return decoded };
+            let heads = decoded.iter().enumerate().map(|(h, decoded)| {
+                let means = (first..first + coded).flat_map(|t| turned(&maps, h, t));
+                let decoded = back(&maps, h, decoded);
+                decoded
+                    .iter()
+                    .zip(means)
+                    .map(|(x, mean)| x + mean)
+                    .collect()
+            });
+            heads.collect()
+        })
     }
 
     /// What codes of these vectors stand for.
@@ -510,7 +586,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 fn shapes() -> impl Strategy<Value = (usize, usize, usize, usize)> {
     let m = prop_oneof![Just(1usize), Just(5), Just(16), Just(33)];
     let threads = prop_oneof![Just(1usize), Just(3)];
-    (m, 1usize..4, 1usize..5, threads)
+    (m, 1usize..5, 1usize..5, threads)
 }
 
 proptest! {
@@ -518,12 +594,19 @@ proptest! {
 
     #[test]
     fn a_layer_holds_and_attends_to_what_came(
-        (m, heads, group, threads) in shapes(), maps: bool, sparse in prop::bool::weighted(0.2), f16: bool, background: bool,
+        (m, heads, group, threads) in shapes(), maps: bool, joint: bool, sparse in prop::bool::weighted(0.2), f16: bool, background: bool,
         sinks in prop_oneof![Just(0usize), 1usize..9, Just(40)], recent_window in prop_oneof![Just(0usize), 1usize..12],
         batch in 1usize..6, delay in 0usize..4, sliding in prop_oneof![2 => Just(None), 1 => (1usize..90).prop_map(Some)],
         events in events(), seed: u64,
     ) {
-        let dictionaries = drawn_dictionaries(seed, heads, m, maps);
+        let dictionaries = match maps && joint && heads > 1 {
+            // All heads, or two groups of them.
+            true => {
+                let pairs = heads.is_multiple_of(2) && seed.is_multiple_of(2);
+                joint_dictionaries(seed, heads, m, if pairs { 2 } else { heads })
+            }
+            false => drawn_dictionaries(seed, heads, m, maps),
+        };
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 5);
         let most = if sparse { m.min(3) } else { 3 };
         let mut draw = || (0..heads).map(|_| rng.random_range(1..=most)).collect();
@@ -588,8 +671,11 @@ fn long_prompts_and_contexts_that_are_split_see_the_first_positions() {
         number_type: NumberType::F32,
         ..usual(5)
     };
-    for threads in [1, 8] {
-        let dictionaries = drawn_dictionaries(3, 2, 8, true);
+    for (threads, joint) in [(1, false), (8, false), (8, true)] {
+        let dictionaries = match joint {
+            true => joint_dictionaries(3, 2, 8, 2),
+            false => drawn_dictionaries(3, 2, 8, true),
+        };
         let mut checked = Checked::new(dictionaries, settings.clone(), 2, threads);
         // More than are coded at once, and enough for a context to be split among threads.
         for (seed, t) in [(1, 2500), (2, 1), (3, 1100), (4, 16_000), (5, 1), (6, 1)] {

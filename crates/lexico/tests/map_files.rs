@@ -6,12 +6,14 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{drawn_vectors, random_dictionary};
+use lexico::cache::Coding;
 use lexico::codes::CodeFile;
 use lexico::dictionary::{
-    CodeFamily, CodebookSizes, Codebooks, FORMATS, HeadMaps, LayerDictionaries, ModelIdentity,
-    RotaryIdentity, RotaryMeans, Training,
+    CodeFamily, CodebookSizes, Codebooks, FORMATS, HeadMaps, JointBasis, LayerDictionaries,
+    ModelIdentity, RotaryIdentity, RotaryMeans, Training,
 };
 use lexico::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use lexico::{
@@ -129,6 +131,118 @@ fn sets_without_means_before_the_rotary_embedding_come_back() {
         assert_eq!(keys, *set.layers[1].maps.as_ref().unwrap().keys);
         let plain = drawn_set(2, sparse, true).layers[1].maps.clone().unwrap();
         assert_ne!(keys.checksum(), plain.keys.checksum());
+    }
+}
+
+/// The same with heads that are coded together.
+fn joint_set(layers: usize, sparse: bool) -> DictionarySet {
+    let mut set = rotary_set(layers, sparse);
+    for (l, layer) in set.layers.iter_mut().enumerate() {
+        let maps = layer.maps.take().unwrap();
+        let joint = |maps: Arc<HeadMaps>, angle: f32| {
+            let n = HEADS * M;
+            let mut basis = vec![0.0; n * n];
+            (0..n).for_each(|i| basis[i * n + (i + M) % n] = 1.0);
+            let (sine, cosine) = angle.sin_cos();
+            (basis[M], basis[M + 1]) = (cosine, sine);
+            (basis[n + M], basis[n + M + 1]) = (-sine, cosine);
+            let basis = JointBasis::new(&basis, HEADS, HEADS, M).unwrap();
+            Arc::new(HeadMaps::clone(&maps).with_basis(basis).unwrap())
+        };
+        let angle = l as f32 + 0.3;
+        layer.maps = Some(KeyValue {
+            keys: joint(maps.keys, angle),
+            values: joint(maps.values, -angle),
+        });
+    }
+    set
+}
+
+#[test]
+fn sets_of_heads_that_are_coded_together_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set.safetensors");
+    for sparse in [false, true] {
+        let set = joint_set(2, sparse);
+        assert!(set.check_alike().is_ok());
+        set.save(&path).unwrap();
+        let back = DictionarySet::load(&path).unwrap();
+        assert_eq!(back, set);
+        assert_eq!(back.bytes(), set.bytes());
+        assert_eq!(back.layers[1].joint_heads(), HEADS);
+        // Earlier versions would take codes for something else.
+        let format = TensorFile::open(&path).unwrap().metadata()["format"].clone();
+        assert_eq!(format, FORMATS[3]);
+        let keys = HeadMaps::load(&path, "layers.1.keys").unwrap().unwrap();
+        assert_eq!(keys, *set.layers[1].maps.as_ref().unwrap().keys);
+        let alone = rotary_set(2, sparse).layers[1].maps.clone().unwrap();
+        assert_ne!(keys.checksum(), alone.keys.checksum());
+        assert!(alone.keys.check_alone().is_ok());
+        let refused = keys.check_alone().unwrap_err().to_string();
+        assert!(refused.contains("2 heads are coded together"), "{refused}");
+    }
+    // One layer, or one part of it, alone is refused.
+    let mut set = joint_set(2, false);
+    let alone = rotary_set(2, false);
+    set.layers[0] = alone.layers[0].clone();
+    assert!(set.check_alike().is_err());
+    let mut layer = joint_set(1, false).layers.remove(0);
+    let values = alone.layers[0].maps.as_ref().unwrap().values.clone();
+    layer.maps.as_mut().unwrap().values = values;
+    let refused = Coding::default().coders(&layer).unwrap_err();
+    assert!(matches!(refused, Error::Dictionary(_)), "{refused}");
+}
+
+#[test]
+fn files_whose_bases_cannot_be_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("set.safetensors");
+    joint_set(2, false).save(&path).unwrap();
+    let (tensors, metadata) = parts(&path);
+    let load = |change: &dyn Fn(&mut Vec<NewTensor>)| -> Result<DictionarySet> {
+        let mut tensors = tensors.clone();
+        change(&mut tensors);
+        tensor_file::write(&path, &tensors, metadata.clone()).unwrap();
+        DictionarySet::load(&path)
+    };
+    load(&|_| ()).unwrap();
+    let name = "layers.1.values.basis";
+    let change = |change: &dyn Fn(&mut NewTensor)| {
+        load(&|tensors| change(tensors.iter_mut().find(|t| t.name == name).unwrap()))
+    };
+    let set = |x: f32| change(&|tensor| tensor.bytes[4..8].copy_from_slice(&x.to_le_bytes()));
+    let shaped = |shape: &[usize]| {
+        change(&|tensor| {
+            tensor.shape = shape.to_vec();
+            tensor.bytes.resize(4 * shape.iter().product::<usize>(), 0);
+        })
+    };
+    let n = HEADS * M;
+    for (case, result) in [
+        set(f32::NAN),
+        set(0.1),
+        change(&|tensor| tensor.bytes.fill(0)),
+        shaped(&[2, n, n]),
+        shaped(&[1, n, n + 1]),
+        shaped(&[1, n + 1, n + 1]),
+        shaped(&[HEADS, M, M]),
+        shaped(&[0, n, n]),
+        shaped(&[1, 0, 0]),
+        shaped(&[n, n]),
+        shaped(&[1, 3 * M, 3 * M]),
+        change(&|tensor| tensor.dtype = Dtype::I32),
+        change(&|tensor| tensor.name = "layers.2.values.basis".to_owned()),
+        load(&|tensors| tensors.retain(|t| t.name != name)),
+        load(&|tensors| tensors.retain(|t| !t.name.contains("values.basis"))),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let message = result.unwrap_err().to_string();
+        assert!(
+            message.contains("basis") || message.contains("tensors"),
+            "case {case}: {message}"
+        );
     }
 }
 

@@ -3,6 +3,7 @@ mod saved;
 use std::sync::Arc;
 
 use ::lexico::cache::{CacheOptions, LayerCache, LayerFootprint, LayerSettings};
+use ::lexico::dictionary::JointLayers;
 use ::lexico::{DictionarySet, KeyValue};
 use candle_core::{Device, Tensor};
 
@@ -177,9 +178,13 @@ pub(super) fn explained_of_layer(number: usize, error: ::lexico::Error) -> Error
 ///
 /// Kim, Park, Cho, Papailiopoulos: *Lexico* (ICML 2025, [arXiv 2412.08890](https://arxiv.org/abs/2412.08890)). What the
 /// recent window cannot hold of a prompt is coded right after, so that at most one layer of a prompt is ever dense. In
-/// decode each layer codes at its own steps, so that no token pays for all layers.
+/// decode each layer codes at its own steps, so that no token pays for all layers. Layers that are coded together have one
+/// cache, which takes the positions of all of them at the last one's turn.
 struct LexicoCache {
     layers: Box<[LayerCache]>,
+    joint: JointLayers,
+    /// New keys and values of the layers that are coded together, `[kv_heads of all, t, m]`, as far as they are there.
+    new: KeyValue<Vec<f32>>,
     positions: usize,
 }
 
@@ -191,17 +196,33 @@ impl LexicoCache {
         });
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
+            joint: dictionaries.joint(),
+            new: KeyValue::default(),
             positions: 0,
         })
     }
-}
 
-impl LexicoCache {
     fn append(&mut self, layer: usize, step: &Step) -> Result<()> {
-        let new = KeyValue::new(&step.keys[..], &step.values[..]);
-        let appended = self.layers[layer].append(new, &ModelThreads);
+        let mut new = KeyValue::new(&step.keys[..], &step.values[..]);
+        let (number, places) = self.joint.place(layer);
+        let last = layer % self.joint.layers + 1 == self.joint.layers;
+        if self.joint.layers > 1 {
+            let each = new.keys.len() / places.len();
+            for (all, new) in self.new.as_mut().zip(new) {
+                all.resize(new.len() * self.joint.layers, 0.0);
+                for (own, &place) in new.chunks_exact(each).zip(&places) {
+                    all[place * each..][..each].copy_from_slice(own);
+                }
+            }
+            if !last {
+                return Ok(());
+            }
+            new = self.new.as_ref().map(|x| &x[..]);
+        }
+        let appended = self.layers[number].append(new, &ModelThreads);
+        self.new = KeyValue::default();
         appended.map_err(|error| explained_of_layer(layer, error))?;
-        if layer + 1 == self.layers.len() {
+        if number + 1 == self.layers.len() {
             self.positions += step.positions();
         }
         Ok(())
@@ -213,7 +234,9 @@ impl KvCache for LexicoCache {
         let step = Step::new(q, k, v)?;
         let new = KeyValue::new(&step.keys[..], &step.values[..]);
         let mut out = vec![0.0; step.queries.len()];
-        self.layers[layer].attend(&step.queries, Some(new), &mut out, &ModelThreads);
+        let (number, places) = self.joint.place(layer);
+        let cache = &self.layers[number];
+        cache.attend_some(&places, &step.queries, Some(new), &mut out, &ModelThreads);
         self.append(layer, &step)?;
         Ok(Tensor::from_vec(out, step.shape, &Device::Cpu)?)
     }
@@ -237,12 +260,17 @@ impl KvCache for LexicoCache {
     }
 
     fn decoded(&self, layer: usize) -> Result<Option<Decoded>> {
-        let layer = &self.layers[layer];
-        let KeyValue { keys, values } = layer.decode()?;
+        let (number, places) = self.joint.place(layer);
+        let layer = &self.layers[number];
+        let own = layer.decode()?.map(|all| {
+            let each = all.len() / (places.len() * self.joint.layers);
+            let heads = places.iter().map(|place| &all[place * each..][..each]);
+            heads.collect::<Vec<_>>().concat()
+        });
         Ok(Some(Decoded {
-            keys,
-            values,
-            bytes: bytes_by_part(&layer.footprint()),
+            keys: own.keys,
+            values: own.values,
+            bytes: bytes_by_part(&layer.footprint()).map(|bytes| bytes / self.joint.layers),
         }))
     }
 
@@ -250,6 +278,8 @@ impl KvCache for LexicoCache {
         let layers = self.layers.iter().map(LayerCache::fork);
         Some(Box::new(Self {
             layers: layers.collect(),
+            joint: self.joint,
+            new: KeyValue::default(),
             positions: self.positions,
         }))
     }

@@ -162,10 +162,27 @@ impl Corpus {
         tokens: usize,
         seed: u64,
     ) -> Result<Chunks<'a>> {
+        self.chunks_with_longer(tokenizer, context, 1, tokens, seed)
+    }
+
+    /// [`Corpus::chunks`] of which one of nine has the tokens of `times` others.
+    ///
+    /// # Errors
+    /// Those of [`Corpus::chunks`].
+    pub fn chunks_with_longer<'a>(
+        &'a self,
+        tokenizer: &'a Tokenizer,
+        context: usize,
+        times: usize,
+        tokens: usize,
+        seed: u64,
+    ) -> Result<Chunks<'a>> {
+        let times = times.max(1);
         let begin = tokenizer.encode_first("")?;
         let body = context.saturating_sub(begin.len()).max(1);
         let wanted = tokens / context.max(1);
-        let block = TOKEN * context * (wanted / PLACES).max(BLOCK_CHUNKS);
+        // A longer chunk is of one place too, or nearly.
+        let block = TOKEN * context * (wanted / PLACES).max(BLOCK_CHUNKS).max(times);
         let streams = self.streams.iter().enumerate().map(|(number, path)| {
             let until = wanted * body * (number + 1) / self.names.len();
             Ok((Stream::open(path, self.stream_field.clone())?, until))
@@ -174,7 +191,8 @@ impl Corpus {
             tokenizer,
             begin,
             body,
-            wanted,
+            times,
+            wanted: chunks_of(wanted, times),
             given: 0,
             given_tokens: 0,
             streams: streams.collect::<Result<_>>()?,
@@ -202,6 +220,29 @@ impl Corpus {
     }
 }
 
+/// Of so many chunks one may be longer than the others.
+pub(crate) const LONG_EVERY: usize = 9;
+
+/// Returns whether chunk `number` is a longer one, where there are some.
+fn is_long(number: usize) -> bool {
+    number % LONG_EVERY == LONG_EVERY / 2
+}
+
+/// Counts the chunks that have the tokens of `short` short ones in all, or fewer.
+fn chunks_of(short: usize, times: usize) -> usize {
+    let cycles = short / (LONG_EVERY - 1 + times);
+    let mut left = short % (LONG_EVERY - 1 + times);
+    let mut count = cycles * LONG_EVERY;
+    loop {
+        let next = if is_long(count) { times } else { 1 };
+        if next > left {
+            return count;
+        }
+        left -= next;
+        count += 1;
+    }
+}
+
 /// The chunks of a [`Corpus`].
 pub struct Chunks<'a> {
     tokenizer: &'a Tokenizer,
@@ -209,6 +250,8 @@ pub struct Chunks<'a> {
     begin: Vec<u32>,
     /// The tokens of a chunk after that.
     body: usize,
+    /// How many times the tokens of the others some chunks have; see [`LONG_EVERY`].
+    times: usize,
     wanted: usize,
     given: usize,
     given_tokens: usize,
@@ -233,7 +276,9 @@ impl Chunks<'_> {
         if self.given == self.wanted || (ended && self.tokens.is_empty()) {
             return self.given_tokens;
         }
-        let most = self.wanted * (self.begin.len() + self.body);
+        let long = (0..self.wanted).filter(|&number| is_long(number)).count();
+        let bodies = self.wanted + long * (self.times - 1);
+        let most = self.wanted * self.begin.len() + bodies * self.body;
         if !self.streams.is_empty() {
             return most;
         }
@@ -295,12 +340,16 @@ impl Iterator for Chunks<'_> {
         if self.given == self.wanted {
             return None;
         }
+        let body = match is_long(self.given) {
+            true => self.body * self.times,
+            false => self.body,
+        };
         // One more than is given says whether more is to come.
-        if let Err(error) = self.fill(self.body + 1) {
+        if let Err(error) = self.fill(body + 1) {
             self.wanted = self.given;
             return Some(Err(error));
         }
-        let count = self.body.min(self.tokens.len());
+        let count = body.min(self.tokens.len());
         if count == 0 {
             return None;
         }

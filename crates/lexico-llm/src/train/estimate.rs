@@ -20,8 +20,8 @@ use crate::model::Model;
 const TOKENS: usize = 128;
 /// Vectors that are coded for the estimate.
 const VECTORS: usize = 2048;
-/// Windows that the model reads more, measuring what each head costs: parts of four, and two of them three times.
-const MEASURED: usize = 9;
+/// Windows that the model reads more, measuring what each head costs: parts of four, and all of them three times.
+const MEASURED: usize = 15;
 
 /// Estimates how long [`train`](super::train) takes on this machine with codebooks alone, from a short reading by the
 /// model and a short search; both take about a second for a model of half a billion parameters on two cores. Within a

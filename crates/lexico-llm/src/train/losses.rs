@@ -9,10 +9,12 @@ use std::time::Instant;
 
 use ::lexico::attention::{DenseRows, NumberType, Source};
 use ::lexico::cache::{Coder, Coding};
-use ::lexico::dictionary::{CodeFamily, CodingLosses, LayerDictionaries, LayerLosses};
+use ::lexico::dictionary::{CodeFamily, CodingLosses, HeadMaps, LayerLosses};
 use ::lexico::threads::for_each;
 use ::lexico::{DictionarySet, Fit, KeyValue};
 use candle_core::Tensor;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::reading::JUDGED_WINDOWS;
@@ -21,7 +23,7 @@ use super::{OnProgress, PARTS, TrainProgress, go_on};
 use crate::cache::{CacheContext, CacheSpec, Footprint, FullCache, KvCache, SINKS, Step};
 use crate::config::Config;
 use crate::corpus::Corpus;
-use crate::decoder::Logits;
+use crate::decoder::{Decoder, Logits};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::threads::ModelThreads;
@@ -33,7 +35,7 @@ const RECENT: usize = 32;
 /// Windows on which heads are coded one by one.
 const WINDOWS: usize = 4;
 /// Windows on which sparsities that follow the losses are held against the same for all heads.
-const JUDGED: usize = 2;
+const JUDGED: usize = WINDOWS;
 /// Shorter windows say nothing.
 const SHORTEST: usize = 8;
 
@@ -76,13 +78,19 @@ struct Measured {
 /// the dictionaries are too small for several sparsities, or the windows too short.
 fn coding_losses(
     model: &Model,
-    layers: &[LayerDictionaries],
+    dictionaries: &DictionarySet,
     family: CodeFamily,
     windows: &[Vec<u32>],
     state: Option<&State>,
     progress: &mut OnProgress<'_>,
 ) -> Result<Option<CodingLosses>> {
     let config = model.decoder.config();
+    let layers = &dictionaries.layers;
+    let mut joint = dictionaries.joint();
+    if family == CodeFamily::Sparse {
+        // Sparse codes are of one head each.
+        joint.heads = 1;
+    }
     let possible = |s: &&usize| layers.iter().all(|layer| layer.max_sparsity(family) >= **s);
     let measured = match family {
         CodeFamily::Sparse => &SPARSITIES[..6],
@@ -98,7 +106,7 @@ fn coding_losses(
     let coders = layers.iter().map(|layer| coding.coders(layer));
     let coders: Vec<KeyValue<Coder>> = coders.collect::<::lexico::Result<_>>()?;
     let probes = probes(&sparsities);
-    let (m, places) = (config.head_dim, layers.len() * 2 * config.kv_heads);
+    let (m, places) = (config.head_dim, config.layers * 2 * config.kv_heads);
     let saved = state.map(|state| state.load_json(file(family)));
     let mut measured: Measured = saved.transpose()?.flatten().unwrap_or_default();
     measured.changes.resize(places * probes.len(), 0.0);
@@ -106,72 +114,65 @@ fn coding_losses(
     let save =
         |measured: &Measured| state.map_or(Ok(()), |state| state.save_json(file(family), measured));
     let mut last_saved = Instant::now();
-    for (number, window) in windows.iter().enumerate().skip(measured.windows) {
-        // Contexts of all lengths: heads matter more in some than in others.
-        let length = window.len() * (number + 1) / windows.len();
-        let (before, predicted) = split(&window[..length.max(SHORTEST)]);
-        let mut past = Past::new(config);
-        let decoder = &model.decoder;
-        decoder.forward_one(before, &mut past, Logits::Last)?;
-        past.reading = false;
-        let mut inputs = Vec::with_capacity(layers.len());
-        decoder.forward_from(None, predicted, &mut past, &mut |x| inputs.push(x.clone()))?;
-        for layer in measured.layers..layers.len() {
-            let attended = decoder.attended(layer, &inputs[layer], predicted, &mut past)?;
-            for part in 0..PARTS.len() {
-                let KeyValue { keys, values } = &coders[layer];
-                let coder = [keys, values][part];
-                let first = (layer * PARTS.len() + part) * config.kv_heads;
-                let vectors: Vec<Vec<f32>> = (0..config.kv_heads)
-                    .map(|head| past.rows(layer, head, part).to_f32())
-                    .collect();
-                for (head, vectors) in vectors.iter().enumerate() {
-                    let errors = &mut measured.errors[(first + head) * sparsities.len()..];
-                    add_errors(coder, m, head, vectors, &sparsities, errors)?;
-                }
-                for (probe, &sparsity) in probes.iter().enumerate() {
-                    let coded = vectors.iter().enumerate();
-                    let coded = coded.map(|(head, own)| coded_rows(coder, m, head, own, sparsity));
-                    past.changed = Some((layer, part, coded.collect::<Result<_>>()?));
-                    let changed = decoder.attended(layer, &inputs[layer], predicted, &mut past)?;
-                    past.changed = None;
-                    let moved = decoder.changes(layer, &inputs[layer], &attended, &changed)?;
-                    if !moved.iter().all(|own| own.is_finite()) {
-                        let part = PARTS[part];
-                        let reason =
-                            format!("with the {part} of layer {layer} coded it gives no numbers");
-                        return Err(Error::Measure(reason));
-                    }
-                    for (head, moved) in moved.into_iter().enumerate() {
-                        measured.changes[(first + head) * probes.len() + probe] += moved;
-                    }
+    let done = (measured.windows, measured.layers);
+    visit_layers(model, &windows, done, |window, mut visit| {
+        let (number, own) = joint.place(visit.layer);
+        let all = joint.heads_of(number);
+        for part in 0..PARTS.len() {
+            let KeyValue { keys, values } = &coders[number];
+            let coder = [keys, values][part];
+            let first = (number * PARTS.len() + part) * all.len();
+            let vectors = visit.vectors(&all, part);
+            if visit.layer == number * joint.layers {
+                let errors = &mut measured.errors[first * sparsities.len()..];
+                add_errors(coder, m, &vectors, &sparsities, errors)?;
+            }
+            for (probe, &sparsity) in probes.iter().enumerate() {
+                let mut coded = coded_rows(coder, m, &vectors, sparsity)?;
+                let empty = || DenseRows::new(m, NumberType::F32);
+                let rows = own
+                    .iter()
+                    .map(|&place| std::mem::replace(&mut coded[place], empty()));
+                let moved = visit.moved(part, rows.collect())?;
+                for (place, moved) in own.iter().zip(moved) {
+                    measured.changes[(first + place) * probes.len() + probe] += moved;
                 }
             }
-            measured.layers += 1;
-            let flow = progress(TrainProgress::Measuring {
-                done: number * layers.len() + measured.layers,
-                total: windows.len() * layers.len(),
-            });
-            let due = state.is_some_and(|state| last_saved.elapsed() >= state.every);
-            if due || flow == ControlFlow::Break(()) {
-                save(&measured)?;
-                last_saved = Instant::now();
-            }
-            go_on(flow)?;
         }
-        measured.windows += 1;
-        measured.layers = 0;
-        measured.predictions += predicted.len();
-        save(&measured)?;
-    }
+        measured.layers += 1;
+        let flow = progress(TrainProgress::Measuring {
+            done: window * config.layers + measured.layers,
+            total: windows.len() * config.layers,
+        });
+        let ends = measured.layers == config.layers;
+        if ends {
+            measured.windows += 1;
+            measured.layers = 0;
+            measured.predictions += visit.predicted.len();
+        }
+        let due = state.is_some_and(|state| last_saved.elapsed() >= state.every);
+        if ends || due || flow == ControlFlow::Break(()) {
+            save(&measured)?;
+            last_saved = Instant::now();
+        }
+        go_on(flow)
+    })?;
     let predictions = measured.predictions.max(1) as f64;
+    let together = joint.layers * joint.heads;
+    share(&mut measured.changes, probes.len(), together);
+    share(&mut measured.errors, sparsities.len(), together);
     let probed = measured.changes.chunks_exact(probes.len());
     let errors = measured.errors.chunks_exact(sparsities.len());
     let mut heads = probed.zip(errors).map(|(probed, errors)| {
         let probed: Vec<f64> = probed.iter().map(|sum| sum / predictions).collect();
         through(&sparsities, errors, &probes, &probed)
     });
-    let mut take = || heads.by_ref().take(config.kv_heads).collect();
+    let mut take = || {
+        heads
+            .by_ref()
+            .take(joint.layers * config.kv_heads)
+            .collect()
+    };
     let layers = layers.iter().map(|_| LayerLosses {
         keys: take(),
         values: take(),
@@ -182,41 +183,207 @@ fn coding_losses(
     }))
 }
 
+/// Does `each` at every layer of every window but those that were done, the window's number with it: contexts of all
+/// lengths, as heads matter more in some than in others.
+fn visit_layers(
+    model: &Model,
+    windows: &[&Vec<u32>],
+    done: (usize, usize),
+    mut each: impl FnMut(usize, Visit<'_>) -> Result<()>,
+) -> Result<()> {
+    let decoder = &model.decoder;
+    let layers = decoder.config().layers;
+    let mut first = done.1;
+    for (number, window) in windows.iter().enumerate().skip(done.0) {
+        let length = window.len() * (number + 1) / windows.len();
+        let (before, predicted) = split(&window[..length.max(SHORTEST)]);
+        let mut past = Past::new(decoder.config());
+        decoder.forward_one(before, &mut past, Logits::Last)?;
+        past.reading = false;
+        let mut inputs = Vec::with_capacity(layers);
+        decoder.forward_from(None, predicted, &mut past, &mut |x| inputs.push(x.clone()))?;
+        for (layer, input) in inputs.iter().enumerate().skip(first) {
+            let attended = decoder.attended(layer, input, predicted, &mut past)?;
+            let visit = Visit {
+                decoder,
+                layer,
+                input,
+                attended,
+                predicted,
+                past: &mut past,
+            };
+            each(number, visit)?;
+        }
+        first = 0;
+    }
+    Ok(())
+}
+
+/// A layer at the tokens that are predicted.
+struct Visit<'a> {
+    decoder: &'a Decoder,
+    layer: usize,
+    input: &'a Tensor,
+    attended: Tensor,
+    predicted: &'a [u32],
+    past: &'a mut Past,
+}
+
+impl Visit<'_> {
+    /// The keys, or the values, of these heads of these layers.
+    fn vectors(&self, heads: &[(usize, usize)], part: usize) -> Vec<Vec<f32>> {
+        let heads = heads.iter();
+        heads
+            .map(|&(layer, head)| self.past.rows(layer, head, part).to_f32())
+            .collect()
+    }
+
+    /// How far the layer's output moves for each head when these are its keys, or its values; see [`Decoder::changes`].
+    fn moved(&mut self, part: usize, rows: Vec<DenseRows>) -> Result<Vec<f64>> {
+        let Self {
+            decoder,
+            layer,
+            input,
+            predicted,
+            ..
+        } = *self;
+        self.past.changed = Some((layer, part, rows));
+        let changed = decoder.attended(layer, input, predicted, self.past)?;
+        self.past.changed = None;
+        let moved = decoder.changes(layer, input, &self.attended, &changed)?;
+        if !moved.iter().all(|own| own.is_finite()) {
+            let part = PARTS[part];
+            let reason = format!("with the {part} of layer {layer} coded it gives no numbers");
+            return Err(Error::Measure(reason));
+        }
+        Ok(moved)
+    }
+}
+
+/// Length of the noise that stands for what codes leave out, over that of the vectors.
+const NOISE: f32 = 0.3;
+
+/// Measures on a few windows how much an error of each head's mapped vectors counts, by noise of the same strength in all
+/// directions in place of the error: how far it moves what the layer gives, over its squared length. `[layers][2][kv_heads]`; all
+/// ones where the windows are too short.
+pub(super) fn head_weights(
+    model: &Model,
+    maps: &[KeyValue<HeadMaps>],
+    windows: &[Vec<u32>],
+    progress: &mut OnProgress<'_>,
+) -> Result<Vec<[Vec<f64>; 2]>> {
+    let config = model.decoder.config();
+    let (m, heads) = (config.head_dim, config.kv_heads);
+    let windows = windows.iter().filter(|w| w.len() >= SHORTEST);
+    let windows: Vec<&Vec<u32>> = windows.take(WINDOWS).collect();
+    let mut sums = vec![[vec![0.0; heads], vec![0.0; heads]]; config.layers];
+    let mut done = 0;
+    visit_layers(model, &windows, (0, 0), |window, mut visit| {
+        let layer = visit.layer;
+        let KeyValue { keys, values } = &maps[layer];
+        for (part, maps) in [keys, values].into_iter().enumerate() {
+            let mut rng = ChaCha8Rng::seed_from_u64((window * 2 + part) as u64);
+            let mut squares = Vec::with_capacity(heads);
+            let own: Vec<_> = (0..heads).map(|head| (layer, head)).collect();
+            let rows = visit.vectors(&own, part).into_iter().enumerate();
+            let rows = rows.map(|(head, vectors)| {
+                let mut mapped = maps.apply(head, &vectors);
+                let coded = maps.to_coded(head, 0.., &vectors);
+                let square = coded.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+                let each = NOISE * (square / coded.len().max(1) as f64).sqrt() as f32;
+                // Of variance 1.
+                let most = 3f32.sqrt();
+                for x in &mut mapped {
+                    *x += each * rng.random_range(-most..most);
+                }
+                squares.push(f64::from(each).powi(2));
+                let mut noisy = maps.invert(head, &mapped);
+                keep_dense(&vectors, m, &mut noisy);
+                let mut rows = DenseRows::new(m, NumberType::F32);
+                rows.extend(&noisy);
+                rows
+            });
+            let rows = rows.collect();
+            let moved = visit.moved(part, rows)?.into_iter().zip(squares);
+            for (sum, (moved, square)) in sums[layer][part].iter_mut().zip(moved) {
+                *sum += moved / square.max(f64::MIN_POSITIVE);
+            }
+        }
+        done += 1;
+        go_on(progress(TrainProgress::Weighing {
+            done,
+            total: windows.len() * config.layers,
+        }))
+    })?;
+    if windows.is_empty() {
+        let all = sums.as_flattened_mut().iter_mut();
+        all.for_each(|own| own.fill(1.0));
+    }
+    Ok(sums)
+}
+
+/// Gives each of `together` heads the mean of theirs, `[heads, numbers]`: parts that they are coded in are alike, and each
+/// is in every head.
+fn share(all: &mut [f64], numbers: usize, together: usize) {
+    for group in all.chunks_exact_mut(together * numbers) {
+        for number in 0..numbers {
+            let sum: f64 = group.iter().skip(number).step_by(numbers).sum();
+            let places = group.iter_mut().skip(number).step_by(numbers);
+            places.for_each(|x| *x = sum / together as f64);
+        }
+    }
+}
+
 /// Cuts a window into what is coded and what is predicted from it.
 fn split(window: &[u32]) -> (&[u32], &[u32]) {
     window.split_at(window.len() - (window.len() / 4).min(PREDICTED))
 }
 
-/// The vectors of a head, all but those that caches keep dense as their codes of this sparsity say.
+/// The vectors of every head, all but those that caches keep dense as their codes of this sparsity say.
 fn coded_rows(
     coder: &Coder,
     m: usize,
-    head: usize,
-    vectors: &[f32],
+    vectors: &[Vec<f32>],
     sparsity: usize,
-) -> Result<DenseRows> {
-    let mut coded =
-        coder.reconstruct(head, 0.., vectors, sparsity, Fit::default(), &ModelThreads)?;
-    keep_dense(vectors, m, &mut coded);
-    let mut rows = DenseRows::new(m, NumberType::F32);
-    rows.extend(&coded);
-    Ok(rows)
+) -> Result<Vec<DenseRows>> {
+    let all = vectors.concat();
+    let sparsities = vec![sparsity; vectors.len()];
+    let coded = coder.reconstruct(0.., &all, &sparsities, Fit::default(), &ModelThreads)?;
+    let each = (all.len() / vectors.len()).max(1);
+    let heads = vectors.iter().zip(coded.chunks_exact(each));
+    let heads = heads.map(|(vectors, coded)| {
+        let mut coded = coded.to_vec();
+        keep_dense(vectors, m, &mut coded);
+        let mut rows = DenseRows::new(m, NumberType::F32);
+        rows.extend(&coded);
+        rows
+    });
+    Ok(heads.collect())
 }
 
-/// Adds the squared errors of some of a head's vectors at each sparsity.
+/// Adds the squared errors of some vectors of every head, or of every part of heads that are coded together, at each
+/// sparsity to `errors` `[heads, sparsities]`.
 fn add_errors(
     coder: &Coder,
     m: usize,
-    head: usize,
-    vectors: &[f32],
+    vectors: &[Vec<f32>],
     sparsities: &[usize],
     errors: &mut [f64],
 ) -> Result<()> {
-    let stride = (vectors.len() / m).div_ceil(VECTORS).max(1);
-    let rows = vectors.chunks_exact(m).step_by(stride);
-    let rows: Vec<f32> = rows.flatten().copied().collect();
-    for (error, &sparsity) in errors.iter_mut().zip(sparsities) {
-        *error += squared_error(coder, head, (0..).step_by(stride), &rows, sparsity)?;
+    let positions = vectors.first().map_or(0, |own| own.len() / m);
+    let stride = positions.div_ceil(VECTORS).max(1);
+    let rows = vectors
+        .iter()
+        .flat_map(|own| own.chunks_exact(m).step_by(stride));
+    let mut rows: Vec<f32> = rows.flatten().copied().collect();
+    if let Some(maps) = coder.maps() {
+        rows = maps.all_to_coded((0..).step_by(stride), &rows);
+    }
+    let heads = rows.chunks_exact((rows.len() / vectors.len()).max(1));
+    for (rows, errors) in heads.zip(errors.chunks_exact_mut(sparsities.len())) {
+        for (error, &sparsity) in errors.iter_mut().zip(sparsities) {
+            *error += squared_error(coder, rows, sparsity)?;
+        }
     }
     Ok(())
 }
@@ -266,9 +433,8 @@ pub(super) fn measure_families(
     progress: &mut OnProgress<'_>,
 ) -> Result<()> {
     for &family in families {
-        let layers = &dictionaries.layers;
-        let Some(mut losses) = coding_losses(model, layers, family, windows, state, progress)?
-        else {
+        let losses = coding_losses(model, dictionaries, family, windows, state, progress)?;
+        let Some(mut losses) = losses else {
             continue;
         };
         let probe = (losses.sparsities.len() / 2).saturating_sub(1);
@@ -368,17 +534,8 @@ fn keep_dense(vectors: &[f32], m: usize, coded: &mut [f32]) {
     coded[recent..].copy_from_slice(&vectors[recent..]);
 }
 
-/// The squared error of codes of these vectors of a head, behind the maps if there are any.
-fn squared_error(
-    coder: &Coder,
-    head: usize,
-    positions: impl Iterator<Item = usize>,
-    vectors: &[f32],
-    sparsity: usize,
-) -> Result<f64> {
-    let mapped = coder.maps();
-    let mapped = mapped.map(|maps| maps.to_coded(head, positions, vectors));
-    let vectors = mapped.as_deref().unwrap_or(vectors);
+/// The squared error of codes of these vectors, which are mapped already.
+fn squared_error(coder: &Coder, vectors: &[f32], sparsity: usize) -> Result<f64> {
     let encoder = coder.encoder(sparsity, Fit::LeastSquares)?;
     let codes = encoder.encode_on(vectors, &ModelThreads)?;
     let m = encoder.head_dim();

@@ -3,7 +3,7 @@
 use ::lexico::DictionarySet;
 use ::lexico::attention::NumberType;
 use ::lexico::cache::{Coder, Coding};
-use ::lexico::dictionary::{CodeFamily, LayerDictionaries};
+use ::lexico::dictionary::{CodeFamily, JointLayers, LayerDictionaries};
 use ::lexico::threads::Rayon;
 use ::lexico::{CoefficientFormat, Fit};
 use candle_core::Tensor;
@@ -49,10 +49,12 @@ pub(super) fn attention_errors(
         },
     };
     let config = model.decoder.config();
-    let mut sums = vec![Sums::default(); layers.len()];
+    let mut sums = vec![Sums::default(); config.layers];
     for window in windows.iter().take(WINDOWS) {
         let mut cache = Measured {
             cache: FullCache::new(config, NumberType::F32),
+            joint: dictionaries.joint(),
+            waiting: Vec::new(),
             layers,
             coding,
             sparsity,
@@ -120,6 +122,9 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 /// A cache for one window that attends without codes and looks at what they would change.
 struct Measured<'a> {
     cache: FullCache,
+    joint: JointLayers,
+    /// Steps of layers that are coded together, until the last one's is there.
+    waiting: Vec<Step>,
     layers: &'a [LayerDictionaries],
     coding: Coding,
     sparsity: usize,
@@ -128,37 +133,59 @@ struct Measured<'a> {
     sums: &'a mut [Sums],
 }
 
+impl Measured<'_> {
+    /// Adds the errors of the layers that dictionaries `number` are of; queries are `[heads, t, m]`.
+    fn measure(
+        &mut self,
+        number: usize,
+        steps: &[Step],
+        (heads, t, m): (usize, usize, usize),
+    ) -> Result<()> {
+        let group = heads / self.joint.kv_heads;
+        let places = self.joint.heads_of(number);
+        let first = number * self.joint.layers;
+        let sparsities = vec![self.sparsity; places.len()];
+        let coded = |coder: &Coder, vectors: fn(&Step) -> &[f32]| -> Result<Vec<f32>> {
+            let own = |&(layer, head): &(usize, usize)| {
+                &vectors(&steps[layer - first])[head * t * m..][..t * m]
+            };
+            let all = places.iter().flat_map(own).copied();
+            let all: Vec<f32> = all.collect();
+            Ok(coder.reconstruct(0.., &all, &sparsities, Fit::LeastSquares, &Rayon)?)
+        };
+        let coders = self.coding.coders(&self.layers[number])?;
+        let coded_keys = coded(&coders.keys, |step| &step.keys)?;
+        let coded_values = coded(&coders.values, |step| &step.values)?;
+        let stride = t.div_ceil(QUERIES).max(1);
+        for (layer, step) in (first..).zip(steps) {
+            let own = self.joint.place(layer).1;
+            for head in 0..heads {
+                let kv_head = head / group;
+                let (exact, coded) = (kv_head * t * m, own[kv_head] * t * m);
+                // From the last position back: the first few see next to nothing.
+                for position in (0..t).rev().step_by(stride) {
+                    let from = (position + 1).saturating_sub(self.sliding);
+                    let seen = |first: usize| first + from * m..first + (position + 1) * m;
+                    self.sums[layer].add(
+                        &step.queries[(head * t + position) * m..][..m],
+                        [&step.keys[seen(exact)], &coded_keys[seen(coded)]],
+                        [&step.values[seen(exact)], &coded_values[seen(coded)]],
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl KvCache for Measured<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (heads, t, m) = q.dims3()?;
-        let group = heads / k.dim(0)?;
         let step = Step::new(q, k, v)?;
         step.check_finite(layer)?;
-        let (queries, keys, values) = (&step.queries, &step.keys, &step.values);
-        let coded = |coder: &Coder, vectors: &[f32]| -> Result<Vec<f32>> {
-            let mut all = Vec::with_capacity(vectors.len());
-            for (head, own) in vectors.chunks_exact(t * m).enumerate() {
-                let fit = Fit::LeastSquares;
-                all.extend(coder.reconstruct(head, 0.., own, self.sparsity, fit, &Rayon)?);
-            }
-            Ok(all)
-        };
-        let coders = self.coding.coders(&self.layers[layer])?;
-        let coded_keys = coded(&coders.keys, keys)?;
-        let coded_values = coded(&coders.values, values)?;
-        let step = t.div_ceil(QUERIES).max(1);
-        for head in 0..heads {
-            let first = head / group * t * m;
-            // From the last position back: the first few see next to nothing.
-            for position in (0..t).rev().step_by(step) {
-                let from = (position + 1).saturating_sub(self.sliding);
-                let seen = first + from * m..first + (position + 1) * m;
-                self.sums[layer].add(
-                    &queries[(head * t + position) * m..][..m],
-                    [&keys[seen.clone()], &coded_keys[seen.clone()]],
-                    [&values[seen.clone()], &coded_values[seen]],
-                );
-            }
+        self.waiting.push(step);
+        if self.waiting.len() == self.joint.layers {
+            let steps = std::mem::take(&mut self.waiting);
+            self.measure(layer / self.joint.layers, &steps, q.dims3()?)?;
         }
         self.cache.attend(layer, q, k, v)
     }

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lexico::dictionary::{CodeFamily, LayerDictionaries, LayerErrors, Training};
+use lexico::dictionary::{CodeFamily, JointLayers, LayerDictionaries, LayerErrors, Training};
 use lexico::learn::{
     CodebookOptions, CodebookProgress, Effort, LearnError, LearnOptions, LearnProgress,
 };
@@ -23,7 +23,7 @@ use lexico::{DictionarySet, KeyValue};
 use serde_json::{Map, Value, json};
 
 use crate::config::Config;
-use crate::corpus::Corpus;
+use crate::corpus::{Corpus, LONG_EVERY};
 use crate::error::{Error, Result, io};
 use crate::model::Model;
 use reading::{Reading, read};
@@ -39,7 +39,8 @@ pub use state::{StateError, StateOptions, remove_state};
 pub struct TrainOptions {
     /// Max tokens to read, in chunks drawn evenly from all texts.
     pub tokens: usize,
-    /// Tokens that the model sees at once, the length of a chunk.
+    /// Tokens that the model sees at once, the length of a chunk. Where there are enough tokens and the model's context allows
+    /// it, half of them are in chunks of eight times that: keys and values of long texts are others than those of short ones.
     pub context: usize,
     /// Max vectors that each dictionary learns from, an unbiased sample of all.
     pub vectors: usize,
@@ -50,6 +51,11 @@ pub struct TrainOptions {
     /// Settings of the codebooks for additive codes; `None` learns none. The seed is that of the first dictionary, every
     /// other has the next.
     pub codebooks: Option<CodebookOptions>,
+    /// KV heads of a layer whose keys, and whose values, additive codes tell together, in as many parts; 1: each alone.
+    pub joint_heads: usize,
+    /// Layers that follow each other whose keys, and whose values, additive codes tell together, each head with its like; 1: each
+    /// alone.
+    pub joint_layers: usize,
     /// Dictionaries that are kept as they are, with what was measured of them: only codebooks are learned, and replace
     /// any that are there.
     pub kept: Option<DictionarySet>,
@@ -71,6 +77,8 @@ impl Default for TrainOptions {
             sparse: false,
             learn: LearnOptions::default(),
             codebooks: Some(CodebookOptions::default()),
+            joint_heads: 1,
+            joint_layers: 1,
             kept: None,
             effort: None,
             state: None,
@@ -97,11 +105,28 @@ impl TrainOptions {
         self.sparse && self.kept.is_none()
     }
 
+    /// How many times the tokens of the others the longer chunks have; 1 where there are none.
+    fn long_chunks(&self, config: &Config) -> usize {
+        let times = (config.context / self.context).min(LONG);
+        let cycle = (LONG_EVERY - 1 + times) * self.context;
+        // Fewer than three would not stand for long texts, and leave little of short ones.
+        if self.tokens < 3 * cycle { 1 } else { times }
+    }
+
+    /// Which layers and heads are coded together.
+    fn joint(&self, config: &Config) -> JointLayers {
+        JointLayers {
+            layers: self.joint_layers,
+            heads: self.joint_heads,
+            kv_heads: config.kv_heads,
+        }
+    }
+
     /// Checks all that can be checked before the text is read.
     ///
     /// # Errors
     /// Those of [`LearnOptions::check`] and [`CodebookOptions::check`], [`lexico::Error::Learn`] for more atoms than
-    /// vectors, [`Error::NothingToLearn`], [`Error::TrainContext`] and [`Error::TrainTokens`].
+    /// vectors, [`Error::NothingToLearn`], [`Error::JointHeads`], [`Error::JointLayers`], [`Error::JointSparse`], [`Error::TrainContext`] and [`Error::TrainTokens`].
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.kept.is_none() {
             self.learn.check(config.head_dim)?;
@@ -111,6 +136,17 @@ impl TrainOptions {
         }
         if !self.learns_sparse() && self.codebooks.is_none() {
             return Err(Error::NothingToLearn);
+        }
+        let (together, heads) = (self.joint_heads, config.kv_heads);
+        if together == 0 || !heads.is_multiple_of(together) {
+            return Err(Error::JointHeads { together, heads });
+        }
+        let (together, layers) = (self.joint_layers, config.layers);
+        if together == 0 || !layers.is_multiple_of(together) {
+            return Err(Error::JointLayers { together, layers });
+        }
+        if together > 1 && (self.sparse || self.kept.is_some()) {
+            return Err(Error::JointSparse);
         }
         let (atoms, vectors) = (self.learn.atoms, self.vectors);
         if self.learns_sparse() && atoms > vectors {
@@ -158,9 +194,16 @@ pub enum TrainProgress {
         /// Held-out mean relative error.
         held_out_error: f32,
     },
+    /// Measurement of how much errors of each head count, before heads are coded together.
+    Weighing {
+        /// Layers measured.
+        done: usize,
+        /// Layers in all, of all windows of text.
+        total: usize,
+    },
     /// Learning of codebooks, one dictionary after the other.
     LearningCodebooks {
-        /// The layer.
+        /// The layer, or the first of those that are coded together.
         layer: usize,
         /// Part of the layer, `keys` or `values`.
         part: &'static str,
@@ -216,6 +259,8 @@ pub struct Epoch {
 
 /// Parts of a layer that have a dictionary each.
 const PARTS: [&str; 2] = ["keys", "values"];
+/// How many times the tokens of the others the longer chunks have at the most.
+const LONG: usize = 8;
 /// File of the state that says how much was read.
 const READING: &str = "reading";
 
@@ -290,7 +335,8 @@ pub fn train(
     };
     if let Some(codebooks) = &options.codebooks {
         measured.push(CodeFamily::Additive);
-        let learned = codebooks::learn_all(model, &reading, codebooks, &state, progress)?;
+        let joint = options.joint(model.decoder.config());
+        let learned = codebooks::learn_all(model, &reading, codebooks, joint, &state, progress)?;
         let errors = learned.iter().map(|layer| LayerErrors {
             keys: layer.keys.held_out_error,
             values: layer.values.held_out_error,
@@ -357,7 +403,10 @@ fn new_set(
     reading: &Reading,
 ) -> Result<DictionarySet> {
     Ok(DictionarySet {
-        layers: vec![LayerDictionaries::default(); model.decoder.config().layers],
+        layers: vec![
+            LayerDictionaries::default();
+            model.decoder.config().layers / options.joint_layers
+        ],
         model: model.identity(),
         training: Training {
             sparsity: options.learn.sparsity,
@@ -421,7 +470,7 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
             .map(|own| format!("{:08x}", own.checksum()));
         checksums.collect::<Vec<_>>().join(" ")
     });
-    let settings = json!({
+    let mut settings = json!({
         "model": identity.name,
         "architecture": identity.architecture,
         "layers": identity.layers,
@@ -453,6 +502,17 @@ fn settings(model: &Model, corpus: &Corpus, options: &TrainOptions) -> Result<Ma
         "dictionaries kept": kept.unwrap_or_else(none),
         "program": program(),
     });
+    // Not told where each is alone: states of earlier versions go on.
+    if options.joint_heads > 1 {
+        settings["heads together"] = options.joint_heads.into();
+    }
+    let times = options.long_chunks(model.decoder.config());
+    if times > 1 {
+        settings["longer chunks"] = (times * options.context).into();
+    }
+    if options.joint_layers > 1 {
+        settings["layers together"] = options.joint_layers.into();
+    }
     match settings {
         Value::Object(settings) => Ok(settings),
         _ => Ok(Map::new()),
@@ -463,5 +523,33 @@ fn go_on(flow: ControlFlow<()>) -> Result<()> {
     match flow {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(lexico::Error::Interrupted.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_of_enough_tokens_is_in_longer_chunks() {
+        let model = Model::tiny().unwrap();
+        let config = model.decoder.config();
+        let times = |tokens, context| {
+            let options = TrainOptions {
+                tokens,
+                context,
+                ..TrainOptions::default()
+            };
+            options.long_chunks(config)
+        };
+        let most = config.context;
+        assert_eq!(times(48 * 64, 64), LONG.min(most / 64));
+        assert_eq!(times(48 * 64 - 1, 64), 1);
+        // As far as the model's context goes.
+        assert_eq!(times(1 << 20, most / 2), 2);
+        assert_eq!(times(1 << 20, most / 2 + 1), 1);
+        assert_eq!(times(1 << 20, most), 1);
+        let quick = TrainOptions::of(Effort::Quick, 64);
+        assert!(quick.tokens >= 3 * (LONG_EVERY - 1 + LONG) * quick.context);
     }
 }

@@ -55,6 +55,8 @@ pub(super) struct Reading {
     pub(super) queries: QueryMoments,
     pub(super) head_dim: usize,
     pub(super) kv_heads: usize,
+    /// Layers whose samples are of the same positions.
+    joint_layers: usize,
 }
 
 /// Samples of the keys or the values of a layer: rows of all KV heads of a position, and its number.
@@ -95,6 +97,7 @@ impl Reading {
             samples,
             head_dim: config.head_dim,
             kv_heads: config.kv_heads,
+            joint_layers: options.joint_layers,
         })
     }
 
@@ -215,7 +218,10 @@ pub(super) fn read(
         return Ok(reading);
     }
     let seed = options.learn.seed;
-    let mut windows = corpus.chunks(&model.tokenizer, options.context, options.tokens, seed)?;
+    let times = options.long_chunks(model.decoder.config());
+    let (context, tokens) = (options.context, options.tokens);
+    let tokenizer = &model.tokenizer;
+    let mut windows = corpus.chunks_with_longer(tokenizer, context, times, tokens, seed)?;
     // Where there are fewer chunks than a period has, the last one is held out.
     let first: Vec<Vec<u32>> = windows.by_ref().take(HELD_OUT).collect::<Result<_>>()?;
     let period = first.len();
@@ -326,7 +332,9 @@ impl KvCache for Collector<'_> {
             let sample = &self.reading.samples[number];
             // The draws for a chunk depend on nothing before it: it can be read again.
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-            rng.set_stream((progress.windows * self.reading.samples.len() + number) as u64);
+            let own = layer % self.reading.joint_layers;
+            let stream = progress.windows * self.reading.samples.len() + number - 2 * own;
+            rng.set_stream(stream as u64);
             let (reservoir, seen) = match self.held_out {
                 true => (&sample.held_out, progress.positions_held_out),
                 false => (&sample.train, progress.positions),

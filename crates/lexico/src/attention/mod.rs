@@ -14,9 +14,10 @@ pub(crate) use dense::{PAGE, ROOM};
 use std::ops::Range;
 
 use crate::codes::Codes;
-use crate::dictionary::{Atoms, RotaryOffsets};
+use crate::dictionary::{Atoms, HeadBasis, RotaryOffsets};
 use crate::kernels::dense::MAX_GROUP;
 use crate::kernels::softmax::{MAX_QUERIES, softmax};
+use crate::kernels::tables::MAX_GROUP as JOINED;
 use crate::key_value::KeyValue;
 use crate::threads::{Threads, for_each};
 use coded::Coded;
@@ -28,6 +29,17 @@ pub enum Source<'a> {
     Codes {
         /// Codes of the keys and of the values.
         codes: KeyValue<&'a Codes>,
+        /// Atoms that the codes are over.
+        atoms: KeyValue<Atoms<'a>>,
+        /// What the keys' scores lack.
+        offsets: Option<RotaryOffsets<'a>>,
+    },
+    /// Coded positions of a group of heads that are coded together, all of them before every query.
+    Joint {
+        /// Codes of the parts of the keys and of the values.
+        codes: KeyValue<&'a [&'a Codes]>,
+        /// What of them the head sees.
+        basis: KeyValue<HeadBasis<'a>>,
         /// Atoms that the codes are over.
         atoms: KeyValue<Atoms<'a>>,
         /// What the keys' scores lack.
@@ -56,11 +68,44 @@ pub trait Positions: Sync {
     fn read(&self, first: usize, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>);
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// The codes, of the positions in `seen`, and the atoms that they are over, where these are coded positions.
+    fn coded(&self, seen: Range<usize>) -> Option<(Coded<'a>, KeyValue<Atoms<'a>>)> {
+        match *self {
+            Source::Codes {
+                codes,
+                atoms,
+                offsets,
+            } => {
+                let codes = codes.map(|codes| vec![codes]);
+                Some((Coded::new(codes, None, atoms, offsets, seen), atoms))
+            }
+            Source::Joint {
+                codes,
+                basis,
+                atoms,
+                offsets,
+            } => {
+                let codes = codes.map(<[_]>::to_vec);
+                Some((Coded::new(codes, Some(basis), atoms, offsets, seen), atoms))
+            }
+            _ => None,
+        }
+    }
+
+    /// Heads that are coded together.
+    fn together(&self) -> usize {
+        match self {
+            Source::Joint { codes, .. } => codes.keys.len(),
+            _ => 1,
+        }
+    }
+
     /// Number of positions.
     fn len(&self, head_dim: usize) -> usize {
         match self {
             Source::Codes { codes, .. } => codes.keys.len(),
+            Source::Joint { codes, .. } => codes.keys.first().map_or(0, |codes| codes.len()),
             Source::Dense(rows) => rows.len(),
             Source::Decoded(positions) => positions.len(),
             Source::Causal(vectors) => vectors.keys.len() / head_dim,
@@ -168,12 +213,17 @@ fn attend_one(heads: &mut [Head<'_>], m: usize, window: Option<usize>, threads: 
     let seen = window
         .unwrap_or(usize::MAX)
         .min(heads.iter().map(past).max().unwrap_or(0));
-    let parts = (count / heads.len()).min(seen / PART).max(1);
-    // A task takes some whole heads, for which it reads the dictionaries once, or a part of the context of one.
+    // Heads that are coded together read codes once.
+    let joint = heads[0].sources.iter().map(Source::together).max();
+    let group = (heads[0].queries.len() / m).next_power_of_two();
+    let together = joint.unwrap_or(1).min(JOINED / group).max(1);
+    let units = heads.len().div_ceil(together);
+    let parts = (count / units).min(seen / PART).max(1);
+    // A task takes some whole heads, for which it reads the dictionaries once, or a part of the context of those that go together.
     let share = if parts == 1 {
-        heads.len().div_ceil(count)
+        units.div_ceil(count) * together
     } else {
-        1
+        together
     };
     let tasks = heads.len().div_ceil(share) * parts;
     let mut found: Vec<Vec<RunningSoftmax>> = (0..tasks).map(|_| Vec::new()).collect();
@@ -234,23 +284,17 @@ fn attend_part(
                 range
             })
             .collect();
-        if let Source::Codes { atoms, .. } = heads[0].sources[number] {
-            let codes = heads.iter().zip(&ranges).filter_map(|(head, range)| {
-                let Source::Codes {
-                    codes,
-                    atoms: own,
-                    offsets,
-                } = head.sources[number]
-                else {
-                    return None;
-                };
-                let shared = own.keys.are(atoms.keys) && own.values.are(atoms.values);
-                shared.then(|| Coded::new(codes, atoms, offsets, range.clone()))
-            });
-            let codes: Vec<Coded<'_>> = codes.collect();
-            let alike = codes.len() == heads.len();
+        let coded = heads.iter().zip(&ranges);
+        let coded = coded.filter_map(|(head, range)| head.sources[number].coded(range.clone()));
+        let (codes, atoms): (Vec<_>, Vec<_>) = coded.unzip();
+        if let Some(first) = atoms.first() {
+            let shared = |own: &KeyValue<Atoms<'_>>| {
+                own.keys.are(first.keys) && own.values.are(first.values)
+            };
+            let alike = codes.len() == heads.len() && atoms.iter().all(shared);
             assert!(alike, "heads of a layer share dictionaries");
-            coded::add_heads(&mut softmaxes, &queries, &codes, atoms);
+            let codes = coded::join(codes, each / m, JOINED);
+            coded::add_heads(&mut softmaxes, &queries, &codes, *first);
         }
         let each_head = softmaxes
             .iter_mut()
@@ -258,7 +302,7 @@ fn attend_part(
             .zip(ranges);
         for (head, ((softmax, queries), range)) in heads.iter().zip(each_head) {
             match head.sources[number] {
-                Source::Codes { .. } => {}
+                Source::Codes { .. } | Source::Joint { .. } => {}
                 Source::Dense(rows) => dense::add_few(softmax, queries, range, rows),
                 Source::Decoded(positions) => {
                     dense::add_few_decoded(softmax, queries, range, positions);
@@ -300,13 +344,10 @@ fn attend_many(
             .collect();
         before += source.len(m);
         match *source {
-            Source::Codes {
-                codes,
-                atoms,
-                offsets,
-            } => {
-                let codes = Coded::new(codes, atoms, offsets, 0..codes.keys.len());
-                coded::add_many(&mut softmax, &queries, &hidden, codes, atoms);
+            Source::Codes { .. } | Source::Joint { .. } => {
+                if let Some((codes, _)) = source.coded(0..source.len(m)) {
+                    coded::add_many(&mut softmax, &queries, &hidden, codes);
+                }
             }
             Source::Dense(ref rows) => dense::add(&mut softmax, &queries, &hidden, rows),
             Source::Decoded(positions) => dense::add(&mut softmax, &queries, &hidden, positions),

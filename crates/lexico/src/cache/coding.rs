@@ -1,7 +1,9 @@
 use std::sync::Arc;
 
 use crate::codes::{AdditiveFormat, CodeFormat, Codes, CoefficientFormat, SparseFormat};
-use crate::dictionary::{Atoms, CodeFamily, Codebooks, Dictionary, HeadMaps, LayerDictionaries};
+use crate::dictionary::{
+    Atoms, CodeFamily, Codebooks, Dictionary, HeadMaps, JointBasis, LayerDictionaries,
+};
 use crate::encode::{BEAM_WIDTH, BeamSearch, Encoder, Fit, Pursuit};
 use crate::key_value::KeyValue;
 use crate::threads::Threads;
@@ -73,7 +75,7 @@ impl Coding {
     ///
     /// # Errors
     /// [`Error::Setting`] for additive codes where there are no codebooks, [`Error::Dictionary`] where values have
-    /// [`RotaryMeans`](crate::dictionary::RotaryMeans).
+    /// [`RotaryMeans`](crate::dictionary::RotaryMeans), or other heads are coded together than in keys.
     pub fn coders(self, dictionaries: &LayerDictionaries) -> Result<KeyValue<Coder>> {
         match self {
             Self::Additive { beam_width } => {
@@ -85,6 +87,13 @@ impl Coding {
                 if maps.is_some_and(|maps| maps.values.rotary_means().is_some()) {
                     let reason =
                         "values have means before a rotary embedding, which turns keys alone";
+                    return Err(Error::Dictionary(reason.to_owned()));
+                }
+                let together = |maps: &HeadMaps| maps.basis().map(JointBasis::together);
+                if let Some(maps) = maps
+                    && together(&maps.keys) != together(&maps.values)
+                {
+                    let reason = "as many heads are coded together in keys as in values";
                     return Err(Error::Dictionary(reason.to_owned()));
                 }
                 let maps = maps.map_or_else(KeyValue::default, |both| both.clone().map(Some));
@@ -191,31 +200,36 @@ impl Coder {
         }
     }
 
-    /// The vectors `[n, m]` that codes of these vectors of a KV head, at these positions, stand for once they are stored.
+    /// The vectors `[heads, n, m]` that codes of these vectors of all KV heads, at these positions, stand for once they are
+    /// stored; of so many atoms for each head, or each part of heads that are coded together.
     ///
     /// # Errors
-    /// Those of [`Coder::encoder`] and [`Encoder::encode_on`].
+    /// Those of [`Coder::encoder`] and [`Encoder::encode_heads`].
     ///
     /// # Panics
-    /// Where there are maps, but none of this head.
+    /// Where the vectors are not whole, or there are maps of other heads.
     pub fn reconstruct(
         &self,
-        head: usize,
         positions: impl Iterator<Item = usize> + Clone,
         vectors: &[f32],
-        sparsity: usize,
+        sparsities: &[usize],
         fit: Fit,
         threads: &dyn Threads,
     ) -> Result<Vec<f32>> {
-        let mapped = self.maps();
-        let mapped = mapped.map(|maps| maps.to_coded(head, positions.clone(), vectors));
-        let vectors = mapped.as_deref().unwrap_or(vectors);
-        let batch = self.encoder(sparsity, fit)?.encode_on(vectors, threads)?;
-        let mut codes = Codes::new(self.format(sparsity))?;
-        codes.extend(&batch);
-        let decoded = codes.decode(self.atoms(sparsity))?;
+        let coded = self.maps();
+        let coded = coded.map(|maps| maps.all_to_coded(positions.clone(), vectors));
+        let vectors = coded.as_deref().unwrap_or(vectors);
+        let most = sparsities.iter().copied().max().unwrap_or(1);
+        let encoder = self.encoder(most, fit)?;
+        let batches = encoder.encode_heads(vectors, sparsities, threads)?;
+        let mut decoded = Vec::with_capacity(vectors.len());
+        for (batch, &sparsity) in batches.iter().zip(sparsities) {
+            let mut codes = Codes::new(self.format(sparsity))?;
+            codes.extend(batch);
+            decoded.extend(codes.decode(self.atoms(sparsity))?);
+        }
         Ok(match self.maps() {
-            Some(maps) => maps.from_coded(head, positions, decoded),
+            Some(maps) => maps.all_from_coded(positions, decoded),
             None => decoded,
         })
     }

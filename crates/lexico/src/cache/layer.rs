@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::{Coder, LayerSettings, Leaving};
 use crate::attention::{DenseRows, Head, Source, attend_heads};
 use crate::codes::Codes;
-use crate::dictionary::{Atoms, HeadMaps, LayerDictionaries, LayerSparsities};
+use crate::dictionary::{Atoms, HeadMaps, JointBasis, LayerDictionaries, LayerSparsities};
 use crate::encode::EncodedBatch;
 use crate::key_value::KeyValue;
 use crate::threads::{Alone, Threads};
@@ -173,15 +173,31 @@ impl LayerCache {
         out: &mut [f32],
         threads: &dyn Threads,
     ) {
-        let heads = self.heads.len();
+        let heads: Vec<usize> = (0..self.heads.len()).collect();
+        self.attend_some(&heads, queries, new, out, threads);
+    }
+
+    /// [`LayerCache::attend`] of some heads alone, all numbers theirs: those of one of the layers that are coded together, at
+    /// whose turn the others' new positions are not there yet.
+    ///
+    /// # Panics
+    /// Where the slices' lengths do not agree, or there is no such head.
+    pub fn attend_some(
+        &self,
+        heads: &[usize],
+        queries: &[f32],
+        new: Option<KeyValue<&[f32]>>,
+        out: &mut [f32],
+        threads: &dyn Threads,
+    ) {
         let m = self.head_dim;
-        let t = new.map_or(1, |new| new.keys.len() / (heads * m));
+        let row = heads.len() * m;
         assert!(
-            new.is_none_or(
-                |new| new.keys.len() == heads * t * m && new.values.len() == new.keys.len()
-            ),
+            new.is_none_or(|new| new.keys.len().is_multiple_of(row.max(1))
+                && new.values.len() == new.keys.len()),
             "new keys and values of every head"
         );
+        let t = new.map_or(1, |new| new.keys.len() / row);
         assert_eq!(queries.len(), out.len(), "one output a query");
         if queries.is_empty() {
             return;
@@ -191,35 +207,54 @@ impl LayerCache {
             return;
         }
         let maps = self.maps_of_dense();
-        let mapped = new.map(|new| self.mapped(new));
+        let mapped = new.map(|new| self.mapped(heads, new));
         let new = mapped.as_ref().map(|both| both.as_ref().map(|x| &x[..]));
         let queries = match maps.keys {
-            Some(maps) => &maps.for_heads(queries, |head, own| maps.queries(head, own)),
+            Some(maps) => &for_heads(heads, queries, |head, own| maps.queries(head, own)),
             None => queries,
         };
         let atoms = self.atoms();
-        let sources: Vec<Vec<Source<'_>>> = self
-            .heads
+        let bases = self.bases();
+        let codes = self.heads.iter();
+        let codes = codes.map(|head| head.as_ref().map(|rows| &rows.codes));
+        let codes: KeyValue<Vec<&Codes>> = codes.collect();
+        let sources: Vec<Vec<Source<'_>>> = heads
             .iter()
             .enumerate()
-            .map(|(h, head)| {
-                let rows = head.as_ref();
+            .map(|(number, &h)| {
+                let rows = self.heads[h].as_ref();
                 let mut sources = Vec::with_capacity(4);
                 if self.settings.sinks > 0 && !self.all_dense {
                     sources.push(Source::Dense(rows.map(|rows| &rows.sinks)));
                 }
                 if !self.all_dense {
-                    sources.push(Source::Codes {
-                        codes: rows.map(|rows| &rows.codes),
-                        atoms,
-                        offsets: maps
-                            .keys
-                            .and_then(|maps| maps.offsets(h, self.first_coded())),
+                    let offsets = maps.keys;
+                    let offsets = offsets.and_then(|maps| maps.offsets(h, self.first_coded()));
+                    sources.push(match bases {
+                        KeyValue {
+                            keys: Some(keys),
+                            values: Some(values),
+                        } => {
+                            let first = h / keys.together() * keys.together();
+                            Source::Joint {
+                                codes: codes
+                                    .as_ref()
+                                    .map(|codes| &codes[first..first + keys.together()]),
+                                basis: KeyValue::new(keys.of_head(h), values.of_head(h)),
+                                atoms,
+                                offsets,
+                            }
+                        }
+                        _ => Source::Codes {
+                            codes: rows.map(|rows| &rows.codes),
+                            atoms,
+                            offsets,
+                        },
                     });
                 }
                 sources.push(Source::Dense(rows.map(|rows| &rows.recent)));
                 if let Some(new) = new {
-                    let own = new.map(|x| &x[h * t * m..(h + 1) * t * m]);
+                    let own = new.map(|x| &x[number * t * m..][..t * m]);
                     sources.push(Source::Causal(own));
                 }
                 sources
@@ -228,7 +263,7 @@ impl LayerCache {
         let mut tasks = Head::split(queries, &sources, out);
         attend_heads(&mut tasks, m, t, self.settings.sliding_window, threads);
         if let Some(maps) = maps.values {
-            let back = maps.for_heads(out, |head, own| maps.invert(head, own));
+            let back = for_heads(heads, out, |head, own| maps.invert(head, own));
             out.copy_from_slice(&back);
         }
     }
@@ -260,7 +295,8 @@ impl LayerCache {
         if self.all_dense && self.must_code(t) {
             self.prepare_to_code();
         }
-        let mut mapped = self.mapped(new);
+        let heads: Vec<usize> = (0..self.heads.len()).collect();
+        let mut mapped = self.mapped(&heads, new);
         if let Some(first) = self.extend_sinks(mapped.as_ref().map(|x| &x[..]), t) {
             mapped = first.map(Cow::Owned);
             t = mapped.keys.len() / row;
@@ -325,13 +361,15 @@ impl LayerCache {
     /// # Errors
     /// Those of [`Codes::decode`].
     pub fn decode(&self) -> Result<KeyValue<Vec<f32>>> {
-        let atoms = self.atoms();
+        let coded = self.decoded_codes()?;
+        let maps = self.maps_of_dense();
         let mut all = KeyValue::<Vec<f32>>::default();
         for (number, head) in self.heads.iter().enumerate() {
-            let parts = head.as_ref().zip(atoms).zip(self.maps_of_dense());
-            for (all, ((rows, atoms), maps)) in all.as_mut().zip(parts) {
+            let parts = head.as_ref().zip(coded.as_ref()).zip(maps);
+            for (all, ((rows, coded), maps)) in all.as_mut().zip(parts) {
+                let each = coded.len() / self.heads.len();
+                let mut coded = coded[number * each..][..each].to_vec();
                 let mut own = rows.sinks.to_f32();
-                let mut coded = rows.codes.decode(atoms)?;
                 if let Some(maps) = maps {
                     maps.uncentre(number, self.first_coded().., &mut coded);
                 }
@@ -344,6 +382,27 @@ impl LayerCache {
             }
         }
         Ok(all)
+    }
+
+    /// What the codes of keys and of values stand for behind the maps of each head, `[kv_heads, positions, m]`.
+    fn decoded_codes(&self) -> Result<KeyValue<Vec<f32>>> {
+        let mut all = KeyValue::<Vec<f32>>::default();
+        for head in &self.heads {
+            let parts = head.as_ref().zip(self.atoms());
+            for (all, (rows, atoms)) in all.as_mut().zip(parts) {
+                all.extend(rows.codes.decode(atoms)?);
+            }
+        }
+        let bases = self.bases();
+        Ok(all.zip(bases).map(|(parts, basis)| match basis {
+            Some(basis) => basis.invert(&parts),
+            None => parts,
+        }))
+    }
+
+    /// The bases that heads are coded in together, if there are any.
+    fn bases(&self) -> KeyValue<Option<&JointBasis>> {
+        self.maps().map(|maps| maps.and_then(HeadMaps::basis))
     }
 
     /// The bytes allocated now, by part.
@@ -390,11 +449,11 @@ impl LayerCache {
         }
     }
 
-    /// New keys and values `[kv_heads, t, m]` behind the maps, if there are any.
-    fn mapped<'v>(&self, new: KeyValue<&'v [f32]>) -> KeyValue<Cow<'v, [f32]>> {
+    /// New keys and values of some heads, `[heads, t, m]`, behind the maps, if there are any.
+    fn mapped<'v>(&self, heads: &[usize], new: KeyValue<&'v [f32]>) -> KeyValue<Cow<'v, [f32]>> {
         let parts = self.maps_of_dense().zip(new);
         parts.map(|(maps, new)| match maps {
-            Some(maps) => Cow::Owned(maps.for_heads(new, |head, own| maps.apply(head, own))),
+            Some(maps) => Cow::Owned(for_heads(heads, new, |head, own| maps.apply(head, own))),
             None => Cow::Borrowed(new),
         })
     }
@@ -582,6 +641,17 @@ impl LayerCache {
     }
 }
 
+/// Does `each(head, vectors)` for some heads of `vectors` `[heads, n, m]`, one after the other.
+fn for_heads(
+    heads: &[usize],
+    vectors: &[f32],
+    each: impl Fn(usize, &[f32]) -> Vec<f32>,
+) -> Vec<f32> {
+    let own = (vectors.len() / heads.len().max(1)).max(1);
+    let heads = heads.iter().zip(vectors.chunks_exact(own));
+    heads.flat_map(|(&head, own)| each(head, own)).collect()
+}
+
 /// Codes mapped keys and values `[kv_heads, positions, m]` from position `first` on. All heads at once: every reading of a
 /// dictionary serves as many vectors as there are.
 fn encode(
@@ -598,6 +668,9 @@ fn encode(
             let each = vectors.len() / sparsities.len();
             for (head, own) in vectors.chunks_exact_mut(each).enumerate() {
                 maps.centre(head, first.., own);
+            }
+            if let Some(basis) = maps.basis() {
+                vectors = basis.apply(&vectors);
             }
         }
         let encoder = coder.encoder(max(sparsities), settings.fit)?;

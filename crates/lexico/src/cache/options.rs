@@ -366,7 +366,8 @@ impl CacheOptions {
         }
         let mean = mean as usize;
         let (keys, values) = (keys.unwrap_or(mean), values.unwrap_or(mean));
-        let each = LayerSparsities::same(dictionaries.model.kv_heads, keys, values);
-        Ok(vec![each; dictionaries.model.layers])
+        let heads = dictionaries.model.kv_heads * dictionaries.joint().layers;
+        let each = LayerSparsities::same(heads, keys, values);
+        Ok(vec![each; dictionaries.layers.len()])
     }
 }

@@ -160,6 +160,10 @@ impl<D: Device> DeviceLayer<D> {
         })?;
         let KeyValue { keys, values } = parts.map(|(coder, max)| coder.atoms(max));
         let maps = coders.keys.maps();
+        if maps.is_some_and(|maps| maps.basis().is_some()) {
+            let reason = "heads that are coded together";
+            return Err(Error::Device(reason.to_owned()));
+        }
         let attention =
             DeviceAttention::behind(device, formats.keys, keys, values, query_group, maps)?;
         let head_dim = keys.head_dim();

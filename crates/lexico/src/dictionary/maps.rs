@@ -1,6 +1,6 @@
 use nalgebra::DMatrix;
 
-use super::RotaryMeans;
+use super::{JointBasis, RotaryMeans};
 use crate::kernels::matmul::{Matrix, multiply};
 use crate::{Error, Result};
 
@@ -14,11 +14,14 @@ use crate::{Error, Result};
 ///
 /// Of keys, what is coded can be without their [`RotaryMeans`] too, mapped; what these add to scores at each position
 /// comes from [`HeadMaps::offsets`].
+///
+/// With a [`JointBasis`] it is not the mapped vectors of single heads that are coded but their parts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeadMaps {
     head_dim: usize,
     heads: Box<[HeadMap]>,
     rotary: Option<Rotary>,
+    basis: Option<JointBasis>,
     checksum: u32,
 }
 
@@ -39,12 +42,19 @@ pub struct RotaryOffsets<'a> {
 }
 
 impl RotaryOffsets<'_> {
-    /// Adds to the scores `[n, group]` of keys from key `from` on; `queries` `[group, m]` are mapped, and scaled as those of
-    /// the scores were.
-    pub(crate) fn add(&self, queries: &[f32], from: usize, scores: &mut [f32]) {
-        let first = self.first + from;
-        self.means
-            .add_scores(self.directions, first, queries, scores);
+    /// Adds to the scores `[n, rows]` of keys from key `from` on, of several heads side by side; `queries` `[heads, group, m]`
+    /// are mapped, and scaled as those of the scores were. Rows beyond them are left as they are.
+    pub(crate) fn add(
+        heads: &[Self],
+        queries: &[f32],
+        rows: usize,
+        from: usize,
+        scores: &mut [f32],
+    ) {
+        let Some(own) = heads.first() else { return };
+        let directions: Vec<&[f32]> = heads.iter().map(|head| head.directions).collect();
+        own.means
+            .add_scores(&directions, own.first + from, queries, rows, scores);
     }
 }
 
@@ -101,6 +111,7 @@ impl HeadMaps {
             head_dim,
             heads: maps.collect::<Result<_>>()?,
             rotary: None,
+            basis: None,
             checksum: hasher.finalize(),
         })
     }
@@ -134,6 +145,33 @@ impl HeadMaps {
         Ok(self)
     }
 
+    /// The same maps with a basis that heads are coded in together.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where the basis is of other heads.
+    pub fn with_basis(mut self, basis: JointBasis) -> Result<Self> {
+        if basis.heads() != self.heads() || basis.head_dim() != self.head_dim {
+            let reason = format!(
+                "a basis of {} heads with head dim {}, and maps of {} with head dim {}",
+                basis.heads(),
+                basis.head_dim(),
+                self.heads(),
+                self.head_dim
+            );
+            return Err(Error::Dictionary(reason));
+        }
+        let mut hasher = crc32fast::Hasher::new_with_initial(self.checksum);
+        hasher.update(&basis.checksum().to_le_bytes());
+        self.checksum = hasher.finalize();
+        self.basis = Some(basis);
+        Ok(self)
+    }
+
+    /// The basis that heads are coded in together, if there is one.
+    pub fn basis(&self) -> Option<&JointBasis> {
+        self.basis.as_ref()
+    }
+
     /// The means before the rotary embedding that coded keys are without.
     pub fn rotary_means(&self) -> Option<&RotaryMeans> {
         self.rotary.as_ref().map(|rotary| &rotary.means)
@@ -155,8 +193,8 @@ impl HeadMaps {
         self.add_means(head, positions, -1.0, mapped);
     }
 
-    /// Turns vectors `[n, m]` of a head at these positions into those that are coded: [`HeadMaps::apply`], then
-    /// [`HeadMaps::centre`].
+    /// Turns vectors `[n, m]` of a head at these positions into those that are coded, unless heads are coded together:
+    /// [`HeadMaps::apply`], then [`HeadMaps::centre`].
     ///
     /// # Panics
     /// Those of [`HeadMaps::apply`].
@@ -183,6 +221,58 @@ impl HeadMaps {
     ) -> Vec<f32> {
         self.uncentre(head, positions, &mut decoded);
         self.invert(head, &decoded)
+    }
+
+    /// Turns vectors `[heads, n, m]` of all heads at these positions into those that are coded: [`HeadMaps::to_coded`], then
+    /// [`JointBasis::apply`] where there is a basis.
+    ///
+    /// # Panics
+    /// Where the vectors are not whole.
+    pub fn all_to_coded(
+        &self,
+        positions: impl Iterator<Item = usize> + Clone,
+        vectors: &[f32],
+    ) -> Vec<f32> {
+        let mapped = self.for_heads(vectors, |head, own| {
+            self.to_coded(head, positions.clone(), own)
+        });
+        match &self.basis {
+            Some(basis) => basis.apply(&mapped),
+            None => mapped,
+        }
+    }
+
+    /// Turns decoded vectors `[heads, n, m]` of all heads at these positions back: the inverse of
+    /// [`HeadMaps::all_to_coded`].
+    ///
+    /// # Panics
+    /// Those of [`HeadMaps::all_to_coded`].
+    pub fn all_from_coded(
+        &self,
+        positions: impl Iterator<Item = usize> + Clone,
+        mut decoded: Vec<f32>,
+    ) -> Vec<f32> {
+        if let Some(basis) = &self.basis {
+            decoded = basis.invert(&decoded);
+        }
+        self.for_heads(&decoded, |head, own| {
+            self.from_coded(head, positions.clone(), own.to_vec())
+        })
+    }
+
+    /// Checks that each head is coded alone.
+    ///
+    /// # Errors
+    /// [`Error::Dictionary`] where there is a basis.
+    pub fn check_alone(&self) -> Result<()> {
+        let Some(basis) = &self.basis else {
+            return Ok(());
+        };
+        Err(Error::Dictionary(format!(
+            "{} heads are coded together, so that vectors of one alone have no codes; dictionaries learned with \
+             `--joint-heads 1` have",
+            basis.together()
+        )))
     }
 
     /// Gives decoded keys back what [`HeadMaps::centre`] took. `O(n·m²)`.
@@ -268,11 +358,7 @@ impl HeadMaps {
     }
 
     /// Does `each(head, vectors)` for all heads of `vectors` `[heads, n, m]`, one after the other.
-    pub(crate) fn for_heads(
-        &self,
-        vectors: &[f32],
-        each: impl Fn(usize, &[f32]) -> Vec<f32>,
-    ) -> Vec<f32> {
+    fn for_heads(&self, vectors: &[f32], each: impl Fn(usize, &[f32]) -> Vec<f32>) -> Vec<f32> {
         let own = (vectors.len() / self.heads.len()).max(1);
         let heads = vectors.chunks_exact(own).enumerate();
         heads.flat_map(|(head, own)| each(head, own)).collect()
@@ -298,7 +384,9 @@ impl HeadMaps {
             let directions = rotary.directions.iter().map(Vec::len).sum::<usize>();
             rotary.means.bytes() + directions * size_of::<f32>()
         });
-        self.heads.len() * (m + 2 * m * m) * size_of::<f32>() + rotary.sum::<usize>()
+        self.heads.len() * (m + 2 * m * m) * size_of::<f32>()
+            + rotary.sum::<usize>()
+            + self.basis.as_ref().map_or(0, JointBasis::bytes)
     }
 
     /// A checksum of all numbers, so that codes can say what they were found behind.

@@ -3,6 +3,7 @@
 mod additive;
 mod allocation;
 mod atoms;
+mod basis;
 mod maps;
 mod rotary;
 mod set;
@@ -12,6 +13,7 @@ pub use additive::Codebooks;
 pub(crate) use additive::RoundedCodebook;
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use atoms::Atoms;
+pub use basis::{HeadBasis, JointBasis, JointLayers};
 pub use maps::{HeadMaps, RotaryOffsets};
 pub use rotary::RotaryMeans;
 pub use set::{

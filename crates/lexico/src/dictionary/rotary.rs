@@ -184,22 +184,28 @@ impl RotaryMeans {
         position * f64::from(self.frequencies[pair])
     }
 
-    /// Adds the products of queries `[group, m]` with the means at the positions from `first` on to `scores`
-    /// `[n, group]`; `directions` are a head's. `O(group·(m·pairs + n·fast))`.
+    /// Adds the products of queries `[heads, group, m]` with the means at the positions from `first` on to `scores`
+    /// `[n, rows]`; `directions` are each head's. `O(rows·(m·pairs + n·fast))`.
     pub(super) fn add_scores(
         &self,
-        directions: &[f32],
+        directions: &[&[f32]],
         first: usize,
         queries: &[f32],
+        rows: usize,
         scores: &mut [f32],
     ) {
         let (m, pairs, fast) = (self.head_dim, self.order.len(), self.fast);
-        let group = queries.len() / m;
-        let end = first + scores.len() / group;
-        let mut products = vec![0.0; group * 2 * pairs];
-        let directions = Matrix::by_rows(directions, 2 * pairs, m).transposed();
-        let queries = Matrix::by_rows(queries, group, m);
-        multiply(&mut products, false, queries, directions);
+        let end = first + scores.len() / rows;
+        let mut products = vec![0.0; rows * 2 * pairs];
+        let each = queries.len() / directions.len();
+        let heads = products.chunks_mut(each / m * 2 * pairs);
+        let heads = heads.zip(queries.chunks_exact(each)).zip(directions);
+        for ((products, queries), directions) in heads {
+            let directions = Matrix::by_rows(directions, 2 * pairs, m).transposed();
+            let queries = Matrix::by_rows(queries, each / m, m);
+            multiply(products, false, queries, directions);
+        }
+        let group = rows;
         let width = 1 + 2 * fast;
         let within = Matrix::by_rows(&self.within, width, BLOCK).transposed();
         let mut turned = Turned::new(self, first / BLOCK);
@@ -228,6 +234,7 @@ impl RotaryMeans {
                     2 => add_rows::<2>(scores, sums, columns),
                     4 => add_rows::<4>(scores, sums, columns),
                     8 => add_rows::<8>(scores, sums, columns),
+                    16 => add_rows::<16>(scores, sums, columns),
                     _ => {
                         let rows = scores.chunks_exact_mut(group).zip(sums.chunks(columns));
                         for (scores, sums) in rows {
@@ -362,7 +369,7 @@ mod tests {
             let mut keys = vec![0.0; n * m];
             rotary.add(&directions, first.., -1.0, &mut keys);
             let mut scores = vec![0.5; n * group];
-            rotary.add_scores(&directions, first, queries, &mut scores);
+            rotary.add_scores(&[&directions], first, queries, group, &mut scores);
             for (t, key) in keys.chunks_exact(m).enumerate() {
                 let mean = turned(&frequencies, &means[m..], first + t);
                 let mapped = matrix.chunks_exact(m).map(|row| -> f64 {

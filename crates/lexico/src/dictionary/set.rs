@@ -8,18 +8,19 @@ use serde::{Deserialize, Serialize};
 use super::allocation::MAX_ALLOCATED;
 use super::{
     CODEBOOK_ATOMS, CodeFamily, CodebookSizes, Codebooks, CodingLosses, Dictionary, HeadMaps,
-    LayerSparsities, RotaryMeans,
+    JointBasis, JointLayers, LayerSparsities, RotaryMeans,
 };
 use crate::key_value::KeyValue;
 use crate::tensor_file::{self, Dtype, NewTensor, TensorFile};
 use crate::{Error, Result};
 
 /// Formats of a dictionary file, as its metadata names them: the first always has dictionaries for sparse codes and
-/// never maps of heads; the last alone has [`RotaryMeans`].
-pub const FORMATS: [&str; 3] = [
+/// never maps of heads; the third alone has [`RotaryMeans`], and the last [`JointBasis`] too.
+pub const FORMATS: [&str; 4] = [
     "lexico-dictionary/1",
     "lexico-dictionary/2",
     "lexico-dictionary/3",
+    "lexico-dictionary/4",
 ];
 pub(super) const CURE: &str = "`lexico train` makes such a file";
 
@@ -163,6 +164,12 @@ impl LayerDictionaries {
         maps.is_some_and(|maps| maps.keys.rotary_means().is_some())
     }
 
+    /// Heads whose keys, and whose values, are coded together, of all layers that are; 1 where each is coded alone.
+    pub fn joint_heads(&self) -> usize {
+        let basis = self.maps.as_ref().and_then(|maps| maps.keys.basis());
+        basis.map_or(1, JointBasis::together)
+    }
+
     /// `m`, the length of a vector; 0 where there are neither dictionaries nor codebooks.
     pub fn head_dim(&self) -> usize {
         let sparse = self.sparse.as_ref().map(|both| both.keys.head_dim());
@@ -189,7 +196,7 @@ impl LayerDictionaries {
 /// The dictionaries of every layer of one model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DictionarySet {
-    /// Layer by layer.
+    /// Layer by layer; of layers that are coded together one for all, see [`DictionarySet::joint`].
     pub layers: Vec<LayerDictionaries>,
     /// The model they serve.
     pub model: ModelIdentity,
@@ -220,18 +227,30 @@ impl DictionarySet {
         let names = file.names();
         let has = |ending: &str| names.iter().any(|name| name.ends_with(ending));
         let (has_codebooks, has_maps) = (has(FIRST), has(MEANS));
-        let has_rotary = has(FREQUENCIES);
+        let (has_rotary, has_basis) = (has(FREQUENCIES), has(BASIS));
         // Files of earlier versions always have them.
         let has_sparse = has(".keys") || !has_codebooks;
         let each = 2 * usize::from(has_sparse)
             + 4 * usize::from(has_codebooks)
             + 4 * usize::from(has_maps)
-            + 2 * usize::from(has_rotary);
-        let tensors = model.layers.saturating_mul(each);
-        if model.layers == 0 || tensors != names.len() {
+            + 2 * usize::from(has_rotary)
+            + 2 * usize::from(has_basis);
+        let joint = match file.metadata().contains_key(JOINT_LAYERS) {
+            true => file.entry(JOINT_LAYERS, str::parse)?,
+            false => 1,
+        };
+        if joint == 0 || !model.layers.is_multiple_of(joint) || (joint > 1 && !has_basis) {
             let reason = format!(
-                "it promises {} layers, so {tensors} tensors, but the file holds {}",
-                model.layers,
+                "{joint} layers together are impossible for {} layers",
+                model.layers
+            );
+            return Err(file.bad_entry(JOINT_LAYERS, reason));
+        }
+        let (count, heads) = (model.layers / joint, model.kv_heads.saturating_mul(joint));
+        let tensors = count.saturating_mul(each);
+        if count == 0 || tensors != names.len() {
+            let reason = format!(
+                "it promises {count} layers, so {tensors} tensors, but the file holds {}",
                 names.len()
             );
             return Err(file.bad_entry("model", reason));
@@ -244,7 +263,7 @@ impl DictionarySet {
             return Err(Error::tensor(file.path(), name, reason.to_owned()));
         }
         let mut losses = training.losses.iter().chain(&training.additive_losses);
-        if let Some(reason) = losses.find_map(|l| l.refuse(model.layers, model.kv_heads)) {
+        if let Some(reason) = losses.find_map(|l| l.refuse(count, heads)) {
             return Err(file.bad_entry("training", reason));
         }
         let read = |name: &String| {
@@ -259,19 +278,31 @@ impl DictionarySet {
             }
             Ok(Arc::new(dictionary))
         };
-        let layers = (0..model.layers).map(|l| {
+        let layers = (0..count).map(|l| {
             let names = KeyValue::NAMES.map(|part| format!("layers.{l}.{part}"));
             let codebooks =
                 |name: &String| Codebooks::read(file, name, model.head_dim).map(Arc::new);
-            let (heads, m) = (model.kv_heads, model.head_dim);
+            let m = model.head_dim;
             let maps = |name: &String| HeadMaps::read(file, name, heads, m).map(Arc::new);
             let sparse = has_sparse.then(|| names.as_ref().try_map(read));
             let codebooks = has_codebooks.then(|| names.as_ref().try_map(codebooks));
-            let maps = has_maps.then(|| names.as_ref().try_map(maps));
+            let maps = has_maps.then(|| names.as_ref().try_map(maps)).transpose()?;
+            let together = |maps: &HeadMaps| maps.basis().map_or(1, JointBasis::together);
+            if let Some(KeyValue { keys, values }) = &maps
+                && (together(keys) != together(values) || !together(keys).is_multiple_of(joint))
+            {
+                let reason = format!(
+                    "of keys {} heads are coded together, of values {}, of {joint} layers",
+                    together(keys),
+                    together(values)
+                );
+                let name = format!("layers.{l}.values{BASIS}");
+                return Err(Error::tensor(file.path(), &name, reason));
+            }
             Ok(LayerDictionaries {
                 sparse: sparse.transpose()?,
                 codebooks: codebooks.transpose()?,
-                maps: maps.transpose()?,
+                maps,
             })
         });
         let layers = layers.collect::<Result<_>>()?;
@@ -294,13 +325,14 @@ impl DictionarySet {
             head_dim,
             ..
         } = self.model;
-        if self.layers.len() != layers {
+        let joint = self.joint();
+        if joint.layers * self.layers.len() != layers {
             let reason = format!("{} layers for a model of {layers}", self.layers.len());
             return Err(Error::Layers(reason));
         }
         let parts = |layer: &LayerDictionaries| {
             let (sparse, maps) = (layer.sparse.is_some(), layer.maps.is_some());
-            (sparse, layer.codebooks.is_some(), maps)
+            (sparse, layer.codebooks.is_some(), maps, layer.joint_heads())
         };
         let first = self.layers.first().map(parts);
         for (number, layer) in self.layers.iter().enumerate() {
@@ -309,10 +341,10 @@ impl DictionarySet {
                 own if Some(own) != first => {
                     return wrong("it has other parts than the first layer".to_owned());
                 }
-                (false, false, _) => {
+                (false, false, ..) => {
                     return wrong("it has neither dictionaries nor codebooks".to_owned());
                 }
-                (_, false, true) => {
+                (_, false, true, _) => {
                     let reason = "codes behind maps are over codebooks, and it has none";
                     return wrong(reason.to_owned());
                 }
@@ -330,6 +362,7 @@ impl DictionarySet {
                 return wrong(reason);
             }
             let mut heads = maps.map(|own| own.heads());
+            let kv_heads = joint.layers * kv_heads;
             if let Some(other) = heads.find(|&own| own != kv_heads) {
                 let reason = format!("maps of {other} KV heads, and the model has {kv_heads}");
                 return wrong(reason);
@@ -373,11 +406,14 @@ impl DictionarySet {
         let sparse = first.and_then(|layer| layer.sparse.as_ref());
         // Earlier versions read what they can use.
         let format = match first {
+            Some(layer) if layer.joint_heads() > 1 => FORMATS[3],
             Some(layer) if layer.has_rotary_means() => FORMATS[2],
             Some(layer) if layer.maps.is_some() || sparse.is_none() => FORMATS[1],
             _ => FORMATS[0],
         };
         let atoms = sparse.map_or(0, |both| both.keys.len());
+        let joint = self.joint().layers;
+        let joint = (joint > 1).then(|| (JOINT_LAYERS, joint.to_string()));
         let metadata = [
             ("format", format.to_owned()),
             ("model", json("model", serde_json::to_string(&self.model))?),
@@ -387,8 +423,26 @@ impl DictionarySet {
             ),
             ("atoms", atoms.to_string()),
         ];
+        let metadata = metadata.into_iter().chain(joint);
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
-        tensor_file::write(path, &tensors, metadata.into())
+        tensor_file::write(path, &tensors, metadata.collect())
+    }
+
+    /// Which layers and heads are coded together.
+    pub fn joint(&self) -> JointLayers {
+        let first = self.layers.first();
+        let together = first.map_or(1, LayerDictionaries::joint_heads);
+        let (all, count) = (self.model.layers, self.layers.len());
+        let layers = all.checked_div(count).filter(|&layers| {
+            layers > 0 && layers * count == all && together.is_multiple_of(layers)
+        });
+        // Where they are not those of the model, nothing is coded together; see `check_alike`.
+        let layers = layers.unwrap_or(1);
+        JointLayers {
+            layers,
+            heads: together / layers,
+            kv_heads: self.model.kv_heads,
+        }
     }
 
     /// Checks that the set serves a model of this identity. The name is for people and may differ.
@@ -468,6 +522,9 @@ const MEANS: &str = ".means";
 const MATRICES: &str = ".matrices";
 const ROTARY_MEANS: &str = ".rotary-means";
 const FREQUENCIES: &str = ".frequencies";
+const BASIS: &str = ".basis";
+/// Entry of the metadata: layers that are coded together.
+const JOINT_LAYERS: &str = "joint_layers";
 
 impl HeadMaps {
     /// Returns whether a dictionary file has maps for keys or values, `name` as in `layers.0.keys`.
@@ -492,8 +549,33 @@ impl HeadMaps {
     }
 
     /// Reads two tensors, the means `[heads, m]` and the matrices `[heads, m, m]`; and where there are some, the means before
-    /// the rotary embedding `[heads, m]` and the angles a position `[pairs]`.
+    /// the rotary embedding `[heads, m]` and the angles a position `[pairs]`, and the basis of heads that are coded together
+    /// `[groups, h·m, h·m]`.
     fn read(file: &TensorFile, name: &str, heads: usize, m: usize) -> Result<Self> {
+        let maps = Self::read_without_basis(file, name, heads, m)?;
+        let basis_name = format!("{name}{BASIS}");
+        let Ok((_, shape)) = file.info(&basis_name) else {
+            return Ok(maps);
+        };
+        let together = shape.get(1).map_or(0, |length| length / m);
+        let wanted = [
+            heads.checked_div(together).unwrap_or(0),
+            together * m,
+            together * m,
+        ];
+        if together < 2 || shape != wanted {
+            let reason = format!(
+                "shape {shape:?}, but [groups, h·{m}, h·{m}] for {heads} heads, h together, is needed"
+            );
+            return Err(Error::tensor(file.path(), &basis_name, reason));
+        }
+        let (numbers, _) = file.f32_tensor(&basis_name, 3)?;
+        let basis = JointBasis::new(&numbers, heads, together, m);
+        let maps = basis.and_then(|basis| maps.with_basis(basis));
+        maps.map_err(|e| Error::tensor(file.path(), &basis_name, e.to_string()))
+    }
+
+    fn read_without_basis(file: &TensorFile, name: &str, heads: usize, m: usize) -> Result<Self> {
         let (means, means_shape) = file.f32_tensor(&format!("{name}{MEANS}"), 2)?;
         let matrices_name = format!("{name}{MATRICES}");
         let (matrices, shape) = file.f32_tensor(&matrices_name, 3)?;
@@ -539,6 +621,15 @@ impl HeadMaps {
             let means = format!("{name}{ROTARY_MEANS}");
             tensors.push(NewTensor::f32(&angles, &[frequencies.len()], frequencies));
             tensors.push(NewTensor::f32(&means, &[heads, m], rotary.means()));
+        }
+        if let Some(basis) = self.basis() {
+            let length = basis.together() * m;
+            let shape = [heads / basis.together(), length, length];
+            tensors.push(NewTensor::f32(
+                &format!("{name}{BASIS}"),
+                &shape,
+                &basis.numbers(),
+            ));
         }
         tensors
     }

@@ -30,7 +30,7 @@ impl Effort {
     #[must_use]
     pub const fn tokens(self) -> usize {
         match self {
-            Self::Quick => 24_576,
+            Self::Quick => 49_152,
             Self::Normal => 98_304,
             Self::Thorough => 294_912,
         }

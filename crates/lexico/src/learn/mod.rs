@@ -1,6 +1,7 @@
 //! Dictionary learning: pursuit with the dictionary fixed, and in turn the dictionary with the codes fixed.
 
 mod adam;
+mod basis;
 mod codebooks;
 mod effort;
 mod learner;
@@ -13,6 +14,7 @@ use crate::dictionary::{Dictionary, MAX_ATOMS, check_sparsity};
 use crate::{Error, Result};
 
 pub use crate::error::LearnError;
+pub use basis::joint_basis;
 pub use codebooks::{CodebookOptions, CodebookProgress, LearnedCodebooks, learn_codebooks};
 pub use effort::Effort;
 pub use learner::Learner;

@@ -6,13 +6,15 @@
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use super::dense::{MAX_GROUP, combine, dots};
+use super::dense::{self, combine, dots};
 #[cfg(target_arch = "x86_64")]
 use super::level::{Level, level};
 use super::rows::Rows;
 
 /// Atoms that are read at a time, for all heads: they stay in the first cache.
 const BLOCK: usize = 64;
+/// Queries of the largest group that there are kernels for: those of two query groups of heads that are coded together.
+pub(crate) const MAX_GROUP: usize = 2 * dense::MAX_GROUP;
 
 /// A head's queries, and where their products with atoms go.
 pub(crate) struct Products<'a> {
@@ -60,10 +62,23 @@ pub(crate) fn products(rows: Rows<'_>, m: usize, group: usize, heads: &mut [Prod
             let here = first.min(head.atoms)..(first + BLOCK).min(head.atoms);
             let rows = rows.part(here.start, here.len(), m);
             let out = &mut head.out[here.start * group..here.end * group];
-            dots(rows, head.queries, m, group, out);
+            if group <= dense::MAX_GROUP {
+                dots(rows, head.queries, m, group, out);
+                continue;
+            }
+            for (half, queries) in head.queries.chunks_exact(HALF * m).enumerate() {
+                let mut room = [0.0; BLOCK * HALF];
+                let room = &mut room[..here.len() * HALF];
+                dots(rows, queries, m, HALF, room);
+                let own = out.chunks_exact_mut(group).zip(room.chunks_exact(HALF));
+                own.for_each(|(out, own)| out[half * HALF..][..HALF].copy_from_slice(own));
+            }
         }
     }
 }
+
+/// Queries that `dense` multiplies with at a time, of those that are too many for it.
+const HALF: usize = dense::MAX_GROUP;
 
 /// For each head `out[g] += Σ_i weights[i][g] · rows_i` over its atoms. `group` is a power of two up to [`MAX_GROUP`].
 pub(crate) fn sums(rows: Rows<'_>, m: usize, group: usize, heads: &mut [Sums<'_>]) {
@@ -84,7 +99,17 @@ pub(crate) fn sums(rows: Rows<'_>, m: usize, group: usize, heads: &mut [Sums<'_>
             let here = first.min(head.atoms)..(first + BLOCK).min(head.atoms);
             let rows = rows.part(here.start, here.len(), m);
             let weights = &head.weights[here.start * group..here.end * group];
-            combine(weights, rows, m, group, head.out);
+            if group <= dense::MAX_GROUP {
+                combine(weights, rows, m, group, head.out);
+                continue;
+            }
+            for (half, out) in head.out.chunks_exact_mut(HALF * m).enumerate() {
+                let mut room = [0.0; BLOCK * HALF];
+                let room = &mut room[..here.len() * HALF];
+                let own = weights.chunks_exact(group).zip(room.chunks_exact_mut(HALF));
+                own.for_each(|(weights, own)| own.copy_from_slice(&weights[half * HALF..][..HALF]));
+                combine(room, rows, m, HALF, out);
+            }
         }
     }
 }
@@ -148,7 +173,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(100))]
         #[test]
         fn both_agree_with_f64(
-            n in 1usize..700, m in 1usize..200, power in 0u32..4, wanted in prop::collection::vec(0f32..1.2, 1..7),
+            n in 1usize..700, m in 1usize..200, power in 0u32..5, wanted in prop::collection::vec(0f32..1.2, 1..7),
             one_weight: bool, seed: u32,
         ) {
             let group = 1 << power;

@@ -102,7 +102,8 @@ pub(super) unsafe fn products(
         1 => products_of::<1>(numbers, units, m, heads),
         2 => products_of::<2>(numbers, units, m, heads),
         4 => products_of::<4>(numbers, units, m, heads),
-        _ => products_of::<8>(numbers, units, m, heads),
+        8 => products_of::<8>(numbers, units, m, heads),
+        _ => products_of::<16>(numbers, units, m, heads),
     }
 }
 
@@ -177,7 +178,8 @@ pub(super) unsafe fn sums(
         1 => sums_of::<1>(numbers, units, m, heads),
         2 => sums_of::<2>(numbers, units, m, heads),
         4 => sums_of::<4>(numbers, units, m, heads),
-        _ => sums_of::<8>(numbers, units, m, heads),
+        8 => sums_of::<8>(numbers, units, m, heads),
+        _ => sums_of::<16>(numbers, units, m, heads),
     }
 }
 
