@@ -599,7 +599,8 @@ proptest! {
         batch in 1usize..6, delay in 0usize..4, sliding in prop_oneof![2 => Just(None), 1 => (1usize..90).prop_map(Some)],
         events in events(), seed: u64,
     ) {
-        let dictionaries = match maps && joint && heads > 1 {
+        // Numbers of one dimension have sums that are next to equal, and rounding decides between them.
+        let dictionaries = match maps && joint && heads > 1 && m > 1 {
             // All heads, or two groups of them.
             true => {
                 let pairs = heads.is_multiple_of(2) && seed.is_multiple_of(2);
