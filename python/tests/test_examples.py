@@ -29,7 +29,7 @@ def test_the_notebook_runs(monkeypatch, capsys):
 def test_the_guide_is_right(monkeypatch, tmp_path, capsys):
     guide = (REPOSITORY / "docs/PYTHON.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", guide, re.S)
-    assert len(blocks) == 3 and all(block.count("\n") < 20 for block in blocks)
+    assert len(blocks) == 4 and all(block.count("\n") < 20 for block in blocks)
     (tmp_path / "models").symlink_to(REPOSITORY / "models")
     prose = (REPOSITORY / "README.md").read_text() + (REPOSITORY / "docs/METHOD.md").read_text()
     (tmp_path / "text.txt").write_text(prose)
@@ -38,6 +38,9 @@ def test_the_guide_is_right(monkeypatch, tmp_path, capsys):
     exec(blocks[0], names)  # noqa: S102
     assert "of FP16" in capsys.readouterr().out
     exec(blocks[2], names)  # noqa: S102
+    capsys.readouterr()
+    exec(blocks[3], names)  # noqa: S102
+    assert capsys.readouterr().out.count("[") == 2
     # As it stands, but for its effort.
     import lexico
 
