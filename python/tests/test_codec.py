@@ -27,6 +27,19 @@ def attention(queries, keys, values, window=None):
     return out
 
 
+def attended(rng, cache, heads, t, window=None):
+    """Drawn queries, keys and values of `t` new positions, and what a cache attends to with them, which is checked."""
+    keys, values = rng.standard_normal((2, 2, t, 16)).astype(np.float32)
+    queries = rng.standard_normal((heads, t, 16)).astype(np.float32)
+    held_keys, held_values = cache.decode()
+    out = cache.attend(queries, keys, values)
+    expected = attention(
+        queries, np.concatenate([held_keys, keys], 1), np.concatenate([held_values, values], 1), window
+    )
+    np.testing.assert_allclose(out, expected, atol=2e-3)
+    return queries, keys, values, out
+
+
 @pytest.mark.parametrize("m", [8, 33])
 def test_sparse_codes_decode_to_their_sums(m):
     rng = np.random.default_rng(m)
@@ -74,14 +87,7 @@ def test_attention_is_that_of_what_is_held(options, window, maps):
     cache = lexico.LayerCache(dictionaries, 0, f"lexico:{options},window=16,batch=4,dense=f32", sliding_window=window)
     seen = 0
     for t in (70, 1, 1, 5, 1, 1, 1, 1, 1, 30, 1):
-        keys, values = rng.standard_normal((2, 2, t, 16)).astype(np.float32)
-        queries = rng.standard_normal((6, t, 16)).astype(np.float32)
-        held_keys, held_values = cache.decode()
-        out = cache.attend(queries, keys, values)
-        expected = attention(
-            queries, np.concatenate([held_keys, keys], 1), np.concatenate([held_values, values], 1), window
-        )
-        np.testing.assert_allclose(out, expected, atol=2e-3)
+        queries, keys, values, out = attended(rng, cache, 6, t, window)
         grouped = cache.attend(queries.reshape(2, 3, t, 16), keys, values)
         assert (grouped.reshape(out.shape) == out).all()
         cache.append(keys, values)
@@ -300,14 +306,7 @@ def test_heads_are_coded_together():
     )
     cache = lexico.LayerCache(dictionaries, 0, "lexico:window=16,batch=4,sparsity=6,dense=f32")
     for t in (60, 1, 1, 5, 1, 1):
-        keys, values = rng.standard_normal((2, 2, t, 16)).astype(np.float32)
-        queries = rng.standard_normal((4, t, 16)).astype(np.float32)
-        held_keys, held_values = cache.decode()
-        out = cache.attend(queries, keys, values)
-        expected = attention(
-            queries, np.concatenate([held_keys, keys], 1), np.concatenate([held_values, values], 1), None
-        )
-        np.testing.assert_allclose(out, expected, atol=2e-3)
+        _, keys, values, _ = attended(rng, cache, 4, t)
         cache.append(keys, values)
     assert cache.coded > 0
 

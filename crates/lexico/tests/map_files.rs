@@ -198,13 +198,7 @@ fn files_whose_bases_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("set.safetensors");
     joint_set(2, false).save(&path).unwrap();
-    let (tensors, metadata) = parts(&path);
-    let load = |change: &dyn Fn(&mut Vec<NewTensor>)| -> Result<DictionarySet> {
-        let mut tensors = tensors.clone();
-        change(&mut tensors);
-        tensor_file::write(&path, &tensors, metadata.clone()).unwrap();
-        DictionarySet::load(&path)
-    };
+    let load = changed(&path);
     load(&|_| ()).unwrap();
     let name = "layers.1.values.basis";
     let change = |change: &dyn Fn(&mut NewTensor)| {
@@ -251,13 +245,7 @@ fn files_whose_means_before_the_rotary_embedding_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("set.safetensors");
     rotary_set(2, false).save(&path).unwrap();
-    let (tensors, metadata) = parts(&path);
-    let load = |change: &dyn Fn(&mut Vec<NewTensor>)| -> Result<DictionarySet> {
-        let mut tensors = tensors.clone();
-        change(&mut tensors);
-        tensor_file::write(&path, &tensors, metadata.clone()).unwrap();
-        DictionarySet::load(&path)
-    };
+    let load = changed(&path);
     load(&|_| ()).unwrap();
     let (means, angles) = ("layers.1.keys.rotary-means", "layers.0.keys.frequencies");
     let of = |name: &str, change: &dyn Fn(&mut NewTensor)| {
@@ -329,6 +317,17 @@ fn the_maps_of_one_tensor_need_only_the_format() {
     assert!(matches!(unmarked, Err(Error::Format { .. })));
 }
 
+/// Loads the set of a file with other tensors.
+fn changed(path: &Path) -> impl Fn(&dyn Fn(&mut Vec<NewTensor>)) -> Result<DictionarySet> {
+    let (tensors, metadata) = parts(path);
+    move |change| {
+        let mut tensors = tensors.clone();
+        change(&mut tensors);
+        tensor_file::write(path, &tensors, metadata.clone()).unwrap();
+        DictionarySet::load(path)
+    }
+}
+
 /// The tensors and the metadata of a file.
 fn parts(path: &Path) -> (Vec<NewTensor>, HashMap<String, String>) {
     let file = TensorFile::open(path).unwrap();
@@ -344,14 +343,8 @@ fn files_whose_maps_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("set.safetensors");
     drawn_set(2, false, true).save(&path).unwrap();
-    let (tensors, metadata) = parts(&path);
     let (means, matrices) = ("layers.1.values.means", "layers.0.keys.matrices");
-    let load = |change: &dyn Fn(&mut Vec<NewTensor>)| -> Result<DictionarySet> {
-        let mut tensors = tensors.clone();
-        change(&mut tensors);
-        tensor_file::write(&path, &tensors, metadata.clone()).unwrap();
-        DictionarySet::load(&path)
-    };
+    let load = changed(&path);
     load(&|_| ()).unwrap();
     let of = |name: &str, change: &dyn Fn(&mut NewTensor)| {
         load(&|tensors| change(tensors.iter_mut().find(|t| t.name == name).unwrap()))

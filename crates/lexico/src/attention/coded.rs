@@ -33,7 +33,7 @@ pub(super) struct Coded<'a> {
     codes: KeyValue<Vec<&'a Codes>>,
     /// How many of the atoms, from the first on, each may name: those of few atoms a code leave the last codebooks alone.
     named: KeyValue<Vec<usize>>,
-    atoms: KeyValue<Atoms<'a>>,
+    pub(super) atoms: KeyValue<Atoms<'a>>,
     /// How each of the heads sees the parts; none of a head that sees its own codes.
     views: Vec<KeyValue<HeadBasis<'a>>>,
     /// What the scores of each of the heads lack; none where they lack nothing.
@@ -273,14 +273,9 @@ impl<'a, 's> Attending<'a, 's> {
 
 /// Adds the codes that KV heads see to the softmax of each; `queries` `[heads, group, m]` are scaled already.
 /// The dictionaries are read once for all heads.
-pub(super) fn add_heads(
-    softmaxes: &mut [RunningSoftmax],
-    queries: &[f32],
-    codes: &[Coded<'_>],
-    atoms: KeyValue<Atoms<'_>>,
-) {
+pub(super) fn add_heads(softmaxes: &mut [RunningSoftmax], queries: &[f32], codes: &[Coded<'_>]) {
     let group = softmaxes[0].rows();
-    let m = atoms.keys.head_dim();
+    let m = codes[0].atoms.keys.head_dim();
     SCRATCH.with_borrow_mut(|scratch| {
         let mut by_table = Vec::with_capacity(codes.len());
         let (mut softmaxes, mut queries) = (softmaxes, queries);
@@ -298,7 +293,7 @@ pub(super) fn add_heads(
         // Groups of heads that are coded together may differ in size; products are of one at a time.
         by_table.sort_by_key(|attending| attending.rows);
         for alike in by_table.chunk_by_mut(|a, b| a.rows == b.rows) {
-            add_by_table(alike, atoms, scratch);
+            add_by_table(alike, scratch);
         }
         by_table
             .into_iter()
@@ -307,8 +302,9 @@ pub(super) fn add_heads(
 }
 
 /// Adds the codes that some heads see by tables, all of as many rows.
-fn add_by_table(all: &mut [Attending<'_, '_>], atoms: KeyValue<Atoms<'_>>, scratch: &mut Scratch) {
-    let (m, rows) = (atoms.keys.head_dim(), all[0].rows);
+fn add_by_table(all: &mut [Attending<'_, '_>], scratch: &mut Scratch) {
+    let (atoms, rows) = (all[0].codes.atoms, all[0].rows);
+    let m = atoms.keys.head_dim();
     let table = MAX_ATOMS * rows;
     let parts = all.iter().map(|own| own.codes.codes.as_ref().map(Vec::len));
     let parts: KeyValue<Vec<usize>> = parts.collect();

@@ -69,8 +69,8 @@ pub trait Positions: Sync {
 }
 
 impl<'a> Source<'a> {
-    /// The codes, of the positions in `seen`, and the atoms that they are over, where these are coded positions.
-    fn coded(&self, seen: Range<usize>) -> Option<(Coded<'a>, KeyValue<Atoms<'a>>)> {
+    /// The codes, of the positions in `seen`, where these are coded positions.
+    fn coded(&self, seen: Range<usize>) -> Option<Coded<'a>> {
         match *self {
             Source::Codes {
                 codes,
@@ -78,7 +78,7 @@ impl<'a> Source<'a> {
                 offsets,
             } => {
                 let codes = codes.map(|codes| vec![codes]);
-                Some((Coded::new(codes, None, atoms, offsets, seen), atoms))
+                Some(Coded::new(codes, None, atoms, offsets, seen))
             }
             Source::Joint {
                 codes,
@@ -87,7 +87,7 @@ impl<'a> Source<'a> {
                 offsets,
             } => {
                 let codes = codes.map(<[_]>::to_vec);
-                Some((Coded::new(codes, Some(basis), atoms, offsets, seen), atoms))
+                Some(Coded::new(codes, Some(basis), atoms, offsets, seen))
             }
             _ => None,
         }
@@ -286,15 +286,15 @@ fn attend_part(
             .collect();
         let coded = heads.iter().zip(&ranges);
         let coded = coded.filter_map(|(head, range)| head.sources[number].coded(range.clone()));
-        let (codes, atoms): (Vec<_>, Vec<_>) = coded.unzip();
-        if let Some(first) = atoms.first() {
-            let shared = |own: &KeyValue<Atoms<'_>>| {
-                own.keys.are(first.keys) && own.values.are(first.values)
+        let codes: Vec<Coded<'_>> = coded.collect();
+        if let Some(first) = codes.first().map(|own| own.atoms) {
+            let shared = |own: &Coded<'_>| {
+                own.atoms.keys.are(first.keys) && own.atoms.values.are(first.values)
             };
-            let alike = codes.len() == heads.len() && atoms.iter().all(shared);
+            let alike = codes.len() == heads.len() && codes.iter().all(shared);
             assert!(alike, "heads of a layer share dictionaries");
             let codes = coded::join(codes, each / m, JOINED);
-            coded::add_heads(&mut softmaxes, &queries, &codes, *first);
+            coded::add_heads(&mut softmaxes, &queries, &codes);
         }
         let each_head = softmaxes
             .iter_mut()
@@ -345,7 +345,7 @@ fn attend_many(
         before += source.len(m);
         match *source {
             Source::Codes { .. } | Source::Joint { .. } => {
-                if let Some((codes, _)) = source.coded(0..source.len(m)) {
+                if let Some(codes) = source.coded(0..source.len(m)) {
                     coded::add_many(&mut softmax, &queries, &hidden, codes);
                 }
             }

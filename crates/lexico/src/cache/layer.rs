@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex};
 use super::{Coder, LayerSettings, Leaving};
 use crate::attention::{DenseRows, Head, Source, attend_heads};
 use crate::codes::Codes;
-use crate::dictionary::{Atoms, HeadMaps, JointBasis, LayerDictionaries, LayerSparsities};
+use crate::dictionary::{
+    Atoms, HeadMaps, JointBasis, LayerDictionaries, LayerSparsities, for_heads,
+};
 use crate::encode::EncodedBatch;
 use crate::key_value::KeyValue;
 use crate::threads::{Alone, Threads};
@@ -210,7 +212,9 @@ impl LayerCache {
         let mapped = new.map(|new| self.mapped(heads, new));
         let new = mapped.as_ref().map(|both| both.as_ref().map(|x| &x[..]));
         let queries = match maps.keys {
-            Some(maps) => &for_heads(heads, queries, |head, own| maps.queries(head, own)),
+            Some(maps) => &for_heads(heads.iter().copied(), queries, |head, own| {
+                maps.queries(head, own)
+            }),
             None => queries,
         };
         let atoms = self.atoms();
@@ -263,7 +267,9 @@ impl LayerCache {
         let mut tasks = Head::split(queries, &sources, out);
         attend_heads(&mut tasks, m, t, self.settings.sliding_window, threads);
         if let Some(maps) = maps.values {
-            let back = for_heads(heads, out, |head, own| maps.invert(head, own));
+            let back = for_heads(heads.iter().copied(), out, |head, own| {
+                maps.invert(head, own)
+            });
             out.copy_from_slice(&back);
         }
     }
@@ -453,7 +459,9 @@ impl LayerCache {
     fn mapped<'v>(&self, heads: &[usize], new: KeyValue<&'v [f32]>) -> KeyValue<Cow<'v, [f32]>> {
         let parts = self.maps_of_dense().zip(new);
         parts.map(|(maps, new)| match maps {
-            Some(maps) => Cow::Owned(for_heads(heads, new, |head, own| maps.apply(head, own))),
+            Some(maps) => Cow::Owned(for_heads(heads.iter().copied(), new, |head, own| {
+                maps.apply(head, own)
+            })),
             None => Cow::Borrowed(new),
         })
     }
@@ -639,17 +647,6 @@ impl LayerCache {
             rows.recent.drop_front(count);
         }
     }
-}
-
-/// Does `each(head, vectors)` for some heads of `vectors` `[heads, n, m]`, one after the other.
-fn for_heads(
-    heads: &[usize],
-    vectors: &[f32],
-    each: impl Fn(usize, &[f32]) -> Vec<f32>,
-) -> Vec<f32> {
-    let own = (vectors.len() / heads.len().max(1)).max(1);
-    let heads = heads.iter().zip(vectors.chunks_exact(own));
-    heads.flat_map(|(&head, own)| each(head, own)).collect()
 }
 
 /// Codes mapped keys and values `[kv_heads, positions, m]` from position `first` on. All heads at once: every reading of a

@@ -68,6 +68,17 @@ struct HeadMap {
     inverse: Vec<f32>,
 }
 
+/// Does `each(head, vectors)` for some heads of `vectors` `[heads, n, m]`, one after the other.
+pub(crate) fn for_heads(
+    heads: impl ExactSizeIterator<Item = usize>,
+    vectors: &[f32],
+    each: impl Fn(usize, &[f32]) -> Vec<f32>,
+) -> Vec<f32> {
+    let own = (vectors.len() / heads.len().max(1)).max(1);
+    let heads = heads.zip(vectors.chunks_exact(own));
+    heads.flat_map(|(head, own)| each(head, own)).collect()
+}
+
 /// A map that loses more than this share of a vector in f32 is refused.
 const LOSS: f64 = 1e-3;
 
@@ -233,7 +244,7 @@ impl HeadMaps {
         positions: impl Iterator<Item = usize> + Clone,
         vectors: &[f32],
     ) -> Vec<f32> {
-        let mapped = self.for_heads(vectors, |head, own| {
+        let mapped = for_heads(0..self.heads(), vectors, |head, own| {
             self.to_coded(head, positions.clone(), own)
         });
         match &self.basis {
@@ -255,7 +266,7 @@ impl HeadMaps {
         if let Some(basis) = &self.basis {
             decoded = basis.invert(&decoded);
         }
-        self.for_heads(&decoded, |head, own| {
+        for_heads(0..self.heads(), &decoded, |head, own| {
             self.from_coded(head, positions.clone(), own.to_vec())
         })
     }
@@ -355,13 +366,6 @@ impl HeadMaps {
     /// Those of [`HeadMaps::apply`].
     pub fn queries(&self, head: usize, queries: &[f32]) -> Vec<f32> {
         self.product(queries, &self.heads[head].inverse, false)
-    }
-
-    /// Does `each(head, vectors)` for all heads of `vectors` `[heads, n, m]`, one after the other.
-    fn for_heads(&self, vectors: &[f32], each: impl Fn(usize, &[f32]) -> Vec<f32>) -> Vec<f32> {
-        let own = (vectors.len() / self.heads.len()).max(1);
-        let heads = vectors.chunks_exact(own).enumerate();
-        heads.flat_map(|(head, own)| each(head, own)).collect()
     }
 
     /// The means `[heads, m]` and the matrices `[heads, m, m]`.

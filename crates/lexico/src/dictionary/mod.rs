@@ -14,6 +14,7 @@ pub(crate) use additive::RoundedCodebook;
 pub use allocation::{CodingLosses, LayerLosses, LayerSparsities};
 pub use atoms::Atoms;
 pub use basis::{HeadBasis, JointBasis, JointLayers};
+pub(crate) use maps::for_heads;
 pub use maps::{HeadMaps, RotaryOffsets};
 pub use rotary::RotaryMeans;
 pub use set::{

@@ -205,39 +205,38 @@ impl RotaryMeans {
             let queries = Matrix::by_rows(queries, each / m, m);
             multiply(products, false, queries, directions);
         }
-        let group = rows;
         let width = 1 + 2 * fast;
         let within = Matrix::by_rows(&self.within, width, BLOCK).transposed();
         let mut turned = Turned::new(self, first / BLOCK);
-        let mut coefficients = vec![0.0; AT_ONCE * group * width];
-        let mut sums = vec![0.0; BLOCK * AT_ONCE * group];
+        let mut coefficients = vec![0.0; AT_ONCE * rows * width];
+        let mut sums = vec![0.0; BLOCK * AT_ONCE * rows];
         for start in (first / BLOCK..end.div_ceil(BLOCK)).step_by(AT_ONCE) {
             let blocks = AT_ONCE.min(end.div_ceil(BLOCK) - start);
-            for own in coefficients.chunks_exact_mut(group * width).take(blocks) {
+            for own in coefficients.chunks_exact_mut(rows * width).take(blocks) {
                 let products = products.chunks_exact(2 * pairs);
                 for (own, products) in own.chunks_exact_mut(width).zip(products) {
                     turned.turn(products, fast, own);
                 }
                 turned.next();
             }
-            let columns = blocks * group;
+            let columns = blocks * rows;
             let sums = &mut sums[..BLOCK * columns];
             let right = Matrix::by_rows(&coefficients[..columns * width], columns, width);
             multiply(sums, false, within, right.transposed());
             for block in start..start + blocks {
                 let from = first.max(block * BLOCK);
                 let to = end.min((block + 1) * BLOCK);
-                let scores = &mut scores[(from - first) * group..(to - first) * group];
-                let sums = &sums[from % BLOCK * columns + (block - start) * group..];
-                match group {
+                let scores = &mut scores[(from - first) * rows..(to - first) * rows];
+                let sums = &sums[from % BLOCK * columns + (block - start) * rows..];
+                match rows {
                     1 => add_rows::<1>(scores, sums, columns),
                     2 => add_rows::<2>(scores, sums, columns),
                     4 => add_rows::<4>(scores, sums, columns),
                     8 => add_rows::<8>(scores, sums, columns),
                     16 => add_rows::<16>(scores, sums, columns),
                     _ => {
-                        let rows = scores.chunks_exact_mut(group).zip(sums.chunks(columns));
-                        for (scores, sums) in rows {
+                        let each = scores.chunks_exact_mut(rows).zip(sums.chunks(columns));
+                        for (scores, sums) in each {
                             let sums = scores.iter_mut().zip(sums);
                             sums.for_each(|(score, sum)| *score += sum);
                         }
