@@ -6,8 +6,8 @@
 #   crates/lexico-cli/tests/fetch_models.sh MODELS
 #   crates/lexico-cli/benches/real_models.sh MODELS DATA OUT [STEP…]
 #
-# DATA holds WikiText-2's wikitext2_valid.txt and wikitext2_test.txt. Steps, all by default: learn, divergence, long, writing,
-# ruler, needles, code, overview. Environment: SEEDS ("0 1 2"), EFFORT (quick), NAMES ("smollm2 qwen").
+# DATA holds WikiText-2's wikitext2_valid.txt and wikitext2_test.txt, and GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl. Steps, all by default:
+# learn, divergence, perplexity, long, writing, ruler, needles, problems, code, overview. Environment: SEEDS ("0 1 2"), EFFORT (quick), NAMES ("smollm2 qwen").
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,11s/^# \{0,1\}//p' "$0"
@@ -15,7 +15,7 @@ if [ $# -lt 3 ]; then
 fi
 models=$1 data=$2 out=$3
 shift 3
-[ $# -gt 0 ] || set -- learn divergence long writing ruler needles code overview
+[ $# -gt 0 ] || set -- learn divergence perplexity long writing ruler needles problems code overview
 lexico=$(dirname "${BASH_SOURCE[0]}")/../../../target/release/lexico
 seeds=${SEEDS:-0 1 2} effort=${EFFORT:-quick} names=${NAMES:-smollm2 qwen}
 mkdir -p "$out"
@@ -57,6 +57,8 @@ rivals=(
     --cache random:capacity=220
 )
 
+few=(--cache "lexico:sparsity=8,$window" --cache "lexico:sparsity=13,$window" --cache kivi:bits=2,group=32,residual=32,sinks=4)
+
 learn() {
     for name in $names; do
         for seed in $seeds; do
@@ -75,6 +77,17 @@ divergence() {
         for seed in $seeds; do
             evaluate "divergence-$name-$seed" "$name" "$seed" divergence "${text[@]}" "${lexico_caches[@]}" "${others[@]}"
             others=() # they need no dictionaries
+        done
+    done
+}
+
+# The second half of texts of 1,024, 4,096 and 8,192 tokens.
+perplexity() {
+    for name in $names; do
+        for sizes in "1024 4" "4096 2" "8192 1"; do
+            read -r context items <<<"$sizes"
+            evaluate "perplexity-$name-$context" "$name" "${seeds%% *}" perplexity --corpus "$data/wikitext2_test.txt" --context "$context" \
+                --prompt $((context / 2)) --step 8 --items "$items" --batch-size 1 "${few[@]}"
         done
     done
 }
@@ -118,6 +131,15 @@ needles() {
     done
 }
 
+# GSM8K with five worked examples, and without any behind the model's chat template: more than models of this size can do.
+problems() {
+    local text=(--data "$data/gsm8k_test.jsonl" --examples "$data/gsm8k_train.jsonl" --items 24 --batch-size 8)
+    for name in $names; do
+        evaluate "gsm8k-$name" "$name" "${seeds%% *}" gsm8k "${text[@]}" "${few[@]}"
+        evaluate "gsm8k-chat-$name" "$name" "${seeds%% *}" gsm8k "${text[@]}" --shots 0 --chat --extraction flexible "${few[@]}"
+    done
+}
+
 # Python files of the standard library, as a coder's model reads them on.
 code() {
     local files
@@ -137,7 +159,7 @@ overview() {
 
 for step in "$@"; do
     case $step in
-    learn | divergence | long | writing | ruler | needles | code | overview) "$step" ;;
+    learn | divergence | perplexity | long | writing | ruler | needles | problems | code | overview) "$step" ;;
     *) echo "no step is called $step" >&2 && exit 2 ;;
     esac
 done
