@@ -57,6 +57,7 @@ rivals=(
     --cache random:capacity=220
 )
 
+# Where a pass of the model is dear.
 few=(--cache "lexico:sparsity=8,$window" --cache "lexico:sparsity=13,$window" --cache kivi:bits=2,group=32,residual=32,sinks=4)
 
 learn() {
@@ -96,8 +97,7 @@ perplexity() {
 long() {
     local text=(--corpus "$data/wikitext2_test.txt" --context 8192 --prompt 512 --items 2 --batch-size 1 --step 8)
     for name in $names; do
-        evaluate "long-$name" "$name" "${seeds%% *}" divergence "${text[@]}" --cache "lexico:sparsity=8,$window" \
-            --cache "lexico:sparsity=13,$window" --cache kivi:bits=2,group=32,residual=32,sinks=4
+        evaluate "long-$name" "$name" "${seeds%% *}" divergence "${text[@]}" "${few[@]}"
     done
 }
 
