@@ -110,11 +110,14 @@ writing() {
     done
 }
 
+# SnapKV keeps as many positions of each prompt, whatever its length: 22 % of FP16 of those of 2,048 tokens.
 ruler() {
     local caches=(--cache "lexico:sparsity=8,$window" --cache "lexico:sparsity=21,$window")
     caches+=(--cache kivi:bits=2,group=32,residual=32,sinks=4 --cache turboquant:norm=eden,bits=3,window=32,sinks=4)
+    caches+=(--cache kvarn:k=2,v=2,group=32,window=32,sinks=4 --cache vllm-turboquant:preset=3bit_nc,dense-layers=0,window=32,sinks=4)
+    caches+=(--cache snapkv:capacity=412,window=32)
     for name in $names; do
-        evaluate "ruler-$name" "$name" "${seeds%% *}" ruler --length 1024,2048,4096 --repeats 10 --batch-size 2 --chat "${caches[@]}"
+        evaluate "ruler-$name" "$name" "${seeds%% *}" ruler --length 1024,2048,4096 --repeats 3 --batch-size 2 --chat "${caches[@]}"
     done
 }
 
@@ -134,6 +137,10 @@ needles() {
 # GSM8K with five worked examples, and without any behind the model's chat template: more than models of this size can do.
 problems() {
     local text=(--data "$data/gsm8k_test.jsonl" --examples "$data/gsm8k_train.jsonl" --items 24 --batch-size 8)
+    if [ ! -f "$data/gsm8k_test.jsonl" ] || [ ! -f "$data/gsm8k_train.jsonl" ]; then
+        echo "problems: left out, since $data has no gsm8k_test.jsonl and gsm8k_train.jsonl" >&2
+        return
+    fi
     for name in $names; do
         evaluate "gsm8k-$name" "$name" "${seeds%% *}" gsm8k "${text[@]}" "${few[@]}"
         evaluate "gsm8k-chat-$name" "$name" "${seeds%% *}" gsm8k "${text[@]}" --shots 0 --chat --extraction flexible "${few[@]}"

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use comfy_table::{CellAlignment, Row, Table, presets};
@@ -51,25 +51,39 @@ pub(crate) fn table(header: impl Into<Row>, rows: Vec<impl Into<Row>>) -> String
     table.to_string()
 }
 
-/// A progress bar on stderr with rate and time left; hidden where stderr is no terminal.
-pub(crate) fn progress(total: u64, unit: &str) -> ProgressBar {
-    let template = format!(
-        "{{msg:18}} {{bar:30}} {{human_pos}}/{{human_len}} {unit}, {{rate}}/s, {{eta}} left"
-    );
-    let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-        let rate = state.per_sec();
-        // Nothing is to be done where a progress bar cannot be drawn.
-        let _ = if rate < 10.0 {
-            write!(out, "{rate:.1}")
-        } else {
-            write!(out, "{}", HumanCount(rate as u64))
+/// A progress bar on stderr with rate and time left, of work of which `begun` was done before; hidden where stderr is no terminal.
+pub(crate) fn progress(begun: u64, total: u64, unit: &str) -> ProgressBar {
+    let template =
+        format!("{{msg:18}} {{bar:30}} {{human_pos}}/{{human_len}} {unit}, {{rate}}/s{{left}}");
+    // Nothing is to be done where a progress bar cannot be drawn.
+    let rate = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let rate = state.pos().saturating_sub(begun) as f64 / state.elapsed().as_secs_f64();
+        let _ = match rate {
+            _ if !rate.is_finite() => write!(out, "-"),
+            _ if rate < 10.0 => write!(out, "{rate:.1}"),
+            _ => write!(out, "{}", HumanCount(rate as u64)),
         };
     };
+    let left = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let done = [begun, state.pos(), state.len().unwrap_or(0)];
+        if let Some(left) = time_left(done, state.elapsed()) {
+            let _ = write!(out, ", {} left", HumanDuration(left));
+        }
+    };
     let bar = ProgressBar::new(total);
+    bar.set_position(begun);
     if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style.with_key("rate", rate));
+        bar.set_style(style.with_key("rate", rate).with_key("left", left));
     }
     bar
+}
+
+/// The time that the rest of some work takes at the mean rate so far; `None` before anything is done, and at the end. Newer steps
+/// do not count more: those of an evaluation differ a hundredfold, as prompts are read and tokens written.
+fn time_left([begun, done, total]: [u64; 3], elapsed: Duration) -> Option<Duration> {
+    let made = done.checked_sub(begun).filter(|&made| made > 0)?;
+    let rest = total.checked_sub(done).filter(|&rest| rest > 0)?;
+    Duration::try_from_secs_f64(elapsed.as_secs_f64() * rest as f64 / made as f64).ok()
 }
 
 /// Progress bars, one after the other: each ends when all of its work is done. Where stderr is no terminal, lines instead.
@@ -78,6 +92,8 @@ pub(crate) struct Bars {
     /// True where a bar that has ended is removed.
     clear: bool,
     bar: Option<ProgressBar>,
+    /// What was done of its work before it was shown.
+    begun: u64,
     /// The time of the last line where stderr is no terminal.
     line: Option<Instant>,
     /// What the last bar that ended was of: it is not begun anew by being told again that all is done.
@@ -103,7 +119,8 @@ impl Bars {
         }
         let bar = self.bar.get_or_insert_with(|| {
             self.line = None;
-            progress(0, unit)
+            self.begun = done as u64;
+            progress(self.begun, total as u64, unit)
         });
         bar.set_message(message.clone());
         bar.set_length(total as u64);
@@ -111,10 +128,10 @@ impl Bars {
         if bar.is_hidden() && !self.clear {
             let due = |line: Instant| line.elapsed().as_secs() >= BETWEEN_LINES;
             if self.line.is_none_or(due) || done == total {
-                // The first step alone does not tell how long the others take.
-                let left = match self.line {
-                    Some(_) if done < total => format!(", {} left", HumanDuration(bar.eta())),
-                    _ => String::new(),
+                let steps = [self.begun, done as u64, total as u64];
+                let left = match time_left(steps, bar.elapsed()) {
+                    Some(left) => format!(", {} left", HumanDuration(left)),
+                    None => String::new(),
                 };
                 self.line = Some(Instant::now());
                 note(&format!("{}: {done}/{total} {unit}{left}", bar.message()));
@@ -222,4 +239,28 @@ pub(crate) fn cache_help() -> String {
         }
     }
     help
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_takes_as_long_a_step_as_what_was_done() {
+        let left = |begun, done, total| time_left([begun, done, total], Duration::from_secs(60));
+        assert_eq!(left(0, 30, 40), Some(Duration::from_secs(20)));
+        // What an interrupted run had done took no time of this one.
+        assert_eq!(left(20, 30, 40), Some(Duration::from_secs(60)));
+        for nothing_to_say in [
+            (0, 0, 40),
+            (20, 20, 40),
+            (0, 40, 40),
+            (5, 3, 40),
+            (0, 50, 40),
+        ] {
+            let (begun, done, total) = nothing_to_say;
+            assert_eq!(left(begun, done, total), None, "{nothing_to_say:?}");
+        }
+        assert_eq!(time_left([0, 1, u64::MAX], Duration::MAX), None);
+    }
 }

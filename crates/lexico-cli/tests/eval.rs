@@ -717,6 +717,35 @@ fn errors_are_told_by_position() {
     assert!(fails(1, &refused).contains("ask for the divergence"));
 }
 
+/// Answers are judged as a whole, wherever they stand; where there are more tasks than caches, each has a row.
+#[test]
+fn answers_are_told_by_task() {
+    let fixed = ["ruler", "--repeats", "1", "--length"];
+    let table =
+        |lengths: &str, tasks: &str| printed(&[&fixed[..], &[lengths, "--task", tasks]].concat());
+    let many = table("512,640", "niah_single_1,fwe");
+    let rows: Vec<&str> = many.lines().filter(|row| row.starts_with("| ")).collect();
+    let names = rows
+        .iter()
+        .map(|row| row[2..].split('|').next().unwrap().trim());
+    let names: Vec<&str> = names.collect();
+    let groups = [
+        "niah_single_1, 512 tokens",
+        "niah_single_1, 640 tokens",
+        "fwe, 512 tokens",
+        "fwe, 640 tokens",
+    ];
+    assert_eq!(names[..4], ["cache", "full", "lexico", ""], "{many}");
+    let mut found = names[4..].to_vec();
+    found.sort_unstable();
+    let mut wanted = groups;
+    wanted.sort_unstable();
+    assert_eq!(found, wanted, "{many}");
+    assert!(!many.contains("By position"), "{many}");
+    let one = table("512", "fwe");
+    assert!(one.contains("| cache  | fwe"), "{one}");
+}
+
 /// What the model writes is longer than the text that its prompts are from.
 #[test]
 fn own_text_goes_on_where_the_corpus_ends() {

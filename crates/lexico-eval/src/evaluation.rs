@@ -355,19 +355,35 @@ pub fn evaluate(
 }
 
 impl Evaluation {
-    /// A table of each group's scores, a row a cache: its header and its rows. `None` where items have no groups.
+    /// A table of each group's scores: its header and its rows. A row is a cache, or a group where there are more groups than
+    /// caches, so that the table is not wider than it must be. `None` where items have no groups.
     pub fn by_group(&self) -> Option<(Vec<&str>, Vec<Vec<String>>)> {
+        let caches = self.runs.iter().map(|run| run.cache.as_str());
         let names = groups(&self.runs.first()?.items).into_iter();
-        let mut header = vec!["cache"];
-        header.extend(names.map(|(name, _)| name));
-        let rows = self.runs.iter().map(|run| {
+        let names: Vec<&str> = names.map(|(name, _)| name).collect();
+        let scores = self.runs.iter().map(|run| {
             let groups = groups(&run.items).into_iter();
             let score = |(_, items)| self.measure.print(self.measure.of(items).value);
-            std::iter::once(run.cache.clone())
-                .chain(groups.map(score))
-                .collect()
+            groups.map(score).collect()
         });
-        (header.len() > 1).then(|| (header, rows.collect()))
+        let scores: Vec<Vec<String>> = scores.collect();
+        let row = |name: &str, scores: Vec<String>| {
+            let name = std::iter::once(name.to_owned());
+            name.chain(scores).collect()
+        };
+        if names.is_empty() {
+            return None;
+        }
+        if names.len() <= scores.len() {
+            let header = std::iter::once("cache").chain(names).collect();
+            let rows = caches.zip(scores).map(|(cache, own)| row(cache, own));
+            return Some((header, rows.collect()));
+        }
+        let header = std::iter::once("").chain(caches).collect();
+        let of = |group: usize| scores.iter().map(|own| own[group].clone()).collect();
+        let rows = names.into_iter().enumerate();
+        let rows = rows.map(|(group, name)| row(name, of(group)));
+        Some((header, rows.collect()))
     }
 }
 

@@ -229,8 +229,9 @@ pub struct Band {
 pub fn bands(measure: Measure, outcomes: &[Outcome]) -> Vec<Band> {
     let range =
         |own: &Outcome| own.prompt_positions..own.prompt_positions + own.by_position().len();
-    let first = outcomes.iter().map(|own| range(own).start).min();
-    let end = outcomes.iter().map(|own| range(own).end).max();
+    let ranges = outcomes.iter().map(range).filter(|range| !range.is_empty());
+    let first = ranges.clone().map(|range| range.start).min();
+    let end = ranges.map(|range| range.end).max();
     let (Some(first), Some(end)) = (first, end) else {
         return Vec::new();
     };
@@ -248,6 +249,11 @@ pub fn bands(measure: Measure, outcomes: &[Outcome]) -> Vec<Band> {
         };
         let of_items = outcomes.iter().filter_map(of_item);
         let (tokens, means): (Vec<usize>, Vec<f64>) = of_items.unzip();
+        if means.is_empty() {
+            // No item has tokens there.
+            from = next;
+            continue;
+        }
         let Estimate { value, interval } = measure.of_means(&means);
         bands.push(Band {
             from,
@@ -491,6 +497,19 @@ mod tests {
             .map(|b| (b.from, b.to, b.tokens, b.score))
             .collect();
         assert_eq!(seen, [(6, 7, 1, 1.0), (8, 9, 1, 2.0)]);
+        // None where no item has any.
+        let found = bands(
+            Measure::Divergence,
+            &[item(6, vec![1.0]), item(33, vec![2.0])],
+        );
+        let seen: Vec<_> = found.iter().map(|b| (b.from, b.to, b.tokens)).collect();
+        assert_eq!(seen, [(6, 7, 1), (32, 33, 1)]);
+        // What is judged as a whole has none, whatever the lengths of prompts.
+        let whole = |prompt_positions| Outcome {
+            prompt_positions,
+            ..outcome(None, 1.0)
+        };
+        assert_eq!(bands(Measure::Accuracy, &[whole(5), whole(900)]), []);
         assert_eq!(bands(Measure::Accuracy, &[outcome(None, 1.0)]), []);
         assert_eq!(bands(Measure::Divergence, &[]), []);
     }

@@ -93,7 +93,7 @@ impl Decode {
         let dictionaries = shape::dictionaries(&config, self.atoms as usize, sparsity)?;
         interrupt::listen()?;
         let stages = 2 + self.cache.len() as u64 * if self.prompt > 0 { 2 } else { 1 };
-        let bar = ui::progress(stages, "stages");
+        let bar = ui::progress(0, stages, "stages");
         bar.set_message("weights");
         let started = Instant::now();
         let device = self.device.open()?;

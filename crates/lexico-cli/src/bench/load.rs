@@ -81,7 +81,7 @@ impl RandomModel {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let config = shape::config(&self.shape).context("an unknown shape")?;
         interrupt::listen()?;
-        let bar = ui::progress(config.layers as u64 + 1, "shards");
+        let bar = ui::progress(0, config.layers as u64 + 1, "shards");
         let written = shape::save(&config, &self.out, &mut || {
             bar.inc(1);
             interrupt::flow()

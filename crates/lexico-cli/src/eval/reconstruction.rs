@@ -103,7 +103,7 @@ impl ReconstructionArguments {
                 tokens
             }
             None => {
-                let bar = ui::progress(self.tokens as u64, "tokens");
+                let bar = ui::progress(0, self.tokens as u64, "tokens");
                 bar.set_message("writing");
                 let tokens = Reconstruction::own_text(&model, self.tokens, self.seed, &mut || {
                     bar.inc(1);
@@ -114,7 +114,7 @@ impl ReconstructionArguments {
             }
         };
         let mut found = Reconstruction::new(&model, tokens)?;
-        let bar = ui::progress(caches.len() as u64, "caches");
+        let bar = ui::progress(0, caches.len() as u64, "caches");
         for spec in &caches {
             bar.set_message(spec.to_string());
             found.add(&model, spec)?;
